@@ -1,0 +1,47 @@
+"""Run a function on several real gloo processes and collect what each of them returns.
+
+The function and its arguments are pickled, so the function lives at module level.  A failing rank fails the call
+with that rank's traceback; the other ranks are stopped.
+"""
+
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=120)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at the moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder, "store")), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    try:
+        result = function(*args)
+        torch.save(result, Path(folder, f"result-{rank}.pt"))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(*args)` on `world_size` gloo processes; returns the results in rank order.
+
+    Each process uses one thread, so that results do not depend on how busy the machine is.
+    """
+    with TemporaryDirectory() as folder:
+        mp.spawn(_run, (world_size, folder, function, args), nprocs=world_size, join=True)
+        return [torch.load(Path(folder, f"result-{rank}.pt"), weights_only=False) for rank in range(world_size)]
