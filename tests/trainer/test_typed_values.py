@@ -1,0 +1,88 @@
+"""Overrides and JSON round trips of configuration trees: strict, and with one clear line an error."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    rate: float = 0.1
+    window: int | None = 3
+    kind: Literal["a", "b"] = "a"
+    sizes: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate must be at least 0, got {self.rate}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    name: str
+    on: bool = False
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+
+
+CONFIG = Outer(name="x")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("inner.rate=2", Inner(rate=2.0)),
+        ("inner.window=null", Inner(window=None)),
+        ("inner.kind=b", Inner(kind="b")),
+        ("inner.sizes=[4]", Inner(sizes=(4,))),
+    ],
+)
+def test_override_sets_the_typed_value(override: str, value: Inner) -> None:
+    assert apply_overrides(CONFIG, [override]).inner == value
+
+
+def test_text_needs_no_quotes_and_may_hold_an_equals_sign() -> None:
+    assert apply_overrides(CONFIG, ["name=a=b"]).name == "a=b"
+    assert apply_overrides(CONFIG, ["name=3"]).name == "3"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("inner.rat=1", "unknown key 'inner.rat'"),
+        ("nothing=1", "unknown key 'nothing'"),
+        ("name.x=1", "is a value, not a group"),
+        ("inner=1", "names a group"),
+        ("inner.rate=fast", "'inner.rate' must be a number"),
+        ("inner.window=1.5", "'inner.window' must be an integer or null"),
+        ("inner.kind=c", "'inner.kind' must be one of a, b"),
+        ("inner.sizes=[1, true]", r"'inner.sizes\[1\]' must be an integer"),
+        ("on=1", "'on' must be true or false"),
+        ("inner.rate=-1", "rate must be at least 0"),
+        ("inner.rate", "not of the form key=value"),
+    ],
+)
+def test_bad_override_is_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        apply_overrides(CONFIG, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_dictionary_round_trip() -> None:
+    config = Outer(name="y", on=True, maybe=Inner(sizes=()))
+    assert from_dict(Outer, to_dict(config)) == config
+
+
+def test_dictionary_with_a_missing_or_unknown_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="'name' is missing"):
+        from_dict(Outer, {})
+    with pytest.raises(ValueError, match="unknown key 'inner.x'"):
+        from_dict(Outer, {"name": "x", "inner": {"x": 1}})
+
+
+def test_differences_are_named_by_dotted_key() -> None:
+    changed = apply_overrides(CONFIG, ["inner.rate=1", "on=true"])
+    assert differences(to_dict(CONFIG), to_dict(changed)) == [("inner.rate", 0.1, 1.0), ("on", False, True)]

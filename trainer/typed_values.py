@@ -1,0 +1,145 @@
+"""Configuration trees as plain values: dotted overrides, and dictionaries read back from JSON.
+
+A configuration is a tree of frozen dataclasses.  This module walks such a tree by its type annotations; it knows no
+particular configuration, and imports the standard library only.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, Literal, TypeVar, Union
+
+Config = TypeVar("Config")
+
+
+def apply_overrides(config: Config, overrides: list[str]) -> Config:
+    """Return `config` with each `dotted.key=value` applied, later ones last.
+
+    Values are JSON (`3`, `0.1`, `true`, `null`, `[1, 2]`); text needs no quotes.
+
+    Raises:
+        ValueError: a malformed override, an unknown key or a value of the wrong type; one line naming it.
+    """
+    values = to_dict(config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r} is not of the form key=value")
+        path = key.split(".")
+        parent, kind = values, type(config)
+        for depth, name in enumerate(path):
+            fields = _field_types(kind)
+            if name not in fields:
+                known = ", ".join(sorted(fields))
+                raise ValueError(f"unknown key {key!r}: {'.'.join(path[:depth]) or 'the recipe'} has {known}")
+            if depth == len(path) - 1:
+                if dataclasses.is_dataclass(fields[name]):
+                    raise ValueError(f"key {key!r} names a group, not a value: set one of its keys, as {key}.NAME=value")
+                parent[name] = _parse(text, fields[name])
+            elif not dataclasses.is_dataclass(fields[name]):
+                raise ValueError(f"unknown key {key!r}: {'.'.join(path[: depth + 1])} is a value, not a group")
+            else:
+                parent, kind = parent[name], fields[name]
+    return from_dict(type(config), values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as nested dictionaries of JSON values; `from_dict` is its inverse."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
+
+
+def from_dict(kind: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
+    """Build the dataclass `kind` from `to_dict`'s form, checking every key and type.
+
+    Raises:
+        ValueError: a missing or unknown key, a value of the wrong type, or a value that the dataclass refuses.
+    """
+    fields = _field_types(kind)
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"unknown key {prefix + unknown[0]!r}: known are {', '.join(sorted(fields))}")
+    arguments = {name: _convert(value, fields[name], prefix + name) for name, value in values.items()}
+    required = {
+        field.name
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]  # every caller passes a dataclass
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(arguments))
+    if missing:
+        raise ValueError(f"key {prefix + missing[0]!r} is missing")
+    return kind(**arguments)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves of two nested dictionaries that differ, as (dotted key, old value, new value)."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(prefix, old, new)]
+    found = []
+    for name in sorted(set(old) | set(new)):
+        found += differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _field_types(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """The JSON value that `text` stands for; text that is not JSON, or that a text field takes, is itself."""
+    if kind is str:
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """`value` as the annotated type `kind`; raises ValueError naming `key` when it is not one."""
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return from_dict(kind, value, key + ".")  # type: ignore[arg-type]  # an annotation names a class
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, choices, key)
+    if origin is Literal and value in choices and not isinstance(value, bool):
+        return value
+    if origin is tuple and isinstance(value, list):
+        if len(choices) == 2 and choices[1] is Ellipsis:
+            return tuple(_convert(item, choices[0], f"{key}[{index}]") for index, item in enumerate(value))
+        if len(choices) == len(value):
+            return tuple(_convert(item, choice, f"{key}[{i}]") for i, (item, choice) in enumerate(zip(value, choices)))
+    if origin is dict and isinstance(value, dict):
+        return {name: _convert(item, choices[1], f"{key}.{name}") for name, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is type(None) and value is None:
+        return None
+    if kind in (int, float, str, bool) and type(value) is kind:
+        return value
+    raise ValueError(f"key {key!r} must be {_describe(kind)}, got {json.dumps(value)}")
+
+
+def _convert_union(value: Any, choices: tuple[Any, ...], key: str) -> Any:
+    for choice in choices:
+        try:
+            return _convert(value, choice, key)
+        except ValueError:
+            if dataclasses.is_dataclass(choice) and isinstance(value, dict):
+                raise
+    kinds = " or ".join(_describe(choice) for choice in choices)
+    raise ValueError(f"key {key!r} must be {kinds}, got {json.dumps(value)}")
+
+
+def _describe(kind: Any) -> str:
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in choices)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(choice) for choice in choices)
+    if origin is tuple:
+        return f"a list (each {_describe(choices[0])})"
+    return names.get(kind, f"a group of keys ({getattr(kind, '__name__', kind)})")
