@@ -1,0 +1,42 @@
+"""The only metadata of this project: five plain top-level packages of an application that is not published.
+
+There are no console scripts: every entry point is `python -m PACKAGE`.  `tests` and `benchmarks` are never installed.
+The tested version sets are in requirements/; the ranges here only say what the code relies on.
+"""
+
+from setuptools import setup
+
+setup(
+    name="longview-rec",
+    version="0.1.0",
+    description="Train long-sequence recommendation models with sharded tables",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # The explicit root turns an editable install into one plain path entry, so the checkout is what runs.
+    package_dir={"": "."},
+    packages=[
+        "attention_kernels",
+        "embeddings",
+        "launch",
+        "pipelines",
+        "pipelines.prepare",
+        "trainer",
+        "trainer.models",
+    ],
+    install_requires=[
+        "numpy>=2",
+        "pyarrow>=20",
+        "tensorboard>=2.20",
+        "tensordict",
+        "torchmetrics==1.0.3",
+        "torchx==0.7.0",
+        "tqdm",
+        "typer>=0.15",
+    ],
+    extras_require={
+        # torchrec's own requirement is fbgemm-gpu, the CUDA build; the cpu set installs it without dependencies.
+        "cpu": ["torch==2.13.0", "fbgemm-gpu-cpu==1.8.0", "torchrec==1.8.0", "triton==3.6.0"],
+        "cuda": ["torch==2.11.0", "fbgemm-gpu==1.6.0", "torchrec==1.6.1", "triton==3.6.0"],
+        "dev": ["hypothesis", "import-linter", "mypy", "pytest>=9", "ruff"],
+    },
+)
