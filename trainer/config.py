@@ -1,0 +1,133 @@
+"""The configuration of a run: one tree of typed values.  Standard library only, so that a laptop can check a job."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from embeddings.config import PlacementConfig, SparseOptimizerConfig
+from pipelines.config import DataConfig
+from trainer.models.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseOptimizerConfig:
+    """Adam on everything but the tables."""
+
+    learning_rate: float = 1e-3
+    """Base learning rate, scaled by the schedule."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    max_gradient_norm: float | None = 1.0
+    """Dense gradients are scaled down to this global norm; null switches clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
+            raise ValueError(
+                f"optimizer.max_gradient_norm must be above 0, or null for no clipping, got {self.max_gradient_norm}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """The factor on all learning rates, dense and sparse, as a function of the optimizer step."""
+
+    warmup_steps: int = 0
+    """Steps of linear growth from 0 to the base rates."""
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: nothing, or a decay to `final_factor` at step `decay_steps`."""
+    decay_steps: int | None = None
+    """Step at which the decay ends; required by, and only meaningful with, linear and cosine."""
+    final_factor: float = 0.0
+    """Factor at and after `decay_steps`."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
+        if (self.kind == "constant") != (self.decay_steps is None):
+            raise ValueError(
+                f"schedule.kind={self.kind} with schedule.decay_steps={self.decay_steps}: "
+                "a decay needs its last step, and a constant rate must have none"
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule.decay_steps must lie after the {self.warmup_steps} warm-up steps, got {self.decay_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int | None = 1000
+    """Steps between checkpoints; null keeps only the one at the end of training."""
+    keep: int = 2
+    """Complete checkpoints to keep; older ones are deleted after a newer one is complete."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"checkpoint.every_steps must be at least 1, or null, got {self.every_steps}")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """When the evaluation split is scored; it always is at the end of training."""
+
+    every_steps: int | None = None
+    """Steps between evaluations during training; null for none."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"evaluation.every_steps must be at least 1, or null, got {self.every_steps}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that decides a run.  A recipe is a function that returns one."""
+
+    name: str
+    """The recipe's name."""
+    data: DataConfig
+    """What is read, and how it becomes global batches."""
+    model: ModelConfig
+    """The dense model."""
+    embedding_dim: int
+    """Width of every table's rows."""
+    sparse_optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
+    """The tables' optimizer, fused into the backward pass."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """What the sharding planner may do."""
+    optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
+    """The dense optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rates over time."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluations during training."""
+    max_steps: int | None = None
+    """Optimizer steps after which training ends; null trains on all of `data.num_epochs`."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; each line costs one device synchronisation."""
+    seed: int = 0
+    """Seeds the initial values and dropout; the order of samples has its own seed in `data`."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of products and attention on a GPU; on a CPU everything is float32."""
+    pipeline: Literal["sparse_dist", "plain"] = "sparse_dist"
+    """sparse_dist overlaps the copy and the input dist of coming batches with compute; plain does one after another."""
+
+    def __post_init__(self) -> None:
+        if self.embedding_dim < 4 or self.embedding_dim % 4:
+            raise ValueError(f"embedding_dim must be a positive multiple of 4 (FBGEMM's rows), got {self.embedding_dim}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, or null, got {self.max_steps}")
+        if self.log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {self.log_every}")

@@ -1,0 +1,91 @@
+"""The processes of a job: who am I, which device is mine, how do I reach the others.
+
+This is the only place with rank arithmetic.  A process started plainly is a job of one; torchrun's variables
+(RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) make it one of many.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mesh:
+    """The place of this process in the job; tables are sharded and batches split over its one axis."""
+
+    rank: int
+    """Index of this process in the job, from 0."""
+    world_size: int
+    """Number of processes in the job."""
+    local_world_size: int
+    """Number of processes of the job on this machine."""
+    device: torch.device
+    """Where this process computes."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what the job writes once."""
+        return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        """The collective library: NCCL between GPUs, gloo between CPU processes."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"environment variable {name} must be a whole number, got {text!r}: start the job with torchrun")
+    return int(text)
+
+
+def discover_mesh() -> Mesh:
+    """Read this process's place from torchrun's variables; without them, the job is this one process.
+
+    Raises:
+        ValueError: a variable is not a number, or this machine has fewer GPUs than processes of the job.
+    """
+    local_rank = _environment("LOCAL_RANK", 0)
+    local_world_size = _environment("LOCAL_WORLD_SIZE", 1)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < local_world_size:
+            raise ValueError(
+                f"{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                f"each process needs its own, so start at most {torch.cuda.device_count()} a machine"
+            )
+        device = torch.device("cuda", local_rank)
+    return Mesh(
+        rank=_environment("RANK", 0),
+        world_size=_environment("WORLD_SIZE", 1),
+        local_world_size=local_world_size,
+        device=device,
+    )
+
+
+@contextmanager
+def joined(mesh: Mesh) -> Iterator[None]:
+    """Join the job's process group for the duration of the block."""
+    if mesh.device.type == "cuda":
+        torch.cuda.set_device(mesh.device)
+    # A job of one needs no rendezvous: its store lives in this process.
+    store = dist.HashStore() if mesh.world_size == 1 else None
+    dist.init_process_group(
+        mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    logger.info("rank %d of %d on %s, collectives by %s", mesh.rank, mesh.world_size, mesh.device, mesh.backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

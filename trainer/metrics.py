@@ -1,0 +1,74 @@
+"""Ranking quality over all ranks: normalised entropy (NE), AUC, and AUC averaged over users (GAUC), one a task.
+
+Candidates are collected on every rank and joined when the result is asked for; the formulas are torchmetrics' and
+TorchRec's own.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.utilities import dim_zero_cat
+from torchrec.metrics.gauc import compute_gauc_3d, to_3d
+from torchrec.metrics.ne import compute_cross_entropy, compute_ne
+
+ETA = 1e-12
+"""Keeps logarithms finite, as in TorchRec's NE."""
+
+
+class RankingMetrics(Metric):
+    """NE, AUC and GAUC of several binary tasks.
+
+    NE is the mean cross entropy divided by the entropy of the task's base rate (He et al., 2014); 1 is what always
+    predicting the base rate scores.  GAUC is the AUC within each user, averaged over users whose labels differ.
+    A metric that the labels leave undefined (one class only) is reported as NaN.
+    """
+
+    full_state_update = False
+    scores: list[Tensor]
+    labels: list[Tensor]
+    user_ids: list[Tensor]
+
+    def __init__(self, tasks: tuple[str, ...], device: torch.device) -> None:
+        super().__init__()
+        self.tasks = tasks
+        for name in ("scores", "labels", "user_ids"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.to(device)
+
+    def update(self, scores: Tensor, labels: Tensor, user_ids: Tensor) -> None:
+        """Add candidates: `scores` [C, tasks] probabilities, `labels` [C, tasks] in {0, 1}, `user_ids` [C]."""
+        self.scores.append(scores.double())
+        self.labels.append(labels.double())
+        self.user_ids.append(user_ids)
+
+    def compute(self) -> dict[str, float]:
+        """`ne/TASK`, `auc/TASK` and `gauc/TASK` over everything added on all ranks."""
+        scores, labels = dim_zero_cat(self.scores).T, dim_zero_cat(self.labels).T
+        user_ids = dim_zero_cat(self.user_ids)
+        gauc = _gauc(scores, labels, user_ids)
+        result = {}
+        for index, task in enumerate(self.tasks):
+            both_classes = bool(0 < labels[index].mean() < 1)
+            result[f"ne/{task}"] = _ne(scores[index], labels[index]) if both_classes else float("nan")
+            result[f"auc/{task}"] = binary_auroc(scores[index], labels[index].long()).item() if both_classes else float("nan")
+            result[f"gauc/{task}"] = gauc[index]
+        return result
+
+
+def _ne(scores: Tensor, labels: Tensor) -> float:
+    weights = torch.ones_like(labels)
+    positives = labels.sum()
+    cross_entropy = compute_cross_entropy(labels, scores, weights, ETA).sum()
+    return float(compute_ne(cross_entropy, weights.sum(), positives, weights.sum() - positives, ETA))
+
+
+def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> list[float]:
+    """Group candidates by user; `scores` and `labels` are [tasks, C]."""
+    order = torch.argsort(user_ids, stable=True)
+    group_sizes = torch.unique_consecutive(user_ids[order], return_counts=True)[1]
+    longest = int(group_sizes.max())
+    # [users, longest, tasks], padded with zero weight.
+    padded = [to_3d(x.T[order], group_sizes, longest) for x in (scores, labels, torch.ones_like(labels))]
+    sums = compute_gauc_3d(*(x.permute(2, 0, 1) for x in padded))
+    return [float(total / count) if count else float("nan") for total, count in zip(sums["auc_sum"], sums["num_samples"])]

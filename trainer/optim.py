@@ -1,0 +1,76 @@
+"""Optimizers of a run: dense Adam, the tables' fused optimizer, gradient clipping, and the learning rate by step.
+
+The tables' optimizer runs inside the backward pass (FBGEMM), so table gradients are never seen whole: clipping covers
+the dense parameters only.  The learning rate is a pure function of the step; a resumed run needs no schedule state.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.optim.keyed import KeyedOptimizer
+
+from trainer.config import DenseOptimizerConfig, ScheduleConfig
+
+
+def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
+    """The factor on every base learning rate at optimizer step `step` (the first is 1)."""
+    if step <= schedule.warmup_steps:
+        return step / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return 1.0
+    assert schedule.decay_steps is not None
+    progress = min(1.0, (step - schedule.warmup_steps) / max(1, schedule.decay_steps - schedule.warmup_steps))
+    shape = 1.0 - progress if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return schedule.final_factor + (1.0 - schedule.final_factor) * shape
+
+
+class Optimizers:
+    """What the pipeline steps: clips and updates the dense parameters, and sets the tables' learning rate."""
+
+    def __init__(
+        self, dense_module: nn.Module, tables: KeyedOptimizer, config: DenseOptimizerConfig, schedule: ScheduleConfig
+    ) -> None:
+        self._names = {parameter: name for name, parameter in dense_module.named_parameters()}
+        self._dense = torch.optim.Adam(
+            self._names, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+        self._tables = tables
+        self._max_norm = config.max_gradient_norm
+        self._schedule = schedule
+        self._base_rates = [group["lr"] for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [*self._dense.param_groups, *self._tables.param_groups]
+
+    def set_step(self, step: int) -> float:
+        """Set every learning rate for optimizer step `step`, before its forward pass; returns the factor."""
+        factor = learning_rate_factor(step, self._schedule)
+        for group, rate in zip(self._groups(), self._base_rates, strict=True):
+            group["lr"] = rate * factor
+        return factor
+
+    def zero_grad(self) -> None:
+        """Forget dense gradients; hands the tables' learning rate to FBGEMM, whose update runs in the backward pass."""
+        self._dense.zero_grad()
+        self._tables.zero_grad()
+
+    def step(self) -> None:
+        """Clip and apply the dense gradients; they are the same on every rank, so no communication is needed."""
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(self._names), self._max_norm)
+        self._dense.step()
+        self._tables.step()
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """Adam's state, one tensor a key `parameter/state`, sharing memory with the optimizer; zeros before a first step."""
+        state = {}
+        for parameter, name in self._names.items():
+            slots = self._dense.state[parameter]
+            if not slots:
+                slots["step"] = torch.zeros((), dtype=torch.float32)
+                slots["exp_avg"] = torch.zeros_like(parameter)
+                slots["exp_avg_sq"] = torch.zeros_like(parameter)
+            state.update({f"{name}/{slot}": value for slot, value in slots.items()})
+        return state

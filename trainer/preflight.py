@@ -1,0 +1,48 @@
+"""Checks before the first step: the code that runs is this checkout's, and the machine computes what it should."""
+
+import importlib.metadata
+import importlib.util
+import logging
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
+"""The project's top-level packages; their names are plain words, so another distribution might claim one."""
+
+VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton")
+
+
+def check_packages() -> None:
+    """Make sure that each of our packages is imported from this checkout.
+
+    Raises:
+        RuntimeError: another installed package of the same name comes first on the path.
+    """
+    root = Path(__file__).resolve().parents[1]
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != root / name:
+            raise RuntimeError(
+                f"package {name!r} is imported from {found}, not from {root / name}: "
+                "remove the other package or run from the checkout's folder"
+            )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    versions = {}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -1,0 +1,175 @@
+"""A run directory: where a run keeps its configuration, metrics, checkpoints and logs (contracts, section 2).
+
+Opening an existing directory checks that it belongs to the same run before anything in it is touched.
+"""
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.typed_values import differences
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE"
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+# What may differ between a run's saved configuration and the one that resumes it: how long, how often, where and how
+# fast the work is done.  Everything else decides which numbers the run computes, so changing it asks for another run.
+CHANGEABLE = (
+    "max_steps",
+    "log_every",
+    "data.path",
+    "data.num_epochs",
+    "data.num_workers",
+    "data.prefetch",
+    "checkpoint.",
+    "evaluation.",
+    "placement.",
+    "pipeline",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of a run directory, and the few files that are plain JSON."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def plan_file(self) -> Path:
+        """The sharding plan in force."""
+        return self.path / "plan.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def eval_file(self) -> Path:
+        """One object an evaluation."""
+        return self.path / "eval.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same numbers for TensorBoard."""
+        return self.path / "tensorboard"
+
+    def log_file(self, rank: int) -> Path:
+        """The log of one rank."""
+        return self.path / "logs" / f"rank-{rank}.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint taken after optimizer step `step`."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def complete_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        matches = [(_STEP_FOLDER.fullmatch(folder.name), folder) for folder in folders]
+        return sorted(int(match[1]) for match, folder in matches if match and (folder / COMPLETE).is_file())
+
+    def step_to_load(self, step: int | None) -> int:
+        """The newest complete checkpoint's step, or `step` after checking that it is complete.
+
+        Raises:
+            ValueError: there is no such complete checkpoint.
+        """
+        steps = self.complete_steps()
+        if step is None and steps:
+            return steps[-1]
+        if step in steps:
+            assert step is not None
+            return step
+        listed = ", ".join(map(str, steps)) or "none"
+        if step is None:
+            raise ValueError(f"{self.checkpoints} holds no complete checkpoint: train the run first")
+        partial = self.checkpoint(step).is_dir()
+        reason = f"its checkpoint has no file {COMPLETE}, so it was never finished" if partial else "it has no checkpoint"
+        raise ValueError(f"{self.path} cannot be loaded at step {step}: {reason} (complete steps: {listed})")
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """The configuration that the directory was made with; None where it holds no run yet."""
+        if not self.config_file.is_file():
+            return None
+        try:
+            values = json.loads(self.config_file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.config_file} is not valid JSON ({error}): restore it or use another --run-dir") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
+        return values
+
+    def check_same_run(self, config: dict[str, Any]) -> None:
+        """Refuse a directory that another run made; reads only.
+
+        Raises:
+            ValueError: the directory is no run's, is another recipe's, or a key that decides the numbers has changed.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--run-dir {self.path} is a file: name a directory")
+        saved = self.saved_config()
+        if saved is None:
+            if self.path.is_dir() and any(name.name != "logs" for name in self.path.iterdir()):
+                raise ValueError(f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one")
+            return
+        if saved.get("name") != config["name"]:
+            raise ValueError(
+                f"--run-dir {self.path} holds a run of recipe {saved.get('name')!r}, not {config['name']!r}: use another one"
+            )
+        for key, old, new in differences(saved, config):
+            if not key.startswith(CHANGEABLE):
+                raise ValueError(
+                    f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
+                    f"resume with the old value or use another run directory"
+                )
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace the file as a whole: a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+class JsonLines:
+    """A file of one JSON object a line, appended to, in which no step appears twice.
+
+    A run that resumes from a checkpoint repeats the steps that came after it; their lines already stand in the file
+    and are not written again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last_step = -1
+        if path.is_file():
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                logger.warning("%s ended in the middle of a line, which is dropped", path)
+                path.write_text(whole)
+            self._last_step = max((json.loads(line)["step"] for line in whole.splitlines()), default=-1)
+
+    def append(self, record: dict[str, Any]) -> bool:
+        """Write `record` and flush, unless its step is in the file; returns whether it was written."""
+        if record["step"] <= self._last_step:
+            return False
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._last_step = record["step"]
+        return True
