@@ -1,1 +1,1 @@
-"""Tables: declaration, placement on ranks and sparse optimisation.  Knows TorchRec, knows nothing of the other packages."""
+"""Tables: declaration, placement on ranks and sparse optimisation.  Knows TorchRec and nothing of ours."""

@@ -1,0 +1,107 @@
+"""What a user states about tables: sizes, optimizer, and what the planner may do.  Standard library only."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ShardingType = Literal["table_wise", "row_wise", "table_row_wise"]
+"""table_wise: a table lies whole on one rank.  row_wise: its rows are cut over all ranks.  table_row_wise: its rows are
+cut over the ranks of one node.  TorchRec's column_wise and data_parallel are left out on purpose: a column-wise table
+keeps one row-wise sum a column shard, a data-parallel one has no fused optimizer state, so neither follows the
+unsharded table or resumes under another plan."""
+
+ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
+"""fused: rows in device memory.  fused_uvm_caching: rows in host memory, with a cache of hot rows on the device.
+fused_uvm: rows in host memory.  All three apply the optimizer inside the backward pass; a CPU has only fused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableConfig:
+    """One logical table, whatever ranks its rows end up on."""
+
+    name: str
+    """Unique name; part of checkpoint keys, so it holds no dot or slash."""
+    num_embeddings: int
+    """Rows; ids must lie in [0, num_embeddings)."""
+    embedding_dim: int
+    """Columns; all tables of one collection share it.  FBGEMM needs a multiple of 4."""
+    features: tuple[str, ...]
+    """Input features whose ids are looked up here."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "." in self.name or "/" in self.name:
+            raise ValueError(f"table name must be non-empty and hold no dot or slash, got {self.name!r}")
+        if self.num_embeddings < 1:
+            raise ValueError(f"table {self.name!r}: num_embeddings must be at least 1, got {self.num_embeddings}")
+        if self.embedding_dim < 4 or self.embedding_dim % 4:
+            raise ValueError(
+                f"table {self.name!r}: embedding_dim must be a positive multiple of 4 (FBGEMM's rows), "
+                f"got {self.embedding_dim}"
+            )
+        if not self.features:
+            raise ValueError(f"table {self.name!r} has no features: name at least one, or drop the table")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseOptimizerConfig:
+    """The tables' optimizer; it runs inside the backward pass, on the rows of the batch only."""
+
+    kind: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
+    """rowwise_adagrad keeps one number a row, adagrad one an element, adam two an element, sgd none."""
+    learning_rate: float = 0.02
+    """Base learning rate, scaled by the schedule."""
+    eps: float | None = None
+    """Added to the denominator; null takes 1e-8.  sgd has none."""
+    betas: tuple[float, float] | None = None
+    """Decay of adam's moments; null takes (0.9, 0.999).  Only for adam."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"sparse_optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        if self.eps is not None and (self.kind == "sgd" or self.eps <= 0):
+            raise ValueError(f"sparse_optimizer.eps must be above 0, and null for sgd, got {self.eps} for {self.kind}")
+        if self.betas is not None and (self.kind != "adam" or not all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(
+                f"sparse_optimizer.betas must lie in [0, 1), and be null unless kind is adam, "
+                f"got {self.betas} for {self.kind}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableConstraint:
+    """What the planner may do with one table; null leaves the general rule in force."""
+
+    sharding_types: tuple[ShardingType, ...] | None = None
+    """Sharding types to choose from."""
+    compute_kernels: tuple[ComputeKernel, ...] | None = None
+    """Kernels to choose from."""
+
+    def __post_init__(self) -> None:
+        if self.sharding_types == () or self.compute_kernels == ():
+            raise ValueError("a table constraint must allow at least one choice; null allows what `placement` allows")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlacementConfig:
+    """What the sharding planner may choose from, and the memory it must leave alone."""
+
+    sharding_types: tuple[ShardingType, ...] = ("table_wise", "row_wise", "table_row_wise")
+    """Sharding types to choose from, for every table without a constraint of its own."""
+    compute_kernels: tuple[ComputeKernel, ...] = ("fused",)
+    """Kernels to choose from.  Add fused_uvm_caching to let tables that do not fit overflow into host memory."""
+    tables: dict[str, TableConstraint] = field(default_factory=dict)
+    """Constraints of single tables, by table name."""
+    reserved_fraction: float = 0.15
+    """Part of each rank's memory kept from the tables: CUDA context, communication buffers, fragmentation."""
+    activation_gib: float = 0.0
+    """Further GiB a rank kept from the tables, for the dense model's activations.  Its parameters, gradients and Adam
+    moments are counted from the model itself."""
+
+    def __post_init__(self) -> None:
+        if not self.sharding_types or not self.compute_kernels:
+            raise ValueError(
+                "placement.sharding_types and placement.compute_kernels must name at least one choice each"
+            )
+        if not 0 <= self.reserved_fraction < 1:
+            raise ValueError(f"placement.reserved_fraction must lie in [0, 1), got {self.reserved_fraction}")
+        if self.activation_gib < 0:
+            raise ValueError(f"placement.activation_gib must be at least 0, got {self.activation_gib}")
