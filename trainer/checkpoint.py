@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on, on this or another number of ranks, as if it had never stopped.
 
-A checkpoint is a folder of PyTorch's distributed checkpoint format (DCP), whose entries have names that do not depend on
-the sharding plan, and `progress.json` with the plain numbers:
+A checkpoint is a folder of PyTorch's distributed checkpoint format (DCP), whose entries have names that do not depend
+on the sharding plan, and `progress.json` with the plain numbers:
 
     tables/...             embedding tables              (sharded; DCP reshards them)
     tables_optimizer/...   their fused optimizer's state (likewise)
@@ -58,7 +58,9 @@ def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mes
     dist.barrier()  # no rank writes before the folder is there
     dcp.save(tensors, checkpoint_id=partial)
     if mesh.is_first:
-        write_json(partial / "progress.json", asdict(progress) | {"world_size": mesh.world_size, "torch": torch.__version__})
+        write_json(
+            partial / "progress.json", asdict(progress) | {"world_size": mesh.world_size, "torch": torch.__version__}
+        )
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
@@ -92,7 +94,9 @@ def load_tensors(folder: Path, tensors: Tensors) -> None:
     needed = {name: shape for shapes in shapes_per_rank for name, shape in shapes.items()}
     missing, unknown = sorted(set(needed) - set(stored)), sorted(set(stored) - set(needed))
     if missing or unknown:
-        problem = f"lacks {missing[0]!r}, which the model has" if missing else f"holds {unknown[0]!r}, which the model lacks"
+        problem = (
+            f"lacks {missing[0]!r}, which the model has" if missing else f"holds {unknown[0]!r}, which the model lacks"
+        )
         raise ValueError(f"checkpoint {folder} {problem}: it is of another model (code or configuration)")
     for name, shape in needed.items():
         if stored[name] != shape:

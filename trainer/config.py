@@ -126,7 +126,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 4 or self.embedding_dim % 4:
-            raise ValueError(f"embedding_dim must be a positive multiple of 4 (FBGEMM's rows), got {self.embedding_dim}")
+            raise ValueError(
+                f"embedding_dim must be a positive multiple of 4 (FBGEMM's rows), got {self.embedding_dim}"
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or null, got {self.max_steps}")
         if self.log_every < 1:

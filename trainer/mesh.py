@@ -46,7 +46,9 @@ class Mesh:
 def _environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise ValueError(f"environment variable {name} must be a whole number, got {text!r}: start the job with torchrun")
+        raise ValueError(
+            f"environment variable {name} must be a whole number, got {text!r}: start the job with torchrun"
+        )
     return int(text)
 
 
@@ -85,7 +87,6 @@ def joined(mesh: Mesh) -> Iterator[None]:
         mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
     )
     logger.info("rank %d of %d on %s, collectives by %s", mesh.rank, mesh.world_size, mesh.device, mesh.backend)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: other ranks may wait in a collective, which closing the group would wait for in turn.
+    dist.destroy_process_group()

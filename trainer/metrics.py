@@ -6,10 +6,11 @@ TorchRec's own.
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.utilities import dim_zero_cat
-from torchrec.metrics.gauc import compute_gauc_3d, to_3d
+from torchmetrics.utilities.data import dim_zero_cat
+from torchrec.metrics.gauc import compute_gauc_3d
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
 ETA = 1e-12
@@ -51,7 +52,9 @@ class RankingMetrics(Metric):
         for index, task in enumerate(self.tasks):
             both_classes = bool(0 < labels[index].mean() < 1)
             result[f"ne/{task}"] = _ne(scores[index], labels[index]) if both_classes else float("nan")
-            result[f"auc/{task}"] = binary_auroc(scores[index], labels[index].long()).item() if both_classes else float("nan")
+            result[f"auc/{task}"] = (
+                binary_auroc(scores[index], labels[index].long()).item() if both_classes else float("nan")
+            )
             result[f"gauc/{task}"] = gauc[index]
         return result
 
@@ -66,9 +69,12 @@ def _ne(scores: Tensor, labels: Tensor) -> float:
 def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> list[float]:
     """Group candidates by user; `scores` and `labels` are [tasks, C]."""
     order = torch.argsort(user_ids, stable=True)
-    group_sizes = torch.unique_consecutive(user_ids[order], return_counts=True)[1]
-    longest = int(group_sizes.max())
-    # [users, longest, tasks], padded with zero weight.
-    padded = [to_3d(x.T[order], group_sizes, longest) for x in (scores, labels, torch.ones_like(labels))]
-    sums = compute_gauc_3d(*(x.permute(2, 0, 1) for x in padded))
-    return [float(total / count) if count else float("nan") for total, count in zip(sums["auc_sum"], sums["num_samples"])]
+    group_sizes = torch.unique_consecutive(user_ids[order], return_counts=True)[1].tolist()
+
+    def by_user(values: Tensor) -> Tensor:
+        """[tasks, users, longest], padded with zeros."""
+        return pad_sequence(values.T[order].split(group_sizes), batch_first=True).permute(2, 0, 1)
+
+    sums = compute_gauc_3d(by_user(scores), by_user(labels), by_user(torch.ones_like(labels)))
+    totals, counts = sums["auc_sum"].tolist(), sums["num_samples"].tolist()
+    return [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]

@@ -64,7 +64,7 @@ class Optimizers:
         self._tables.step()
 
     def dense_state(self) -> dict[str, Tensor]:
-        """Adam's state, one tensor a key `parameter/state`, sharing memory with the optimizer; zeros before a first step."""
+        """Adam's state, one live tensor a key `parameter/state`; zeros before a first step."""
         state = {}
         for parameter, name in self._names.items():
             slots = self._dense.state[parameter]

@@ -19,14 +19,14 @@ def check_packages() -> None:
     """Make sure that each of our packages is imported from this checkout.
 
     Raises:
-        RuntimeError: another installed package of the same name comes first on the path.
+        ImportError: another installed package of the same name comes first on the path.
     """
     root = Path(__file__).resolve().parents[1]
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if found != root / name:
-            raise RuntimeError(
+            raise ImportError(
                 f"package {name!r} is imported from {found}, not from {root / name}: "
                 "remove the other package or run from the checkout's folder"
             )

@@ -100,7 +100,9 @@ class RunDir:
         if step is None:
             raise ValueError(f"{self.checkpoints} holds no complete checkpoint: train the run first")
         partial = self.checkpoint(step).is_dir()
-        reason = f"its checkpoint has no file {COMPLETE}, so it was never finished" if partial else "it has no checkpoint"
+        reason = (
+            f"its checkpoint has no file {COMPLETE}, so it was never finished" if partial else "it has no checkpoint"
+        )
         raise ValueError(f"{self.path} cannot be loaded at step {step}: {reason} (complete steps: {listed})")
 
     def saved_config(self) -> dict[str, Any] | None:
@@ -110,7 +112,9 @@ class RunDir:
         try:
             values = json.loads(self.config_file.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.config_file} is not valid JSON ({error}): restore it or use another --run-dir") from None
+            raise ValueError(
+                f"{self.config_file} is not valid JSON ({error}): restore it or use another --run-dir"
+            ) from None
         if not isinstance(values, dict):
             raise ValueError(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
         return values
@@ -126,11 +130,14 @@ class RunDir:
         saved = self.saved_config()
         if saved is None:
             if self.path.is_dir() and any(name.name != "logs" for name in self.path.iterdir()):
-                raise ValueError(f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one")
+                raise ValueError(
+                    f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one"
+                )
             return
         if saved.get("name") != config["name"]:
             raise ValueError(
-                f"--run-dir {self.path} holds a run of recipe {saved.get('name')!r}, not {config['name']!r}: use another one"
+                f"--run-dir {self.path} holds a run of recipe {saved.get('name')!r}, not {config['name']!r}: "
+                "use another one"
             )
         for key, old, new in differences(saved, config):
             if not key.startswith(CHANGEABLE):

@@ -35,7 +35,9 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
                 raise ValueError(f"unknown key {key!r}: {'.'.join(path[:depth]) or 'the recipe'} has {known}")
             if depth == len(path) - 1:
                 if dataclasses.is_dataclass(fields[name]):
-                    raise ValueError(f"key {key!r} names a group, not a value: set one of its keys, as {key}.NAME=value")
+                    raise ValueError(
+                        f"key {key!r} names a group, not a value: set one of its keys, as {key}.NAME=value"
+                    )
                 parent[name] = _parse(text, fields[name])
             elif not dataclasses.is_dataclass(fields[name]):
                 raise ValueError(f"unknown key {key!r}: {'.'.join(path[: depth + 1])} is a value, not a group")
@@ -110,7 +112,10 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         if len(choices) == 2 and choices[1] is Ellipsis:
             return tuple(_convert(item, choices[0], f"{key}[{index}]") for index, item in enumerate(value))
         if len(choices) == len(value):
-            return tuple(_convert(item, choice, f"{key}[{i}]") for i, (item, choice) in enumerate(zip(value, choices)))
+            return tuple(
+                _convert(item, choice, f"{key}[{i}]")
+                for i, (item, choice) in enumerate(zip(value, choices, strict=True))
+            )
     if origin is dict and isinstance(value, dict):
         return {name: _convert(item, choices[1], f"{key}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

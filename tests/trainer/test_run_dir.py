@@ -38,7 +38,11 @@ def test_settings_that_do_not_change_the_numbers_may_change(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seed": 2}, "seed=1, now 2"), ({"name": "other"}, "recipe 'demo', not 'other'"), ({"new": 1}, "new=null, now 1")],
+    [
+        ({"seed": 2}, "seed=1, now 2"),
+        ({"name": "other"}, "recipe 'demo', not 'other'"),
+        ({"new": 1}, "new=null, now 1"),
+    ],
 )
 def test_another_run_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     run = RunDir(tmp_path)

@@ -79,7 +79,7 @@ def test_dictionary_round_trip() -> None:
 def test_dictionary_with_a_missing_or_unknown_key_is_refused() -> None:
     with pytest.raises(ValueError, match="'name' is missing"):
         from_dict(Outer, {})
-    with pytest.raises(ValueError, match="unknown key 'inner.x'"):
+    with pytest.raises(ValueError, match=r"unknown key 'inner\.x'"):
         from_dict(Outer, {"name": "x", "inner": {"x": 1}})
 
 

@@ -1,0 +1,88 @@
+"""NE, AUC and GAUC against definitions written out here, on one process and joined over two."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from tests.support.distributed import run_ranks
+from trainer.metrics import RankingMetrics
+
+TASKS = ("click", "follow")
+
+
+def _candidates(seed: int, count: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(count, len(TASKS), generator=generator)
+    labels = (torch.rand(count, len(TASKS), generator=generator) < 0.4).float()
+    return scores, labels, torch.randint(0, 7, (count,), generator=generator)
+
+
+def _auc(pairs: list[tuple[float, float]]) -> float:
+    """The share of (positive, negative) pairs in the right order, ties counting half."""
+    wins = [(p > n) + 0.5 * (p == n) for p, a in pairs if a == 1 for n, b in pairs if b == 0]
+    return sum(wins) / len(wins)
+
+
+def _expected(scores: torch.Tensor, labels: torch.Tensor, users: torch.Tensor) -> dict[str, float]:
+    result = {}
+    for index, task in enumerate(TASKS):
+        rows = list(zip(scores[:, index].tolist(), labels[:, index].tolist(), users.tolist(), strict=True))
+        rate = sum(label for _, label, _ in rows) / len(rows)
+        entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+        cross = -sum(math.log(score if label else 1 - score) for score, label, _ in rows) / len(rows)
+        by_user = [[(score, label) for score, label, user in rows if user == u] for u in {user for *_, user in rows}]
+        per_user = [_auc(pairs) for pairs in by_user if len({label for _, label in pairs}) == 2]
+        result[f"ne/{task}"] = cross / entropy
+        result[f"auc/{task}"] = _auc([(score, label) for score, label, _ in rows])
+        result[f"gauc/{task}"] = sum(per_user) / len(per_user)
+    return result
+
+
+def test_metrics_equal_their_definitions() -> None:
+    candidates = _candidates(0)
+    metrics = RankingMetrics(TASKS, torch.device("cpu"))
+    metrics.update(*(x[:20] for x in candidates))
+    metrics.update(*(x[20:] for x in candidates))
+    assert metrics.compute() == pytest.approx(_expected(*candidates), rel=1e-5)
+
+
+def test_a_constant_prediction_of_the_base_rate_has_ne_one() -> None:
+    _, labels, users = _candidates(1)
+    metrics = RankingMetrics(TASKS, torch.device("cpu"))
+    metrics.update(labels.mean(0).expand_as(labels), labels, users)
+    result = metrics.compute()
+    assert result["ne/click"] == pytest.approx(1.0) and result["auc/click"] == pytest.approx(0.5)
+
+
+def test_one_class_is_reported_as_undefined() -> None:
+    scores, labels, users = _candidates(2)
+    metrics = RankingMetrics(TASKS, torch.device("cpu"))
+    metrics.update(scores, torch.zeros_like(labels), users)
+    assert all(math.isnan(value) for value in metrics.compute().values())
+
+
+def _metrics_of_a_rank(sizes: list[int]) -> dict[str, float]:
+    """Each rank adds its slice of the same candidates; a rank may have none."""
+    rank = torch.distributed.get_rank()
+    start = sum(sizes[:rank])
+    metrics = RankingMetrics(TASKS, torch.device("cpu"))
+    metrics.update(*(x[start : start + sizes[rank]] for x in _candidates(3)))
+    return metrics.compute()
+
+
+@pytest.mark.parametrize("sizes", [[25, 35], [60, 0]])
+def test_ranks_together_score_all_candidates(sizes: list[int]) -> None:
+    expected = _expected(*_candidates(3))
+    for result in run_ranks(2, _metrics_of_a_rank, sizes):
+        assert result == pytest.approx(expected, rel=1e-5)
+
+
+def test_order_of_candidates_does_not_matter() -> None:
+    candidates = _candidates(4)
+    order = list(range(60))
+    random.Random(0).shuffle(order)
+    metrics = RankingMetrics(TASKS, torch.device("cpu"))
+    metrics.update(*(x[order] for x in candidates))
+    assert metrics.compute() == pytest.approx(_expected(*candidates), rel=1e-5)

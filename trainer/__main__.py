@@ -1,0 +1,124 @@
+"""The trainer's command line.
+
+    python -m trainer recipes
+    python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--set key=value ...]
+    python -m trainer evaluate RUN_DIR [--step N]
+    python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
+
+`train` is one process when started plainly and joins the job when started by torchrun.  A run directory that holds a
+complete checkpoint is resumed.  Exit status: 0 done, 1 failed, 2 wrong use.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.config import TrainConfig
+from trainer.recipes import load_recipe, recipe_summaries
+from trainer.typed_values import apply_overrides
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help=__doc__, no_args_is_help=True)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name that `recipes` lists.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE ...", help="Change values of the recipe, for example data.num_epochs=3."),
+]
+
+
+class WrongUse(Exception):
+    """The command line asks for something that cannot be; exit status 2."""
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes, one a line."""
+    for name, summary in recipe_summaries().items():
+        print(f"{name:<20} {summary}")
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/RECIPE.")] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A sharding plan that `plan --out` wrote.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Train a recipe, or go on with it if the run directory holds a checkpoint."""
+    config = _resolve(recipe, set_)
+    # torch takes seconds to import; a wrong recipe or key is answered before.
+    from trainer.job import train_job
+
+    train_job(config, run_dir or Path("runs", recipe), plan)
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory with a complete checkpoint.")],
+    step: Annotated[int | None, typer.Option(metavar="N", help="Default: the newest complete checkpoint.")] = None,
+) -> None:
+    """Score a checkpoint on the evaluation split."""
+    from trainer.job import evaluate_job
+
+    evaluate_job(run_dir, step)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    world_size: Annotated[int, typer.Option(metavar="W", min=1, help="Processes of the job.")],
+    local_world_size: Annotated[
+        int | None, typer.Option(metavar="L", min=1, help="Processes a machine; default: 8, or all if fewer.")
+    ] = None,
+    hbm_gib: Annotated[float | None, typer.Option(metavar="G", help="Memory of a GPU in GiB; default: 80.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan here, for train --plan.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Plan where the recipe's tables go on a cluster, without a GPU, and explain the plan."""
+    config = _resolve(recipe, set_)
+    from trainer.job import plan_job
+
+    plan_job(config, world_size=world_size, local_world_size=local_world_size, hbm_gib=hbm_gib, out=out)
+
+
+def _resolve(recipe: str, overrides: list[str] | None) -> TrainConfig:
+    try:
+        return apply_overrides(load_recipe(recipe), overrides or [])
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
+
+
+def expand_set(arguments: list[str]) -> list[str]:
+    """Let one `--set` take several values: `--set a=1 b=2` becomes `--set a=1 --set b=2`."""
+    expanded: list[str] = []
+    in_set = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            in_set = argument == "--set"
+        elif in_set and expanded[-1] != "--set":
+            expanded.append("--set")
+        expanded.append(argument)
+    return expanded
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit status and says in one line what went wrong."""
+    status, message = 0, ""
+    try:
+        app(expand_set(arguments), standalone_mode=False)
+    except (WrongUse, typer.TyperException) as error:
+        status, message = 2, error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        # What a user can mend, in one line; anything else is a defect of ours and keeps its traceback.
+        status, message = 1, str(error)
+    # Every rank finds the same mistake in the command line; one of them says so.
+    if message and (status == 1 or os.environ.get("RANK", "0") == "0"):
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""The training loop.
+
+    next global batch -> learning rates, random numbers -> one step of the pipeline -> count -> log -> evaluate -> save
+
+The pipeline (TorchRec's) pulls batches ahead of the step that trains on them, so what a step consumed is recorded when
+a batch is pulled and taken from the record when its step is done: that position, not the reader's, is checkpointed.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+
+from pipelines.batch import Batch
+from trainer.checkpoint import Progress, save_checkpoint
+from trainer.config import TrainConfig
+from trainer.mesh import Mesh
+from trainer.parallelize import ParallelModel
+from trainer.recorder import Consumed, Recorder
+from trainer.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+class Feed:
+    """Hands batches to the pipeline and remembers what it handed out, in order."""
+
+    def __init__(self, batches: Iterator[Batch], describe: Callable[[Batch], Consumed]) -> None:
+        self._batches = batches
+        self._describe = describe
+        self._in_flight: deque[Consumed] = deque()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._in_flight.append(self._describe(batch))
+        return batch
+
+    def done(self) -> Consumed:
+        """Take the oldest batch off the record: its step has been taken."""
+        return self._in_flight.popleft()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout as a function of seed, step and rank: a resumed run draws what an uninterrupted one would."""
+    torch.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
+
+
+def run_steps(
+    model: ParallelModel,
+    feed: Feed,
+    progress: Progress,
+    *,
+    config: TrainConfig,
+    run: RunDir,
+    mesh: Mesh,
+    recorder: Recorder,
+    evaluate: Callable[[int], None],
+) -> None:
+    """Train until the feed ends; `progress` counts on from where it stands.  Called by every rank.
+
+    Every `evaluation.every_steps` and `checkpoint.every_steps` the model is evaluated and saved, and at the end.
+    """
+
+    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, _ = model.forward(batch)
+        return loss, loss.detach()
+
+    make = TrainPipelineSparseDist if config.pipeline == "sparse_dist" else TrainPipelineBase
+    pipeline = make(model.module, model.optimizers, mesh.device, custom_model_fwd=forward)
+    model.module.train()
+    saved_step = evaluated_step = progress.step
+    while True:
+        factor = model.optimizers.set_step(progress.step + 1)
+        seed_step(config.seed, progress.step + 1, mesh.rank)
+        try:
+            loss = pipeline.progress(feed)
+        except StopIteration:
+            break
+        consumed = feed.done()
+        progress.step += 1
+        progress.samples += consumed.samples
+        progress.position = consumed.position
+        recorder.count(consumed)
+        if progress.step % config.log_every == 0:
+            recorder.log(progress, loss, factor)
+        if config.evaluation.every_steps and progress.step % config.evaluation.every_steps == 0:
+            _outside(pipeline, lambda: evaluate(progress.step))
+            evaluated_step = progress.step
+        if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
+            save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+            saved_step = progress.step
+    if saved_step != progress.step:
+        save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+    if evaluated_step != progress.step or not config.evaluation.every_steps:
+        _outside(pipeline, lambda: evaluate(progress.step))
+
+
+def _outside(pipeline: Any, action: Callable[[], None]) -> None:
+    """Run `action` with the model's own forward; the pipeline's batches in flight stay as they are."""
+    if isinstance(pipeline, TrainPipelineSparseDist):
+        pipeline.detach()
+    action()

@@ -1,0 +1,87 @@
+"""Turn the single-process model into the parallel one.  All parallelism is applied here, in this order:
+
+1. the tables' optimizer is fused into their backward pass;
+2. TorchRec shards the tables as the plan says, allocating only this rank's rows (the tables were on the meta device);
+3. the dense model is replicated, its gradients averaged over ranks (DistributedDataParallel);
+4. the tables get their initial values, which do not depend on the sharding.
+
+TorchRec and DDP both average gradients over ranks; a batch's `loss_denominator` makes that average the global mean.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from embeddings.config import TableConfig
+from embeddings.state import optimizer_state, tables_state
+from embeddings.tables import apply_sparse_optimizer, init_tables
+from pipelines.batch import Batch
+from trainer.checkpoint import Tensors
+from trainer.config import TrainConfig
+from trainer.mesh import Mesh
+from trainer.models.ranker import Ranker
+from trainer.optim import Optimizers
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelModel:
+    """The sharded model and its optimizers, as the loop, the evaluation and the checkpoints use them."""
+
+    module: DistributedModelParallel
+    """The tables sharded, the dense model replicated."""
+    dense: nn.Module
+    """The dense model, unwrapped; shares its parameters with `module`."""
+    optimizers: Optimizers
+    """Dense and sparse."""
+    autocast: functools.partial[Any]
+    """Makes the context in which forward runs."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Any]:
+        """(loss, output) of this rank's part of a global batch, in the run's precision."""
+        with self.autocast():
+            result: tuple[Tensor, Any] = self.module(batch)
+        return result
+
+    def tensors(self) -> Tensors:
+        """The whole state of model and optimizers under names that do not depend on the plan; shares their memory."""
+        parts = {
+            "tables": tables_state(self.module),
+            "tables_optimizer": optimizer_state(self.module),
+            "dense": self.dense.state_dict(),
+            "dense_optimizer": self.optimizers.dense_state(),
+        }
+        return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def parallelize(
+    model: Ranker, tables: list[TableConfig], plan: ShardingPlan, config: TrainConfig, mesh: Mesh
+) -> ParallelModel:
+    """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
+    apply_sparse_optimizer(model.embeddings, config.sparse_optimizer)
+    module = DistributedModelParallel(
+        module=model,
+        device=mesh.device,
+        plan=plan,
+        sharders=[EmbeddingCollectionSharder()],
+        # An empty batch at the end of the data takes another path through autograd: no static graph.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+    )
+    init_tables(module, tables, seed=config.seed)
+    dense = module.module.tower
+    return ParallelModel(
+        module=module,
+        dense=dense,
+        optimizers=Optimizers(dense, module.fused_optimizer, config.optimizer, config.schedule),
+        autocast=functools.partial(
+            torch.autocast,
+            device_type=mesh.device.type,
+            dtype=torch.bfloat16,
+            enabled=mesh.device.type == "cuda" and config.precision == "bfloat16",
+        ),
+    )

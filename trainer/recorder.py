@@ -1,0 +1,130 @@
+"""What a run says about its steps: metrics.jsonl, TensorBoard and the progress bar."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from trainer.checkpoint import Progress
+from trainer.mesh import Mesh
+from trainer.run_dir import JsonLines, RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class Consumed:
+    """What the loop must know of a batch once its step is done; host numbers only."""
+
+    position: dict[str, Any]
+    """Where the data goes on after this batch."""
+    samples: int
+    """Samples of the global batch."""
+    tokens: int
+    """Tokens of this rank's part."""
+    flops: float
+    """Model FLOPs of this rank's part, forward and backward."""
+    imbalance: float
+    """Largest over mean modelled cost of the ranks."""
+
+
+class Recorder:
+    """Writes the logged steps: metrics.jsonl, TensorBoard and the progress bar."""
+
+    def __init__(self, run: RunDir, mesh: Mesh, start: Progress, total_samples: int | None) -> None:
+        self._mesh = mesh
+        self._peak_flops = peak_flops(mesh.device)
+        self._interval = _Interval()
+        self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
+        self._board = SummaryWriter(str(run.tensorboard)) if mesh.is_first else None
+        self._bar = tqdm(
+            total=total_samples, initial=start.samples, unit="sample", desc="training", disable=not mesh.is_first
+        )
+
+    def count(self, consumed: Consumed) -> None:
+        """Add one step's work to the interval since the last logged step."""
+        self._interval.add(consumed)
+        self._bar.update(consumed.samples)
+
+    def log(self, progress: Progress, loss: Tensor, learning_rate_factor: float) -> None:
+        """Log the interval that ends with this step; `loss` is this rank's, of this step only.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        interval, self._interval = self._interval, _Interval()
+        sums = torch.tensor([0.0, interval.tokens, interval.flops], dtype=torch.float64, device=loss.device)
+        sums[0] = loss / self._mesh.world_size
+        dist.all_reduce(sums)  # every rank, on the default group and stream
+        # The step's one host-device synchronisation, besides the exchange sizes that TorchRec reads.
+        mean_loss, tokens, flops = sums.tolist()
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(
+                f"the loss of step {progress.step} is {mean_loss}; the newest checkpoint is from before: "
+                "lower the learning rates or raise schedule.warmup_steps"
+            )
+        seconds = time.perf_counter() - interval.start
+        record: dict[str, Any] = {
+            "step": progress.step,
+            "samples": progress.samples,
+            "loss": mean_loss,
+            "samples_per_s": interval.samples / seconds,
+            "tokens_per_s": tokens / seconds,
+            "step_ms": 1e3 * seconds / interval.steps,
+            "imbalance": interval.imbalance / interval.steps,
+            "learning_rate_factor": learning_rate_factor,
+            "time": time.time(),
+            "world_size": self._mesh.world_size,
+        }
+        if loss.device.type == "cuda":
+            record["peak_gib"] = torch.cuda.max_memory_allocated(loss.device) / 2**30
+            if self._peak_flops is not None:
+                record["mfu"] = flops / seconds / self._mesh.world_size / self._peak_flops
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_per_s=f"{record['tokens_per_s']:.3g}")
+        if self._lines is not None and self._board is not None and self._lines.append(record):
+            for name in sorted(set(record) - {"step", "samples", "time", "world_size"}):
+                self._board.add_scalar(name, record[name], record["step"])
+
+    def add_evaluation(self, metrics: dict[str, float], step: int) -> None:
+        """Show an evaluation's numbers in TensorBoard too."""
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"eval/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class _Interval:
+    """Work since the last logged step, on this rank except for the samples."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.steps = self.samples = self.tokens = 0
+        self.flops = self.imbalance = 0.0
+
+    def add(self, consumed: Consumed) -> None:
+        self.steps += 1
+        self.samples += consumed.samples
+        self.tokens += consumed.tokens
+        self.flops += consumed.flops
+        self.imbalance += consumed.imbalance
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of the device by its datasheet, for MFU; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+    return next((value for key, value in known.items() if key in name), None)
