@@ -9,28 +9,24 @@
 complete checkpoint is resumed.  Exit status: 0 done, 1 failed, 2 wrong use.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from trainer.command_line import WrongUse, run_command
 from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
 from trainer.typed_values import apply_overrides
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help=__doc__, no_args_is_help=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Train, evaluate and plan Longview models.")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name that `recipes` lists.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE ...", help="Change values of the recipe, for example data.num_epochs=3."),
 ]
-
-
-class WrongUse(Exception):
-    """The command line asks for something that cannot be; exit status 2."""
 
 
 @app.command()
@@ -91,34 +87,5 @@ def _resolve(recipe: str, overrides: list[str] | None) -> TrainConfig:
         raise WrongUse(str(error)) from None
 
 
-def expand_set(arguments: list[str]) -> list[str]:
-    """Let one `--set` take several values: `--set a=1 b=2` becomes `--set a=1 --set b=2`."""
-    expanded: list[str] = []
-    in_set = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            in_set = argument == "--set"
-        elif in_set and expanded[-1] != "--set":
-            expanded.append("--set")
-        expanded.append(argument)
-    return expanded
-
-
-def main(arguments: list[str]) -> int:
-    """Run one command; returns the exit status and says in one line what went wrong."""
-    status, message = 0, ""
-    try:
-        app(expand_set(arguments), standalone_mode=False)
-    except (WrongUse, typer.TyperException) as error:
-        status, message = 2, error.format_message() if isinstance(error, typer.TyperException) else str(error)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        # What a user can mend, in one line; anything else is a defect of ours and keeps its traceback.
-        status, message = 1, str(error)
-    # Every rank finds the same mistake in the command line; one of them says so.
-    if message and (status == 1 or os.environ.get("RANK", "0") == "0"):
-        print(f"error: {message}", file=sys.stderr)
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(app, sys.argv[1:]))

@@ -1,6 +1,197 @@
-"""The three jobs behind the command line: train, evaluate, plan.  Each checks everything it can before it changes anything."""
+"""The three jobs behind the command line: train, evaluate, plan.
+
+Each checks everything it can before it changes anything on disk.
+"""
 
 import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
+import torch
+
+from embeddings.plan_file import read_plan, to_sharding_plan, write_plan
+from embeddings.planner import Machine, Plan, plan_tables
+from pipelines.baseline import baseline_scores
+from pipelines.batch import Batch
+from pipelines.loader import build_loader
+from pipelines.position import position_from_dict
+from pipelines.schema import DatasetInfo, read_dataset_info
+from trainer.assemble import build_model, table_configs, tasks_of, training_flops
+from trainer.checkpoint import Progress, load_tensors, read_progress
+from trainer.config import TrainConfig
+from trainer.evaluate import comparison_table, evaluate
+from trainer.loop import Feed, run_steps
+from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.parallelize import ParallelModel, parallelize
+from trainer.preflight import check_packages, device_name, installed_versions
+from trainer.recorder import Consumed, Recorder
+from trainer.run_dir import JsonLines, RunDir, write_json
+from trainer.run_log import logged
+from trainer.typed_values import from_dict, to_dict
+
 logger = logging.getLogger(__name__)
+
+
+def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> None:
+    """Train `config` in `run_dir`, going on from its newest complete checkpoint if it has one."""
+    check_packages()
+    mesh, run = discover_mesh(), RunDir(run_dir)
+    run.check_same_run(to_dict(config))
+    info = read_dataset_info(config.data.path)
+    tasks = tasks_of(config, info)
+    plan = make_plan(config, info, machine_of(mesh), plan_file)
+    steps = run.complete_steps()
+    progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()
+    batches = training_batches(config, info, mesh, progress)
+    # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
+    with logged(run, mesh), joined(mesh):
+        model = build_parallel(config, info, plan, mesh)
+        if steps:
+            load_tensors(run.checkpoint(progress.step), model.tensors())
+        if mesh.is_first:
+            write_json(run.config_file, to_dict(config))
+            write_plan(run.plan_file, plan)
+        announce(config, info, plan, mesh, progress, model)
+        recorder = Recorder(run, mesh, progress, total_samples=_total_samples(config, info))
+        run_steps(
+            model,
+            Feed(batches, consumption(config, info)),
+            progress,
+            config=config,
+            run=run,
+            mesh=mesh,
+            recorder=recorder,
+            evaluate=lambda step: recorder.add_evaluation(
+                evaluate_and_show(model, config, info, tasks, run, mesh, step), step
+            ),
+        )
+        recorder.close()
+        logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
+        logger.info("next: python -m trainer evaluate %s", run.path)
+        logger.info("      tensorboard --logdir %s", run.tensorboard)
+
+
+def evaluate_job(run_dir: Path, step: int | None) -> None:
+    """Score a checkpoint of `run_dir` on the evaluation split, on any number of ranks."""
+    check_packages()
+    mesh, run = discover_mesh(), RunDir(run_dir)
+    saved = run.saved_config()
+    if saved is None:
+        raise ValueError(f"{run_dir} holds no config.json: name a run directory that `train` made")
+    config = from_dict(TrainConfig, saved)
+    step = run.step_to_load(step)
+    info = read_dataset_info(config.data.path)
+    plan = make_plan(config, info, machine_of(mesh), None)
+    with logged(run, mesh), joined(mesh):
+        model = build_parallel(config, info, plan, mesh)
+        load_tensors(run.checkpoint(step), model.tensors())
+        evaluate_and_show(model, config, info, tasks_of(config, info), run, mesh, step)
+
+
+def plan_job(
+    config: TrainConfig, *, world_size: int, local_world_size: int | None, hbm_gib: float | None, out: Path | None
+) -> None:
+    """Plan the recipe's tables for GPUs that need not be here; print the plan and, with `out`, write it."""
+    machine = Machine(
+        world_size=world_size,
+        local_world_size=min(8, world_size) if local_world_size is None else local_world_size,
+        compute_device="cuda",
+        hbm_gib=80.0 if hbm_gib is None else hbm_gib,
+    )
+    plan = make_plan(config, read_dataset_info(config.data.path), machine, None)
+    print(plan.report())
+    if out is not None:
+        write_plan(out, plan)
+        print(f"written to {out}; use it with: python -m trainer train {config.name} --plan {out}")
+
+
+def machine_of(mesh: Mesh) -> Machine:
+    """The machines that this job runs on, as the planner sees them."""
+    memory = torch.cuda.get_device_properties(mesh.device).total_memory if mesh.device.type == "cuda" else None
+    return Machine(
+        world_size=mesh.world_size,
+        local_world_size=mesh.local_world_size,
+        compute_device=mesh.device.type,
+        hbm_gib=None if memory is None else memory / 2**30,
+    )
+
+
+def make_plan(config: TrainConfig, info: DatasetInfo, machine: Machine, plan_file: Path | None) -> Plan:
+    """Read the plan of `plan_file`, checked against tables and machine, or make one.  Every rank makes the same."""
+    tables = table_configs(config, info)
+    if plan_file is not None:
+        return read_plan(plan_file, tables=tables, machine=machine)
+    model = build_model(config, info, tables, torch.device("meta"))
+    return plan_tables(model, tables, machine=machine, placement=config.placement)
+
+
+def build_parallel(config: TrainConfig, info: DatasetInfo, plan: Plan, mesh: Mesh) -> ParallelModel:
+    """The model of `config`, sharded as `plan` says, with initial values.  Called by every rank."""
+    tables = table_configs(config, info)
+    model = build_model(config, info, tables, mesh.device)
+    return parallelize(model, tables, to_sharding_plan(plan, model), config, mesh)
+
+
+def training_batches(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress: Progress) -> Iterator[Batch]:
+    """This rank's parts of the global batches that come after `progress`."""
+    loader = build_loader(
+        config.data,
+        info,
+        split="train",
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        position=None if progress.position is None else position_from_dict(progress.position),
+        cost=training_flops(config, info),
+    )
+    # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
+    remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
+    return islice(iter(loader), remaining)
+
+
+def consumption(config: TrainConfig, info: DatasetInfo) -> Callable[[Batch], Consumed]:
+    """What the loop notes of a batch."""
+    count = training_flops(config, info)
+    num_context = len(info.context_features)
+
+    def describe(batch: Batch) -> Consumed:
+        return Consumed(
+            position=batch.position.as_dict(),
+            samples=batch.global_samples,
+            tokens=batch.global_tokens + num_context * batch.global_samples,
+            flops=float(count(batch.history_lens_host.numpy(), batch.num_candidates_host.numpy()).sum()),
+            imbalance=batch.imbalance,
+        )
+
+    return describe
+
+
+def evaluate_and_show(
+    model: ParallelModel,
+    config: TrainConfig,
+    info: DatasetInfo,
+    tasks: tuple[str, ...],
+    run: RunDir,
+    mesh: Mesh,
+    step: int,
+) -> dict[str, float]:
+    """Evaluate, append to eval.jsonl unless the step stands there already, and show the result beside the baseline."""
+    batches = build_loader(config.data, info, split="eval", rank=mesh.rank, world_size=mesh.world_size)
+    metrics = evaluate(model, batches, tasks, mesh)
+    if mesh.is_first:
+        JsonLines(run.eval_file).append({"step": step, **metrics})
+        logger.info("evaluation at step %d:\n%s", step, comparison_table(metrics, baseline(config, info, tasks), tasks))
+    return metrics
+
+
+def announce(
+    config: TrainConfig, info: DatasetInfo, plan: Plan, mesh: Mesh, progress: Progress, model: ParallelModel
+) -> None:
+    """Log what this run is made of."""
+    logger.info("recipe %s on %d x %s", config.name, mesh.world_size, device_name(mesh.device))
+    logger.info("versions %s", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
+    logger.info("data %s (%s)", config.data.path, info.name)
+    logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.dense.parameters()):,}")
+    logger.info("%s", plan.report())
+    if progress.step:
+        logger.info("resuming after step %d and %d samples", progress.step, progress.samples)

@@ -1,0 +1,42 @@
+"""How our command lines answer mistakes: one line and an exit status.  Shared by `trainer` and `launch`; no torch."""
+
+import os
+import sys
+
+import typer
+
+
+class WrongUse(Exception):
+    """The command line asks for something that cannot be; exit status 2."""
+
+
+def run_command(app: typer.Typer, arguments: list[str]) -> int:
+    """Run one command of `app`.  Exit status: 0 done, 1 failed, 2 wrong use; a failure is said in one line."""
+    try:
+        return int(app(_expand_set(arguments), standalone_mode=False) or 0)
+    except (WrongUse, typer.TyperException) as error:
+        # Every rank of a job finds the same mistake in its command line; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            _say(error.format_message() if isinstance(error, typer.TyperException) else str(error))
+        return 2
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        # What a user can mend, in one line; anything else is a defect of ours and keeps its traceback.
+        _say(str(error))
+        return 1
+
+
+def _say(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+
+
+def _expand_set(arguments: list[str]) -> list[str]:
+    """Let one `--set` take several values: `--set a=1 b=2` becomes `--set a=1 --set b=2`."""
+    expanded: list[str] = []
+    in_set = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            in_set = argument == "--set"
+        elif in_set and expanded[-1] != "--set":
+            expanded.append("--set")
+        expanded.append(argument)
+    return expanded

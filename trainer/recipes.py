@@ -1,0 +1,50 @@
+"""Named runs.  A recipe is a function without arguments that returns a whole configuration; its docstring's first line
+is what `python -m trainer recipes` shows.  Standard library only.
+"""
+
+from collections.abc import Callable
+
+from embeddings.config import SparseOptimizerConfig
+from pipelines.config import DataConfig
+from trainer.config import CheckpointConfig, DenseOptimizerConfig, ScheduleConfig, TrainConfig
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+
+
+def kuairand_sample() -> TrainConfig:
+    """Rank eight actions on the shipped KuaiRand sample; trains on two CPU processes in minutes."""
+    return TrainConfig(
+        name="kuairand_sample",
+        data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96, num_epochs=2),
+        model=ModelConfig(
+            dim=64,
+            max_len=128,
+            layer=LayerConfig(num_heads=2, qk_dim=32, value_dim=32, dropout=0.1),
+            stages=(StageConfig(num_layers=2, local=32, global_rows=16),),
+            input=InputConfig(num_positions=128, num_time_buckets=64),
+        ),
+        embedding_dim=32,
+        sparse_optimizer=SparseOptimizerConfig(learning_rate=0.05),
+        optimizer=DenseOptimizerConfig(learning_rate=1e-3),
+        schedule=ScheduleConfig(warmup_steps=20),
+        checkpoint=CheckpointConfig(every_steps=100),
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe.__name__: recipe for recipe in (kuairand_sample,)}
+"""Every recipe by name."""
+
+
+def recipe_summaries() -> dict[str, str]:
+    """Each recipe's name and the first line of its docstring."""
+    return {name: (recipe.__doc__ or "").strip().splitlines()[0] for name, recipe in RECIPES.items()}
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """The configuration of recipe `name`.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}: known are {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]()
