@@ -1,0 +1,69 @@
+"""Jobs on this machine: run to the end in the foreground, and what a later process can still learn about them.
+
+TorchX's local scheduler keeps its jobs in the memory of the process that started them, and they end with it.
+"""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+from torchx.runner import Runner
+from torchx.schedulers.local_scheduler import SignalException
+from torchx.specs import AppState, is_terminal
+from torchx.specs.api import AppDryRunInfo
+
+from launch.components import ROLE
+from launch.records import JobRecord
+
+_FAULT = re.compile(r"^Traceback |^\S+ \S+ (ERROR|CRITICAL) |^error: ", flags=re.MULTILINE)
+
+
+def show_on_terminal(info: AppDryRunInfo) -> None:
+    """Let the first node's output go to this terminal unread, so that its progress bar stays a progress bar."""
+    first = info.request.role_params[ROLE][0]
+    first.stdout = first.stderr = first.combined = None
+
+
+def wait(runner: Runner, handle: str) -> AppState:
+    """Wait for the job's end; an interrupt or a SIGTERM ends the job first, and counts as cancelled."""
+    try:
+        status = runner.wait(handle, wait_interval=0.5)
+    except (KeyboardInterrupt, SignalException):
+        runner.cancel(handle)
+        return AppState.CANCELLED
+    assert status is not None, "the job was started by this runner"
+    return status.state
+
+
+def failing_log(run_dir: Path, *, since: float) -> Path:
+    """Log of the rank that reported a fault first since `since` (Unix seconds); the folder of the logs if none did."""
+    folder = run_dir / "logs"
+    faulty = [
+        (log.stat().st_mtime, log)
+        for log in folder.glob("rank-*.log")
+        if log.stat().st_mtime >= since and _FAULT.search(log.read_text(errors="replace"))
+    ]
+    return min(faulty)[1] if faulty else folder
+
+
+def state(record: JobRecord) -> AppState:
+    """State of a local job that another process started."""
+    # TorchX writes this file, whatever the outcome, when the job has ended and its outputs are closed.
+    final = Path(record.job_dir, "SUCCESS")
+    if final.is_file():
+        return AppState[json.loads(final.read_text())["final_state"]]
+    return AppState.RUNNING if _is_submitting(record.pid) else AppState.FAILED
+
+
+def cancel(record: JobRecord) -> None:
+    """End a local job through the process that waits for it."""
+    if not is_terminal(state(record)):
+        os.kill(record.pid, signal.SIGTERM)
+
+
+def _is_submitting(pid: int) -> bool:
+    """Whether the process exists and is a launcher; the number may have gone to another process since."""
+    command = Path("/proc", str(pid), "cmdline")
+    return command.is_file() and b"launch" in command.read_bytes()

@@ -1,0 +1,177 @@
+"""From a checked request to a job at a scheduler: what each scheduler needs besides the component.
+
+Supported are local_cwd (this machine, in the foreground), slurm, kubernetes (Volcano) and local_docker.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchx.runner import Runner
+from torchx.runner.config import apply as apply_config_file
+from torchx.schedulers import get_scheduler_factories
+from torchx.specs import AppDef, CfgVal
+from torchx.specs.api import AppDryRunInfo
+
+from launch import components, local, records, slurm
+from launch.resources import Machine, machine_named
+from launch.workspace import ROOT, check_workspace
+
+logger = logging.getLogger(__name__)
+
+SESSION = "longview"
+
+SCHEDULERS = ("local_cwd", "slurm", "kubernetes", "local_docker")
+IN_CONTAINERS = ("kubernetes", "local_docker")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A job as asked for on the command line; the recipe and its overrides are already checked."""
+
+    recipe: str
+    """Name of the recipe."""
+    scheduler: str
+    """One of SCHEDULERS."""
+    nodes: int
+    """Machines."""
+    procs_per_node: int
+    """Processes a machine."""
+    run_dir: Path | None = None
+    """Run directory; None: runs/RECIPE, except in containers, where it must be given."""
+    overrides: tuple[str, ...] = ()
+    """`key=value` overrides of the recipe."""
+    plan: Path | None = None
+    """A sharding plan's file, as the workers see it."""
+    machine: str | None = None
+    """A machine type's name; None: one core a process, no GPU, the scheduler's default memory."""
+    python: str | None = None
+    """The workers' interpreter; None: this one, or `python` in containers."""
+    image: str | None = None
+    """Container image; required in containers, has no meaning elsewhere."""
+    mounts: tuple[str, ...] = ()
+    """SRC:DST mounts of containers."""
+    max_retries: int = 0
+    """Starts after a failure; each resumes the run."""
+    options: tuple[str, ...] = ()
+    """`KEY=VALUE` options of the scheduler, over those of .torchxconfig."""
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"unknown scheduler {self.scheduler!r}: known are {', '.join(SCHEDULERS)}")
+        in_container = self.scheduler in IN_CONTAINERS
+        if in_container and not (self.image and self.run_dir):
+            raise ValueError(f"scheduler {self.scheduler} needs --image and --run-dir, a path inside the container")
+        if not in_container and (self.image or self.mounts):
+            raise ValueError(f"--image and --mount have no effect with scheduler {self.scheduler}: leave them out")
+        if self.scheduler == "local_cwd" and (self.machine or self.max_retries):
+            raise ValueError("--machine and --max-retries have no effect with scheduler local_cwd: leave them out")
+        if self.scheduler == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
+            raise ValueError("scheduler kubernetes needs the package kubernetes: pip install kubernetes==25.3.0")
+
+    def absolute_run_dir(self) -> Path:
+        """The run directory as every worker sees it."""
+        return Path.cwd() / (self.run_dir or Path("runs", self.recipe))
+
+    def app(self) -> AppDef:
+        """The job's description.
+
+        Raises:
+            ValueError: the machine is unknown or too small, or a mount is malformed.
+        """
+        return components.train(
+            self.recipe,
+            run_dir=self.absolute_run_dir(),
+            nodes=self.nodes,
+            procs_per_node=self.procs_per_node,
+            machine=self._machine(),
+            python=self.python or ("python" if self.scheduler in IN_CONTAINERS else sys.executable),
+            overrides=self.overrides,
+            plan=Path.cwd() / self.plan if self.plan else None,
+            image=self.image or "",
+            mounts=self.mounts,
+            max_retries=self.max_retries,
+        )
+
+    def _machine(self) -> Machine:
+        if self.machine:
+            return machine_named(self.machine, procs_per_node=self.procs_per_node)
+        if self.scheduler != "local_cwd":
+            logger.info("no --machine: asking for %d cores and no GPU a node", self.procs_per_node)
+        return Machine(name="unnamed", cpus=self.procs_per_node, memory_mib=0, gpus=0)
+
+
+def runner() -> Runner:
+    """TorchX's runner, with our Slurm in the place of its own."""
+    factories = {name: factory for name, factory in get_scheduler_factories().items() if name in SCHEDULERS}
+    return Runner(SESSION, {**factories, "slurm": slurm.create_scheduler})
+
+
+def dry_run(torchx: Runner, request: Request) -> AppDryRunInfo:
+    """The scheduler's request, built but not sent; nothing is written or copied."""
+    options = _options(torchx, request, _job_dir(request, name="DRY-RUN"))
+    return torchx.dryrun(request.app(), request.scheduler, cfg=options)
+
+
+def submit(torchx: Runner, request: Request) -> str:
+    """Send the job; returns its handle."""
+    app = request.app()
+    job_dir = _job_dir(request, name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
+    options = _options(torchx, request, job_dir)
+    workspace = None
+    if request.scheduler != "local_cwd":
+        logger.info("copying the code with the job: %.1f MiB", check_workspace(ROOT))
+        workspace = f"file://{ROOT}"
+    if request.scheduler not in IN_CONTAINERS:
+        job_dir.parent.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    info = torchx.dryrun(app, request.scheduler, cfg=options, workspace=workspace)
+    if request.scheduler == "local_cwd":
+        local.show_on_terminal(info)
+        job_dir = Path(info.request.log_dir)
+    handle: str = torchx.schedule(info)
+    record = records.JobRecord(
+        handle=handle,
+        recipe=request.recipe,
+        run_dir=str(request.absolute_run_dir()),
+        job_dir=str(job_dir),
+        pid=os.getpid(),
+        time=started,
+    )
+    records.save(record)
+    return handle
+
+
+def check_options(torchx: Runner, request: Request) -> None:
+    """Check the request's scheduler options.
+
+    Raises:
+        ValueError: an option that the scheduler does not have, or a malformed one.
+    """
+    _options(torchx, request, Path())
+
+
+def _job_dir(request: Request, *, name: str) -> Path:
+    """Where the scheduler's output goes and, on Slurm, the copy of the code: a new folder in the run directory."""
+    return request.absolute_run_dir() / "jobs" / name
+
+
+def _options(torchx: Runner, request: Request, job_dir: Path) -> dict[str, CfgVal]:
+    """Ours, the command line's, then .torchxconfig's: of the caller's folder before that of the checkout."""
+    known = torchx.scheduler_run_opts(request.scheduler)
+    ours = {"slurm": "job_dir", "local_cwd": "log_dir"}.get(request.scheduler)
+    options: dict[str, CfgVal] = {ours: str(job_dir)} if ours else {}
+    for option in request.options:
+        key, equals, _ = option.partition("=")
+        if not equals or known.get(key) is None or key == ours:
+            names = ", ".join(sorted(name for name, _ in known if name != ours))
+            raise ValueError(f"--option {option!r} is not KEY=VALUE with a key of {request.scheduler}: {names}")
+        options |= known.cfg_from_str(option)
+    folders = dict.fromkeys([str(Path.cwd()), str(ROOT)])
+    apply_config_file(request.scheduler, options, dirs=list(folders))
+    return options

@@ -1,0 +1,235 @@
+"""A real Slurm of two nodes on this machine: Debian's slurmctld, two slurmd and munge, in a folder of their own.
+
+    python -m tests.support.slurm install        # Debian's packages slurm-wlm and munge; needs root
+    python -m tests.support.slurm run FOLDER     # start a cluster, print how to use it, stop it on Ctrl-C
+
+There is no accounting database, as on many small clusters.  Needs root: slurmd runs as root, and the nodes' names go
+into /etc/hosts, because torchrun's rendezvous waits for ever for a name that does not resolve.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
+NODES = ("longview-n1", "longview-n2")
+HOSTS = Path("/etc/hosts")
+HOSTS_LINE = f"127.0.0.1 {' '.join(NODES)}\n"
+START_TIMEOUT_S = 60.0
+
+_CONFIG = """\
+ClusterName=longview
+SlurmctldHost={host}
+SlurmctldPort={controller_port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdPidFile={folder}/%n.pid
+SlurmdLogFile={folder}/%n.log
+SlurmdSpoolDir={folder}/spool-%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+ReturnToService=2
+SlurmdParameters=config_overrides
+NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory_mib}
+PartitionName=main Nodes={nodes} Default=YES State=UP
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """A running cluster."""
+
+    folder: Path
+    """Configuration, logs and state."""
+    environment: dict[str, str]
+    """What Slurm's commands need besides the usual environment."""
+
+
+def missing_programs() -> list[str]:
+    """Slurm's programs that are not installed."""
+    return [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
+
+
+def install() -> None:
+    """Install Debian's packages, if a program is missing.
+
+    Raises:
+        RuntimeError: they cannot be installed; says why.
+    """
+    if not missing_programs():
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise RuntimeError(f"slurm is not installed (no {', '.join(missing_programs())}): it takes root and apt-get")
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]):
+        done = subprocess.run(["apt-get", "-q", *arguments], env=quiet, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"apt-get {' '.join(arguments)} failed: {done.stderr.strip()[-500:]}")
+
+
+@contextmanager
+def slurm_cluster(folder: Path) -> Iterator[Cluster]:
+    """Start a cluster in `folder`, a new or empty one; everything is stopped at the end of the block.
+
+    Raises:
+        RuntimeError: a program is missing, or the nodes are not idle after a minute; with the daemons' last words.
+    """
+    if missing_programs():
+        raise RuntimeError(
+            f"slurm is not installed (no {', '.join(missing_programs())}): python -m tests.support.slurm install"
+        )
+    if os.geteuid() != 0:
+        raise RuntimeError("slurm's daemons need root")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_configuration(folder)
+    environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+    daemons: list[subprocess.Popen[bytes]] = []
+    with _names_resolve():
+        try:
+            for command in _daemon_commands(folder):
+                # One by one: those already started are stopped if the next one cannot be.
+                daemons += [_start(command, folder, environment)]
+            _wait_until_idle(folder, environment, daemons)
+            yield Cluster(folder=folder, environment=environment)
+        finally:
+            for daemon in reversed(daemons):
+                _stop(daemon)
+
+
+def _path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def _write_configuration(folder: Path) -> None:
+    (folder / "state").mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    controller_port = _free_ports(1 + len(NODES))
+    memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // len(NODES)
+    configuration = _CONFIG.format(
+        host=socket.gethostname(),
+        folder=folder,
+        controller_port=controller_port,
+        nodes="longview-n[1-2]",
+        first_port=controller_port + 1,
+        last_port=controller_port + len(NODES),
+        memory_mib=memory_mib,
+    )
+    (folder / "slurm.conf").write_text(configuration)
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports that nothing listens on at the moment."""
+    for first in range(20000 + os.getpid() % 5000, 32000, count):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for offset, sock in enumerate(sockets):
+                sock.bind(("127.0.0.1", first + offset))
+        except OSError:
+            continue
+        finally:
+            for sock in sockets:
+                sock.close()
+        return first
+    raise RuntimeError(f"no {count} neighbouring free ports")
+
+
+def _daemon_commands(folder: Path) -> list[list[str]]:
+    munge_files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge_files]
+    return [munged, ["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in NODES)]
+
+
+def _start(command: list[str], folder: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    program = shutil.which(command[0], path=_path())
+    assert program is not None
+    with (folder / f"{command[0]}.output").open("ab") as output:
+        return subprocess.Popen(
+            [program, *command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+
+
+def _stop(daemon: "subprocess.Popen[bytes]") -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+def _wait_until_idle(folder: Path, environment: dict[str, str], daemons: "list[subprocess.Popen[bytes]]") -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    while True:
+        sinfo = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+        if sinfo.stdout.split() == ["idle"] * len(NODES):
+            return
+        ended = [daemon.args for daemon in daemons if daemon.poll() is not None]
+        if ended or time.monotonic() > deadline:
+            words = "".join(
+                path.read_text()[-1500:] for path in sorted([*folder.glob("*.output"), *folder.glob("*.log")])
+            )
+            raise RuntimeError(f"slurm did not start (ended: {ended}, sinfo: {sinfo.stdout}{sinfo.stderr})\n{words}")
+        time.sleep(0.2)
+
+
+@contextmanager
+def _names_resolve() -> Iterator[None]:
+    """Have the nodes' names in /etc/hosts for the duration of the block."""
+    hosts = HOSTS.read_text()
+    added = HOSTS_LINE not in hosts
+    if added:
+        with HOSTS.open("a") as file:
+            file.write(("" if hosts.endswith("\n") else "\n") + HOSTS_LINE)
+    try:
+        yield
+    finally:
+        if added:
+            # Written in place: in a container the file is a mount and cannot be replaced.
+            HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, ""))
+
+
+def main(arguments: list[str]) -> None:
+    """The two commands of the module's docstring."""
+    if arguments == ["install"]:
+        install()
+    elif len(arguments) == 2 and arguments[0] == "run":
+        with slurm_cluster(Path(arguments[1]).resolve()) as cluster:
+            print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                signal.pause()
+            except KeyboardInterrupt:
+                print("stopping")
+    else:
+        sys.exit("usage: python -m tests.support.slurm install | run FOLDER")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
