@@ -1,0 +1,96 @@
+"""FLOP counts: allowed pairs against the dense mask, the paper's figures, the paper's scaling fits."""
+
+import numpy as np
+import pytest
+
+from attention_kernels import SemiLocalMask
+from attention_kernels.reference import dense_mask
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.flops import allowed_pairs, layer_flops, model_flops, scaling_efficiency
+
+PAPER = LayerConfig()
+PRODUCTION = LayerConfig(variant="production")
+GFLOP = 1e9
+
+
+@pytest.mark.parametrize("local", [None, 0, 1, 3, 100])
+@pytest.mark.parametrize("global_rows", [0, 2, 50])
+@pytest.mark.parametrize("global_columns", [0, 1, 4, 50])
+def test_allowed_pairs_equal_the_sum_of_the_dense_mask(
+    local: int | None, global_rows: int, global_columns: int
+) -> None:
+    if local is None and (global_rows or global_columns):
+        pytest.skip("global rows and columns need a window")
+    options = {"local": local, "global_rows": global_rows, "global_columns": global_columns}
+    for num_context in (0, 3):
+        mask = SemiLocalMask(num_context=num_context, **options)
+        lens = [(h, t) for h in (0, 1, 2, 5, 13) for t in (0, 1, 4)]
+        expected = [int(dense_mask(mask, h, t).sum()) for h, t in lens]
+        history, candidates = (np.array(column) for column in zip(*lens, strict=True))
+        counted = allowed_pairs(history, candidates, num_context=num_context, **options)
+        assert counted.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "projection", "output", "output_concat", "causal", "semi_local"),
+    [
+        (512, 1.07, 0.27, 0.81, 0.27, 0.27),
+        (1024, 2.15, 0.54, 1.61, 1.07, 0.81),
+        (3072, 6.44, 1.61, 4.83, 9.67, 2.96),
+        (8192, 17.2, 4.29, 12.9, 68.7, 8.34),
+        (16384, 34.4, 8.59, 25.8, 274.9, 16.9),
+    ],
+)
+def test_layer_counts_are_those_of_the_design(
+    tokens: int, projection: float, output: float, output_concat: float, causal: float, semi_local: float
+) -> None:
+    """GFLOP of one layer at d 512: design section 9.3, printed to three digits."""
+    window = {"local": 256, "global_rows": 256}
+    paper = layer_flops(PAPER, dim=512, num_tokens=tokens, pairs=allowed_pairs(tokens))
+    production = layer_flops(PRODUCTION, dim=512, num_tokens=tokens, pairs=allowed_pairs(tokens, **window))
+    assert paper.projections / GFLOP == pytest.approx(projection, rel=0.005)
+    assert paper.outputs / GFLOP == pytest.approx(output, rel=0.01)
+    assert production.outputs / GFLOP == pytest.approx(output_concat, rel=0.005)
+    assert paper.attention / GFLOP == pytest.approx(causal, rel=0.005)
+    assert production.attention / GFLOP == pytest.approx(semi_local, rel=0.02)
+
+
+def test_semi_local_pairs_are_those_of_the_design() -> None:
+    pairs = [allowed_pairs(n, local=256, global_rows=256).item() / 1e6 for n in (3072, 8192, 16384)]
+    assert pairs == pytest.approx([1.44, 4.07, 8.27], rel=0.005)
+
+
+def test_scaling_efficiencies_of_the_paper_follow_from_its_table() -> None:
+    """Table 2 gives slopes whose ratios are 5.35 for training and 21.8 for inference (design section 9.1)."""
+    hstu, ultra = (0.0, 0.34, 0.44), (0.0, 0.58, 0.78)
+    training = scaling_efficiency((119, 414, 639), ultra) / scaling_efficiency((85, 735, 1584), hstu)
+    inference = scaling_efficiency((70, 337, 436), ultra) / scaling_efficiency((118, 2756, 4692), hstu)
+    assert training == pytest.approx(5.35, abs=0.01)
+    assert inference == pytest.approx(21.8, abs=0.1)
+
+
+def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
+    """Interleaving doubles the tokens; truncation pays only for the events that are left."""
+    config = ModelConfig(dim=512, max_len=40000, stages=(StageConfig(num_layers=18),))
+    interleaved = ModelConfig(
+        dim=512, max_len=40000, stages=(StageConfig(num_layers=18),), input=InputConfig(merge="interleave")
+    )
+    stages = (
+        StageConfig(num_layers=6, local=256, global_rows=256),
+        StageConfig(num_layers=12, local=256, global_rows=256, keep_newest=1024),
+    )
+    ultra = ModelConfig(dim=512, max_len=40000, stages=stages)
+    data = {"embedding_dim": 512, "num_context": 0, "num_actions": 8}
+    counts = [model_flops(c, 16384, 1, **data) for c in (config, interleaved, ultra)]
+    assert counts[1].attention / counts[0].attention == pytest.approx(4, rel=0.001)
+    assert counts[1].projections / counts[0].projections == pytest.approx(2, rel=0.001)
+    assert counts[0].training.item() == 3 * counts[0].forward.item()
+    assert counts[1].forward / counts[2].forward > 40
+
+
+def test_counts_take_arrays_of_lengths() -> None:
+    config = ModelConfig(dim=64, max_len=100, stages=(StageConfig(num_layers=2),))
+    data = {"embedding_dim": 32, "num_context": 2, "num_actions": 3}
+    both = model_flops(config, np.array([5, 9]), np.array([1, 4]), **data).forward
+    single = [model_flops(config, h, t, **data).forward.item() for h, t in ((5, 1), (9, 4))]
+    assert both.tolist() == single

@@ -1,0 +1,173 @@
+"""The ranker: empty batches, candidate invariance, TorchRec's pipeline, errors."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from tests.support.batches import CONTEXT_VOCAB, NUM_ACTIONS, NUM_ITEMS, random_batch
+from tests.support.distributed import run_ranks
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.ranker import Ranker, build_ranker
+
+CONTEXT = ("user_id", "country")
+TABLES = (*CONTEXT, "item_id")
+ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
+LAYER = LayerConfig(num_heads=2, qk_dim=8, value_dim=8)
+STAGES = (
+    StageConfig(num_layers=1, local=2, global_rows=2),
+    StageConfig(num_layers=1, keep_newest=3),
+)
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    return replace(ModelConfig(dim=16, max_len=32, layer=LAYER, stages=STAGES), **changes)
+
+
+def small_ranker(config: ModelConfig, embedding_dim: int = 12) -> Ranker:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingConfig(
+            name=name,
+            embedding_dim=embedding_dim,
+            num_embeddings=NUM_ITEMS if name == "item_id" else CONTEXT_VOCAB,
+            feature_names=[name],
+        )
+        for name in TABLES
+    ]
+    embeddings = EmbeddingCollection(tables=tables)
+    return build_ranker(
+        config, embeddings=embeddings, embedding_dim=embedding_dim, context_names=CONTEXT, action_names=ACTIONS
+    )
+
+
+CONFIGS = {
+    "paper": model_config(),
+    "production": model_config(layer=replace(LAYER, variant="production", norm="group")),
+    "interleaved": model_config(input=InputConfig(merge="interleave")),
+    "learned_action": model_config(input=InputConfig(candidate_action="learned"), head_hidden=8),
+    "watch_time": model_config(input=InputConfig(watch_time="play_s", watch_time_thresholds=(10.0, 50.0))),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    ranker = small_ranker(CONFIGS[name])
+    loss, output = ranker(random_batch([5, 0, 9], [2, 3, 1], context_names=CONTEXT))
+    loss.backward()
+    assert output.logits.shape == output.labels.shape == (6, NUM_ACTIONS)
+    missing = [
+        name for name, parameter in ranker.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("users", [0, 1])
+def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, users: int) -> None:
+    ranker = small_ranker(CONFIGS[name])
+    batch = random_batch([0] * users, [0] * users, context_names=CONTEXT)
+    if users:
+        loss, output = ranker(batch)
+    else:
+        # TorchRec cannot look up for no samples at all, the tower computes on none.
+        embedded = {name: JaggedTensor(values=torch.zeros(0, 12), lengths=torch.zeros(0)) for name in TABLES}
+        loss, output = ranker.tower(embedded, batch)
+    loss.backward()
+    assert loss.item() == 0 and output.logits.shape == (0, NUM_ACTIONS)
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in ranker.tower.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
+    ranker = small_ranker(CONFIGS[name]).eval()
+    alone = random_batch([7], [1], context_names=CONTEXT)
+    values = alone.features.values()
+    # The same candidate third of three: the others get items, actions and times of their own.
+    extra_items = torch.tensor([11, 12])
+    features = type(alone.features)(
+        keys=alone.features.keys(),
+        values=torch.cat([values[:-1], extra_items, values[-1:]]),
+        lengths=torch.tensor([1, 1, 10]),
+        stride=1,
+    )
+
+    def insert(x: torch.Tensor, extra: list[Any]) -> torch.Tensor:
+        return torch.cat([x[:-1], torch.tensor(extra, dtype=x.dtype), x[-1:]])
+
+    together = replace(
+        alone,
+        features=features,
+        num_candidates=torch.tensor([3]),
+        num_candidates_host=torch.tensor([3]),
+        action=insert(alone.action, [3, 5]),
+        timestamp=insert(alone.timestamp, [1_800_000_000, -1]),
+        side={"play_s": insert(alone.side["play_s"], [70.0, 90.0])},
+        candidate_action=insert(alone.candidate_action, [1, 2]),
+    )
+    scores = [ranker(batch)[1].logits for batch in (alone, together)]
+    torch.testing.assert_close(scores[1][2:], scores[0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(scores[1][0], scores[1][2])
+
+
+def test_a_candidates_action_changes_nothing_but_its_label() -> None:
+    ranker = small_ranker(model_config()).eval()
+    batch = random_batch([4, 2], [2, 2], context_names=CONTEXT)
+    changed = replace(batch, action=torch.full_like(batch.action, 255).where(batch.action == 0, batch.action))
+    is_history = torch.tensor([1, 1, 1, 1, 0, 0, 1, 1, 0, 0]).bool()
+    changed.action = torch.where(is_history, batch.action, 255)
+    torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
+
+
+def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
+    ranker = small_ranker(model_config(max_len=8))
+    with pytest.raises(ValueError, match=r"12 tokens, more than model.max_len=8: raise max_len"):
+        ranker(random_batch([9], [1], context_names=CONTEXT))
+
+
+def test_unknown_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="'swipe', which is none of the data's actions"):
+        small_ranker(model_config(tasks=("swipe",)))
+
+
+def pipelined_and_plain_losses() -> tuple[list[float], list[float]]:
+    """Losses of three steps through TorchRec's pipeline and through the plain model with the same values."""
+    batches = [random_batch([5, 2], [2, 1], context_names=CONTEXT, seed=seed) for seed in range(3)]
+    sharded = DistributedModelParallel(small_ranker(model_config()), device=torch.device("cpu"))
+    plain = small_ranker(model_config())
+    for name, parameter in sharded.named_parameters():
+        source = plain.state_dict()[name.replace("module.", "")]
+        local = parameter.local_shards()[0].tensor if hasattr(parameter, "local_shards") else parameter
+        local.detach().copy_(source)
+    optimizer = torch.optim.SGD([p for n, p in sharded.named_parameters() if "embeddings" not in n], lr=0.1)
+    pipeline = TrainPipelineSparseDist(sharded, optimizer, torch.device("cpu"), execute_all_batches=True)
+    iterator = iter(batches)
+    pipelined = []
+    try:
+        while True:
+            pipelined.append(float(pipeline.progress(iterator).logits.sum()))
+    except StopIteration:
+        pass
+    # The sharded tables' own optimizer, fused into the backward, is SGD with this rate unless told otherwise.
+    tables = {"params": list(plain.embeddings.parameters()), "lr": 0.01}
+    plain_optimizer = torch.optim.SGD([tables, {"params": list(plain.tower.parameters())}], lr=0.1)
+    losses = []
+    for batch in batches:
+        plain_optimizer.zero_grad()
+        loss, output = plain(batch)
+        loss.backward()
+        plain_optimizer.step()
+        losses.append(float(output.logits.sum()))
+    return pipelined, losses
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchRec and FBGEMM warn about types of their own
+def test_torchrecs_pipeline_runs_the_ranker() -> None:
+    ((pipelined, plain),) = run_ranks(1, pipelined_and_plain_losses)
+    assert pipelined == pytest.approx(plain, rel=1e-4, abs=1e-5)

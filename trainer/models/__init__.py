@@ -1,0 +1,1 @@
+"""The HSTU models: layer, tower, ranker and retriever, all single-process code."""

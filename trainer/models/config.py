@@ -1,0 +1,184 @@
+"""What a model is made of.  Standard library only; `build_*` functions elsewhere turn these values into modules."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerConfig:
+    """One HSTU layer, the same for all layers of a tower."""
+
+    variant: Literal["paper", "production"] = "paper"
+    """paper: SiLU on U, V, Q and K, and only the gated norm enters the output product.  production (Meta's open code):
+    SiLU on U alone, and U, the layer's input and the gated norm are concatenated before the output product."""
+    num_heads: int = 4
+    """Attention heads."""
+    qk_dim: int = 128
+    """Width of a query and of a key, a head."""
+    value_dim: int = 128
+    """Width of a value and of the gate, a head."""
+    norm: Literal["layer", "group"] = "layer"
+    """Norm of the attention output: over all heads together, or over each head by itself."""
+    norm_eps: float = 1e-6
+    """Added to the variance in both norms."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of the output product while training."""
+    stochastic_depth: float = 0.0
+    """Probability that a user skips the last layer while training; earlier layers are skipped proportionally less."""
+    recompute_normed: bool = True
+    """Rebuild the normed input in the backward pass from the layer's input instead of keeping it."""
+    recompute_uvqk: bool = True
+    """Rebuild V, Q and K (and the inputs of SiLU) in the backward pass by one product instead of keeping them."""
+    recompute_gated: bool = True
+    """Rebuild norm(attention) * U in the backward pass instead of keeping it."""
+    fp8: bool = False
+    """Forward products in FP8 (E4M3, one scale a row); the backward stays in the input's type.  Needs a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "qk_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"layer.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"layer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"layer.norm_eps must be above 0, got {self.norm_eps}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """A run of layers that see the same tokens through the same mask.  Several stages make attention truncation."""
+
+    num_layers: int
+    """Layers of this stage."""
+    local: int | None = None
+    """K1: how many events back an event sees; null sees its whole past."""
+    global_rows: int = 0
+    """K2: so many newest events see their whole past whatever `local` says."""
+    global_columns: int = 0
+    """So many oldest events are seen by every later one (the prefix reading of "global"; 0 for the paper's)."""
+    keep_newest: int | None = None
+    """Before this stage, only so many newest events stay, with all context and candidate tokens; null keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise ValueError(f"stages.num_layers must be at least 1, got {self.num_layers}")
+        for name in ("local", "global_rows", "global_columns"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"stages.{name} must be at least 0, got {value}")
+        if self.keep_newest is not None and self.keep_newest < 1:
+            raise ValueError(
+                f"stages.keep_newest must be at least 1, or null to keep all events, got {self.keep_newest}"
+            )
+        if self.local is None and (self.global_rows or self.global_columns):
+            raise ValueError(
+                f"stages.global_rows={self.global_rows} and stages.global_columns={self.global_columns} have no effect "
+                "without stages.local: set local, or set both to 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputConfig:
+    """How events, candidates and context become tokens."""
+
+    merge: Literal["add", "interleave"] = "add"
+    """add: one token an event, item plus action.  interleave: an item token, then an action token (the baseline; twice
+    the tokens, so `max_len` has to hold twice the history)."""
+    candidate_action: Literal["zero", "learned"] = "zero"
+    """What stands in the place of a candidate's action: nothing, or one learned vector."""
+    watch_time: str | None = None
+    """Name of the batch's side list with watch times, or null when there is none."""
+    watch_time_thresholds: tuple[float, ...] = ()
+    """Each adds one action bit: the watch time reaches this value, in the side list's own unit."""
+    num_positions: int = 8192
+    """Position vectors; an event's position counts back from the newest, and older ones share the last vector."""
+    num_time_buckets: int = 128
+    """Vectors for the logarithm of an event's age (and, apart, of a candidate's distance from the newest event)."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of the tokens while training."""
+
+    def __post_init__(self) -> None:
+        if bool(self.watch_time_thresholds) != (self.watch_time is not None):
+            raise ValueError(
+                f"input.watch_time={self.watch_time} with input.watch_time_thresholds={self.watch_time_thresholds}: "
+                "set both or neither"
+            )
+        for name in ("num_positions", "num_time_buckets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"input.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"input.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelConfig:
+    """One transducer of a mixture: its own choice of events, width, depth and masks."""
+
+    name: str
+    """The channel's name, unique in the model."""
+    dim: int
+    """Width of the channel's tokens."""
+    stages: tuple[StageConfig, ...]
+    """The channel's layers."""
+    layer: LayerConfig = field(default_factory=LayerConfig)
+    """The channel's layer."""
+    actions: tuple[str, ...] = ()
+    """Keep events with at least one of these actions; empty keeps every event."""
+    side: str | None = None
+    """Keep events whose value in this side list of the batch is not 0 (a named sequence); null for no such rule."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"channels.dim must be at least 1, got {self.dim}")
+        if not self.stages:
+            raise ValueError(f"channels: channel {self.name!r} has no stages, give it at least one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The dense model: tokens, tower (or mixture of towers) and heads."""
+
+    dim: int
+    """Width of a token."""
+    max_len: int
+    """The longest sequence of tokens the model ever sees, context and candidates included.  Attention divides by it, so
+    it is a constant of the model: the same in training and serving."""
+    stages: tuple[StageConfig, ...] = ()
+    """The tower's layers; empty if and only if there are channels."""
+    layer: LayerConfig = field(default_factory=LayerConfig)
+    """The tower's layer."""
+    channels: tuple[ChannelConfig, ...] = ()
+    """Mixture of Transducers; empty for one tower over all events."""
+    input: InputConfig = field(default_factory=InputConfig)
+    """How events become tokens."""
+    tasks: tuple[str, ...] | None = None
+    """Actions to predict, one logit each; null predicts every action of the data set."""
+    task_weights: tuple[float, ...] | None = None
+    """Weight of each task's loss, in the order of the tasks; null weighs all alike."""
+    head_hidden: int | None = None
+    """Width of a hidden layer between a candidate's output and the logits; null for none."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"model.dim must be at least 1, got {self.dim}")
+        if self.max_len < 1:
+            raise ValueError(f"model.max_len must be at least 1, got {self.max_len}")
+        if bool(self.stages) == bool(self.channels):
+            raise ValueError(
+                f"model has {len(self.stages)} stages and {len(self.channels)} channels: give either stages (one "
+                "tower) or channels (a mixture of towers)"
+            )
+        names = [channel.name for channel in self.channels]
+        if len(set(names)) != len(names):
+            raise ValueError(f"model.channels must have different names, got {', '.join(names)}")
+        if self.channels and self.input.merge == "interleave":
+            raise ValueError("model.channels select events, which input.merge=interleave splits in two: use merge=add")
+        if self.task_weights is not None and (self.tasks is None or len(self.task_weights) != len(self.tasks)):
+            raise ValueError(
+                f"model.task_weights={self.task_weights} needs model.tasks of the same length, got {self.tasks}"
+            )
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("model.tasks is empty: name at least one action, or null for all of them")
+        if self.head_hidden is not None and self.head_hidden < 1:
+            raise ValueError(f"model.head_hidden must be at least 1, or null, got {self.head_hidden}")

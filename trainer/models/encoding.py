@@ -1,0 +1,172 @@
+"""From looked-up rows to tokens: item and action merged, time, position, context tokens in front.
+
+Nothing of a candidate but its own item and its own time enters its token, and nothing of a candidate enters any other
+token: scores do not depend on which candidates are asked for together.
+
+Shapes: B users, S item tokens (history and candidates of all users), T packed tokens, D model width, E row width of
+the tables, A action bits.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from pipelines.batch import Batch
+from trainer.models.layout import SequenceLayout, candidate_mask, history_mask, make_layout, take_rows
+from trainer.models.precision import compute_dtype
+
+UNKNOWN_TIME = -1
+"""Timestamp of an event whose time is not known."""
+LOG_BUCKET_WIDTH = 0.301
+"""Width of a time bucket in natural logarithms of seconds, as in the HSTU paper: about a factor 1.35."""
+
+
+class InputEncoder(nn.Module):
+    """Tokens of a batch: `forward` returns them packed, with their layout.
+
+    Args:
+        dim: D.
+        embedding_dim: E; equal to `dim`, rows enter as they are, otherwise through one linear map.
+        context_names: features that become one token each, before the history.
+        num_actions: bits of an action mask.
+        interleave: two tokens an event (item, action) in place of their sum.
+        learned_candidate_action: a learned vector instead of zero in the place of a candidate's action.
+        watch_time: name of the side list that the thresholds apply to.
+        watch_time_thresholds: each adds one action bit.
+        num_positions: position vectors.
+        num_time_buckets: time vectors, the one for "unknown" not counted.
+        dropout: probability of zeroing an element of a token.
+    """
+
+    action_bits: Tensor
+    thresholds: Tensor
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        embedding_dim: int,
+        context_names: tuple[str, ...],
+        num_actions: int,
+        interleave: bool = False,
+        learned_candidate_action: bool = False,
+        watch_time: str | None = None,
+        watch_time_thresholds: tuple[float, ...] = (),
+        num_positions: int = 8192,
+        num_time_buckets: int = 128,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.context_names = context_names
+        self.num_actions = num_actions
+        self.interleave = interleave
+        self.watch_time = watch_time
+        self.dropout = dropout
+        self.item_projection = nn.Linear(embedding_dim, dim) if embedding_dim != dim else nn.Identity()
+        # One row for "something happened" (an impression without any action is an event), one a bit, one a threshold.
+        self.action_vectors = _vectors(1 + num_actions + len(watch_time_thresholds), dim)
+        self.candidate_action = _vectors(1, dim) if learned_candidate_action else None
+        # Row 0 is the candidates'.
+        self.position_vectors = _vectors(1 + num_positions, dim)
+        # Row 0 is the unknown time's.
+        self.age_vectors = _vectors(1 + num_time_buckets, dim)
+        self.candidate_gap_vectors = _vectors(1 + num_time_buckets, dim)
+        self.context_projection = nn.Linear(embedding_dim, dim) if context_names else None
+        self.context_vectors = _vectors(len(context_names), dim) if context_names else None
+        self.register_buffer("action_bits", torch.arange(num_actions, dtype=torch.int32), persistent=False)
+        self.register_buffer("thresholds", torch.tensor(watch_time_thresholds, dtype=torch.float32), persistent=False)
+
+    def forward(self, embedded: dict[str, JaggedTensor], batch: Batch) -> tuple[Tensor, SequenceLayout]:
+        """Returns the tokens [T, D] in the type of computation, and their layout."""
+        dtype = compute_dtype(self.position_vectors)
+        events = make_layout(
+            batch.history_lens, batch.num_candidates, batch.history_lens_host, batch.num_candidates_host
+        )
+        is_history_S1 = history_mask(events)[:, None]
+        items_SD = self.item_projection(embedded["item_id"].values().to(dtype))
+        items_SD = items_SD + self._positions_and_times(batch, events, dtype)
+        actions_SD = self._actions(batch, is_history_S1, dtype)
+        layout, rows_T = _pack(events, len(self.context_names), interleave=self.interleave)
+        parts = [items_SD, actions_SD] if self.interleave else [items_SD + actions_SD]
+        if self.context_projection is not None:
+            parts.insert(0, self._context(embedded, dtype))
+        tokens_TD = take_rows(torch.cat(parts) if len(parts) > 1 else parts[0], rows_T)
+        return F.dropout(tokens_TD, self.dropout, self.training), layout
+
+    def _positions_and_times(self, batch: Batch, events: SequenceLayout, dtype: torch.dtype) -> Tensor:
+        history_lens_S = events.history_lens[events.user_T]
+        is_candidate_S = candidate_mask(events)
+        last_position = self.position_vectors.shape[0] - 1
+        position_S = torch.where(is_candidate_S, 0, (history_lens_S - events.index_T).clamp(max=last_position))
+        newest_S = _newest_time(batch.timestamp, events)[events.user_T]
+        known_S = (batch.timestamp != UNKNOWN_TIME) & (newest_S != UNKNOWN_TIME)
+        distance_S = torch.where(is_candidate_S, batch.timestamp - newest_S, newest_S - batch.timestamp)
+        bucket_S = time_bucket(distance_S, self.age_vectors.shape[0] - 1)
+        bucket_S = torch.where(known_S, 1 + bucket_S, 0)
+        # One table of both kinds of distance: rows of candidates follow those of events.
+        bucket_S = bucket_S + is_candidate_S * self.age_vectors.shape[0]
+        time_vectors = torch.cat([self.age_vectors, self.candidate_gap_vectors])
+        return F.embedding(position_S, self.position_vectors.to(dtype)) + F.embedding(bucket_S, time_vectors.to(dtype))
+
+    def _actions(self, batch: Batch, is_history_S1: Tensor, dtype: torch.dtype) -> Tensor:
+        """The action part of every item token: a sum of vectors of the bits that are on; nothing of a candidate."""
+        bits = [torch.ones_like(is_history_S1), (batch.action[:, None] >> self.action_bits & 1).bool()]
+        if self.watch_time is not None:
+            bits.append(batch.side[self.watch_time][:, None] >= self.thresholds)
+        bits_SA = (torch.cat(bits, dim=1) & is_history_S1).to(dtype)
+        vectors: Tensor = self.action_vectors
+        if self.candidate_action is not None:
+            bits_SA = torch.cat([bits_SA, (~is_history_S1).to(dtype)], dim=1)
+            vectors = torch.cat([vectors, self.candidate_action])
+        return bits_SA @ vectors.to(dtype)
+
+    def _context(self, embedded: dict[str, JaggedTensor], dtype: torch.dtype) -> Tensor:
+        assert self.context_projection is not None and self.context_vectors is not None
+        rows_BCE = torch.stack([embedded[name].values() for name in self.context_names], dim=1)
+        tokens_BCD: Tensor = self.context_projection(rows_BCE.to(dtype)) + self.context_vectors.to(dtype)
+        return tokens_BCD.reshape(-1, tokens_BCD.shape[2])
+
+
+def time_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
+    """Logarithmic bucket of a distance in seconds, in [0, num_buckets); negative distances count as none."""
+    bucket = torch.log(seconds.clamp(min=1).float()) / LOG_BUCKET_WIDTH
+    return bucket.long().clamp(max=num_buckets - 1)
+
+
+def _vectors(count: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(count, dim).normal_(std=0.02))
+
+
+def _newest_time(timestamp_S: Tensor, events: SequenceLayout) -> Tensor:
+    """Time of each user's newest event with a known time, [B]; UNKNOWN_TIME where there is none."""
+    seen_S = torch.where(history_mask(events), timestamp_S, UNKNOWN_TIME)
+    newest_B = torch.full_like(events.history_lens, UNKNOWN_TIME)
+    return newest_B.scatter_reduce(0, events.user_T, seen_S, "amax")
+
+
+def _pack(events: SequenceLayout, num_context: int, *, interleave: bool) -> tuple[SequenceLayout, Tensor]:
+    """Put context in front and, interleaving, an action token behind every event's item token.
+
+    Returns the layout of the tokens, and each token's row in the concatenation of context rows (user by user), item
+    rows and action rows.
+    """
+    factor = 2 if interleave else 1
+    layout = make_layout(
+        factor * events.history_lens,
+        events.num_candidates,
+        factor * events.history_lens_host,
+        events.num_candidates_host,
+        num_context=num_context,
+    )
+    index_T = layout.index_T - num_context
+    first_item_T = layout.num_users * num_context + events.offsets[layout.user_T]
+    if interleave:
+        event_T = torch.where(index_T < layout.history_lens[layout.user_T], index_T // 2, 0)
+        event_T = torch.where(candidate_mask(layout), index_T - events.history_lens[layout.user_T], event_T)
+        is_action_T = history_mask(layout) & (index_T % 2 == 1)
+        item_rows_T = first_item_T + event_T + is_action_T * events.num_tokens
+    else:
+        item_rows_T = first_item_T + index_T
+    context_rows_T = layout.user_T * num_context + layout.index_T
+    return layout, torch.where(index_T < 0, context_rows_T, item_rows_T)

@@ -1,0 +1,180 @@
+"""FLOPs of a model for given lengths, from the (query, key) pairs that its masks allow.  No torch.
+
+Counted: matrix products (2 a multiply-add), and attention as the two products over allowed pairs.  Not counted: norms,
+activations, lookups, and whatever is computed twice (recomputation, masked parts of tiles).  A training step counts as
+three forward passes.  This is the count behind every MFU in this project.
+
+All functions take one length or a numpy array of lengths, one a sequence.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+
+Count = npt.NDArray[np.float64]
+Lengths = int | npt.NDArray[np.int64]
+
+TRAINING_FACTOR = 3
+"""Forward, gradients of the inputs, gradients of the weights (for attention: forward and twice its products)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlopCount:
+    """Forward FLOPs by kind; arrays hold one entry a sequence."""
+
+    projections: Count
+    """The fused U, V, Q, K products of all layers."""
+    attention: Count
+    """Q K^T and A V over allowed pairs."""
+    outputs: Count
+    """The output products of all layers."""
+    ends: Count
+    """Encoder and head."""
+
+    @property
+    def forward(self) -> Count:
+        """All of it."""
+        return self.projections + self.attention + self.outputs + self.ends
+
+    @property
+    def training(self) -> Count:
+        """Forward and backward."""
+        return TRAINING_FACTOR * self.forward
+
+
+def allowed_pairs(
+    history_len: Lengths,
+    num_candidates: Lengths = 0,
+    *,
+    num_context: int = 0,
+    local: int | None = None,
+    global_rows: int = 0,
+    global_columns: int = 0,
+) -> Count:
+    """(query, key) pairs that the mask allows in a sequence: the sum of `dense_mask`, in closed form."""
+    history = np.asarray(history_len, dtype=np.float64)
+    candidates = np.asarray(num_candidates, dtype=np.float64)
+    # Rows 0 .. banded - 1 of the history see a band and the global columns; the others see their whole past.
+    banded = np.maximum(history - global_rows, 0) if local is not None else np.zeros_like(history)
+    pairs = _triangle(history) - _triangle(banded)
+    if local is not None:
+        pairs = pairs + _triangle(np.minimum(banded, local + 1)) + np.maximum(banded - local - 1, 0) * (local + 1)
+        beyond = np.maximum(banded - 1 - local, 0)
+        pairs = (
+            pairs
+            + _triangle(np.minimum(beyond, global_columns))
+            + np.maximum(beyond - global_columns, 0) * global_columns
+        )
+    context = num_context * (num_context + history) + history * num_context
+    return np.asarray(context + pairs + candidates * (num_context + history + 1))
+
+
+def _triangle(count: Count) -> Count:
+    return count * (count + 1) / 2
+
+
+def layer_flops(layer: LayerConfig, *, dim: int, num_tokens: Count | float, pairs: Count | float) -> FlopCount:
+    """One layer over `num_tokens` tokens with `pairs` allowed pairs."""
+    tokens, pairs = np.asarray(num_tokens, dtype=np.float64), np.asarray(pairs, dtype=np.float64)
+    gate = layer.num_heads * layer.value_dim
+    width = 2 * layer.num_heads * (layer.value_dim + layer.qk_dim)
+    output_inputs = 2 * gate + dim if layer.variant == "production" else gate
+    return FlopCount(
+        projections=2 * tokens * dim * width,
+        attention=2 * pairs * layer.num_heads * (layer.qk_dim + layer.value_dim),
+        outputs=2 * tokens * output_inputs * dim,
+        ends=np.zeros_like(tokens),
+    )
+
+
+def model_flops(
+    config: ModelConfig,
+    history_len: Lengths,
+    num_candidates: Lengths = 1,
+    *,
+    embedding_dim: int,
+    num_context: int,
+    num_actions: int,
+    channel_history_lens: Mapping[str, Lengths] | None = None,
+) -> FlopCount:
+    """The whole dense model on sequences with these lengths.
+
+    `history_len` counts events as the model receives them (after stochastic length).  `channel_history_lens` gives, by
+    channel, the events that it selects; a channel that is not named is taken to select all.
+    """
+    history = np.asarray(history_len, dtype=np.int64)
+    candidates = np.asarray(num_candidates, dtype=np.int64)
+    tasks = len(config.tasks) if config.tasks is not None else num_actions
+    factor = 2 if config.input.merge == "interleave" else 1
+    project = embedding_dim if embedding_dim != config.dim else 0
+    per_token = 2 * config.dim * (project + 1 + num_actions + len(config.input.watch_time_thresholds))
+    ends = per_token * (history + candidates) + 2 * config.dim * embedding_dim * num_context
+    head_width = sum(channel.dim for channel in config.channels) or config.dim
+    hidden = config.head_hidden
+    ends = ends + 2 * candidates * (head_width * tasks if hidden is None else head_width * hidden + hidden * tasks)
+    total = _no_flops(history.shape, ends=np.asarray(ends, dtype=np.float64))
+    towers: list[tuple[int, LayerConfig, Sequence[StageConfig], npt.NDArray[np.int64]]]
+    towers = [(config.dim, config.layer, config.stages, factor * history)] if config.stages else []
+    for channel in config.channels:
+        lens = np.asarray((channel_history_lens or {}).get(channel.name, history), dtype=np.int64)
+        towers.append((channel.dim, channel.layer, channel.stages, lens))
+        if channel.dim != config.dim:
+            tokens = (num_context + lens + candidates).astype(np.float64)
+            extra = np.asarray(2 * config.dim * channel.dim * tokens)
+            total = _add(total, _no_flops(lens.shape, ends=extra))
+    for dim, layer, stages, lens in towers:
+        total = _add(total, _tower_flops(dim, layer, stages, lens, candidates, num_context))
+    return total
+
+
+def _tower_flops(
+    dim: int,
+    layer: LayerConfig,
+    stages: Sequence[StageConfig],
+    history: npt.NDArray[np.int64],
+    candidates: npt.NDArray[np.int64],
+    num_context: int,
+) -> FlopCount:
+    total = _no_flops(history.shape)
+    for stage in stages:
+        if stage.keep_newest is not None:
+            history = np.minimum(history, stage.keep_newest)
+        pairs = allowed_pairs(
+            history,
+            candidates,
+            num_context=num_context,
+            local=stage.local,
+            global_rows=stage.global_rows,
+            global_columns=stage.global_columns,
+        )
+        tokens = num_context + history + candidates
+        one = layer_flops(layer, dim=dim, num_tokens=tokens.astype(np.float64), pairs=pairs)
+        for _ in range(stage.num_layers):
+            total = _add(total, one)
+    return total
+
+
+def _no_flops(shape: tuple[int, ...], ends: Count | None = None) -> FlopCount:
+    zeros = np.zeros(shape)
+    return FlopCount(projections=zeros, attention=zeros, outputs=zeros, ends=zeros if ends is None else ends)
+
+
+def _add(left: FlopCount, right: FlopCount) -> FlopCount:
+    return FlopCount(
+        projections=left.projections + right.projections,
+        attention=left.attention + right.attention,
+        outputs=left.outputs + right.outputs,
+        ends=left.ends + right.ends,
+    )
+
+
+def scaling_efficiency(gflops: Sequence[float], gains_percent: Sequence[float]) -> float:
+    """Slope of the least-squares line of quality gain against GFLOP an item: the paper's "scaling efficiency"."""
+    if len(gflops) != len(gains_percent) or len(gflops) < 2:
+        raise ValueError(f"need two or more points, got {len(gflops)} costs and {len(gains_percent)} gains")
+    slope, _ = np.polyfit(np.asarray(gflops), np.asarray(gains_percent), 1)
+    return float(slope)

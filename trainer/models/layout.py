@@ -1,0 +1,173 @@
+"""Where each token of a packed batch lies, computed without waiting for the device.
+
+Sequences lie one after another in one tensor of T tokens.  Each holds context, then history (oldest first), then
+candidates.  Every size is taken from lengths kept on the host, so that nothing here synchronises with a GPU.
+
+Shapes: B users, T packed tokens, C candidates of all users, D any width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceLayout:
+    """The sequences of one packed batch."""
+
+    num_context: int
+    """Context tokens at the start of every sequence."""
+    history_lens: Tensor
+    """History tokens of each sequence, [B] int64, on the device."""
+    num_candidates: Tensor
+    """Candidate tokens of each sequence, [B] int64, on the device."""
+    history_lens_host: Tensor
+    """`history_lens` on the CPU."""
+    num_candidates_host: Tensor
+    """`num_candidates` on the CPU."""
+    offsets: Tensor
+    """First token of each sequence, then T: [B + 1] int64, on the device."""
+    user_T: Tensor
+    """The sequence that each token belongs to, [T] int64."""
+    index_T: Tensor
+    """Each token's index within its sequence, [T] int64."""
+
+    @property
+    def num_users(self) -> int:
+        """B."""
+        return self.history_lens_host.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.user_T.numel()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; 0 for an empty batch."""
+        lens = self.num_context + self.history_lens_host + self.num_candidates_host
+        return int(lens.max()) if lens.numel() else 0
+
+
+def make_layout(
+    history_lens: Tensor,
+    num_candidates: Tensor,
+    history_lens_host: Tensor,
+    num_candidates_host: Tensor,
+    *,
+    num_context: int = 0,
+) -> SequenceLayout:
+    """The layout of sequences with these lengths."""
+    lens = num_context + history_lens + num_candidates
+    num_tokens = int((num_context + history_lens_host + num_candidates_host).sum())
+    offsets = torch.nn.functional.pad(torch.cumsum(lens, 0), (1, 0))
+    user_T = repeat_users(lens, num_tokens)
+    return SequenceLayout(
+        num_context=num_context,
+        history_lens=history_lens,
+        num_candidates=num_candidates,
+        history_lens_host=history_lens_host,
+        num_candidates_host=num_candidates_host,
+        offsets=offsets,
+        user_T=user_T,
+        index_T=torch.arange(num_tokens, device=lens.device) - offsets[user_T],
+    )
+
+
+def repeat_users(lens: Tensor, total: int) -> Tensor:
+    """User b repeated lens[b] times; `total` is the sum, known on the host."""
+    return torch.repeat_interleave(torch.arange(lens.numel(), device=lens.device), lens, output_size=total)
+
+
+def history_mask(layout: SequenceLayout) -> Tensor:
+    """Which tokens are history, [T] bool."""
+    index = layout.index_T - layout.num_context
+    return (index >= 0) & (index < layout.history_lens[layout.user_T])
+
+
+def candidate_mask(layout: SequenceLayout) -> Tensor:
+    """Which tokens are candidates, [T] bool."""
+    return layout.index_T >= layout.num_context + layout.history_lens[layout.user_T]
+
+
+def candidate_rows(layout: SequenceLayout) -> Tensor:
+    """The rows of all candidate tokens, in order, [C]."""
+    total = int(layout.num_candidates_host.sum())
+    user_C = repeat_users(layout.num_candidates, total)
+    first_C = torch.cumsum(layout.num_candidates, 0)[user_C] - layout.num_candidates[user_C]
+    starts_C = layout.offsets[1:][user_C] - layout.num_candidates[user_C]
+    return starts_C + torch.arange(total, device=user_C.device) - first_C
+
+
+def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tensor]:
+    """Cut every history to its newest `keep` events.
+
+    Returns the new layout and, for each of its tokens, the token's row in the old one.
+    """
+    new = make_layout(
+        layout.history_lens.clamp(max=keep),
+        layout.num_candidates,
+        layout.history_lens_host.clamp(max=keep),
+        layout.num_candidates_host,
+        num_context=layout.num_context,
+    )
+    dropped = (layout.history_lens - new.history_lens)[new.user_T]
+    skip = torch.where(new.index_T >= layout.num_context, dropped, torch.zeros_like(dropped))
+    return new, layout.offsets[new.user_T] + new.index_T + skip
+
+
+def keep_events(layout: SequenceLayout, keep_host: Tensor) -> tuple[SequenceLayout, Tensor]:
+    """Keep the history tokens where `keep_host` (CPU, [T] bool) is set, and all context and candidates.
+
+    The choice is made on the host, because it decides sizes.  Returns as `keep_newest` does.
+    """
+    host = make_layout(
+        layout.history_lens_host,
+        layout.num_candidates_host,
+        layout.history_lens_host,
+        layout.num_candidates_host,
+        num_context=layout.num_context,
+    )
+    is_history = history_mask(host)
+    kept = keep_host & is_history
+    lens_host = torch.zeros_like(layout.history_lens_host).index_add_(0, host.user_T, kept.long())
+    rows = torch.nonzero(kept | ~is_history)[:, 0]
+    device = layout.offsets.device
+    new = make_layout(
+        to_device(lens_host, device),
+        layout.num_candidates,
+        lens_host,
+        layout.num_candidates_host,
+        num_context=layout.num_context,
+    )
+    return new, to_device(rows, device)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to `device`; the CPU does not wait for the copy to a GPU."""
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+class _TakeRows(torch.autograd.Function):
+    """Row gather whose backward is a plain scatter: rows are taken at most once, so no sum and no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = x_TD.shape[0]
+        return x_TD.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros((ctx.num_rows, *grad.shape[1:])).index_copy_(0, rows, grad), None
+
+
+def take_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
+    """`x_TD[rows]` for rows that are all different; deterministic, and cheaper backward than `index_select`."""
+    taken: Tensor = _TakeRows.apply(x_TD, rows)  # type: ignore[no-untyped-call]  # torch.autograd has no types
+    return taken

@@ -1,0 +1,161 @@
+"""The ranker: one logit a task for every candidate, from its own output position.
+
+Shapes: B users, C candidates of all users, D model width, M tasks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from pipelines.batch import Batch
+from trainer.models.config import InputConfig, ModelConfig
+from trainer.models.encoding import InputEncoder
+from trainer.models.hstu import HstuTower, build_tower
+from trainer.models.layout import candidate_rows, take_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankerOutput:
+    """What evaluation and logging read; detached from the graph."""
+
+    logits: Tensor
+    """[C, M] float32."""
+    labels: Tensor
+    """[C, M] float32 in {0, 1}."""
+
+
+class RankerTower(nn.Module):
+    """All of the ranker but its tables: encoder, tower and head, from looked-up rows to the loss."""
+
+    task_bits: Tensor
+    task_weights: Tensor
+
+    def __init__(
+        self,
+        *,
+        encoder: InputEncoder,
+        tower: HstuTower,
+        head: nn.Module,
+        task_bits: tuple[int, ...],
+        task_weights: tuple[float, ...],
+        max_len: int,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.tower, self.head, self.max_len = encoder, tower, head, max_len
+        self.register_buffer("task_bits", torch.tensor(task_bits, dtype=torch.int32), persistent=False)
+        # Normalised, so that equal weights give the mean over tasks.
+        weights = torch.tensor(task_weights, dtype=torch.float32)
+        self.register_buffer("task_weights", weights / weights.sum(), persistent=False)
+
+    def forward(self, embedded: dict[str, JaggedTensor], batch: Batch) -> tuple[Tensor, RankerOutput]:
+        """Returns this rank's part of the loss and, detached, logits and labels of its candidates.
+
+        The loss is the sum over candidates of the weighted mean of the tasks' cross entropies, over
+        `batch.loss_denominator`.  An empty batch gives 0, with zero gradients for every parameter.
+        """
+        logits_CM = self.score(embedded, batch)
+        labels_CM = (batch.candidate_action[:, None] >> self.task_bits & 1).float()
+        losses_CM = F.binary_cross_entropy_with_logits(logits_CM, labels_CM, reduction="none")
+        loss = (losses_CM * self.task_weights).sum() / batch.loss_denominator
+        return loss, RankerOutput(logits=logits_CM.detach(), labels=labels_CM)
+
+    def score(self, embedded: dict[str, JaggedTensor], batch: Batch) -> Tensor:
+        """The logits of every candidate, [C, M] float32."""
+        tokens_TD, layout = self.encoder(embedded, batch)
+        if layout.longest > self.max_len:
+            raise ValueError(
+                f"a sequence has {layout.longest} tokens, more than model.max_len={self.max_len}: raise max_len or "
+                "shorten the histories"
+            )
+        outputs_TD, layout = self.tower(tokens_TD, layout)
+        logits_CM: Tensor = self.head(take_rows(outputs_TD, candidate_rows(layout)))
+        return logits_CM.float()
+
+
+class Ranker(nn.Module):
+    """Tables and tower.  TorchRec's pipeline traces `forward` up to the tables, so the tower stays one call."""
+
+    def __init__(self, embeddings: EmbeddingCollection, tower: RankerTower) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.tower = tower
+
+    def forward(self, batch: Batch) -> tuple[Tensor, RankerOutput]:
+        """Returns the loss of this rank and its detached output."""
+        return self.tower(self.embeddings(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
+
+
+def build_encoder(
+    config: InputConfig, *, dim: int, embedding_dim: int, context_names: tuple[str, ...], num_actions: int
+) -> InputEncoder:
+    """The encoder that the config describes."""
+    return InputEncoder(
+        dim=dim,
+        embedding_dim=embedding_dim,
+        context_names=context_names,
+        num_actions=num_actions,
+        interleave=config.merge == "interleave",
+        learned_candidate_action=config.candidate_action == "learned",
+        watch_time=config.watch_time,
+        watch_time_thresholds=config.watch_time_thresholds,
+        num_positions=config.num_positions,
+        num_time_buckets=config.num_time_buckets,
+        dropout=config.dropout,
+    )
+
+
+def build_ranker(
+    config: ModelConfig,
+    *,
+    embeddings: EmbeddingCollection,
+    embedding_dim: int,
+    context_names: tuple[str, ...],
+    action_names: tuple[str, ...],
+) -> Ranker:
+    """The ranker for a data set with these context features and actions.
+
+    Raises:
+        ValueError: a task that is no action of the data set.
+    """
+    tasks = action_names if config.tasks is None else config.tasks
+    unknown = [task for task in tasks if task not in action_names]
+    if unknown:
+        raise ValueError(
+            f"model.tasks names {unknown[0]!r}, which is none of the data's actions: {', '.join(action_names)}"
+        )
+    encoder = build_encoder(
+        config.input,
+        dim=config.dim,
+        embedding_dim=embedding_dim,
+        context_names=context_names,
+        num_actions=len(action_names),
+    )
+    tower = build_tower(
+        dim=config.dim,
+        layer=config.layer,
+        stages=config.stages,
+        num_context=len(context_names),
+        max_len=config.max_len,
+    )
+    return Ranker(
+        embeddings,
+        RankerTower(
+            encoder=encoder,
+            tower=tower,
+            head=build_head(config.dim, config.head_hidden, len(tasks)),
+            task_bits=tuple(action_names.index(task) for task in tasks),
+            task_weights=config.task_weights or (1.0,) * len(tasks),
+            max_len=config.max_len,
+        ),
+    )
+
+
+def build_head(dim: int, hidden: int | None, num_tasks: int) -> nn.Module:
+    """Norm, an optional hidden layer, and one logit a task."""
+    if hidden is None:
+        return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_tasks))
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, num_tasks))
