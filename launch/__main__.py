@@ -80,15 +80,15 @@ def submit_(
                 max_retries=max_retries,
                 options=tuple(option or ()),
             )
-            request.app()
+            job = request.app()
             check_options(torchx, request)
         except ValueError as error:
             raise WrongUse(str(error)) from None
         if dry_run_:
-            print(dry_run(torchx, request))
+            print(dry_run(torchx, request, job))
             return
         started = time.time()
-        handle = submit(torchx, request)
+        handle = submit(torchx, request, job)
         ended = local.wait(torchx, handle) if scheduler == "local_cwd" else AppState.SUBMITTED
     if ended in (AppState.FAILED, AppState.CANCELLED):
         print(f"error: {_failure(request, ended, started)}", file=sys.stderr)

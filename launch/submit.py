@@ -112,15 +112,14 @@ def runner() -> Runner:
     return Runner(SESSION, {**factories, "slurm": slurm.create_scheduler})
 
 
-def dry_run(torchx: Runner, request: Request) -> AppDryRunInfo:
-    """The scheduler's request, built but not sent; nothing is written or copied."""
+def dry_run(torchx: Runner, request: Request, app: AppDef) -> AppDryRunInfo:
+    """The scheduler's request for the job `app`, built but not sent; nothing is written or copied."""
     options = _options(torchx, request, _job_dir(request, name="DRY-RUN"))
-    return torchx.dryrun(request.app(), request.scheduler, cfg=options)
+    return torchx.dryrun(app, request.scheduler, cfg=options)
 
 
-def submit(torchx: Runner, request: Request) -> str:
-    """Send the job; returns its handle."""
-    app = request.app()
+def submit(torchx: Runner, request: Request, app: AppDef) -> str:
+    """Send the job `app`; returns its handle."""
     job_dir = _job_dir(request, name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
     options = _options(torchx, request, job_dir)
     workspace = None

@@ -45,6 +45,8 @@ SelectTypeParameters=CR_Core_Memory
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
+# The backfill loop starts heterogeneous jobs, by default every 30 s.
+SchedulerParameters=bf_interval=1
 SlurmdParameters=config_overrides
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory_mib}
 PartitionName=main Nodes={nodes} Default=YES State=UP
