@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-ShardingType = Literal["table_wise", "row_wise", "table_row_wise"]
-"""table_wise: a table lies whole on one rank.  row_wise: its rows are cut over all ranks.  table_row_wise: its rows are
-cut over the ranks of one node.  TorchRec's column_wise and data_parallel are left out on purpose: a column-wise table
-keeps one row-wise sum a column shard, a data-parallel one has no fused optimizer state, so neither follows the
-unsharded table or resumes under another plan."""
+ShardingType = Literal["table_wise", "row_wise"]
+"""table_wise: a table lies whole on one rank.  row_wise: its rows are cut over all ranks, in equal blocks.
+
+TorchRec's other types are left out on purpose.  column_wise keeps one row-wise optimizer sum a column shard and
+data_parallel has no fused optimizer state: neither follows the unsharded table's mathematics or resumes under another
+plan.  The types with a node-local part (table_row_wise, grid) do not exist for sequence embeddings."""
 
 ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
 """fused: rows in device memory.  fused_uvm_caching: rows in host memory, with a cache of hot rows on the device.
@@ -45,25 +46,19 @@ class TableConfig:
 class SparseOptimizerConfig:
     """The tables' optimizer; it runs inside the backward pass, on the rows of the batch only."""
 
-    kind: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
-    """rowwise_adagrad keeps one number a row, adagrad one an element, adam two an element, sgd none."""
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    """rowwise_adagrad keeps one number a row, adagrad one an element, sgd none.  FBGEMM's Adam is left out: it has no
+    CPU kernel, and its step counter is not among the state that TorchRec hands to checkpoints."""
     learning_rate: float = 0.02
     """Base learning rate, scaled by the schedule."""
     eps: float | None = None
     """Added to the denominator; null takes 1e-8.  sgd has none."""
-    betas: tuple[float, float] | None = None
-    """Decay of adam's moments; null takes (0.9, 0.999).  Only for adam."""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise ValueError(f"sparse_optimizer.learning_rate must be above 0, got {self.learning_rate}")
         if self.eps is not None and (self.kind == "sgd" or self.eps <= 0):
             raise ValueError(f"sparse_optimizer.eps must be above 0, and null for sgd, got {self.eps} for {self.kind}")
-        if self.betas is not None and (self.kind != "adam" or not all(0 <= beta < 1 for beta in self.betas)):
-            raise ValueError(
-                f"sparse_optimizer.betas must lie in [0, 1), and be null unless kind is adam, "
-                f"got {self.betas} for {self.kind}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +79,7 @@ class TableConstraint:
 class PlacementConfig:
     """What the sharding planner may choose from, and the memory it must leave alone."""
 
-    sharding_types: tuple[ShardingType, ...] = ("table_wise", "row_wise", "table_row_wise")
+    sharding_types: tuple[ShardingType, ...] = ("table_wise", "row_wise")
     """Sharding types to choose from, for every table without a constraint of its own."""
     compute_kernels: tuple[ComputeKernel, ...] = ("fused",)
     """Kernels to choose from.  Add fused_uvm_caching to let tables that do not fit overflow into host memory."""

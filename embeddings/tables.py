@@ -26,7 +26,6 @@ INIT_CHUNK_ELEMENTS = 1 << 17
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
-    "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
 
@@ -58,8 +57,6 @@ def apply_sparse_optimizer(collection: EmbeddingCollection, config: SparseOptimi
     kwargs: dict[str, Any] = {"lr": config.learning_rate}
     if config.kind != "sgd":
         kwargs["eps"] = DEFAULT_EPS if config.eps is None else config.eps
-    if config.betas is not None:
-        kwargs["betas"] = config.betas
     _apply_optimizer_in_backward(_OPTIMIZERS[config.kind], collection.parameters(), kwargs)
 
 
