@@ -16,11 +16,12 @@ from typing import Annotated
 
 import typer
 from torchx.specs import AppState, parse_app_handle
-from torchx.specs.api import InvalidRunConfigException, MalformedAppHandleException
+from torchx.specs.api import MalformedAppHandleException
 
 from launch import local, records
 from launch.components import ROLE
 from launch.submit import SCHEDULERS, Request, check_options, dry_run, runner, submit
+from trainer.command_line import WrongUse, run_command
 from trainer.recipes import load_recipe
 from trainer.typed_values import apply_overrides
 
@@ -32,10 +33,6 @@ app = typer.Typer(
 )
 
 Handle = Annotated[str, typer.Argument(metavar="HANDLE", help="What `submit` printed last.")]
-
-
-class WrongUse(Exception):
-    """The command line asks for something that cannot be; exit status 2."""
 
 
 @app.command("submit")
@@ -62,25 +59,28 @@ def submit_(
     dry_run_: Annotated[bool, typer.Option("--dry-run", help="Print the job; send and write nothing.")] = False,
 ) -> None:
     """Train a recipe on a scheduler.  An existing run directory is resumed."""
-    with runner() as torchx:
+    try:
+        apply_overrides(load_recipe(recipe), set_ or [])
+        request = Request(
+            recipe=recipe,
+            scheduler=scheduler,
+            nodes=nodes,
+            procs_per_node=procs_per_node,
+            run_dir=run_dir,
+            overrides=tuple(set_ or ()),
+            plan=plan,
+            machine=machine,
+            python=python,
+            image=image,
+            mounts=tuple(mount or ()),
+            max_retries=max_retries,
+            options=tuple(option or ()),
+        )
+        job = request.app()
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
+    with runner(scheduler) as torchx:
         try:
-            apply_overrides(load_recipe(recipe), set_ or [])
-            request = Request(
-                recipe=recipe,
-                scheduler=scheduler,
-                nodes=nodes,
-                procs_per_node=procs_per_node,
-                run_dir=run_dir,
-                overrides=tuple(set_ or ()),
-                plan=plan,
-                machine=machine,
-                python=python,
-                image=image,
-                mounts=tuple(mount or ()),
-                max_retries=max_retries,
-                options=tuple(option or ()),
-            )
-            job = request.app()
             check_options(torchx, request)
         except ValueError as error:
             raise WrongUse(str(error)) from None
@@ -121,16 +121,16 @@ def logs(
     if node is None:
         if record is None:
             raise WrongUse(f"{handle} was not submitted from this checkout: only --node works")
-        print(Path(record.run_dir, "logs", f"rank-{rank or 0}.log").read_text(errors="replace"), end="")
+        _show(Path(record.run_dir, "logs", f"rank-{rank or 0}.log"))
         return
     scheduler, _, app_id = _parse(handle)
     if scheduler in ("local_cwd", "slurm"):
         if record is None:
             raise WrongUse(f"{handle} was not submitted from this checkout: its output's place is not known")
         for path in _node_outputs(scheduler, app_id, Path(record.job_dir), node):
-            print(path.read_text(errors="replace"), end="")
+            _show(path)
         return
-    with runner() as torchx:
+    with runner(scheduler) as torchx:
         for line in torchx.log_lines(handle, ROLE, node):
             print(line, end="")
 
@@ -142,7 +142,7 @@ def cancel(handle: Handle) -> None:
     if scheduler == "local_cwd":
         local.cancel(_local_record(handle))
         return
-    with runner() as torchx:
+    with runner(scheduler) as torchx:
         torchx.cancel(handle)
 
 
@@ -156,7 +156,7 @@ def list_(scheduler: Annotated[str, typer.Option(metavar="NAME", help=f"One of {
             if record.handle.startswith("local_cwd://"):
                 print(f"{record.handle}  {local.state(record).name}")
         return
-    with runner() as torchx:
+    with runner(scheduler) as torchx:
         for job in torchx.list(scheduler):
             print(f"{job.app_handle}  {job.state.name}")
 
@@ -165,7 +165,7 @@ def _state(handle: str) -> AppState:
     scheduler, _, _ = _parse(handle)
     if scheduler == "local_cwd":
         return local.state(_local_record(handle))
-    with runner() as torchx:
+    with runner(scheduler) as torchx:
         found = torchx.status(handle)
     if found is None:
         raise ValueError(f"{scheduler} knows no job {handle}")
@@ -196,6 +196,12 @@ def _node_outputs(scheduler: str, app_id: str, job_dir: Path, node: int) -> list
     return [job_dir / ROLE / str(node) / name for name in ("stdout.log", "stderr.log")]
 
 
+def _show(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: the job has not started there, or has no such rank or node")
+    print(path.read_text(errors="replace"), end="")
+
+
 def _failure(request: Request, state: AppState, started: float) -> str:
     run_dir = request.absolute_run_dir()
     if state == AppState.CANCELLED:
@@ -203,21 +209,12 @@ def _failure(request: Request, state: AppState, started: float) -> str:
     return f"the job failed; see {local.failing_log(run_dir, since=started)}"
 
 
-def main(arguments: list[str]) -> int:
-    """Run one command; returns the exit status and says in one line what went wrong."""
+def show_own_messages() -> None:
+    """Print this package's log messages; libraries' only from warnings up."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("launch").setLevel(logging.INFO)
-    try:
-        return int(app(arguments, standalone_mode=False) or 0)
-    except (WrongUse, typer.TyperException) as error:
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, RuntimeError, InvalidRunConfigException) as error:
-        # What a user can mend, in one line; anything else is a defect of ours and keeps its traceback.
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    show_own_messages()
+    sys.exit(run_command(app, sys.argv[1:]))

@@ -56,11 +56,11 @@ def app_state(slurm_state: str) -> AppState:
     """TorchX's state for Slurm's, which may carry more words ("CANCELLED by 0").
 
     Raises:
-        RuntimeError: Slurm reports a state that this code does not know.
+        SlurmError: Slurm reports a state that this code does not know.
     """
     word = slurm_state.split()[0].rstrip("+") if slurm_state.split() else ""
     if word not in STATES:
-        raise RuntimeError(f"slurm reports state {slurm_state!r}, which is unknown here: add it to launch/slurm.py")
+        raise SlurmError(f"slurm reports state {slurm_state!r}, which is unknown here: add it to launch/slurm.py")
     return STATES[word]
 
 
@@ -91,6 +91,10 @@ def state_of(parts: list[JobPart]) -> AppState:
     return next((state for state in PRECEDENCE if state in states), AppState.UNKNOWN)
 
 
+class SlurmError(OSError):
+    """A command of Slurm failed; the message is the command's."""
+
+
 class AnySlurm(SlurmScheduler):
     """Slurm with or without accounting."""
 
@@ -112,7 +116,7 @@ class AnySlurm(SlurmScheduler):
         script.write_text(request.materialize())
         sbatch = _run([*request.cmd, f"--chdir={request.job_dir}", str(script)])
         if sbatch.returncode != 0:
-            raise RuntimeError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
+            raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
         return sbatch.stdout.strip().split(";")[0]
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
@@ -153,7 +157,7 @@ class AnySlurm(SlurmScheduler):
         logger.info("sacct failed (%s): asking scontrol", " ".join(sacct.stderr.split()))
         scontrol = _run(["scontrol", "--oneliner", *scontrol_arguments])
         if scontrol.returncode != 0 and "Invalid job id" not in scontrol.stderr:
-            raise RuntimeError(f"scontrol failed: {' '.join(scontrol.stderr.split())}")
+            raise SlurmError(f"scontrol failed: {' '.join(scontrol.stderr.split())}")
         return parse_scontrol(scontrol.stdout) if scontrol.returncode == 0 else []
 
     def _describe_from_output(self, app_id: str) -> DescribeAppResponse | None:
@@ -174,7 +178,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise RuntimeError(f"{command[0]} is not installed: run this where Slurm's commands are") from None
+        raise SlurmError(f"{command[0]} is not installed: run this where Slurm's commands are") from None
 
 
 def create_scheduler(session_name: str, **_: Any) -> AnySlurm:

@@ -9,14 +9,18 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from docker.errors import DockerException
 from torchx.runner import Runner
 from torchx.runner.config import apply as apply_config_file
 from torchx.schedulers import get_scheduler_factories
 from torchx.specs import AppDef, CfgVal
-from torchx.specs.api import AppDryRunInfo
+from torchx.specs.api import AppDryRunInfo, InvalidRunConfigException
+from urllib3.exceptions import HTTPError
 
 from launch import components, local, records, slurm
 from launch.resources import Machine, machine_named
@@ -71,8 +75,6 @@ class Request:
             raise ValueError(f"--image and --mount have no effect with scheduler {self.scheduler}: leave them out")
         if self.scheduler == "local_cwd" and (self.machine or self.max_retries):
             raise ValueError("--machine and --max-retries have no effect with scheduler local_cwd: leave them out")
-        if self.scheduler == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
-            raise ValueError("scheduler kubernetes needs the package kubernetes: pip install kubernetes==25.3.0")
 
     def absolute_run_dir(self) -> Path:
         """The run directory as every worker sees it."""
@@ -106,10 +108,32 @@ class Request:
         return Machine(name="unnamed", cpus=self.procs_per_node, memory_mib=0, gpus=0)
 
 
-def runner() -> Runner:
-    """TorchX's runner, with our Slurm in the place of its own."""
+@contextmanager
+def runner(scheduler: str) -> Iterator[Runner]:
+    """TorchX's runner with our Slurm in the place of its own, to be used with `scheduler`.
+
+    Raises:
+        ConnectionError: the scheduler's service does not answer or its client is not installed.
+    """
+    if scheduler == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
+        raise ConnectionError("scheduler kubernetes needs its client: pip install kubernetes==25.3.0")
     factories = {name: factory for name, factory in get_scheduler_factories().items() if name in SCHEDULERS}
-    return Runner(SESSION, {**factories, "slurm": slurm.create_scheduler})
+    with Runner(SESSION, {**factories, "slurm": slurm.create_scheduler}) as torchx:
+        try:
+            yield torchx
+        except _service_errors(scheduler) as error:
+            raise ConnectionError(f"{scheduler} does not answer: {' '.join(str(error).split())}") from None
+
+
+def _service_errors(scheduler: str) -> tuple[type[Exception], ...]:
+    """What the clients of container services raise when the service is not there or says no."""
+    if scheduler == "kubernetes":
+        # An optional package: imported only where it is used.
+        from kubernetes.client import ApiException
+        from kubernetes.config import ConfigException
+
+        return (ApiException, ConfigException, HTTPError)
+    return (DockerException,) if scheduler == "local_docker" else ()
 
 
 def dry_run(torchx: Runner, request: Request, app: AppDef) -> AppDryRunInfo:
@@ -150,9 +174,13 @@ def check_options(torchx: Runner, request: Request) -> None:
     """Check the request's scheduler options.
 
     Raises:
-        ValueError: an option that the scheduler does not have, or a malformed one.
+        ValueError: an option that the scheduler does not have, a malformed one, or one that is missing.
     """
-    _options(torchx, request, Path())
+    options = _options(torchx, request, Path())
+    try:
+        torchx.scheduler_run_opts(request.scheduler).resolve(options)
+    except InvalidRunConfigException as error:
+        raise ValueError(f"{request.scheduler}: {' '.join(str(error).split())} (give it with --option)") from None
 
 
 def _job_dir(request: Request, *, name: str) -> Path:

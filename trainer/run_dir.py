@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.command_line import WrongUse
 from trainer.typed_values import differences
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,11 @@ CHANGEABLE = (
     "log_every",
     "data.path",
     "data.num_epochs",
-    "data.num_workers",
-    "data.prefetch",
+    "data.max_samples",
+    "data.eval_batch_size",
+    "data.balance",
+    "data.reader_threads",
+    "data.prefetch_batches",
     "checkpoint.",
     "evaluation.",
     "placement.",
@@ -88,7 +92,7 @@ class RunDir:
         """The newest complete checkpoint's step, or `step` after checking that it is complete.
 
         Raises:
-            ValueError: there is no such complete checkpoint.
+            WrongUse: there is no such complete checkpoint.
         """
         steps = self.complete_steps()
         if step is None and steps:
@@ -98,12 +102,12 @@ class RunDir:
             return step
         listed = ", ".join(map(str, steps)) or "none"
         if step is None:
-            raise ValueError(f"{self.checkpoints} holds no complete checkpoint: train the run first")
+            raise WrongUse(f"{self.checkpoints} holds no complete checkpoint: train the run first")
         partial = self.checkpoint(step).is_dir()
         reason = (
             f"its checkpoint has no file {COMPLETE}, so it was never finished" if partial else "it has no checkpoint"
         )
-        raise ValueError(f"{self.path} cannot be loaded at step {step}: {reason} (complete steps: {listed})")
+        raise WrongUse(f"{self.path} cannot be loaded at step {step}: {reason} (complete steps: {listed})")
 
     def saved_config(self) -> dict[str, Any] | None:
         """The configuration that the directory was made with; None where it holds no run yet."""
@@ -112,36 +116,37 @@ class RunDir:
         try:
             values = json.loads(self.config_file.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise WrongUse(
                 f"{self.config_file} is not valid JSON ({error}): restore it or use another --run-dir"
             ) from None
         if not isinstance(values, dict):
-            raise ValueError(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
+            raise WrongUse(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
         return values
 
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuse a directory that another run made; reads only.
 
         Raises:
-            ValueError: the directory is no run's, is another recipe's, or a key that decides the numbers has changed.
+            WrongUse: the directory is no run's, is another recipe's, or a key that decides the numbers has changed.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--run-dir {self.path} is a file: name a directory")
+            raise WrongUse(f"--run-dir {self.path} is a file: name a directory")
         saved = self.saved_config()
         if saved is None:
-            if self.path.is_dir() and any(name.name != "logs" for name in self.path.iterdir()):
-                raise ValueError(
+            # The launcher's folder and the logs come into being before the run does.
+            if self.path.is_dir() and any(entry.name not in ("jobs", "logs") for entry in self.path.iterdir()):
+                raise WrongUse(
                     f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one"
                 )
             return
         if saved.get("name") != config["name"]:
-            raise ValueError(
+            raise WrongUse(
                 f"--run-dir {self.path} holds a run of recipe {saved.get('name')!r}, not {config['name']!r}: "
                 "use another one"
             )
         for key, old, new in differences(saved, config):
             if not key.startswith(CHANGEABLE):
-                raise ValueError(
+                raise WrongUse(
                     f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
                     f"resume with the old value or use another run directory"
                 )
