@@ -77,8 +77,10 @@ def parse_scontrol(output: str) -> list[JobPart]:
     """Parts from `scontrol --oneliner show job`."""
     parts = []
     for line in output.splitlines():
-        # Values with blanks (Command=, Comment=) come after these four.
-        fields = dict(re.findall(r"(?:^|\s)(JobId|HetJobId|JobName|JobState)=(\S+)", line))
+        fields: dict[str, str] = {}
+        for key, value in re.findall(r"(?:^|\s)(JobId|HetJobId|JobName|JobState)=(\S+)", line):
+            # These come first; a user's words (Comment=, Command=) later in the line may look like them.
+            fields.setdefault(key, value)
         if "JobState" in fields:
             job_id = fields.get("HetJobId") or fields["JobId"]
             parts.append(JobPart(job_id=job_id, name=fields["JobName"], state=app_state(fields["JobState"])))

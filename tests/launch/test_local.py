@@ -1,0 +1,91 @@
+"""Jobs on this machine: real processes through TorchX, and what is known about them afterwards."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torchx.specs import AppState
+
+from launch import local, records
+from launch.submit import Request, runner, submit
+from launch.workspace import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    monkeypatch.chdir(ROOT)
+
+
+def _run(folder: Path, *arguments: str, nodes: int, procs_per_node: int) -> tuple[str, AppState]:
+    request = Request(
+        recipe="kuairand_sample", scheduler="local_cwd", nodes=nodes, procs_per_node=procs_per_node, run_dir=folder
+    )
+    app = request.app()
+    (role,) = app.roles
+    role.args = [*role.args[: role.args.index("--")], "--", "-m", "tests.launch.tiny_job", str(folder), *arguments]
+    with runner("local_cwd") as torchx:
+        handle = submit(torchx, request, app)
+        return handle, local.wait(torchx, handle)
+
+
+@pytest.mark.parametrize(("nodes", "procs_per_node"), [(1, 2), (2, 1)])
+def test_processes_find_each_other_and_show_on_this_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], nodes: int, procs_per_node: int
+) -> None:
+    handle, state = _run(tmp_path, nodes=nodes, procs_per_node=procs_per_node)
+    assert state == AppState.SUCCEEDED
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
+    assert "rank 0 is here" in capfd.readouterr().out
+    record = records.find(handle)
+    assert record is not None
+    assert (record.run_dir, record.pid) == (str(tmp_path), os.getpid())
+    assert local.state(record) == AppState.SUCCEEDED
+
+
+def test_a_failing_rank_fails_the_job_and_its_log_is_found(tmp_path: Path) -> None:
+    started = time.time()
+    handle, state = _run(tmp_path, "1", nodes=1, procs_per_node=2)
+    assert state == AppState.FAILED
+    assert local.failing_log(tmp_path, since=started) == tmp_path / "logs" / "rank-1.log"
+    record = records.find(handle)
+    assert record is not None
+    assert local.state(record) == AppState.FAILED
+
+
+def test_old_faults_are_not_taken_for_new_ones(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "rank-0.log"
+    log.write_text("Traceback (most recent call last):\n")
+    assert local.failing_log(tmp_path, since=log.stat().st_mtime) == log
+    assert local.failing_log(tmp_path, since=log.stat().st_mtime + 1) == tmp_path / "logs"
+
+
+def _record(folder: Path, pid: int) -> records.JobRecord:
+    return records.JobRecord(
+        handle="local_cwd://longview/x", recipe="r", run_dir=str(folder), job_dir=str(folder), pid=pid, time=0.0
+    )
+
+
+def test_a_job_lives_as_long_as_its_launcher(tmp_path: Path) -> None:
+    # A process whose command line says "launch", as a real one's does.
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()", "launch"], stdin=subprocess.PIPE
+    ) as process:
+        record = _record(tmp_path, process.pid)
+        assert local.state(record) == AppState.RUNNING
+        local.cancel(record)
+        assert process.wait(timeout=30) != 0
+    assert local.state(record) == AppState.FAILED
+    (tmp_path / "SUCCESS").write_text(json.dumps({"final_state": "CANCELLED"}))
+    assert local.state(record) == AppState.CANCELLED
+
+
+def test_another_process_of_the_same_number_is_not_the_launcher(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+        assert local.state(_record(tmp_path, process.pid)) == AppState.FAILED
+        process.kill()

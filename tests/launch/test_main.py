@@ -1,0 +1,93 @@
+"""The command line, in processes of its own in which torch cannot be imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Runs `python -m launch` with the import of torch, and of everything that needs it, failing.
+WITHOUT_TORCH = """
+import runpy, sys
+for name in ("torch", "torchrec", "fbgemm_gpu", "triton", "numpy", "pyarrow"):
+    sys.modules[name] = None
+sys.argv[0] = "launch"
+runpy.run_module("launch", run_name="__main__")
+"""
+
+SUBMIT = ("submit", "kuairand_sample", "--scheduler", "local_cwd", "--nodes", "1", "--procs-per-node", "2")
+
+
+def _launch(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+        cwd=folder,
+        # No Docker engine answers at that address, whatever runs on this machine.
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "DOCKER_HOST": "unix:///nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", [(), ("submit",), ("status",), ("logs",), ("cancel",), ("list",)])
+def test_help(command: tuple[str, ...]) -> None:
+    done = _launch(*command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout
+
+
+@pytest.mark.parametrize("scheduler", ["local_cwd", "slurm"])
+def test_dry_run_prints_the_job_and_writes_nothing(scheduler: str, tmp_path: Path) -> None:
+    size = ("--nodes", "2", "--procs-per-node", "4")
+    done = _launch("submit", "kuairand_sample", "--scheduler", scheduler, *size, "--dry-run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "launch.node" in done.stdout
+    assert str(tmp_path / "runs" / "kuairand_sample") in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_set_takes_several_values() -> None:
+    done = _launch(*SUBMIT, "--dry-run", "--set", "data.num_epochs=1", "embedding_dim=16")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'--set'") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing command"),
+        (("submit",), "Missing argument 'RECIPE'"),
+        (("submit", "nope", *SUBMIT[2:]), "unknown recipe 'nope': known are "),
+        ((*SUBMIT, "--bad"), "No such option: --bad"),
+        ((*SUBMIT, "--set", "data.nope=1"), "unknown key 'data.nope'"),
+        ((*SUBMIT, "--set", "data.num_epochs=x"), "key 'data.num_epochs' must be"),
+        ((*SUBMIT[:-1], "0"), "Invalid value for '--procs-per-node'"),
+        ((*SUBMIT, "--option", "x"), "--option 'x' is not KEY=VALUE with a key of local_cwd"),
+        (("status", "17"), "'17' is no job handle: expected SCHEDULER://SESSION/ID"),
+        (("list", "--scheduler", "lsf"), "unknown scheduler 'lsf'"),
+        (("logs", "slurm://longview/1", "--rank", "0", "--node", "0"), "--rank and --node name two different logs"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(arguments: tuple[str, ...], message: str) -> None:
+    done = _launch(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("status", "local_cwd://longview/never"), "no local job local_cwd://longview/never"),
+        (("cancel", "local_cwd://longview/never"), "no local job local_cwd://longview/never"),
+        (("list", "--scheduler", "local_docker"), "local_docker does not answer"),
+    ],
+)
+def test_failures_are_one_line_and_status_1(arguments: tuple[str, ...], message: str) -> None:
+    done = _launch(*arguments)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")

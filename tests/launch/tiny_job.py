@@ -1,0 +1,33 @@
+"""A job that takes seconds: every process joins, adds up the ranks and writes what it saw.
+
+python -m tests.launch.tiny_job FOLDER [RANK_THAT_FAILS]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def main(folder: Path, failing_rank: int) -> None:
+    """Join the job, all-reduce, write FOLDER/rank-N; `failing_rank` logs an error and ends with status 1."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total)
+    (folder / f"rank-{rank}").write_text(f"{dist.get_world_size()} {total.item():.0f}")
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    (logs / f"rank-{rank}.log").write_text("2026-01-01 00:00:00,000 INFO trainer: started\n")
+    dist.barrier()
+    print(f"rank {rank} is here", flush=True)
+    dist.destroy_process_group()
+    if rank == failing_rank:
+        with (logs / f"rank-{rank}.log").open("a") as log:
+            log.write("2026-01-01 00:00:01,000 ERROR trainer: out of luck\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else -1)
