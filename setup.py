@@ -24,19 +24,21 @@ setup(
         "trainer.models",
     ],
     install_requires=[
+        "duckdb>=1.2",
         "numpy>=2",
         "pyarrow>=20",
         "tensorboard>=2.20",
-        "tensordict",
+        "tensordict>=0.10",
         "torchmetrics==1.0.3",
         "torchx==0.7.0",
-        "tqdm",
+        "tqdm>=4.66",
         "typer>=0.15",
     ],
     extras_require={
         # torchrec's own requirement is fbgemm-gpu, the CUDA build; the cpu set installs it without dependencies.
         "cpu": ["torch==2.13.0", "fbgemm-gpu-cpu==1.8.0", "torchrec==1.8.0", "triton==3.6.0"],
         "cuda": ["torch==2.11.0", "fbgemm-gpu==1.6.0", "torchrec==1.6.1", "triton==3.6.0"],
-        "dev": ["hypothesis", "import-linter", "mypy", "pytest>=9", "ruff"],
+        "dev": ["hypothesis>=6", "import-linter>=2", "mypy>=2", "pytest>=9", "ruff>=0.17"],
+        "kubernetes": ["kubernetes==25.3.0"],
     },
 )
