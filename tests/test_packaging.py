@@ -1,0 +1,183 @@
+"""Packaging: our five plain package names are ours, the version sets agree, and the documents name real files."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
+DISTRIBUTION = "longview-rec"
+PLATFORMS = ("cpu", "cuda")
+
+
+def _setup_arguments() -> dict[str, ast.expr]:
+    """The keyword arguments of setup(), read without running it."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (call,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup"
+    ]
+    return {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _pins(name: str) -> dict[str, str]:
+    """Versions by normalised package name of one requirements file; every line must be an exact pin."""
+    pins: dict[str, str] = {}
+    for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        package, separator, version = line.partition("==")
+        assert separator, f"requirements/{name}.txt: {line!r} is not pinned with =="
+        assert _normal(package) not in pins, f"requirements/{name}.txt: {package} stands twice"
+        pins[_normal(package)] = version
+    return pins
+
+
+def _environment() -> dict[str, str]:
+    platform = "cuda" if "fbgemm-gpu" in {_normal(d.name) for d in importlib.metadata.distributions()} else "cpu"
+    return _pins("runtime") | _pins(platform)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_names_resolve_to_this_checkout(package: str) -> None:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin == str(ROOT / package / "__init__.py")
+
+
+def test_no_other_installed_distribution_claims_our_names() -> None:
+    owners = importlib.metadata.packages_distributions()
+    foreign = {package: set(owners.get(package, ())) - {DISTRIBUTION} for package in PACKAGES}
+    assert not any(foreign.values()), foreign
+
+
+def test_setup_lists_exactly_the_packages_that_exist() -> None:
+    listed = ast.literal_eval(_setup_arguments()["packages"])
+    found = {
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for init in (ROOT / package).rglob("__init__.py")
+    }
+    assert sorted(listed) == sorted(found)
+
+
+def test_every_folder_with_python_files_is_a_package() -> None:
+    folders = {file.parent for package in (*PACKAGES, "benchmarks", "tests") for file in (ROOT / package).rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+def test_metadata_lives_in_setup_only() -> None:
+    assert "[project]" not in (ROOT / "pyproject.toml").read_text()
+
+
+CONFIG_MODULES = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for package in PACKAGES
+    for name in ("config.py", "recipes.py")
+    for file in (ROOT / package).rglob(name)
+)
+
+
+def test_config_modules_need_the_standard_library_only() -> None:
+    program = f"""
+import importlib, sys
+before = set(sys.modules)
+for module in {CONFIG_MODULES!r}:
+    importlib.import_module(module)
+loaded = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(sorted(loaded - set(sys.stdlib_module_names) - set({PACKAGES!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert {"trainer.config", "trainer.recipes", "embeddings.config", "pipelines.config"} <= set(CONFIG_MODULES)
+
+
+def test_requirement_files_do_not_overlap() -> None:
+    files = {name: set(_pins(name)) for name in ("runtime", "dev", *PLATFORMS)}
+    assert files["runtime"].isdisjoint(files["dev"] | files["cpu"] | files["cuda"])
+    assert files["dev"].isdisjoint(files["cpu"] | files["cuda"])
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_version_sets_hold_what_setup_asks_for(platform: str) -> None:
+    from packaging.requirements import Requirement
+
+    arguments = _setup_arguments()
+    extras = ast.literal_eval(arguments["extras_require"])
+    pins = _pins("runtime") | _pins(platform) | _pins("dev")
+    for text in [
+        *ast.literal_eval(arguments["install_requires"]),
+        *extras[platform],
+        *extras["dev"],
+        *extras["kubernetes"],
+    ]:
+        requirement = Requirement(text)
+        version = pins[_normal(requirement.name)]
+        assert requirement.specifier.contains(version), f"{text} against the pinned {version}"
+
+
+def test_version_sets_are_closed() -> None:
+    """Nothing that is installed without dependencies misses one; torchrec's fbgemm-gpu is the set's own build."""
+    from packaging.requirements import Requirement
+
+    present = {_normal(distribution.name) for distribution in importlib.metadata.distributions()}
+    exempt = {("torchrec", "fbgemm-gpu")}
+    missing = []
+    for name in _environment() | _pins("dev"):
+        for text in importlib.metadata.requires(name) or []:
+            requirement = Requirement(text)
+            needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if needed and _normal(requirement.name) not in present and (name, requirement.name) not in exempt:
+                missing.append((name, text))
+    assert missing == []
+
+
+def test_installed_versions_are_the_tested_set() -> None:
+    for name, version in (_environment() | _pins("dev")).items():
+        assert importlib.metadata.version(name).split("+")[0] == version, name
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_existing_files(document: str) -> None:
+    text = (ROOT / document).read_text()
+    links = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text))
+    # In code spans and in the file map: paths with a slash or a file's ending, of folders that are in the repository.
+    words = set(re.findall(r"[\w./-]+", " ".join(re.findall(r"`([^`\n]+)`", text)) + " " + _file_map(text)))
+    tops = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {"runs"}
+    paths = {word.rstrip("/.") for word in words if "/" in word and word.split("/")[0] in tops}
+    missing = sorted(path for path in links | paths if not (ROOT / path).exists())
+    assert missing == []
+
+
+def _file_map(text: str) -> str:
+    """The first word of each line of the block after the heading "File map"."""
+    _, _, after = text.partition("## File map")
+    block = after.partition("```\n")[2].partition("```")[0]
+    folder, paths = "", []
+    for line in block.splitlines():
+        word = line.split()[0] if line.split() else ""
+        if not line.startswith(" "):
+            folder = word if word.endswith("/") else ""
+        paths.append(word if not line.startswith(" ") else folder + word)
+    return " ".join(paths)
+
+
+def test_suppressions_only_fall() -> None:
+    """The number of silenced checks, printed; lower LIMIT when one goes."""
+    limit = 40
+    files = [file for package in (*PACKAGES, "benchmarks", "tests") for file in (ROOT / package).rglob("*.py")]
+    pattern = re.compile(r"#\s*(?:type:\s*ignore|noqa)\b")
+    lines = [line for file in files for line in file.read_text().splitlines() if pattern.search(line)]
+    print(f"suppressions: {len(lines)}")
+    assert len(lines) <= limit
