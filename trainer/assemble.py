@@ -34,6 +34,24 @@ def tasks_of(config: TrainConfig, info: DatasetInfo) -> tuple[str, ...]:
     return tasks
 
 
+def check_lengths(config: TrainConfig, info: DatasetInfo) -> None:
+    """Refuse a model whose constant `max_len` cannot hold the sequences that the data settings allow.
+
+    Raises:
+        ValueError: context, history and candidates may be longer than `model.max_len`.
+    """
+    tokens_an_event = 2 if config.model.input.merge == "interleave" else 1
+    # Without a bound on the candidates, one is the least; the model itself refuses a longer sequence when it comes.
+    candidates = config.data.max_candidates or 1
+    longest = len(info.context_features) + tokens_an_event * config.data.max_history_len + candidates
+    if longest > config.model.max_len:
+        raise ValueError(
+            f"model.max_len={config.model.max_len} is below the {longest} tokens of the longest sequence "
+            f"({len(info.context_features)} context, {tokens_an_event} x {config.data.max_history_len} history, "
+            f"{candidates} candidates): raise model.max_len or lower data.max_history_len"
+        )
+
+
 def build_model(config: TrainConfig, info: DatasetInfo, tables: Sequence[TableConfig], device: torch.device) -> Ranker:
     """The model with its tables on the meta device and its dense parameters, seeded, on `device`."""
     torch.manual_seed(config.seed)

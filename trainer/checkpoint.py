@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from trainer.mesh import Mesh
 from trainer.run_dir import COMPLETE, RunDir, write_json
@@ -56,7 +58,7 @@ def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mes
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()  # no rank writes before the folder is there
-    dcp.save(tensors, checkpoint_id=partial)
+    save(tensors, checkpoint_id=partial)
     if mesh.is_first:
         write_json(
             partial / "progress.json", asdict(progress) | {"world_size": mesh.world_size, "torch": torch.__version__}
@@ -86,7 +88,7 @@ def load_tensors(folder: Path, tensors: Tensors) -> None:
     Raises:
         ValueError: the checkpoint lacks a tensor of the model, holds one that the model lacks, or one of another shape.
     """
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
     stored = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     # A rank has no name for a table of which it holds no shard, so the names of all ranks are compared.
     shapes_per_rank: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
@@ -101,7 +103,7 @@ def load_tensors(folder: Path, tensors: Tensors) -> None:
     for name, shape in needed.items():
         if stored[name] != shape:
             raise ValueError(f"checkpoint {folder} holds {name!r} of shape {stored[name]}, the model's is {shape}")
-    dcp.load(tensors, checkpoint_id=folder)
+    load(tensors, checkpoint_id=folder)
 
 
 def _shape(value: torch.Tensor | ShardedTensor) -> tuple[int, ...]:

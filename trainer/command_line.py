@@ -6,8 +6,8 @@ import sys
 import typer
 
 
-class WrongUse(Exception):
-    """The command line asks for something that cannot be; exit status 2."""
+class WrongUse(ValueError):
+    """The command line names something that does not exist or does not fit; exit status 2."""
 
 
 def run_command(app: typer.Typer, arguments: list[str]) -> int:

@@ -7,9 +7,9 @@ a batch is pulled and taken from the record when its step is done: that position
 """
 
 import logging
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +47,21 @@ class Feed:
         return self._in_flight.popleft()
 
 
+class StoppedEarly(Exception):
+    """The scheduler asked the run to stop, and it did so in good order."""
+
+
+class StopSignal:
+    """Notes SIGTERM, which schedulers send before they take a machine back; ranks then stop at the next logged step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.requested = True
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout as a function of seed, step and rank: a resumed run draws what an uninterrupted one would."""
     torch.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
@@ -61,11 +76,14 @@ def run_steps(
     run: RunDir,
     mesh: Mesh,
     recorder: Recorder,
-    evaluate: Callable[[int], None],
+    evaluate: Callable[[int], object],
 ) -> None:
     """Train until the feed ends; `progress` counts on from where it stands.  Called by every rank.
 
     Every `evaluation.every_steps` and `checkpoint.every_steps` the model is evaluated and saved, and at the end.
+
+    Raises:
+        StoppedEarly: SIGTERM came; the state of the last step is saved.
     """
 
     def forward(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -74,8 +92,16 @@ def run_steps(
 
     make = TrainPipelineSparseDist if config.pipeline == "sparse_dist" else TrainPipelineBase
     pipeline = make(model.module, model.optimizers, mesh.device, custom_model_fwd=forward)
+
+    def evaluate_outside(step: int) -> None:
+        # The model's own forward comes back: the pipeline's stand-in expects the batches in flight, which stay so.
+        if isinstance(pipeline, TrainPipelineSparseDist):
+            pipeline.detach()
+        evaluate(step)
+
     model.module.train()
-    saved_step = evaluated_step = progress.step
+    stop = StopSignal()
+    saved_step, evaluated_step = progress.step, -1
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(config.seed, progress.step + 1, mesh.rank)
@@ -88,22 +114,16 @@ def run_steps(
         progress.samples += consumed.samples
         progress.position = consumed.position
         recorder.count(consumed)
-        if progress.step % config.log_every == 0:
-            recorder.log(progress, loss, factor)
+        if progress.step % config.log_every == 0 and recorder.log(progress, loss, factor, stop=stop.requested):
+            save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+            raise StoppedEarly(f"SIGTERM after step {progress.step}, which is saved: start the same command to go on")
         if config.evaluation.every_steps and progress.step % config.evaluation.every_steps == 0:
-            _outside(pipeline, lambda: evaluate(progress.step))
+            evaluate_outside(progress.step)
             evaluated_step = progress.step
         if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
             save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
             saved_step = progress.step
     if saved_step != progress.step:
         save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
-    if evaluated_step != progress.step or not config.evaluation.every_steps:
-        _outside(pipeline, lambda: evaluate(progress.step))
-
-
-def _outside(pipeline: Any, action: Callable[[], None]) -> None:
-    """Run `action` with the model's own forward; the pipeline's batches in flight stay as they are."""
-    if isinstance(pipeline, TrainPipelineSparseDist):
-        pipeline.detach()
-    action()
+    if evaluated_step != progress.step:
+        evaluate_outside(progress.step)

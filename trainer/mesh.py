@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def joined(mesh: Mesh) -> Iterator[None]:
     if mesh.device.type == "cuda":
         torch.cuda.set_device(mesh.device)
     # A job of one needs no rendezvous: its store lives in this process.
-    store = dist.HashStore() if mesh.world_size == 1 else None
+    store = HashStore() if mesh.world_size == 1 else None
     dist.init_process_group(
         mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
     )

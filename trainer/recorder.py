@@ -25,7 +25,7 @@ class Consumed:
     samples: int
     """Samples of the global batch."""
     tokens: int
-    """Tokens of this rank's part."""
+    """Tokens of the global batch."""
     flops: float
     """Model FLOPs of this rank's part, forward and backward."""
     imbalance: float
@@ -50,18 +50,21 @@ class Recorder:
         self._interval.add(consumed)
         self._bar.update(consumed.samples)
 
-    def log(self, progress: Progress, loss: Tensor, learning_rate_factor: float) -> None:
+    def log(self, progress: Progress, loss: Tensor, learning_rate_factor: float, *, stop: bool) -> bool:
         """Log the interval that ends with this step; `loss` is this rank's, of this step only.
+
+        Returns whether any rank was asked to `stop`: the ranks agree on it here, at no cost of its own.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
         interval, self._interval = self._interval, _Interval()
-        sums = torch.tensor([0.0, interval.tokens, interval.flops], dtype=torch.float64, device=loss.device)
+        local = [0.0, interval.flops, float(stop)]
+        sums = torch.tensor(local, dtype=torch.float64, device=loss.device)
         sums[0] = loss / self._mesh.world_size
         dist.all_reduce(sums)  # every rank, on the default group and stream
         # The step's one host-device synchronisation, besides the exchange sizes that TorchRec reads.
-        mean_loss, tokens, flops = sums.tolist()
+        mean_loss, flops, num_stopped = sums.tolist()
         if not math.isfinite(mean_loss):
             raise FloatingPointError(
                 f"the loss of step {progress.step} is {mean_loss}; the newest checkpoint is from before: "
@@ -73,7 +76,7 @@ class Recorder:
             "samples": progress.samples,
             "loss": mean_loss,
             "samples_per_s": interval.samples / seconds,
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": interval.tokens / seconds,
             "step_ms": 1e3 * seconds / interval.steps,
             "imbalance": interval.imbalance / interval.steps,
             "learning_rate_factor": learning_rate_factor,
@@ -85,6 +88,7 @@ class Recorder:
             if self._peak_flops is not None:
                 record["mfu"] = flops / seconds / self._mesh.world_size / self._peak_flops
         self._write(record)
+        return bool(num_stopped)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_per_s=f"{record['tokens_per_s']:.3g}")
@@ -106,7 +110,7 @@ class Recorder:
 
 
 class _Interval:
-    """Work since the last logged step, on this rank except for the samples."""
+    """Work since the last logged step: of all ranks, but for the FLOPs."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()

@@ -5,15 +5,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import tqdm
 
 from trainer.mesh import Mesh
 from trainer.preflight import PACKAGES
 from trainer.run_dir import RunDir
 
+logger = logging.getLogger(__name__)
 
-def _is_ours(record: logging.LogRecord) -> bool:
-    return record.name.split(".")[0] in PACKAGES or record.levelno >= logging.ERROR
+
+class _Terminal(logging.Handler):
+    """Writes above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record to standard error."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _for_terminal(record: logging.LogRecord) -> bool:
+    """Ours, and libraries' errors; tracebacks are for the file, the command line says what went wrong in one line."""
+    return not record.exc_info and (record.name.split(".")[0] in PACKAGES or record.levelno >= logging.ERROR)
 
 
 @contextmanager
@@ -25,9 +36,9 @@ def logged(run: RunDir, mesh: Mesh) -> Iterator[None]:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [to_file]
     if mesh.is_first:
-        to_terminal = logging.StreamHandler(sys.stderr)
+        to_terminal = _Terminal()
         to_terminal.setFormatter(logging.Formatter("%(message)s"))
-        to_terminal.addFilter(_is_ours)
+        to_terminal.addFilter(_for_terminal)
         handlers.append(to_terminal)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
@@ -35,8 +46,11 @@ def logged(run: RunDir, mesh: Mesh) -> Iterator[None]:
     for handler in handlers:
         root.addHandler(handler)
     try:
-        with logging_redirect_tqdm():
-            yield
+        yield
+    except Exception:
+        # The launcher shows the log of the first rank that holds an error.
+        logger.exception("rank %d stops", mesh.rank)
+        raise
     finally:
         for handler in handlers:
             root.removeHandler(handler)

@@ -1,0 +1,93 @@
+"""A run that stops and goes on equals one that never stopped: on the same ranks bit for bit, on others to rounding."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.training import losses, read_checkpoint, read_lines, start_training, train
+
+STEPS = 8
+# Float32 sums in another order; measured differences are below 2e-6 after 8 steps.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on two ranks, with a checkpoint after each fourth."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(run, 2, f"max_steps={STEPS}", "checkpoint.every_steps=4")
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped_at_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first four of these steps."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    train(run, 2, "max_steps=4", "checkpoint.every_steps=4")
+    return run
+
+
+def test_killed_run_writes_the_same_losses_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = (f"max_steps={STEPS}", "checkpoint.every_steps=4")
+    process = start_training(run, 2, *settings)
+    deadline = time.monotonic() + 120
+    # Past the checkpoint of step 4, before the end.
+    while max(losses(read_lines(run / "metrics.jsonl")), default=0) < 5 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run / "eval.jsonl").exists(), "the run ended before it could be killed"
+    assert losses(train(run, 2, *settings)) == losses(read_lines(uninterrupted / "metrics.jsonl"))
+    expected, actual = (read_checkpoint(path / "checkpoints" / f"step-{STEPS:08d}") for path in (uninterrupted, run))
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_run_goes_on_with_another_number_of_ranks(
+    uninterrupted: Path, stopped_at_four: Path, ranks: int, tmp_path: Path
+) -> None:
+    """Every table and optimizer state is carried over, and the same samples follow."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped_at_four, run)
+    resumed = train(run, ranks, f"max_steps={STEPS}", "checkpoint.every_steps=4")
+    reference = read_lines(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
+    assert [line["samples"] for line in resumed] == [line["samples"] for line in reference]
+    assert {line["step"]: line["world_size"] for line in resumed} == {
+        s: 2 if s <= 4 else ranks for s in range(1, STEPS + 1)
+    }
+    assert losses(resumed) == pytest.approx(losses(reference), rel=1e-4)
+    expected, actual = (read_checkpoint(path / "checkpoints" / f"step-{STEPS:08d}") for path in (uninterrupted, run))
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE)
+
+
+def test_two_ranks_train_like_one(uninterrupted: Path, tmp_path: Path) -> None:
+    single = train(tmp_path / "run", 1, f"max_steps={STEPS}", "checkpoint.every_steps=4")
+    assert losses(single) == pytest.approx(losses(read_lines(uninterrupted / "metrics.jsonl")), rel=1e-4)
+    for step in (4, STEPS):
+        expected, actual = (
+            read_checkpoint(path / "checkpoints" / f"step-{step:08d}") for path in (tmp_path / "run", uninterrupted)
+        )
+        assert expected.keys() == actual.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE)
+
+
+def test_evaluation_and_the_overlapped_pipeline_change_no_loss(uninterrupted: Path, tmp_path: Path) -> None:
+    """The plain pipeline, and one interrupted by an evaluation after every third step, train alike."""
+    reference = losses(read_lines(uninterrupted / "metrics.jsonl"))
+    assert losses(train(tmp_path / "plain", 2, f"max_steps={STEPS}", "pipeline=plain")) == reference
+    evaluated = train(tmp_path / "evaluated", 2, f"max_steps={STEPS}", "evaluation.every_steps=3")
+    assert losses(evaluated) == reference
+    assert [line["step"] for line in read_lines(tmp_path / "evaluated" / "eval.jsonl")] == [3, 6, 8]

@@ -1,0 +1,75 @@
+"""Start real training jobs (torchrun, gloo) and read back what they wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 240
+
+# A model and batches small enough for many runs; no dropout, whose random numbers follow the number of ranks.
+SMALL = (
+    "data.global_batch_size=12",
+    "data.max_history_len=24",
+    "model.max_len=64",
+    "model.dim=16",
+    "embedding_dim=8",
+    'model.layer={"num_heads": 2, "qk_dim": 8, "value_dim": 8, "dropout": 0.0}',
+    "log_every=1",
+    "precision=float32",
+)
+
+
+def start_training(run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    """Start `kuairand_sample`, made small, on `ranks` processes; the caller waits for it or kills its process group."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "trainer", "train", "kuairand_sample", "--run-dir", str(run_dir)]
+    return subprocess.Popen(
+        [*command, "--set", *SMALL, *overrides],
+        cwd=ROOT,
+        # One thread a process: sums then do not depend on how busy the machine is.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(run_dir: Path, ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    """Run the job to its end; returns the lines of metrics.jsonl."""
+    process = start_training(run_dir, ranks, *overrides)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output[-6000:]
+    return read_lines(run_dir / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file, without a line that is still being written."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def losses(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """Loss by step."""
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole, in this process."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors

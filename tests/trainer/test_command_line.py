@@ -1,0 +1,90 @@
+"""Mistakes on the command line are answered with one line and exit status 2, before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.__main__ import app
+from trainer.command_line import run_command
+from trainer.recipes import RECIPES, load_recipe
+from trainer.run_dir import RunDir, write_json
+from trainer.typed_values import apply_overrides, from_dict, to_dict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nothing"], "unknown recipe 'nothing': known are kuairand_sample"),
+        (["train", "kuairand_sample", "--set", "a=1"], "unknown key 'a'"),
+        (
+            ["train", "kuairand_sample", "--set", "log_every=1", "max_steps=soon"],
+            "'max_steps' must be an integer or null",
+        ),
+        (["train", "kuairand_sample", "--set", "log_every"], "not of the form key=value"),
+        (["train", "kuairand_sample", "--fast"], "No such option: --fast"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["fly"], "No such command 'fly'"),
+        (["plan", "kuairand_sample"], "Missing option '--world-size'"),
+        (["plan", "kuairand_sample", "--world-size", "0"], "Invalid value for '--world-size'"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_two(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(app, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_other_ranks_leave_the_line_to_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(app, ["train", "nothing"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_recipes_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(app, ["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES) and all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_survives_the_trip_through_json(name: str) -> None:
+    config = load_recipe(name)
+    assert config.name == name
+    assert from_dict(type(config), to_dict(config)) == config
+
+
+def test_run_directory_of_another_run_is_refused_untouched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.config_file, to_dict(apply_overrides(load_recipe("kuairand_sample"), ["seed=7"])))
+    before = run.config_file.read_bytes()
+    assert run_command(app, ["train", "kuairand_sample", "--run-dir", str(tmp_path)]) == 2
+    assert "was trained with seed=7, now 0" in capsys.readouterr().err
+    write_json(run.config_file, json.loads(before) | {"name": "another"})
+    assert run_command(app, ["train", "kuairand_sample", "--run-dir", str(tmp_path)]) == 2
+    assert "holds a run of recipe 'another'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_missing_data_is_a_failure_and_leaves_no_run_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, data = tmp_path / "run", tmp_path / "nothing"
+    arguments = ["train", "kuairand_sample", "--run-dir", str(run_dir), "--set", f"data.path={data}"]
+    assert run_command(app, arguments) == 1
+    assert f"{data}/dataset.json does not exist" in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+def test_checkpoint_without_complete_cannot_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.config_file, to_dict(load_recipe("kuairand_sample")))
+    run.checkpoint(5).mkdir(parents=True)
+    assert run_command(app, ["evaluate", str(tmp_path), "--step", "5"]) == 2
+    assert "no file COMPLETE" in capsys.readouterr().err
+    assert run_command(app, ["evaluate", str(tmp_path)]) == 2
+    assert "holds no complete checkpoint" in capsys.readouterr().err

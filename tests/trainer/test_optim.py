@@ -1,0 +1,82 @@
+"""The learning-rate schedule as a function of the step, and the dense optimizer's state."""
+
+import pytest
+import torch
+from torch import nn
+from torchrec.optim.keyed import KeyedOptimizer
+
+from trainer.config import DenseOptimizerConfig, ScheduleConfig
+from trainer.optim import Optimizers, learning_rate_factor
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (ScheduleConfig(), {1: 1.0, 1000: 1.0}),
+        (ScheduleConfig(warmup_steps=4), {1: 0.25, 4: 1.0, 5: 1.0}),
+        (ScheduleConfig(kind="linear", decay_steps=10), {5: 0.5, 10: 0.0, 99: 0.0}),
+        (ScheduleConfig(kind="linear", warmup_steps=2, decay_steps=6, final_factor=0.5), {2: 1.0, 4: 0.75, 9: 0.5}),
+        (ScheduleConfig(kind="cosine", decay_steps=8, final_factor=0.2), {4: 0.6, 8: 0.2}),
+    ],
+)
+def test_schedule_is_a_function_of_the_step(schedule: ScheduleConfig, expected: dict[int, float]) -> None:
+    for step, factor in expected.items():
+        assert learning_rate_factor(step, schedule) == pytest.approx(factor)
+
+
+class _NoTables(KeyedOptimizer):
+    """A tables' optimizer without tables that notes the learning rate it was given last."""
+
+    def __init__(self) -> None:
+        parameter = nn.Parameter(torch.zeros(1))
+        super().__init__({"table": parameter}, {}, [{"params": [parameter], "lr": 0.5}])
+
+    def step(self, closure: object = None) -> None:
+        del closure
+
+
+def _optimizers(module: nn.Module, **schedule: int) -> tuple[Optimizers, _NoTables]:
+    tables = _NoTables()
+    config = DenseOptimizerConfig(learning_rate=0.1, max_gradient_norm=1.0)
+    return Optimizers(module, tables, config, ScheduleConfig(**schedule)), tables
+
+
+def test_both_learning_rates_follow_the_schedule() -> None:
+    optimizers, tables = _optimizers(nn.Linear(2, 1), warmup_steps=10)
+    assert optimizers.set_step(5) == 0.5
+    assert tables.param_groups[0]["lr"] == 0.25
+    optimizers.set_step(10)
+    assert tables.param_groups[0]["lr"] == 0.5
+
+
+def test_dense_gradients_are_clipped_to_the_norm() -> None:
+    module = nn.Linear(2, 1)
+    optimizers, _ = _optimizers(module)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    optimizers.step()
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    assert torch.cat([gradient.flatten() for gradient in gradients]).norm() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_state_restored_in_place_continues_the_same_way() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    (a, _), (b, _) = _optimizers(first), _optimizers(second)
+    inputs = torch.randn(4, 5, 3)
+
+    def steps(module: nn.Module, optimizers: Optimizers, batches: torch.Tensor) -> None:
+        for batch in batches:
+            optimizers.zero_grad()
+            module(batch).square().sum().backward()
+            optimizers.step()
+
+    steps(first, a, inputs[:2])
+    second.load_state_dict(first.state_dict())
+    live = b.dense_state()
+    for name, value in a.dense_state().items():
+        live[name].copy_(value)
+    steps(first, a, inputs[2:])
+    steps(second, b, inputs[2:])
+    for expected, actual in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(expected, actual)
