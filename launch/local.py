@@ -7,10 +7,12 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 from torchx.runner import Runner
-from torchx.schedulers.local_scheduler import SignalException
+from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler, SignalException
 from torchx.specs import AppState, is_terminal
 from torchx.specs.api import AppDryRunInfo
 
@@ -18,6 +20,28 @@ from launch.components import ROLE
 from launch.records import JobRecord
 
 _FAULT = re.compile(r"^Traceback |^\S+ \S+ (ERROR|CRITICAL) |^error: ", flags=re.MULTILINE)
+
+
+GRACE_S = 45.0
+"""How long an interrupted job may take to save its state: a little longer than torchrun waits for its processes."""
+
+
+class PatientLocal(LocalScheduler):
+    """TorchX's local scheduler, which kills torchrun 10 s after an interrupt and so leaves its processes behind."""
+
+    def _cancel_existing(self, app_id: str) -> None:
+        replicas = [replica for role in self._apps[app_id].role_replicas.values() for replica in role]
+        for replica in replicas:
+            replica.terminate()
+        deadline = time.monotonic() + GRACE_S
+        while any(replica.is_alive() for replica in replicas) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        super()._cancel_existing(app_id)
+
+
+def create_scheduler(session_name: str, **_: Any) -> PatientLocal:
+    """TorchX's factory."""
+    return PatientLocal(session_name, CWDImageProvider)
 
 
 def show_on_terminal(info: AppDryRunInfo) -> None:

@@ -110,7 +110,7 @@ class Request:
 
 @contextmanager
 def runner(scheduler: str) -> Iterator[Runner]:
-    """TorchX's runner with our Slurm in the place of its own, to be used with `scheduler`.
+    """TorchX's runner with our local scheduler and Slurm in the place of its own, to be used with `scheduler`.
 
     Raises:
         ConnectionError: the scheduler's service does not answer or its client is not installed.
@@ -118,7 +118,8 @@ def runner(scheduler: str) -> Iterator[Runner]:
     if scheduler == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
         raise ConnectionError("scheduler kubernetes needs its client: pip install kubernetes==25.3.0")
     factories = {name: factory for name, factory in get_scheduler_factories().items() if name in SCHEDULERS}
-    with Runner(SESSION, {**factories, "slurm": slurm.create_scheduler}) as torchx:
+    ours = {"local_cwd": local.create_scheduler, "slurm": slurm.create_scheduler}
+    with Runner(SESSION, factories | ours) as torchx:
         try:
             yield torchx
         except _service_errors(scheduler) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from launch import local, records
 from launch.submit import Request, runner, submit
 from launch.workspace import ROOT
 
+TINY = ("-m", "tests.launch.tiny_job")
+
 
 @pytest.fixture(autouse=True)
 def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,13 +24,14 @@ def _own_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def _run(folder: Path, *arguments: str, nodes: int, procs_per_node: int) -> tuple[str, AppState]:
+def run(folder: Path, *, nodes: int, procs_per_node: int, command: list[str]) -> tuple[str, AppState]:
+    """Run `command` as a local job to its end; returns its handle and final state."""
     request = Request(
         recipe="kuairand_sample", scheduler="local_cwd", nodes=nodes, procs_per_node=procs_per_node, run_dir=folder
     )
     app = request.app()
     (role,) = app.roles
-    role.args = [*role.args[: role.args.index("--")], "--", "-m", "tests.launch.tiny_job", str(folder), *arguments]
+    role.args = [*role.args[: role.args.index("--")], "--", *command]
     with runner("local_cwd") as torchx:
         handle = submit(torchx, request, app)
         return handle, local.wait(torchx, handle)
@@ -37,7 +41,7 @@ def _run(folder: Path, *arguments: str, nodes: int, procs_per_node: int) -> tupl
 def test_processes_find_each_other_and_show_on_this_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], nodes: int, procs_per_node: int
 ) -> None:
-    handle, state = _run(tmp_path, nodes=nodes, procs_per_node=procs_per_node)
+    handle, state = run(tmp_path, nodes=nodes, procs_per_node=procs_per_node, command=[*TINY, str(tmp_path)])
     assert state == AppState.SUCCEEDED
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
     assert "rank 0 is here" in capfd.readouterr().out
@@ -49,7 +53,7 @@ def test_processes_find_each_other_and_show_on_this_terminal(
 
 def test_a_failing_rank_fails_the_job_and_its_log_is_found(tmp_path: Path) -> None:
     started = time.time()
-    handle, state = _run(tmp_path, "1", nodes=1, procs_per_node=2)
+    handle, state = run(tmp_path, nodes=1, procs_per_node=2, command=[*TINY, str(tmp_path), "1"])
     assert state == AppState.FAILED
     assert local.failing_log(tmp_path, since=started) == tmp_path / "logs" / "rank-1.log"
     record = records.find(handle)
@@ -89,3 +93,41 @@ def test_another_process_of_the_same_number_is_not_the_launcher(tmp_path: Path) 
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
         assert local.state(_record(tmp_path, process.pid)) == AppState.FAILED
         process.kill()
+
+
+# Notes SIGTERM, and needs longer than TorchX's 10 s to write its state.
+SLOW_TO_STOP = """
+import signal, sys, time
+from pathlib import Path
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+Path(sys.argv[1], "started").touch()
+while not stop:
+    time.sleep(0.1)
+time.sleep(11)
+Path(sys.argv[1], "saved").touch()
+"""
+
+INTERRUPTIBLE = """
+import sys
+from pathlib import Path
+from launch import local, records
+from tests.launch.test_local import run
+folder = Path(sys.argv[1])
+records.FILE = folder / "jobs.jsonl"
+print(run(folder, nodes=1, procs_per_node=1, command=[str(folder / "slow.py"), str(folder)])[1].name)
+"""
+
+
+def test_an_interrupted_job_may_save_its_state_first(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_TO_STOP)
+    command = [sys.executable, "-c", INTERRUPTIBLE, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert output.splitlines()[-1] == "CANCELLED"
+    assert (tmp_path / "saved").exists()
