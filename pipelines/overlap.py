@@ -1,0 +1,77 @@
+"""How the work on one batch overlaps with the work on the next ones.  Knows steps and streams, not models.
+
+sparse_dist   copy of batch i+2 | input dist of batch i+1 | lookup, forward, backward and update of batch i
+prefetch      as sparse_dist, and rows of batch i+1 move from host memory into the device's cache meanwhile
+plain         one after another; the definition that the others are tested against
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+
+from pipelines.batch import Batch
+
+Overlap = Literal["sparse_dist", "prefetch", "plain"]
+Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+"""From a batch on the device to (loss to differentiate, what the step returns)."""
+
+
+class StepOptimizer(Protocol):
+    """What a pipeline needs of an optimizer."""
+
+    def zero_grad(self) -> None:
+        """Before forward."""
+
+    def step(self) -> None:
+        """After backward."""
+
+
+class StepPipeline:
+    """Takes training steps, pulling batches ahead where the overlap asks for it."""
+
+    def __init__(
+        self,
+        overlap: Overlap,
+        model: DistributedModelParallel,
+        optimizer: StepOptimizer,
+        device: torch.device,
+        forward: Forward,
+    ) -> None:
+        self._optimizer, self._device, self._forward = optimizer, device, forward
+        self._torchrec: TrainPipelineSparseDist | None = None
+        if overlap != "plain":
+            kinds = {"sparse_dist": TrainPipelineSparseDist, "prefetch": PrefetchTrainPipelineSparseDist}
+            self._torchrec = kinds[overlap](model, optimizer, device, custom_model_fwd=forward)
+
+    def step(self, batches: Iterator[Batch]) -> Tensor:
+        """One training step on the next batch; returns what `forward` returned second.
+
+        Raises:
+            StopIteration: every batch has been trained on.
+        """
+        if self._torchrec is not None:
+            output: Tensor = self._torchrec.progress(batches)
+            return output
+        batch = next(batches).to(self._device, non_blocking=True)
+        self._optimizer.zero_grad()
+        loss, output = self._forward(batch)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._optimizer.step()
+        return output
+
+    def outside(self, action: Callable[[], object]) -> None:
+        """Run `action` between two steps with the model's own forward, as an evaluation needs.
+
+        Batches that are in flight stay so: their input dist is neither lost nor done twice.
+        """
+        if self._torchrec is None:
+            action()
+            return
+        self._torchrec.detach()
+        action()
+        # The batches in flight have been through input dist; attaching must not start it again.
+        self._torchrec.attach(sparse_dist=False)

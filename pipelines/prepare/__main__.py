@@ -1,0 +1,67 @@
+"""The command `python -m pipelines.prepare DATASET --source DIR --out DIR [options]`.
+
+Exit status: 0 done, 1 failed, 2 wrong use.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import NoReturn, get_args, get_type_hints
+
+import duckdb
+
+from pipelines.prepare import kuairand
+from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.stages import Load, prepare
+
+DATASETS: Mapping[str, Load] = {"kuairand": kuairand.load}
+OPTION_HELP = "see SampleOptions in pipelines/prepare/options.py"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with the status of wrong use."""
+        self.exit(2, f"error: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = _parser()
+    values = vars(parser.parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    dataset, source, out = (values.pop(name) for name in ("dataset", "source", "out"))
+    try:
+        options = SampleOptions(**values)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        prepare(DATASETS[dataset], source, out, options)
+    except (ValueError, OSError, duckdb.Error) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> OneLineParser:
+    """One option for every field of SampleOptions."""
+    parser = OneLineParser(prog="python -m pipelines.prepare", description=__doc__, allow_abbrev=False)
+    parser.add_argument("dataset", choices=sorted(DATASETS), help="format of the source")
+    parser.add_argument("--source", type=Path, required=True, help="folder with the publisher's files")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    hints = get_type_hints(SampleOptions)
+    for field in fields(SampleOptions):
+        kind = next((part for part in get_args(hints[field.name]) if part is not type(None)), hints[field.name])
+        default = None if field.default is MISSING else field.default
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, default=default, help=f"default {default}; {OPTION_HELP}"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The out-of-core engine, DuckDB: a connection with bounded memory, and the reading of publishers' text files.
+
+A data set's module fills two tables with it, which the later stages read:
+
+    events  user_id, item_id, time (seconds, -1 if unknown), rank (order within the user), action (bit mask),
+            candidate (false: history only, because its labels are not known), further history columns
+    users   user_id, one column a context feature
+"""
+
+import gzip
+import logging
+import lzma
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import duckdb
+
+logger = logging.getLogger(__name__)
+
+COMPRESSIONS: Mapping[str, Callable[[Path], IO[bytes]]] = {
+    ".xz": lambda path: lzma.open(path),
+    ".gz": lambda path: gzip.open(path),
+    ".zip": lambda path: _open_zip(path),
+}
+"""Openers of compressed text, by the last part of the file's name."""
+
+
+def connect(scratch: Path, memory_gib: float, threads: int | None) -> duckdb.DuckDBPyConnection:
+    """A database in the folder `scratch`, into which it also spills."""
+    connection = duckdb.connect(str(scratch / "prepare.duckdb"))
+    connection.execute(f"SET memory_limit = '{int(memory_gib * 1024)}MiB'")
+    connection.execute("SET temp_directory = " + literal(str(scratch / "spill")))
+    connection.execute("SET preserve_insertion_order = false")
+    connection.execute("SET enable_progress_bar = false")
+    if threads is not None:
+        connection.execute(f"SET threads = {threads}")
+    return connection
+
+
+def literal(text: str) -> str:
+    """`text` as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def quoted(name: str) -> str:
+    """`name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def find_files(source: Path, pattern: str) -> list[Path]:
+    """Files anywhere under `source` whose name, less a compression suffix, matches the glob `pattern`."""
+    if not source.is_dir():
+        raise ValueError(f"--source {source} is not a folder")
+    found = {path for suffix in ("", *COMPRESSIONS) for path in source.rglob(pattern + suffix) if path.is_file()}
+    return sorted(found)
+
+
+def require_files(source: Path, pattern: str, what: str) -> list[Path]:
+    """Like `find_files`; raises ValueError, saying what is missing, if there is none."""
+    found = find_files(source, pattern)
+    if not found:
+        raise ValueError(f"--source {source} holds no {pattern} (also .xz, .gz, .zip): {what}")
+    return found
+
+
+def plain_file(path: Path, scratch: Path) -> Path:
+    """`path` itself, or its decompressed copy in `scratch`."""
+    opener = COMPRESSIONS.get(path.suffix)
+    if opener is None:
+        return path
+    copy = scratch / "plain" / path.stem
+    copy.parent.mkdir(exist_ok=True)
+    logger.info("decompressing %s", path.name)
+    try:
+        with opener(path) as compressed, copy.open("wb") as plain:
+            shutil.copyfileobj(compressed, plain, 1 << 20)
+    except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be decompressed: {error}") from error
+    return copy
+
+
+def csv_reader(path: Path, columns: Mapping[str, str]) -> str:
+    """The SQL table function that reads a CSV file with a header, `columns` as these SQL types and the rest as text.
+
+    Raises ValueError, naming the file, if it is empty or lacks a column.
+    """
+    with path.open("rb") as stream:
+        header = stream.readline().decode("utf-8-sig", errors="replace").strip()
+    if not header:
+        raise ValueError(f"{path} is empty: a header line was expected")
+    names = [name.strip().strip('"') for name in header.split(",")]
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise ValueError(f"{path}: the header lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}")
+    types = ", ".join(f"{literal(name)}: {literal(columns.get(name, 'VARCHAR'))}" for name in names)
+    return (
+        f"read_csv({literal(str(path))}, header = true, auto_detect = false, delim = ',', quote = '\"', "
+        f"escape = '\"', columns = {{{types}}})"
+    )
+
+
+def execute(connection: duckdb.DuckDBPyConnection, sql: str, path: Path | None = None) -> list[tuple[Any, ...]]:
+    """Run `sql` and fetch its rows; an error about the content of `path` becomes a ValueError with file and line."""
+    try:
+        return connection.execute(sql).fetchall()
+    except (duckdb.ConversionException, duckdb.InvalidInputException, duckdb.ConstraintException) as error:
+        if path is None:
+            raise
+        raise ValueError(f"{path}{_line_of(str(error))}") from error
+
+
+def check_rows(
+    connection: duckdb.DuckDBPyConnection, reader: str, path: Path, rules: Mapping[str, str], first_line: int = 2
+) -> None:
+    """Raise ValueError with file and line for the first row of `reader` that breaks a rule (SQL condition: text)."""
+    bad = " OR ".join(f"(({rule}) IS NOT TRUE)" for rule in rules)
+    count = execute(connection, f"SELECT count(*) FROM {reader} WHERE {bad}", path)[0][0]
+    if not count:
+        return
+    which = ", ".join(f"({rule}) IS NOT TRUE" for rule in rules)
+    connection.execute("SET preserve_insertion_order = true")
+    numbered = f"SELECT row_number() OVER () AS line_number, {which} FROM {reader}"
+    ordered = f"SELECT * FROM ({numbered}) AS rows(line_number, {', '.join(f'r{i}' for i in range(len(rules)))})"
+    any_rule = " OR ".join(f"r{i}" for i in range(len(rules)))
+    row = connection.execute(f"{ordered} WHERE {any_rule} ORDER BY line_number LIMIT 1").fetchall()[0]
+    connection.execute("SET preserve_insertion_order = false")
+    reason = next(text for text, broken in zip(rules.values(), row[1:], strict=True) if broken)
+    raise ValueError(f"{path}, line {row[0] - 1 + first_line}: {reason} ({count} such row(s))")
+
+
+def _line_of(message: str) -> str:
+    """The line number and the cause out of DuckDB's many-line message."""
+    line = re.search(r"on Line: (\d+)", message, re.IGNORECASE)
+    lines = [text.strip() for text in message.splitlines() if text.strip()]
+    cause = next((text for text in lines if text.startswith(("Error when", "Expected", "Value with"))), lines[0])
+    original = next((text for text in lines if text.startswith("Original Line")), "")
+    where = f", line {line.group(1)}" if line else ""
+    return f"{where}: {cause}" + (f" [{original[:200]}]" if original else "")
+
+
+def _open_zip(path: Path) -> IO[bytes]:
+    """The only member of an archive."""
+    archive = zipfile.ZipFile(path)
+    members = [name for name in archive.namelist() if not name.endswith("/")]
+    if len(members) != 1:
+        raise ValueError(f"{path} holds {len(members)} files; unpack it and give the folder")
+    return archive.open(members[0])

@@ -1,0 +1,115 @@
+"""KuaiRand (Pure, 1K, 27K): the publisher's log, user and video files, which have the same columns in all three.
+
+Gao et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022.
+"""
+
+from pathlib import Path
+
+import duckdb
+
+from pipelines.prepare.engine import check_rows, csv_reader, execute, find_files, literal, plain_file, require_files
+from pipelines.prepare.source import Description
+
+ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
+USER_RANGES = ("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range")
+CONTEXT = ("user_active_degree", *USER_RANGES)
+SEQUENCES = "user_sequences.parquet"
+LONG_VIEW, LIKE = 1 << ACTIONS.index("long_view"), 1 << ACTIONS.index("is_like")
+
+SOURCE = (
+    'KuaiRand, Kuaishou Technology: Chongming Gao et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset '
+    'with Randomly Exposed Videos", CIKM 2022, https://kuairand.com'
+)
+
+
+def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
+    """Fill `events` and `users` from the publisher's files under `source`."""
+    _load_log(connection, source, scratch)
+    _load_sequences(connection, source)
+    num_users, values = _load_users(connection, source, scratch)
+    return Description(
+        name="kuairand",
+        num_items=_num_items(connection, source, scratch),
+        context_features={"user_id": num_users, **{name: len(known) + 1 for name, known in values.items()}},
+        context_values=values,
+        actions=ACTIONS,
+        history_features=("watch_time_ms",),
+        source=SOURCE,
+        licence="CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)",
+    )
+
+
+def _load_log(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> None:
+    """Every row of the standard-policy logs as an event."""
+    connection.execute(
+        "CREATE TABLE events (user_id BIGINT, item_id BIGINT, time BIGINT, rank BIGINT, action INTEGER, "
+        "candidate BOOLEAN, watch_time_ms INTEGER)"
+    )
+    types = {name: "BIGINT" for name in ("user_id", "video_id", "time_ms", "play_time_ms", *ACTIONS)}
+    mask = " + ".join(f"({name} << {bit})" for bit, name in enumerate(ACTIONS))
+    rules = {"user_id >= 0": "user_id must not be negative or missing"}
+    rules["video_id >= 0"] = "video_id must not be negative or missing"
+    rules["time_ms > 0"] = "time_ms must be above 0"
+    rules |= {f"{name} IN (0, 1)": f"label {name} must be 0 or 1" for name in ACTIONS}
+    for path in require_files(source, "log_standard_*.csv", "the log of the standard policy"):
+        plain = plain_file(path, scratch)
+        reader = csv_reader(plain, types)
+        check_rows(connection, reader, path, rules)
+        execute(
+            connection,
+            f"INSERT INTO events SELECT user_id, video_id, time_ms // 1000, time_ms, {mask}, true, "
+            f"least(greatest(coalesce(play_time_ms, 0), 0), 2147483647) FROM {reader}",
+            path,
+        )
+
+
+def _load_sequences(connection: duckdb.DuckDBPyConnection, source: Path) -> None:
+    """What users watched before the log begins, where a file of such sequences lies beside it.
+
+    Their times are unknown; of the actions only long_view and is_like are, so they serve as history and never as
+    candidates.  Sequences that overlap the user's log are left out, because they would show the future.
+    """
+    for path in find_files(source, SEQUENCES):
+        file = f"read_parquet({literal(str(path))})"
+        execute(
+            connection,
+            f"""
+            INSERT INTO events
+            SELECT user_id, item, -1, position - 1000000, action, false, 0 FROM (
+                SELECT user_id, unnest(watch_seq) AS item, generate_subscripts(watch_seq, 1) AS position,
+                    unnest(list_transform(watch_seq, lambda video:
+                        (CASE WHEN list_contains(long_watch_seq, video) THEN {LONG_VIEW} ELSE 0 END)
+                        + (CASE WHEN list_contains(like_seq, video) THEN {LIKE} ELSE 0 END))) AS action
+                FROM {file} JOIN (SELECT user_id, min(rank) AS first_ms FROM events WHERE candidate GROUP BY user_id)
+                USING (user_id) WHERE last_time_ms < first_ms)
+            """,
+            path,
+        )
+
+
+def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> tuple[int, dict[str, list[str]]]:
+    """Context features, each value as its place among the sorted values of the file, from 1 on; 0 is unknown."""
+    path = require_files(source, "user_features_*.csv", "the users' features")[0]
+    types = {"user_id": "BIGINT", **{name: "VARCHAR" for name in CONTEXT}}
+    reader = csv_reader(plain_file(path, scratch), types)
+    check_rows(connection, reader, path, {"user_id >= 0": "user_id must not be negative or missing"})
+    values = {}
+    for name in CONTEXT:
+        rows = execute(connection, f"SELECT DISTINCT {name} FROM {reader} WHERE {name} IS NOT NULL ORDER BY 1", path)
+        values[name] = [row[0] for row in rows]
+    columns = ", ".join(
+        f"coalesce(list_position([{', '.join(map(literal, known))}], {name}), 0) AS {name}"
+        for name, known in values.items()
+    )
+    execute(connection, f"CREATE TABLE users AS SELECT user_id, {columns} FROM {reader}", path)
+    largest = "SELECT max(user_id) FROM (SELECT user_id FROM users UNION ALL SELECT user_id FROM events)"
+    return int(connection.execute(largest).fetchall()[0][0]) + 1, values
+
+
+def _num_items(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> int:
+    """One more than the largest video id of the video files and the events: the publisher's ids are dense."""
+    largest = [connection.execute("SELECT max(item_id) FROM events").fetchall()[0][0]]
+    for path in find_files(source, "video_features_basic_*.csv"):
+        reader = csv_reader(plain_file(path, scratch), {"video_id": "BIGINT"})
+        largest.append(execute(connection, f"SELECT max(video_id) FROM {reader}", path)[0][0])
+    return int(max(value for value in largest if value is not None)) + 1

@@ -1,0 +1,56 @@
+"""Choices of a preparation that hold for every data set."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleOptions:
+    """How a user's events become samples.
+
+    Events before the split time are cut, from the newest back, into `samples_per_user` groups of `candidates`; each
+    group with the events before it is a training sample.  Events from the split time on are the candidates of the
+    user's evaluation sample, whose history ends at the split time.
+    """
+
+    candidates: int = 16
+    """Labelled events of a training sample."""
+    samples_per_user: int = 1
+    """Training samples of a user at most; 0 for as many as there are events."""
+    eval_candidates: int = 100
+    """Labelled events of an evaluation sample at most, the earliest after the split time."""
+    max_history: int = 65536
+    """Newest events of a history that are kept."""
+    min_history: int = 1
+    """Samples with fewer events of history are left out."""
+    min_candidates: int = 1
+    """Training samples with fewer labelled events are left out."""
+    split_time: int | None = None
+    """Unix seconds at which evaluation begins; null derives it from train_fraction."""
+    train_fraction: float = 0.85
+    """Share of the events that lie before the split time, to the hour; unused if split_time is given."""
+    max_users: int | None = None
+    """Users kept, in the order of a hash of their ids; null for all."""
+    order: str = "users"
+    """Order of the stored training samples: users (pseudo-random by user) or time (by their first candidate)."""
+    row_group_events: int = 131_072
+    """Events of a row group of the written files, about: the unit in which a reader reads."""
+    file_events: int = 33_554_432
+    """Events of a file, about."""
+    memory_gib: float = 4.0
+    """Memory of the engine; what does not fit is spilled next to the output."""
+    threads: int | None = None
+    """Threads of the engine; null for all cores."""
+
+    def __post_init__(self) -> None:
+        minima = {"candidates": 1, "samples_per_user": 0, "eval_candidates": 1, "max_history": 1, "min_history": 0}
+        minima |= {"min_candidates": 1, "row_group_events": 1, "file_events": 1}
+        minima |= {name: 1 for name in ("max_users", "threads") if getattr(self, name) is not None}
+        for name, minimum in minima.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(self, name)}")
+        if not 0 < self.train_fraction < 1:
+            raise ValueError(f"--train-fraction must lie between 0 and 1, got {self.train_fraction}")
+        if self.memory_gib < 0.25:
+            raise ValueError(f"--memory-gib must be at least 0.25, got {self.memory_gib}")
+        if self.order not in ("users", "time"):
+            raise ValueError(f"--order must be users or time, got {self.order}")

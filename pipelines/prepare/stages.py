@@ -1,0 +1,157 @@
+"""From the tables `events` and `users` to a prepared data set: one external sort, then whole users at a time.
+
+Memory is bounded by the engine's limit, the longest user and a few row groups, whatever the size of the log.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import mkdtemp
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.prepare.engine import connect, quoted
+from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.samples import UserEvents, cut
+from pipelines.prepare.source import Description
+from pipelines.prepare.statistics import LengthCounter, event_statistics
+from pipelines.prepare.write import SplitWriter, write_dataset_file
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[duckdb.DuckDBPyConnection, Path, Path], Description]
+READ_ROWS = 1 << 18
+PROGRESS_SECONDS = 10.0
+
+
+def prepare(load: Load, source: Path, out: Path, options: SampleOptions) -> None:
+    """Prepare the data set that `load` reads from `source` into the new folder `out`.
+
+    The folder appears complete or not at all.  Raises ValueError if it exists or the source is malformed.
+    """
+    if out.exists():
+        raise ValueError(f"--out {out} exists already; remove it or choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        with connect(work, options.memory_gib, options.threads) as connection:
+            description = load(connection, source, work)
+            _write(connection, description, work / "result", options)
+        (work / "result").rename(out)
+    finally:
+        shutil.rmtree(work)
+
+
+def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, options: SampleOptions) -> None:
+    """Cut the events into samples and write them with their description."""
+    if not connection.execute("SELECT count(*) FROM events WHERE candidate").fetchall()[0][0]:
+        raise ValueError("the source holds no events with labels")
+    split_time = options.split_time if options.split_time is not None else _split_time(connection, options)
+    statistics = event_statistics(connection, about.actions)
+    logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
+    lengths = {split: LengthCounter() for split in ("train", "eval")}
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(SplitWriter(folder / split, options.row_group_events, options.file_events))
+            for split in lengths
+        }
+        for events in _whole_users(connection, about, options):
+            for split, table in cut(events, split_time, options).items():
+                writers[split].add(table)
+                lengths[split].add(table["history_length"])
+    sizes = {split: writer.sizes() for split, writer in writers.items()}
+    for split, size in sizes.items():
+        if not size["samples"]:
+            raise ValueError(
+                f"no {split} samples: the events span {statistics['first_time']} to {statistics['last_time']} and the "
+                f"split time is {split_time}; change --split-time, --min-history or --min-candidates"
+            )
+        logger.info("%s: %d samples, %d candidates", split, size["samples"], size["candidates"])
+    description = {
+        "name": about.name,
+        "num_items": about.num_items,
+        "context_features": dict(about.context_features),
+        "actions": list(about.actions),
+        "history_features": list(about.history_features),
+        "splits": sizes,
+        "source": about.source,
+        "licence": about.licence,
+        "split_time": split_time,
+        "statistics": {**statistics, "history_len": {split: count.summary() for split, count in lengths.items()}},
+        "context_values": {name: list(values) for name, values in about.context_values.items()},
+    }
+    write_dataset_file(folder, description, options)
+
+
+def _split_time(connection: duckdb.DuckDBPyConnection, options: SampleOptions) -> int:
+    """The first full hour before which at least `train_fraction` of the labelled events lie."""
+    rows = connection.execute(
+        f"SELECT min(hour) FROM (SELECT hour, sum(n) OVER (ORDER BY hour) / sum(n) OVER () AS share FROM "
+        "(SELECT time // 3600 AS hour, count(*) AS n FROM events WHERE candidate GROUP BY 1)) "
+        f"WHERE share >= {options.train_fraction}"
+    ).fetchall()
+    return (int(rows[0][0]) + 1) * 3600
+
+
+def _whole_users(
+    connection: duckdb.DuckDBPyConnection, about: Description, options: SampleOptions
+) -> Iterator[UserEvents]:
+    """Events of whole users, sorted, in the order of a hash of the users' ids."""
+    context = [name for name in about.context_features if name != "user_id"]
+    context_columns = "".join(f", coalesce(u.{quoted(name)}, 0)::BIGINT AS {quoted(name)}" for name in context)
+    features = "".join(f", e.{quoted(name)}" for name in about.history_features)
+    chosen = ""
+    if options.max_users is not None:
+        chosen = (
+            "SEMI JOIN (SELECT DISTINCT user_id FROM events WHERE candidate "
+            f"ORDER BY hash(user_id), user_id LIMIT {options.max_users}) AS c USING (user_id)"
+        )
+    logger.info("sorting")
+    reader = connection.sql(
+        f"SELECT e.user_id, e.item_id, e.time, e.action, e.candidate{features}{context_columns} FROM events AS e "
+        f"{chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
+        "ORDER BY hash(e.user_id), e.user_id, e.candidate, e.rank, e.item_id, e.action"
+    ).to_arrow_reader(READ_ROWS)
+    rest: pa.Table | None = None
+    num_read, reported = 0, time.monotonic()
+    for record_batch in reader:
+        num_read += record_batch.num_rows
+        if time.monotonic() - reported >= PROGRESS_SECONDS:
+            reported = time.monotonic()
+            logger.info("%d events done", num_read)
+        rest, complete = _split_last_user(rest, pa.Table.from_batches([record_batch]))
+        if complete.num_rows:
+            yield _user_events(complete, about, context)
+    if rest is not None and rest.num_rows:
+        yield _user_events(rest, about, context)
+
+
+def _split_last_user(rest: pa.Table | None, table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The events of the last user, who may go on in the next piece, and those of the users before."""
+    users = table["user_id"].to_numpy()
+    start = len(users) - int(np.argmax(users[::-1] != users[-1])) if (users != users[-1]).any() else 0
+    if rest is None:
+        return table.slice(start), table.slice(0, start)
+    if start == 0 and rest["user_id"][0].as_py() == users[-1]:
+        return pa.concat_tables([rest, table]), table.slice(0, 0)
+    return table.slice(start), pa.concat_tables([rest, table.slice(0, start)])
+
+
+def _user_events(table: pa.Table, about: Description, context: list[str]) -> UserEvents:
+    """One piece of the sorted events as arrays."""
+    columns = {"item_id": table["item_id"].to_numpy(), "action": table["action"].to_numpy()}
+    columns["timestamp"] = table["time"].to_numpy()
+    columns |= {name: pc.fill_null(table[name], 0).to_numpy() for name in about.history_features}
+    return UserEvents(
+        user_id=table["user_id"].to_numpy(),
+        time=table["time"].to_numpy(),
+        candidate=table["candidate"].to_numpy(),
+        columns=columns,
+        context={name: table[name].to_numpy() for name in context},
+    )
