@@ -20,7 +20,12 @@ from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
 from trainer.typed_values import apply_overrides
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Train, evaluate and plan Longview models.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and plan Longview models.",
+)
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name that `recipes` lists.")]
 Overrides = Annotated[

@@ -1,10 +1,12 @@
 """From a configuration and a data set's description to tables and the single-process model."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from embeddings.config import TableConfig
+from embeddings.plan import BatchLoad
 from embeddings.tables import build_embedding_collection
 from pipelines.batch import ITEM_FEATURE
 from pipelines.schema import DatasetInfo
@@ -32,6 +34,17 @@ def tasks_of(config: TrainConfig, info: DatasetInfo) -> tuple[str, ...]:
     for task in tasks:
         info.action_bit(task)
     return tasks
+
+
+def lookup_load(config: TrainConfig, info: DatasetInfo, world_size: int) -> BatchLoad:
+    """How many ids a rank looks up a step, from the sizes of the training split."""
+    split = info.splits["train"]
+    samples = max(1, split.samples)
+    history = min(split.history_events / samples, config.data.max_history_len)
+    return BatchLoad(
+        samples_per_rank=math.ceil(config.data.global_batch_size / world_size),
+        ids_per_sample={ITEM_FEATURE: max(1.0, history + split.candidates / samples)},
+    )
 
 
 def check_lengths(config: TrainConfig, info: DatasetInfo) -> None:

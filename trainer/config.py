@@ -121,8 +121,9 @@ class TrainConfig:
     """Seeds the initial values and dropout; the order of samples has its own seed in `data`."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of products and attention on a GPU; on a CPU everything is float32."""
-    pipeline: Literal["sparse_dist", "plain"] = "sparse_dist"
-    """sparse_dist overlaps the copy and the input dist of coming batches with compute; plain does one after another."""
+    overlap: Literal["sparse_dist", "prefetch", "plain"] = "sparse_dist"
+    """What overlaps with a step: the copy and input dist of coming batches; these, and the filling of the tables' device
+    cache (for fused_uvm_caching tables); or nothing."""
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 4 or self.embedding_dim % 4:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import torch
 
-from embeddings.plan_file import read_plan, to_sharding_plan, write_plan
-from embeddings.planner import Machine, Plan, plan_tables
-from pipelines.baseline import baseline_scores
+from embeddings.machine import Machine
+from embeddings.plan import Plan
+from embeddings.plan_file import read_plan, write_plan
+from embeddings.planner import plan_tables
+from embeddings.report import report
+from embeddings.sharding import to_sharding_plan
 from pipelines.batch import Batch
 from pipelines.loader import build_loader
 from pipelines.position import position_from_dict
 from pipelines.schema import DatasetInfo, read_dataset_info
-from trainer.assemble import build_model, table_configs, tasks_of, training_flops
+from trainer.assemble import build_model, check_lengths, lookup_load, table_configs, tasks_of, training_flops
 from trainer.checkpoint import Progress, load_tensors, read_progress
 from trainer.config import TrainConfig
 from trainer.evaluate import comparison_table, evaluate
@@ -40,6 +43,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     run.check_same_run(to_dict(config))
     info = read_dataset_info(config.data.path)
     tasks = tasks_of(config, info)
+    check_lengths(config, info)
     plan = make_plan(config, info, machine_of(mesh), plan_file)
     steps = run.complete_steps()
     progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()
@@ -53,7 +57,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
             write_json(run.config_file, to_dict(config))
             write_plan(run.plan_file, plan)
         announce(config, info, plan, mesh, progress, model)
-        recorder = Recorder(run, mesh, progress, total_samples=_total_samples(config, info))
+        recorder = Recorder(run, mesh, progress, total_samples=None)
         run_steps(
             model,
             Feed(batches, consumption(config, info)),
@@ -100,7 +104,7 @@ def plan_job(
         hbm_gib=80.0 if hbm_gib is None else hbm_gib,
     )
     plan = make_plan(config, read_dataset_info(config.data.path), machine, None)
-    print(plan.report())
+    print(report(plan))
     if out is not None:
         write_plan(out, plan)
         print(f"written to {out}; use it with: python -m trainer train {config.name} --plan {out}")
@@ -123,7 +127,14 @@ def make_plan(config: TrainConfig, info: DatasetInfo, machine: Machine, plan_fil
     if plan_file is not None:
         return read_plan(plan_file, tables=tables, machine=machine)
     model = build_model(config, info, tables, torch.device("meta"))
-    return plan_tables(model, tables, machine=machine, placement=config.placement)
+    return plan_tables(
+        model,
+        tables,
+        machine=machine,
+        placement=config.placement,
+        optimizer=config.sparse_optimizer,
+        load=lookup_load(config, info, machine.world_size),
+    )
 
 
 def build_parallel(config: TrainConfig, info: DatasetInfo, plan: Plan, mesh: Mesh) -> ParallelModel:
@@ -180,7 +191,7 @@ def evaluate_and_show(
     metrics = evaluate(model, batches, tasks, mesh)
     if mesh.is_first:
         JsonLines(run.eval_file).append({"step": step, **metrics})
-        logger.info("evaluation at step %d:\n%s", step, comparison_table(metrics, baseline(config, info, tasks), tasks))
+        logger.info("evaluation at step %d:\n%s", step, comparison_table(metrics, metrics, tasks))
     return metrics
 
 
@@ -192,6 +203,6 @@ def announce(
     logger.info("versions %s", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
     logger.info("data %s (%s)", config.data.path, info.name)
     logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.dense.parameters()):,}")
-    logger.info("%s", plan.report())
+    logger.info("%s", report(plan))
     if progress.step:
         logger.info("resuming after step %d and %d samples", progress.step, progress.samples)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
 from pipelines.batch import Batch
+from pipelines.overlap import StepPipeline
 from trainer.checkpoint import Progress, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
@@ -90,15 +90,7 @@ def run_steps(
         loss, _ = model.forward(batch)
         return loss, loss.detach()
 
-    make = TrainPipelineSparseDist if config.pipeline == "sparse_dist" else TrainPipelineBase
-    pipeline = make(model.module, model.optimizers, mesh.device, custom_model_fwd=forward)
-
-    def evaluate_outside(step: int) -> None:
-        # The model's own forward comes back: the pipeline's stand-in expects the batches in flight, which stay so.
-        if isinstance(pipeline, TrainPipelineSparseDist):
-            pipeline.detach()
-        evaluate(step)
-
+    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
     model.module.train()
     stop = StopSignal()
     saved_step, evaluated_step = progress.step, -1
@@ -106,7 +98,7 @@ def run_steps(
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(config.seed, progress.step + 1, mesh.rank)
         try:
-            loss = pipeline.progress(feed)
+            loss = pipeline.step(feed)
         except StopIteration:
             break
         consumed = feed.done()
@@ -118,7 +110,7 @@ def run_steps(
             save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
             raise StoppedEarly(f"SIGTERM after step {progress.step}, which is saved: start the same command to go on")
         if config.evaluation.every_steps and progress.step % config.evaluation.every_steps == 0:
-            evaluate_outside(progress.step)
+            pipeline.outside(lambda: evaluate(progress.step))
             evaluated_step = progress.step
         if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
             save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
@@ -126,4 +118,4 @@ def run_steps(
     if saved_step != progress.step:
         save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
     if evaluated_step != progress.step:
-        evaluate_outside(progress.step)
+        pipeline.outside(lambda: evaluate(progress.step))

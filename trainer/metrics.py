@@ -73,7 +73,7 @@ def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> list[float]:
 
     def by_user(values: Tensor) -> Tensor:
         """[tasks, users, longest], padded with zeros."""
-        return pad_sequence(torch.split(values.T[order], group_sizes), batch_first=True).permute(2, 0, 1)
+        return pad_sequence(list(torch.split(values.T[order], group_sizes)), batch_first=True).permute(2, 0, 1)
 
     sums = compute_gauc_3d(by_user(scores), by_user(labels), by_user(torch.ones_like(labels)))
     totals, counts = sums["auc_sum"].tolist(), sums["num_samples"].tolist()

@@ -34,7 +34,7 @@ CHANGEABLE = (
     "checkpoint.",
     "evaluation.",
     "placement.",
-    "pipeline",
+    "overlap",
 )
 
 

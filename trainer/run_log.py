@@ -43,8 +43,8 @@ def logged(run: RunDir, mesh: Mesh) -> Iterator[None]:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    for handler in handlers:
-        root.addHandler(handler)
+    # Libraries set up the root logger on import; for the run, its words go where ours do.
+    before, root.handlers = root.handlers, handlers
     try:
         yield
     except Exception:
@@ -52,7 +52,7 @@ def logged(run: RunDir, mesh: Mesh) -> Iterator[None]:
         logger.exception("rank %d stops", mesh.rank)
         raise
     finally:
+        root.handlers = before
         for handler in handlers:
-            root.removeHandler(handler)
             handler.close()
         logging.captureWarnings(False)

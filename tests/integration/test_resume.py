@@ -87,7 +87,7 @@ def test_two_ranks_train_like_one(uninterrupted: Path, tmp_path: Path) -> None:
 def test_evaluation_and_the_overlapped_pipeline_change_no_loss(uninterrupted: Path, tmp_path: Path) -> None:
     """The plain pipeline, and one interrupted by an evaluation after every third step, train alike."""
     reference = losses(read_lines(uninterrupted / "metrics.jsonl"))
-    assert losses(train(tmp_path / "plain", 2, f"max_steps={STEPS}", "pipeline=plain")) == reference
+    assert losses(train(tmp_path / "plain", 2, f"max_steps={STEPS}", "overlap=plain")) == reference
     evaluated = train(tmp_path / "evaluated", 2, f"max_steps={STEPS}", "evaluation.every_steps=3")
     assert losses(evaluated) == reference
     assert [line["step"] for line in read_lines(tmp_path / "evaluated" / "eval.jsonl")] == [3, 6, 8]

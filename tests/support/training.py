@@ -22,7 +22,9 @@ SMALL = (
     "model.max_len=64",
     "model.dim=16",
     "embedding_dim=8",
-    'model.layer={"num_heads": 2, "qk_dim": 8, "value_dim": 8, "dropout": 0.0}',
+    "model.layer.qk_dim=8",
+    "model.layer.value_dim=8",
+    "model.layer.dropout=0.0",
     "log_every=1",
     "precision=float32",
 )
