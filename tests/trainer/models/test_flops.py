@@ -50,7 +50,7 @@ def test_layer_counts_are_those_of_the_design(
     production = layer_flops(PRODUCTION, dim=512, num_tokens=tokens, pairs=allowed_pairs(tokens, **window))
     assert paper.projections / GFLOP == pytest.approx(projection, rel=0.005)
     assert paper.outputs / GFLOP == pytest.approx(output, rel=0.01)
-    assert production.outputs / GFLOP == pytest.approx(output_concat, rel=0.005)
+    assert production.outputs / GFLOP == pytest.approx(output_concat, rel=0.01)
     assert paper.attention / GFLOP == pytest.approx(causal, rel=0.005)
     assert production.attention / GFLOP == pytest.approx(semi_local, rel=0.02)
 
