@@ -1,8 +1,8 @@
 """The tables' state for checkpoints: weights and fused optimizer state, under names that do not depend on the plan.
 
-Names are `TABLE` for weights and `TABLE/STATE` (`item/momentum1`) for optimizer state, whatever module holds the table
-and however it is sharded, so PyTorch's distributed checkpoint (DCP) can save them on some ranks and load them on others.
-Values are ShardedTensors that share memory with the live tables: loading into them loads the model.
+Names are `TABLE` for weights and `TABLE/STATE` (`item/momentum1`) for optimizer state, whatever module holds a table
+and however it is sharded, so PyTorch's distributed checkpoint (DCP) can save them on some ranks and load them on
+others.  Values are ShardedTensors that share memory with the live tables: loading into them loads the model.
 
 A rank without a shard of a table may lack that table's names.  DCP copes; a loop over the names around a collective
 hangs.

@@ -1,0 +1,97 @@
+"""The machines a plan is made for: ranks, memory and bandwidths.  Nothing here looks at the machine it runs on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bandwidths:
+    """Peak rates of one rank, in GB/s (10^9 bytes).  The planner compares placements by them."""
+
+    device: float
+    """Device memory; host memory for a CPU."""
+    within_node: float
+    """To other ranks of the node, one direction."""
+    across_nodes: float
+    """To ranks of other nodes, one direction."""
+    host_link: float
+    """Between device and host memory; matters for the fused_uvm kernels only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """A GPU as its vendor and its driver describe it."""
+
+    hbm_gib: float
+    """Memory that the driver reports, which is a little less than the product's name says."""
+    bandwidths: Bandwidths
+    """Vendor's figures; across nodes, one 200 Gb/s (A100) or 400 Gb/s (Hopper) network card a GPU."""
+
+
+GPUS: dict[str, Gpu] = {
+    "A100-40": Gpu(hbm_gib=39.4, bandwidths=Bandwidths(device=1555, within_node=300, across_nodes=25, host_link=25)),
+    "A100-80": Gpu(hbm_gib=79.1, bandwidths=Bandwidths(device=2039, within_node=300, across_nodes=25, host_link=25)),
+    "H100-80": Gpu(hbm_gib=79.6, bandwidths=Bandwidths(device=3350, within_node=450, across_nodes=50, host_link=50)),
+    "H200-141": Gpu(hbm_gib=139.8, bandwidths=Bandwidths(device=4800, within_node=450, across_nodes=50, host_link=50)),
+}
+"""Known GPUs by name."""
+
+CPU_BANDWIDTHS = Bandwidths(device=50, within_node=10, across_nodes=3, host_link=50)
+"""A rank of a multi-process job on one server: shared memory bandwidth, gloo over loopback and Ethernet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """The ranks of a job, all alike."""
+
+    world_size: int
+    """Ranks."""
+    local_world_size: int
+    """Ranks a node."""
+    compute_device: Literal["cuda", "cpu"]
+    """Where tables and model live."""
+    hbm_gib: float | None = None
+    """GiB of device memory a rank; required for cuda, null for cpu."""
+    ddr_gib: float = 128.0
+    """GiB of host memory a rank: all there is for cpu; for cuda, room for the fused_uvm kernels."""
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or self.local_world_size < 1 or self.world_size % self.local_world_size:
+            raise ValueError(
+                f"world_size={self.world_size} must be a positive multiple of "
+                f"local_world_size={self.local_world_size}: every node runs the same number of ranks"
+            )
+        if self.compute_device not in ("cuda", "cpu"):
+            raise ValueError(f"compute_device must be cuda or cpu, got {self.compute_device!r}")
+        if (self.compute_device == "cuda") != (self.hbm_gib is not None):
+            raise ValueError(f"hbm_gib={self.hbm_gib} on {self.compute_device}: cuda needs it, and a cpu has none")
+        if self.memory_gib <= 0 or self.ddr_gib <= 0:
+            raise ValueError(f"memory must be above 0 GiB, got hbm_gib={self.hbm_gib}, ddr_gib={self.ddr_gib}")
+
+    @property
+    def memory_gib(self) -> float:
+        """GiB a rank of the memory where the fused kernel keeps tables."""
+        return self.ddr_gib if self.hbm_gib is None else self.hbm_gib
+
+    @property
+    def nearest_gpu(self) -> str | None:
+        """The known GPU whose memory is nearest; its bandwidths stand in for this machine's.  None for a cpu."""
+        memory = self.hbm_gib
+        if memory is None:
+            return None
+        return min(GPUS, key=lambda name: abs(GPUS[name].hbm_gib - memory))
+
+    @property
+    def bandwidths(self) -> Bandwidths:
+        """What the planner compares placements by."""
+        name = self.nearest_gpu
+        return CPU_BANDWIDTHS if name is None else GPUS[name].bandwidths
+
+    def describe(self) -> str:
+        """One line for reports and errors."""
+        nodes = self.world_size // self.local_world_size
+        like = f", bandwidths of {self.nearest_gpu}" if self.nearest_gpu else ""
+        return (
+            f"{self.world_size} {self.compute_device} ranks ({nodes} x {self.local_world_size}), "
+            f"{self.memory_gib:g} GiB each{like}"
+        )

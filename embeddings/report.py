@@ -1,0 +1,193 @@
+"""A plan explained: where each table went and why, what every rank holds, and how two plans differ.  Text only."""
+
+from collections.abc import Sequence
+
+from embeddings.plan import GIB, Candidate, Plan, RankEstimate, TablePlacement
+
+MAX_TABLES = 60
+"""Tables listed, largest first; the file has them all."""
+
+MAX_RANK_GROUPS = 20
+"""Groups of alike ranks listed, fullest first."""
+
+
+def plan_report(plan: Plan) -> str:
+    """The plan as text for people: placement, reasons, memory of each rank, totals and balance."""
+    parts = [
+        f"sharding plan for {plan.machine.describe()}; {plan.load.samples_per_rank} samples a rank; {plan.optimizer}",
+        _placement_table(plan),
+        _reasons(plan),
+        _rank_table(plan),
+        _totals(plan),
+    ]
+    return "\n\n".join(parts)
+
+
+def plan_differences(old: Plan, new: Plan) -> str:
+    """What changes from one plan to another, one line a table, and the bytes of rows that change their rank."""
+    lines = []
+    moved_total = 0
+    for name in sorted(set(old.tables) | set(new.tables)):
+        before, after = old.tables.get(name), new.tables.get(name)
+        if before is None or after is None:
+            lines.append(f"{name}: {'added' if before is None else 'removed'}")
+            continue
+        if (before.num_embeddings, before.embedding_dim) != (after.num_embeddings, after.embedding_dim):
+            lines.append(f"{name}: {_shape(before)} -> {_shape(after)}")
+            continue
+        moved = _moved_rows(before, after) * before.embedding_dim * 4
+        moved_total += moved
+        if _where(before) != _where(after) or moved:
+            lines.append(f"{name}: {_where(before)} -> {_where(after)}, {moved / GIB:.3f} GiB of rows move")
+    if old.machine.world_size != new.machine.world_size:
+        lines.append(f"ranks: {old.machine.world_size} -> {new.machine.world_size}")
+    if not lines:
+        return "the plans place every row alike"
+    lines.append(f"in all {moved_total / GIB:.3f} GiB of rows move; step {old.step_ms:.3g} -> {new.step_ms:.3g} ms")
+    return "\n".join(lines)
+
+
+def _placement_table(plan: Plan) -> str:
+    names = sorted(plan.tables, key=lambda name: (-_weight_bytes(plan.tables[name]), name))
+    rows = [["table", "rows x dim", "GiB", "sharding", "kernel", "ranks", "ms a step"]]
+    for name in names[:MAX_TABLES]:
+        table = plan.tables[name]
+        time = f"{table.candidates[0].table_ms:.3g}" if table.candidates else "-"
+        size = f"{_weight_bytes(table) / GIB:.3f}"
+        rows.append([name, _shape(table), size, table.sharding_type, table.kernel, _ranks(table), time])
+    return _columns(rows) + _left_out(len(names) - MAX_TABLES, "tables")
+
+
+def _reasons(plan: Plan) -> str:
+    names = sorted(plan.tables, key=lambda name: (-_weight_bytes(plan.tables[name]), name))
+    lines = [f"  {name}: {_why(plan.tables[name].candidates, plan.step_ms)}" for name in names[:MAX_TABLES]]
+    text = "why (estimated time of all tables on the busiest rank, a step, with everything else in place):\n"
+    return text + "\n".join(lines) + _left_out(len(names) - MAX_TABLES, "tables")
+
+
+def _why(candidates: Sequence[Candidate], step_ms: float) -> str:
+    """The choice beside its alternatives, best first."""
+    if not candidates:
+        return "the plan file gives no reason"
+    chosen, *others = candidates
+    text = f"{_way(chosen)} {step_ms:.3g} ms, {chosen.table_bytes / GIB:.3f} GiB a rank"
+    if not others:
+        return text + "; nothing else is allowed"
+    return text + "; " + "; ".join(_alternative(other, step_ms) for other in others)
+
+
+def _alternative(other: Candidate, step_ms: float) -> str:
+    size = f"{other.table_bytes / GIB:.3f} GiB a rank"
+    if other.plan_ms is None:
+        return f"{_way(other)} does not fit or was not tried ({size}, {other.table_ms:.3g} ms for the table alone)"
+    if other.plan_ms == step_ms:
+        return f"{_way(other)} the same time, more work in all or more memory ({size})"
+    return f"{_way(other)} {other.plan_ms:.3g} ms ({other.plan_ms / step_ms:.2f}x, {size})"
+
+
+def _way(candidate: Candidate) -> str:
+    return candidate.sharding_type if candidate.kernel == "fused" else f"{candidate.sharding_type}/{candidate.kernel}"
+
+
+def _rank_table(plan: Plan) -> str:
+    """Ranks with the same numbers share a line."""
+    groups: dict[RankEstimate, list[int]] = {}
+    for rank, estimate in enumerate(plan.ranks):
+        groups.setdefault(estimate, []).append(rank)
+    order = sorted(groups, key=lambda estimate: (-estimate.memory_bytes, groups[estimate][0]))
+    heads = ["ranks", "weights", "optimizer", "buffers", "tables", "reserved", "headroom", "host", "ms a step"]
+    rows = [heads]
+    for estimate in order[:MAX_RANK_GROUPS]:
+        sizes = (
+            estimate.weight_bytes,
+            estimate.optimizer_bytes,
+            estimate.io_bytes,
+            estimate.memory_bytes,
+            plan.reservation.total_bytes,
+            plan.available_bytes - estimate.memory_bytes,
+            estimate.host_bytes,
+        )
+        numbers = [f"{size / GIB:.3f}" for size in sizes]
+        rows.append([rank_ranges(groups[estimate]), *numbers, f"{estimate.step_ms:.3g}"])
+    return "memory of each rank, GiB:\n" + _columns(rows) + _left_out(len(order) - MAX_RANK_GROUPS, "groups of ranks")
+
+
+def _totals(plan: Plan) -> str:
+    memory = [rank.memory_bytes for rank in plan.ranks]
+    times = [rank.step_ms for rank in plan.ranks]
+    reserved = plan.reservation
+    lines = [
+        f"tables in all: {sum(memory) / GIB:.3f} GiB of {len(memory) * plan.available_bytes / GIB:.1f} GiB available; "
+        f"fullest rank {max(memory) / GIB:.3f} GiB, headroom {(plan.available_bytes - max(memory)) / GIB:.3f} GiB",
+        f"reserved a rank: {reserved.total_bytes / GIB:.3f} GiB = {reserved.fraction_bytes / GIB:.3f} fraction "
+        f"+ {reserved.dense_bytes / GIB:.3f} dense model + {reserved.activation_bytes / GIB:.3f} activations",
+        f"imbalance (largest over mean): memory {_imbalance(memory):.2f}, time {_imbalance(times):.2f}; "
+        f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank",
+    ]
+    return "\n".join(lines)
+
+
+def rank_ranges(ranks: Sequence[int]) -> str:
+    """Sorted ranks, runs shortened.
+
+    >>> rank_ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:4]]
+    return ",".join(shown) + (f",... ({len(ranks)})" if len(runs) > 4 else "")
+
+
+def _moved_rows(before: TablePlacement, after: TablePlacement) -> int:
+    """Rows whose rank differs."""
+    same = 0
+    holders = {shard.rank: shard for shard in before.shards}
+    for shard in after.shards:
+        held = holders.get(shard.rank)
+        if held is not None:
+            start = max(held.first_row, shard.first_row)
+            same += max(0, min(held.first_row + held.num_rows, shard.first_row + shard.num_rows) - start)
+    return before.num_embeddings - same
+
+
+def _where(table: TablePlacement) -> str:
+    return f"{table.sharding_type}/{table.kernel} on {_ranks(table)}"
+
+
+def _ranks(table: TablePlacement) -> str:
+    return rank_ranges([shard.rank for shard in table.shards if shard.num_rows])
+
+
+def _shape(table: TablePlacement) -> str:
+    return f"{table.num_embeddings:,} x {table.embedding_dim}"
+
+
+def _weight_bytes(table: TablePlacement) -> int:
+    return 4 * table.num_embeddings * table.embedding_dim
+
+
+def _imbalance(values: Sequence[float]) -> float:
+    total = sum(values)
+    return max(values) * len(values) / total if total else 1.0
+
+
+def _left_out(count: int, what: str) -> str:
+    return f"\n  ... and {count} more {what}; the plan file has all" if count > 0 else ""
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned text: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
