@@ -14,7 +14,7 @@ from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.plan_file import read_plan, write_plan
 from embeddings.planner import plan_tables
-from embeddings.report import report
+from embeddings.report import plan_report
 from embeddings.sharding import to_sharding_plan
 from pipelines.batch import Batch
 from pipelines.loader import build_loader
@@ -104,7 +104,7 @@ def plan_job(
         hbm_gib=80.0 if hbm_gib is None else hbm_gib,
     )
     plan = make_plan(config, read_dataset_info(config.data.path), machine, None)
-    print(report(plan))
+    print(plan_report(plan))
     if out is not None:
         write_plan(out, plan)
         print(f"written to {out}; use it with: python -m trainer train {config.name} --plan {out}")
@@ -203,6 +203,6 @@ def announce(
     logger.info("versions %s", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
     logger.info("data %s (%s)", config.data.path, info.name)
     logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.dense.parameters()):,}")
-    logger.info("%s", report(plan))
+    logger.info("%s", plan_report(plan))
     if progress.step:
         logger.info("resuming after step %d and %d samples", progress.step, progress.samples)
