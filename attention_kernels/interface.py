@@ -1,0 +1,353 @@
+"""The public attention functions: every argument check, the choice of backend, and the registered operators.
+
+Nothing below this file validates anything.  The operators (`longview::hstu_attention_forward` and `..._backward`) carry
+a fake implementation and autograd, so torch.compile and torch.export pass through them.
+
+Legend: T packed positions, H heads, K query-key size, V value size, B users.
+"""
+
+import functools
+import itertools
+import logging
+import math
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attention_kernels import reference, triton_attention
+from attention_kernels.mask import SemiLocalMask
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "triton", "reference"]
+_BACKENDS = ("auto", "triton", "reference")
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (*_TRITON_DTYPES, torch.float64)
+_MAX_HEAD_SIZE = 256
+
+
+def hstu_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None = None,
+    scale: float | None = None,
+    max_len: int = 16384,
+    backend: Backend = "auto",
+    *,
+    deterministic: bool = True,
+) -> Tensor:
+    """SiLU attention of packed sequences: out[q] = sum over allowed k of silu(scale <q, k>) / max_len v[k].
+
+    Differentiable in q, k and v, which may be strided views (slices of one fused projection) with a contiguous last
+    dimension.  Accumulates in float32; the result [T, H, V] is contiguous and has v's dtype.
+
+    Args:
+        q_THK, k_THK: [T, H, K], bfloat16, float16 or float32, K up to 256.
+        v_THV: [T, H, V], the same dtype.
+        offsets: [B + 1], int32 or int64, where each sequence starts; offsets[0] == 0 and offsets[-1] == T.
+        mask: which keys a query sees.
+        num_targets: [B], int32 or int64: how many of the last tokens of a sequence are targets.  None: none.
+        scale: factor of the scores; default K ** -0.5.
+        max_len: constant of the model, the same in training and serving, never below the longest sequence.
+        backend: "triton" (CUDA, or CPU tensors in Triton's interpreter), "reference" (dense, any device), or "auto":
+            Triton on CUDA tensors, the reference otherwise.
+        deterministic: whether the backward must give the same bits every time.
+
+    Raises:
+        ValueError: naming the argument that is wrong.  The values of offsets and num_targets are checked on the CPU
+            only: reading them from a GPU would stall it.
+    """
+    scale = _check_inputs(q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend)
+    out_THV: Tensor = torch.ops.longview.hstu_attention_forward(
+        q_THK, k_THK, v_THV, offsets, num_targets, *_mask_fields(mask), scale, max_len, backend, deterministic
+    )
+    return out_THV
+
+
+def hstu_attention_backward(
+    dout_THV: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None = None,
+    scale: float | None = None,
+    max_len: int = 16384,
+    backend: Backend = "auto",
+    *,
+    deterministic: bool = True,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of `hstu_attention`, for layers that write their own backward.  Not differentiable.
+
+    `out` takes three tensors of the shapes and dtype of q, k and v that are overwritten in full, for instance slices
+    of the gradient of one fused projection; they may be strided as the inputs may.
+    """
+    scale = _check_inputs(q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend)
+    _check_like("dout_THV", dout_THV, v_THV)
+    arguments = (
+        *(dout_THV, q_THK, k_THK, v_THV, offsets, num_targets),
+        *(*_mask_fields(mask), scale, max_len, backend, deterministic),
+    )
+    if out is None:
+        dq, dk, dv = torch.ops.longview.hstu_attention_backward(*arguments)
+        return dq, dk, dv
+    for name, gradient, tensor in zip(("out[0]", "out[1]", "out[2]"), out, (q_THK, k_THK, v_THV), strict=True):
+        _check_like(name, gradient, tensor)
+    torch.ops.longview.hstu_attention_backward_out(*arguments, *out)
+    return out
+
+
+def _mask_fields(mask: SemiLocalMask) -> tuple[int | None, int, int, int]:
+    return mask.local, mask.global_rows, mask.global_columns, mask.num_context
+
+
+def _check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None,
+    scale: float | None,
+    max_len: int,
+    backend: str,
+) -> float:
+    """Checks everything that shapes and dtypes tell, on the host, without touching a device.  Returns the scale."""
+    if not isinstance(mask, SemiLocalMask):
+        raise ValueError(f"mask is a {type(mask).__name__}, expected a SemiLocalMask")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is none of {', '.join(_BACKENDS)}")
+    for name, x in (("q_THK", q), ("k_THK", k), ("v_THV", v)):
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            raise ValueError(f"{name} must be a tensor [T, heads, size], got {_describe(x)}")
+        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype}; q, k and v must share one dtype of bfloat16, float16, float32")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q_THK on {q.device}; put them on one device")
+        if not 1 <= x.shape[2] <= _MAX_HEAD_SIZE:
+            raise ValueError(f"{name} has head size {x.shape[2]}, expected 1 to {_MAX_HEAD_SIZE}")
+        if x.shape[1] < 1:
+            raise ValueError(f"{name} has no heads: {_describe(x)}")
+        if x.stride(2) != 1 and x.shape[2] > 1:
+            raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1; call contiguous()")
+    if k.shape != q.shape:
+        raise ValueError(f"k_THK is {_describe(k)}, expected the shape of q_THK, {tuple(q.shape)}")
+    if v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v_THV is {_describe(v)}, expected [{q.shape[0]}, {q.shape[1]}, V] as q_THK")
+    _check_index("offsets", offsets, q)
+    if offsets.shape[0] < 1:
+        raise ValueError("offsets is empty, expected [B + 1] entries (one zero for an empty batch)")
+    if offsets.shape[0] == 1 and q.shape[0] != 0:
+        raise ValueError(f"offsets describes no sequence, but q_THK holds {q.shape[0]} positions")
+    if num_targets is not None:
+        _check_index("num_targets", num_targets, q)
+        if num_targets.shape[0] != offsets.shape[0] - 1:
+            raise ValueError(f"num_targets is {_describe(num_targets)}, expected [{offsets.shape[0] - 1}] as offsets")
+    if isinstance(max_len, bool) or not isinstance(max_len, (int, torch.SymInt)) or max_len < 1:
+        raise ValueError(f"max_len={max_len!r} must be a positive integer, the model's longest sequence")
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if not isinstance(scale, (int, float, torch.SymFloat)) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be a finite number")
+    return float(scale)
+
+
+def _check_index(name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 1:
+        raise ValueError(f"{name} must be a one-dimensional tensor, got {_describe(x)}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} is {x.dtype}, expected int32 or int64")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q_THK on {q.device}; put them on one device")
+
+
+def _check_like(name: str, x: Tensor, model: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.shape != model.shape:
+        raise ValueError(f"{name} is {_describe(x)}, expected shape {tuple(model.shape)}")
+    if x.dtype != model.dtype or x.device != model.device:
+        raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {model.dtype} on {model.device}")
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1")
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def _check_values(q: Tensor, offsets: Tensor, num_targets: Tensor | None, num_context: int, max_len: int) -> None:
+    """Checks the values of offsets and num_targets where they lie in host memory."""
+    if offsets.device.type != "cpu":
+        return
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[0]:
+        raise ValueError(f"offsets runs from {bounds[0]} to {bounds[-1]}, expected 0 to T = {q.shape[0]}")
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    if lengths and min(lengths) < 0:
+        raise ValueError(f"offsets decreases after entry {lengths.index(min(lengths))}")
+    if lengths and max(lengths) > max_len:
+        raise ValueError(f"max_len={max_len} is below the longest sequence in offsets, {max(lengths)}")
+    targets = [0] * len(lengths) if num_targets is None else num_targets.tolist()
+    for i, (n, t) in enumerate(zip(lengths, targets, strict=True)):
+        if not 0 <= t <= n:
+            raise ValueError(f"num_targets[{i}]={t} must lie between 0 and the sequence's length, {n}")
+        if 0 < n < num_context + t:
+            raise ValueError(
+                f"offsets gives sequence {i} {n} tokens, fewer than mask.num_context={num_context} plus its {t} targets"
+            )
+
+
+@functools.cache
+def _log_backend(backend: str, device_type: str, reason: str) -> None:
+    logger.info("attention backend on %s tensors: %s (%s)", device_type, backend, reason)
+
+
+def _choose_backend(backend: str, q: Tensor) -> Any:
+    """The module that computes: `reference` or `triton_attention`."""
+    on_cuda = q.device.type == "cuda"
+    chosen = backend if backend != "auto" else ("triton" if on_cuda else "reference")
+    _log_backend(chosen, q.device.type, "chosen by device" if backend == "auto" else "asked for")
+    if chosen == "reference":
+        return reference
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, got {q.device.type}; "
+            "set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
+        )
+    if q.dtype not in _TRITON_DTYPES:
+        raise ValueError(f"q_THK is {q.dtype}; backend='triton' takes bfloat16, float16 and float32")
+    return triton_attention
+
+
+_MASK_SCHEMA = "int? local, int global_rows, int global_columns, int num_context"
+_COMMON_SCHEMA = (
+    f"Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? num_targets, {_MASK_SCHEMA}, "
+    "float scale, int max_len, str backend, bool deterministic"
+)
+_FORWARD = "longview::hstu_attention_forward"
+_BACKWARD = "longview::hstu_attention_backward"
+_BACKWARD_OUT = "longview::hstu_attention_backward_out"
+
+torch.library.define(_FORWARD, f"({_COMMON_SCHEMA}) -> Tensor")
+torch.library.define(_BACKWARD, f"(Tensor dout, {_COMMON_SCHEMA}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    _BACKWARD_OUT, f"(Tensor dout, {_COMMON_SCHEMA}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    local: int | None,
+    global_rows: int,
+    global_columns: int,
+    num_context: int,
+    scale: float,
+    max_len: int,
+    backend: str,
+    deterministic: bool,
+) -> Tensor:
+    _check_values(q, offsets, num_targets, num_context, max_len)
+    mask = SemiLocalMask(local=local, global_rows=global_rows, global_columns=global_columns, num_context=num_context)
+    module = _choose_backend(backend, q)
+    out: Tensor = module.forward(q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len)
+    return out
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    torch.ops.longview.hstu_attention_backward_out(dout, q, k, v, *arguments, dq, dk, dv)
+    return dq, dk, dv
+
+
+def _backward_out(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    local: int | None,
+    global_rows: int,
+    global_columns: int,
+    num_context: int,
+    scale: float,
+    max_len: int,
+    backend: str,
+    deterministic: bool,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    _check_values(q, offsets, num_targets, num_context, max_len)
+    mask = SemiLocalMask(local=local, global_rows=global_rows, global_columns=global_columns, num_context=num_context)
+    module = _choose_backend(backend, q)
+    if module is reference:
+        gradients = reference.backward(
+            dout, q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len
+        )
+        for destination, gradient in zip((dq, dk, dv), gradients, strict=True):
+            destination.copy_(gradient)
+        return
+    # A gradient that arrives expanded or transposed has no contiguous last dimension.
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    triton_attention.backward(
+        dout,
+        q,
+        k,
+        v,
+        offsets,
+        mask,
+        num_targets=num_targets,
+        scale=scale,
+        max_len=max_len,
+        deterministic=deterministic,
+        out=(dq, dk, dv),
+    )
+
+
+torch.library.impl(_FORWARD, ("cpu", "cuda"), _forward)
+torch.library.impl(_BACKWARD, ("cpu", "cuda"), _backward)
+torch.library.impl(_BACKWARD_OUT, ("cpu", "cuda"), _backward_out)
+
+
+@torch.library.register_fake(_FORWARD)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake(_BACKWARD_OUT)
+def _backward_out_fake(*arguments: Any) -> None:
+    return None
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, offsets, num_targets, *ctx.arguments = inputs
+    ctx.save_for_backward(q, k, v, offsets, num_targets)
+
+
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.longview.hstu_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
+    return (*gradients, *([None] * (2 + len(ctx.arguments))))
+
+
+torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_for_backward)

@@ -1,0 +1,120 @@
+"""HSTU attention in plain PyTorch: the definition that every kernel is tested against.
+
+Slow and dense on purpose: it builds the boolean mask of each sequence.  Runs on any device and any floating type
+(float64 inputs are computed in float64, all others in float32), a block of query rows at a time so that memory
+stays bounded however long a sequence is.  The backward is written out; tests compare it with autograd.
+
+Legend: T packed positions, H heads, K query-key size, V value size, R query rows of one block, N keys of a sequence.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from attention_kernels.mask import SemiLocalMask
+
+# Scores of one block of rows: heads x rows x keys elements, 64 MiB in float32.
+_MAX_BLOCK_ELEMENTS = 2**24
+
+
+def dense_mask(mask: SemiLocalMask, h: int, t: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Boolean [n, n] mask (query, key) of one sequence with `h` history and `t` target tokens, n = num_context + h + t.
+
+    >>> dense_mask(SemiLocalMask(local=1, global_rows=1), h=4, t=1).int().tolist()
+    [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    """
+    if h < 0 or t < 0:
+        raise ValueError(f"h={h} and t={t} must not be negative")
+    return _mask_rows(mask, mask.num_context, h, t, 0, mask.num_context + h + t, torch.device(device))
+
+
+def forward(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    *,
+    num_targets: Tensor | None,
+    scale: float,
+    max_len: int,
+) -> Tensor:
+    """Attention output [T, H, V] in v's dtype: sum over allowed keys of silu(scale <q, k>) / max_len v[k]."""
+    out_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
+    for keys, rows, mask_RN in _blocks(q_THK, offsets, mask, num_targets):
+        q_HRK, k_HNK, v_HNV = _heads_first(q_THK[rows], k_THK[keys], v_THV[keys])
+        score_HRN = q_HRK @ k_HNK.transpose(1, 2) * scale
+        weight_HRN = torch.nn.functional.silu(score_HRN).masked_fill_(~mask_RN, 0.0) / max_len
+        out_THV[rows] = (weight_HRN @ v_HNV).transpose(0, 1).to(out_THV.dtype)
+    return out_THV
+
+
+def backward(
+    dout_THV: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    *,
+    num_targets: Tensor | None,
+    scale: float,
+    max_len: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each in its tensor's dtype, accumulated in float32 (float64 for float64 inputs)."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulate_dtype(x), device=x.device) for x in (q_THK, k_THK, v_THV))
+    for keys, rows, mask_RN in _blocks(q_THK, offsets, mask, num_targets):
+        q_HRK, k_HNK, v_HNV = _heads_first(q_THK[rows], k_THK[keys], v_THV[keys])
+        (dout_HRV,) = _heads_first(dout_THV[rows])
+        score_HRN = q_HRK @ k_HNK.transpose(1, 2) * scale
+        sigmoid_HRN = torch.sigmoid(score_HRN)
+        weight_HRN = (score_HRN * sigmoid_HRN).masked_fill_(~mask_RN, 0.0) / max_len
+        slope_HRN = sigmoid_HRN * (1 + score_HRN * (1 - sigmoid_HRN))
+        dscore_HRN = (dout_HRV @ v_HNV.transpose(1, 2) * slope_HRN).masked_fill_(~mask_RN, 0.0) * (scale / max_len)
+        dq[rows] += (dscore_HRN @ k_HNK).transpose(0, 1)
+        dk[keys] += (dscore_HRN.transpose(1, 2) @ q_HRK).transpose(0, 1)
+        dv[keys] += (weight_HRN.transpose(1, 2) @ dout_HRV).transpose(0, 1)
+    return dq.to(q_THK.dtype), dk.to(k_THK.dtype), dv.to(v_THV.dtype)
+
+
+def _blocks(
+    q_THK: Tensor, offsets: Tensor, mask: SemiLocalMask, num_targets: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields (keys, query rows, mask [R, N]) of every sequence, few rows at a time.  Reads offsets on the host."""
+    bounds = offsets.tolist()
+    targets = [0] * (len(bounds) - 1) if num_targets is None else num_targets.tolist()
+    for start, end, t in zip(bounds[:-1], bounds[1:], targets, strict=True):
+        n = end - start
+        # An empty sequence, or one of targets only, holds fewer context tokens than the model has.
+        c = min(mask.num_context, n - t)
+        step = max(1, _MAX_BLOCK_ELEMENTS // max(1, n * q_THK.shape[1]))
+        for first in range(0, n, step):
+            last = min(first + step, n)
+            mask_RN = _mask_rows(mask, c, n - c - t, t, first, last, q_THK.device)
+            yield slice(start, end), slice(start + first, start + last), mask_RN
+
+
+def _mask_rows(mask: SemiLocalMask, c: int, h: int, t: int, first: int, last: int, device: torch.device) -> Tensor:
+    """Rows first..last-1 of the dense mask, written as the table in `mask.py`."""
+    q = torch.arange(first, last, device=device)[:, None]
+    k = torch.arange(c + h + t, device=device)[None, :]
+    row_is_history = (q >= c) & (q < c + h)
+    row_is_target = q >= c + h
+    key_is_context = k < c
+    key_is_history = (k >= c) & (k < c + h)
+    if mask.local is None:
+        near = torch.ones_like(q >= k)
+    else:
+        near = (q - k <= mask.local) | (q >= c + h - mask.global_rows) | (k - c < mask.global_columns)
+    seen_by_history = key_is_context | (key_is_history & (k <= q) & near)
+    seen_by_context_or_target = key_is_context | key_is_history | (row_is_target & (k == q))
+    return torch.where(row_is_history, seen_by_history, seen_by_context_or_target)
+
+
+def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(_accumulate_dtype(x)).transpose(0, 1) for x in tensors)
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
