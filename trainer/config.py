@@ -122,8 +122,8 @@ class TrainConfig:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of products and attention on a GPU; on a CPU everything is float32."""
     overlap: Literal["sparse_dist", "prefetch", "plain"] = "sparse_dist"
-    """What overlaps with a step: the copy and input dist of coming batches; these, and the filling of the tables' device
-    cache (for fused_uvm_caching tables); or nothing."""
+    """sparse_dist: the copy and input dist of coming batches overlap with a step.  prefetch: the filling of the tables'
+    device cache too (for fused_uvm_caching tables).  plain: nothing does."""
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 4 or self.embedding_dim % 4:

@@ -3,8 +3,9 @@
 Each checks everything it can before it changes anything on disk.
 """
 
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -16,16 +17,20 @@ from embeddings.plan_file import read_plan, write_plan
 from embeddings.planner import plan_tables
 from embeddings.report import plan_report
 from embeddings.sharding import to_sharding_plan
+from pipelines.baseline import baseline_scores
 from pipelines.batch import Batch
-from pipelines.loader import build_loader
+from pipelines.config import DataConfig
+from pipelines.loader import Loader, build_loader
 from pipelines.position import position_from_dict
 from pipelines.schema import DatasetInfo, read_dataset_info
 from trainer.assemble import build_model, check_lengths, lookup_load, table_configs, tasks_of, training_flops
 from trainer.checkpoint import Progress, load_tensors, read_progress
+from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.evaluate import comparison_table, evaluate
 from trainer.loop import Feed, run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.metrics import score
 from trainer.parallelize import ParallelModel, parallelize
 from trainer.preflight import check_packages, device_name, installed_versions
 from trainer.recorder import Consumed, Recorder
@@ -47,7 +52,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     plan = make_plan(config, info, machine_of(mesh), plan_file)
     steps = run.complete_steps()
     progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()
-    batches = training_batches(config, info, mesh, progress)
+    loader = training_loader(config, info, mesh, progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     with logged(run, mesh), joined(mesh):
         model = build_parallel(config, info, plan, mesh)
@@ -57,10 +62,12 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
             write_json(run.config_file, to_dict(config))
             write_plan(run.plan_file, plan)
         announce(config, info, plan, mesh, progress, model)
-        recorder = Recorder(run, mesh, progress, total_samples=None)
+        recorder = Recorder(run, mesh, progress, total_samples=_total_samples(config, loader))
+        # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
+        remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
         run_steps(
             model,
-            Feed(batches, consumption(config, info)),
+            Feed(islice(iter(loader), remaining), consumption(config, info)),
             progress,
             config=config,
             run=run,
@@ -82,7 +89,7 @@ def evaluate_job(run_dir: Path, step: int | None) -> None:
     mesh, run = discover_mesh(), RunDir(run_dir)
     saved = run.saved_config()
     if saved is None:
-        raise ValueError(f"{run_dir} holds no config.json: name a run directory that `train` made")
+        raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
     config = from_dict(TrainConfig, saved)
     step = run.step_to_load(step)
     info = read_dataset_info(config.data.path)
@@ -125,7 +132,10 @@ def make_plan(config: TrainConfig, info: DatasetInfo, machine: Machine, plan_fil
     """Read the plan of `plan_file`, checked against tables and machine, or make one.  Every rank makes the same."""
     tables = table_configs(config, info)
     if plan_file is not None:
-        return read_plan(plan_file, tables=tables, machine=machine)
+        try:
+            return read_plan(plan_file, tables=tables, machine=machine)
+        except ValueError as error:
+            raise WrongUse(str(error)) from None
     model = build_model(config, info, tables, torch.device("meta"))
     return plan_tables(
         model,
@@ -144,20 +154,22 @@ def build_parallel(config: TrainConfig, info: DatasetInfo, plan: Plan, mesh: Mes
     return parallelize(model, tables, to_sharding_plan(plan, model), config, mesh)
 
 
-def training_batches(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress: Progress) -> Iterator[Batch]:
+def training_loader(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress: Progress) -> Loader:
     """This rank's parts of the global batches that come after `progress`."""
-    loader = build_loader(
+    return build_loader(
         config.data,
-        info,
         split="train",
         rank=mesh.rank,
         world_size=mesh.world_size,
         position=None if progress.position is None else position_from_dict(progress.position),
         cost=training_flops(config, info),
     )
-    # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
-    remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
-    return islice(iter(loader), remaining)
+
+
+def _total_samples(config: TrainConfig, loader: Loader) -> int | None:
+    """Samples of the whole run, for the progress bar; None for a stream without a known end."""
+    limits = [loader.total_samples, config.max_steps and config.max_steps * config.data.global_batch_size]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def consumption(config: TrainConfig, info: DatasetInfo) -> Callable[[Batch], Consumed]:
@@ -187,12 +199,22 @@ def evaluate_and_show(
     step: int,
 ) -> dict[str, float]:
     """Evaluate, append to eval.jsonl unless the step stands there already, and show the result beside the baseline."""
-    batches = build_loader(config.data, info, split="eval", rank=mesh.rank, world_size=mesh.world_size)
+    batches = build_loader(config.data, split="eval", rank=mesh.rank, world_size=mesh.world_size)
     metrics = evaluate(model, batches, tasks, mesh)
     if mesh.is_first:
         JsonLines(run.eval_file).append({"step": step, **metrics})
-        logger.info("evaluation at step %d:\n%s", step, comparison_table(metrics, metrics, tasks))
+        logger.info(
+            "evaluation at step %d:\n%s", step, comparison_table(metrics, baseline_metrics(config.data, tasks), tasks)
+        )
     return metrics
+
+
+@functools.cache
+def baseline_metrics(config: DataConfig, tasks: tuple[str, ...]) -> dict[str, float]:
+    """What the rates of items and users in the training split predict; the same at every evaluation of a run."""
+    baseline = baseline_scores(config, tasks)
+    scores, labels, users = (torch.from_numpy(x) for x in (baseline.scores, baseline.labels, baseline.user_id))
+    return score(scores.double(), labels.double(), users, tasks)
 
 
 def announce(

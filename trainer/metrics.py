@@ -45,18 +45,19 @@ class RankingMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         """`ne/TASK`, `auc/TASK` and `gauc/TASK` over everything added on all ranks."""
-        scores, labels = dim_zero_cat(self.scores).T, dim_zero_cat(self.labels).T
-        user_ids = dim_zero_cat(self.user_ids)
-        gauc = _gauc(scores, labels, user_ids)
-        result = {}
-        for index, task in enumerate(self.tasks):
-            both_classes = bool(0 < labels[index].mean() < 1)
-            result[f"ne/{task}"] = _ne(scores[index], labels[index]) if both_classes else float("nan")
-            result[f"auc/{task}"] = (
-                binary_auroc(scores[index], labels[index].long()).item() if both_classes else float("nan")
-            )
-            result[f"gauc/{task}"] = gauc[index]
-        return result
+        return score(dim_zero_cat(self.scores), dim_zero_cat(self.labels), dim_zero_cat(self.user_ids), self.tasks)
+
+
+def score(scores: Tensor, labels: Tensor, user_ids: Tensor, tasks: tuple[str, ...]) -> dict[str, float]:
+    """`ne/TASK`, `auc/TASK` and `gauc/TASK` of these candidates; arguments as `RankingMetrics.update`'s."""
+    gauc = _gauc(scores.T, labels.T, user_ids)
+    result = {}
+    for task, s, y, user_auc in zip(tasks, scores.T, labels.T, gauc, strict=True):
+        both_classes = bool(0 < y.mean() < 1)
+        result[f"ne/{task}"] = _ne(s, y) if both_classes else float("nan")
+        result[f"auc/{task}"] = binary_auroc(s, y.long()).item() if both_classes else float("nan")
+        result[f"gauc/{task}"] = user_auc
+    return result
 
 
 def _ne(scores: Tensor, labels: Tensor) -> float:
