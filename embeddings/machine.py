@@ -1,7 +1,6 @@
 """The machines a plan is made for: ranks, memory and bandwidths.  Nothing here looks at the machine it runs on."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +47,8 @@ class Machine:
     """Ranks."""
     local_world_size: int
     """Ranks a node."""
-    compute_device: Literal["cuda", "cpu"]
-    """Where tables and model live."""
+    compute_device: str
+    """Where tables and model live: cuda or cpu."""
     hbm_gib: float | None = None
     """GiB of device memory a rank; required for cuda, null for cpu."""
     ddr_gib: float = 128.0

@@ -6,7 +6,6 @@ of the arguments, so every rank of a job may make it for itself.
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingCollection
@@ -168,8 +167,7 @@ def _does_not_fit(
     if stuck:
         fixes.append(f"allow row_wise for {', '.join(stuck[:3])}, too large for one rank (placement.tables)")
     fixes.append(f"use more ranks (at least {_ranks_needed(needs, available, machine)})")
-    kind: Literal["hbm", "ddr"] = "hbm" if machine.compute_device == "cuda" else "ddr"
-    fixes.append(f"use ranks with more memory (at least {_gib_needed(packing, machine, available):.0f} GiB of {kind})")
+    fixes.append(f"use ranks with more memory (at least {_gib_needed(packing, machine, available):.0f} GiB)")
     if machine.compute_device == "cuda" and "fused_uvm_caching" not in placement.compute_kernels:
         fixes.append("keep cold rows in host memory (add fused_uvm_caching to placement.compute_kernels)")
     fixes.append("lower placement.reserved_fraction or placement.activation_gib")
