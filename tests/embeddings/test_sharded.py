@@ -1,0 +1,101 @@
+"""Sharded tables on real processes equal the unsharded ones: values, updates, memory and state across plans and ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.embeddings import sharded
+from tests.support.distributed import run_ranks
+
+WORLD_SIZES = (1, 2, 3)
+SAVED_BY = 2
+
+Results = dict[int, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """For each world size, what every rank returned.  Two ranks save, then one and three load."""
+    folder = str(tmp_path_factory.mktemp("sharded"))
+    return {
+        world_size: run_ranks(world_size, sharded.run_rank, folder, world_size == SAVED_BY)
+        for world_size in (SAVED_BY, 1, 3)
+    }
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The unsharded model's final state, under the checkpoint's names, and its outputs."""
+    tables, sums, outputs = sharded.oracle()
+    state = {f"tables/{name}": value for name, value in tables.items()}
+    return state | {f"optimizer/{name}/momentum1": value for name, value in sums.items()}, outputs
+
+
+def whole(parts_of_ranks: list[dict[str, list[tuple[int, Tensor]]]]) -> dict[str, Tensor]:
+    """Whole tensors from the parts of all ranks; every row must be there exactly once."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for rank in parts_of_ranks:
+        for name, pieces in rank.items():
+            parts.setdefault(name, []).extend(pieces)
+    tensors = {}
+    for name, pieces in parts.items():
+        pieces = sorted(pieces, key=lambda piece: piece[0])
+        assert [first for first, _ in pieces] == [sum(len(rows) for _, rows in pieces[:i]) for i in range(len(pieces))]
+        tensors[name] = torch.cat([rows for _, rows in pieces])
+    return tensors
+
+
+@pytest.mark.parametrize("layout", sharded.LAYOUTS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_initial_values_depend_on_neither_plan_nor_ranks(results: Results, world_size: int, layout: str) -> None:
+    reference = whole([rank["row_wise"]["initial"] for rank in results[1]])
+    initial = whole([rank[layout]["initial"] for rank in results[world_size]])
+    assert initial.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(initial[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", sharded.LAYOUTS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_outputs_equal_the_unsharded_tables(results: Results, expected: Any, world_size: int, layout: str) -> None:
+    for step, reference in enumerate(expected[1]):
+        for feature, values in reference.items():
+            samples: list[Tensor] = [torch.empty(0)] * sharded.GLOBAL_SAMPLES
+            for rank in range(world_size):
+                samples[rank::world_size] = results[world_size][rank][layout]["outputs"][step][feature]
+            torch.testing.assert_close(torch.cat(samples), values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", sharded.LAYOUTS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_updates_equal_the_unsharded_tables(results: Results, expected: Any, world_size: int, layout: str) -> None:
+    final = whole([rank[layout]["final"] for rank in results[world_size]])
+    assert final.keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        torch.testing.assert_close(final[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", sharded.LAYOUTS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_planned_bytes_equal_the_bytes_of_local_shards(results: Results, world_size: int, layout: str) -> None:
+    for rank in results[world_size]:
+        held = {"tables": 0, "optimizer": 0}
+        for name, pieces in rank[layout]["final"].items():
+            held[name.split("/")[0]] += sum(rows.numel() * rows.element_size() for _, rows in pieces)
+        assert (held["tables"], held["optimizer"]) == rank[layout]["planned_bytes"]
+
+
+@pytest.mark.parametrize("layout", sharded.LAYOUTS)
+@pytest.mark.parametrize("saved", sharded.LAYOUTS)
+@pytest.mark.parametrize("world_size", [size for size in WORLD_SIZES if size != SAVED_BY])
+def test_checkpoint_carries_tables_and_optimizer_to_another_plan(
+    results: Results, world_size: int, saved: str, layout: str
+) -> None:
+    written = whole([rank[saved]["final"] for rank in results[SAVED_BY]])
+    loaded = whole([rank[f"{saved}->{layout}"] for rank in results[world_size]])
+    assert loaded.keys() == written.keys()
+    for name, value in written.items():
+        torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
+        assert value.abs().sum() > 0
