@@ -15,7 +15,17 @@ from attention_kernels.rows import row_blocks, serial_grid
 
 @triton.jit
 def _forward_kernel(
-    p_x, p_weight, p_bias, p_normed, p_mean, p_rstd, eps, num_rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    p_x,
+    p_weight,
+    p_bias,
+    p_normed,
+    p_mean,
+    p_rstd,
+    eps,
+    num_rows,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLS)
@@ -56,8 +66,10 @@ def _backward_kernel(
     weight = tl.load(p_weight + columns, mask=m_column, other=0.0).to(tl.float32)
     dweight = tl.zeros([COLS], tl.float32)
     dbias = tl.zeros([COLS], tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, PROGRAMS * ROWS):
-        rows = first.to(tl.int64) + tl.arange(0, ROWS)
+    # A while loop: with numpy 2.4, Triton's interpreter cannot use its tensors as bounds of a range.
+    first = tl.program_id(0) * ROWS
+    while first < num_rows:
+        rows = first + tl.arange(0, ROWS).to(tl.int64)
         m_row = rows < num_rows
         mask = m_row[:, None] & m_column[None, :]
         addresses = rows[:, None] * D + columns[None, :]
@@ -74,6 +86,7 @@ def _backward_kernel(
         tl.store(p_dx + addresses, dx.to(p_dx.dtype.element_ty), mask=mask)
         dweight += tl.sum(dnormed * xhat, axis=0)
         dbias += tl.sum(dnormed, axis=0)
+        first += PROGRAMS * ROWS
     partial = tl.program_id(0) * D + columns
     tl.store(p_dweight + partial, dweight, mask=m_column)
     tl.store(p_dbias + partial, dbias, mask=m_column)

@@ -61,8 +61,10 @@ def _backward_kernel(
     m_column = columns < WIDTH
     m_active = columns < ACTIVE
     dbias = tl.zeros([COLS], tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, PROGRAMS * ROWS):
-        rows = first.to(tl.int64) + tl.arange(0, ROWS)
+    # A while loop: with numpy 2.4, Triton's interpreter cannot use its tensors as bounds of a range.
+    first = tl.program_id(0) * ROWS
+    while first < num_rows:
+        rows = first + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < num_rows)[:, None] & m_column[None, :]
         addresses = rows[:, None] * WIDTH + columns[None, :]
         gradient = tl.load(p_gradient + addresses, mask=mask, other=0.0).to(tl.float32)
@@ -74,6 +76,7 @@ def _backward_kernel(
         gradient = gradient * slope
         tl.store(p_gradient + addresses, gradient.to(p_gradient.dtype.element_ty), mask=active)
         dbias += tl.sum(gradient, axis=0)
+        first += PROGRAMS * ROWS
     tl.store(p_dbias + tl.program_id(0) * WIDTH + columns, dbias, mask=m_column)
 
 

@@ -1,0 +1,180 @@
+"""The pieces of an HSTU layer as functions with their backward, on either backend.
+
+These are for layers that write their own backward: none is differentiable by itself.  "reference" runs
+`layer_reference` (and autograd over it for gradients) on any device; "triton" runs the fused kernels, on CUDA tensors
+or on CPU tensors in the interpreter.
+
+Legend: T packed positions, D model width, W gate width (heads x value size).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attention_kernels import gated_norm as gated_norm_kernels
+from attention_kernels import layer_norm as layer_norm_kernels
+from attention_kernels import layer_reference, uvqk
+
+LayerBackend = Literal["triton", "reference"]
+
+
+def layer_backend(x: Tensor) -> LayerBackend:
+    """The backend for tensors like `x`: Triton on a GPU, the reference elsewhere."""
+    return "triton" if x.device.type == "cuda" else "reference"
+
+
+def layer_norm_forward(
+    x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: LayerBackend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed x in its type; mean and 1 / deviation of each row in float32 (float64 for float64)."""
+    _check_rows("x_TD", x_TD, {"weight": weight, "bias": bias})
+    if backend == "triton":
+        return layer_norm_kernels.forward(x_TD, weight, bias, eps)
+    wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=1, correction=0)
+    return layer_reference.layer_norm(x_TD, weight, bias, eps), mean, torch.rsqrt(variance + eps)
+
+
+def layer_norm_backward(
+    dnormed_TD: Tensor,
+    x_TD: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    *,
+    residual_TD: Tensor,
+    backend: LayerBackend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx + residual_TD in x's type, dweight, dbias)."""
+    if backend == "triton":
+        return layer_norm_kernels.backward(dnormed_TD, x_TD, weight, mean, rstd, residual_TD)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (x_TD, weight, bias)]
+        normed = layer_reference.layer_norm(inputs[0], inputs[1], inputs[2], eps)
+        dx, dweight, dbias = torch.autograd.grad(normed, inputs, dnormed_TD)
+    return dx + residual_TD, dweight, dbias
+
+
+def silu_uvqk_forward(
+    raw: Tensor, u_width: int, active: int, *, inplace: bool, backend: LayerBackend
+) -> tuple[Tensor, Tensor]:
+    """(U, the columns behind U), with SiLU on the first `active` of all columns.
+
+    `inplace` lets the second result overwrite `raw`'s columns; otherwise `raw` stays as it is, and columns behind
+    `active` may come back as a view of it.
+    """
+    if raw.dim() != 2 or not 0 < u_width <= active <= raw.shape[1]:
+        raise ValueError(
+            f"u_width={u_width} and active={active} must satisfy 0 < u_width <= active <= {tuple(raw.shape)}[1]"
+        )
+    rest = raw[:, u_width:]
+    only_u = active == u_width
+    if backend == "triton":
+        if only_u:
+            return uvqk.forward(raw[:, :u_width], u_width, u_width)[0], rest
+        return uvqk.forward(raw, u_width, active, out=rest if inplace else None)
+    u = layer_reference.silu(raw[:, :u_width])
+    if only_u:
+        return u, rest
+    activated = torch.cat([layer_reference.silu(raw[:, u_width:active]), raw[:, active:]], dim=1)
+    return u, rest.copy_(activated) if inplace else activated
+
+
+def silu_uvqk_backward_(gradient: Tensor, raw: Tensor, active: int, *, backend: LayerBackend) -> Tensor:
+    """Turn the gradient of the activated columns into that of the product, in place; returns its sum over rows."""
+    if not gradient.is_contiguous():
+        raise ValueError(f"gradient has strides {gradient.stride()}, expected a contiguous tensor")
+    if backend == "triton":
+        return uvqk.backward_(gradient, raw, active)
+    sigmoid = torch.sigmoid(raw[:, :active])
+    gradient[:, :active] *= sigmoid * (1 + raw[:, :active] * (1 - sigmoid))
+    return gradient.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32))
+
+
+def gated_norm_forward(
+    attention_TW: Tensor,
+    u_TW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    num_groups: int = 1,
+    x_TD: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    backend: LayerBackend,
+) -> Tensor:
+    """`layer_reference.gated_norm`."""
+    _check_rows("attention_TW", attention_TW, {"weight": weight, "bias": bias})
+    _check_rows("u_TW", u_TW, {})
+    if attention_TW.shape[1] % num_groups:
+        raise ValueError(f"num_groups={num_groups} does not divide the width {attention_TW.shape[1]}")
+    function = gated_norm_kernels.forward if backend == "triton" else layer_reference.gated_norm
+    return function(attention_TW, u_TW, weight, bias, eps, num_groups=num_groups, x_TD=x_TD, dropout=dropout, seed=seed)
+
+
+def gated_norm_backward(
+    dout: Tensor,
+    attention_TW: Tensor,
+    u_TW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual_TD: Tensor,
+    du: Tensor,
+    num_groups: int = 1,
+    x_TD: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    backend: LayerBackend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `gated_norm_forward`; `du` [T, W] is overwritten and may be a slice of a wider buffer.
+
+    Returns (dattention, residual_TD plus the gradient of the concatenated x, the forward's result, dweight, dbias).
+    """
+    if backend == "triton":
+        return gated_norm_kernels.backward(
+            dout,
+            attention_TW,
+            u_TW,
+            weight,
+            bias,
+            eps,
+            num_groups=num_groups,
+            x_TD=x_TD,
+            residual_TD=residual_TD,
+            dropout=dropout,
+            seed=seed,
+            du=du,
+        )
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (attention_TW, u_TW, weight, bias)]
+        if x_TD is not None:
+            inputs.append(x_TD.detach().requires_grad_())
+        gated = layer_reference.gated_norm(
+            inputs[0],
+            inputs[1],
+            inputs[2],
+            inputs[3],
+            eps,
+            num_groups=num_groups,
+            x_TD=inputs[4] if x_TD is not None else None,
+            dropout=dropout,
+            seed=seed,
+        )
+        gradients = torch.autograd.grad(gated, inputs, dout)
+    du.copy_(gradients[1])
+    residual = residual_TD if x_TD is None else residual_TD + gradients[4]
+    return gradients[0], residual, gated.detach(), gradients[2], gradients[3]
+
+
+def _check_rows(name: str, x: Tensor, vectors: dict[str, Tensor]) -> None:
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"{name} is {tuple(x.shape)} with strides {x.stride()}, expected contiguous rows [T, width]")
+    for vector_name, vector in vectors.items():
+        if vector.shape != x.shape[1:]:
+            raise ValueError(f"{vector_name} is {tuple(vector.shape)}, expected [{x.shape[1]}] as the rows of {name}")
