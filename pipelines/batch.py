@@ -44,6 +44,10 @@ class Batch(Pipelineable):
     loss_denominator: Tensor
     """[] float32: labelled candidates of the global batch / number of ranks.  Averaged over ranks, as DDP and TorchRec
     do, the ranks' sums over this number give the mean over the global batch."""
+    action_host: Tensor
+    """`action`, always in host memory."""
+    side_host: dict[str, Tensor]
+    """`side`, always in host memory."""
     position: DataPosition
     """The training stream's state after this batch."""
     global_samples: int

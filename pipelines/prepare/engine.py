@@ -15,18 +15,11 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 import duckdb
 
 logger = logging.getLogger(__name__)
-
-COMPRESSIONS: Mapping[str, Callable[[Path], IO[bytes]]] = {
-    ".xz": lambda path: lzma.open(path),
-    ".gz": lambda path: gzip.open(path),
-    ".zip": lambda path: _open_zip(path),
-}
-"""Openers of compressed text, by the last part of the file's name."""
 
 
 def connect(scratch: Path, memory_gib: float, threads: int | None) -> duckdb.DuckDBPyConnection:
@@ -132,6 +125,14 @@ def check_rows(
     raise ValueError(f"{path}, line {row[0] - 1 + first_line}: {reason} ({count} such row(s))")
 
 
+def _open_xz(path: Path) -> BinaryIO:
+    return cast(BinaryIO, lzma.open(path))
+
+
+def _open_gz(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path))
+
+
 def _line_of(message: str) -> str:
     """The line number and the cause out of DuckDB's many-line message."""
     line = re.search(r"on Line: (\d+)", message, re.IGNORECASE)
@@ -142,10 +143,14 @@ def _line_of(message: str) -> str:
     return f"{where}: {cause}" + (f" [{original[:200]}]" if original else "")
 
 
-def _open_zip(path: Path) -> IO[bytes]:
+def _open_zip(path: Path) -> BinaryIO:
     """The only member of an archive."""
     archive = zipfile.ZipFile(path)
     members = [name for name in archive.namelist() if not name.endswith("/")]
     if len(members) != 1:
         raise ValueError(f"{path} holds {len(members)} files; unpack it and give the folder")
-    return archive.open(members[0])
+    return cast(BinaryIO, archive.open(members[0]))
+
+
+COMPRESSIONS: Mapping[str, Callable[[Path], BinaryIO]] = {".xz": _open_xz, ".gz": _open_gz, ".zip": _open_zip}
+"""Openers of compressed text, by the last part of the file's name."""

@@ -45,7 +45,7 @@ def _load_log(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path
         "CREATE TABLE events (user_id BIGINT, item_id BIGINT, time BIGINT, rank BIGINT, action INTEGER, "
         "candidate BOOLEAN, watch_time_ms INTEGER)"
     )
-    types = {name: "BIGINT" for name in ("user_id", "video_id", "time_ms", "play_time_ms", *ACTIONS)}
+    types = dict.fromkeys(("user_id", "video_id", "time_ms", "play_time_ms", *ACTIONS), "BIGINT")
     mask = " + ".join(f"({name} << {bit})" for bit, name in enumerate(ACTIONS))
     rules = {"user_id >= 0": "user_id must not be negative or missing"}
     rules["video_id >= 0"] = "video_id must not be negative or missing"
@@ -90,7 +90,7 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, source: Path) -> None
 def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> tuple[int, dict[str, list[str]]]:
     """Context features, each value as its place among the sorted values of the file, from 1 on; 0 is unknown."""
     path = require_files(source, "user_features_*.csv", "the users' features")[0]
-    types = {"user_id": "BIGINT", **{name: "VARCHAR" for name in CONTEXT}}
+    types = {"user_id": "BIGINT", **dict.fromkeys(CONTEXT, "VARCHAR")}
     reader = csv_reader(plain_file(path, scratch), types)
     check_rows(connection, reader, path, {"user_id >= 0": "user_id must not be negative or missing"})
     values = {}

@@ -6,6 +6,7 @@ candidates begin, so no sample sees the future.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ class UserEvents:
     """[E] seconds, -1 where unknown."""
     candidate: NDArray[np.bool_]
     """[E] whether the event's labels are known; within a user, the events without labels come first."""
-    columns: Mapping[str, NDArray[np.generic]]
+    columns: Mapping[str, NDArray[Any]]
     """[E] item_id, action, timestamp and further history columns."""
     context: Mapping[str, IntArray]
     """[E] context features, constant within a user."""
@@ -83,7 +84,7 @@ def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[
 
 def _table(events: UserEvents, samples: Spans) -> pa.Table:
     """Samples in the prepared format's columns."""
-    columns = {"user_id": pa.array(events.user_id[samples.middle])}
+    columns: dict[str, pa.Array] = {"user_id": pa.array(events.user_id[samples.middle])}
     for name, values in events.context.items():
         if name != "user_id":
             columns[name] = pa.array(values[samples.middle])

@@ -41,9 +41,13 @@ def event_statistics(connection: duckdb.DuckDBPyConnection, actions: Sequence[st
         f"SELECT count(*), count(DISTINCT user_id), min(time), max(time), {rates} FROM events WHERE candidate"
     ).fetchall()[0]
     popularity = connection.execute(
-        "SELECT count(*), max(share), sum(share) FILTER (place <= 0.01 * total), sum(share) FILTER (place <= 0.1 * total) "
-        "FROM (SELECT n / sum(n) OVER () AS share, row_number() OVER (ORDER BY n DESC) AS place, count(*) OVER () AS total "
-        "FROM (SELECT count(*) AS n FROM events WHERE candidate GROUP BY item_id))"
+        """
+        SELECT count(*), max(share), sum(share) FILTER (place <= 0.01 * total),
+            sum(share) FILTER (place <= 0.1 * total)
+        FROM (
+            SELECT n / sum(n) OVER () AS share, row_number() OVER (ORDER BY n DESC) AS place, count(*) OVER () AS total
+            FROM (SELECT count(*) AS n FROM events WHERE candidate GROUP BY item_id))
+        """
     ).fetchall()[0]
     return {
         "events": count,
