@@ -130,11 +130,10 @@ class Packer:
 
 def best_packing(packer: Packer) -> Packing:
     """The best placement found.  It does not fit if its rating begins with more than 0 bytes."""
-    options = packer.options
-    fastest = [_fastest_kernels(table) for table in options]
-    best = _best_cut(packer, fastest)
+    allowed = [_fastest_kernels(table) for table in packer.options]
+    best = _best_cut(packer, allowed)
     if best.rating[0]:
-        best = _move_to_slower_kernels(packer, best)
+        best = min(best, _best_with_slower_kernels(packer, allowed), key=lambda packing: packing.rating)
     return _change_single_tables(packer, best)
 
 
@@ -192,30 +191,31 @@ def _spread_counts(largest: int) -> list[int]:
     return sorted(counts)
 
 
-def _move_to_slower_kernels(packer: Packer, packing: Packing) -> Packing:
-    """Move as few tables as needed to kernels with less device memory, first those with most bytes for their time."""
+def _best_with_slower_kernels(packer: Packer, allowed: list[dict[str, int]]) -> Packing:
+    """As few tables as needed on kernels with less device memory, first those with most bytes for their time."""
+    options = packer.options
     order = sorted(
-        range(len(packer.options)),
-        key=lambda i: (-_bytes_per_ms(packer.options[i][packing.choice[i]]), i),
+        range(len(options)),
+        key=lambda i: (-max(_bytes_per_ms(options[i][index]) for index in allowed[i].values()), i),
     )
-    while packing.rating[0]:
-        slower = {i: _next_kernel(packer.options[i], packing.choice[i]) for i in order}
-        if all(slower[i] == packing.choice[i] for i in order):
-            return packing
+    while True:
+        slower = [
+            {kind: _next_kernel(table, index) for kind, index in kinds.items()}
+            for table, kinds in zip(options, allowed, strict=True)
+        ]
+        best = _best_cut(packer, slower)
+        if best.rating[0]:
+            if slower == allowed:
+                return best
+            allowed = slower
+            continue
         low, high = 0, len(order)
-        best = packing
-        while low < high:
+        while low + 1 < high:
             middle = (low + high) // 2
-            choice = list(packing.choice)
-            for i in order[: middle + 1]:
-                choice[i] = slower[i]
-            candidate = packer.pack(tuple(choice))
-            best = min(best, candidate, key=lambda candidate: candidate.rating)
-            low, high = (low, middle) if candidate.rating[0] == 0 else (middle + 1, high)
-        if best is packing:
-            return packing
-        packing = best
-    return packing
+            moved = set(order[:middle])
+            packing = _best_cut(packer, [slower[i] if i in moved else allowed[i] for i in range(len(order))])
+            low, high, best = (middle, high, best) if packing.rating[0] else (low, middle, packing)
+        return best
 
 
 def _bytes_per_ms(option: Option) -> float:

@@ -1,4 +1,4 @@
-"""Sharded tables on real processes equal the unsharded ones: values, updates, memory and state across plans and ranks."""
+"""Sharded tables on real processes equal the unsharded ones: values, updates, memory, and state across plans."""
 
 from typing import Any
 
