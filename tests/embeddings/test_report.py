@@ -1,0 +1,77 @@
+"""The report names every table, its reasons and every rank's memory; the comparison counts the rows that move."""
+
+import doctest
+from dataclasses import replace
+
+from torch import nn
+
+import embeddings.plan
+import embeddings.report
+from embeddings.config import PlacementConfig, ShardingType, SparseOptimizerConfig, TableConfig, TableConstraint
+from embeddings.machine import Machine
+from embeddings.plan import BatchLoad, Plan
+from embeddings.planner import plan_tables
+from embeddings.report import plan_differences, plan_report
+
+TABLES = (
+    TableConfig(name="item", num_embeddings=64_000_000, embedding_dim=64, features=("item",)),
+    TableConfig(name="user", num_embeddings=1_000_000, embedding_dim=64, features=("user",)),
+)
+
+
+def plan(world_size: int = 16, item: tuple[ShardingType, ...] = ("table_wise", "row_wise")) -> Plan:
+    """A plan in which the item table may be sharded as `item` says."""
+    return plan_tables(
+        nn.Linear(4, 4),
+        TABLES,
+        machine=Machine(world_size=world_size, local_world_size=8, compute_device="cuda", hbm_gib=80.0),
+        placement=PlacementConfig(tables={"item": TableConstraint(sharding_types=item)}),
+        optimizer=SparseOptimizerConfig(),
+        load=BatchLoad(samples_per_rank=32, ids_per_sample={"item": 1000.0}),
+    )
+
+
+def test_examples_in_docstrings() -> None:
+    for module in (embeddings.plan, embeddings.report):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_report_shows_placement_reasons_and_memory() -> None:
+    made = plan()
+    report = plan_report(made)
+    lines = report.splitlines()
+    assert "16 cuda ranks (2 x 8), 80 GiB each, bandwidths of H100-80" in lines[0]
+    item = next(line.split() for line in lines if line.startswith("  item "))
+    assert item == ["item", "64,000,000", "x", "64", "15.259", "row_wise", "fused", "0-15", item[-1]]
+    reason = next(line for line in lines if line.startswith("  item: "))
+    assert "row_wise" in reason.split(";")[0]
+    assert "table_wise" in reason.split(";")[1]
+    # 64M rows of 64 float32 over 16 ranks: 0.954 GiB a rank, and one float32 a row: 0.015 GiB.
+    first = next(line.split() for line in lines if line.lstrip().startswith("0-15"))
+    assert first[1:3] == ["0.969", "0.015"]
+    assert "imbalance (largest over mean): memory 1.00, time 1.00" in report
+    assert report.isascii()
+
+
+def test_report_of_a_thousand_ranks_fits_a_screen() -> None:
+    report = plan_report(plan(world_size=1024))
+    assert len(report.splitlines()) < 60
+    assert "0-1023" in report
+
+
+def test_differences_count_the_rows_that_move() -> None:
+    cut, whole = plan(item=("row_wise",)), plan(item=("table_wise",))
+    assert plan_differences(cut, cut) == "the plans place every row alike"
+    text = plan_differences(cut, whole)
+    # One of sixteen blocks is already on the rank that gets the whole table.
+    assert "item: row_wise/fused on 0-15 -> table_wise/fused on" in text
+    assert f"{15.2587890625 * 15 / 16:.3f} GiB of rows move" in text
+
+
+def test_differences_name_added_removed_and_reshaped_tables() -> None:
+    old = plan()
+    new = replace(old, tables={"item": replace(old.tables["item"], num_embeddings=5), "extra": old.tables["user"]})
+    text = plan_differences(old, new)
+    assert "extra: added" in text
+    assert "user: removed" in text
+    assert "item: 64,000,000 x 64 -> 5 x 64" in text
