@@ -65,19 +65,21 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         recorder = Recorder(run, mesh, progress, total_samples=_total_samples(config, loader))
         # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
         remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
-        run_steps(
-            model,
-            Feed(islice(iter(loader), remaining), consumption(config, info)),
-            progress,
-            config=config,
-            run=run,
-            mesh=mesh,
-            recorder=recorder,
-            evaluate=lambda step: recorder.add_evaluation(
-                evaluate_and_show(model, config, info, tasks, run, mesh, step), step
-            ),
-        )
-        recorder.close()
+        try:
+            run_steps(
+                model,
+                Feed(islice(iter(loader), remaining), consumption(config, info)),
+                progress,
+                config=config,
+                run=run,
+                mesh=mesh,
+                recorder=recorder,
+                evaluate=lambda step: recorder.add_evaluation(
+                    evaluate_and_show(model, config, info, tasks, run, mesh, step), step
+                ),
+            )
+        finally:
+            recorder.close()
         logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
         logger.info("next: python -m trainer evaluate %s", run.path)
         logger.info("      tensorboard --logdir %s", run.tensorboard)

@@ -17,7 +17,7 @@ def kuairand_sample() -> TrainConfig:
         data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96, num_epochs=2),
         model=ModelConfig(
             dim=64,
-            max_len=128,
+            max_len=256,
             layer=LayerConfig(num_heads=2, qk_dim=32, value_dim=32, dropout=0.1),
             stages=(StageConfig(num_layers=2, local=32, global_rows=16),),
             input=InputConfig(num_positions=128, num_time_buckets=64),
