@@ -47,7 +47,7 @@ def build_loader(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
     paths = (config.path, *config.mix_paths) if split == "train" else (config.path,)
-    sources = [_open(path, config, split) for path in paths]
+    sources = [open_source(path, config, split) for path in paths]
     for path, source in zip(paths, sources, strict=True):
         _check_same_features(sources[0].info, source.info, path)
     shuffled = split == "train" and config.order == "shuffled"
@@ -163,8 +163,8 @@ class _Units:
         return future.result()
 
 
-def _open(path: str, config: DataConfig, split: Split) -> Source:
-    """The source of one path."""
+def open_source(path: str, config: DataConfig, split: Split) -> Source:
+    """One split of one of the data sets that `config` names."""
     return ParquetSource(path, read_dataset_info(path), split, config.history_features)
 
 

@@ -1,0 +1,112 @@
+"""The score to beat: an item's rate combined with a user's rate, both counted on the training candidates alone.
+
+    logit(score) = logit(item's rate) + logit(user's rate) - logit(overall rate)
+
+Rates are smoothed towards the overall rate by a number of imagined observations, so unseen ids score neutrally.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.columns import IntArray, Samples
+from pipelines.config import DataConfig
+from pipelines.loader import open_source
+from pipelines.source import Split
+
+ITEM_PRIOR = 20.0
+"""Imagined observations of an item at the overall rate."""
+USER_PRIOR = 5.0
+"""Imagined observations of a user at the overall rate."""
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Baseline:
+    """Scores of all evaluation candidates, in stored order: the order in which a single rank meets them."""
+
+    scores: FloatArray
+    """[C, tasks] probabilities."""
+    labels: FloatArray
+    """[C, tasks] 0 or 1."""
+    user_id: IntArray
+    """[C]"""
+
+
+def baseline_scores(config: DataConfig, tasks: Sequence[str]) -> Baseline:
+    """Count rates on the training split of `config.path` and score its evaluation split.
+
+    Reads the whole training split once; memory grows with the numbers of items and users only.
+    """
+    info = open_source(config.path, config, "train").info
+    bits = np.array([info.action_bit(task) for task in tasks])
+    items = _Rates(num_ids=info.num_items, num_tasks=len(tasks))
+    users, user_parts = np.zeros(0, dtype=np.int64), []
+    for user_id, item_id, labels in _candidates(config, "train", bits):
+        items.add(item_id, labels)
+        ids, place = np.unique(user_id, return_inverse=True)
+        part = _Rates(num_ids=len(ids), num_tasks=len(tasks))
+        part.add(place, labels)
+        user_parts.append((ids, part))
+    users = np.unique(np.concatenate([ids for ids, _ in user_parts]))
+    by_user = _Rates(num_ids=len(users) + 1, num_tasks=len(tasks))
+    for ids, part in user_parts:
+        by_user.merge(np.searchsorted(users, ids), part)
+    overall = (items.positive.sum(axis=0) + 1) / (items.count.sum() + 2)
+    item_logit = _logit(items.smoothed(overall, ITEM_PRIOR))
+    user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
+
+    found = list(_candidates(config, "eval", bits))
+    user_id = np.concatenate([part[0] for part in found])
+    place = np.searchsorted(users, user_id)
+    known = np.append(users, -1)[place] == user_id
+    # Users without training candidates share the last, empty entry.
+    place = np.where(known, place, len(users))
+    logit = item_logit[np.concatenate([part[1] for part in found])] + user_logit[place] - _logit(overall)
+    return Baseline(
+        scores=1 / (1 + np.exp(-logit)), labels=np.concatenate([part[2] for part in found]), user_id=user_id
+    )
+
+
+class _Rates:
+    """Positive labels and observations of each id."""
+
+    def __init__(self, *, num_ids: int, num_tasks: int) -> None:
+        self.positive = np.zeros((num_ids, num_tasks))
+        self.count = np.zeros((num_ids, 1))
+
+    def add(self, ids: IntArray, labels: FloatArray) -> None:
+        """Count observations."""
+        self.count[:, 0] += np.bincount(ids, minlength=len(self.count))
+        for task in range(labels.shape[1]):
+            self.positive[:, task] += np.bincount(ids, weights=labels[:, task], minlength=len(self.count))
+
+    def merge(self, ids: IntArray, other: "_Rates") -> None:
+        """Add another count, whose entries have these distinct ids."""
+        self.count[ids] += other.count
+        self.positive[ids] += other.positive
+
+    def smoothed(self, overall: FloatArray, prior: float) -> FloatArray:
+        """[ids, tasks] rates, pulled towards the overall ones."""
+        return (self.positive + prior * overall) / (self.count + prior)
+
+
+def _candidates(config: DataConfig, split: Split, bits: IntArray) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
+    """User, item and labels of each candidate that `config` keeps, unit by unit in stored order."""
+    source = open_source(config.path, config, split)
+    for unit in range(len(source.unit_rows)):
+        samples: Samples = source.read(unit)
+        column = samples.candidate["item_id"]
+        lens = column.lens()
+        place = np.arange(len(column.values)) - np.repeat(column.offsets[:-1], lens)
+        kept = place < (config.max_candidates or np.inf)
+        labels = (samples.candidate["action"].values[kept, None] >> bits) & 1
+        yield np.repeat(samples.scalars["user_id"], lens)[kept], column.values[kept], labels.astype(np.float64)
+
+
+def _logit(rate: FloatArray) -> FloatArray:
+    result: FloatArray = np.log(rate / (1 - rate))
+    return result
