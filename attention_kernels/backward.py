@@ -1,0 +1,115 @@
+"""Backward kernels: dq over tiles of query rows, dk and dv over tiles of keys, each over its own live tiles.
+
+Two kernels compute seven products a tile pair where one kernel with atomic additions to dq computes five; in exchange
+every sum has one owner and one order, so gradients are the same bits every time.
+
+With x = scale <q, k>: dsilu/dx = sigmoid(x) (1 + x - silu(x)).  The constants scale and 1 / max_len multiply the
+accumulated sums, not every element.
+"""
+
+import triton
+import triton.language as tl
+
+from attention_kernels.tiles import (
+    element_mask,
+    is_full,
+    live_keys,
+    live_rows,
+    load_item,
+    load_rows,
+    partner_start,
+    store_or_reduce,
+    twice_sigmoid,
+)
+
+
+@triton.jit(do_not_specialize=["half_scale", "dq_scale"])
+def dq_kernel(
+    dout, q, k, v, dq, table, partials, counters, H, half_scale, dq_scale,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k]; one program a row tile and head."""
+    i_item = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    if i_item < tl.load(table):
+        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
+        b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, n, BLOCK_M, K, BLOCK_K, TMA)
+        b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, first, n, BLOCK_M, V, BLOCK_V, TMA)
+        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
+            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
+        )
+        num_tiles = num_0 + num_1 + num_2
+        o_row = first + tl.arange(0, BLOCK_M)
+        b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for i in tl.range(num_tiles * part // parts, num_tiles * (part + 1) // parts, num_stages=STAGES):
+            key = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+            b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, n, BLOCK_N, K, BLOCK_K, TMA)
+            b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, n, BLOCK_N, V, BLOCK_V, TMA)
+            b_half = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * half_scale
+            b_dweight = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+            b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
+            b_dscore = b_dweight * b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
+            if not is_full(first, last, key, key + BLOCK_N, n, u, c, g, s, local, HAS_LOCAL):
+                o_key = key + tl.arange(0, BLOCK_N)
+                m = element_mask(o_row[:, None], o_key[None, :], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+                b_dscore = tl.where(m, b_dscore, 0.0)
+            b_dq = tl.dot(b_dscore.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        store_or_reduce(
+            dq, b_dq * dq_scale, stride_dt, stride_dh, i_h, H, start, first, last, part, parts, home,
+            partials, counters, BLOCK_M, K, BLOCK_K, SPLIT,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["half_scale", "dk_scale", "dv_scale"])
+def dkdv_kernel(
+    dout, q, k, v, dk, dv, table, k_partials, v_partials, k_counters, v_counters, H, half_scale, dk_scale, dv_scale,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_dkt, stride_dkh, stride_dvt, stride_dvh,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise; one program a key tile and head.
+
+    Scores are computed transposed, keys by rows, so that they are the left operand of both sums.
+    """
+    i_item = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    if i_item < tl.load(table):
+        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
+        b_k = load_rows(k, stride_kt, stride_kh, i_h, start, first, n, BLOCK_N, K, BLOCK_K, TMA)
+        b_v = load_rows(v, stride_vt, stride_vh, i_h, start, first, n, BLOCK_N, V, BLOCK_V, TMA)
+        num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
+            first, last, n, u, c, g, s, local, BLOCK_M, HAS_LOCAL
+        )
+        num_tiles = num_0 + num_1 + num_2
+        o_key = first + tl.arange(0, BLOCK_N)
+        b_dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for i in tl.range(num_tiles * part // parts, num_tiles * (part + 1) // parts, num_stages=STAGES):
+            row = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_M)
+            b_q = load_rows(q, stride_qt, stride_qh, i_h, start, row, n, BLOCK_M, K, BLOCK_K, TMA)
+            b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, row, n, BLOCK_M, V, BLOCK_V, TMA)
+            b_half = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * half_scale
+            b_dweight = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+            b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
+            b_weight = b_half * b_sigmoid2
+            b_dscore = b_dweight * b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
+            if not is_full(row, row + BLOCK_M, first, last, n, u, c, g, s, local, HAS_LOCAL):
+                o_row = row + tl.arange(0, BLOCK_M)
+                m = element_mask(o_row[None, :], o_key[:, None], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+                b_weight = tl.where(m, b_weight, 0.0)
+                b_dscore = tl.where(m, b_dscore, 0.0)
+            b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+            b_dk = tl.dot(b_dscore.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        store_or_reduce(
+            dv, b_dv * dv_scale, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
+            v_partials, v_counters, BLOCK_N, V, BLOCK_V, SPLIT,
+        )  # fmt: skip
+        store_or_reduce(
+            dk, b_dk * dk_scale, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
+            k_partials, k_counters, BLOCK_N, K, BLOCK_K, SPLIT,
+        )  # fmt: skip

@@ -1,0 +1,55 @@
+"""Forward kernel: one program holds a tile of query rows of one head and walks its live key tiles.
+
+It is not a launcher (`triton_attention.py`), and decides nothing about the mask (`tiles.py`) or the order (`schedule.py`).
+"""
+
+import triton
+import triton.language as tl
+
+from attention_kernels.tiles import (
+    element_mask,
+    is_full,
+    live_keys,
+    load_item,
+    load_rows,
+    partner_start,
+    store_or_reduce,
+    twice_sigmoid,
+)
+
+
+@triton.jit(do_not_specialize=["half_scale", "out_scale"])
+def forward_kernel(
+    q, k, v, out, table, partials, counters, H, half_scale, out_scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[q] = out_scale sum_k silu(2 half_scale <q, k>) v[k], accumulated in float32."""
+    i_item = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    if i_item < tl.load(table):
+        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
+        b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, n, BLOCK_M, K, BLOCK_K, TMA)
+        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
+            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
+        )
+        num_tiles = num_0 + num_1 + num_2
+        o_row = first + tl.arange(0, BLOCK_M)
+        b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for i in tl.range(num_tiles * part // parts, num_tiles * (part + 1) // parts, num_stages=STAGES):
+            key = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+            b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, n, BLOCK_N, K, BLOCK_K, TMA)
+            b_half = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * half_scale
+            b_weight = b_half * twice_sigmoid(b_half, FAST_TANH)
+            if not is_full(first, last, key, key + BLOCK_N, n, u, c, g, s, local, HAS_LOCAL):
+                o_key = key + tl.arange(0, BLOCK_N)
+                m = element_mask(o_row[:, None], o_key[None, :], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+                b_weight = tl.where(m, b_weight, 0.0)
+            b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, n, BLOCK_N, V, BLOCK_V, TMA)
+            b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+        store_or_reduce(
+            out, b_out * out_scale, stride_ot, stride_oh, i_h, H, start, first, last, part, parts, home,
+            partials, counters, BLOCK_M, V, BLOCK_V, SPLIT,
+        )  # fmt: skip

@@ -1,0 +1,258 @@
+"""The tile schedule: which tiles of rows or keys exist, in which order they start, and into how many parts they split.
+
+A small kernel writes the schedule into a table on the device, so nothing waits for the host to learn a length.  The
+forward and the dq kernel walk the table of row tiles, the dk/dv kernel the table of key tiles.  An item of the table is
+
+    start, n, u, c, g, s      the sequence: first position, length, end of history, end of context, first unrestricted
+                              history row, end of the columns that everyone sees (the last five within the sequence)
+    first, last               the tile: rows (or keys) first..last-1 of the sequence, at most one block
+    part, parts               which share of the tile's live partners this item walks, of how many
+    home                      index of the item with part 0 (where the arrivals of the parts are counted)
+
+Long tiles (rows that see everything, keys that everyone sees) come first and are split into parts whose partial
+sums are added in a fixed order; short tiles of the band follow.  Full causal: all tiles by falling length.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention_kernels.mask import SemiLocalMask
+
+# Width of the header and of an item, in int32.  Header: number of items, local.
+ITEM_SIZE = tl.constexpr(16)
+# Programs that long tiles are split into, over all heads, when there are fewer of them: a few waves of a large GPU.
+_SPLIT_PROGRAMS = 1024
+# A part walks at least about this many positions.
+_MIN_PART_LEN = tl.constexpr(512)
+
+
+def split_items(mask: SemiLocalMask, num_heads: int) -> int:
+    """Most items that long tiles may be split into (0: nothing is split); the partial sums need this many slots."""
+    return 0 if mask.local is None else max(1, _SPLIT_PROGRAMS // num_heads)
+
+
+def max_items(mask: SemiLocalMask, num_positions: int, num_sequences: int, block: int, num_heads: int) -> int:
+    """Bound on the number of items that needs no lengths: each class of tiles of a sequence ends in a partial tile."""
+    classes = 1 if mask.local is None else 3
+    return num_positions // block + classes * num_sequences + split_items(mask, num_heads)
+
+
+def build(
+    mask: SemiLocalMask,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    *,
+    num_positions: int,
+    num_heads: int,
+    row_block: int | None,
+    key_block: int | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tables of row tiles and key tiles (None where no block is given), written by one launch of `B` programs."""
+    num_sequences = offsets.shape[0] - 1
+    tables = [
+        None
+        if block is None
+        else torch.empty(
+            (1 + max_items(mask, num_positions, num_sequences, block, num_heads), ITEM_SIZE.value),
+            dtype=torch.int32,
+            device=offsets.device,
+        )
+        for block in (row_block, key_block)
+    ]
+    schedule_kernel[(num_sequences,)](
+        offsets,
+        offsets if num_targets is None else num_targets,
+        *tables,
+        num_sequences,
+        -1 if mask.local is None else mask.local,
+        mask.global_rows,
+        mask.global_columns,
+        mask.num_context,
+        split_items(mask, num_heads),
+        ROW_BLOCK=row_block,
+        KEY_BLOCK=key_block,
+        HAS_LOCAL=mask.local is not None,
+        HAS_TARGETS=num_targets is not None,
+        BLOCK_B=min(128, triton.next_power_of_2(num_sequences)),
+        BLOCK_J=64,
+        num_warps=4,
+    )
+    return tables[0], tables[1]
+
+
+@triton.jit
+def sequence_bounds(
+    offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr
+):
+    """(start, n, u, c, g, s) of sequences `o_b`, a scalar or a block; an index beyond B is an empty sequence."""
+    m_b = o_b < B
+    start = tl.load(offsets + o_b, mask=m_b, other=0).to(tl.int32)
+    n = tl.load(offsets + o_b + 1, mask=m_b, other=0).to(tl.int32) - start
+    u = n
+    if HAS_TARGETS:
+        u = n - tl.load(num_targets + o_b, mask=m_b, other=0).to(tl.int32)
+    c = tl.minimum(u, CONTEXT)
+    g = c
+    s = c
+    if HAS_LOCAL:
+        g = tl.maximum(c, u - GLOBAL_ROWS)
+        # c + COLUMNS could overflow
+        s = c + tl.minimum(u - c, COLUMNS)
+    return start, n, u, c, g, s
+
+
+@triton.jit
+def count_tiles(n, c, g, s, BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_LOCAL: tl.constexpr):
+    """(head, tail, short): long tiles at the start and at the end of a sequence, short tiles between or behind."""
+    if not HAS_LOCAL:
+        return n * 0, tl.cdiv(n, BLOCK), n * 0
+    if KEYS:
+        return tl.cdiv(s, BLOCK), n * 0, tl.cdiv(n - s, BLOCK)
+    return tl.cdiv(c, BLOCK), tl.cdiv(n - g, BLOCK), tl.cdiv(g - c, BLOCK)
+
+
+@triton.jit
+def store_items(table, o_i, m_i, start, n, u, c, g, s, first, last, part, parts):
+    p_i = table + (1 + o_i) * ITEM_SIZE
+    tl.store(p_i, o_i * 0 + start, mask=m_i)
+    tl.store(p_i + 1, o_i * 0 + n, mask=m_i)
+    tl.store(p_i + 2, o_i * 0 + u, mask=m_i)
+    tl.store(p_i + 3, o_i * 0 + c, mask=m_i)
+    tl.store(p_i + 4, o_i * 0 + g, mask=m_i)
+    tl.store(p_i + 5, o_i * 0 + s, mask=m_i)
+    tl.store(p_i + 6, first, mask=m_i)
+    tl.store(p_i + 7, last, mask=m_i)
+    tl.store(p_i + 8, o_i * 0 + part, mask=m_i)
+    tl.store(p_i + 9, o_i * 0 + parts, mask=m_i)
+    tl.store(p_i + 10, o_i - part, mask=m_i)
+
+
+@triton.jit
+def store_header(table, num_items, LOCAL):
+    if tl.program_id(0) == 0:
+        tl.store(table, num_items)
+        tl.store(table + 1, LOCAL)
+
+
+@triton.jit
+def schedule_by_length(
+    table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Full causal: tile j of a sequence has level j (row tiles) or its mirror (key tiles); high levels start first."""
+    i_b = tl.program_id(0)
+    start, n, u, c, g, s = sequence_bounds(
+        offsets, num_targets, i_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, False, HAS_TARGETS
+    )
+    num_tiles = tl.cdiv(n, BLOCK)
+    for first_j in range(0, tl.maximum(num_tiles, 1), BLOCK_J):
+        o_j = first_j + tl.arange(0, BLOCK_J)
+        level = o_j
+        if KEYS:
+            level = num_tiles - 1 - o_j
+        elif CONTEXT > 0:
+            # The first tile holds context rows, which see the whole history: it is the longest.
+            level = tl.where(o_j == 0, num_tiles - 1, o_j - 1)
+        rank = tl.zeros([BLOCK_J], tl.int32)
+        total = 0
+        for first_b in range(0, B, BLOCK_B):
+            o_b = first_b + tl.arange(0, BLOCK_B)
+            _, other_n, _, _, _, _ = sequence_bounds(
+                offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, False, HAS_TARGETS
+            )
+            other_tiles = tl.cdiv(other_n, BLOCK)
+            total += tl.sum(other_tiles)
+            higher = tl.maximum(other_tiles[None, :] - 1 - level[:, None], 0)
+            equal_before = (o_b[None, :] < i_b) & (other_tiles[None, :] > level[:, None])
+            rank += tl.sum(higher + equal_before.to(tl.int32), 1)
+        first = o_j * BLOCK
+        last = tl.minimum(first + BLOCK, n)
+        store_items(table, rank, o_j < num_tiles, start, n, u, c, g, s, first, last, 0, 1)
+        store_header(table, total, LOCAL)
+
+
+@triton.jit
+def schedule_long_then_short(
+    table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SPLIT_ITEMS,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Semi-local: the long tiles of all sequences, split into parts while there are few, then the short ones."""
+    i_b = tl.program_id(0)
+    num_long = 0
+    for first_b in range(0, B, BLOCK_B):
+        o_b = first_b + tl.arange(0, BLOCK_B)
+        _, n, _, c, g, s = sequence_bounds(
+            offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, True, HAS_TARGETS
+        )
+        head, tail, _ = count_tiles(n, c, g, s, BLOCK, KEYS, True)
+        num_long += tl.sum(head + tail)
+    max_parts = tl.maximum(SPLIT_ITEMS // tl.maximum(num_long, 1), 1)
+    # Second pass: where this sequence's long and short items begin.
+    long_items, long_before, short_items, short_before = 0, 0, 0, 0
+    for first_b in range(0, B, BLOCK_B):
+        o_b = first_b + tl.arange(0, BLOCK_B)
+        _, n, _, c, g, s = sequence_bounds(
+            offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, True, HAS_TARGETS
+        )
+        head, tail, short = count_tiles(n, c, g, s, BLOCK, KEYS, True)
+        items = (head + tail) * tl.minimum(tl.maximum(n // _MIN_PART_LEN, 1), max_parts)
+        long_items += tl.sum(items)
+        long_before += tl.sum(tl.where(o_b < i_b, items, 0))
+        short_items += tl.sum(short)
+        short_before += tl.sum(tl.where(o_b < i_b, short, 0))
+
+    start, n, u, c, g, s = sequence_bounds(
+        offsets, num_targets, i_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, True, HAS_TARGETS
+    )
+    head, tail, short = count_tiles(n, c, g, s, BLOCK, KEYS, True)
+    parts = tl.minimum(tl.maximum(n // _MIN_PART_LEN, 1), max_parts)
+    head_end = s if KEYS else c
+    short_start = s if KEYS else c
+    short_end = n if KEYS else g
+    for first_j in range(0, head + tail, BLOCK_J):
+        o_j = first_j + tl.arange(0, BLOCK_J)
+        first = tl.where(o_j < head, o_j * BLOCK, g + (o_j - head) * BLOCK)
+        last = tl.minimum(first + BLOCK, tl.where(o_j < head, head_end, n))
+        for part in range(parts):
+            o_i = long_before + o_j * parts + part
+            store_items(table, o_i, o_j < head + tail, start, n, u, c, g, s, first, last, part, parts)
+    for first_j in range(0, short, BLOCK_J):
+        o_j = first_j + tl.arange(0, BLOCK_J)
+        first = short_start + o_j * BLOCK
+        last = tl.minimum(first + BLOCK, short_end)
+        o_i = long_items + short_before + o_j
+        store_items(table, o_i, o_j < short, start, n, u, c, g, s, first, last, 0, 1)
+    store_header(table, long_items + short_items, LOCAL)
+
+
+@triton.jit(do_not_specialize=["B", "LOCAL", "GLOBAL_ROWS", "COLUMNS", "CONTEXT", "SPLIT_ITEMS"])
+def schedule_kernel(
+    offsets, num_targets, row_table, key_table, B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT, SPLIT_ITEMS,
+    ROW_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Program b writes the items of sequence b; every program reads all lengths to learn where its items belong."""
+    if HAS_LOCAL:
+        if ROW_BLOCK is not None:
+            schedule_long_then_short(
+                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SPLIT_ITEMS,
+                ROW_BLOCK, False, HAS_TARGETS, BLOCK_B, BLOCK_J,
+            )  # fmt: skip
+        if KEY_BLOCK is not None:
+            schedule_long_then_short(
+                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SPLIT_ITEMS,
+                KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,
+            )  # fmt: skip
+    else:
+        if ROW_BLOCK is not None:
+            schedule_by_length(
+                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
+                ROW_BLOCK, False, HAS_TARGETS, BLOCK_B, BLOCK_J,
+            )  # fmt: skip
+        if KEY_BLOCK is not None:
+            schedule_by_length(
+                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
+                KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,
+            )  # fmt: skip

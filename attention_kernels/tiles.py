@@ -1,0 +1,185 @@
+"""Tile code shared by the forward and both backward kernels: live partners, the element mask, loads, partial sums.
+
+A kernel holds one tile (of rows or of keys) and walks its live partner tiles, which lie in up to three segments of the
+sequence.  Only a partner tile that a boundary of the mask crosses is masked element by element.  The segments of a tile
+stay disjoint when they are rounded up to whole blocks: whatever a block covers beyond its segment, the mask forbids.
+
+Letters: i_ index, o_ offsets, p_ pointer, b_ block, m_ mask.  Sequence bounds u, c, g, s as in `schedule.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from attention_kernels.schedule import ITEM_SIZE
+
+
+@triton.jit
+def load_item(table, i_item):
+    """(start, n, u, c, g, s, first, last, part, parts, home, local) of an item of the schedule."""
+    p_i = table + (1 + i_item) * ITEM_SIZE
+    return (
+        tl.load(p_i), tl.load(p_i + 1), tl.load(p_i + 2), tl.load(p_i + 3), tl.load(p_i + 4), tl.load(p_i + 5),
+        tl.load(p_i + 6), tl.load(p_i + 7), tl.load(p_i + 8), tl.load(p_i + 9), tl.load(p_i + 10), tl.load(table + 1),
+    )  # fmt: skip
+
+
+@triton.jit
+def live_keys(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
+    """Key segments of a row tile: columns (from 0), main, own targets.  Returns (tiles, start) of each."""
+    main_start = 0
+    num_columns = 0
+    if HAS_LOCAL:
+        if (first >= c) & (first < g):
+            main_start = tl.maximum(first - local, 0)
+            num_columns = tl.cdiv(tl.minimum(s, main_start), BLOCK)
+            if num_columns * BLOCK > main_start:
+                main_start = 0
+                num_columns = 0
+    main_end = tl.minimum(last, u)
+    if first < c:
+        main_end = u
+    num_own = 0
+    if last > u:
+        if tl.cdiv(u, BLOCK) * BLOCK > first:
+            main_end = last
+        else:
+            num_own = tl.cdiv(last - first, BLOCK)
+    return num_columns, tl.cdiv(main_end - main_start, BLOCK), num_own, 0, main_start, first
+
+
+@triton.jit
+def live_rows(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
+    """Row segments of a key tile: context (from 0), band, unrestricted rows.  Returns (tiles, start) of each."""
+    band_start = tl.maximum(first, c)
+    band_end = n
+    wide_start = n
+    if HAS_LOCAL:
+        if (first >= s) & (first < u):
+            # last + local could overflow
+            band_end = tl.maximum(last + tl.minimum(local, g - last), band_start)
+            wide_start = tl.maximum(g, first)
+            if band_start + tl.cdiv(band_end - band_start, BLOCK) * BLOCK > wide_start:
+                band_end = n
+                wide_start = n
+    num_context = tl.cdiv(c, BLOCK)
+    if first >= u:
+        band_end = last
+        num_context = 0
+    # Context rows join the first segment behind them where their last block would reach into it.
+    if band_end > band_start:
+        if num_context * BLOCK > band_start:
+            band_start = 0
+            num_context = 0
+    elif num_context * BLOCK > wide_start:
+        wide_start = 0
+        num_context = 0
+    return (
+        num_context, tl.cdiv(band_end - band_start, BLOCK), tl.cdiv(n - wide_start, BLOCK),
+        0, band_start, wide_start,
+    )  # fmt: skip
+
+
+@triton.jit
+def partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK: tl.constexpr):
+    """Where the i-th live partner tile begins."""
+    start = tl.where(i < num_0, start_0 + i * BLOCK, start_1 + (i - num_0) * BLOCK)
+    return tl.where(i < num_0 + num_1, start, start_2 + (i - num_0 - num_1) * BLOCK)
+
+
+@triton.jit
+def is_full(row_first, row_last, key_first, key_last, n, u, c, g, s, local, HAS_LOCAL: tl.constexpr):
+    """Whether every row row_first..row_last-1 sees every key key_first..key_last-1."""
+    full = (row_first >= c) & (row_first >= key_last - 1) & (row_last <= n)
+    if HAS_LOCAL:
+        full = full & ((row_first >= g) | (key_last <= s) | (row_last - 1 - key_first <= local))
+    return (full | (row_last <= c)) & (key_last <= u)
+
+
+@triton.jit
+def element_mask(o_row, o_key, n, u, c, g, s, local, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
+    """The mask of `mask.py`, element by element; `o_row` and `o_key` broadcast against each other."""
+    is_history = (o_row >= c) & (o_row < u)
+    end = tl.where(is_history, o_row + 1, tl.where(o_row < n, u, 0))
+    seen = o_key < end
+    if HAS_LOCAL:
+        # A negative `begin` sees everything; rows may lie near 2**31 only if the sequence does.
+        begin = tl.where(is_history & (o_row < g), o_row - local, 0)
+        seen = seen & ((o_key >= begin) | (o_key < s))
+    if HAS_TARGETS:
+        own = tl.where((o_row >= u) & (o_row < n), o_row, -1)
+        seen = seen | (o_key == own)
+    return seen
+
+
+@triton.jit
+def load_rows(
+    x, stride_t, stride_h, i_h, start, first, n,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows first..first+BLOCK-1 of a sequence, one head: [BLOCK, BLOCK_SIZE], zeros beyond SIZE.
+
+    Without TMA rows beyond the sequence are zeros; with TMA they are the next sequence's, which the mask must remove.
+    """
+    if TMA:
+        return x.load([i_h, start + first, 0]).reshape(BLOCK, BLOCK_SIZE)
+    o_row = first + tl.arange(0, BLOCK)
+    o_size = tl.arange(0, BLOCK_SIZE)
+    p_x = x + i_h.to(tl.int64) * stride_h + (start + o_row).to(tl.int64)[:, None] * stride_t + o_size[None, :]
+    m_x = (o_row < n)[:, None]
+    if SIZE != BLOCK_SIZE:
+        m_x = m_x & (o_size < SIZE)[None, :]
+    return tl.load(p_x, mask=m_x, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    x, b_x, stride_t, stride_h, i_h, start, first, last, BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """Writes rows first..last-1 of a sequence, one head."""
+    o_row = first + tl.arange(0, BLOCK)
+    o_size = tl.arange(0, BLOCK_SIZE)
+    p_x = x + i_h.to(tl.int64) * stride_h + (start + o_row).to(tl.int64)[:, None] * stride_t + o_size[None, :]
+    m_x = (o_row < last)[:, None] & (o_size < SIZE)[None, :]
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def store_or_reduce(
+    x, b_x, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Writes the tile, or, where it is split, its part: the part that arrives last adds all parts in their order.
+
+    The order of the sum does not depend on the order of arrival, so the result is the same bits every time.
+    """
+    if SPLIT:
+        if parts == 1:
+            store_rows(x, b_x, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE)
+        else:
+            o_tile = tl.arange(0, BLOCK)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+            p_tile = partials + (home * H + i_h).to(tl.int64) * (BLOCK * BLOCK_SIZE) + o_tile
+            stride_part = H.to(tl.int64) * (BLOCK * BLOCK_SIZE)
+            tl.store(p_tile + part * stride_part, b_x)
+            # All threads' partial sums must be written before one thread announces them.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counters + home * H + i_h, 1, sem="acq_rel")
+            if arrived == parts - 1:
+                tl.debug_barrier()
+                b_sum = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
+                for i in range(parts):
+                    # Other processors wrote them: read past the first-level cache.
+                    b_sum += tl.load(p_tile + i * stride_part, cache_modifier=".cg")
+                store_rows(x, b_sum, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE)
+    else:
+        store_rows(x, b_x, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE)
+
+
+@triton.jit
+def twice_sigmoid(b_half, FAST_TANH: tl.constexpr):
+    """2 sigmoid(2 x) = 1 + tanh(x) of half a score: one special-function instruction where the hardware has tanh."""
+    if FAST_TANH:
+        b_tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [b_half], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return b_tanh + 1.0
+    return 2.0 / (1.0 + tl.exp(-2.0 * b_half))

@@ -1,0 +1,51 @@
+"""Tile sizes by shape: a small table chosen by measurement, looked up, never searched at run time."""
+
+from dataclasses import dataclass
+
+import torch
+
+from attention_kernels.mask import SemiLocalMask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileConfig:
+    """How one kernel tiles its work."""
+
+    rows: int
+    """Query rows of a tile."""
+
+    keys: int
+    """Keys of a tile."""
+
+    warps: int
+    """Warps of 32 threads a program."""
+
+    stages: int
+    """Loads in flight: iterations of the loop that are prefetched, the current one included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """The tiles of the three kernels."""
+
+    forward: TileConfig
+    """Holds rows, walks keys."""
+
+    dq: TileConfig
+    """Holds rows, walks keys."""
+
+    dkdv: TileConfig
+    """Holds keys, walks rows."""
+
+
+def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int, mean_len: int) -> AttentionConfig:
+    """The tiles for a mask, a dtype and the larger padded head size; `mean_len` is the mean sequence length."""
+    if dtype == torch.float32:
+        # Split into three tf32 products: registers, not speed, decide.
+        keys = 32 if head_size <= 128 else 16
+        tile = TileConfig(rows=64, keys=keys, warps=4, stages=2)
+        return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=32, warps=4, stages=1))
+    small = TileConfig(rows=64, keys=64, warps=4, stages=2 if head_size > 128 else 3)
+    return AttentionConfig(
+        forward=small, dq=TileConfig(rows=64, keys=64, warps=4, stages=2), dkdv=TileConfig(rows=64, keys=64, warps=4, stages=2)
+    )
