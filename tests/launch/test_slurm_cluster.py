@@ -34,11 +34,26 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-def test_nodes_find_each_other(cluster: Cluster, tmp_path: Path) -> None:
-    request = Request(recipe="kuairand_sample", scheduler="slurm", nodes=2, procs_per_node=1, run_dir=tmp_path)
+@pytest.mark.parametrize(
+    "failures",
+    [
+        pytest.param((), id="first-time"),
+        # Slurm takes two to three minutes to start a requeued heterogeneous job.
+        pytest.param(("1",), id="after-a-failure", marks=pytest.mark.slow),
+    ],
+)
+def test_nodes_find_each_other(cluster: Cluster, tmp_path: Path, failures: tuple[str, ...]) -> None:
+    request = Request(
+        recipe="kuairand_sample",
+        scheduler="slurm",
+        nodes=2,
+        procs_per_node=1,
+        run_dir=tmp_path,
+        max_retries=len(failures),
+    )
     app = request.app()
     (role,) = app.roles
-    role.args = [*role.args[: role.args.index("--")], "--", "-m", "tests.launch.tiny_job", str(tmp_path)]
+    role.args = [*role.args[: role.args.index("--")], "--", "-m", "tests.launch.tiny_job", str(tmp_path), *failures]
     # The job's copy of the code leaves the tests out.
     role.env["PYTHONPATH"] = str(ROOT)
     with runner("slurm") as torchx:
