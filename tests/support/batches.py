@@ -55,6 +55,8 @@ def random_batch(
         action=action,
         timestamp=timestamp,
         side=side,
+        action_host=action,
+        side_host=side,
         candidate_action=random(2**NUM_ACTIONS, int(candidates.sum())).int(),
         loss_denominator=torch.tensor(float(max(1, int(candidates.sum())))),
         position=DataPosition(order="random"),

@@ -41,6 +41,11 @@ class LayerConfig:
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"layer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.fp8 and not (self.recompute_normed and self.recompute_gated):
+            raise ValueError(
+                "layer.fp8=true keeps no 16-bit inputs of its products: layer.recompute_normed and "
+                "layer.recompute_gated must be true"
+            )
         if self.norm_eps <= 0:
             raise ValueError(f"layer.norm_eps must be above 0, got {self.norm_eps}")
 

@@ -1,6 +1,6 @@
 """The HSTU layer, and the tower: layers with a mask each over one packed batch of sequences.
 
-Shapes: T packed tokens, D model width, H heads, K query-key size, V value size.
+Shapes: T packed tokens, D model width.
 """
 
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from attention_kernels import SemiLocalMask, hstu_attention
+from attention_kernels import SemiLocalMask
 from trainer.models.config import LayerConfig, StageConfig
+from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec
+from trainer.models.layer_function import fused_layer
 from trainer.models.layout import SequenceLayout, keep_newest, take_rows
 from trainer.models.precision import compute_dtype
 
@@ -28,65 +29,35 @@ class HstuLayer(nn.Module):
         U, V, Q, K = norm(x) W1 + b1;  U = silu(U);  y = x + [U, x, norm(attention(Q, K, V)) * U] W2
     """
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int,
-        qk_dim: int,
-        value_dim: int,
-        max_len: int,
-        production: bool = False,
-        group_norm: bool = False,
-        norm_eps: float = 1e-6,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, *, dim: int, spec: LayerSpec) -> None:
         super().__init__()
-        self.num_heads, self.qk_dim, self.value_dim, self.max_len = num_heads, qk_dim, value_dim, max_len
-        self.production, self.group_norm, self.norm_eps, self.dropout = production, group_norm, norm_eps, dropout
-        gate_width = num_heads * value_dim
-        output_inputs = 2 * gate_width + dim if production else gate_width
+        self.spec = spec
         self.input_norm_weight = nn.Parameter(torch.ones(dim))
         self.input_norm_bias = nn.Parameter(torch.zeros(dim))
-        self.uvqk_weight = nn.Parameter(torch.empty(dim, 2 * num_heads * (value_dim + qk_dim)))
-        self.uvqk_bias = nn.Parameter(torch.zeros(2 * num_heads * (value_dim + qk_dim)))
-        self.output_norm_weight = nn.Parameter(torch.ones(gate_width))
-        self.output_norm_bias = nn.Parameter(torch.zeros(gate_width))
-        self.output_weight = nn.Parameter(torch.empty(output_inputs, dim))
+        self.uvqk_weight = nn.Parameter(torch.empty(dim, spec.uvqk_width))
+        self.uvqk_bias = nn.Parameter(torch.zeros(spec.uvqk_width))
+        self.output_norm_weight = nn.Parameter(torch.ones(spec.gate_width))
+        self.output_norm_bias = nn.Parameter(torch.zeros(spec.gate_width))
+        self.output_weight = nn.Parameter(torch.empty(spec.output_inputs(dim), dim))
         nn.init.xavier_uniform_(self.uvqk_weight)
         nn.init.xavier_uniform_(self.output_weight)
 
     def forward(self, x_TD: Tensor, layout: SequenceLayout, mask: SemiLocalMask) -> Tensor:
-        """Returns the layer's output [T, D], residual included, in the type of `x_TD`."""
-        T, dtype = x_TD.shape[0], compute_dtype(x_TD)
-        widths = [self.num_heads * size for size in (self.value_dim, self.value_dim, self.qk_dim, self.qk_dim)]
-        normed_TD = F.layer_norm(x_TD, (x_TD.shape[1],), self.input_norm_weight, self.input_norm_bias, self.norm_eps)
-        uvqk = torch.addmm(self.uvqk_bias.to(dtype), normed_TD.to(dtype), self.uvqk_weight.to(dtype))
-        u, v, q, k = torch.split(uvqk if self.production else F.silu(uvqk), widths, dim=1)
-        u = F.silu(u) if self.production else u
-        attention_THV = hstu_attention(
-            q.view(T, self.num_heads, self.qk_dim),
-            k.view(T, self.num_heads, self.qk_dim),
-            v.view(T, self.num_heads, self.value_dim),
-            layout.offsets,
-            mask,
-            num_targets=layout.num_candidates,
-            max_len=self.max_len,
+        """Returns the layer's output [T, D], residual included, in the type of computation."""
+        dropout = self.spec.dropout if self.training else 0.0
+        batch = LayerBatch(
+            offsets=layout.offsets,
+            num_candidates=layout.num_candidates,
+            mask=mask,
+            dropout=dropout,
+            # Drawn on the host, from the generator whose state checkpoints keep: no wait for the device.
+            seed=int(torch.randint(2**31, ())) if dropout > 0 else 0,
         )
-        gated = self._norm_attention(attention_THV.reshape(T, widths[0])).to(dtype) * u
-        if self.production:
-            gated = torch.cat([u, x_TD.to(dtype), gated], dim=1)
-        gated = F.dropout(gated, self.dropout, self.training)
-        return torch.addmm(x_TD.to(dtype), gated, self.output_weight.to(dtype)).to(x_TD.dtype)
+        return fused_layer(x_TD.to(compute_dtype(x_TD)), self.parameter_set(), self.spec, batch)
 
-    def _norm_attention(self, attention: Tensor) -> Tensor:
-        if self.group_norm:
-            return F.group_norm(
-                attention, self.num_heads, self.output_norm_weight, self.output_norm_bias, self.norm_eps
-            )
-        return F.layer_norm(
-            attention, attention.shape[1:], self.output_norm_weight, self.output_norm_bias, self.norm_eps
-        )
+    def parameter_set(self) -> LayerParameters:
+        """The layer's parameters under their names."""
+        return LayerParameters(**dict(self.named_parameters()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,18 +125,26 @@ def build_tower(
         for stage in stages
     ]
     layers = [
-        HstuLayer(
-            dim=dim,
-            num_heads=layer.num_heads,
-            qk_dim=layer.qk_dim,
-            value_dim=layer.value_dim,
-            max_len=max_len,
-            production=layer.variant == "production",
-            group_norm=layer.norm == "group",
-            norm_eps=layer.norm_eps,
-            dropout=layer.dropout,
-        )
+        HstuLayer(dim=dim, spec=build_layer_spec(layer, max_len=max_len))
         for stage in built
         for _ in range(stage.num_layers)
     ]
     return HstuTower(layers, built, stochastic_depth=layer.stochastic_depth)
+
+
+def build_layer_spec(layer: LayerConfig, *, max_len: int) -> LayerSpec:
+    """The layer that the config describes."""
+    return LayerSpec(
+        num_heads=layer.num_heads,
+        qk_dim=layer.qk_dim,
+        value_dim=layer.value_dim,
+        max_len=max_len,
+        production=layer.variant == "production",
+        group_norm=layer.norm == "group",
+        norm_eps=layer.norm_eps,
+        dropout=layer.dropout,
+        recompute_normed=layer.recompute_normed,
+        recompute_uvqk=layer.recompute_uvqk,
+        recompute_gated=layer.recompute_gated,
+        fp8=layer.fp8,
+    )

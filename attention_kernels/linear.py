@@ -1,0 +1,115 @@
+"""The two products of an HSTU layer with everything that happens to their results, on either backend.
+
+None is differentiable by itself; the layer's backward uses plain products.  FP8 is for the forward only: E4M3 with one
+scale a row of the left operand and one a column of the right one.
+
+Legend: T packed positions, D model width, N columns of a product.
+"""
+
+import torch
+from torch import Tensor
+
+from attention_kernels import layer_ops, linear_kernel
+from attention_kernels.layer_ops import LayerBackend
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+"""The largest finite E4M3 number."""
+SCALE_FLOOR = 1e-12
+"""Scale of a row of zeros."""
+
+
+def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBackend) -> Tensor:
+    """residual + a b.  The Triton kernel adds in the epilogue; `torch.addmm` would first copy the residual.
+
+    Rows that do not start at multiples of 16 bytes go through `torch.addmm` on either backend.
+    """
+    if backend == "triton" and linear_kernel.fits(a, b, residual):
+        out = torch.empty_like(residual)
+        linear_kernel.launch(a, b, out, residual=residual)
+        return out
+    return torch.addmm(residual, a, b)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x / scale in E4M3, scale [rows] float32) with the largest value of a row on the largest E4M3 number."""
+    wide = x.float()
+    scale = (wide.abs().amax(dim=1) / FP8_MAX).clamp(min=SCALE_FLOOR)
+    return (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8, memory_format=torch.contiguous_format), scale
+
+
+def quantise_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight [K, N] transposed to [N, K] in E4M3, as FP8 tensor cores read it, and its scale a column [N]."""
+    return quantise_rows(weight.t())
+
+
+def layer_norm_fp8(
+    x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: LayerBackend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Layer norm and quantisation of its rows: (E4M3 rows, scale, mean, 1 / deviation)."""
+    normed, mean, rstd = layer_ops.layer_norm_forward(x_TD, weight, bias, eps, backend=backend)
+    return (*quantise_rows(normed), mean, rstd)
+
+
+def matmul_fp8(
+    a: Tensor,
+    row_scale: Tensor,
+    b_NK: Tensor,
+    column_scale: Tensor,
+    *,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: LayerBackend,
+) -> Tensor:
+    """a b row_scale column_scale + bias or + residual, in `dtype`.
+
+    A one-dimensional bias goes through `torch._scaled_mm` (CUTLASS), a residual through our kernel's epilogue.
+    """
+    if backend == "reference":
+        product = (a.float() * row_scale[:, None]) @ (b_NK.float() * column_scale[:, None]).t()
+        for term in (bias, residual):
+            product = product if term is None else product + term.float()
+        return product.to(dtype)
+    if residual is None:
+        return torch._scaled_mm(
+            a,
+            b_NK.t(),
+            scale_a=row_scale[:, None],
+            scale_b=column_scale[None, :],
+            bias=None if bias is None else bias.to(dtype),
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+    out = torch.empty_like(residual)
+    linear_kernel.launch(a, b_NK, out, b_is_nk=True, row_scale=row_scale, column_scale=column_scale, residual=residual)
+    return out
+
+
+def gated_norm_fp8(
+    attention_TW: Tensor,
+    u_TW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    num_groups: int,
+    x_TD: Tensor | None,
+    dropout: float,
+    seed: int,
+    backend: LayerBackend,
+) -> tuple[Tensor, Tensor]:
+    """`layer_ops.gated_norm_forward` and quantisation of its rows: (E4M3 rows, scale)."""
+    gated = layer_ops.gated_norm_forward(
+        attention_TW,
+        u_TW,
+        weight,
+        bias,
+        eps,
+        num_groups=num_groups,
+        x_TD=x_TD,
+        dropout=dropout,
+        seed=seed,
+        backend=backend,
+    )
+    return quantise_rows(gated)

@@ -1,0 +1,126 @@
+"""What one HSTU layer computes: its parameters and settings, and the plain definition.
+
+`plain_layer` is the readable form that autograd differentiates; `layer_function.fused_layer` computes the same with its
+own backward.
+
+Shapes: T packed tokens, D model width, H heads, K query-key size, V value size, W = H * V gate width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attention_kernels import SemiLocalMask, hstu_attention, layer_reference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """Everything that is fixed when a layer is built."""
+
+    num_heads: int
+    qk_dim: int
+    value_dim: int
+    max_len: int
+    """Attention divides by it."""
+    production: bool = False
+    """Meta's variant: SiLU on U alone, concatenated output product."""
+    group_norm: bool = False
+    """Norm of the attention output a head instead of over all heads."""
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    recompute_normed: bool = True
+    recompute_uvqk: bool = True
+    recompute_gated: bool = True
+    fp8: bool = False
+    """Forward products in FP8."""
+
+    @property
+    def gate_width(self) -> int:
+        """W."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def uvqk_width(self) -> int:
+        """Columns of the fused product."""
+        return 2 * self.num_heads * (self.value_dim + self.qk_dim)
+
+    @property
+    def active_width(self) -> int:
+        """Columns of the fused product that pass through SiLU."""
+        return self.gate_width if self.production else self.uvqk_width
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the attention output's norm."""
+        return self.num_heads if self.group_norm else 1
+
+    def output_inputs(self, dim: int) -> int:
+        """Inner width of the output product."""
+        return 2 * self.gate_width + dim if self.production else self.gate_width
+
+    def split_heads(self, vqk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views [T, H, size] of q, k and v in the columns behind U."""
+        T, key_width = vqk.shape[0], self.num_heads * self.qk_dim
+        v, q, k = torch.split(vqk, [self.gate_width, key_width, key_width], dim=1)
+        key_shape = (T, self.num_heads, self.qk_dim)
+        return q.view(key_shape), k.view(key_shape), v.view(T, self.num_heads, self.value_dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerBatch:
+    """What a layer needs to know of the batch."""
+
+    offsets: Tensor
+    num_candidates: Tensor
+    mask: SemiLocalMask
+    dropout: float = 0.0
+    """The layer's dropout while training, 0 otherwise."""
+    seed: int = 0
+    """Decides which elements dropout zeroes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerParameters:
+    """A layer's tensors."""
+
+    input_norm_weight: Tensor
+    input_norm_bias: Tensor
+    uvqk_weight: Tensor
+    """[D, uvqk_width], columns in the order U, V, Q, K."""
+    uvqk_bias: Tensor
+    output_norm_weight: Tensor
+    output_norm_bias: Tensor
+    output_weight: Tensor
+    """[output_inputs, D]."""
+
+
+def plain_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batch: LayerBatch) -> Tensor:
+    """The layer's output, residual included, in x's type."""
+    p, dtype = parameters, x_TD.dtype
+    normed_TD = layer_reference.layer_norm(x_TD, p.input_norm_weight, p.input_norm_bias, spec.norm_eps)
+    uvqk = torch.addmm(p.uvqk_bias.to(dtype), normed_TD, p.uvqk_weight.to(dtype))
+    active = layer_reference.silu(uvqk[:, : spec.active_width])
+    uvqk = torch.cat([active, uvqk[:, spec.active_width :]], dim=1)
+    q_THK, k_THK, v_THV = spec.split_heads(uvqk[:, spec.gate_width :])
+    attention_THV = hstu_attention(
+        q_THK,
+        k_THK,
+        v_THV,
+        batch.offsets,
+        batch.mask,
+        num_targets=batch.num_candidates,
+        max_len=spec.max_len,
+    )
+    gated = layer_reference.gated_norm(
+        attention_THV.reshape(x_TD.shape[0], spec.gate_width),
+        uvqk[:, : spec.gate_width],
+        p.output_norm_weight,
+        p.output_norm_bias,
+        spec.norm_eps,
+        num_groups=spec.num_groups,
+        x_TD=x_TD if spec.production else None,
+        dropout=batch.dropout,
+        seed=batch.seed,
+    )
+    return torch.addmm(x_TD, gated, p.output_weight.to(dtype))

@@ -1,0 +1,195 @@
+"""One HSTU layer as one autograd function, which decides itself what it keeps for the backward.
+
+By default it keeps three tensors of a token's width: the layer's input, U and the attention output.  The backward
+rebuilds the normed input from its statistics, V, Q and K by one product, and norm(attention) * U inside the kernel that
+differentiates it.  Each of these can be kept instead; the gradients are the same numbers either way, because what is
+rebuilt is rebuilt by the same operations from the same inputs.
+
+Gradients of U, V, Q and K are written into slices of one buffer, which is then the right-hand side of two products.
+
+Shapes as in `layer.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_kernels import hstu_attention, hstu_attention_backward, layer_ops, linear
+from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec
+
+
+class _FusedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        spec: LayerSpec,
+        batch: LayerBatch,
+        *parameters: Tensor,
+    ) -> Tensor:
+        backend = layer_ops.layer_backend(x_TD)
+        T, W = x_TD.shape[0], spec.gate_width
+        uvqk, normed_TD, mean, rstd = _project(parameters[:4], x_TD, spec, backend)
+        # The product's columns are overwritten unless the backward is to find them.
+        u, vqk = layer_ops.silu_uvqk_forward(uvqk, W, spec.active_width, inplace=spec.recompute_uvqk, backend=backend)
+        attention = _attend(vqk, spec, batch).view(T, W)
+        out, gated = _output(attention, u, x_TD, parameters[4:], spec, batch, backend)
+        ctx.spec, ctx.batch, ctx.backend = spec, batch, backend
+        ctx.save_for_backward(
+            x_TD,
+            u,
+            attention,
+            mean,
+            rstd,
+            None if spec.recompute_normed else normed_TD,
+            None if spec.recompute_uvqk else uvqk,
+            None if spec.recompute_uvqk else vqk,
+            None if spec.recompute_gated else gated,
+            *parameters,
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, u, attention, mean, rstd, normed_TD, uvqk, vqk, gated, *parameters = ctx.saved_tensors
+        norm_weight, norm_bias, uvqk_weight, uvqk_bias, gate_weight, gate_bias, output_weight = parameters
+        spec: LayerSpec = ctx.spec
+        batch: LayerBatch = ctx.batch
+        backend = ctx.backend
+        T, dtype, W = x_TD.shape[0], x_TD.dtype, spec.gate_width
+        dout_TD = dout_TD.contiguous()
+        duvqk = torch.empty(T, spec.uvqk_width, dtype=dtype, device=x_TD.device)
+
+        dgated = dout_TD @ output_weight.to(dtype).t()
+        dattention, residual_TD, rebuilt, dgate_weight, dgate_bias = layer_ops.gated_norm_backward(
+            dgated,
+            attention,
+            u,
+            gate_weight,
+            gate_bias,
+            spec.norm_eps,
+            **_gate_options(spec, batch, x_TD),
+            residual_TD=dout_TD,
+            du=duvqk[:, :W],
+            backend=backend,
+        )
+        del dgated
+        doutput_weight = (rebuilt if gated is None else gated).t() @ dout_TD
+        del rebuilt, gated
+
+        norm = (norm_weight, norm_bias, spec.norm_eps)
+        if normed_TD is None:
+            normed_TD, _, _ = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
+        if uvqk is None:
+            uvqk = torch.addmm(uvqk_bias.to(dtype), normed_TD, uvqk_weight.to(dtype))
+            _, vqk = layer_ops.silu_uvqk_forward(uvqk, W, spec.active_width, inplace=False, backend=backend)
+        _attend_backward(dattention.view(T, spec.num_heads, spec.value_dim), vqk, duvqk[:, W:], spec, batch)
+        del dattention, vqk
+        duvqk_bias = layer_ops.silu_uvqk_backward_(duvqk, uvqk, spec.active_width, backend=backend)
+        del uvqk
+        duvqk_weight = normed_TD.t() @ duvqk
+        del normed_TD
+        dnormed_TD = duvqk @ uvqk_weight.to(dtype).t()
+        del duvqk
+        dx_TD, dnorm_weight, dnorm_bias = layer_ops.layer_norm_backward(
+            dnormed_TD,
+            x_TD,
+            norm_weight,
+            norm_bias,
+            mean,
+            rstd,
+            spec.norm_eps,
+            residual_TD=residual_TD,
+            backend=backend,
+        )
+        gradients = (dnorm_weight, dnorm_bias, duvqk_weight, duvqk_bias, dgate_weight, dgate_bias, doutput_weight)
+        typed = (gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True))
+        return (dx_TD, None, None, *typed)
+
+
+def _project(
+    parameters: tuple[Tensor, ...], x_TD: Tensor, spec: LayerSpec, backend: layer_ops.LayerBackend
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The fused product before SiLU, the normed input (None in FP8), and the norm's statistics."""
+    norm_weight, norm_bias, weight, bias = parameters
+    dtype = x_TD.dtype
+    if not spec.fp8:
+        normed_TD, mean, rstd = layer_ops.layer_norm_forward(
+            x_TD, norm_weight, norm_bias, spec.norm_eps, backend=backend
+        )
+        return torch.addmm(bias.to(dtype), normed_TD, weight.to(dtype)), normed_TD, mean, rstd
+    rows, scale, mean, rstd = linear.layer_norm_fp8(x_TD, norm_weight, norm_bias, spec.norm_eps, backend=backend)
+    columns = linear.quantise_columns(weight)
+    return linear.matmul_fp8(rows, scale, *columns, bias=bias, dtype=dtype, backend=backend), None, mean, rstd
+
+
+def _output(
+    attention: Tensor,
+    u: Tensor,
+    x_TD: Tensor,
+    parameters: tuple[Tensor, ...],
+    spec: LayerSpec,
+    batch: LayerBatch,
+    backend: layer_ops.LayerBackend,
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's output, and norm(attention) * U (None in FP8)."""
+    norm_weight, norm_bias, weight = parameters
+    gate = (attention, u, norm_weight, norm_bias, spec.norm_eps)
+    options = _gate_options(spec, batch, x_TD)
+    if not spec.fp8:
+        gated = layer_ops.gated_norm_forward(*gate, **options, backend=backend)
+        return linear.matmul_residual(gated, weight.to(x_TD.dtype), x_TD, backend=backend), gated
+    rows, scale = linear.gated_norm_fp8(*gate, **options, backend=backend)
+    columns = linear.quantise_columns(weight)
+    return linear.matmul_fp8(rows, scale, *columns, residual=x_TD, dtype=x_TD.dtype, backend=backend), None
+
+
+def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
+    q_THK, k_THK, v_THV = spec.split_heads(vqk)
+    return hstu_attention(
+        q_THK, k_THK, v_THV, batch.offsets, batch.mask, num_targets=batch.num_candidates, max_len=spec.max_len
+    )
+
+
+def _attend_backward(dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> None:
+    """Writes the gradients of v, q and k into the columns of `dvqk`."""
+    q_THK, k_THK, v_THV = spec.split_heads(vqk)
+    hstu_attention_backward(
+        dout_THV,
+        q_THK,
+        k_THK,
+        v_THV,
+        batch.offsets,
+        batch.mask,
+        num_targets=batch.num_candidates,
+        max_len=spec.max_len,
+        out=spec.split_heads(dvqk),
+    )
+
+
+def _gate_options(spec: LayerSpec, batch: LayerBatch, x_TD: Tensor) -> dict[str, Any]:
+    return {
+        "num_groups": spec.num_groups,
+        "x_TD": x_TD if spec.production else None,
+        "dropout": batch.dropout,
+        "seed": batch.seed,
+    }
+
+
+def fused_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batch: LayerBatch) -> Tensor:
+    """`layer.plain_layer` with its own backward; `x_TD` is contiguous and of the type of computation."""
+    p = parameters
+    out: Tensor = _FusedLayer.apply(  # type: ignore[no-untyped-call]  # torch.autograd has no types
+        x_TD,
+        spec,
+        batch,
+        p.input_norm_weight,
+        p.input_norm_bias,
+        p.uvqk_weight,
+        p.uvqk_bias,
+        p.output_norm_weight,
+        p.output_norm_bias,
+        p.output_weight,
+    )
+    return out
