@@ -18,6 +18,7 @@ from attention_kernels.tiles import (
     load_item,
     load_rows,
     partner_start,
+    product,
     store_or_reduce,
     twice_sigmoid,
 )
@@ -48,15 +49,15 @@ def dq_kernel(
             key = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
             b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, n, BLOCK_N, K, BLOCK_K, TMA)
             b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, n, BLOCK_N, V, BLOCK_V, TMA)
-            b_half = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * half_scale
-            b_dweight = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+            b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
+            b_dweight = product(b_dout, tl.trans(b_v), None, PRECISION)
             b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
             b_dscore = b_dweight * b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
             if not is_full(first, last, key, key + BLOCK_N, n, u, c, g, s, local, HAS_LOCAL):
                 o_key = key + tl.arange(0, BLOCK_N)
                 m = element_mask(o_row[:, None], o_key[None, :], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
                 b_dscore = tl.where(m, b_dscore, 0.0)
-            b_dq = tl.dot(b_dscore.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+            b_dq = product(b_dscore.to(b_k.dtype), b_k, b_dq, PRECISION)
         store_or_reduce(
             dq, b_dq * dq_scale, stride_dt, stride_dh, i_h, H, start, first, last, part, parts, home,
             partials, counters, BLOCK_M, K, BLOCK_K, SPLIT,
@@ -93,8 +94,8 @@ def dkdv_kernel(
             row = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_M)
             b_q = load_rows(q, stride_qt, stride_qh, i_h, start, row, n, BLOCK_M, K, BLOCK_K, TMA)
             b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, row, n, BLOCK_M, V, BLOCK_V, TMA)
-            b_half = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * half_scale
-            b_dweight = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+            b_half = product(b_k, tl.trans(b_q), None, PRECISION) * half_scale
+            b_dweight = product(b_v, tl.trans(b_dout), None, PRECISION)
             b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
             b_weight = b_half * b_sigmoid2
             b_dscore = b_dweight * b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
@@ -103,8 +104,8 @@ def dkdv_kernel(
                 m = element_mask(o_row[None, :], o_key[:, None], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
                 b_weight = tl.where(m, b_weight, 0.0)
                 b_dscore = tl.where(m, b_dscore, 0.0)
-            b_dv = tl.dot(b_weight.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-            b_dk = tl.dot(b_dscore.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+            b_dv = product(b_weight.to(b_dout.dtype), b_dout, b_dv, PRECISION)
+            b_dk = product(b_dscore.to(b_q.dtype), b_q, b_dk, PRECISION)
         store_or_reduce(
             dv, b_dv * dv_scale, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
             v_partials, v_counters, BLOCK_N, V, BLOCK_V, SPLIT,

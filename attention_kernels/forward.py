@@ -13,6 +13,7 @@ from attention_kernels.tiles import (
     load_item,
     load_rows,
     partner_start,
+    product,
     store_or_reduce,
     twice_sigmoid,
 )
@@ -41,14 +42,14 @@ def forward_kernel(
         for i in tl.range(num_tiles * part // parts, num_tiles * (part + 1) // parts, num_stages=STAGES):
             key = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
             b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, n, BLOCK_N, K, BLOCK_K, TMA)
-            b_half = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * half_scale
+            b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
             b_weight = b_half * twice_sigmoid(b_half, FAST_TANH)
             if not is_full(first, last, key, key + BLOCK_N, n, u, c, g, s, local, HAS_LOCAL):
                 o_key = key + tl.arange(0, BLOCK_N)
                 m = element_mask(o_row[:, None], o_key[None, :], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
                 b_weight = tl.where(m, b_weight, 0.0)
             b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, n, BLOCK_N, V, BLOCK_V, TMA)
-            b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+            b_out = product(b_weight.to(b_v.dtype), b_v, b_out, PRECISION)
         store_or_reduce(
             out, b_out * out_scale, stride_ot, stride_oh, i_h, H, start, first, last, part, parts, home,
             partials, counters, BLOCK_M, V, BLOCK_V, SPLIT,

@@ -104,13 +104,13 @@ def sequence_bounds(
 
 
 @triton.jit
-def count_tiles(n, c, g, s, BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_LOCAL: tl.constexpr):
+def count_tiles(n, c, g, s, BLOCK: tl.constexpr, KEYS: tl.constexpr):
     """(head, tail, short): long tiles at the start and at the end of a sequence, short tiles between or behind."""
-    if not HAS_LOCAL:
-        return n * 0, tl.cdiv(n, BLOCK), n * 0
     if KEYS:
-        return tl.cdiv(s, BLOCK), n * 0, tl.cdiv(n - s, BLOCK)
-    return tl.cdiv(c, BLOCK), tl.cdiv(n - g, BLOCK), tl.cdiv(g - c, BLOCK)
+        tiles = (tl.cdiv(s, BLOCK), n * 0, tl.cdiv(n - s, BLOCK))
+    else:
+        tiles = (tl.cdiv(c, BLOCK), tl.cdiv(n - g, BLOCK), tl.cdiv(g - c, BLOCK))
+    return tiles
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def schedule_long_then_short(
         _, n, _, c, g, s = sequence_bounds(
             offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, True, HAS_TARGETS
         )
-        head, tail, _ = count_tiles(n, c, g, s, BLOCK, KEYS, True)
+        head, tail, _ = count_tiles(n, c, g, s, BLOCK, KEYS)
         num_long += tl.sum(head + tail)
     max_parts = tl.maximum(SPLIT_ITEMS // tl.maximum(num_long, 1), 1)
     # Second pass: where this sequence's long and short items begin.
@@ -196,7 +196,7 @@ def schedule_long_then_short(
         _, n, _, c, g, s = sequence_bounds(
             offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, True, HAS_TARGETS
         )
-        head, tail, short = count_tiles(n, c, g, s, BLOCK, KEYS, True)
+        head, tail, short = count_tiles(n, c, g, s, BLOCK, KEYS)
         items = (head + tail) * tl.minimum(tl.maximum(n // _MIN_PART_LEN, 1), max_parts)
         long_items += tl.sum(items)
         long_before += tl.sum(tl.where(o_b < i_b, items, 0))
@@ -206,7 +206,7 @@ def schedule_long_then_short(
     start, n, u, c, g, s = sequence_bounds(
         offsets, num_targets, i_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, True, HAS_TARGETS
     )
-    head, tail, short = count_tiles(n, c, g, s, BLOCK, KEYS, True)
+    head, tail, short = count_tiles(n, c, g, s, BLOCK, KEYS)
     parts = tl.minimum(tl.maximum(n // _MIN_PART_LEN, 1), max_parts)
     head_end = s if KEYS else c
     short_start = s if KEYS else c

@@ -121,14 +121,16 @@ def load_rows(
     Without TMA rows beyond the sequence are zeros; with TMA they are the next sequence's, which the mask must remove.
     """
     if TMA:
-        return x.load([i_h, start + first, 0]).reshape(BLOCK, BLOCK_SIZE)
-    o_row = first + tl.arange(0, BLOCK)
-    o_size = tl.arange(0, BLOCK_SIZE)
-    p_x = x + i_h.to(tl.int64) * stride_h + (start + o_row).to(tl.int64)[:, None] * stride_t + o_size[None, :]
-    m_x = (o_row < n)[:, None]
-    if SIZE != BLOCK_SIZE:
-        m_x = m_x & (o_size < SIZE)[None, :]
-    return tl.load(p_x, mask=m_x, other=0.0)
+        b_x = x.load([i_h, start + first, 0]).reshape(BLOCK, BLOCK_SIZE)
+    else:
+        o_row = first + tl.arange(0, BLOCK)
+        o_size = tl.arange(0, BLOCK_SIZE)
+        p_x = x + i_h.to(tl.int64) * stride_h + (start + o_row).to(tl.int64)[:, None] * stride_t + o_size[None, :]
+        m_x = (o_row < n)[:, None]
+        if SIZE != BLOCK_SIZE:
+            m_x = m_x & (o_size < SIZE)[None, :]
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+    return b_x
 
 
 @triton.jit
@@ -181,5 +183,17 @@ def twice_sigmoid(b_half, FAST_TANH: tl.constexpr):
         b_tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [b_half], dtype=tl.float32, is_pure=True, pack=1
         )
-        return b_tanh + 1.0
-    return 2.0 / (1.0 + tl.exp(-2.0 * b_half))
+        b_sigmoid2 = b_tanh + 1.0
+    else:
+        b_sigmoid2 = 2.0 / (1.0 + tl.exp(-2.0 * b_half))
+    return b_sigmoid2
+
+
+@triton.jit
+def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_a b_b in float32; a PRECISION of "upcast" is for the interpreter, which cannot multiply bfloat16."""
+    if PRECISION == "upcast":
+        b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_sum)
+    else:
+        b_product = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    return b_product

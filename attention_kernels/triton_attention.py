@@ -68,38 +68,65 @@ def backward(
     if q_THK.numel() == 0:
         return
     dq, dk, dv = out
-    heads = q_THK.shape[1]
     tiles = config or _config(mask, q_THK, v_THV, offsets)
     row_table, key_table = _schedule(mask, q_THK, offsets, num_targets, row_tile=tiles.dq, key_tile=tiles.dkdv)
-    tma = _use_tma(q_THK, k_THK, v_THV, dout_THV)
-    strides = _strides(dout_THV, q_THK, k_THK, v_THV)
+    inputs = (dout_THV, q_THK, k_THK, v_THV)
+    scales = {"scale": scale, "max_len": max_len}
+    backward_keys(inputs, (dk, dv), mask, num_targets, key_table, tiles.dkdv, **scales)
+    backward_rows(inputs, dq, mask, num_targets, row_table, tiles.dq, **scales)
 
-    tile = tiles.dkdv
-    k_partials, k_counters = _scratch(mask, q_THK, tile.keys, q_THK.shape[2])
-    v_partials, v_counters = _scratch(mask, q_THK, tile.keys, v_THV.shape[2])
+
+def backward_keys(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
+    mask: SemiLocalMask,
+    num_targets: Tensor | None,
+    table: Tensor,
+    tile: TileConfig,
+    *,
+    scale: float,
+    max_len: int,
+) -> None:
+    """Gradients of k and v from (dout, q, k, v), one program a key tile and head."""
+    dout, q, k, v = inputs
+    tma = _use_tma(*inputs)
+    k_partials, k_counters = _scratch(mask, q, tile.keys, q.shape[2])
+    v_partials, v_counters = _scratch(mask, q, tile.keys, v.shape[2])
     _launch(
         dkdv_kernel,
-        key_table,
-        heads,
-        *_rows(tma, (dout_THV, tile.rows), (q_THK, tile.rows), (k_THK, tile.keys), (v_THV, tile.keys)),
-        *(dk, dv, key_table, k_partials, v_partials, k_counters, v_counters, heads),
+        table,
+        q.shape[1],
+        *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
+        *(*out, table, k_partials, v_partials, k_counters, v_counters, q.shape[1]),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
-        *strides,
-        *_strides(dk, dv),
-        **_options(mask, q_THK, v_THV, num_targets, tile, tma),
+        *_strides(*inputs, *out),
+        **_options(mask, q, v, num_targets, tile, tma),
     )
 
-    tile = tiles.dq
-    partials, counters = _scratch(mask, q_THK, tile.rows, q_THK.shape[2])
+
+def backward_rows(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    dq: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None,
+    table: Tensor,
+    tile: TileConfig,
+    *,
+    scale: float,
+    max_len: int,
+) -> None:
+    """Gradient of q from (dout, q, k, v), one program a row tile and head."""
+    dout, q, k, v = inputs
+    tma = _use_tma(*inputs)
+    partials, counters = _scratch(mask, q, tile.rows, q.shape[2])
     _launch(
         dq_kernel,
-        row_table,
-        heads,
-        *_rows(tma, (dout_THV, tile.rows), (q_THK, tile.rows), (k_THK, tile.keys), (v_THV, tile.keys)),
-        *(dq, row_table, partials, counters, heads, scale / 2, scale / (2 * max_len)),
-        *strides,
-        *_strides(dq),
-        **_options(mask, q_THK, v_THV, num_targets, tile, tma),
+        table,
+        q.shape[1],
+        *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
+        *(dq, table, partials, counters, q.shape[1], scale / 2, scale / (2 * max_len)),
+        *_strides(*inputs, dq),
+        **_options(mask, q, v, num_targets, tile, tma),
     )
 
 
@@ -163,7 +190,7 @@ def _options(
         "TMA": tma,
         # tanh.approx is exact to about 11 bits: enough for 16-bit inputs only.
         "FAST_TANH": half and q_THK.is_cuda,
-        "PRECISION": "tf32" if half else "tf32x3",
+        "PRECISION": "tf32x3" if not half else "tf32" if q_THK.is_cuda else "upcast",
         "STAGES": tile.stages,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
