@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.perf_models import NoopPerfModel
-from torchrec.distributed.planner.storage_reservations import FixedAbsoluteStorageReservation
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.costs import torchrec_topology
@@ -56,7 +56,7 @@ def torchrec_step_ms(tables: list[TableConfig], machine: Machine, load: BatchLoa
             )
             for config in tables
         },
-        storage_reservation=FixedAbsoluteStorageReservation(int(machine.memory_gib * GIB * 0.15)),
+        storage_reservation=FixedPercentageStorageReservation(0.15),
         stats=[],
     )
     planner.plan(collection, [EmbeddingCollectionSharder()])
