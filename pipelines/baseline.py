@@ -18,7 +18,7 @@ from pipelines.source import Split
 
 ITEM_PRIOR = 20.0
 """Imagined observations of an item at the overall rate."""
-USER_PRIOR = 5.0
+USER_PRIOR = 10.0
 """Imagined observations of a user at the overall rate."""
 
 FloatArray = NDArray[np.float64]

@@ -1,0 +1,198 @@
+"""Malformed prepared data: one clear line each, naming the file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config import DataConfig
+from pipelines.loader import build_loader
+from tests.pipelines.made_up import dataset_json, made_up_rows, table_of
+
+Rows = list[dict[str, Any]]
+
+
+def write(folder: Path, rows: Rows, change: Callable[[pa.Table], pa.Table] = lambda table: table) -> str:
+    for split in ("train", "eval"):
+        (folder / split).mkdir(parents=True)
+        pq.write_table(change(table_of(rows)), folder / split / "part-0.parquet")
+    (folder / "dataset.json").write_text(json.dumps(dataset_json({"train": rows, "eval": rows})))
+    return str(folder)
+
+
+def read_all(path: str, threads: int = 1, **options: Any) -> None:
+    config = DataConfig(
+        path=path, global_batch_size=4, max_history_len=64, reader_threads=threads, prefetch_batches=2, **options
+    )
+    for _ in build_loader(config, split="train", rank=0, world_size=1):
+        pass
+
+
+def too_large(rows: Rows) -> None:
+    rows[3]["history_item_id"][0] = 500
+
+
+def negative(rows: Rows) -> None:
+    rows[3]["candidate_item_id"][0] = -1
+
+
+def context(rows: Rows) -> None:
+    rows[3]["country"] = 7
+
+
+def label(rows: Rows) -> None:
+    rows[3]["candidate_action"][0] = 4
+
+
+def shorter(rows: Rows) -> None:
+    rows[3]["history_action"].pop()
+
+
+def unsorted(rows: Rows) -> None:
+    rows[3]["history_timestamp"][-2:] = [50, 49]
+
+
+def leak(rows: Rows) -> None:
+    rows[3]["history_timestamp"][-1] = 20_000
+
+
+def negative_time(rows: Rows) -> None:
+    rows[3]["history_timestamp"][0] = -2
+
+
+def null_id(rows: Rows) -> None:
+    rows[3]["history_item_id"][0] = None
+
+
+def null_row(rows: Rows) -> None:
+    rows[3]["user_id"] = None
+
+
+def no_events(rows: Rows) -> None:
+    rows[3].update({name: [] for name in rows[3] if name not in ("user_id", "country")})
+
+
+CASES = {
+    too_large: r"history_item_id of row 3 is 500, outside \[0, 500\)",
+    negative: r"candidate_item_id of row 3 is -1, outside",
+    context: r"context feature country of row 3 is 7, outside \[0, 7\)",
+    label: r"candidate_action of row 3 is 4, outside \[0, 4\)",
+    shorter: r"row 3: history_action holds \d+ values, but history_item_id holds \d+",
+    unsorted: "row 3: history_timestamp falls",
+    leak: "row 3: a candidate is older than the end of the history",
+    negative_time: "row 3: history_timestamp -2 is negative",
+    null_id: "a list holds missing values",
+    null_row: r"column\(s\) user_id hold missing values",
+    no_events: "row 3: user 3 has no events at all",
+}
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("spoil", CASES, ids=lambda spoil: spoil.__name__)
+def test_bad_rows_are_named(tmp_path: Path, spoil: Callable[[Rows], None], threads: int) -> None:
+    rows = [row for row in made_up_rows(40) if len(row["history_item_id"]) > 4][:10]
+    for user, row in enumerate(rows):
+        row["user_id"] = user
+    spoil(rows)
+    with pytest.raises(ValueError, match=CASES[spoil]) as caught:
+        read_all(write(tmp_path / "d", rows), threads)
+    assert "part-0.parquet" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "d", made_up_rows(5), lambda table: table.drop_columns("candidate_action"))
+    with pytest.raises(ValueError, match=r"part-0.parquet lacks the column candidate_action"):
+        read_all(path)
+
+
+def test_wrong_type(tmp_path: Path) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        index = table.schema.get_field_index("country")
+        return table.set_column(index, "country", table["country"].cast(pa.float64()))
+
+    with pytest.raises(ValueError, match="column country must have the type int64, got double"):
+        read_all(write(tmp_path / "d", made_up_rows(5), change))
+
+
+def test_nan_in_a_history_feature(tmp_path: Path) -> None:
+    rows = [row for row in made_up_rows(20) if len(row["history_item_id"]) > 2][:5]
+
+    def change(table: pa.Table) -> pa.Table:
+        values = [[float("nan")] + [1.0] * (len(row["history_item_id"]) - 1) for row in rows]
+        index = table.schema.get_field_index("history_watch_time")
+        return table.set_column(index, "history_watch_time", pa.array(values, pa.list_(pa.float32())))
+
+    with pytest.raises(ValueError, match="row 0: history_watch_time holds a value that is not a finite number"):
+        read_all(write(tmp_path / "d", rows, change), history_features=("watch_time",))
+
+
+def test_wrong_length_column(tmp_path: Path) -> None:
+    rows = made_up_rows(5)
+
+    def change(table: pa.Table) -> pa.Table:
+        lens = pa.array([len(row["history_item_id"]) + (index == 2) for index, row in enumerate(rows)], pa.int32())
+        candidates = pa.array([len(row["candidate_item_id"]) for row in rows], pa.int32())
+        return table.append_column("history_length", lens).append_column("num_candidates", candidates)
+
+    with pytest.raises(ValueError, match="row 2: history_length says"):
+        read_all(write(tmp_path / "d", rows, change))
+
+
+def test_truncated_parquet(tmp_path: Path) -> None:
+    path = write(tmp_path / "d", made_up_rows(50))
+    file = tmp_path / "d" / "train" / "part-0.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"part-0.parquet is not a readable Parquet file"):
+        read_all(path)
+
+
+def test_damaged_pages(tmp_path: Path) -> None:
+    path = write(tmp_path / "d", made_up_rows(50))
+    file = tmp_path / "d" / "train" / "part-0.parquet"
+    content = bytearray(file.read_bytes())
+    content[4:600] = bytes(596)
+    file.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"part-0.parquet"):
+        read_all(path)
+
+
+def test_empty_file_and_empty_folder(tmp_path: Path) -> None:
+    path = write(tmp_path / "d", made_up_rows(3), lambda table: table.slice(0, 0))
+    with pytest.raises(ValueError, match="train holds no rows"):
+        read_all(path)
+    (tmp_path / "d" / "train" / "part-0.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a readable Parquet file"):
+        read_all(path)
+    (tmp_path / "d" / "train" / "part-0.parquet").unlink()
+    with pytest.raises(ValueError, match=r"train holds no \.parquet file"):
+        read_all(path)
+
+
+def test_missing_or_malformed_description(tmp_path: Path) -> None:
+    path = write(tmp_path / "d", made_up_rows(3))
+    file = tmp_path / "d" / "dataset.json"
+    good = json.loads(file.read_text())
+    for content, message in (
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        (json.dumps({**good, "actions": []}), "'actions' must name at least one action"),
+        (json.dumps({**good, "num_items": 0}), "'num_items' must be a whole number above 0"),
+        (json.dumps({**good, "format_version": 9}), "format_version is 9"),
+        (json.dumps({**good, "splits": {"train": {}}}), "must give samples"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_all(path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"dataset\.json does not exist"):
+        read_all(path)
+
+
+def test_unknown_history_feature(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names dwell, but .* has watch_time"):
+        read_all(write(tmp_path / "d", made_up_rows(3)), history_features=("dwell",))

@@ -1,0 +1,196 @@
+"""Global batches: the same for any number of ranks, resumable anywhere, complete, and equal to a naive reading."""
+
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.batch import Batch
+from pipelines.config import DataConfig, StochasticLengthConfig
+from pipelines.loader import build_loader
+from pipelines.position import DataPosition, position_from_dict
+from tests.pipelines.made_up import write_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("data") / "made_up"
+    return str(folder), write_dataset(folder)
+
+
+@pytest.fixture
+def config(data: tuple[str, Any]) -> DataConfig:
+    return DataConfig(
+        path=data[0],
+        global_batch_size=16,
+        max_history_len=24,
+        num_epochs=2,
+        window_samples=20,
+        reader_threads=0,
+        seed=3,
+    )
+
+
+def users(batch: Batch) -> list[int]:
+    return [user for user in batch.user_id.tolist() if user >= 0]
+
+
+def global_stream(
+    config: DataConfig, world_size: int, position: DataPosition | None = None, stop: int | None = None
+) -> list[list[Batch]]:
+    """The shares of all ranks, one list a global batch; fails if ranks disagree on the number of batches."""
+    ranks = [
+        build_loader(config, split="train", rank=rank, world_size=world_size, position=position)
+        for rank in range(world_size)
+    ]
+    return [list(shares) for shares in islice(zip(*ranks, strict=True), stop)]
+
+
+def order(stream: list[list[Batch]]) -> list[list[int]]:
+    return [sorted(user for share in shares for user in users(share)) for shares in stream]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("balance", ["none", "equal", "bounded"])
+def test_global_batches_do_not_depend_on_ranks(config: DataConfig, world_size: int, balance: Any) -> None:
+    alone = global_stream(replace(config, balance=balance), 1)
+    together = global_stream(replace(config, balance=balance), world_size)
+    assert order(together) == order(alone)
+    assert [shares[0].position for shares in together] == [shares[0].position for shares in alone]
+    for shares, [whole] in zip(together, alone, strict=True):
+        assert {share.imbalance for share in shares} == {shares[0].imbalance}
+        assert shares[0].global_tokens == whole.action.numel()
+        assert sum(float(share.loss_denominator) for share in shares) == pytest.approx(whole.candidate_action.numel())
+
+
+def test_each_pass_holds_every_sample_once(config: DataConfig, data: tuple[str, Any]) -> None:
+    every = [row["user_id"] for row in data[1]["train"]]
+    stream = [user for [share] in global_stream(config, 1) for user in users(share)]
+    assert sorted(stream[: len(every)]) == sorted(stream[len(every) :]) == every
+    assert stream[: len(every)] != stream[len(every) :]
+    assert len(stream) == build_loader(config, split="train", rank=0, world_size=1).total_samples
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mode", ["off", "plain", "load_balanced"])
+def test_interrupted_at_random_steps_continues_exactly(config: DataConfig, seed: int, mode: Any) -> None:
+    lengths = StochasticLengthConfig(mode=mode, warmup_batches=2, recalibration_batches=3)
+    config = replace(config, stochastic_length=lengths, num_epochs=2, global_batch_tokens=150 if seed % 2 else None)
+    expected = global_stream(config, 1)
+    generator = np.random.default_rng(seed)
+    position, seen, tokens = None, [], []
+    while len(seen) < len(expected):
+        stream = global_stream(config, int(generator.integers(1, 5)), position, int(generator.integers(1, 9)))
+        seen += order(stream)
+        tokens += [shares[0].global_tokens for shares in stream]
+        position = position_from_dict(stream[-1][0].position.as_dict())
+    assert seen == order(expected)
+    assert tokens == [shares[0].global_tokens for shares in expected]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reader_threads_change_nothing(config: DataConfig, threads: int) -> None:
+    plain = [share for [share] in global_stream(config, 1)]
+    threaded = [share for [share] in global_stream(replace(config, reader_threads=threads, prefetch_batches=3), 1)]
+    assert [users(batch) for batch in threaded] == [users(batch) for batch in plain]
+    for ours, theirs in zip(threaded, plain, strict=True):
+        torch.testing.assert_close(ours.features.values(), theirs.features.values())
+
+
+def test_a_consumer_may_stop_early(config: DataConfig) -> None:
+    iterator = iter(build_loader(replace(config, reader_threads=2), split="train", rank=0, world_size=1))
+    first = next(iterator)
+    iterator.close()  # type: ignore[attr-defined]  # a generator
+    assert len(users(first)) == 16
+
+
+def test_batches_equal_a_naive_reading(config: DataConfig, data: tuple[str, Any]) -> None:
+    rows = {row["user_id"]: row for row in data[1]["train"]}
+    config = replace(config, history_features=("watch_time",), max_candidates=2)
+    for [batch] in global_stream(config, 1):
+        chosen = [rows[user] for user in users(batch)]
+        expected: dict[str, list[int]] = {"item_id": [], "action": [], "timestamp": [], "watch_time": [], "labels": []}
+        for row in chosen:
+            newest = slice(max(len(row["history_item_id"]) - 24, 0), None)
+            for name in ("item_id", "timestamp"):
+                expected[name] += row[f"history_{name}"][newest] + row[f"candidate_{name}"][:2]
+            padding = [0] * len(row["candidate_item_id"][:2])
+            expected["action"] += row["history_action"][newest] + padding
+            expected["watch_time"] += row["history_watch_time"][newest] + padding
+            expected["labels"] += row["candidate_action"][:2]
+        assert batch.features["item_id"].values().tolist() == expected["item_id"]
+        assert batch.features["country"].values().tolist() == [row["country"] for row in chosen]
+        assert batch.features["item_id"].lengths().tolist() == (batch.history_lens + batch.num_candidates).tolist()
+        assert batch.action.tolist() == batch.action_host.tolist() == expected["action"]
+        assert batch.timestamp.tolist() == expected["timestamp"]
+        assert batch.side["watch_time"].tolist() == expected["watch_time"]
+        assert batch.candidate_action.tolist() == expected["labels"]
+
+
+def test_a_rank_without_samples_gets_one_that_counts_for_nothing(config: DataConfig) -> None:
+    last = global_stream(replace(config, max_samples=17), 3)[-1]
+    assert sorted(len(users(share)) for share in last) == [0, 0, 1]
+    empty = next(share for share in last if not users(share))
+    assert empty.features.stride() == len(empty.user_id) == 1
+    assert empty.action.numel() == empty.candidate_action.numel() == 0
+    assert empty.global_samples == 1
+
+
+def test_evaluation_is_one_pass_in_stored_order_with_full_histories(config: DataConfig, data: tuple[str, Any]) -> None:
+    lengths = StochasticLengthConfig(mode="plain", alpha=1.1)
+    config = replace(config, stochastic_length=lengths, eval_batch_size=10, balance="none")
+    loader = build_loader(config, split="eval", rank=0, world_size=1)
+    for _ in range(2):
+        batches = list(loader)
+        assert [user for batch in batches for user in users(batch)] == [row["user_id"] for row in data[1]["eval"]]
+        lens = [length for batch in batches for length in batch.history_lens.tolist()]
+        assert lens == [min(len(row["history_item_id"]), 24) for row in data[1]["eval"]]
+    ranks = [list(build_loader(config, split="eval", rank=rank, world_size=4)) for rank in range(4)]
+    assert {len(batches) for batches in ranks} == {3}
+
+
+def test_stored_order_is_the_files(config: DataConfig, data: tuple[str, Any]) -> None:
+    stream = global_stream(replace(config, order="stored", num_epochs=1), 1)
+    assert [user for [share] in stream for user in users(share)] == [row["user_id"] for row in data[1]["train"]]
+
+
+def test_token_budget_is_kept_and_nothing_lost(config: DataConfig) -> None:
+    stream = global_stream(replace(config, global_batch_tokens=120), 2)
+    assert max(shares[0].global_tokens for shares in stream) <= 120
+    assert sum(shares[0].global_samples for shares in stream) == 206
+
+
+def test_neighbouring_rows_stay_together_in_runs(config: DataConfig) -> None:
+    stream = [user for [share] in global_stream(replace(config, shuffle_run=4), 1) for user in users(share)]
+    neighbours = sum(after - before == 1 for before, after in pairwise(stream))
+    assert neighbours > 0.6 * len(stream)
+
+
+def test_a_mix_draws_by_weight_and_repeats_each_source(config: DataConfig, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "other", train=20, first_user=1000)
+    config = replace(config, mix_paths=(str(tmp_path / "other"),), mix_weights=(1.0, 3.0), max_samples=400)
+    alone, together = global_stream(config, 1), global_stream(config, 3)
+    assert order(alone) == order(together)
+    stream = [user for [share] in alone for user in users(share)]
+    other = [user for user in stream if user >= 1000]
+    assert 0.68 < len(other) / len(stream) < 0.82
+    for start in range(0, len(other) - 20, 20):
+        assert sorted(other[start : start + 20]) == list(range(1000, 1020))
+
+
+def test_resuming_under_another_order_is_refused(config: DataConfig) -> None:
+    position = global_stream(config, 1)[0][0].position
+    with pytest.raises(ValueError, match="data position belongs to other data"):
+        global_stream(replace(config, seed=4), 1, position)
+
+
+def test_uneven_parts_resume_with_another_batch_size(config: DataConfig) -> None:
+    expected = [user for [share] in global_stream(config, 1) for user in users(share)]
+    first = global_stream(config, 1)[:3]
+    rest = global_stream(replace(config, global_batch_size=7), 2, first[-1][0].position)
+    assert [user for [share] in first for user in users(share)] == expected[:48]
+    assert sorted(user for shares in rest for share in shares for user in users(share)) == sorted(expected[48:])
