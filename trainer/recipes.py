@@ -14,7 +14,7 @@ def kuairand_sample() -> TrainConfig:
     """Rank eight actions on the shipped KuaiRand sample; trains on two CPU processes in minutes."""
     return TrainConfig(
         name="kuairand_sample",
-        data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96, num_epochs=2),
+        data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96),
         model=ModelConfig(
             dim=64,
             max_len=256,

@@ -1,15 +1,13 @@
 """A run that stops and goes on equals one that never stopped: on the same ranks bit for bit, on others to rounding."""
 
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.training import losses, read_checkpoint, read_lines, start_training, train
+from tests.support.training import kill_job, losses, read_checkpoint, read_lines, start_training, train
 
 STEPS = 8
 # Float32 sums in another order; measured differences are below 2e-6 after 8 steps.
@@ -41,8 +39,7 @@ def test_killed_run_writes_the_same_losses_bit_for_bit(uninterrupted: Path, tmp_
     while max(losses(read_lines(run / "metrics.jsonl")), default=0) < 5 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_job(process)
     assert not (run / "eval.jsonl").exists(), "the run ended before it could be killed"
     assert losses(train(run, 2, *settings)) == losses(read_lines(uninterrupted / "metrics.jsonl"))
     expected, actual = (read_checkpoint(path / "checkpoints" / f"step-{STEPS:08d}") for path in (uninterrupted, run))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ TIMEOUT_S = 240
 # A model and batches small enough for many runs; no dropout, whose random numbers follow the number of ranks.
 SMALL = (
     "data.global_batch_size=12",
+    "data.eval_batch_size=1024",
     "data.max_history_len=24",
-    "model.max_len=64",
+    "model.max_len=160",
     "model.dim=16",
     "embedding_dim=8",
     "model.layer.qk_dim=8",
@@ -31,7 +33,7 @@ SMALL = (
 
 
 def start_training(run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
-    """Start `kuairand_sample`, made small, on `ranks` processes; the caller waits for it or kills its process group."""
+    """Start `kuairand_sample`, made small, on `ranks` processes; the caller waits for it or calls `kill_job`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "trainer", "train", "kuairand_sample", "--run-dir", str(run_dir)]
     return subprocess.Popen(
@@ -44,6 +46,16 @@ def start_training(run_dir: Path, ranks: int, *overrides: str) -> subprocess.Pop
         text=True,
         start_new_session=True,
     )
+
+
+def kill_job(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the launcher and every process below it; torchrun gives its workers sessions of their own."""
+    family = [process.pid]
+    for pid in family:
+        family += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
 
 def train(run_dir: Path, ranks: int, *overrides: str) -> list[dict[str, Any]]:
