@@ -32,13 +32,14 @@ def _keep_factor(rows, columns, seed, threshold, scale):
 
 
 @triton.jit
-def _normalise(p_attention, rows, columns, mask, W: tl.constexpr, C: tl.constexpr, group, eps):
+def normalise(p_attention, rows, columns, mask, W: tl.constexpr, C: tl.constexpr, group, eps):
+    """Columns of one group, normalised and 0 outside `mask`; mean and 1 / deviation of each row."""
     attention = tl.load(p_attention + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0)
     attention = attention.to(tl.float32)
     mean = tl.sum(attention, axis=1) / C
     centred = tl.where(mask, attention - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
-    return centred * rstd[:, None], rstd
+    return centred * rstd[:, None], mean, rstd
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _forward_kernel(
     mask = m_row[:, None] & m_column[None, :]
     Y: tl.constexpr = W + D if CONCAT else 0
     p_rows = p_out + rows[:, None] * (Y + W)
-    xhat, _ = _normalise(p_attention, rows, columns, mask, W, C, group, eps)
+    xhat, _, _ = normalise(p_attention, rows, columns, mask, W, C, group, eps)
     weight = tl.load(p_weight + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
     u = tl.load(p_u + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -138,7 +139,7 @@ def _backward_kernel(
         m_row = rows < num_rows
         mask = m_row[:, None] & m_column[None, :]
         o_wide = rows[:, None] * (Y + W)
-        xhat, rstd = _normalise(p_attention, rows, columns, mask, W, C, group, eps)
+        xhat, _, rstd = normalise(p_attention, rows, columns, mask, W, C, group, eps)
         normed = xhat * weight[None, :] + bias[None, :]
         u = tl.load(p_u + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(p_dout + o_wide + Y + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -9,10 +9,9 @@ Legend: T packed positions, D model width, N columns of a product.
 import torch
 from torch import Tensor
 
-from attention_kernels import layer_ops, linear_kernel
+from attention_kernels import fp8, layer_ops, linear_kernel
 from attention_kernels.layer_ops import LayerBackend
 
-FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 """The largest finite E4M3 number."""
 SCALE_FLOOR = 1e-12
@@ -31,24 +30,29 @@ def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBac
     return torch.addmm(residual, a, b)
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:
     """(x / scale in E4M3, scale [rows] float32) with the largest value of a row on the largest E4M3 number."""
+    if backend == "triton":
+        return fp8.quantise_rows(x)
     wide = x.float()
     scale = (wide.abs().amax(dim=1) / FP8_MAX).clamp(min=SCALE_FLOOR)
-    return (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8, memory_format=torch.contiguous_format), scale
+    quantised = (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
+    return quantised.to(fp8.FP8, memory_format=torch.contiguous_format), scale
 
 
-def quantise_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_columns(weight: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:
     """The weight [K, N] transposed to [N, K] in E4M3, as FP8 tensor cores read it, and its scale a column [N]."""
-    return quantise_rows(weight.t())
+    return quantise_rows(weight.t(), backend=backend)
 
 
 def layer_norm_fp8(
     x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: LayerBackend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Layer norm and quantisation of its rows: (E4M3 rows, scale, mean, 1 / deviation)."""
+    if backend == "triton":
+        return fp8.layer_norm(x_TD, weight, bias, eps)
     normed, mean, rstd = layer_ops.layer_norm_forward(x_TD, weight, bias, eps, backend=backend)
-    return (*quantise_rows(normed), mean, rstd)
+    return (*quantise_rows(normed, backend=backend), mean, rstd)
 
 
 def matmul_fp8(
@@ -99,7 +103,12 @@ def gated_norm_fp8(
     seed: int,
     backend: LayerBackend,
 ) -> tuple[Tensor, Tensor]:
-    """`layer_ops.gated_norm_forward` and quantisation of its rows: (E4M3 rows, scale)."""
+    """`layer_ops.gated_norm_forward` and quantisation of its rows: (E4M3 rows, scale).
+
+    The fused kernel takes the paper's layer; groups, concatenation and dropout quantise in a second pass.
+    """
+    if backend == "triton" and num_groups == 1 and x_TD is None and dropout == 0:
+        return fp8.gated_norm(attention_TW, u_TW, weight, bias, eps)
     gated = layer_ops.gated_norm_forward(
         attention_TW,
         u_TW,
@@ -112,4 +121,4 @@ def gated_norm_fp8(
         seed=seed,
         backend=backend,
     )
-    return quantise_rows(gated)
+    return quantise_rows(gated, backend=backend)

@@ -120,7 +120,7 @@ def _project(
         )
         return torch.addmm(bias.to(dtype), normed_TD, weight.to(dtype)), normed_TD, mean, rstd
     rows, scale, mean, rstd = linear.layer_norm_fp8(x_TD, norm_weight, norm_bias, spec.norm_eps, backend=backend)
-    columns = linear.quantise_columns(weight)
+    columns = linear.quantise_columns(weight, backend=backend)
     return linear.matmul_fp8(rows, scale, *columns, bias=bias, dtype=dtype, backend=backend), None, mean, rstd
 
 
@@ -141,7 +141,7 @@ def _output(
         gated = layer_ops.gated_norm_forward(*gate, **options, backend=backend)
         return linear.matmul_residual(gated, weight.to(x_TD.dtype), x_TD, backend=backend), gated
     rows, scale = linear.gated_norm_fp8(*gate, **options, backend=backend)
-    columns = linear.quantise_columns(weight)
+    columns = linear.quantise_columns(weight, backend=backend)
     return linear.matmul_fp8(rows, scale, *columns, residual=x_TD, dtype=x_TD.dtype, backend=backend), None
 
 

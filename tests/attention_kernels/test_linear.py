@@ -1,0 +1,105 @@
+"""The layer's products with their epilogues, and FP8, against plain PyTorch.
+
+bfloat16 runs on a GPU only: Triton's interpreter multiplies its bit patterns as integers.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_kernels import layer_reference, linear, linear_kernel
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32, torch.float16)
+# (rows, inner, columns); float32 products on a GPU would run in TF32 and are left to PyTorch.
+SHAPES = ((300, 512, 512), (129, 192, 256)) if ON_GPU else ((70, 64, 96), (1, 40, 32))
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def assert_as_good_as_torch(found: Tensor, torchs: Tensor, exact: Tensor) -> None:
+    """At most twice the error of PyTorch in the same type, against float64."""
+    budget = 2 * float((torchs.double() - exact).abs().max()) + 1e-5
+    assert float((found.double() - exact).abs().max()) <= budget
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_is_added_in_the_epilogue(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    M, K, N = shape
+    a, b, residual = (
+        random(M, K, seed=0, dtype=dtype),
+        random(K, N, seed=1, dtype=dtype),
+        random(M, N, seed=2, dtype=dtype),
+    )
+    found = linear.matmul_residual(a, b, residual, backend="triton")
+    exact = residual.double() + a.double() @ b.double()
+    assert_as_good_as_torch(found, torch.addmm(residual, a, b), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep_raw", [False, True])
+def test_bias_silu_and_split_in_the_epilogue(shape: tuple[int, int, int], keep_raw: bool, dtype: torch.dtype) -> None:
+    M, K, N = shape
+    u_width = linear_kernel.tiles(N, fp8=False)["BLOCK_N"]
+    a, b, bias = random(M, K, seed=0, dtype=dtype), random(K, N, seed=1, dtype=dtype), random(N, seed=2)
+    raw = torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) if keep_raw else None
+    u, rest = (torch.full((M, w), float("nan"), dtype=dtype, device=DEVICE) for w in (u_width, N - u_width))
+    linear_kernel.launch(a, b, rest, u=u, raw=raw, active=N, bias=bias)
+    product = torch.addmm(bias.to(dtype), a, b)
+    exact = a.double() @ b.double() + bias.double()
+    assert_as_good_as_torch(torch.cat([u, rest], 1), layer_reference.silu(product), layer_reference.silu(exact))
+    if raw is not None:
+        assert_as_good_as_torch(raw, product, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_fp8_product_equals_its_dequantised_form(shape: tuple[int, int, int], with_residual: bool) -> None:
+    M, K, N = (max(16, size // 16 * 16) for size in shape)
+    if not ON_GPU and not with_residual:
+        pytest.skip("a one-dimensional bias goes through torch._scaled_mm, which wants a GPU here")
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    rows, scale = linear.quantise_rows(random(M, K, seed=0), backend="triton")
+    columns, column_scale = linear.quantise_columns(random(K, N, seed=1), backend="triton")
+    extra = {"residual": random(M, N, seed=2, dtype=dtype)} if with_residual else {"bias": random(N, seed=2)}
+    results = [
+        linear.matmul_fp8(rows, scale, columns, column_scale, dtype=dtype, backend=backend, **extra)
+        for backend in ("triton", "reference")
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=2e-2 if ON_GPU else 1e-4, atol=5e-2 if ON_GPU else 1e-4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_quantised_norms_equal_quantisation_after_the_norm(rows: int) -> None:
+    width = 64
+    x, u = random(rows, width, seed=0), random(rows, width, seed=1)
+    weight, bias = random(width, seed=2), random(width, seed=3)
+    options = {"num_groups": 1, "x_TD": None, "dropout": 0.0, "seed": 0}
+    for function, inputs in (
+        (lambda backend: linear.layer_norm_fp8(x, weight, bias, 1e-6, backend=backend), 4),
+        (lambda backend: linear.gated_norm_fp8(x, u, weight, bias, 1e-6, backend=backend, **options), 2),
+    ):
+        found, wanted = function("triton"), function("reference")
+        assert len(found) == inputs
+        codes = [quantised[0].float() for quantised in (found, wanted)]
+        if not ON_GPU:
+            # The interpreter's conversion to E4M3 loses the carry into the exponent: leave out powers of two.
+            carried = torch.frexp(codes[1])[0].abs() == 0.5
+            codes = [code.masked_fill(carried, 0.0) for code in codes]
+        # Rounding may fall to either side where float32 differs in its last bit: one step of 1/8.
+        torch.testing.assert_close(codes[0], codes[1], rtol=0.13, atol=1e-3)
+        for a, b in zip(found[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_quantisation_keeps_the_largest_value_and_rows_of_zeros() -> None:
+    x = torch.tensor([[0.0, 0.0], [3.0, -6.0]], device=DEVICE).repeat(1, 8)
+    for backend in ("triton", "reference"):
+        rows, scale = linear.quantise_rows(x, backend=backend)
+        assert torch.equal(rows.float() * scale[:, None], x)
