@@ -13,11 +13,18 @@ from typing import NoReturn, get_args, get_type_hints
 
 import duckdb
 
-from pipelines.prepare import kuairand
+from pipelines.prepare import amazon, kuairand, movielens, yambda
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.stages import Load, prepare
 
-DATASETS: Mapping[str, Load] = {"kuairand": kuairand.load}
+DATASETS: Mapping[str, Load] = {
+    "amazon2014": amazon.load_2014,
+    "amazon2018": amazon.load_2018,
+    "amazon2023": amazon.load_2023,
+    "kuairand": kuairand.load,
+    "movielens": movielens.load,
+    "yambda": yambda.load,
+}
 OPTION_HELP = "see SampleOptions in pipelines/prepare/options.py"
 
 

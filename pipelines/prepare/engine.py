@@ -96,6 +96,39 @@ def csv_reader(path: Path, columns: Mapping[str, str]) -> str:
     )
 
 
+def delimited_reader(path: Path, delimiter: str, columns: Mapping[str, str]) -> str:
+    """The SQL table function that reads a text file without a header, with these columns and SQL types in order."""
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in columns.items())
+    return (
+        f"read_csv({literal(str(path))}, header = false, auto_detect = false, delim = {literal(delimiter)}, "
+        f"quote = '', escape = '', columns = {{{types}}})"
+    )
+
+
+def json_reader(path: Path, fields: Mapping[str, str]) -> str:
+    """The SQL table function that reads these fields of a file of JSON lines."""
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in fields.items())
+    return f"read_json({literal(str(path))}, format = 'newline_delimited', columns = {{{types}}})"
+
+
+def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str]) -> str:
+    """SQL that reads these columns of a Parquet file as these types.  Raises ValueError if one is missing."""
+    file = f"read_parquet({literal(str(path))})"
+    try:
+        names = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {file}").fetchall()]
+    except (duckdb.InvalidInputException, duckdb.IOException) as error:
+        raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {error}") from error
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}")
+    casts = ", ".join(f"{quoted(name)}::{kind} AS {quoted(name)}" for name, kind in columns.items())
+    return f"(SELECT {casts} FROM {file})"
+
+
 def execute(connection: duckdb.DuckDBPyConnection, sql: str, path: Path | None = None) -> list[tuple[Any, ...]]:
     """Run `sql` and fetch its rows; an error about the content of `path` becomes a ValueError with file and line."""
     try:
@@ -107,7 +140,13 @@ def execute(connection: duckdb.DuckDBPyConnection, sql: str, path: Path | None =
 
 
 def check_rows(
-    connection: duckdb.DuckDBPyConnection, reader: str, path: Path, rules: Mapping[str, str], first_line: int = 2
+    connection: duckdb.DuckDBPyConnection,
+    reader: str,
+    path: Path,
+    rules: Mapping[str, str],
+    first_line: int = 2,
+    *,
+    unit: str = "line",
 ) -> None:
     """Raise ValueError with file and line for the first row of `reader` that breaks a rule (SQL condition: text)."""
     bad = " OR ".join(f"(({rule}) IS NOT TRUE)" for rule in rules)
@@ -122,7 +161,7 @@ def check_rows(
     row = connection.execute(f"{ordered} WHERE {any_rule} ORDER BY line_number LIMIT 1").fetchall()[0]
     connection.execute("SET preserve_insertion_order = false")
     reason = next(text for text, broken in zip(rules.values(), row[1:], strict=True) if broken)
-    raise ValueError(f"{path}, line {row[0] - 1 + first_line}: {reason} ({count} such row(s))")
+    raise ValueError(f"{path}, {unit} {row[0] - 1 + first_line}: {reason} ({count} such row(s))")
 
 
 def _open_xz(path: Path) -> BinaryIO:

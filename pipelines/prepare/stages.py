@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.prepare.engine import connect, quoted
+from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import UserEvents, cut
 from pipelines.prepare.source import Description
@@ -86,6 +86,9 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         "statistics": {**statistics, "history_len": {split: count.summary() for split, count in lengths.items()}},
         "context_values": {name: list(values) for name, values in about.context_values.items()},
     }
+    for name in ("item_ids", "user_ids"):
+        if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
+            connection.execute(f"COPY {name} TO {literal(str(folder / f'{name}.parquet'))} (FORMAT parquet)")
     write_dataset_file(folder, description, options)
 
 

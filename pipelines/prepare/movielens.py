@@ -1,0 +1,71 @@
+"""MovieLens 1M (`ratings.dat`, `users.dat`) and 20M, 25M, 32M (`ratings.csv`), as GroupLens distributes them.
+
+F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context", TiiS 5(4), 2015.
+"""
+
+from pathlib import Path
+
+import duckdb
+
+from pipelines.prepare.engine import check_rows, csv_reader, delimited_reader, execute, find_files, plain_file
+from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
+from pipelines.prepare.source import Description
+
+USER_COLUMNS = ("gender", "age", "occupation")
+RULES = {
+    "user_key > 0": "the user id must be above 0",
+    "item_key > 0": "the movie id must be above 0",
+    "rating BETWEEN 0.5 AND 5": "the rating must lie between 0.5 and 5",
+    "time > 0": "the timestamp must be above 0",
+}
+TYPES = {"user_key": "BIGINT", "item_key": "BIGINT", "rating": "DOUBLE", "time": "BIGINT"}
+
+
+def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
+    """Fill `events` and `users` from the publisher's files under `source`."""
+    old, new = find_files(source, "ratings.dat"), find_files(source, "ratings.csv")
+    if len(old) + len(new) != 1:
+        raise ValueError(f"--source {source} must hold one ratings.dat or ratings.csv, found {len(old) + len(new)}")
+    path = (old + new)[0]
+    plain = plain_file(path, scratch)
+    if old:
+        reader, first_line = delimited_reader(plain, "::", TYPES), 1
+    else:
+        names = {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"}
+        renamed = "userId AS user_key, movieId AS item_key, rating, timestamp AS time"
+        reader, first_line = f"(SELECT {renamed} FROM {csv_reader(plain, names)})", 2
+    check_rows(connection, reader, path, RULES, first_line)
+    execute(
+        connection,
+        f"CREATE TABLE raw AS SELECT user_key, item_key, time, time AS rank, ({rating_mask('rating')})::INTEGER "
+        f"AS action FROM {reader}",
+        path,
+    )
+    num_items = number_ids(connection)
+    values = (
+        _load_users(connection, source, scratch)
+        if old
+        else number_context(connection, "(SELECT user_key FROM user_ids)", ())
+    )
+    num_users = connection.execute("SELECT count(*) FROM user_ids").fetchall()[0][0]
+    return Description(
+        name="movielens",
+        num_items=num_items,
+        context_features={"user_id": num_users, **{name: len(known) + 1 for name, known in values.items()}},
+        context_values=values,
+        actions=RATING_ACTIONS,
+        source='GroupLens, https://grouplens.org/datasets/movielens/: F. M. Harper and J. A. Konstan, "The MovieLens '
+        'Datasets: History and Context", ACM TiiS 5(4), 2015',
+        licence="research use, no redistribution; see the README of the data set",
+    )
+
+
+def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> dict[str, list[str]]:
+    """Gender, age group and occupation of MovieLens-1M's users."""
+    found = find_files(source, "users.dat")
+    if len(found) != 1:
+        raise ValueError(f"--source {source} must hold one users.dat beside ratings.dat, found {len(found)}")
+    types = {"user_key": "BIGINT", **dict.fromkeys(USER_COLUMNS, "VARCHAR"), "zip": "VARCHAR"}
+    reader = delimited_reader(plain_file(found[0], scratch), "::", types)
+    execute(connection, f"CREATE TABLE user_columns AS SELECT * FROM {reader}", found[0])
+    return number_context(connection, "user_columns", USER_COLUMNS)

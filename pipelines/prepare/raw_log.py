@@ -1,0 +1,67 @@
+"""The stage between publishers' own ids and ours, for data sets whose ids are words or have gaps.
+
+A data set's module fills the table
+
+    raw     user_key, item_key (any type), time (seconds), rank (order within the user), action, further columns
+
+and this stage numbers users and items in the order of their keys and makes `events` and `users` of it.  The numbers
+are kept in `item_ids` and `user_ids`, which are stored beside the samples.
+"""
+
+from collections.abc import Sequence
+
+import duckdb
+
+from pipelines.prepare.engine import literal, quoted
+
+UNKNOWN_ITEM = 0
+"""Item id that no event has: room for items that appear after the preparation."""
+
+
+def number_ids(connection: duckdb.DuckDBPyConnection, history: Sequence[str] = ()) -> int:
+    """Replace `raw` by `events` with whole numbers for users and items; returns the number of item ids."""
+    connection.execute(
+        f"CREATE TABLE item_ids AS SELECT item_key, {UNKNOWN_ITEM} + row_number() OVER (ORDER BY item_key) AS item_id "
+        "FROM (SELECT DISTINCT item_key FROM raw)"
+    )
+    connection.execute(
+        "CREATE TABLE user_ids AS SELECT user_key, row_number() OVER (ORDER BY user_key) - 1 AS user_id "
+        "FROM (SELECT DISTINCT user_key FROM raw)"
+    )
+    columns = "".join(f", {quoted(name)}" for name in history)
+    connection.execute(
+        f"CREATE TABLE events AS SELECT user_id, item_id, time, rank, action, true AS candidate{columns} "
+        "FROM raw JOIN item_ids USING (item_key) JOIN user_ids USING (user_key)"
+    )
+    connection.execute("DROP TABLE raw")
+    return int(connection.execute("SELECT count(*) FROM item_ids").fetchall()[0][0]) + UNKNOWN_ITEM + 1
+
+
+def number_context(connection: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """Make `users` of `table` (user_key and context columns of text); returns the values behind the numbers.
+
+    A value's number is its place among the sorted values, from 1 on; 0 is unknown.
+    """
+    values = {}
+    for name in names:
+        rows = connection.execute(
+            f"SELECT DISTINCT {quoted(name)} FROM {table} WHERE {quoted(name)} IS NOT NULL ORDER BY 1"
+        ).fetchall()
+        values[name] = [str(row[0]) for row in rows]
+    columns = "".join(
+        f", coalesce(list_position([{', '.join(map(literal, known))}]::VARCHAR[], {quoted(name)}), 0)::BIGINT "
+        f"AS {quoted(name)}"
+        for name, known in values.items()
+    )
+    connection.execute(f"CREATE TABLE users AS SELECT user_id{columns} FROM {table} JOIN user_ids USING (user_key)")
+    return values
+
+
+def rating_mask(rating: str) -> str:
+    """SQL for the action bits of a rating from 0.5 to 5."""
+    return " + ".join(f"(CASE WHEN {rating} >= {least} THEN {1 << bit} ELSE 0 END)" for bit, least in RATING_BITS)
+
+
+RATING_BITS = tuple(enumerate((0, 2, 3, 4, 5)))
+RATING_ACTIONS = ("rated", "rated_2_or_more", "rated_3_or_more", "rated_4_or_more", "rated_5")
+"""A rating as ordered bits, so that one model reads and predicts it like any other action."""
