@@ -86,6 +86,12 @@ class Machine:
         name = self.nearest_gpu
         return CPU_BANDWIDTHS if name is None else GPUS[name].bandwidths
 
+    @property
+    def lookup_group_ms(self) -> float:
+        """Fixed time a step of each lookup group: tables of one sharding type and kernel share one exchange of ids, one
+        kernel and one exchange of rows, each way.  On a cpu measured with gloo (LOG.md), on a GPU assumed."""
+        return 2.0 if self.compute_device == "cpu" else 0.2
+
     def describe(self) -> str:
         """One line for reports and errors."""
         nodes = self.world_size // self.local_world_size

@@ -131,9 +131,14 @@ class Plan:
     """By rank."""
 
     @property
+    def lookup_groups(self) -> int:
+        """Pairs of sharding type and kernel in use; each costs `machine.lookup_group_ms`."""
+        return len({(table.sharding_type, table.kernel) for table in self.tables.values()})
+
+    @property
     def step_ms(self) -> float:
         """Estimated time of all tables on the busiest rank, a step."""
-        return max(rank.step_ms for rank in self.ranks)
+        return max(rank.step_ms for rank in self.ranks) + self.lookup_groups * self.machine.lookup_group_ms
 
     @property
     def available_bytes(self) -> int:

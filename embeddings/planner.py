@@ -50,6 +50,7 @@ def plan_tables(
         local_world_size=machine.local_world_size,
         memory_bytes=available,
         host_bytes=int(machine.ddr_gib * GIB) if machine.compute_device == "cuda" else 0,
+        lookup_group_ms=machine.lookup_group_ms,
     )
     packing = best_packing(packer)
     if packing.rating[0]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from embeddings.plan import GIB, Candidate, Plan, RankEstimate, TablePlacement
+from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement
 
 MAX_TABLES = 60
 """Tables listed, largest first; the file has them all."""
@@ -38,22 +38,22 @@ def plan_differences(old: Plan, new: Plan) -> str:
         moved = _moved_rows(before, after) * before.embedding_dim * 4
         moved_total += moved
         if _where(before) != _where(after) or moved:
-            lines.append(f"{name}: {_where(before)} -> {_where(after)}, {moved / GIB:.3f} GiB of rows move")
+            lines.append(f"{name}: {_where(before)} -> {_where(after)}, {size_text(moved)} of rows move")
     if old.machine.world_size != new.machine.world_size:
         lines.append(f"ranks: {old.machine.world_size} -> {new.machine.world_size}")
     if not lines:
         return "the plans place every row alike"
-    lines.append(f"in all {moved_total / GIB:.3f} GiB of rows move; step {old.step_ms:.3g} -> {new.step_ms:.3g} ms")
+    lines.append(f"in all {size_text(moved_total)} of rows move; step {old.step_ms:.3g} -> {new.step_ms:.3g} ms")
     return "\n".join(lines)
 
 
 def _placement_table(plan: Plan) -> str:
     names = sorted(plan.tables, key=lambda name: (-_weight_bytes(plan.tables[name]), name))
-    rows = [["table", "rows x dim", "GiB", "sharding", "kernel", "ranks", "ms a step"]]
+    rows = [["table", "rows x dim", "size", "sharding", "kernel", "ranks", "ms a step"]]
     for name in names[:MAX_TABLES]:
         table = plan.tables[name]
         time = f"{table.candidates[0].table_ms:.3g}" if table.candidates else "-"
-        size = f"{_weight_bytes(table) / GIB:.3f}"
+        size = size_text(_weight_bytes(table))
         rows.append([name, _shape(table), size, table.sharding_type, table.kernel, _ranks(table), time])
     return _columns(rows) + _left_out(len(names) - MAX_TABLES, "tables")
 
@@ -70,14 +70,14 @@ def _why(candidates: Sequence[Candidate], step_ms: float) -> str:
     if not candidates:
         return "the plan file gives no reason"
     chosen, *others = candidates
-    text = f"{_way(chosen)} {step_ms:.3g} ms, {chosen.table_bytes / GIB:.3f} GiB a rank"
+    text = f"{_way(chosen)} {step_ms:.3g} ms, {size_text(chosen.table_bytes)} a rank"
     if not others:
         return text + "; nothing else is allowed"
     return text + "; " + "; ".join(_alternative(other, step_ms) for other in others)
 
 
 def _alternative(other: Candidate, step_ms: float) -> str:
-    size = f"{other.table_bytes / GIB:.3f} GiB a rank"
+    size = f"{size_text(other.table_bytes)} a rank"
     if other.plan_ms is None:
         return f"{_way(other)} does not fit or was not tried ({size}, {other.table_ms:.3g} ms for the table alone)"
     if other.plan_ms == step_ms:
@@ -107,9 +107,9 @@ def _rank_table(plan: Plan) -> str:
             plan.available_bytes - estimate.memory_bytes,
             estimate.host_bytes,
         )
-        numbers = [f"{size / GIB:.3f}" for size in sizes]
+        numbers = [size_text(size) for size in sizes]
         rows.append([rank_ranges(groups[estimate]), *numbers, f"{estimate.step_ms:.3g}"])
-    return "memory of each rank, GiB:\n" + _columns(rows) + _left_out(len(order) - MAX_RANK_GROUPS, "groups of ranks")
+    return "memory of each rank:\n" + _columns(rows) + _left_out(len(order) - MAX_RANK_GROUPS, "groups of ranks")
 
 
 def _totals(plan: Plan) -> str:
@@ -117,14 +117,28 @@ def _totals(plan: Plan) -> str:
     times = [rank.step_ms for rank in plan.ranks]
     reserved = plan.reservation
     lines = [
-        f"tables in all: {sum(memory) / GIB:.3f} GiB of {len(memory) * plan.available_bytes / GIB:.1f} GiB available; "
-        f"fullest rank {max(memory) / GIB:.3f} GiB, headroom {(plan.available_bytes - max(memory)) / GIB:.3f} GiB",
-        f"reserved a rank: {reserved.total_bytes / GIB:.3f} GiB = {reserved.fraction_bytes / GIB:.3f} fraction "
-        f"+ {reserved.dense_bytes / GIB:.3f} dense model + {reserved.activation_bytes / GIB:.3f} activations",
+        f"tables in all: {size_text(sum(memory))} of {size_text(len(memory) * plan.available_bytes)} available; "
+        f"fullest rank {size_text(max(memory))}, headroom {size_text(plan.available_bytes - max(memory))}",
+        f"reserved a rank: {size_text(reserved.total_bytes)} = {size_text(reserved.fraction_bytes)} fraction "
+        f"+ {size_text(reserved.dense_bytes)} dense model + {size_text(reserved.activation_bytes)} activations",
         f"imbalance (largest over mean): memory {_imbalance(memory):.2f}, time {_imbalance(times):.2f}; "
-        f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank",
+        f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank, of which "
+        f"{plan.lookup_groups * plan.machine.lookup_group_ms:.3g} ms are fixed costs of {plan.lookup_groups} "
+        f"lookup group{'s' if plan.lookup_groups > 1 else ''}",
     ]
     return "\n".join(lines)
+
+
+def size_text(num_bytes: int) -> str:
+    """Bytes in the largest binary unit of which there is at least one.
+
+    >>> size_text(0), size_text(1536), size_text(15 * 2**30)
+    ('0', '1.50 KiB', '15.00 GiB')
+    """
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(num_bytes) >= 2**power:
+            return f"{num_bytes / 2**power:.2f} {unit}"
+    return f"{num_bytes} B" if num_bytes else "0"
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:

@@ -60,7 +60,8 @@ def torchrec_step_ms(tables: list[TableConfig], machine: Machine, load: BatchLoa
         stats=[],
     )
     planner.plan(collection, [EmbeddingCollectionSharder()])
-    return float(NoopPerfModel(topology).rate(planner._best_plan))
+    best = planner._best_plan
+    return float(NoopPerfModel(topology).rate(best)) + machine.lookup_group_ms * len({o.sharding_type for o in best})
 
 
 @pytest.mark.parametrize("seed", range(4))
