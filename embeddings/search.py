@@ -4,8 +4,8 @@ A plan is rated by (bytes that do not fit, time of the busiest rank, total time,
 first: the rating of TorchRec's planner with ties broken and the fixed time of each lookup group added.  Row-wise tables
 load all ranks alike; the others are then dealt out, largest first, each to the least loaded rank where it fits
 (TorchRec's GreedyPerfPartitioner).  The choice between the two is searched in three steps: cut the m heaviest tables,
-for well-spread m; move the coldest tables to a slower kernel as long as memory is short; then change single tables while
-that helps.
+for well-spread m; move the coldest tables to a slower kernel as long as memory is short; then change single tables
+while that helps.
 
 Everything is deterministic, so every rank of a job finds the same plan.  Planning 1,000 tables for 1,024 ranks takes
 seconds, because a row-wise table costs three numbers here, not 1,024 shards.
