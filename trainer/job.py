@@ -20,9 +20,9 @@ from embeddings.sharding import to_sharding_plan
 from pipelines.baseline import baseline_scores
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
-from pipelines.loader import Loader, build_loader
+from pipelines.loader import Loader, build_loader, dataset_info
 from pipelines.position import position_from_dict
-from pipelines.schema import DatasetInfo, read_dataset_info
+from pipelines.schema import DatasetInfo
 from trainer.assemble import build_model, check_lengths, lookup_load, table_configs, tasks_of, training_flops
 from trainer.checkpoint import Progress, load_tensors, read_progress
 from trainer.command_line import WrongUse
@@ -46,7 +46,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     check_packages()
     mesh, run = discover_mesh(), RunDir(run_dir)
     run.check_same_run(to_dict(config))
-    info = read_dataset_info(config.data.path)
+    info = dataset_info(config.data)
     tasks = tasks_of(config, info)
     check_lengths(config, info)
     plan = make_plan(config, info, machine_of(mesh), plan_file)
@@ -94,7 +94,7 @@ def evaluate_job(run_dir: Path, step: int | None) -> None:
         raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
     config = from_dict(TrainConfig, saved)
     step = run.step_to_load(step)
-    info = read_dataset_info(config.data.path)
+    info = dataset_info(config.data)
     plan = make_plan(config, info, machine_of(mesh), None)
     with logged(run, mesh), joined(mesh):
         model = build_parallel(config, info, plan, mesh)
@@ -112,7 +112,7 @@ def plan_job(
         compute_device="cuda",
         hbm_gib=80.0 if hbm_gib is None else hbm_gib,
     )
-    plan = make_plan(config, read_dataset_info(config.data.path), machine, None)
+    plan = make_plan(config, dataset_info(config.data), machine, None)
     print(plan_report(plan))
     if out is not None:
         write_plan(out, plan)
@@ -165,6 +165,7 @@ def training_loader(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress
         world_size=mesh.world_size,
         position=None if progress.position is None else position_from_dict(progress.position),
         cost=training_flops(config, info),
+        pin_memory=mesh.device.type == "cuda",
     )
 
 
@@ -201,7 +202,8 @@ def evaluate_and_show(
     step: int,
 ) -> dict[str, float]:
     """Evaluate, append to eval.jsonl unless the step stands there already, and show the result beside the baseline."""
-    batches = build_loader(config.data, split="eval", rank=mesh.rank, world_size=mesh.world_size)
+    on_gpu = mesh.device.type == "cuda"
+    batches = build_loader(config.data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu)
     metrics = evaluate(model, batches, tasks, mesh)
     if mesh.is_first:
         JsonLines(run.eval_file).append({"step": step, **metrics})

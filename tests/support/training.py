@@ -33,10 +33,11 @@ SMALL = (
 )
 
 
-def start_training(run_dir: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+def start_training(run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None) -> subprocess.Popen[str]:
     """Start `kuairand_sample`, made small, on `ranks` processes; the caller waits for it or calls `kill_job`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "trainer", "train", "kuairand_sample", "--run-dir", str(run_dir)]
+    command += ["--plan", str(plan)] if plan else []
     return subprocess.Popen(
         [*command, "--set", *SMALL, *overrides],
         cwd=ROOT,
@@ -59,9 +60,9 @@ def kill_job(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def train(run_dir: Path, ranks: int, *overrides: str) -> list[dict[str, Any]]:
+def train(run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None) -> list[dict[str, Any]]:
     """Run the job to its end; returns the lines of metrics.jsonl."""
-    process = start_training(run_dir, ranks, *overrides)
+    process = start_training(run_dir, ranks, *overrides, plan=plan)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output[-6000:]
     return read_lines(run_dir / "metrics.jsonl")
