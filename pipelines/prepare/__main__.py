@@ -13,7 +13,8 @@ from typing import NoReturn, get_args, get_type_hints
 
 import duckdb
 
-from pipelines.prepare import amazon, kuairand, movielens, yambda
+from pipelines.prepare import amazon, event_log, kuairand, movielens, yambda
+from pipelines.prepare.event_log import EventLogOptions
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.stages import Load, prepare
 
@@ -25,7 +26,7 @@ DATASETS: Mapping[str, Load] = {
     "movielens": movielens.load,
     "yambda": yambda.load,
 }
-OPTION_HELP = "see SampleOptions in pipelines/prepare/options.py"
+EVENT_LOG = "event_log"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -42,31 +43,51 @@ def main(arguments: list[str] | None = None) -> int:
     values = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     dataset, source, out = (values.pop(name) for name in ("dataset", "source", "out"))
+    log_values = {field.name: values.pop(field.name) for field in fields(EventLogOptions)}
     try:
         options = SampleOptions(**values)
+        load = _choose(dataset, {name: value for name, value in log_values.items() if value is not None})
     except ValueError as error:
         parser.error(str(error))
     try:
-        prepare(DATASETS[dataset], source, out, options)
+        prepare(load, source, out, options)
     except (ValueError, OSError, duckdb.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
+def _choose(dataset: str, columns: Mapping[str, str]) -> Load:
+    """The data set's module; the columns' names are for an event log alone."""
+    given = ", ".join(f"--{name.replace('_', '-')}" for name in columns)
+    if dataset != EVENT_LOG:
+        if columns:
+            raise ValueError(f"{given} has no effect on {dataset}, only on {EVENT_LOG}")
+        return DATASETS[dataset]
+    missing = [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(EventLogOptions)
+        if field.default is MISSING and field.name not in columns
+    ]
+    if missing:
+        raise ValueError(f"{EVENT_LOG} needs {', '.join(missing)}")
+    return event_log.loader(EventLogOptions(**columns))
+
+
 def _parser() -> OneLineParser:
-    """One option for every field of SampleOptions."""
+    """One option for every field of SampleOptions and of EventLogOptions."""
     parser = OneLineParser(prog="python -m pipelines.prepare", description=__doc__, allow_abbrev=False)
-    parser.add_argument("dataset", choices=sorted(DATASETS), help="format of the source")
+    parser.add_argument("dataset", choices=sorted([*DATASETS, EVENT_LOG]), help="format of the source")
     parser.add_argument("--source", type=Path, required=True, help="folder with the publisher's files")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     hints = get_type_hints(SampleOptions)
     for field in fields(SampleOptions):
         kind = next((part for part in get_args(hints[field.name]) if part is not type(None)), hints[field.name])
-        default = None if field.default is MISSING else field.default
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=default, help=f"default {default}; {OPTION_HELP}"
-        )
+        text = f"default {field.default}; explained in pipelines/prepare/options.py"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
+    for field in fields(EventLogOptions):
+        text = f"{EVENT_LOG} only; explained in pipelines/prepare/event_log.py"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text)
     return parser
 
 

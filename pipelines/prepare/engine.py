@@ -115,8 +115,8 @@ def json_reader(path: Path, fields: Mapping[str, str]) -> str:
     return f"read_json({literal(str(path))}, format = 'newline_delimited', columns = {{{types}}})"
 
 
-def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str]) -> str:
-    """SQL that reads these columns of a Parquet file as these types.  Raises ValueError if one is missing."""
+def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str | None]) -> str:
+    """SQL that reads these columns of a Parquet file as these types (None: as stored); ValueError if one is missing."""
     file = f"read_parquet({literal(str(path))})"
     try:
         names = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {file}").fetchall()]
@@ -125,7 +125,9 @@ def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: M
     missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}")
-    casts = ", ".join(f"{quoted(name)}::{kind} AS {quoted(name)}" for name, kind in columns.items())
+    casts = ", ".join(
+        f"{quoted(name)}::{kind} AS {quoted(name)}" if kind else quoted(name) for name, kind in columns.items()
+    )
     return f"(SELECT {casts} FROM {file})"
 
 

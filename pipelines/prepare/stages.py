@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Load = Callable[[duckdb.DuckDBPyConnection, Path, Path], Description]
 READ_ROWS = 1 << 18
+READ_SAMPLES = 1 << 10
 PROGRESS_SECONDS = 10.0
 
 
@@ -61,10 +62,21 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
             split: stack.enter_context(SplitWriter(folder / split, options.row_group_events, options.file_events))
             for split in lengths
         }
+        # Samples that must be in order of time are first written by user and then sorted as they are.
+        by_user = folder.parent / "by_user"
+        train = writers["train"]
+        if options.order == "time":
+            train = stack.enter_context(SplitWriter(by_user, options.row_group_events, options.file_events))
         for events in _whole_users(connection, about, options):
-            for split, table in cut(events, split_time, options).items():
-                writers[split].add(table)
+            tables = cut(events, split_time, options)
+            for split, table in tables.items():
                 lengths[split].add(table["history_length"])
+            train.add(tables["train"])
+            writers["eval"].add(tables["eval"])
+        if options.order == "time":
+            train.finish()
+            for table in _by_time(connection, by_user, train.samples):
+                writers["train"].add(table)
     sizes = {split: writer.sizes() for split, writer in writers.items()}
     for split, size in sizes.items():
         if not size["samples"]:
@@ -133,6 +145,18 @@ def _whole_users(
             yield _user_events(complete, about, context)
     if rest is not None and rest.num_rows:
         yield _user_events(rest, about, context)
+
+
+def _by_time(connection: duckdb.DuckDBPyConnection, folder: Path, count: int) -> Iterator[pa.Table]:
+    """Stored samples in the order of their first candidates' times."""
+    if not count:
+        return
+    logger.info("sorting %d samples by time", count)
+    reader = connection.sql(
+        f"SELECT * FROM read_parquet({literal(str(folder / '*.parquet'))}) ORDER BY candidate_timestamp[1], user_id"
+    ).to_arrow_reader(READ_SAMPLES)
+    for record_batch in reader:
+        yield pa.Table.from_batches([record_batch])
 
 
 def _split_last_user(rest: pa.Table | None, table: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -39,8 +39,8 @@ class SplitWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._write_waiting()
-        if self._writer is not None:
+            self.finish()
+        elif self._writer is not None:
             self._writer.close()
 
     def add(self, table: pa.Table) -> None:
@@ -55,6 +55,13 @@ class SplitWriter:
         self._waiting_events += history + candidates
         if self._waiting_events >= self._row_group_events:
             self._write_waiting()
+
+    def finish(self) -> None:
+        """Write what waits and close the file."""
+        self._write_waiting()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def sizes(self) -> dict[str, int]:
         """The split's entry in `dataset.json`."""

@@ -1,0 +1,370 @@
+"""Publishers' formats to the prepared format, on made-up files: no leak, right labels, one clear error each."""
+
+import json
+import lzma
+import re
+import resource
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config import DataConfig
+from pipelines.loader import build_loader
+from pipelines.prepare.__main__ import main
+from pipelines.prepare.kuairand import ACTIONS
+from pipelines.prepare.stages import _split_last_user
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+LOG_COLUMNS = "user_id,video_id,date,hourmin,time_ms,{actions},play_time_ms,duration_ms,tab"
+USER_COLUMNS = (
+    "user_id,user_active_degree,follow_user_num_range,fans_user_num_range,friend_user_num_range,register_days_range"
+)
+START_MS = 1_650_000_000_000
+
+
+def write_kuairand(folder: Path, users: int = 30, seed: int = 0) -> list[dict[str, int]]:
+    """A log, sequences, users and videos as the publisher writes them; returns the log's rows."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for user in range(users):
+        for time in np.sort(generator.choice(10**9, generator.integers(1, 40), replace=False)):
+            row = {"user_id": user, "video_id": int(generator.integers(90)), "time_ms": START_MS + int(time)}
+            row |= {name: int(generator.integers(2)) for name in ACTIONS} | {"play_time_ms": int(time) % 5000}
+            rows.append(row)
+    columns = LOG_COLUMNS.format(actions=",".join(ACTIONS)).split(",")
+    lines = [",".join(columns)] + [",".join(str(row.get(name, 0)) for name in columns) for row in rows]
+    folder.mkdir()
+    with lzma.open(folder / "log_standard_4_22_to_5_08_pure.csv.xz", "wt") as file:
+        file.write("\n".join(lines) + "\n")
+    degrees = ["full_active", "high_active", ""]
+    lines = [USER_COLUMNS] + [f'{user},{degrees[user % 3]},500+,"[1,10)","[5,30)",730+' for user in range(users)]
+    (folder / "user_features_pure.csv").write_text("\n".join(lines) + "\n")
+    (folder / "video_features_basic_pure.csv").write_text("video_id,author_id\n0,1\n99,1\n")
+    sequences = {
+        "user_id": list(range(0, users, 2)),
+        "last_time_ms": [START_MS - 1 + 10**10 * (user == 4) for user in range(0, users, 2)],
+        "watch_seq": [[80, 81, 82]] * len(range(0, users, 2)),
+        "like_seq": [[82]] * len(range(0, users, 2)),
+        "long_watch_seq": [[80, 82]] * len(range(0, users, 2)),
+    }
+    pq.write_table(pa.table(sequences), folder / "user_sequences.parquet")
+    return rows
+
+
+def prepare(dataset: str, source: Path, out: Path, *options: str) -> int:
+    return main([dataset, "--source", str(source), "--out", str(out), "--memory-gib", "1", *options])
+
+
+def rows_of(out: Path, split: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pa.concat_tables(
+        [pq.read_table(path) for path in sorted((out / split).glob("*.parquet"))]
+    ).to_pylist()
+    return rows
+
+
+def read_back(out: Path) -> int:
+    """Pass the whole of both splits through the loader, whose checks see every row; returns the samples seen."""
+    config = DataConfig(path=str(out), global_batch_size=8, max_history_len=64, reader_threads=0)
+    return sum(
+        batch.global_samples
+        for split in ("train", "eval")
+        for batch in build_loader(config, split=split, rank=0, world_size=1)  # type: ignore[arg-type]
+    )
+
+
+def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
+    log = write_kuairand(tmp_path / "in")
+    options = ("--candidates", "4", "--samples-per-user", "0", "--max-history", "9", "--row-group-events", "50")
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out", *options) == 0
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    split_ms = info["split_time"] * 1000
+    assert info["num_items"] == 100
+    assert info["context_features"]["user_active_degree"] == 3
+    before = sum(row["time_ms"] < split_ms for row in log) / len(log)
+    assert 0.85 <= before < 0.9
+
+    events = defaultdict(list)
+    for row in log:
+        mask = sum(row[name] << bit for bit, name in enumerate(ACTIONS))
+        events[row["user_id"]].append((row["video_id"], mask, row["time_ms"] // 1000, row["play_time_ms"]))
+    for user in range(0, 30, 2):
+        if user != 4:  # whose sequence reaches into the log
+            events[user][:0] = [(80, 64, -1, 0), (81, 0, -1, 0), (82, 66, -1, 0)]
+    train, evaluation = rows_of(tmp_path / "out", "train"), rows_of(tmp_path / "out", "eval")
+    taught = 0
+    for row in train + evaluation:
+        ours = events[row["user_id"]]
+        first = (row["candidate_item_id"][0], row["candidate_action"][0], row["candidate_timestamp"][0])
+        place = next(i for i, event in enumerate(ours) if event[:3] == first)
+        size = len(row["candidate_item_id"])
+        names = ("item_id", "action", "timestamp")
+        past = list(zip(*(row[f"history_{name}"] for name in (*names, "watch_time_ms")), strict=True))
+        future = list(zip(*(row[f"candidate_{name}"] for name in names), strict=True))
+        assert past == ours[max(place - 9, 0) : place]
+        assert future == [event[:3] for event in ours[place : place + size]]
+        assert row["history_length"] == len(past) >= 1
+        assert row["num_candidates"] == size
+        assert row["user_active_degree"] == {0: 1, 1: 2, 2: 0}[row["user_id"] % 3]
+        taught += size * (row in train)
+    assert all(max(row["candidate_timestamp"]) * 1000 < split_ms for row in train)
+    assert all(min(row["candidate_timestamp"]) * 1000 >= split_ms for row in evaluation)
+    expected = 0
+    for ours in events.values():
+        labelled = [event for event in ours if event[2] >= 0 and event[2] * 1000 < split_ms]
+        expected += max(len(labelled) - (ours[0][2] >= 0), 0)
+    assert taught == expected
+    assert read_back(tmp_path / "out") == len(train) + len(evaluation)
+    groups = pq.ParquetFile(tmp_path / "out" / "train" / "part-00000.parquet").metadata
+    assert groups.num_row_groups > 5
+    assert info["statistics"]["history_len"]["train"]["q100"] == max(row["history_length"] for row in train)
+
+
+def test_order_of_time(tmp_path: Path) -> None:
+    write_kuairand(tmp_path / "in")
+    options = ("--order", "time", "--candidates", "3", "--samples-per-user", "0")
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out", *options) == 0
+    times = [row["candidate_timestamp"][0] for row in rows_of(tmp_path / "out", "train")]
+    assert times == sorted(times)
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "users", *options[2:]) == 0
+    by_user = sorted(row["candidate_timestamp"][0] for row in rows_of(tmp_path / "users", "train"))
+    assert by_user == times
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 1000])
+def test_pieces_of_the_sorted_events_never_split_a_user(size: int) -> None:
+    users = np.repeat(np.random.default_rng(0).permutation(40), np.random.default_rng(1).integers(1, 9, 40))
+    table = pa.table({"user_id": users})
+    rest, pieces = None, []
+    for start in range(0, len(users), size):
+        rest, complete = _split_last_user(rest, table.slice(start, size))
+        pieces.append(complete["user_id"].to_numpy())
+    assert rest is not None
+    pieces.append(rest["user_id"].to_numpy())
+    assert np.concatenate(pieces).tolist() == users.tolist()
+    assert sum(len(np.unique(piece)) for piece in pieces) == 40
+
+
+def spoiled(folder: Path, old: str, new: str) -> None:
+    """Replace text in the log, which is stored plain from then on."""
+    path = folder / "log_standard_4_22_to_5_08_pure.csv.xz"
+    text = lzma.decompress(path.read_bytes()).decode()
+    lines = text.splitlines()
+    lines[4] = lines[4].replace(old, new, 1) if old != "*" else new
+    path.unlink()
+    path.with_suffix("").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0,1,0,0,1650000000000,2,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: label is_click must be 0 or 1"),
+        ("0,1,0,0,1650000000000,,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: label is_click must be 0 or 1"),
+        ("0,1,0,0,abc,0,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: Error when converting column \"time_ms\""),
+        ("0,1,0", r"pure\.csv, line 5: Expected Number of Columns: 16 Found: 3"),
+        ("0,-7,0,0,1650000000000,0,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: video_id must not be negative"),
+    ],
+)
+def test_malformed_rows_are_named_by_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    write_kuairand(tmp_path / "in")
+    spoiled(tmp_path / "in", "*", line)
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_missing_column_empty_file_and_truncated_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_kuairand(tmp_path / "in")
+    log = tmp_path / "in" / "log_standard_4_22_to_5_08_pure.csv.xz"
+    content = log.read_bytes()
+    log.write_bytes(content[: len(content) // 2])
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    assert "cannot be decompressed" in capsys.readouterr().err
+    log.unlink()
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    assert "holds no log_standard_*.csv" in capsys.readouterr().err
+    log.with_suffix("").write_text("")
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    assert "is empty" in capsys.readouterr().err
+    log.with_suffix("").write_text("user_id,video_id\n1,2\n")
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    assert "the header lacks the column(s) time_ms" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["kuairand", "--source", "x"],
+        ["nothing", "--source", "x", "--out", "y"],
+        ["kuairand", "--source", "x", "--out", "y", "--candidates", "0"],
+        ["kuairand", "--source", "x", "--out", "y", "--bogus", "1"],
+        ["kuairand", "--source", "x", "--out", "y", "--user-column", "u"],
+        ["event_log", "--source", "x", "--out", "y", "--user-column", "u"],
+    ],
+)
+def test_wrong_use_is_one_line_and_status_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as left:
+        status = left.code  # type: ignore[assignment]
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_kuairand(tmp_path / "in")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    command = [sys.executable, "-m", "pipelines.prepare", "kuairand"]
+    command += ["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def ratings(users: int = 12) -> list[tuple[int, int, int, int]]:
+    generator = np.random.default_rng(5)
+    return [
+        (user, int(generator.integers(1, 50)) * 7, int(generator.integers(1, 6)), 10**9 + step * 86_400)
+        for user in range(1, users)
+        for step in range(30)
+    ]
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def check_ratings(out: Path, num_context: int) -> None:
+    info = json.loads((out / "dataset.json").read_text())
+    keys = {row["item_id"]: row["item_key"] for row in pq.read_table(out / "item_ids.parquet").to_pylist()}
+    users = {row["user_id"]: row["user_key"] for row in pq.read_table(out / "user_ids.parquet").to_pylist()}
+    assert info["num_items"] == len(keys) + 1
+    assert len(info["context_features"]) == num_context
+    known = {(str(user), str(item), time): rating for user, item, rating, time in ratings()}
+    for row in rows_of(out, "train") + rows_of(out, "eval"):
+        for item, action, time in zip(
+            row["candidate_item_id"], row["candidate_action"], row["candidate_timestamp"], strict=True
+        ):
+            rating = known[str(users[row["user_id"]]), str(keys[item]), time]
+            assert action == (1, 3, 7, 15, 31)[rating - 1]
+    assert read_back(out) == sum(split["samples"] for split in info["splits"].values())
+
+
+def test_movielens_1m_and_25m(tmp_path: Path) -> None:
+    write_lines(tmp_path / "1m" / "ratings.dat", [f"{u}::{i}::{r}::{t}" for u, i, r, t in ratings()])
+    write_lines(tmp_path / "1m" / "users.dat", [f"{u}::{'FM'[u % 2]}::25::{u % 4}::12345" for u in range(1, 12)])
+    assert prepare("movielens", tmp_path / "1m", tmp_path / "out1") == 0
+    check_ratings(tmp_path / "out1", 4)
+    lines = ["userId,movieId,rating,timestamp", *(f"{u},{i},{r}.0,{t}" for u, i, r, t in ratings())]
+    write_lines(tmp_path / "25m" / "ratings.csv", lines)
+    assert prepare("movielens", tmp_path / "25m", tmp_path / "out25") == 0
+    check_ratings(tmp_path / "out25", 1)
+
+
+def test_amazon_editions(tmp_path: Path) -> None:
+    write_lines(tmp_path / "2014" / "ratings_Books.csv", [f"{u},{i},{r}.0,{t}" for u, i, r, t in ratings()])
+    write_lines(tmp_path / "2018" / "Books.csv", [f"{i},{u},{r}.0,{t}" for u, i, r, t in ratings()])
+    header = "user_id,parent_asin,rating,timestamp"
+    write_lines(tmp_path / "2023" / "Books.csv", [header, *(f"{u},{i},{r}.0,{t}000" for u, i, r, t in ratings())])
+    old = [
+        json.dumps({"reviewerID": str(u), "asin": str(i), "overall": r, "unixReviewTime": t, "reviewText": "a,b"})
+        for u, i, r, t in ratings()
+    ]
+    write_lines(tmp_path / "json" / "reviews_Books_5.json", old)
+    new = [
+        json.dumps({"user_id": str(u), "parent_asin": str(i), "rating": r, "timestamp": t * 1000, "text": "x"})
+        for u, i, r, t in ratings()
+    ]
+    write_lines(tmp_path / "jsonl" / "Books.jsonl", new)
+    editions = {"2014": "2014", "2018": "2018", "2023": "2023", "json": "2018", "jsonl": "2023"}
+    for folder, edition in editions.items():
+        assert prepare(f"amazon{edition}", tmp_path / folder, tmp_path / f"out{folder}") == 0
+        check_ratings(tmp_path / f"out{folder}", 1)
+
+
+def test_yambda(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    kinds = ["listen", "listen", "like", "unlike", "dislike", "undislike"]
+    table = pa.table(
+        {
+            "uid": pa.array(np.repeat(np.arange(20), 30), pa.uint32()),
+            "timestamp": pa.array(np.tile(np.arange(30) * 3600 * 5, 20), pa.uint32()),
+            "item_id": pa.array(generator.integers(0, 1000, 600), pa.uint32()),
+            "is_organic": pa.array(generator.integers(0, 2, 600), pa.uint8()),
+            "played_ratio_pct": pa.array([60.0 if i % 6 == 0 else 10.0 if i % 6 == 1 else None for i in range(600)]),
+            "track_length_seconds": pa.array([100] * 600),
+            "event_type": pa.array([kinds[i % 6] for i in range(600)]),
+        }
+    )
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "multi_event.parquet")
+    assert prepare("yambda", tmp_path / "in", tmp_path / "out") == 0
+    masks = {mask & 63 for row in rows_of(tmp_path / "out", "train") for mask in row["candidate_action"]}
+    assert masks == {0b11, 0b1, 0b100, 0b10000, 0b1000, 0b100000}
+    assert read_back(tmp_path / "out") > 20
+
+
+def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "who": [f"u{i % 15}" for i in range(400)],
+            "what": [f"item {i}" for i in generator.integers(0, 60, 400)],
+            "when": [(10**9 + 3600 * i) * 1000 for i in range(400)],
+            "kind": [("view", "buy")[i] for i in generator.integers(0, 2, 400)],
+            "land": [("de", "fr", None)[i % 3] for i in range(400)],
+            "dwell": generator.integers(0, 100, 400),
+        }
+    )
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "part.parquet")
+    options = ["--user-column", "who", "--item-column", "what", "--time-column", "when", "--time-unit", "ms"]
+    options += ["--action-columns", "kind", "--action-values", "view,buy", "--context-columns", "land"]
+    options += ["--history-columns", "dwell"]
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["context_values"] == {"land": ["de", "fr"]}
+    assert info["actions"] == ["view", "buy"]
+    assert {mask for row in rows_of(tmp_path / "out", "eval") for mask in row["candidate_action"]} == {1, 2}
+    assert read_back(tmp_path / "out") == sum(split["samples"] for split in info["splits"].values())
+    table.to_pandas().to_csv(tmp_path / "in" / "more.csv", index=False)
+    (tmp_path / "in" / "part.parquet").unlink()
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out2", *options) == 0
+    assert rows_of(tmp_path / "out", "train") == rows_of(tmp_path / "out2", "train")
+
+
+def test_event_log_refuses_an_unknown_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,a", "1,2,3,view", "1,2,4,sneeze"])
+    options = ["--user-column", "u", "--item-column", "i", "--time-column", "t"]
+    options += ["--action-columns", "a", "--action-values", "view"]
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 1
+    assert "log.csv, line 3: a must be one of view" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (SHARED / "ml-1m").exists(), reason="MovieLens-1M, which must not be redistributed, is absent")
+def test_movielens_1m_itself(tmp_path: Path) -> None:
+    assert prepare("movielens", SHARED / "ml-1m", tmp_path / "out") == 0
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["statistics"]["events"] == 1_000_209
+    assert info["statistics"]["users"] == 6_040
+    assert info["num_items"] == 3_706 + 1
