@@ -20,12 +20,13 @@ from pipelines.order import SampleOrder
 from pipelines.position import DataPosition
 from pipelines.schema import DatasetInfo, read_dataset_info
 from pipelines.source import ParquetSource, Source, Split
+from pipelines.synthetic import SyntheticSource, synthetic_info
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
     """The description of the data that `config` reads."""
-    if config.path == SYNTHETIC_PATH:
-        raise ValueError("the synthetic data set is not available yet")
+    if config.synthetic is not None:
+        return synthetic_info(config.synthetic)
     return read_dataset_info(config.path)
 
 
@@ -165,6 +166,11 @@ class _Units:
 
 def open_source(path: str, config: DataConfig, split: Split) -> Source:
     """One split of one of the data sets that `config` names."""
+    if path == SYNTHETIC_PATH:
+        assert config.synthetic is not None
+        if config.history_features:
+            raise ValueError(f"data.history_features={config.history_features}: synthetic data has none")
+        return SyntheticSource(config.synthetic, split)
     return ParquetSource(path, read_dataset_info(path), split, config.history_features)
 
 

@@ -1,0 +1,62 @@
+"""Generated data: reproducible, of the stated lengths and skew, with labels that only old events explain."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipelines.config import DataConfig, SyntheticConfig
+from pipelines.loader import build_loader
+from pipelines.synthetic import LIKE, NUM_CLUSTERS, STRETCH, SyntheticSource
+
+CONFIG = SyntheticConfig(num_users=500, num_items=1000, min_len=100, max_len=900, lag=64, noise=0.0)
+
+
+@pytest.mark.parametrize("lengths", ["lognormal", "zipf", "constant"])
+def test_lengths_stay_in_their_bounds_and_match_the_content(lengths: str) -> None:
+    source = SyntheticSource(replace(CONFIG, lengths=lengths), "train")
+    told = source.file_lengths(0).history
+    found = np.concatenate([source.read(unit).history["item_id"].lens() for unit in range(len(source.unit_rows))])
+    assert (told == found).all()
+    assert len(told) == 500
+    assert told.min() >= 100
+    assert told.max() <= 900
+    assert (len(np.unique(told)) == 1) == (lengths == "constant")
+
+
+def test_labels_follow_from_the_stretch_and_from_nothing_newer() -> None:
+    source = SyntheticSource(CONFIG, "train")
+    for unit in range(3):
+        samples = source.read(unit)
+        recent = []
+        for row in range(64):
+            start, end = samples.history["item_id"].offsets[row : row + 2]
+            items = samples.history["item_id"].values[start:end]
+            stretch = items[len(items) - 63 - STRETCH : len(items) - 63]
+            assert len(set(stretch % NUM_CLUSTERS)) == 1
+            favourite = stretch[0] % NUM_CLUSTERS
+            candidates = slice(*samples.candidate["item_id"].offsets[row : row + 2])
+            labels = samples.candidate["action"].values[candidates] & 1
+            assert (labels == (samples.candidate["item_id"].values[candidates] % NUM_CLUSTERS == favourite)).all()
+            newest = slice(end - 63, end)
+            liked = samples.history["action"].values[newest] & LIKE > 0
+            recent += (items[len(items) - 63 :][liked] % NUM_CLUSTERS == favourite).tolist()
+        assert np.mean(recent) == pytest.approx(1 / NUM_CLUSTERS, abs=0.08)
+
+
+def test_items_are_skewed_and_within_the_table() -> None:
+    items = SyntheticSource(replace(CONFIG, item_exponent=1.2), "train").read(0).history["item_id"].values
+    counts = np.bincount(items, minlength=1000)
+    assert len(counts) == 1000
+    assert counts[:10].sum() > 0.3 * counts.sum()
+
+
+def test_the_loader_streams_it_like_any_other_source() -> None:
+    config = DataConfig(path="synthetic", synthetic=CONFIG, global_batch_size=64, max_history_len=256, num_epochs=2)
+    batches = list(build_loader(config, split="train", rank=0, world_size=1))
+    assert sum(batch.global_samples for batch in batches) == 1000
+    again = list(build_loader(replace(config, reader_threads=0), split="train", rank=0, world_size=1))
+    for ours, theirs in zip(batches, again, strict=True):
+        assert (ours.features.values() == theirs.features.values()).all()
+    evaluation = list(build_loader(config, split="eval", rank=0, world_size=1))
+    assert sorted(user for batch in evaluation for user in batch.user_id.tolist()) == list(range(500, 550))
