@@ -11,6 +11,9 @@ from embeddings.machine import Machine
 
 GIB = 2**30
 
+MAX_COMPARED_TABLES = 128
+"""Up to so many tables, a plan holds its time with each alternative for one table and all others in place."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchLoad:
@@ -71,7 +74,8 @@ class Candidate:
     table_bytes: int
     """Memory of this table, buffers included, on that rank."""
     plan_ms: float | None
-    """Estimated time of all tables on the busiest rank, a step; null if it does not fit or was not tried."""
+    """Estimated time of all tables on the busiest rank, a step; null if they do not fit, or with more tables than
+    `MAX_COMPARED_TABLES`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

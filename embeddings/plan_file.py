@@ -55,6 +55,20 @@ def read_plan(path: Path, *, tables: Sequence[TableConfig], machine: Machine) ->
     Raises:
         ValueError: the file is unreadable, of another version, or does not fit the tables or the machine; one line.
     """
+    plan = parse_plan(path)
+    try:
+        check_plan(plan, tables=tables, machine=machine)
+    except ValueError as error:
+        raise ValueError(f"plan {path}: {error}") from error
+    return dataclasses.replace(plan, machine=machine)
+
+
+def parse_plan(path: Path) -> Plan:
+    """The plan of a file, whatever tables and machine it is for.
+
+    Raises:
+        ValueError: the file is unreadable or of another version; one line.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -65,15 +79,10 @@ def read_plan(path: Path, *, tables: Sequence[TableConfig], machine: Machine) ->
     if version != VERSION:
         raise ValueError(f"plan {path} has version {version!r}, this code reads version {VERSION}: plan again")
     try:
-        plan = _plan(values)
+        return _plan(values)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         problem = f"misses the key {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
         raise ValueError(f"plan {path} {problem}: write it with `plan --out`") from error
-    try:
-        check_plan(plan, tables=tables, machine=machine)
-    except ValueError as error:
-        raise ValueError(f"plan {path}: {error}") from error
-    return dataclasses.replace(plan, machine=machine)
 
 
 def check_plan(plan: Plan, *, tables: Sequence[TableConfig], machine: Machine) -> None:

@@ -13,16 +13,23 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.costs import Option, table_options
 from embeddings.machine import Machine
-from embeddings.plan import GIB, BatchLoad, Candidate, Plan, RankEstimate, Reservation, TablePlacement, shards_of
+from embeddings.plan import (
+    GIB,
+    MAX_COMPARED_TABLES,
+    BatchLoad,
+    Candidate,
+    Plan,
+    RankEstimate,
+    Reservation,
+    TablePlacement,
+    shards_of,
+)
 from embeddings.search import Packer, Packing, best_packing, single_changes
 
 logger = logging.getLogger(__name__)
 
 DENSE_COPIES = 5
 """Float32 copies of each dense parameter: itself, its gradient, DDP's bucket of the gradient, Adam's two moments."""
-
-MAX_EXPLAINED_TABLES = 128
-"""Tables for which the cost of every alternative is worked out with all other tables in place."""
 
 
 def plan_tables(
@@ -66,7 +73,7 @@ def plan_tables(
             sharding_type=option.sharding_type,
             kernel=option.kernel,
             shards=shards_of(table, option.sharding_type, ranks),
-            candidates=_candidates(packer, packing, i, explain=len(tables) <= MAX_EXPLAINED_TABLES),
+            candidates=_candidates(packer, packing, i, explain=len(tables) <= MAX_COMPARED_TABLES),
         )
     return Plan(
         machine=machine,
@@ -168,7 +175,7 @@ def _does_not_fit(
     if stuck:
         fixes.append(f"allow row_wise for {', '.join(stuck[:3])}, too large for one rank (placement.tables)")
     fixes.append(f"use more ranks (at least {_ranks_needed(needs, available, machine)})")
-    fixes.append(f"use ranks with more memory (at least {_gib_needed(packing, machine, available):.0f} GiB)")
+    fixes.append(f"use ranks with more memory (at least {_gib_needed(packing, machine, placement, available):.0f} GiB)")
     if machine.compute_device == "cuda" and "fused_uvm_caching" not in placement.compute_kernels:
         fixes.append("keep cold rows in host memory (add fused_uvm_caching to placement.compute_kernels)")
     fixes.append("lower placement.reserved_fraction or placement.activation_gib")
@@ -189,6 +196,6 @@ def _ranks_needed(needs: Sequence[int], available: int, machine: Machine) -> int
     return max(int(nodes) * machine.local_world_size, machine.world_size + machine.local_world_size)
 
 
-def _gib_needed(packing: Packing, machine: Machine, available: int) -> float:
-    """Memory a rank with which the fullest rank of the best placement found would fit."""
-    return machine.memory_gib + (packing.rating[3] - available) / GIB + 1
+def _gib_needed(packing: Packing, machine: Machine, placement: PlacementConfig, available: int) -> float:
+    """Memory a rank with which the fullest rank of the best placement found would fit, a GiB to spare."""
+    return machine.memory_gib + (packing.rating[3] - available) / GIB / (1 - placement.reserved_fraction) + 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement
+from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
 
 MAX_TABLES = 60
 """Tables listed, largest first; the file has them all."""
@@ -60,26 +60,28 @@ def _placement_table(plan: Plan) -> str:
 
 def _reasons(plan: Plan) -> str:
     names = sorted(plan.tables, key=lambda name: (-_weight_bytes(plan.tables[name]), name))
-    lines = [f"  {name}: {_why(plan.tables[name].candidates, plan.step_ms)}" for name in names[:MAX_TABLES]]
+    lines = [f"  {name}: {_why(plan.tables[name].candidates, plan)}" for name in names[:MAX_TABLES]]
     text = "why (estimated time of all tables on the busiest rank, a step, with everything else in place):\n"
     return text + "\n".join(lines) + _left_out(len(names) - MAX_TABLES, "tables")
 
 
-def _why(candidates: Sequence[Candidate], step_ms: float) -> str:
+def _why(candidates: Sequence[Candidate], plan: Plan) -> str:
     """The choice beside its alternatives, best first."""
     if not candidates:
         return "the plan file gives no reason"
     chosen, *others = candidates
-    text = f"{_way(chosen)} {step_ms:.3g} ms, {size_text(chosen.table_bytes)} a rank"
+    text = f"{_way(chosen)} {plan.step_ms:.3g} ms, {size_text(chosen.table_bytes)} a rank"
     if not others:
         return text + "; nothing else is allowed"
-    return text + "; " + "; ".join(_alternative(other, step_ms) for other in others)
+    return text + "; " + "; ".join(_alternative(other, plan) for other in others)
 
 
-def _alternative(other: Candidate, step_ms: float) -> str:
+def _alternative(other: Candidate, plan: Plan) -> str:
+    step_ms = plan.step_ms
     size = f"{size_text(other.table_bytes)} a rank"
     if other.plan_ms is None:
-        return f"{_way(other)} does not fit or was not tried ({size}, {other.table_ms:.3g} ms for the table alone)"
+        verdict = "does not fit" if len(plan.tables) <= MAX_COMPARED_TABLES else "was not compared"
+        return f"{_way(other)} {verdict} ({size}, {other.table_ms:.3g} ms for the table alone)"
     if other.plan_ms == step_ms:
         return f"{_way(other)} the same time, more work in all or more memory ({size})"
     return f"{_way(other)} {other.plan_ms:.3g} ms ({other.plan_ms / step_ms:.2f}x, {size})"

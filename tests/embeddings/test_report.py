@@ -1,15 +1,21 @@
 """The report names every table, its reasons and every rank's memory; the comparison counts the rows that move."""
 
 import doctest
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from torch import nn
 
 import embeddings.plan
 import embeddings.report
+from embeddings.__main__ import main
 from embeddings.config import PlacementConfig, ShardingType, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
 from embeddings.plan import BatchLoad, Plan
+from embeddings.plan_file import write_plan
 from embeddings.planner import plan_tables
 from embeddings.report import plan_differences, plan_report
 
@@ -75,3 +81,16 @@ def test_differences_name_added_removed_and_reshaped_tables() -> None:
     assert "extra: added" in text
     assert "user: removed" in text
     assert "item: 64,000,000 x 64 -> 5 x 64" in text
+
+
+def test_command_prints_plans_and_differences_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan(tmp_path / "a.json", plan(item=("row_wise",)))
+    write_plan(tmp_path / "b.json", plan(item=("table_wise",)))
+    command = [sys.executable, "-X", "importtime", "-m", "embeddings", str(tmp_path / "a.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == plan_report(plan(item=("row_wise",))) + "\n"
+    assert "torch" not in done.stderr
+    assert main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert "14.31 GiB of rows move" in capsys.readouterr().out
+    assert main([str(tmp_path / "c.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot read plan")
