@@ -1,6 +1,6 @@
 """Forward kernel: one program holds a tile of query rows of one head and walks its live key tiles.
 
-It is not a launcher (`triton_attention.py`), and decides nothing about the mask (`tiles.py`) or the order (`schedule.py`).
+It is not the launcher (`triton_attention.py`) and decides nothing about mask (`tiles.py`) or order (`schedule.py`).
 """
 
 import triton

@@ -13,6 +13,8 @@ Long tiles (rows that see everything, keys that everyone sees) come first and ar
 sums are added in a fixed order; short tiles of the band follow.  Full causal: all tiles by falling length.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -28,15 +30,21 @@ _SPLIT_PROGRAMS = 1024
 _MIN_PART_LEN = tl.constexpr(512)
 
 
-def split_items(mask: SemiLocalMask, num_heads: int) -> int:
-    """Most items that long tiles may be split into (0: nothing is split); the partial sums need this many slots."""
-    return 0 if mask.local is None else max(1, _SPLIT_PROGRAMS // num_heads)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """One table of tiles on the device, and how far its long tiles may be split."""
 
+    table: Tensor
+    """Header and items, [1 + max_items, ITEM_SIZE] int32."""
 
-def max_items(mask: SemiLocalMask, num_positions: int, num_sequences: int, block: int, num_heads: int) -> int:
-    """Bound on the number of items that needs no lengths: each class of tiles of a sequence ends in a partial tile."""
-    classes = 1 if mask.local is None else 3
-    return num_positions // block + classes * num_sequences + split_items(mask, num_heads)
+    split_items: int
+    """Slots for the partial sums of split tiles, a head; 0 where no tile is ever split."""
+
+    counters: Tensor
+    """Zeros, int32: two arrival counters a slot and head."""
+
+    max_items: int
+    """Bound on the number of items that needs no lengths."""
 
 
 def build(
@@ -48,29 +56,32 @@ def build(
     num_heads: int,
     row_block: int | None,
     key_block: int | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Tables of row tiles and key tiles (None where no block is given), written by one launch of `B` programs."""
+) -> tuple[Schedule | None, Schedule | None]:
+    """Schedules of row tiles and key tiles (None where no block is given), written by one launch of `B` programs."""
     num_sequences = offsets.shape[0] - 1
-    tables = [
+    by_rows = mask.global_rows > 0 or mask.num_context > 0 or num_targets is not None
+    by_keys = mask.global_columns > 0 or mask.num_context > 0
+    rows, keys = (
         None
         if block is None
-        else torch.empty(
-            (1 + max_items(mask, num_positions, num_sequences, block, num_heads), ITEM_SIZE.value),
-            dtype=torch.int32,
-            device=offsets.device,
-        )
-        for block in (row_block, key_block)
-    ]
+        else _allocate(mask, num_sequences, num_positions, num_heads, block, split, offsets.device)
+        for block, split in ((row_block, by_rows), (key_block, by_keys))
+    )
     schedule_kernel[(num_sequences,)](
         offsets,
         offsets if num_targets is None else num_targets,
-        *tables,
+        None if rows is None else rows.table,
+        None if keys is None else keys.table,
+        None if rows is None else rows.counters,
+        None if keys is None else keys.counters,
         num_sequences,
         -1 if mask.local is None else mask.local,
         mask.global_rows,
         mask.global_columns,
         mask.num_context,
-        split_items(mask, num_heads),
+        0 if rows is None else rows.split_items,
+        0 if keys is None else keys.split_items,
+        num_heads,
         ROW_BLOCK=row_block,
         KEY_BLOCK=key_block,
         HAS_LOCAL=mask.local is not None,
@@ -79,7 +90,25 @@ def build(
         BLOCK_J=64,
         num_warps=4,
     )
-    return tables[0], tables[1]
+    return rows, keys
+
+
+def _allocate(
+    mask: SemiLocalMask,
+    num_sequences: int,
+    num_positions: int,
+    num_heads: int,
+    block: int,
+    split: bool,
+    device: torch.device,
+) -> Schedule:
+    """An unwritten schedule.  Each class of tiles of a sequence ends in a partial tile, hence the bound on items."""
+    classes = 1 if mask.local is None else 3
+    split_items = max(1, _SPLIT_PROGRAMS // num_heads) if split and mask.local is not None else 0
+    max_items = num_positions // block + classes * num_sequences + split_items
+    end = (1 + max_items) * ITEM_SIZE.value
+    table = torch.empty(end + 2 * split_items * num_heads, dtype=torch.int32, device=device)
+    return Schedule(table=table, split_items=split_items, counters=table[end:], max_items=max_items)
 
 
 @triton.jit
@@ -227,31 +256,42 @@ def schedule_long_then_short(
     store_header(table, long_items + short_items, LOCAL)
 
 
-@triton.jit(do_not_specialize=["B", "LOCAL", "GLOBAL_ROWS", "COLUMNS", "CONTEXT", "SPLIT_ITEMS"])
+@triton.jit
+def zero_counters(counters, num_counters, B, BLOCK: tl.constexpr):
+    for first in range(tl.program_id(0) * BLOCK, num_counters, B * BLOCK):
+        o_counter = first + tl.arange(0, BLOCK)
+        tl.store(counters + o_counter, 0, mask=o_counter < num_counters)
+
+
+@triton.jit(
+    do_not_specialize=["B", "LOCAL", "GLOBAL_ROWS", "COLUMNS", "CONTEXT", "ROW_SPLIT_ITEMS", "KEY_SPLIT_ITEMS", "H"]
+)
 def schedule_kernel(
-    offsets, num_targets, row_table, key_table, B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT, SPLIT_ITEMS,
-    ROW_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
+    offsets, num_targets, row_table, key_table, row_counters, key_counters, B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT,
+    ROW_SPLIT_ITEMS, KEY_SPLIT_ITEMS, H, ROW_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr,
+    HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Program b writes the items of sequence b; every program reads all lengths to learn where its items belong."""
-    if HAS_LOCAL:
-        if ROW_BLOCK is not None:
+    if ROW_BLOCK is not None:
+        if HAS_LOCAL:
+            zero_counters(row_counters, 2 * ROW_SPLIT_ITEMS * H, B, 256)
             schedule_long_then_short(
-                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SPLIT_ITEMS,
+                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, ROW_SPLIT_ITEMS,
                 ROW_BLOCK, False, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip
-        if KEY_BLOCK is not None:
-            schedule_long_then_short(
-                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SPLIT_ITEMS,
-                KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,
-            )  # fmt: skip
-    else:
-        if ROW_BLOCK is not None:
+        else:
             schedule_by_length(
                 row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
                 ROW_BLOCK, False, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip
-        if KEY_BLOCK is not None:
+    if KEY_BLOCK is not None:
+        if HAS_LOCAL:
+            zero_counters(key_counters, 2 * KEY_SPLIT_ITEMS * H, B, 256)
+            schedule_long_then_short(
+                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, KEY_SPLIT_ITEMS,
+                KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,
+            )  # fmt: skip
+        else:
             schedule_by_length(
                 key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
                 KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,

@@ -29,7 +29,8 @@ def live_keys(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL:
     main_start = 0
     num_columns = 0
     if HAS_LOCAL:
-        if (first >= c) & (first < g):
+        in_band = (first >= c) & (first < g)
+        if in_band:
             main_start = tl.maximum(first - local, 0)
             num_columns = tl.cdiv(tl.minimum(s, main_start), BLOCK)
             if num_columns * BLOCK > main_start:
@@ -54,7 +55,8 @@ def live_rows(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL:
     band_end = n
     wide_start = n
     if HAS_LOCAL:
-        if (first >= s) & (first < u):
+        in_band = (first >= s) & (first < u)
+        if in_band:
             # last + local could overflow
             band_end = tl.maximum(last + tl.minimum(local, g - last), band_start)
             wide_start = tl.maximum(g, first)
@@ -135,7 +137,17 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    x, b_x, stride_t, stride_h, i_h, start, first, last, BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    x,
+    b_x,
+    stride_t,
+    stride_h,
+    i_h,
+    start,
+    first,
+    last,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
     """Writes rows first..last-1 of a sequence, one head."""
     o_row = first + tl.arange(0, BLOCK)

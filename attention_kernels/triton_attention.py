@@ -14,6 +14,7 @@ from attention_kernels import schedule
 from attention_kernels.backward import dkdv_kernel, dq_kernel
 from attention_kernels.forward import forward_kernel
 from attention_kernels.mask import SemiLocalMask
+from attention_kernels.schedule import Schedule
 from attention_kernels.tuning import AttentionConfig, TileConfig, choose_config
 
 
@@ -33,18 +34,18 @@ def forward(
     out = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if out.numel() == 0:
         return out
-    tile = (config or _config(mask, q_THK, v_THV, offsets)).forward
-    table, _ = _schedule(mask, q_THK, offsets, num_targets, row_tile=tile, key_tile=None)
-    partials, counters = _scratch(mask, q_THK, tile.rows, v_THV.shape[2])
+    tile = (config or _config(mask, q_THK, v_THV)).forward
+    heads = q_THK.shape[1]
+    plan, _ = schedule.build(
+        mask, offsets, num_targets, num_positions=q_THK.shape[0], num_heads=heads, row_block=tile.rows, key_block=None
+    )
+    assert plan is not None
     tma = _use_tma(q_THK, k_THK, v_THV)
-    _launch(
-        forward_kernel,
-        table,
-        q_THK.shape[1],
+    forward_kernel[(plan.max_items * heads,)](
         *_rows(tma, (q_THK, tile.rows), (k_THK, tile.keys), (v_THV, tile.keys)),
-        *(out, table, partials, counters, q_THK.shape[1], scale / 2, 1 / max_len),
+        *(out, plan.table, _partials(plan, q_THK, tile.rows, v_THV), plan.counters, heads, scale / 2, 1 / max_len),
         *_strides(q_THK, k_THK, v_THV, out),
-        **_options(mask, q_THK, v_THV, num_targets, tile, tma),
+        **_options(mask, plan, q_THK, v_THV, num_targets, tile, tma),
     )
     return out
 
@@ -68,12 +69,21 @@ def backward(
     if q_THK.numel() == 0:
         return
     dq, dk, dv = out
-    tiles = config or _config(mask, q_THK, v_THV, offsets)
-    row_table, key_table = _schedule(mask, q_THK, offsets, num_targets, row_tile=tiles.dq, key_tile=tiles.dkdv)
+    tiles = config or _config(mask, q_THK, v_THV)
+    rows, keys = schedule.build(
+        mask,
+        offsets,
+        num_targets,
+        num_positions=q_THK.shape[0],
+        num_heads=q_THK.shape[1],
+        row_block=tiles.dq.rows,
+        key_block=tiles.dkdv.keys,
+    )
+    assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     scales = {"scale": scale, "max_len": max_len}
-    backward_keys(inputs, (dk, dv), mask, num_targets, key_table, tiles.dkdv, **scales)
-    backward_rows(inputs, dq, mask, num_targets, row_table, tiles.dq, **scales)
+    backward_keys(inputs, (dk, dv), mask, num_targets, keys, tiles.dkdv, **scales)
+    backward_rows(inputs, dq, mask, num_targets, rows, tiles.dq, **scales)
 
 
 def backward_keys(
@@ -81,7 +91,7 @@ def backward_keys(
     out: tuple[Tensor, Tensor],
     mask: SemiLocalMask,
     num_targets: Tensor | None,
-    table: Tensor,
+    plan: Schedule,
     tile: TileConfig,
     *,
     scale: float,
@@ -90,17 +100,14 @@ def backward_keys(
     """Gradients of k and v from (dout, q, k, v), one program a key tile and head."""
     dout, q, k, v = inputs
     tma = _use_tma(*inputs)
-    k_partials, k_counters = _scratch(mask, q, tile.keys, q.shape[2])
-    v_partials, v_counters = _scratch(mask, q, tile.keys, v.shape[2])
-    _launch(
-        dkdv_kernel,
-        table,
-        q.shape[1],
+    heads = q.shape[1]
+    dkdv_kernel[(plan.max_items * heads,)](
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
-        *(*out, table, k_partials, v_partials, k_counters, v_counters, q.shape[1]),
+        *(*out, plan.table, _partials(plan, q, tile.keys, q), _partials(plan, q, tile.keys, v)),
+        *(plan.counters, plan.counters[plan.split_items * heads :], heads),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
         *_strides(*inputs, *out),
-        **_options(mask, q, v, num_targets, tile, tma),
+        **_options(mask, plan, q, v, num_targets, tile, tma),
     )
 
 
@@ -109,7 +116,7 @@ def backward_rows(
     dq: Tensor,
     mask: SemiLocalMask,
     num_targets: Tensor | None,
-    table: Tensor,
+    plan: Schedule,
     tile: TileConfig,
     *,
     scale: float,
@@ -118,62 +125,36 @@ def backward_rows(
     """Gradient of q from (dout, q, k, v), one program a row tile and head."""
     dout, q, k, v = inputs
     tma = _use_tma(*inputs)
-    partials, counters = _scratch(mask, q, tile.rows, q.shape[2])
-    _launch(
-        dq_kernel,
-        table,
-        q.shape[1],
+    heads = q.shape[1]
+    dq_kernel[(plan.max_items * heads,)](
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
-        *(dq, table, partials, counters, q.shape[1], scale / 2, scale / (2 * max_len)),
+        *(dq, plan.table, _partials(plan, q, tile.rows, q), plan.counters, heads),
+        *(scale / 2, scale / (2 * max_len)),
         *_strides(*inputs, dq),
-        **_options(mask, q, v, num_targets, tile, tma),
+        **_options(mask, plan, q, v, num_targets, tile, tma),
     )
 
 
-def _launch(kernel: Any, table: Tensor, heads: int, *arguments: Any, **options: Any) -> None:
-    kernel[((table.shape[0] - 1) * heads,)](*arguments, **options)
+def _config(mask: SemiLocalMask, q_THK: Tensor, v_THV: Tensor) -> AttentionConfig:
+    return choose_config(mask, q_THK.dtype, max(_block_size(q_THK), _block_size(v_THV)))
 
 
-def _config(mask: SemiLocalMask, q_THK: Tensor, v_THV: Tensor, offsets: Tensor) -> AttentionConfig:
-    head_size = max(_block_size(q_THK), _block_size(v_THV))
-    return choose_config(mask, q_THK.dtype, head_size, q_THK.shape[0] // (offsets.shape[0] - 1))
-
-
-def _schedule(
-    mask: SemiLocalMask,
-    q_THK: Tensor,
-    offsets: Tensor,
-    num_targets: Tensor | None,
-    *,
-    row_tile: TileConfig,
-    key_tile: TileConfig | None,
-) -> tuple[Tensor, Tensor]:
-    """Tables of row tiles and, where asked for, of key tiles."""
-    row_table, key_table = schedule.build(
-        mask,
-        offsets,
-        num_targets,
-        num_positions=q_THK.shape[0],
-        num_heads=q_THK.shape[1],
-        row_block=row_tile.rows,
-        key_block=None if key_tile is None else key_tile.keys,
-    )
-    assert row_table is not None
-    return row_table, row_table if key_table is None else key_table
-
-
-def _scratch(mask: SemiLocalMask, q_THK: Tensor, block: int, size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Room for the parts of split tiles, and one arrival counter a tile and head; None where nothing is split."""
-    items = schedule.split_items(mask, q_THK.shape[1])
-    if items == 0:
-        return None, None
-    slots = items * q_THK.shape[1]
-    partials = torch.empty((slots, block, _pad(size)), dtype=torch.float32, device=q_THK.device)
-    return partials, torch.zeros(slots, dtype=torch.int32, device=q_THK.device)
+def _partials(plan: Schedule, q_THK: Tensor, block: int, model: Tensor) -> Tensor | None:
+    """Room for the partial sums of split tiles of `block` positions shaped like `model`'s; None where none is split."""
+    if plan.split_items == 0:
+        return None
+    shape = (plan.split_items * q_THK.shape[1], block, _block_size(model))
+    return torch.empty(shape, dtype=torch.float32, device=q_THK.device)
 
 
 def _options(
-    mask: SemiLocalMask, q_THK: Tensor, v_THV: Tensor, num_targets: Tensor | None, tile: TileConfig, tma: bool
+    mask: SemiLocalMask,
+    plan: Schedule,
+    q_THK: Tensor,
+    v_THV: Tensor,
+    num_targets: Tensor | None,
+    tile: TileConfig,
+    tma: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments that the three kernels share."""
     half = q_THK.dtype != torch.float32
@@ -186,7 +167,7 @@ def _options(
         "BLOCK_N": tile.keys,
         "HAS_LOCAL": mask.local is not None,
         "HAS_TARGETS": num_targets is not None,
-        "SPLIT": schedule.split_items(mask, q_THK.shape[1]) > 0,
+        "SPLIT": plan.split_items > 0,
         "TMA": tma,
         # tanh.approx is exact to about 11 bits: enough for 16-bit inputs only.
         "FAST_TANH": half and q_THK.is_cuda,

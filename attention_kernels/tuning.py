@@ -38,14 +38,28 @@ class AttentionConfig:
     """Holds keys, walks rows."""
 
 
-def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int, mean_len: int) -> AttentionConfig:
-    """The tiles for a mask, a dtype and the larger padded head size; `mean_len` is the mean sequence length."""
+def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int) -> AttentionConfig:
+    """The tiles for a mask, a dtype and the larger padded head size."""
     if dtype == torch.float32:
         # Split into three tf32 products: registers, not speed, decide.
         keys = 32 if head_size <= 128 else 16
         tile = TileConfig(rows=64, keys=keys, warps=4, stages=2)
         return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=32, warps=4, stages=1))
-    small = TileConfig(rows=64, keys=64, warps=4, stages=2 if head_size > 128 else 3)
+    if head_size > 128:
+        return AttentionConfig(
+            forward=TileConfig(rows=128, keys=64, warps=8, stages=2),
+            dq=TileConfig(rows=128, keys=32, warps=8, stages=2),
+            dkdv=TileConfig(rows=32, keys=64, warps=8, stages=2),
+        )
+    if mask.local is None:
+        return AttentionConfig(
+            forward=TileConfig(rows=128, keys=64, warps=4, stages=2),
+            dq=TileConfig(rows=128, keys=64, warps=8, stages=3),
+            dkdv=TileConfig(rows=64, keys=128, warps=8, stages=3),
+        )
+    # Short rows of tiles: a larger block covers more positions that the band does not need.
     return AttentionConfig(
-        forward=small, dq=TileConfig(rows=64, keys=64, warps=4, stages=2), dkdv=TileConfig(rows=64, keys=64, warps=4, stages=2)
+        forward=TileConfig(rows=64, keys=64, warps=4, stages=3),
+        dq=TileConfig(rows=64, keys=64, warps=4, stages=2),
+        dkdv=TileConfig(rows=64, keys=64, warps=4, stages=2),
     )

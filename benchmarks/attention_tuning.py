@@ -33,11 +33,13 @@ VARIANTS = {
     ],
     "dq": [
         (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 1),
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 32, 4, 2), (64, 128, 4, 1), (128, 128, 8, 1),
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 32, 4, 2), (64, 128, 4, 1),
+        (128, 128, 8, 1),
     ],
     "dkdv": [
-        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 1), (64, 128, 8, 2),
-        (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (32, 128, 8, 4), (64, 64, 8, 2), (128, 64, 8, 2), (128, 128, 8, 1),
+        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 1),
+        (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (32, 128, 8, 4), (64, 64, 8, 2),
+        (128, 64, 8, 2), (128, 128, 8, 1),
     ],
 }  # fmt: skip
 
@@ -55,9 +57,7 @@ def runner(kernel: str, mask: SemiLocalMask, tile: TileConfig, data: tuple[Any, 
     scales: dict[str, Any] = {"scale": SIZE**-0.5, "max_len": max_len}
     if kernel == "forward":
         config = AttentionConfig(forward=tile, dq=tile, dkdv=tile)
-        return lambda: (
-            triton_attention.forward(q, k, v, offsets, mask, num_targets=None, config=config, **scales),
-        )
+        return lambda: (triton_attention.forward(q, k, v, offsets, mask, num_targets=None, config=config, **scales),)
     by_rows = kernel == "dq"
     results = tuple(torch.full_like(x, torch.nan) for x in ((q,) if by_rows else (k, v)))
 

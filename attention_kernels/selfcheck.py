@@ -1,0 +1,85 @@
+"""Compares the attention kernels with the reference on a few small batches, and stops where they differ.
+
+A miscompiling driver or compiler gives wrong numbers without an error; it has happened on this kind of kernel
+(ptxas 12.8.93 on Hopper).  Run: python -m attention_kernels.selfcheck.  A trainer calls `check_attention` at its start.
+It is not a test suite: it takes seconds, and looks only for gross faults.
+"""
+
+import sys
+import time
+
+import torch
+import triton
+from torch import Tensor
+
+from attention_kernels.interface import hstu_attention
+from attention_kernels.mask import SemiLocalMask
+
+_CASES = (
+    (SemiLocalMask(num_context=2), torch.bfloat16),
+    (SemiLocalMask(local=40, global_rows=30, global_columns=5, num_context=2), torch.bfloat16),
+    (SemiLocalMask(local=40, global_rows=30), torch.float32),
+)
+_LENGTHS = (0, 3, 64, 129, 700)
+_TARGETS = (0, 1, 3, 17, 60)
+# Largest relative error (Frobenius norm): rounding of the type, several times over.
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+
+
+class KernelMismatchError(RuntimeError):
+    """The kernels disagree with the reference on this machine."""
+
+
+def check_attention(device: torch.device | str, *, head_size: int = 64) -> None:
+    """Runs every case forward and backward; raises KernelMismatchError naming the versions if one is wrong."""
+    for mask, dtype in _CASES:
+        actual = _run(mask, dtype, device, head_size, "triton")
+        expected = _run(mask, dtype, device, head_size, "reference")
+        for name, a, b in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
+            error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+            if not error <= _TOLERANCE[dtype]:
+                raise KernelMismatchError(
+                    f"attention kernel self-check failed: {name} of {mask} in {dtype} differs from the reference by "
+                    f"{error:.1e}, more than {_TOLERANCE[dtype]:.0e}. Training would give wrong results. {versions()}. "
+                    "Try other versions of the driver or of Triton, or attention backend='reference'"
+                )
+
+
+def versions() -> str:
+    """What compiles and runs the kernels here."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU (Triton's interpreter)"
+    ptxas = triton.knobs.nvidia.ptxas.version if torch.cuda.is_available() else "none"
+    return (
+        f"GPU: {gpu}; torch {torch.__version__} (CUDA {torch.version.cuda}); Triton {triton.__version__}; ptxas {ptxas}"
+    )
+
+
+def _run(
+    mask: SemiLocalMask, dtype: torch.dtype, device: torch.device | str, head_size: int, backend: str
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    bounds = [0]
+    for length in _LENGTHS:
+        bounds.append(bounds[-1] + length)
+    shape = (bounds[-1], 2, head_size)
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    offsets, targets = (torch.tensor(x, device=device) for x in (bounds, _TARGETS))
+    out = hstu_attention(*inputs, offsets, mask, targets, max_len=max(_LENGTHS), backend=backend)  # type: ignore[arg-type]
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+
+def main() -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.perf_counter()
+    try:
+        check_attention(device)
+    except KernelMismatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"attention kernels agree with the reference ({time.perf_counter() - start:.1f} s). {versions()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""How fast is semi-local attention, forward and backward, from 2K to 64K positions?
+
+Run on a GPU: python -m benchmarks.attention [--lengths 2048 ...] [--kernels ours cudnn flex reference] [--json FILE]
+
+65,536 tokens in sequences of one length, 4 heads of 128, bfloat16, random normal inputs; medians of
+`triton.testing.do_bench`.  TFLOP/s count allowed (query, key) pairs only: 4 x size a pair and head forward, 10 x size
+backward.  Bytes are the fewest: every input read and every output written once.  cuDNN and FlexAttention compute
+softmax attention under the same mask: a yardstick, not the same function.
+"""
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from attention_kernels import SemiLocalMask, hstu_attention
+
+TOKENS, HEADS, SIZE = 65536, 4, 128
+MASKS = {
+    "full causal": SemiLocalMask(),
+    "local 256": SemiLocalMask(local=256),
+    "semi-local 256 + 256": SemiLocalMask(local=256, global_rows=256),
+    "semi-local 256 + 256, 4 context": SemiLocalMask(local=256, global_rows=256, num_context=4),
+}
+# The dense reference takes seconds beyond this.
+_MAX_REFERENCE_LEN = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time attention forward and backward on one GPU.")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--kernels", nargs="+", choices=list(RUNNERS), default=list(RUNNERS))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention.json"))
+    arguments = parser.parse_args()
+    rows = []
+    for name, mask in MASKS.items():
+        print(f"\n{name}\n{'kernel':12s} {'length':>7s} {'fwd ms':>8s} {'bwd ms':>8s} {'TFLOP/s':>15s} {'GB/s':>15s}")
+        for kernel in arguments.kernels:
+            for length in arguments.lengths:
+                torch.manual_seed(0)
+                functions = RUNNERS[kernel](mask, length)
+                if functions is None:
+                    continue
+                row = measure(name, kernel, mask, length, *functions)
+                rows.append(row)
+                print(describe(row), flush=True)
+    result = {"hardware": hardware(), "shape": {"tokens": TOKENS, "heads": HEADS, "size": SIZE}, "rows": rows}
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(
+    name: str, kernel: str, mask: SemiLocalMask, length: int, forward: Callable[[], Any], backward: Callable[[], Any]
+) -> dict[str, Any]:
+    """One row of the table."""
+    forward_ms, backward_ms = (
+        triton.testing.do_bench(run, warmup=25, rep=100, return_mode="median") for run in (forward, backward)
+    )
+    pairs = allowed_pairs(mask, length) * (TOKENS // length) * HEADS
+    tensor_bytes = TOKENS * HEADS * SIZE * 2
+    return {
+        "mask": name,
+        "kernel": kernel,
+        "length": length,
+        "forward_ms": forward_ms,
+        "backward_ms": backward_ms,
+        "forward_tflops": pairs * 4 * SIZE / forward_ms / 1e9,
+        "backward_tflops": pairs * 10 * SIZE / backward_ms / 1e9,
+        # q, k, v in, output out; then q, k, v and dout in, three gradients out.
+        "forward_bytes": 4 * tensor_bytes,
+        "backward_bytes": 7 * tensor_bytes,
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
+    rates = f"{row['forward_tflops']:.0f} / {row['backward_tflops']:.0f}"
+    forward, backward = (row[f"{x}_bytes"] / row[f"{x}_ms"] / 1e6 for x in ("forward", "backward"))
+    times = f"{row['forward_ms']:8.3f} {row['backward_ms']:8.3f}"
+    return f"{row['kernel']:12s} {row['length']:7d} {times} {rates:>15s} {f'{forward:.0f} / {backward:.0f}':>15s}"
+
+
+def allowed_pairs(mask: SemiLocalMask, n: int) -> int:
+    """Pairs that the mask allows in a sequence of n tokens without targets and columns."""
+    c = min(mask.num_context, n)
+    h = n - c
+    if mask.local is None:
+        seen = h * (h + 1) // 2
+    else:
+        wide = min(mask.global_rows, h)
+        band = sum(min(q + 1, mask.local + 1) for q in range(h - wide))
+        seen = band + sum(q + 1 for q in range(h - wide, h))
+    return c * n + h * c + seen
+
+
+def hardware() -> dict[str, str]:
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _packed(length: int) -> tuple[list[Tensor], Tensor]:
+    shape = (TOKENS, HEADS, SIZE)
+    tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    return tensors, torch.arange(0, TOKENS + 1, length, device="cuda")
+
+
+def _run_hstu(backend: Any, mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    tensors, offsets = _packed(length)
+
+    def forward() -> Tensor:
+        return hstu_attention(*tensors, offsets, mask, max_len=length, backend=backend)
+
+    return forward, _backward_of(forward, tensors)
+
+
+def run_ours(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    return _run_hstu("triton", mask, length)
+
+
+def run_reference(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    return None if length > _MAX_REFERENCE_LEN else _run_hstu("reference", mask, length)
+
+
+def run_cudnn(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """cuDNN's softmax attention, which has the full causal mask only."""
+    if mask != SemiLocalMask():
+        return None
+    tensors = _padded(length)
+
+    def forward() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
+
+    return forward, _backward_of(forward, tensors)
+
+
+def run_flex(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """PyTorch's FlexAttention, compiled, with the same mask as a block mask."""
+    tensors = _padded(length)
+    c, global_start = mask.num_context, length - mask.global_rows
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = k <= q
+        if mask.local is not None:
+            seen = seen & ((q - k <= mask.local) | (q >= global_start))
+        return seen | (k < c) | (q < c)
+
+    block_mask = create_block_mask(allowed, None, None, length, length, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def forward() -> Any:
+        return compiled(*tensors, block_mask=block_mask)
+
+    return forward, _backward_of(forward, tensors)
+
+
+def _padded(length: int) -> list[Tensor]:
+    shape = (TOKENS // length, HEADS, length, SIZE)
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+
+def _backward_of(forward: Callable[[], Tensor], tensors: list[Tensor]) -> Callable[[], Any]:
+    result = forward()
+    gradient = torch.randn_like(result)
+    return lambda: torch.autograd.grad(result, tensors, gradient, retain_graph=True)
+
+
+RUNNERS: dict[str, Callable[[SemiLocalMask, int], tuple[Callable[[], Any], Callable[[], Any]] | None]] = {
+    "ours": run_ours,
+    "cudnn": run_cudnn,
+    "flex": run_flex,
+    "reference": run_reference,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""One attention problem with random inputs, and the comparison of a backend with the float64 reference."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attention_kernels import SemiLocalMask, hstu_attention, hstu_attention_backward, reference
+
+NAMES = ("out", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """`histories` are history lengths; a sequence holds context, history and targets; None is an empty sequence."""
+
+    mask: SemiLocalMask
+    histories: tuple[int | None, ...]
+    targets: tuple[int, ...] | None = None
+    heads: int = 1
+    key_size: int = 32
+    value_size: int = 32
+    dtype: torch.dtype = torch.float32
+    strided: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        targets = self.targets or (0,) * len(self.histories)
+        pairs = zip(self.histories, targets, strict=True)
+        return [0 if h is None else self.mask.num_context + h + t for h, t in pairs]
+
+
+def index_tensors(case: Case, device: str) -> tuple[Tensor, Tensor | None]:
+    offsets = torch.tensor([0, *itertools.accumulate(case.lengths)], device=device)
+    if case.targets is None:
+        return offsets, None
+    values = [0 if h is None else t for h, t in zip(case.histories, case.targets, strict=True)]
+    return offsets, torch.tensor(values, device=device, dtype=torch.int32)
+
+
+def random_inputs(case: Case, device: str, seed: int = 0) -> list[Tensor]:
+    """q, k, v, dout; strided: q, k and v are slices of one buffer of poison, as a fused projection gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(case.lengths)
+    sizes = (case.key_size, case.key_size, case.value_size, case.value_size)
+    tensors = [torch.randn(total, case.heads, size, generator=generator).to(device, case.dtype) for size in sizes]
+    if case.strided:
+        tensors[:3] = _slices(tensors[:3])
+    return tensors
+
+
+def _slices(tensors: list[Tensor]) -> list[Tensor]:
+    """The same values as slices of one buffer that holds NaN before, between and behind them."""
+    pad = 8
+    width = sum(x.shape[1] * x.shape[2] + pad for x in tensors) + pad
+    buffer = torch.full((tensors[0].shape[0], width), torch.nan, dtype=tensors[0].dtype, device=tensors[0].device)
+    views, start = [], pad
+    for x in tensors:
+        view = buffer[:, start : start + x.shape[1] * x.shape[2]].unflatten(1, x.shape[1:])
+        view.copy_(x)
+        views.append(view)
+        start += x.shape[1] * x.shape[2] + pad
+    return views
+
+
+def run(case: Case, device: str, backend: str, *, deterministic: bool = True, seed: int = 0) -> list[Tensor]:
+    """Output and gradients; for a strided case the gradients are written into slices of one poisoned buffer."""
+    q, k, v, dout = random_inputs(case, device, seed)
+    offsets, targets = index_tensors(case, device)
+    arguments = (offsets, case.mask, targets, None, max([1, *case.lengths]), backend)
+    if case.strided:
+        out = hstu_attention(q, k, v, *arguments)
+        gradients = tuple(x.fill_(torch.nan) for x in _slices([q, k, v]))
+        hstu_attention_backward(dout, q, k, v, *arguments, deterministic=deterministic, out=gradients)
+        return [out, *gradients]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = hstu_attention(*inputs, *arguments, deterministic=deterministic)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+
+def exact(case: Case, device: str, seed: int = 0) -> list[Tensor]:
+    """Output and gradients of the reference in float64."""
+    q, k, v, dout = (x.double() for x in random_inputs(case, device, seed))
+    offsets, targets = index_tensors(case, device)
+    options = {"num_targets": targets, "scale": case.key_size**-0.5, "max_len": max([1, *case.lengths])}
+    out = reference.forward(q, k, v, offsets, case.mask, **options)
+    return [out, *reference.backward(dout, q, k, v, offsets, case.mask, **options)]
+
+
+def plain(case: Case, device: str, seed: int = 0) -> list[Tensor]:
+    """Output and gradients of a few lines of PyTorch that compute everything in the case's own dtype."""
+    tensors = random_inputs(replace(case, strided=False), device, seed)
+    q, k, v = (x.requires_grad_() for x in tensors[:3])
+    targets = case.targets or (0,) * len(case.histories)
+    rows, start = [], 0
+    for h, t, n in zip(case.histories, targets, case.lengths, strict=True):
+        if n:
+            part = slice(start, start + n)
+            mask = reference.dense_mask(case.mask, h or 0, t, device=device)
+            score = torch.einsum("qhd,khd->hqk", q[part], k[part]) * case.key_size**-0.5
+            weight = torch.nn.functional.silu(score) / max(case.lengths) * mask
+            rows.append(torch.einsum("hqk,khd->qhd", weight, v[part]))
+        start += n
+    out = torch.cat(rows)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
+
+
+def errors(actual: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
+    """Relative error of each tensor in the Frobenius norm; NaN where NaN appears, inf where zeros are missed."""
+    result = {}
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        distance, norm = (a.double() - b).norm().item(), b.norm().item()
+        result[name] = distance if distance == 0 else distance / norm if norm else float("inf")
+    return result
+
+
+def check(case: Case, device: str, backend: str = "triton") -> None:
+    """Float32: within 1e-5 of float64.  16 bits: at most twice as far from float64 as plain PyTorch in 16 bits."""
+    expected = exact(case, device)
+    actual = errors(run(case, device, backend), expected)
+    if case.dtype == torch.float32:
+        limits = dict.fromkeys(NAMES, 1e-5)
+    elif sum(case.lengths) == 0:
+        limits = dict.fromkeys(NAMES, 0.0)
+    else:
+        limits = {name: 2 * error for name, error in errors(plain(case, device), expected).items()}
+    wrong = {name: (actual[name], limits[name]) for name in NAMES if not actual[name] <= limits[name]}
+    assert not wrong, f"{case}: relative errors and limits {wrong}"

@@ -1,0 +1,69 @@
+"""The schedule covers every position once, long tiles first, within the bound that needs no lengths."""
+
+import pytest
+import torch
+
+from attention_kernels import SemiLocalMask, schedule
+
+LENGTHS = (0, 1, 700, 64, 130, 1500)
+FIELDS = ("start", "n", "u", "c", "g", "s", "first", "last", "part", "parts", "home")
+
+
+def items(mask: SemiLocalMask, *, by_rows: bool, targets: tuple[int, ...] | None = None) -> list[dict[str, int]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bounds = torch.tensor([0, *LENGTHS], device=device).cumsum(0)
+    plans = schedule.build(
+        mask,
+        bounds,
+        None if targets is None else torch.tensor(targets, device=device),
+        num_positions=sum(LENGTHS),
+        num_heads=2,
+        row_block=64 if by_rows else None,
+        key_block=None if by_rows else 64,
+    )
+    plan = plans[0] if by_rows else plans[1]
+    assert plan is not None
+    size = schedule.ITEM_SIZE.value
+    num_items = int(plan.table[0])
+    assert num_items <= plan.max_items
+    assert not plan.counters.any()
+    rows = plan.table[size : size * (1 + num_items)].view(-1, size).tolist()
+    return [dict(zip(FIELDS, row, strict=False)) for row in rows]
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        SemiLocalMask(),
+        SemiLocalMask(num_context=3),
+        SemiLocalMask(local=100),
+        SemiLocalMask(local=100, global_rows=90, global_columns=70, num_context=3),
+        SemiLocalMask(local=100, global_rows=2**31 - 1, global_columns=2**31 - 1),
+    ],
+)
+def test_every_position_belongs_to_one_tile(mask: SemiLocalMask, by_rows: bool) -> None:
+    targets = (0, 0, 100, 0, 5, 1)
+    seen = torch.zeros(sum(LENGTHS), dtype=torch.int64)
+    for i, item in enumerate(items(mask, by_rows=by_rows, targets=targets)):
+        assert 0 < item["last"] - item["first"] <= 64
+        assert 0 <= item["part"] < item["parts"]
+        assert item["home"] == i - item["part"]
+        if item["part"] == 0:
+            seen[item["start"] + item["first"] : item["start"] + item["last"]] += 1
+    assert torch.equal(seen, torch.ones_like(seen))
+
+
+def test_full_causal_starts_the_longest_tiles_first() -> None:
+    lengths = [item["last"] for item in items(SemiLocalMask(), by_rows=True)]
+    blocks = [(last + 63) // 64 for last in lengths]
+    assert blocks == sorted(blocks, reverse=True)
+    remaining = [(item["n"] - item["first"] + 63) // 64 for item in items(SemiLocalMask(), by_rows=False)]
+    assert remaining == sorted(remaining, reverse=True)
+
+
+def test_global_rows_come_first_and_are_split() -> None:
+    scheduled = items(SemiLocalMask(local=100, global_rows=90), by_rows=True)
+    is_long = [item["first"] >= item["g"] for item in scheduled]
+    assert is_long == sorted(is_long, reverse=True)
+    assert {item["parts"] for item in scheduled if item["n"] == 1500 and item["first"] >= item["g"]} == {2}

@@ -1,0 +1,30 @@
+"""The self-check passes on sound kernels and stops on wrong ones."""
+
+import pytest
+import torch
+
+from attention_kernels import SemiLocalMask, selfcheck, triton_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "_LENGTHS", (0, 3, 70))
+    monkeypatch.setattr(selfcheck, "_TARGETS", (0, 1, 3))
+    monkeypatch.setattr(selfcheck, "_CASES", ((SemiLocalMask(local=9, num_context=2), torch.bfloat16),))
+
+
+def test_passes_here() -> None:
+    selfcheck.check_attention(DEVICE, head_size=16)
+
+
+def test_names_versions_when_a_kernel_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = triton_attention.forward
+    monkeypatch.setattr(triton_attention, "forward", lambda *x, **y: right(*x, **y) * 1.1)
+    with pytest.raises(selfcheck.KernelMismatchError, match=r"output of .* Triton 3"):
+        selfcheck.check_attention(DEVICE, head_size=16)
+    assert selfcheck.main() == 1
+    assert capsys.readouterr().err.startswith("error: ")
