@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_kernels.rows import row_blocks, serial_grid
+from attention_kernels.rows import row_blocks, serial_blocks
 
 
 @triton.jit
@@ -130,8 +130,8 @@ def _backward_kernel(
     Y: tl.constexpr = W + D if CONCAT else 0
     weight = tl.load(p_weight + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
-    dweight = tl.zeros([COLS], tl.float32)
-    dbias = tl.zeros([COLS], tl.float32)
+    dweight = tl.zeros([ROWS, COLS], tl.float32)
+    dbias = tl.zeros([ROWS, COLS], tl.float32)
     # A while loop: with numpy 2.4, Triton's interpreter cannot use its tensors as bounds of a range.
     first = tl.program_id(0) * ROWS
     while first < num_rows:
@@ -164,16 +164,16 @@ def _backward_kernel(
                 x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
                 dx = tl.load(p_dout + o_wide + W + x_columns[None, :], mask=m_x, other=0.0).to(tl.float32)
                 if DROPOUT:
-                    factor = _keep_factor(rows, W + x_columns, seed, threshold, scale)
-                    dx, x = dx * factor, x * factor
+                    x_factor = _keep_factor(rows, W + x_columns, seed, threshold, scale)
+                    dx, x = dx * x_factor, x * x_factor
                 dx += tl.load(p_residual + o_x, mask=m_x, other=0.0).to(tl.float32)
                 tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=m_x)
                 tl.store(p_gated + o_wide + W + x_columns[None, :], x.to(p_gated.dtype.element_ty), mask=m_x)
         tl.store(
             p_du + rows[:, None] * du_stride + group * C + columns[None, :], du.to(p_du.dtype.element_ty), mask=mask
         )
-        dweight += tl.sum(dnormed * xhat, axis=0)
-        dbias += tl.sum(dnormed, axis=0)
+        dweight += dnormed * xhat
+        dbias += dnormed
         dxhat = dnormed * weight[None, :]
         mean_d = tl.sum(dxhat, axis=1) / C
         mean_dx = tl.sum(dxhat * xhat, axis=1) / C
@@ -182,29 +182,28 @@ def _backward_kernel(
         tl.store(p_dattention + o_attention, dattention.to(p_dattention.dtype.element_ty), mask=mask)
         first += PROGRAMS * ROWS
     o_partial = tl.program_id(0) * W + group * C + columns
-    tl.store(p_dweight + o_partial, dweight, mask=m_column)
-    tl.store(p_dbias + o_partial, dbias, mask=m_column)
+    tl.store(p_dweight + o_partial, tl.sum(dweight, axis=0), mask=m_column)
+    tl.store(p_dbias + o_partial, tl.sum(dbias, axis=0), mask=m_column)
 
 
-def _sizes(
-    attention_TW: Tensor, x_TD: Tensor | None, num_groups: int, dropout: float
-) -> tuple[dict[str, int | bool], int]:
-    """Compile-time sizes of both kernels, and the width of the result."""
+def _sizes(attention_TW: Tensor, x_TD: Tensor | None, num_groups: int, dropout: float) -> dict[str, int | bool]:
+    """Compile-time sizes that both kernels share."""
     width = attention_TW.shape[1]
     x_width = x_TD.shape[1] if x_TD is not None else 0
-    rows, columns, warps = row_blocks(width // num_groups)
-    sizes: dict[str, int | bool] = {
+    return {
         "W": width,
         "C": width // num_groups,
         "D": x_width,
-        "ROWS": rows,
-        "COLS": columns,
         "X_COLS": triton.next_power_of_2(max(16, x_width)),
         "CONCAT": x_TD is not None,
         "DROPOUT": dropout > 0,
-        "num_warps": warps,
     }
-    return sizes, (2 * width + x_width if x_TD is not None else width)
+
+
+def _new_result(attention_TW: Tensor, x_TD: Tensor | None) -> Tensor:
+    rows, width = attention_TW.shape
+    out_width = width if x_TD is None else 2 * width + x_TD.shape[1]
+    return torch.empty(rows, out_width, dtype=attention_TW.dtype, device=attention_TW.device)
 
 
 def forward(
@@ -221,10 +220,10 @@ def forward(
 ) -> Tensor:
     """`layer_reference.gated_norm` of contiguous inputs.  A program for a block of rows and a group."""
     num_rows = attention_TW.shape[0]
-    sizes, out_width = _sizes(attention_TW, x_TD, num_groups, dropout)
-    out = torch.empty(num_rows, out_width, dtype=attention_TW.dtype, device=attention_TW.device)
+    rows, columns, warps = row_blocks(attention_TW.shape[1] // num_groups)
+    out = _new_result(attention_TW, x_TD)
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, int(sizes["ROWS"])), num_groups)](
+        _forward_kernel[(triton.cdiv(num_rows, rows), num_groups)](
             attention_TW,
             u_TW,
             attention_TW if x_TD is None else x_TD,
@@ -236,7 +235,10 @@ def forward(
             seed,
             int(dropout * 2**32),
             1 / (1 - dropout),
-            **sizes,
+            **_sizes(attention_TW, x_TD, num_groups, dropout),
+            ROWS=rows,
+            COLS=columns,
+            num_warps=warps,
         )
     return out
 
@@ -263,11 +265,10 @@ def backward(
     float32.  A fixed number of programs a group walks over the rows.
     """
     num_rows = attention_TW.shape[0]
-    sizes, out_width = _sizes(attention_TW, x_TD, num_groups, dropout)
     dattention = torch.empty_like(attention_TW)
-    gated = torch.empty(num_rows, out_width, dtype=attention_TW.dtype, device=attention_TW.device)
+    gated = _new_result(attention_TW, x_TD)
     residual = residual_TD if x_TD is None else torch.empty_like(x_TD)
-    programs = serial_grid(dout.device)
+    programs, rows, columns, warps = serial_blocks(attention_TW.shape[1] // num_groups, dout.device)
     shape = (programs, attention_TW.shape[1])
     dweight, dbias = (torch.empty(shape, dtype=torch.float32, device=dout.device) for _ in range(2))
     _backward_kernel[(programs, num_groups)](
@@ -290,7 +291,10 @@ def backward(
         seed,
         int(dropout * 2**32),
         1 / (1 - dropout),
-        **sizes,
+        **_sizes(attention_TW, x_TD, num_groups, dropout),
+        ROWS=rows,
+        COLS=columns,
         PROGRAMS=programs,
+        num_warps=warps,
     )
     return dattention, residual, gated, dweight.sum(0), dbias.sum(0)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_kernels.rows import row_blocks, serial_grid
+from attention_kernels.rows import row_blocks, serial_blocks
 
 
 @triton.jit
@@ -64,8 +64,8 @@ def _backward_kernel(
     columns = tl.arange(0, COLS)
     m_column = columns < D
     weight = tl.load(p_weight + columns, mask=m_column, other=0.0).to(tl.float32)
-    dweight = tl.zeros([COLS], tl.float32)
-    dbias = tl.zeros([COLS], tl.float32)
+    dweight = tl.zeros([ROWS, COLS], tl.float32)
+    dbias = tl.zeros([ROWS, COLS], tl.float32)
     # A while loop: with numpy 2.4, Triton's interpreter cannot use its tensors as bounds of a range.
     first = tl.program_id(0) * ROWS
     while first < num_rows:
@@ -84,12 +84,12 @@ def _backward_kernel(
         mean_dx = tl.sum(dxhat * xhat, axis=1) / D
         dx = (dxhat - mean_d[:, None] - xhat * mean_dx[:, None]) * rstd[:, None] + residual
         tl.store(p_dx + addresses, dx.to(p_dx.dtype.element_ty), mask=mask)
-        dweight += tl.sum(dnormed * xhat, axis=0)
-        dbias += tl.sum(dnormed, axis=0)
+        dweight += dnormed * xhat
+        dbias += dnormed
         first += PROGRAMS * ROWS
     partial = tl.program_id(0) * D + columns
-    tl.store(p_dweight + partial, dweight, mask=m_column)
-    tl.store(p_dbias + partial, dbias, mask=m_column)
+    tl.store(p_dweight + partial, tl.sum(dweight, axis=0), mask=m_column)
+    tl.store(p_dbias + partial, tl.sum(dbias, axis=0), mask=m_column)
 
 
 def forward(x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,8 +117,7 @@ def backward(
     """
     num_rows, width = x_TD.shape
     dx = torch.empty_like(x_TD)
-    rows, columns, warps = row_blocks(width)
-    programs = serial_grid(x_TD.device)
+    programs, rows, columns, warps = serial_blocks(width, x_TD.device)
     dweight, dbias = (torch.empty(programs, width, dtype=torch.float32, device=x_TD.device) for _ in range(2))
     _backward_kernel[(programs,)](
         dnormed_TD,

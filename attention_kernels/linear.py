@@ -21,13 +21,61 @@ SCALE_FLOOR = 1e-12
 def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBackend) -> Tensor:
     """residual + a b.  The Triton kernel adds in the epilogue; `torch.addmm` would first copy the residual.
 
-    Rows that do not start at multiples of 16 bytes go through `torch.addmm` on either backend.
+    float32, and rows that do not start at multiples of 16 bytes, go through `torch.addmm` on either backend.
     """
     if backend == "triton" and linear_kernel.fits(a, b, residual):
         out = torch.empty_like(residual)
         linear_kernel.launch(a, b, out, residual=residual)
         return out
     return torch.addmm(residual, a, b)
+
+
+def uvqk(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor,
+    u_width: int,
+    active: int,
+    *,
+    keep_raw: bool,
+    scales: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype,
+    want_u: bool = True,
+    backend: LayerBackend,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(U, the columns behind U, the product before SiLU or None) of a b + bias, SiLU on the first `active` columns.
+
+    `scales` (of rows of a, of columns of b) marks FP8 operands, b then being [N, K].  Where SiLU covers all columns the
+    kernel applies it in its epilogue; where it covers U alone, cuBLAS and one pass over U are faster.  With the same
+    arguments but `keep_raw` and `want_u` the results are the same bits.
+    """
+    N = b.shape[0] if scales else b.shape[1]
+    T, fused = a.shape[0], backend == "triton" and active == N and linear_kernel.fits(a, b)
+    if fused and u_width % linear_kernel.tiles(N, fp8=scales is not None)["BLOCK_N"] == 0:
+        rest = torch.empty(T, N - u_width, dtype=dtype, device=a.device)
+        u = torch.empty(T, u_width, dtype=dtype, device=a.device) if want_u else None
+        raw = torch.empty(T, N, dtype=dtype, device=a.device) if keep_raw else None
+        row_scale, column_scale = scales or (None, None)
+        linear_kernel.launch(
+            a,
+            b,
+            rest,
+            u=u,
+            u_width=u_width,
+            raw=raw,
+            active=active,
+            bias=bias,
+            b_is_nk=scales is not None,
+            row_scale=row_scale,
+            column_scale=column_scale,
+        )
+        return u, rest, raw
+    if scales:
+        raw = matmul_fp8(a, scales[0], b, scales[1], bias=bias, dtype=dtype, backend=backend)
+    else:
+        raw = torch.addmm(bias.to(dtype), a, b)
+    u, rest = layer_ops.silu_uvqk_forward(raw, u_width, active, inplace=not keep_raw, backend=backend)
+    return u, rest, raw if keep_raw else None
 
 
 def quantise_rows(x: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ def _matmul_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     U_WIDTH: tl.constexpr,
+    STORE_U: tl.constexpr,
     ACTIVE: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -83,7 +84,8 @@ def _matmul_kernel(
             acc = _silu(rounded, APPROXIMATE)
     if U_WIDTH > 0:
         if first_n < U_WIDTH:
-            u_desc.store([first_m, first_n], acc.to(out_desc.dtype))
+            if STORE_U:
+                u_desc.store([first_m, first_n], acc.to(out_desc.dtype))
         else:
             out_desc.store([first_m, first_n - U_WIDTH], acc.to(out_desc.dtype))
     else:
@@ -91,14 +93,17 @@ def _matmul_kernel(
 
 
 def tiles(N: int, *, fp8: bool) -> dict[str, int]:
-    """Tile sizes: two programs fit a multiprocessor, so that one's epilogue hides behind the other's products."""
+    """Tile sizes: two programs fit a multiprocessor, so that one's epilogue hides behind the other's products.
+
+    Chosen from `benchmarks.layer_products` on one NVIDIA H200.
+    """
     if INTERPRETED:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     return {
         "BLOCK_M": 128,
         "BLOCK_N": 128,
         "BLOCK_K": 128 if fp8 else 64,
-        "num_warps": 8,
+        "num_warps": 4 if fp8 else 8,
         "num_stages": 3,
     }
 
@@ -110,6 +115,7 @@ def launch(
     *,
     b_is_nk: bool = False,
     u: Tensor | None = None,
+    u_width: int = 0,
     raw: Tensor | None = None,
     active: int = 0,
     bias: Tensor | None = None,
@@ -118,7 +124,7 @@ def launch(
     column_scale: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> None:
-    """Writes `out` [M, N], or with `u` [M, U] its columns behind U into `out` [M, N - U].
+    """Writes `out` [M, N], or with `u_width` the columns behind U into `out` [M, N - U], and U into `u` if given.
 
     One program a tile of BLOCK_M x BLOCK_N, accumulated in float32.  `active` and U's width must be multiples of
     BLOCK_N (or `active` at least N).
@@ -147,7 +153,8 @@ def launch(
         M,
         N=N,
         K=K,
-        U_WIDTH=0 if u is None else u.shape[1],
+        U_WIDTH=u_width,
+        STORE_U=u is not None,
         ACTIVE=active,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
@@ -160,8 +167,13 @@ def launch(
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can move these: contiguous rows that start at multiples of 16 bytes."""
+    """Whether the kernel takes these: 16-bit values (float32 would lose bits to TF32) in rows that the tensor memory
+    accelerator can move, contiguous and starting at multiples of 16 bytes."""
     return all(
-        x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 and x.numel() > 0
+        x.element_size() <= 2
+        and x.stride(1) == 1
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and x.numel() > 0
         for x in tensors
     )

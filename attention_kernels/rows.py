@@ -7,9 +7,12 @@ import triton
 
 _ELEMENTS_PER_BLOCK = 4096
 """Float32 values of one operand that a program of 8 warps keeps in registers: 16 a thread."""
-_INTERPRETER_PROGRAMS = 4
+_ELEMENTS_PER_WARP = 512
+"""Likewise for a program that walks over rows: one warp holds a whole row up to this width, so that sums along the row
+need no shared memory."""
+_SERIAL_WARPS_PER_MULTIPROCESSOR = 16
+_INTERPRETER_PROGRAMS = 2
 """Few, because the interpreter runs them one after another."""
-_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def row_blocks(width: int) -> tuple[int, int, int]:
@@ -19,9 +22,16 @@ def row_blocks(width: int) -> tuple[int, int, int]:
     return rows, columns, 8
 
 
-@functools.cache
-def serial_grid(device: torch.device) -> int:
-    """Programs of a kernel that walks over all rows and keeps sums on the way."""
+def serial_blocks(width: int, device: torch.device) -> tuple[int, int, int, int]:
+    """(programs, rows, columns, warps) of a kernel that walks over all rows and keeps sums on the way."""
+    columns = max(16, triton.next_power_of_2(width))
     if device.type != "cuda":
-        return _INTERPRETER_PROGRAMS
-    return _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        return _INTERPRETER_PROGRAMS, 16, columns, 1
+    warps = max(1, columns // _ELEMENTS_PER_WARP)
+    programs = _multiprocessors(device) * max(1, _SERIAL_WARPS_PER_MULTIPROCESSOR // warps)
+    return programs, max(1, _ELEMENTS_PER_WARP // columns), columns, warps
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_kernels.rows import serial_grid
+from attention_kernels.rows import serial_blocks
 
 _COLUMNS = 512
 _ROWS = 8
@@ -60,7 +60,7 @@ def _backward_kernel(
     columns = tl.program_id(1) * COLS + tl.arange(0, COLS)
     m_column = columns < WIDTH
     m_active = columns < ACTIVE
-    dbias = tl.zeros([COLS], tl.float32)
+    dbias = tl.zeros([ROWS, COLS], tl.float32)
     # A while loop: with numpy 2.4, Triton's interpreter cannot use its tensors as bounds of a range.
     first = tl.program_id(0) * ROWS
     while first < num_rows:
@@ -75,9 +75,9 @@ def _backward_kernel(
         slope = tl.where(m_active[None, :], sigmoid * (1.0 + raw * (1.0 - sigmoid)), 1.0)
         gradient = gradient * slope
         tl.store(p_gradient + addresses, gradient.to(p_gradient.dtype.element_ty), mask=active)
-        dbias += tl.sum(gradient, axis=0)
+        dbias += gradient
         first += PROGRAMS * ROWS
-    tl.store(p_dbias + tl.program_id(0) * WIDTH + columns, dbias, mask=m_column)
+    tl.store(p_dbias + tl.program_id(0) * WIDTH + columns, tl.sum(dbias, axis=0), mask=m_column)
 
 
 def forward(raw: Tensor, u_width: int, active: int, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,9 +112,10 @@ def backward_(gradient: Tensor, raw: Tensor, active: int) -> Tensor:
     `raw` needs only these columns.  Returns the sum over rows of the result, [width] float32.
     """
     num_rows, width = gradient.shape
-    programs = serial_grid(gradient.device)
+    columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
+    programs, rows, columns, warps = serial_blocks(columns, gradient.device)
     dbias = torch.empty(programs, width, dtype=torch.float32, device=gradient.device)
-    _backward_kernel[(programs, triton.cdiv(width, _COLUMNS))](
+    _backward_kernel[(programs, triton.cdiv(width, columns))](
         gradient,
         raw,
         dbias,
@@ -122,8 +123,9 @@ def backward_(gradient: Tensor, raw: Tensor, active: int) -> Tensor:
         raw.stride(0),
         ACTIVE=active,
         WIDTH=width,
-        ROWS=_ROWS,
-        COLS=_COLUMNS,
+        ROWS=rows,
+        COLS=columns,
         PROGRAMS=programs,
+        num_warps=warps,
     )
     return dbias.sum(0)

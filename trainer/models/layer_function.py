@@ -30,9 +30,7 @@ class _FusedLayer(torch.autograd.Function):
     ) -> Tensor:
         backend = layer_ops.layer_backend(x_TD)
         T, W = x_TD.shape[0], spec.gate_width
-        uvqk, normed_TD, mean, rstd = _project(parameters[:4], x_TD, spec, backend)
-        # The product's columns are overwritten unless the backward is to find them.
-        u, vqk = layer_ops.silu_uvqk_forward(uvqk, W, spec.active_width, inplace=spec.recompute_uvqk, backend=backend)
+        (u, vqk, uvqk), normed_TD, mean, rstd = _project(parameters[:4], x_TD, spec, backend)
         attention = _attend(vqk, spec, batch).view(T, W)
         out, gated = _output(attention, u, x_TD, parameters[4:], spec, batch, backend)
         ctx.spec, ctx.batch, ctx.backend = spec, batch, backend
@@ -43,7 +41,7 @@ class _FusedLayer(torch.autograd.Function):
             mean,
             rstd,
             None if spec.recompute_normed else normed_TD,
-            None if spec.recompute_uvqk else uvqk,
+            uvqk,
             None if spec.recompute_uvqk else vqk,
             None if spec.recompute_gated else gated,
             *parameters,
@@ -82,8 +80,17 @@ class _FusedLayer(torch.autograd.Function):
         if normed_TD is None:
             normed_TD, _, _ = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
         if uvqk is None:
-            uvqk = torch.addmm(uvqk_bias.to(dtype), normed_TD, uvqk_weight.to(dtype))
-            _, vqk = layer_ops.silu_uvqk_forward(uvqk, W, spec.active_width, inplace=False, backend=backend)
+            _, vqk, uvqk = linear.uvqk(
+                normed_TD,
+                uvqk_weight.to(dtype),
+                uvqk_bias,
+                W,
+                spec.active_width,
+                keep_raw=True,
+                want_u=False,
+                dtype=dtype,
+                backend=backend,
+            )
         _attend_backward(dattention.view(T, spec.num_heads, spec.value_dim), vqk, duvqk[:, W:], spec, batch)
         del dattention, vqk
         duvqk_bias = layer_ops.silu_uvqk_backward_(duvqk, uvqk, spec.active_width, backend=backend)
@@ -110,18 +117,31 @@ class _FusedLayer(torch.autograd.Function):
 
 def _project(
     parameters: tuple[Tensor, ...], x_TD: Tensor, spec: LayerSpec, backend: layer_ops.LayerBackend
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The fused product before SiLU, the normed input (None in FP8), and the norm's statistics."""
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None, Tensor, Tensor]:
+    """(U, the columns behind U, the product before SiLU if kept), the normed input (None in FP8), its statistics."""
     norm_weight, norm_bias, weight, bias = parameters
-    dtype = x_TD.dtype
-    if not spec.fp8:
-        normed_TD, mean, rstd = layer_ops.layer_norm_forward(
-            x_TD, norm_weight, norm_bias, spec.norm_eps, backend=backend
-        )
-        return torch.addmm(bias.to(dtype), normed_TD, weight.to(dtype)), normed_TD, mean, rstd
-    rows, scale, mean, rstd = linear.layer_norm_fp8(x_TD, norm_weight, norm_bias, spec.norm_eps, backend=backend)
-    columns = linear.quantise_columns(weight, backend=backend)
-    return linear.matmul_fp8(rows, scale, *columns, bias=bias, dtype=dtype, backend=backend), None, mean, rstd
+    norm = (x_TD, norm_weight, norm_bias, spec.norm_eps)
+    scales, normed_TD = None, None
+    if spec.fp8:
+        rows, row_scale, mean, rstd = linear.layer_norm_fp8(*norm, backend=backend)
+        columns, column_scale = linear.quantise_columns(weight, backend=backend)
+        scales = (row_scale, column_scale)
+    else:
+        normed_TD, mean, rstd = layer_ops.layer_norm_forward(*norm, backend=backend)
+        rows, columns = normed_TD, weight.to(x_TD.dtype)
+    u, vqk, uvqk = linear.uvqk(
+        rows,
+        columns,
+        bias,
+        spec.gate_width,
+        spec.active_width,
+        keep_raw=not spec.recompute_uvqk,
+        scales=scales,
+        dtype=x_TD.dtype,
+        backend=backend,
+    )
+    assert u is not None
+    return (u, vqk, uvqk), normed_TD, mean, rstd
 
 
 def _output(

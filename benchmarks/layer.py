@@ -1,0 +1,280 @@
+"""Speed and memory of one HSTU layer on a GPU: peers' rows, lengths, recomputation, FP8, compilation, a breakdown.
+
+Run on a GPU: python -m benchmarks.layer [--json FILE]; then on any machine: python -m benchmarks.layer_plots
+
+All layers run over 131,072 tokens in sequences of equal length, bfloat16, two layers deep, on random inputs.  Times are
+medians of `triton.testing.do_bench`.  FLOPs count allowed pairs, and no recomputation (`trainer.models.flops`).
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from attention_kernels import SemiLocalMask
+from trainer.models.config import LayerConfig
+from trainer.models.flops import TRAINING_FACTOR, allowed_pairs, layer_flops
+from trainer.models.hstu import HstuLayer, HstuTower, Stage, build_layer_spec
+from trainer.models.layer import LayerBatch, plain_layer
+from trainer.models.layout import SequenceLayout, make_layout
+
+TOKENS = 131072
+LAYERS = 2
+PEAK_TFLOPS = 989.0
+"""Dense bfloat16 of the H100 and H200, by their data sheet; MFU is relative to it."""
+FULL = SemiLocalMask()
+SEMI_LOCAL = SemiLocalMask(local=256, global_rows=256)
+LOCAL = SemiLocalMask(local=256)
+WIDE = LayerConfig(num_heads=4, qk_dim=256, value_dim=256)
+
+
+def equal_layout(length: int, tokens: int = TOKENS) -> SequenceLayout:
+    """Sequences of `length` events and nothing else."""
+    host = torch.full((tokens // length,), length)
+    none = torch.zeros_like(host)
+    return make_layout(host.cuda(), none.cuda(), host, none)
+
+
+def make_tower(config: LayerConfig, dim: int, mask: SemiLocalMask, layers: int = LAYERS) -> HstuTower:
+    """A tower of equal layers."""
+    spec = build_layer_spec(config, max_len=2**16)
+    built = [HstuLayer(dim=dim, spec=spec) for _ in range(layers)]
+    return HstuTower(built, [Stage(num_layers=layers, mask=mask)]).cuda()
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    """Median of repeated runs, the first one (compilation) left out."""
+    function()
+    return float(triton.testing.do_bench(function, warmup=20, rep=120, return_mode="median"))
+
+
+def measure(config: LayerConfig, dim: int, length: int, mask: SemiLocalMask, *, train: bool = True) -> dict[str, float]:
+    """Milliseconds, million token-layers a second and MFU forward and training, and memory, of a layer."""
+    tower, layout = make_tower(config, dim, mask), equal_layout(length)
+    x = torch.randn(TOKENS, dim, device="cuda", dtype=torch.bfloat16)
+    dout = torch.randn_like(x)
+    pairs = (TOKENS // length) * allowed_pairs(
+        length, local=mask.local, global_rows=mask.global_rows, global_columns=mask.global_columns
+    )
+    flops = LAYERS * float(layer_flops(config, dim=dim, num_tokens=TOKENS, pairs=pairs).forward)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        out: Tensor = tower(x, layout)[0]
+        return out
+
+    leaf = x.clone().requires_grad_()
+
+    def training() -> None:
+        leaf.grad = None
+        tower(leaf, layout)[0].backward(dout)
+
+    ms = milliseconds(forward)
+    result = {"forward_ms": ms / LAYERS, "forward_mtokens": TOKENS * LAYERS / ms / 1e3}
+    result["forward_mfu"] = flops / ms / 1e9 / PEAK_TFLOPS
+    if not train:
+        return result
+    ms = milliseconds(training)
+    result |= {"train_ms": ms / LAYERS, "train_mtokens": TOKENS * LAYERS / ms / 1e3}
+    result["train_tflops"] = TRAINING_FACTOR * flops / ms / 1e9
+    result["train_mfu"] = result["train_tflops"] / PEAK_TFLOPS
+    return result | memory(tower, leaf, dout, layout)
+
+
+def memory(tower: HstuTower, leaf: Tensor, dout: Tensor, layout: SequenceLayout) -> dict[str, float]:
+    """GiB kept for the backward a layer, its bytes a token, and the peak of both layers, above the inputs."""
+    leaf.grad = None
+    for parameter in tower.parameters():
+        parameter.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = tower(leaf, layout)[0]
+    # The output is the next layer's input and counted there.
+    kept = (torch.cuda.memory_allocated() - before) / LAYERS
+    out.backward(dout)
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"kept_gib": kept / 2**30, "kept_bytes_per_token": kept / TOKENS, "peak_gib": peak / 2**30}
+
+
+def peers_rows() -> dict[str, Any]:
+    """The four rows of the design's section 2, for both variants."""
+    rows: dict[str, Any] = {}
+    for variant in ("paper", "production"):
+        narrow = LayerConfig(variant=variant)  # type: ignore[arg-type]  # mypy widens the tuple's strings
+        wide = replace(WIDE, variant=variant)
+        rows[f"{variant}: d 512, L 4096, full causal"] = measure(narrow, 512, 4096, FULL)
+        rows[f"{variant}: d 512, L 16384, full causal"] = measure(narrow, 512, 16384, FULL)
+        rows[f"{variant}: d 512, L 16384, semi-local 256 + 256"] = measure(narrow, 512, 16384, SEMI_LOCAL)
+        rows[f"{variant}: d 1024, L 4096, full causal"] = measure(wide, 1024, 4096, FULL)
+    rows["paper: d 512, L 16384, local 256"] = measure(LayerConfig(), 512, 16384, LOCAL)
+    return rows
+
+
+def lengths() -> dict[str, Any]:
+    """HSTU (full causal) beside ULTRA (256 + 256), paper's layer, 1K to 64K."""
+    return {
+        name: {length: measure(LayerConfig(), 512, length, mask) for length in (2**i for i in range(10, 17))}
+        for name, mask in (("full causal", FULL), ("semi-local 256 + 256", SEMI_LOCAL))
+    }
+
+
+def recomputation() -> dict[str, Any]:
+    """What each thing kept instead of rebuilt saves in time and costs in memory (semi-local, L 16,384)."""
+    keeping: dict[str, dict[str, bool]] = {
+        "rebuild all": {},
+        "keep normed": {"recompute_normed": False},
+        "keep gated": {"recompute_gated": False},
+        "keep uvqk": {"recompute_uvqk": False},
+        "keep all": {"recompute_normed": False, "recompute_uvqk": False, "recompute_gated": False},
+    }
+    return {
+        name: measure(replace(LayerConfig(), **switches), 512, 16384, SEMI_LOCAL) for name, switches in keeping.items()
+    }
+
+
+def fp8() -> dict[str, Any]:
+    """Forward of a layer in FP8 beside bfloat16, and its error."""
+    rows: dict[str, Any] = {}
+    for dim, config in ((512, LayerConfig()), (1024, WIDE)):
+        for name, length, mask in (("full causal", 4096, FULL), ("semi-local 256 + 256", 16384, SEMI_LOCAL)):
+            results = [
+                measure(replace(config, fp8=fp8), dim, length, mask, train=False)["forward_ms"] for fp8 in (False, True)
+            ]
+            rows[f"d {dim}, L {length}, {name}"] = {
+                "bf16_ms": results[0],
+                "fp8_ms": results[1],
+                "speedup": results[0] / results[1],
+                "relative_error": _fp8_error(config, dim, mask),
+            }
+    return rows
+
+
+def _fp8_error(config: LayerConfig, dim: int, mask: SemiLocalMask) -> float:
+    """Norm of the FP8 layer's difference from bfloat16 over the norm of what the layer adds to its input."""
+    tower, layout = make_tower(config, dim, mask, layers=1), equal_layout(1024, 8192)
+    x = torch.randn(8192, dim, device="cuda", dtype=torch.bfloat16)
+    layer = tower.layers[0]
+    assert isinstance(layer, HstuLayer)
+    with torch.no_grad():
+        exact = layer(x, layout, mask)
+        layer.spec = replace(layer.spec, fp8=True)
+        quantised = layer(x, layout, mask)
+    return float((quantised.float() - exact.float()).norm() / (exact.float() - x.float()).norm())
+
+
+def compilation() -> dict[str, Any]:
+    """The fused layer beside the plain one, eager and through torch.compile (semi-local, L 16,384), training."""
+    tower, layout = make_tower(LayerConfig(), 512, SEMI_LOCAL, layers=1), equal_layout(16384)
+    layer = tower.layers[0]
+    assert isinstance(layer, HstuLayer)
+    leaf = torch.randn(TOKENS, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dout = torch.randn_like(leaf)
+    batch = LayerBatch(offsets=layout.offsets, num_candidates=layout.num_candidates, mask=SEMI_LOCAL)
+
+    def run(function: Callable[..., Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            leaf.grad = None
+            function().backward(dout)  # type: ignore[no-untyped-call]  # torch's method
+
+        return step
+
+    def plain() -> Tensor:
+        return plain_layer(leaf, layer.parameter_set(), layer.spec, batch)
+
+    def fused() -> Tensor:
+        return layer(leaf, layout, SEMI_LOCAL)  # type: ignore[no-any-return]  # nn.Module is untyped
+
+    rows: dict[str, Any] = {"fused eager": milliseconds(run(fused)), "plain eager": milliseconds(run(plain))}
+    for name, function in (("plain compiled", plain), ("fused compiled", fused)):
+        torch._dynamo.reset()
+        breaks = torch._dynamo.explain(function)().graph_break_count
+        rows[name] = milliseconds(run(torch.compile(function)))
+        rows[f"{name}: graph breaks"] = breaks
+    return rows
+
+
+def breakdown() -> dict[str, Any]:
+    """Milliseconds a layer by kernel class, forward and backward, and the ten longest kernels."""
+    result: dict[str, Any] = {}
+    for name, length, mask in (("full causal L 4096", 4096, FULL), ("semi-local L 16384", 16384, SEMI_LOCAL)):
+        tower, layout = make_tower(LayerConfig(), 512, mask), equal_layout(length)
+        leaf = torch.randn(TOKENS, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        dout = torch.randn_like(leaf)
+        for _ in range(3):
+            tower(leaf, layout)[0].backward(dout)
+        steps = 4
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(steps):
+                tower(leaf, layout)[0].backward(dout)
+            torch.cuda.synchronize()
+        classes: dict[str, float] = {}
+        kernels: dict[str, float] = {}
+        for event in profiler.key_averages():
+            ms = event.self_device_time_total / 1e3 / steps / LAYERS
+            kernels[event.key[:80]] = ms
+            kind = _kernel_class(event.key)
+            classes[kind] = classes.get(kind, 0.0) + ms
+        longest = sorted(kernels.items(), key=lambda item: -item[1])[:16]
+        result[name] = {"classes": classes, "longest": dict(longest)}
+    return result
+
+
+def _kernel_class(name: str) -> str:
+    if name in ("forward_kernel", "dq_kernel", "dkdv_kernel"):
+        return "attention"
+    if any(part in name for part in ("gemm", "nvjet", "cutlass", "_matmul_kernel", "xmma")):
+        return "products"
+    return "elementwise and the rest"
+
+
+def synchronisations() -> int:
+    """Host waits in a forward and a backward: 0, or torch raises."""
+    tower, layout = make_tower(LayerConfig(), 512, SEMI_LOCAL), equal_layout(4096)
+    leaf = torch.randn(TOKENS, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dout = torch.randn_like(leaf)
+    tower(leaf, layout)[0].backward(dout)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tower(leaf, layout)[0].backward(dout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return 0
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "peers": peers_rows,
+    "synchronisations": synchronisations,
+    "breakdown": breakdown,
+    "fp8": fp8,
+    "recomputation": recomputation,
+    "lengths": lengths,
+    "compilation": compilation,
+}
+
+
+def main() -> None:
+    """Runs the parts, prints each as it is done, and writes JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "tokens": TOKENS, "torch": torch.__version__}
+    for part in arguments.parts:
+        torch.manual_seed(0)
+        results[part] = PARTS[part]()
+        print(part, json.dumps(results[part], indent=1, default=str), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1))
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
