@@ -124,11 +124,13 @@ def logs(
         _show(Path(record.run_dir, "logs", f"rank-{rank or 0}.log"))
         return
     scheduler, _, app_id = _parse(handle)
-    if scheduler in ("local_cwd", "slurm"):
+    if scheduler == "local_cwd":
+        raise WrongUse("a local job's output went to the terminal of its submit command: --rank shows a rank's log")
+    if scheduler == "slurm":
         if record is None:
             raise WrongUse(f"{handle} was not submitted from this checkout: its output's place is not known")
-        for path in _node_outputs(scheduler, app_id, Path(record.job_dir), node):
-            _show(path)
+        for stream in ("out", "err"):
+            _show(Path(record.job_dir, f"slurm-{app_id}-{ROLE}-{node}.{stream}"))
         return
     with runner(scheduler) as torchx:
         for line in torchx.log_lines(handle, ROLE, node):
@@ -187,13 +189,6 @@ def _parse(handle: str) -> tuple[str, str, str]:
     if scheduler not in SCHEDULERS:
         raise WrongUse(f"{handle!r} is no job handle: expected SCHEDULER://SESSION/ID as `submit` prints it")
     return scheduler, session, app_id
-
-
-def _node_outputs(scheduler: str, app_id: str, job_dir: Path, node: int) -> list[Path]:
-    """The files that hold a node's standard output and error."""
-    if scheduler == "slurm":
-        return [job_dir / f"slurm-{app_id}-{ROLE}-{node}.{stream}" for stream in ("out", "err")]
-    return [job_dir / ROLE / str(node) / name for name in ("stdout.log", "stderr.log")]
 
 
 def _show(path: Path) -> None:

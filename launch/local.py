@@ -45,9 +45,9 @@ def create_scheduler(session_name: str, **_: Any) -> PatientLocal:
 
 
 def show_on_terminal(info: AppDryRunInfo) -> None:
-    """Let the first node's output go to this terminal unread, so that its progress bar stays a progress bar."""
-    first = info.request.role_params[ROLE][0]
-    first.stdout = first.stderr = first.combined = None
+    """Let the nodes' output go to this terminal unread, so that the progress bar stays a progress bar."""
+    for replica in info.request.role_params[ROLE]:
+        replica.stdout = replica.stderr = replica.combined = None
 
 
 def wait(runner: Runner, handle: str) -> AppState:

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 PORT_BASE, PORT_COUNT = 29500, 500
-"""Rendezvous ports lie in [PORT_BASE, PORT_BASE + PORT_COUNT), one a job, so that jobs sharing a node rarely meet."""
+"""Jobs meet at ports in [PORT_BASE, PORT_BASE + PORT_COUNT), one a job: jobs that share a node rarely collide."""
 
 
 def torchrun_arguments(
@@ -35,18 +35,20 @@ def torchrun_arguments(
     Raises:
         ValueError: the first node is not known or its name does not resolve.
     """
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", job_id]
     if nodes == 1:
         # Port 0: the agent picks a free one.  The loopback address serves machines that cannot resolve their own name.
-        rendezvous += ["--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", job_id, "--rdzv-endpoint", "localhost:0"]
+        rendezvous += ["--local-addr", "localhost"]
     else:
+        # Fixed node ranks: rank 0 is on the first node, whose name was just resolved.  With torchrun's other rendezvous
+        # rank 0 may be anywhere, and calls itself what only its own machine may understand.
         host = first_node(environment, first_node_variable, node_rank=node_rank)
-        rendezvous += ["--rdzv-endpoint", f"{host}:{rendezvous_port(job_id)}"]
+        rendezvous = ["--node-rank", str(node_rank), "--master-addr", host, "--master-port", str(job_port(job_id))]
     size = ["--nnodes", str(nodes), "--nproc-per-node", str(procs_per_node)]
     return ["-m", "torch.distributed.run", *size, *rendezvous, *command]
 
 
-def rendezvous_port(job_id: str) -> int:
+def job_port(job_id: str) -> int:
     """The port that every node of the job computes alike."""
     return PORT_BASE + zlib.crc32(job_id.encode()) % PORT_COUNT
 

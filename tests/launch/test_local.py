@@ -75,11 +75,13 @@ def _record(folder: Path, pid: int) -> records.JobRecord:
     )
 
 
+# Says when it runs, and ends with its standard input.
+WAITING = "import sys; print('here', flush=True); sys.stdin.read()"
+
+
 def test_a_job_lives_as_long_as_its_launcher(tmp_path: Path) -> None:
     # A process whose command line says "launch", as a real one's does.
-    with subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read()", "launch"], stdin=subprocess.PIPE
-    ) as process:
+    with _waiting("launch") as process:
         record = _record(tmp_path, process.pid)
         assert local.state(record) == AppState.RUNNING
         local.cancel(record)
@@ -90,9 +92,17 @@ def test_a_job_lives_as_long_as_its_launcher(tmp_path: Path) -> None:
 
 
 def test_another_process_of_the_same_number_is_not_the_launcher(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+    with _waiting() as process:
         assert local.state(_record(tmp_path, process.pid)) == AppState.FAILED
         process.kill()
+
+
+def _waiting(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", WAITING, *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 # Notes SIGTERM, and needs longer than TorchX's 10 s to write its state.

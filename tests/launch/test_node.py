@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.node import PORT_BASE, PORT_COUNT, first_node, rendezvous_port, torchrun_arguments
+from launch.node import PORT_BASE, PORT_COUNT, first_node, job_port, torchrun_arguments
 
 COMMAND = ["-m", "trainer", "train", "demo"]
 
@@ -27,14 +27,13 @@ def test_one_node_takes_a_free_port_of_its_own() -> None:
 
 
 def test_all_nodes_of_a_job_meet_at_one_port_of_the_first() -> None:
-    endpoints = {
-        arguments[arguments.index("--rdzv-endpoint") + 1]
-        for rank in range(3)
-        for arguments in [_arguments(3, {"FIRST": "localhost"}, node_rank=rank)]
-    }
-    assert endpoints == {f"localhost:{rendezvous_port('17')}"}
-    assert rendezvous_port("17") != rendezvous_port("18")
-    assert PORT_BASE <= rendezvous_port("17") < PORT_BASE + PORT_COUNT
+    for rank in range(3):
+        arguments = _arguments(3, {"FIRST": "localhost"}, node_rank=rank)
+        assert arguments[arguments.index("--node-rank") + 1] == str(rank)
+        assert arguments[arguments.index("--master-addr") + 1] == "localhost"
+        assert arguments[arguments.index("--master-port") + 1] == str(job_port("17"))
+    assert job_port("17") != job_port("18")
+    assert PORT_BASE <= job_port("17") < PORT_BASE + PORT_COUNT
 
 
 def test_the_first_entry_of_a_list_is_the_first_node() -> None:

@@ -15,6 +15,7 @@ from launch import records
 from launch.submit import Request, runner, submit
 from launch.workspace import ROOT
 from tests.support.slurm import Cluster, missing_programs, slurm_cluster
+from tests.support.small_data import small_dataset
 from tests.support.training import SMALL, losses, read_lines
 
 TIMEOUT_S = 180
@@ -95,7 +96,17 @@ def _train(run_dir: Path, *overrides: str) -> str:
 
 def _submit(run_dir: Path, *overrides: str) -> str:
     size = ("--scheduler", "slurm", "--nodes", "2", "--procs-per-node", "1", "--option", "partition=main")
-    done = _launch("submit", "kuairand_sample", *size, "--run-dir", str(run_dir), "--set", *SMALL, *overrides)
+    done = _launch(
+        "submit",
+        "kuairand_sample",
+        *size,
+        "--run-dir",
+        str(run_dir),
+        "--set",
+        f"data.path={small_dataset()}",
+        *SMALL,
+        *overrides,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

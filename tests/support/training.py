@@ -14,6 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.support.small_data import small_dataset
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 
@@ -39,7 +41,7 @@ def start_training(run_dir: Path, ranks: int, *overrides: str, plan: Path | None
     command = [sys.executable, *launcher, "-m", "trainer", "train", "kuairand_sample", "--run-dir", str(run_dir)]
     command += ["--plan", str(plan)] if plan else []
     return subprocess.Popen(
-        [*command, "--set", *SMALL, *overrides],
+        [*command, "--set", f"data.path={small_dataset()}", *SMALL, *overrides],
         cwd=ROOT,
         # One thread a process: sums then do not depend on how busy the machine is.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
