@@ -119,30 +119,25 @@ def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tens
 
 
 def keep_events(layout: SequenceLayout, keep_host: Tensor) -> tuple[SequenceLayout, Tensor]:
-    """Keep the history tokens where `keep_host` (CPU, [T] bool) is set, and all context and candidates.
+    """Keep the events where `keep_host` is set, and all context and candidates.
 
-    The choice is made on the host, because it decides sizes.  Returns as `keep_newest` does.
+    `keep_host` is [S] bool in host memory over item tokens, history and candidates without context; its values at
+    candidates do not matter.  The choice is made on the host, because it decides sizes.  Returns as `keep_newest` does.
     """
-    host = make_layout(
-        layout.history_lens_host,
-        layout.num_candidates_host,
-        layout.history_lens_host,
-        layout.num_candidates_host,
-        num_context=layout.num_context,
-    )
-    is_history = history_mask(host)
-    kept = keep_host & is_history
-    lens_host = torch.zeros_like(layout.history_lens_host).index_add_(0, host.user_T, kept.long())
-    rows = torch.nonzero(kept | ~is_history)[:, 0]
+    lens = (layout.history_lens_host, layout.num_candidates_host)
+    items = make_layout(*lens, *lens)
+    is_event = history_mask(items)
+    kept = keep_host & is_event
+    new_lens = torch.zeros_like(layout.history_lens_host).index_add_(0, items.user_T, kept.long())
+    # Context tokens of a sequence and of those before it lie in front of its item tokens.
+    item_rows = torch.arange(items.num_tokens) + layout.num_context * (items.user_T + 1)
+    stays = torch.ones(layout.num_tokens, dtype=torch.bool)
+    stays[item_rows] = kept | ~is_event
     device = layout.offsets.device
     new = make_layout(
-        to_device(lens_host, device),
-        layout.num_candidates,
-        lens_host,
-        layout.num_candidates_host,
-        num_context=layout.num_context,
+        to_device(new_lens, device), layout.num_candidates, new_lens, lens[1], num_context=layout.num_context
     )
-    return new, to_device(rows, device)
+    return new, to_device(torch.nonzero(stays)[:, 0], device)
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B users, C candidates of all users, D model width, M tasks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from pipelines.batch import Batch
 from trainer.models.config import InputConfig, ModelConfig
 from trainer.models.encoding import InputEncoder
-from trainer.models.hstu import HstuTower, build_tower
-from trainer.models.layout import candidate_rows, take_rows
+from trainer.models.transducers import MixtureOfTransducers, build_mixture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +38,8 @@ class RankerTower(nn.Module):
         self,
         *,
         encoder: InputEncoder,
-        tower: HstuTower,
-        head: nn.Module,
+        tower: MixtureOfTransducers,
+        head: nn.Sequential,
         task_bits: tuple[int, ...],
         task_weights: tuple[float, ...],
         max_len: int,
@@ -63,6 +63,13 @@ class RankerTower(nn.Module):
         loss = (losses_CM * self.task_weights).sum() / batch.loss_denominator
         return loss, RankerOutput(logits=logits_CM.detach(), labels=labels_CM)
 
+    @torch.no_grad()
+    def start_at_rates(self, rates: Sequence[float]) -> None:
+        """Let the untrained model predict these rates of the tasks, instead of 1/2: rare tasks need no steps for it."""
+        output = self.head[-1]
+        assert isinstance(output, nn.Linear)
+        output.bias.copy_(torch.logit(torch.tensor(rates), eps=1e-6))
+
     def score(self, embedded: dict[str, JaggedTensor], batch: Batch) -> Tensor:
         """The logits of every candidate, [C, M] float32."""
         tokens_TD, layout = self.encoder(embedded, batch)
@@ -71,8 +78,7 @@ class RankerTower(nn.Module):
                 f"a sequence has {layout.longest} tokens, more than model.max_len={self.max_len}: raise max_len or "
                 "shorten the histories"
             )
-        outputs_TD, layout = self.tower(tokens_TD, layout)
-        logits_CM: Tensor = self.head(take_rows(outputs_TD, candidate_rows(layout)))
+        logits_CM: Tensor = self.head(self.tower(tokens_TD, layout, batch))
         return logits_CM.float()
 
 
@@ -134,19 +140,14 @@ def build_ranker(
         context_names=context_names,
         num_actions=len(action_names),
     )
-    tower = build_tower(
-        dim=config.dim,
-        layer=config.layer,
-        stages=config.stages,
-        num_context=len(context_names),
-        max_len=config.max_len,
-    )
     return Ranker(
         embeddings,
         RankerTower(
             encoder=encoder,
-            tower=tower,
-            head=build_head(config.dim, config.head_hidden, len(tasks)),
+            tower=build_mixture(config, num_context=len(context_names), action_names=action_names),
+            head=build_head(
+                sum(channel.dim for channel in config.channels) or config.dim, config.head_hidden, len(tasks)
+            ),
             task_bits=tuple(action_names.index(task) for task in tasks),
             task_weights=config.task_weights or (1.0,) * len(tasks),
             max_len=config.max_len,
@@ -154,7 +155,7 @@ def build_ranker(
     )
 
 
-def build_head(dim: int, hidden: int | None, num_tasks: int) -> nn.Module:
+def build_head(dim: int, hidden: int | None, num_tasks: int) -> nn.Sequential:
     """Norm, an optional hidden layer, and one logit a task."""
     if hidden is None:
         return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_tasks))

@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from tests.support.batches import CONTEXT_VOCAB, NUM_ACTIONS, NUM_ITEMS, random_batch
 from tests.support.distributed import run_ranks
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, StageConfig
 from trainer.models.ranker import Ranker, build_ranker
 
 CONTEXT = ("user_id", "country")
@@ -52,6 +52,14 @@ CONFIGS = {
     "production": model_config(layer=replace(LAYER, variant="production", norm="group")),
     "interleaved": model_config(input=InputConfig(merge="interleave")),
     "learned_action": model_config(input=InputConfig(candidate_action="learned"), head_hidden=8),
+    "channels": model_config(
+        stages=(),
+        channels=(
+            ChannelConfig(name="clicks", dim=16, stages=STAGES, layer=LAYER, actions=("action_0", "action_3")),
+            ChannelConfig(name="watched", dim=8, stages=STAGES[:1], layer=LAYER, side="play_s"),
+        ),
+    ),
+    "stochastic depth": model_config(layer=replace(LAYER, stochastic_depth=0.5)),
     "watch_time": model_config(input=InputConfig(watch_time="play_s", watch_time_thresholds=(10.0, 50.0))),
 }
 
@@ -109,6 +117,8 @@ def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
         action=insert(alone.action, [3, 5]),
         timestamp=insert(alone.timestamp, [1_800_000_000, -1]),
         side={"play_s": insert(alone.side["play_s"], [70.0, 90.0])},
+        action_host=insert(alone.action, [3, 5]),
+        side_host={"play_s": insert(alone.side["play_s"], [70.0, 90.0])},
         candidate_action=insert(alone.candidate_action, [1, 2]),
     )
     scores = [ranker(batch)[1].logits for batch in (alone, together)]
@@ -123,6 +133,42 @@ def test_a_candidates_action_changes_nothing_but_its_label() -> None:
     is_history = torch.tensor([1, 1, 1, 1, 0, 0, 1, 1, 0, 0]).bool()
     changed.action = torch.where(is_history, batch.action, 255)
     torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
+
+
+def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None:
+    plain = small_ranker(model_config())
+    channel = ChannelConfig(name="every", dim=16, stages=STAGES, layer=LAYER, actions=ACTIONS)
+    mixture = small_ranker(model_config(stages=(), channels=(channel,)))
+    mixture.load_state_dict({name.replace(".all.", ".every."): value for name, value in plain.state_dict().items()})
+    batch = random_batch([5, 0, 9], [2, 3, 1], context_names=CONTEXT)
+    # Every event has some action, so the channel's choice runs and leaves out nothing.
+    batch.action = batch.action_host = torch.where(batch.action == 0, 1, batch.action)
+    losses = [ranker(batch)[0] for ranker in (plain, mixture)]
+    assert losses[0].item() == losses[1].item()
+
+
+def test_unknown_action_of_a_channel_is_refused() -> None:
+    channel = ChannelConfig(name="swipes", dim=16, stages=STAGES, actions=("swipe",))
+    with pytest.raises(ValueError, match="channel 'swipes' selects by 'swipe', which is none of the data's actions"):
+        small_ranker(model_config(stages=(), channels=(channel,)))
+
+
+def test_stochastic_depth_keeps_evaluation_and_changes_training() -> None:
+    batch = random_batch([5, 3, 9], [2, 3, 1], context_names=CONTEXT)
+    plain, skipping = small_ranker(model_config()), small_ranker(CONFIGS["stochastic depth"])
+    assert plain.eval()(batch)[0].item() == skipping.eval()(batch)[0].item()
+    losses = {skipping.train()(batch)[0].item() for _ in range(8)}
+    assert len(losses) > 1
+
+
+def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:
+    """With truncation in front of every layer, older events change nothing; behind a layer they do."""
+    batch = random_batch([9], [2], context_names=CONTEXT)
+    changed = replace(batch, action=batch.action.clone())
+    changed.action[:3] ^= 255
+    for stages, same in (((replace(STAGES[1], keep_newest=4),), True), (STAGES, False)):
+        ranker = small_ranker(model_config(stages=stages)).eval()
+        assert torch.equal(ranker(batch)[1].logits, ranker(changed)[1].logits) is same
 
 
 def test_too_long_a_sequence_is_refused_with_the_fix() -> None:

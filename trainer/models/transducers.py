@@ -1,0 +1,127 @@
+"""Mixture of Transducers: towers side by side, each over its own choice of events, joined at the candidates.
+
+All channels share tables and tokens.  A channel keeps all context and candidate tokens and the events it selects, by
+action or by a named side list, in its own width, depth and masks.  What it says of each candidate is concatenated with
+what the others say.  A plain model is a mixture of one channel that selects everything.
+
+Shapes: T packed tokens, S item tokens (history and candidates), C candidates, D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.batch import Batch
+from trainer.models.config import ModelConfig
+from trainer.models.hstu import HstuTower, build_tower
+from trainer.models.layout import SequenceLayout, candidate_rows, keep_events, take_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventChoice:
+    """Which events a channel sees."""
+
+    action_mask: int | None = None
+    """Events with any of these action bits; None for all."""
+    side: str | None = None
+    """Events whose value in this side list is not 0; None for all."""
+
+    @property
+    def selects_all(self) -> bool:
+        """Whether nothing is left out."""
+        return self.action_mask is None and self.side is None
+
+    def keep(self, batch: Batch) -> Tensor:
+        """[S] bool in host memory, because the choice decides sizes."""
+        kept = torch.ones(batch.action_host.shape, dtype=torch.bool)
+        if self.action_mask is not None:
+            kept &= (batch.action_host & self.action_mask) != 0
+        if self.side is not None:
+            kept &= batch.side_host[self.side] != 0
+        return kept
+
+
+class Transducer(nn.Module):
+    """One channel: choice of events, a change of width where it needs one, a tower."""
+
+    def __init__(self, *, choice: EventChoice, model_dim: int, dim: int, tower: HstuTower) -> None:
+        super().__init__()
+        self.choice = choice
+        self.projection = nn.Linear(model_dim, dim) if dim != model_dim else nn.Identity()
+        self.tower = tower
+
+    def forward(self, tokens_TD: Tensor, layout: SequenceLayout, batch: Batch) -> Tensor:
+        """The channel's output at every candidate, [C, its D]."""
+        if not self.choice.selects_all:
+            layout, rows = keep_events(layout, self.choice.keep(batch))
+            tokens_TD = take_rows(tokens_TD, rows)
+        outputs_TD, layout = self.tower(self.projection(tokens_TD), layout)
+        return take_rows(outputs_TD, candidate_rows(layout))
+
+
+class MixtureOfTransducers(nn.Module):
+    """Channels over the same tokens; on a GPU each runs on a stream of its own, forward and backward."""
+
+    def __init__(self, channels: Mapping[str, Transducer]) -> None:
+        super().__init__()
+        self.channels = nn.ModuleDict(channels)
+        self._streams: list[torch.cuda.Stream] = []
+
+    def forward(self, tokens_TD: Tensor, layout: SequenceLayout, batch: Batch) -> Tensor:
+        """The channels' outputs at every candidate, [C, sum of their D]."""
+        channels = list(self.channels.values())
+        if tokens_TD.device.type == "cuda" and len(channels) > 1:
+            return self._side_by_side(channels, tokens_TD, layout, batch)
+        outputs = [channel(tokens_TD, layout, batch) for channel in channels]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _side_by_side(
+        self, channels: list[nn.Module], tokens_TD: Tensor, layout: SequenceLayout, batch: Batch
+    ) -> Tensor:
+        """Autograd runs each operation's backward on the stream of its forward, so the backward overlaps as well."""
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(tokens_TD.device) for _ in channels]  # type: ignore[no-untyped-call]  # torch
+        current = torch.cuda.current_stream(tokens_TD.device)
+        outputs = []
+        for channel, stream in zip(channels, self._streams, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs.append(channel(tokens_TD, layout, batch))
+        for output, stream in zip(outputs, self._streams, strict=True):
+            current.wait_stream(stream)
+            # The allocator must not hand memory on while another stream still uses it.
+            output.record_stream(current)
+            for tensor in (tokens_TD, layout.offsets, layout.user_T, layout.index_T):
+                tensor.record_stream(stream)
+        return torch.cat(outputs, dim=1)
+
+
+def build_mixture(config: ModelConfig, *, num_context: int, action_names: tuple[str, ...]) -> MixtureOfTransducers:
+    """The config's channels, or one channel over all events for its stages.
+
+    Raises:
+        ValueError: a channel selects by an action that the data set does not have.
+    """
+    common = {"num_context": num_context, "max_len": config.max_len}
+    if config.stages:
+        tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, **common)
+        only = Transducer(choice=EventChoice(), model_dim=config.dim, dim=config.dim, tower=tower)
+        return MixtureOfTransducers({"all": only})
+    channels = {}
+    for channel in config.channels:
+        unknown = [action for action in channel.actions if action not in action_names]
+        if unknown:
+            raise ValueError(
+                f"model.channels: channel {channel.name!r} selects by {unknown[0]!r}, which is none of the data's "
+                f"actions: {', '.join(action_names)}"
+            )
+        bits = [1 << action_names.index(action) for action in channel.actions]
+        channels[channel.name] = Transducer(
+            choice=EventChoice(action_mask=sum(bits) if bits else None, side=channel.side),
+            model_dim=config.dim,
+            dim=channel.dim,
+            tower=build_tower(dim=channel.dim, layer=channel.layer, stages=channel.stages, **common),
+        )
+    return MixtureOfTransducers(channels)
