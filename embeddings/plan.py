@@ -169,3 +169,15 @@ def shards_of(table: TableConfig, sharding_type: ShardingType, ranks: Sequence[i
         return (Shard(ranks[0], 0, table.num_embeddings),)
     blocks = row_blocks(table.num_embeddings, len(ranks))
     return tuple(Shard(rank, first, rows) for rank, (first, rows) in zip(ranks, blocks, strict=True))
+
+
+def size_text(num_bytes: int) -> str:
+    """Bytes in the largest binary unit up to GiB of which there is at least one.
+
+    >>> size_text(0), size_text(1536), size_text(15 * 2**30)
+    ('0', '1.50 KiB', '15.00 GiB')
+    """
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(num_bytes) >= 2**power:
+            return f"{num_bytes / 2**power:.2f} {unit}"
+    return f"{num_bytes} B" if num_bytes else "0"

@@ -19,7 +19,18 @@ from typing import Any, TypeVar
 
 from embeddings.config import TableConfig
 from embeddings.machine import Machine
-from embeddings.plan import GIB, BatchLoad, Candidate, Plan, RankEstimate, Reservation, Shard, TablePlacement, shards_of
+from embeddings.plan import (
+    GIB,
+    BatchLoad,
+    Candidate,
+    Plan,
+    RankEstimate,
+    Reservation,
+    Shard,
+    TablePlacement,
+    shards_of,
+    size_text,
+)
 
 VERSION = 1
 """Raised when an older reader could misread a newer file."""
@@ -31,7 +42,11 @@ Record = TypeVar("Record")
 
 
 def write_plan(path: Path, plan: Plan) -> None:
-    """Write `plan` to `path`; a reader never sees half a file."""
+    """Write `plan` to `path`; a reader never sees half a file.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     head = {
         "version": VERSION,
         "machine": dataclasses.asdict(plan.machine),
@@ -45,8 +60,11 @@ def write_plan(path: Path, plan: Plan) -> None:
     ranks = [json.dumps({"rank": rank} | dataclasses.asdict(estimate)) for rank, estimate in enumerate(plan.ranks)]
     lines.append('"ranks": [\n' + ",\n".join(ranks) + "\n]")
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write plan {path}: {error.strerror}") from error
 
 
 def read_plan(path: Path, *, tables: Sequence[TableConfig], machine: Machine) -> Plan:
@@ -109,7 +127,7 @@ def check_plan(plan: Plan, *, tables: Sequence[TableConfig], machine: Machine) -
     fullest = max(rank.memory_bytes for rank in plan.ranks)
     if fullest > machine.memory_gib * GIB:
         raise ValueError(
-            f"needs {fullest / GIB:.2f} GiB on one rank, but {machine.describe()} are all there is: "
+            f"needs {size_text(fullest)} on one rank, but {machine.describe()} are all there is: "
             "plan again for this machine"
         )
 

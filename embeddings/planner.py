@@ -23,6 +23,7 @@ from embeddings.plan import (
     Reservation,
     TablePlacement,
     shards_of,
+    size_text,
 )
 from embeddings.search import Packer, Packing, best_packing, single_changes
 
@@ -146,8 +147,8 @@ def _rank_estimates(chosen: Sequence[Option], packing: Packing, world_size: int)
 def _nothing_left(machine: Machine, reservation: Reservation) -> str:
     return (
         f"no memory is left for tables on {machine.describe()}: placement.reserved_fraction takes "
-        f"{reservation.fraction_bytes / GIB:.2f} GiB, the dense model {reservation.dense_bytes / GIB:.2f} GiB, "
-        f"placement.activation_gib {reservation.activation_bytes / GIB:.2f} GiB; lower them, or take more memory"
+        f"{size_text(reservation.fraction_bytes)}, the dense model {size_text(reservation.dense_bytes)}, "
+        f"placement.activation_gib {size_text(reservation.activation_bytes)}; lower them, or take more memory"
     )
 
 
@@ -163,7 +164,7 @@ def _does_not_fit(
     chosen = [table[index] for table, index in zip(options, packing.choice, strict=True)]
     needs = [_total_bytes(option) for option in chosen]
     largest = sorted(range(len(tables)), key=lambda i: (-needs[i], i))[:3]
-    names = ", ".join(f"{tables[i].name} {needs[i] / GIB:.2f} GiB ({chosen[i].sharding_type})" for i in largest)
+    names = ", ".join(f"{tables[i].name} {size_text(needs[i])} ({chosen[i].sharding_type})" for i in largest)
     total, room = sum(needs), available * machine.world_size
     fixes = []
     stuck = [
@@ -180,9 +181,9 @@ def _does_not_fit(
         fixes.append("keep cold rows in host memory (add fused_uvm_caching to placement.compute_kernels)")
     fixes.append("lower placement.reserved_fraction or placement.activation_gib")
     return (
-        f"the tables do not fit on {machine.describe()}: they need {total / GIB:.2f} GiB in all and "
-        f"{packing.rating[3] / GIB:.2f} GiB on the fullest rank, {room / GIB:.2f} GiB in all and "
-        f"{available / GIB:.2f} GiB a rank are available; largest: {names}; fixes: {'; or '.join(fixes)}"
+        f"the tables do not fit on {machine.describe()}: they need {size_text(total)} in all and "
+        f"{size_text(packing.rating[3])} on the fullest rank, {size_text(room)} in all and "
+        f"{size_text(available)} a rank are available; largest: {names}; fixes: {'; or '.join(fixes)}"
     )
 
 

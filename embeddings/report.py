@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
+from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
 
 MAX_TABLES = 60
 """Tables listed, largest first; the file has them all."""
@@ -129,18 +129,6 @@ def _totals(plan: Plan) -> str:
         f"lookup group{'s' if plan.lookup_groups > 1 else ''}",
     ]
     return "\n".join(lines)
-
-
-def size_text(num_bytes: int) -> str:
-    """Bytes in the largest binary unit of which there is at least one.
-
-    >>> size_text(0), size_text(1536), size_text(15 * 2**30)
-    ('0', '1.50 KiB', '15.00 GiB')
-    """
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if abs(num_bytes) >= 2**power:
-            return f"{num_bytes / 2**power:.2f} {unit}"
-    return f"{num_bytes} B" if num_bytes else "0"
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:

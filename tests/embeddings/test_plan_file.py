@@ -139,3 +139,9 @@ def test_host_memory_kernel_is_refused_on_a_cpu(plan: Plan, tmp_path: Path) -> N
     cpus = Machine(world_size=4, local_world_size=4, compute_device="cpu")
     with pytest.raises(ValueError, match="a cpu has only fused"):
         read_plan(path, tables=TABLES, machine=cpus)
+
+
+def test_file_that_cannot_be_written_is_named(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "plan.json"
+    with pytest.raises(ValueError, match=r"cannot write plan .*plan.json: No such file"):
+        write_plan(path, plan)
