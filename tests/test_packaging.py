@@ -161,15 +161,15 @@ def test_documents_name_existing_files(document: str) -> None:
 
 
 def _file_map(text: str) -> str:
-    """The first word of each line of the block after the heading "File map"."""
-    _, _, after = text.partition("## File map")
-    block = after.partition("```\n")[2].partition("```")[0]
-    folder, paths = "", []
+    """Paths of the block after the heading "File map", where an indented name lies in the folder above it."""
+    block = text.partition("## File map")[2].partition("```\n")[2].partition("```")[0]
+    folders: list[str] = []
+    paths = []
     for line in block.splitlines():
-        word = line.split()[0] if line.split() else ""
-        if not line.startswith(" "):
-            folder = word if word.endswith("/") else ""
-        paths.append(word if not line.startswith(" ") else folder + word)
+        if line.strip():
+            depth = (len(line) - len(line.lstrip())) // 2
+            folders[depth:] = [line.split()[0]]
+            paths.append("".join(folders))
     return " ".join(paths)
 
 
