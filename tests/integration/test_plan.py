@@ -21,7 +21,7 @@ def test_recipe_is_planned_for_64_gpus_without_one(tmp_path: Path, capsys: pytes
     assert "item_id" in text and "memory of each rank" in text and str(out) in text
     tables = json.loads(out.read_text())["tables"]
     for table in tables.values():
-        rows = sorted((shard["first_row"], shard["num_rows"]) for shard in table["shards"])
+        rows = sorted((shard["offset"][0], shard["size"][0]) for shard in table["shards"])
         assert sum(num for _, num in rows) == table["num_embeddings"]
         assert all(0 <= shard["rank"] < 64 for shard in table["shards"])
 
