@@ -75,6 +75,9 @@ def build_model(config: TrainConfig, info: DatasetInfo, tables: Sequence[TableCo
         context_names=tuple(info.context_features),
         action_names=info.actions,
     )
+    rates = info.details.get("statistics", {}).get("action_rates")
+    if rates is not None:
+        model.tower.start_at_rates([rates[task] for task in tasks_of(config, info)])
     model.tower.to(device)
     return model
 
