@@ -1,4 +1,4 @@
-"""Session-wide set-up: without a GPU, Triton kernels run in Triton's interpreter (decided before Triton is imported)."""
+"""Session-wide set-up: without a GPU, Triton kernels run in the interpreter, chosen before Triton is imported."""
 
 import os
 from pathlib import Path
