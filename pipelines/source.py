@@ -54,12 +54,15 @@ class ParquetSource:
         self._history = (*BASE_LISTS, *history_features)
         self._filesystem, folder = open_filesystem(path)
         self._files = _parquet_files(self._filesystem, str(PurePosixPath(folder) / split))
+        # Kept, because parsing a footer with many row groups takes as long as reading one of them.
+        self._metadata: dict[str, pq.FileMetaData] = {}
         self._counts: list[IntArray] = []
         self._has_lengths: list[bool] = []
         for file in self._files:
             with self._open(file) as parquet:
                 check_schema(parquet.schema_arrow, file, info, history_features)
                 metadata = parquet.metadata
+                self._metadata[file] = metadata
                 groups = range(metadata.num_row_groups)
                 self._counts.append(np.array([metadata.row_group(i).num_rows for i in groups], dtype=np.int64))
                 self._has_lengths.append(set(LENGTH_COLUMNS) <= set(parquet.schema_arrow.names))
@@ -122,7 +125,8 @@ class ParquetSource:
     def _open(self, file: str) -> pq.ParquetFile:
         """Open a file; raises ValueError, naming it, if it is not whole."""
         try:
-            return pq.ParquetFile(file, filesystem=self._filesystem, pre_buffer=True)
+            known = self._metadata.get(file)
+            return pq.ParquetFile(file, filesystem=self._filesystem, metadata=known, pre_buffer=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file} is not a readable Parquet file, perhaps truncated: {error}") from error
 

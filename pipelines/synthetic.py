@@ -37,7 +37,7 @@ class SyntheticSource:
         self._first_user = config.num_users * self._part
         self._rows = num_samples(config, split)
         starts = np.arange(0, self._rows, ROWS_PER_UNIT)
-        self._unit_rows = np.minimum(self._rows - starts, ROWS_PER_UNIT)
+        self._unit_rows: IntArray = np.minimum(self._rows - starts, ROWS_PER_UNIT)
         self._info = synthetic_info(config)
 
     @property
