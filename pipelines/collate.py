@@ -31,16 +31,8 @@ def collate(
     rows = [units[key] for key in zip(plan.samples.source.tolist(), plan.samples.unit.tolist(), strict=True)]
     places = plan.samples.row.tolist()
     history, candidates = plan.history, plan.candidates
-    if rows:
-        scalars = {
-            name: np.fromiter((row.scalars[name][place] for row, place in zip(rows, places, strict=True)), np.int64)
-            for name in dict.fromkeys(("user_id", *info.context_features))
-        }
-        context = [scalars[name] for name in info.context_features]
-        user = scalars["user_id"]
-    else:
-        context = [np.zeros(1, dtype=np.int64) for _ in info.context_features]
-        user = np.full(1, NO_USER)
+    user, context = _scalars(rows, places, info)
+    if not rows:
         history = candidates = np.zeros(1, dtype=np.int64)
     past = _history_selections(plan, rows, places, config)
     future = [
@@ -82,6 +74,17 @@ def collate(
         global_tokens=plan.global_tokens,
         imbalance=plan.imbalance,
     )
+
+
+def _scalars(rows: Sequence[Samples], places: Sequence[int], info: DatasetInfo) -> tuple[IntArray, list[IntArray]]:
+    """Users and context features of the samples, or of the one that stands in for none."""
+    if not rows:
+        return np.full(1, NO_USER), [np.zeros(1, dtype=np.int64) for _ in info.context_features]
+    user, *context = (
+        np.fromiter((row.scalars[name][place] for row, place in zip(rows, places, strict=True)), np.int64)
+        for name in ("user_id", *info.context_features)
+    )
+    return user, context
 
 
 def _history_selections(

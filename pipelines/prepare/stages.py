@@ -20,7 +20,7 @@ from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import UserEvents, cut
 from pipelines.prepare.source import Description
-from pipelines.prepare.statistics import LengthCounter, event_statistics
+from pipelines.prepare.summary import LengthCounter, event_statistics
 from pipelines.prepare.write import SplitWriter, write_dataset_file
 
 logger = logging.getLogger(__name__)
