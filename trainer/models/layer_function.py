@@ -1,7 +1,7 @@
 """One HSTU layer as one autograd function, which decides itself what it keeps for the backward.
 
 By default it keeps three tensors of a token's width: the layer's input, U and the attention output.  The backward
-rebuilds the normed input from its statistics, V, Q and K by one product, and norm(attention) * U inside the kernel that
+rebuilds the normed input, V, Q and K by one product, and norm(attention) * U inside the kernel that
 differentiates it.  Each of these can be kept instead; the gradients are the same numbers either way, because what is
 rebuilt is rebuilt by the same operations from the same inputs.
 
@@ -38,8 +38,9 @@ class _FusedLayer(torch.autograd.Function):
             x_TD,
             u,
             attention,
-            mean,
-            rstd,
+            # Statistics come back with the normed input where that is rebuilt.
+            None if spec.recompute_normed else mean,
+            None if spec.recompute_normed else rstd,
             None if spec.recompute_normed else normed_TD,
             uvqk,
             None if spec.recompute_uvqk else vqk,
@@ -78,7 +79,7 @@ class _FusedLayer(torch.autograd.Function):
 
         norm = (norm_weight, norm_bias, spec.norm_eps)
         if normed_TD is None:
-            normed_TD, _, _ = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
+            normed_TD, mean, rstd = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
         if uvqk is None:
             _, vqk, uvqk = linear.uvqk(
                 normed_TD,
