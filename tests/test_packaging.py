@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
@@ -111,8 +113,6 @@ def test_requirement_files_do_not_overlap() -> None:
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_version_sets_hold_what_setup_asks_for(platform: str) -> None:
-    from packaging.requirements import Requirement
-
     arguments = _setup_arguments()
     extras = ast.literal_eval(arguments["extras_require"])
     pins = _pins("runtime") | _pins(platform) | _pins("dev")
@@ -128,24 +128,38 @@ def test_version_sets_hold_what_setup_asks_for(platform: str) -> None:
 
 
 def test_version_sets_are_closed() -> None:
-    """Nothing that is installed without dependencies misses one; torchrec's fbgemm-gpu is the set's own build."""
-    from packaging.requirements import Requirement
-
-    present = {_normal(distribution.name) for distribution in importlib.metadata.distributions()}
-    exempt = {("torchrec", "fbgemm-gpu")}
+    """Everything has what it asks for, in a version that suits it; only torchrec's fbgemm-gpu is the set's own build."""
+    present = {_normal(found.name): found.version for found in importlib.metadata.distributions()}
     missing = []
     for name in _environment() | _pins("dev"):
         for text in importlib.metadata.requires(name) or []:
-            requirement = Requirement(text)
-            needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if needed and _normal(requirement.name) not in present and (name, requirement.name) not in exempt:
-                missing.append((name, text))
+            needed = Requirement(text)
+            if (name, needed.name) == ("torchrec", "fbgemm-gpu") or (
+                needed.marker and not needed.marker.evaluate({"extra": ""})
+            ):
+                continue
+            version = present.get(_normal(needed.name))
+            if version is None or not needed.specifier.contains(version, prereleases=True):
+                missing.append((name, text, version))
     assert missing == []
+
+
+def test_the_set_of_the_other_platform_fits_too() -> None:
+    # From the metadata of torch 2.11.0, which the CPU set cannot show: "setuptools<82", "triton==3.6.0".
+    assert Version(_pins("runtime")["setuptools"]) < Version("82")
+    assert _pins("cuda")["triton"] == "3.6.0"
 
 
 def test_installed_versions_are_the_tested_set() -> None:
     for name, version in (_environment() | _pins("dev")).items():
         assert importlib.metadata.version(name).split("+")[0] == version, name
+
+
+def test_pre_commit_runs_what_make_check_runs() -> None:
+    recipe = (ROOT / "Makefile").read_text().partition("\ncheck: $(READY)\n")[2].partition("\n\n")[0]
+    made = [line.strip().removeprefix("$(BIN)/").removesuffix(" .") for line in recipe.splitlines()]
+    hooks = re.findall(r"entry: \.venv/bin/(.+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == made
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
