@@ -128,7 +128,7 @@ def test_version_sets_hold_what_setup_asks_for(platform: str) -> None:
 
 
 def test_version_sets_are_closed() -> None:
-    """Everything has what it asks for, in a version that suits it; only torchrec's fbgemm-gpu is the set's own build."""
+    """Everything has what it asks for, in a version that suits it; torchrec's fbgemm-gpu is the set's own build."""
     present = {_normal(found.name): found.version for found in importlib.metadata.distributions()}
     missing = []
     for name in _environment() | _pins("dev"):
