@@ -24,7 +24,7 @@ from attention_kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["half_scale", "dq_scale"])
+@triton.jit(do_not_specialize=["H", "half_scale", "dq_scale"])
 def dq_kernel(
     dout, q, k, v, dq, table, partials, counters, H, half_scale, dq_scale,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
@@ -64,7 +64,7 @@ def dq_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["half_scale", "dk_scale", "dv_scale"])
+@triton.jit(do_not_specialize=["H", "half_scale", "dk_scale", "dv_scale"])
 def dkdv_kernel(
     dout, q, k, v, dk, dv, table, k_partials, v_partials, k_counters, v_counters, H, half_scale, dk_scale, dv_scale,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,

@@ -19,7 +19,7 @@ from attention_kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["half_scale", "out_scale"])
+@triton.jit(do_not_specialize=["H", "half_scale", "out_scale"])
 def forward_kernel(
     q, k, v, out, table, partials, counters, H, half_scale, out_scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,

@@ -51,30 +51,30 @@ def live_keys(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL:
 @triton.jit
 def live_rows(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
     """Row segments of a key tile: context (from 0), band, unrestricted rows.  Returns (tiles, start) of each."""
+    num_context = tl.cdiv(c, BLOCK)
     band_start = tl.maximum(first, c)
     band_end = n
     wide_start = n
+    if first >= u:
+        num_context = 0
+        band_end = last
     if HAS_LOCAL:
         in_band = (first >= s) & (first < u)
         if in_band:
             # last + local could overflow
             band_end = tl.maximum(last + tl.minimum(local, g - last), band_start)
             wide_start = tl.maximum(g, first)
-            if band_start + tl.cdiv(band_end - band_start, BLOCK) * BLOCK > wide_start:
-                band_end = n
-                wide_start = n
-    num_context = tl.cdiv(c, BLOCK)
-    if first >= u:
-        band_end = last
-        num_context = 0
-    # Context rows join the first segment behind them where their last block would reach into it.
+    # Neighbours whose blocks would overlap become one segment: context and band, band and unrestricted rows.
     if band_end > band_start:
         if num_context * BLOCK > band_start:
-            band_start = 0
             num_context = 0
+            band_start = 0
+        if band_start + tl.cdiv(band_end - band_start, BLOCK) * BLOCK > wide_start:
+            band_end = n
+            wide_start = n
     elif num_context * BLOCK > wide_start:
-        wide_start = 0
         num_context = 0
+        wide_start = 0
     return (
         num_context, tl.cdiv(band_end - band_start, BLOCK), tl.cdiv(n - wide_start, BLOCK),
         0, band_start, wide_start,

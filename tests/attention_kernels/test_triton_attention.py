@@ -46,6 +46,10 @@ SMALL = {
         targets=(2, 0, 9),
         heads=2,
     ),
+    # Context, band and global rows of one key tile begin within a block of each other.
+    "segments that nearly touch": Case(
+        mask=SemiLocalMask(local=64, global_rows=64, global_columns=1, num_context=1), histories=(129,), targets=(1,)
+    ),
     "split": Case(mask=SemiLocalMask(local=64, global_rows=60, num_context=2), histories=(1090,)),
     "K and V differ, padded": Case(mask=SemiLocalMask(local=9), histories=(30,), key_size=24, value_size=40),
     "strided, unaligned": Case(
