@@ -81,17 +81,7 @@ class _FusedLayer(torch.autograd.Function):
         if normed_TD is None:
             normed_TD, mean, rstd = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
         if uvqk is None:
-            _, vqk, uvqk = linear.uvqk(
-                normed_TD,
-                uvqk_weight.to(dtype),
-                uvqk_bias,
-                W,
-                spec.active_width,
-                keep_raw=True,
-                want_u=False,
-                dtype=dtype,
-                backend=backend,
-            )
+            vqk, uvqk = _rebuild(normed_TD, uvqk_weight, uvqk_bias, spec, backend)
         _attend_backward(dattention.view(T, spec.num_heads, spec.value_dim), vqk, duvqk[:, W:], spec, batch)
         del dattention, vqk
         duvqk_bias = layer_ops.silu_uvqk_backward_(duvqk, uvqk, spec.active_width, backend=backend)
@@ -143,6 +133,26 @@ def _project(
     )
     assert u is not None
     return (u, vqk, uvqk), normed_TD, mean, rstd
+
+
+def _rebuild(
+    normed_TD: Tensor, weight: Tensor, bias: Tensor, spec: LayerSpec, backend: layer_ops.LayerBackend
+) -> tuple[Tensor, Tensor]:
+    """(The columns behind U, the product before SiLU), as the forward had them."""
+    dtype = normed_TD.dtype
+    _, vqk, uvqk = linear.uvqk(
+        normed_TD,
+        weight.to(dtype),
+        bias,
+        spec.gate_width,
+        spec.active_width,
+        keep_raw=True,
+        want_u=False,
+        dtype=dtype,
+        backend=backend,
+    )
+    assert uvqk is not None
+    return vqk, uvqk
 
 
 def _output(
