@@ -23,8 +23,8 @@ def kuairand_sample() -> TrainConfig:
             input=InputConfig(num_positions=128, num_time_buckets=64),
         ),
         embedding_dim=32,
-        sparse_optimizer=SparseOptimizerConfig(learning_rate=0.05),
-        optimizer=DenseOptimizerConfig(learning_rate=1e-3),
+        sparse_optimizer=SparseOptimizerConfig(learning_rate=0.03),
+        optimizer=DenseOptimizerConfig(learning_rate=2e-3),
         schedule=ScheduleConfig(warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=100),
     )
