@@ -1,0 +1,85 @@
+"""Overlapped steps equal plain ones: same losses, nothing lost at the end, evaluation in between changes nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines.config import DataConfig
+from pipelines.loader import build_loader, dataset_info
+from pipelines.overlap import StepPipeline
+from tests.pipelines.made_up import write_dataset
+from tests.support.distributed import run_ranks
+from trainer.config import TrainConfig
+from trainer.job import build_parallel, machine_of, make_plan
+from trainer.mesh import Mesh
+from trainer.recipes import load_recipe
+
+SAMPLES = 85
+BATCH = 12
+
+
+def make_config(path: str, overlap: Any) -> TrainConfig:
+    """A small model on made-up data; the last of eight batches holds one sample, which leaves ranks without any."""
+    recipe = load_recipe("kuairand_sample")
+    data = DataConfig(
+        path=path, global_batch_size=BATCH, max_history_len=24, num_epochs=1, max_samples=SAMPLES, reader_threads=1
+    )
+    layer = replace(recipe.model.layer, dropout=0.0, qk_dim=8, value_dim=8)
+    model = replace(recipe.model, dim=16, layer=layer)
+    return replace(recipe, data=data, model=model, embedding_dim=8, overlap=overlap)
+
+
+def train(path: str, overlap: str, evaluate_every: int) -> tuple[list[float], int]:
+    """Losses of every step on this rank, and the samples of all ranks' batches that were evaluated."""
+    config = make_config(path, overlap)
+    info = dataset_info(config.data)
+    world_size = dist.get_world_size()
+    mesh = Mesh(rank=dist.get_rank(), world_size=world_size, local_world_size=world_size, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
+
+    def forward(batch: Any) -> Any:
+        loss, _ = model.forward(batch)
+        return loss, loss.detach()
+
+    evaluated = 0
+
+    def evaluate() -> None:
+        nonlocal evaluated
+        with torch.no_grad():
+            for batch in build_loader(config.data, split="eval", rank=mesh.rank, world_size=world_size):
+                model.module(batch)
+                evaluated += batch.global_samples
+
+    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
+    batches = iter(build_loader(config.data, split="train", rank=mesh.rank, world_size=world_size))
+    losses = []
+    while True:
+        model.optimizers.set_step(len(losses) + 1)
+        try:
+            losses.append(float(pipeline.step(batches)))
+        except StopIteration:
+            break
+        if len(losses) % evaluate_every == 0:
+            pipeline.outside(evaluate)
+    return losses, evaluated
+
+
+def train_all(path: str, variants: list[tuple[str, int]]) -> list[tuple[list[float], int]]:
+    """All variants one after another on the same processes, whose start takes longer than training."""
+    return [train(path, overlap, evaluate_every) for overlap, evaluate_every in variants]
+
+
+def test_overlap_and_evaluation_change_no_loss(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    variants = [("plain", 100), ("plain", 3), ("sparse_dist", 100), ("sparse_dist", 1), ("sparse_dist", 3)]
+    steps = -(-SAMPLES // BATCH)
+    for results in run_ranks(2, train_all, str(tmp_path / "data"), variants):
+        reference = results[0][0]
+        assert len(reference) == steps
+        for (overlap, evaluate_every), (losses, evaluated) in zip(variants, results, strict=True):
+            assert losses == reference, overlap
+            assert evaluated == steps // evaluate_every * 23
