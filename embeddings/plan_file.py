@@ -130,6 +130,12 @@ def check_plan(plan: Plan, *, tables: Sequence[TableConfig], machine: Machine) -
             f"needs {size_text(fullest)} on one rank, but {machine.describe()} are all there is: "
             "plan again for this machine"
         )
+    host = max(rank.host_bytes for rank in plan.ranks)
+    if host > machine.ddr_gib * GIB:
+        raise ValueError(
+            f"needs {size_text(host)} of host memory a rank, but {machine.ddr_gib:g} GiB are there: "
+            "plan again for this machine"
+        )
 
 
 def _check_table(table: TableConfig, placed: TablePlacement, machine: Machine) -> None:
