@@ -28,10 +28,11 @@ def serial_blocks(width: int, device: torch.device) -> tuple[int, int, int, int]
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS, 16, columns, 1
     warps = max(1, columns // _ELEMENTS_PER_WARP)
-    programs = _multiprocessors(device) * max(1, _SERIAL_WARPS_PER_MULTIPROCESSOR // warps)
+    programs = multiprocessors(device) * max(1, _SERIAL_WARPS_PER_MULTIPROCESSOR // warps)
     return programs, max(1, _ELEMENTS_PER_WARP // columns), columns, warps
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
