@@ -129,13 +129,17 @@ def _whole_users(
         )
     logger.info("sorting")
     reader = connection.sql(
-        f"SELECT e.user_id, e.item_id, e.time, e.action, e.candidate{features}{context_columns} FROM events AS e "
+        f"SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate{features}{context_columns} "
+        f"FROM events AS e "
         f"{chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
-        "ORDER BY hash(e.user_id), e.user_id, e.candidate, e.rank, e.item_id, e.action"
+        "ORDER BY place, e.user_id, e.candidate, e.rank, e.item_id, e.action"
     ).to_arrow_reader(READ_ROWS)
     rest: pa.Table | None = None
-    num_read, reported = 0, time.monotonic()
+    num_read, reported, last = 0, time.monotonic(), np.zeros(1, dtype=np.uint64)
     for record_batch in reader:
+        place = np.concatenate((last, record_batch["place"].to_numpy()))
+        assert (place[:-1] <= place[1:]).all(), "the engine's sort is out of order"
+        last = place[-1:]
         num_read += record_batch.num_rows
         if time.monotonic() - reported >= PROGRESS_SECONDS:
             reported = time.monotonic()

@@ -1,0 +1,67 @@
+"""The baseline against its formula written out, and on the shipped sample."""
+
+import json
+from collections import Counter
+from math import exp, log
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.baseline import ITEM_PRIOR, USER_PRIOR, baseline_scores
+from pipelines.config import DataConfig
+from pipelines.loader import build_loader
+from tests.pipelines.made_up import ACTIONS, write_dataset
+
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "kuairand_sample"
+
+
+def logit(rate: float) -> float:
+    return log(rate / (1 - rate))
+
+
+def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path) -> None:
+    rows = write_dataset(tmp_path / "data", train=60)
+    # Some users of the evaluation split are known from training.
+    config = DataConfig(path=str(tmp_path / "data"), global_batch_size=8, max_history_len=9, balance="none")
+    result = baseline_scores(config, ["like"])
+    count: Counter[tuple[str, int]] = Counter()
+    positive: Counter[tuple[str, int]] = Counter()
+    for row in rows["train"]:
+        for item, action in zip(row["candidate_item_id"], row["candidate_action"], strict=True):
+            for key in (("item", item), ("user", row["user_id"]), ("all", 0)):
+                count[key] += 1
+                positive[key] += action >> ACTIONS.index("like") & 1
+    overall = (positive["all", 0] + 1) / (count["all", 0] + 2)
+    expected, users, labels = [], [], []
+    for row in rows["eval"]:
+        for item, action in zip(row["candidate_item_id"], row["candidate_action"], strict=True):
+            value = -logit(overall)
+            for key, prior in ((("item", item), ITEM_PRIOR), (("user", row["user_id"]), USER_PRIOR)):
+                value += logit((positive[key] + prior * overall) / (count[key] + prior))
+            expected.append(1 / (1 + exp(-value)))
+            users.append(row["user_id"])
+            labels.append(action >> 1 & 1)
+    assert result.scores[:, 0].tolist() == pytest.approx(expected)
+    assert result.user_id.tolist() == users
+    assert result.labels[:, 0].tolist() == labels
+    batches = build_loader(config, split="eval", rank=0, world_size=1)
+    seen = np.concatenate([batch.candidate_action.numpy() for batch in batches])
+    assert (seen >> 1 & 1).tolist() == labels
+
+
+def test_the_shipped_sample_is_small_licensed_whole_and_without_leak() -> None:
+    assert sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file()) <= 5_000_000
+    assert "Attribution-ShareAlike 4.0" in (SAMPLE / "LICENSE").read_text()
+    assert "CIKM 2022" in (SAMPLE / "README.md").read_text()
+    description = json.loads((SAMPLE / "dataset.json").read_text())
+    config = DataConfig(path=str(SAMPLE), global_batch_size=4096, max_history_len=50, reader_threads=0)
+    times: dict[str, list[int]] = {"train": [], "eval": []}
+    for split in ("train", "eval"):
+        samples = 0
+        for batch in build_loader(config, split=split, rank=0, world_size=1):  # type: ignore[arg-type]
+            samples += batch.global_samples
+            is_candidate = batch.timestamp[batch.timestamp >= 0]
+            times[split] += [int(is_candidate.min()), int(is_candidate.max())]
+        assert samples == description["splits"][split]["samples"]
+    assert max(times["train"]) < description["split_time"] <= max(times["eval"])
