@@ -129,9 +129,8 @@ def _whole_users(
         )
     logger.info("sorting")
     reader = connection.sql(
-        f"SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate{features}{context_columns} "
-        f"FROM events AS e "
-        f"{chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
+        "SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate"
+        f"{features}{context_columns} FROM events AS e {chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
         "ORDER BY place, e.user_id, e.candidate, e.rank, e.item_id, e.action"
     ).to_arrow_reader(READ_ROWS)
     rest: pa.Table | None = None
