@@ -35,8 +35,9 @@ def dq_kernel(
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k]; one program a row tile and head."""
     i_item = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
+    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
+    start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
     if i_item < tl.load(table):
-        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
         b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, n, BLOCK_M, K, BLOCK_K, TMA)
         b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, first, n, BLOCK_M, V, BLOCK_V, TMA)
         num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
@@ -79,8 +80,9 @@ def dkdv_kernel(
     """
     i_item = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
+    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
+    start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
     if i_item < tl.load(table):
-        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
         b_k = load_rows(k, stride_kt, stride_kh, i_h, start, first, n, BLOCK_N, K, BLOCK_K, TMA)
         b_v = load_rows(v, stride_vt, stride_vh, i_h, start, first, n, BLOCK_N, V, BLOCK_V, TMA)
         num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(

@@ -30,8 +30,9 @@ def forward_kernel(
     """out[q] = out_scale sum_k silu(2 half_scale <q, k>) v[k], accumulated in float32."""
     i_item = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
+    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
+    start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
     if i_item < tl.load(table):
-        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
         b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, n, BLOCK_M, K, BLOCK_K, TMA)
         num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
             first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attention_kernels.interface import hstu_attention
+from attention_kernels.interface import Backend, hstu_attention, hstu_attention_backward
 from attention_kernels.mask import SemiLocalMask
 
 _CASES = (
@@ -55,7 +55,7 @@ def versions() -> str:
 
 
 def _run(
-    mask: SemiLocalMask, dtype: torch.dtype, device: torch.device | str, head_size: int, backend: str
+    mask: SemiLocalMask, dtype: torch.dtype, device: torch.device | str, head_size: int, backend: Backend
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     bounds = [0]
@@ -63,10 +63,10 @@ def _run(
         bounds.append(bounds[-1] + length)
     shape = (bounds[-1], 2, head_size)
     q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
     offsets, targets = (torch.tensor(x, device=device) for x in (bounds, _TARGETS))
-    out = hstu_attention(*inputs, offsets, mask, targets, max_len=max(_LENGTHS), backend=backend)  # type: ignore[arg-type]
-    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+    out = hstu_attention(q, k, v, offsets, mask, targets, max_len=max(_LENGTHS), backend=backend)
+    gradients = hstu_attention_backward(dout, q, k, v, offsets, mask, targets, max_len=max(_LENGTHS), backend=backend)
+    return [out, *gradients]
 
 
 def main() -> int:

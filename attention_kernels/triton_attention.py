@@ -6,7 +6,6 @@ Grids follow from the number of positions and sequences alone, so no launch wait
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -81,9 +80,8 @@ def backward(
     )
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
-    scales = {"scale": scale, "max_len": max_len}
-    backward_keys(inputs, (dk, dv), mask, num_targets, keys, tiles.dkdv, **scales)
-    backward_rows(inputs, dq, mask, num_targets, rows, tiles.dq, **scales)
+    backward_keys(inputs, (dk, dv), mask, num_targets, keys, tiles.dkdv, scale=scale, max_len=max_len)
+    backward_rows(inputs, dq, mask, num_targets, rows, tiles.dq, scale=scale, max_len=max_len)
 
 
 def backward_keys(
@@ -175,6 +173,7 @@ def _options(
         "STAGES": tile.stages,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": tile.registers,
     }
 
 
@@ -209,4 +208,4 @@ def _block_size(x: Tensor) -> int:
 
 def _pad(size: int) -> int:
     """Head sizes are padded to a power of two; products need at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())

@@ -23,6 +23,9 @@ class TileConfig:
     stages: int
     """Loads in flight: iterations of the loop that are prefetched, the current one included."""
 
+    registers: int | None = None
+    """Most registers a thread, so that more programs fit a multiprocessor; None: as many as the compiler likes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:

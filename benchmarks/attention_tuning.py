@@ -2,7 +2,8 @@
 
 Run on a GPU: python -m benchmarks.attention_tuning [--lengths 2048 16384] [--json FILE]
 
-Every variant is checked against the float64 reference on a small jagged batch before it is timed.
+Times are of replayed CUDA graphs, so that the host's part is left out.  Every variant is checked against the float64
+reference on a small jagged batch before it is timed.
 """
 
 import argparse
@@ -25,23 +26,29 @@ MASKS = {
     "local": SemiLocalMask(local=256),
     "semi": SemiLocalMask(local=256, global_rows=256),
 }
-# (rows, keys, warps, stages)
-VARIANTS = {
+FIELDS = ("rows", "keys", "warps", "stages", "registers")
+VARIANTS: dict[str, list[tuple[int | None, ...]]] = {
     "forward": [
-        (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4), (64, 128, 4, 2), (128, 64, 8, 2),
-        (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 32, 8, 4), (128, 32, 4, 4),
+        (64, 64, 4, 2, None), (64, 64, 4, 3, None), (64, 32, 4, 2, None), (64, 32, 4, 2, 128), (64, 32, 4, 3, None),
+        (64, 32, 4, 3, 128), (64, 32, 4, 4, None), (128, 64, 4, 2, None), (128, 64, 8, 2, 128), (128, 64, 8, 3, None),
+        (128, 32, 4, 2, None), (128, 32, 4, 3, None), (128, 32, 8, 2, 128), (128, 128, 8, 2, None),
     ],
     "dq": [
-        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 1),
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 32, 4, 2), (64, 128, 4, 1),
-        (128, 128, 8, 1),
+        (64, 64, 4, 1, None), (64, 64, 4, 2, None), (64, 64, 4, 1, 168), (64, 32, 4, 1, None), (64, 32, 4, 1, 128),
+        (64, 32, 4, 2, None), (64, 32, 4, 2, 168), (64, 32, 4, 3, None), (128, 64, 8, 2, None), (128, 64, 8, 3, None),
+        (128, 32, 8, 2, 128), (128, 32, 4, 2, None), (128, 32, 8, 3, None), (128, 128, 8, 1, None),
     ],
     "dkdv": [
-        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 1),
-        (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (32, 128, 8, 4), (64, 64, 8, 2),
-        (128, 64, 8, 2), (128, 128, 8, 1),
+        (64, 64, 4, 1, None), (64, 64, 4, 2, None), (32, 64, 4, 1, None), (32, 64, 4, 2, None), (32, 64, 4, 2, 168),
+        (32, 64, 4, 3, None), (32, 64, 4, 3, 168), (64, 128, 8, 2, None), (64, 128, 8, 3, None), (32, 128, 8, 2, None),
+        (32, 128, 8, 3, None), (16, 64, 4, 3, None),
     ],
 }  # fmt: skip
+
+
+def tile_of(sizes: tuple[int | None, ...]) -> TileConfig:
+    fields: dict[str, Any] = dict(zip(FIELDS, sizes, strict=True))
+    return TileConfig(**fields)
 
 
 def inputs(lengths: list[int], dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
@@ -58,40 +65,40 @@ def runner(kernel: str, mask: SemiLocalMask, tile: TileConfig, data: tuple[Any, 
     if kernel == "forward":
         config = AttentionConfig(forward=tile, dq=tile, dkdv=tile)
         return lambda: (triton_attention.forward(q, k, v, offsets, mask, num_targets=None, config=config, **scales),)
+    dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
     by_rows = kernel == "dq"
-    results = tuple(torch.full_like(x, torch.nan) for x in ((q,) if by_rows else (k, v)))
 
     def run() -> tuple[torch.Tensor, ...]:
-        tables = schedule.build(
+        rows, keys = schedule.build(
             mask, offsets, None, num_positions=q.shape[0], num_heads=HEADS,
             row_block=tile.rows if by_rows else None, key_block=None if by_rows else tile.keys,
         )  # fmt: skip
-        if by_rows:
-            triton_attention.backward_rows((dout, q, k, v), results[0], mask, None, tables[0], tile, **scales)
-        else:
-            triton_attention.backward_keys((dout, q, k, v), results, mask, None, tables[1], tile, **scales)
-        return results
+        if rows is not None:
+            triton_attention.backward_rows((dout, q, k, v), dq, mask, None, rows, tile, **scales)
+        if keys is not None:
+            triton_attention.backward_keys((dout, q, k, v), (dk, dv), mask, None, keys, tile, **scales)
+        return (dq,) if by_rows else (dk, dv)
 
     return run
 
 
-def check(job: tuple[str, str, tuple[int, ...]]) -> tuple[tuple[str, str, tuple[int, ...]], str]:
+def check(job: tuple[str, str, tuple[int | None, ...]]) -> tuple[tuple[str, str, tuple[int | None, ...]], str]:
     """Compiles a variant in a process of its own (the cache is shared) and compares it with the reference."""
     kernel, name, sizes = job
     torch.manual_seed(0)
     data = inputs([1000, 0, 1, 777, 64, 2000])
     dout, q, k, v, offsets = data
-    tile = TileConfig(**dict(zip(("rows", "keys", "warps", "stages"), sizes, strict=True)))
+    tile = tile_of(sizes)
     scales: dict[str, Any] = {"num_targets": None, "scale": SIZE**-0.5, "max_len": 2000}
-    exact = [x.double() for x in (dout, q, k, v)]
+    dout, q, k, v = (x.double() for x in (dout, q, k, v))
     try:
         results = runner(kernel, MASKS[name], tile, data, 2000)()
     except triton.runtime.errors.OutOfResources as error:
         return job, f"does not fit: {error}"
     if kernel == "forward":
-        expected: Any = (reference.forward(*exact[1:], offsets, MASKS[name], **scales),)
+        expected: Any = (reference.forward(q, k, v, offsets, MASKS[name], **scales),)
     else:
-        gradients = reference.backward(*exact, offsets, MASKS[name], **scales)
+        gradients = reference.backward(dout, q, k, v, offsets, MASKS[name], **scales)
         expected = gradients[:1] if kernel == "dq" else gradients[1:]
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
     return job, "" if max(errors) < 1e-2 else f"wrong: errors {errors}"
@@ -104,14 +111,17 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=list(VARIANTS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    jobs = list(itertools.product(arguments.kernels, arguments.masks, range(100)))
-    jobs = [(kernel, mask, VARIANTS[kernel][i]) for kernel, mask, i in jobs if i < len(VARIANTS[kernel])]
+    jobs = [
+        (kernel, mask, sizes)
+        for kernel, mask in itertools.product(arguments.kernels, arguments.masks)
+        for sizes in VARIANTS[kernel]
+    ]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(12, mp_context=context) as pool:
         verdicts = dict(pool.map(check, jobs))
     results = []
     for kernel, name, sizes in jobs:
-        tile = TileConfig(**dict(zip(("rows", "keys", "warps", "stages"), sizes, strict=True)))
+        tile = tile_of(sizes)
         if verdicts[kernel, name, sizes]:
             print(kernel, name, sizes, verdicts[kernel, name, sizes][:300], flush=True)
             continue
@@ -119,9 +129,9 @@ def main() -> None:
         for length in arguments.lengths:
             data = inputs([length] * (TOKENS // length))
             run = runner(kernel, MASKS[name], tile, data, length)
-            times.append(triton.testing.do_bench(run, warmup=20, rep=60, return_mode="median"))
+            times.append(triton.testing.do_bench_cudagraph(run, rep=40, return_mode="median"))
         results.append({"kernel": kernel, "mask": name, "tile": sizes, "ms": times})
-        print(f"{kernel:8s} {name:6s} {sizes!s:18s}", *(f"{ms:.4f}" for ms in times), flush=True)
+        print(f"{kernel:8s} {name:6s} {sizes!s:25s}", *(f"{ms:.4f}" for ms in times), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
 
