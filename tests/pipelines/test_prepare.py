@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from pipelines.config import DataConfig
 from pipelines.loader import build_loader
@@ -347,7 +348,7 @@ def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
     assert info["actions"] == ["view", "buy"]
     assert {mask for row in rows_of(tmp_path / "out", "eval") for mask in row["candidate_action"]} == {1, 2}
     assert read_back(tmp_path / "out") == sum(split["samples"] for split in info["splits"].values())
-    table.to_pandas().to_csv(tmp_path / "in" / "more.csv", index=False)
+    csv.write_csv(table, tmp_path / "in" / "more.csv")
     (tmp_path / "in" / "part.parquet").unlink()
     assert prepare("event_log", tmp_path / "in", tmp_path / "out2", *options) == 0
     assert rows_of(tmp_path / "out", "train") == rows_of(tmp_path / "out2", "train")
