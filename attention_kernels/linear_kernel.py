@@ -15,8 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attention_kernels.rows import multiprocessors
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs its interpreter, which has no inline assembly."""
 
@@ -58,43 +56,40 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Neighbouring tiles share rows of A, so that A is read from memory about once.
+    # Neighbouring programs share rows of A, so that A is read from memory about once.
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    num_tiles = tl.cdiv(M, BLOCK_M) * tiles_n
-    # Flattened, the loads of a program's next tile are in flight while it finishes the one before.
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
-        first_m = (tile // tiles_n) * BLOCK_M
-        first_n = (tile % tiles_n) * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            a = a_desc.load([first_m, k])
-            b = b_desc.load([first_n, k]).T if B_IS_NK else b_desc.load([k, first_n])
-            acc = tl.dot(a, b, acc)
-        columns = first_n + tl.arange(0, BLOCK_N)
-        if SCALED:
-            rows = first_m + tl.arange(0, BLOCK_M)
-            row_scale = tl.load(p_row_scale + rows, mask=rows < M, other=0.0)
-            column_scale = tl.load(p_column_scale + columns, mask=columns < N, other=0.0)
-            acc = acc * row_scale[:, None] * column_scale[None, :]
-        if BIAS:
-            acc += tl.load(p_bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        if RESIDUAL:
-            acc += residual_desc.load([first_m, first_n]).to(tl.float32)
-        if RAW:
-            raw_desc.store([first_m, first_n], acc.to(out_desc.dtype))
-        if ACTIVE > 0:
-            # Where values before SiLU are kept, SiLU sees them as they are kept.
-            rounded = acc.to(out_desc.dtype).to(tl.float32)
-            if first_n < ACTIVE:
-                acc = _silu(rounded, APPROXIMATE)
-        if U_WIDTH > 0:
-            if first_n < U_WIDTH:
-                if STORE_U:
-                    u_desc.store([first_m, first_n], acc.to(out_desc.dtype))
-            else:
-                out_desc.store([first_m, first_n - U_WIDTH], acc.to(out_desc.dtype))
+    first_m = (tl.program_id(0) // tiles_n) * BLOCK_M
+    first_n = (tl.program_id(0) % tiles_n) * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = a_desc.load([first_m, k])
+        b = b_desc.load([first_n, k]).T if B_IS_NK else b_desc.load([k, first_n])
+        acc = tl.dot(a, b, acc)
+    columns = first_n + tl.arange(0, BLOCK_N)
+    if SCALED:
+        rows = first_m + tl.arange(0, BLOCK_M)
+        row_scale = tl.load(p_row_scale + rows, mask=rows < M, other=0.0)
+        column_scale = tl.load(p_column_scale + columns, mask=columns < N, other=0.0)
+        acc = acc * row_scale[:, None] * column_scale[None, :]
+    if BIAS:
+        acc += tl.load(p_bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        acc += residual_desc.load([first_m, first_n]).to(tl.float32)
+    if RAW:
+        raw_desc.store([first_m, first_n], acc.to(out_desc.dtype))
+    if ACTIVE > 0:
+        # Where values before SiLU are kept, SiLU sees them as they are kept.
+        rounded = acc.to(out_desc.dtype).to(tl.float32)
+        if first_n < ACTIVE:
+            acc = _silu(rounded, APPROXIMATE)
+    if U_WIDTH > 0:
+        if first_n < U_WIDTH:
+            if STORE_U:
+                u_desc.store([first_m, first_n], acc.to(out_desc.dtype))
         else:
-            out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
+            out_desc.store([first_m, first_n - U_WIDTH], acc.to(out_desc.dtype))
+    else:
+        out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
 
 
 def tiles(N: int, *, fp8: bool) -> dict[str, int]:
@@ -103,9 +98,8 @@ def tiles(N: int, *, fp8: bool) -> dict[str, int]:
     Chosen from `benchmarks.layer_products` on one NVIDIA H200.
     """
     if INTERPRETED:
-        return {"PROGRAMS": 3, "BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     return {
-        "PROGRAMS": 0,
         "BLOCK_M": 128,
         "BLOCK_N": 128,
         "BLOCK_K": 128 if fp8 else 64,
@@ -132,28 +126,27 @@ def launch(
 ) -> None:
     """Writes `out` [M, N], or with `u_width` the columns behind U into `out` [M, N - U], and U into `u` if given.
 
-    Tiles of BLOCK_M x BLOCK_N, accumulated in float32; one program a tile, or with PROGRAMS so many a multiprocessor.
-    `active` and U's width must be multiples of BLOCK_N (or `active` at least N).
+    One program a tile of BLOCK_M x BLOCK_N, accumulated in float32.  `active` and U's width must be multiples of
+    BLOCK_N (or `active` at least N).
     """
     M, K = a.shape
     N = b.shape[0] if b_is_nk else b.shape[1]
     chosen = dict(config or tiles(N, fp8=row_scale is not None))
     block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
     tile = [block_m, block_n]
-    num_tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    programs = chosen.pop("PROGRAMS")
-    if programs > 0 and not INTERPRETED:
-        programs *= multiprocessors(a.device)
     if M == 0:
         return
 
-    def descriptor(x: Tensor | None, block: list[int]) -> Any:
-        return TensorDescriptor.from_tensor(out if x is None else x, block)
+    out_descriptor = TensorDescriptor.from_tensor(out, tile)
 
-    _matmul_kernel[(min(num_tiles, programs) if programs else num_tiles,)](
+    def descriptor(x: Tensor | None, block: list[int]) -> Any:
+        # What the kernel does not touch needs some descriptor all the same.
+        return out_descriptor if x is None else TensorDescriptor.from_tensor(x, block)
+
+    _matmul_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
         descriptor(a, [block_m, block_k]),
         descriptor(b, [block_n, block_k] if b_is_nk else [block_k, block_n]),
-        descriptor(out, tile),
+        out_descriptor,
         descriptor(u, tile),
         descriptor(raw, tile),
         descriptor(residual, tile),

@@ -31,7 +31,8 @@ from trainer.models.retriever import Retriever, retrieval_metrics
 
 NUM_ITEMS, NUM_CATEGORIES, LENGTH, MAX_CATEGORIES = 20000, 100, 128, 5
 FIRST_SHARE, TRAIN_SHARE = 0.4, 0.9
-DIM, LAYERS, HEADS, BATCH = 128, 2, 2, 128
+DIM, LAYERS, HEADS = 128, 2, 2
+BATCH, LEARNING_RATE = 512, 2e-3
 
 
 def stream(records: int, seed: int, device: torch.device) -> Tensor:
@@ -110,7 +111,7 @@ def train_and_score(data: Tensor, *, softmax: bool) -> dict[str, float]:
     """One pass over the first part of `data`, then ranks on the last."""
     device = data.device
     model = make_model(softmax=softmax, device=device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
     split = int(TRAIN_SHARE * data.shape[0]) // BATCH * BATCH
     start = time.perf_counter()
     for batch in torch.split(data[:split], BATCH):
@@ -140,7 +141,7 @@ def main() -> None:
     """Trains both models on each seed's stream, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--records", type=int, default=200_000)
+    parser.add_argument("--records", type=int, default=600_000)
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

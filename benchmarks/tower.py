@@ -9,21 +9,24 @@ encoder, the tables, the heads and the optimizer are not in it.
 
 import argparse
 import json
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from benchmarks.layer import PEAK_TFLOPS
 from trainer.models.config import InputConfig, ModelConfig, StageConfig
 from trainer.models.flops import TRAINING_FACTOR, model_flops
-from trainer.models.hstu import build_tower
+from trainer.models.hstu import HstuTower, build_tower
 from trainer.models.layout import make_layout
 
 EVENTS, CANDIDATES, DIM, DEPTH = 16384, 16, 512, 18
-TOKENS_A_STEP = 131072
+TOKENS = {"train": 262144, "score": 524288}
+"""History tokens of a step, the same for all towers."""
+RUNS = 3
 WINDOW = {"local": 256, "global_rows": 256}
 
 
@@ -52,7 +55,6 @@ CASES = {
 
 def measure(case: Case) -> dict[str, float]:
     """Samples a second, training and scoring, with MFU and peak memory."""
-    samples = TOKENS_A_STEP // case.history_len
     config = ModelConfig(
         dim=DIM,
         max_len=2**16,
@@ -60,9 +62,29 @@ def measure(case: Case) -> dict[str, float]:
         input=InputConfig(merge="interleave" if case.interleave else "add"),
     )
     tower = build_tower(dim=DIM, layer=config.layer, stages=case.stages, num_context=0, max_len=config.max_len).cuda()
-    history, candidates = torch.full((samples,), case.history_len), torch.full((samples,), CANDIDATES)
+    flops = model_flops(config, EVENTS, CANDIDATES, embedding_dim=DIM, num_context=0, num_actions=8)
+    gflops = float(flops.forward - flops.ends) / 1e9
+    result: dict[str, float] = {"gflop_a_sample": gflops}
+    for kind, factor in (("train", TRAINING_FACTOR), ("score", 1)):
+        samples = TOKENS[kind] // case.history_len
+        step = make_step(tower, samples, case.history_len, train=kind == "train")
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        ms = statistics.median(milliseconds(step) for _ in range(RUNS))
+        result |= {
+            f"{kind}_ms": ms,
+            f"{kind}_samples_per_s": samples / ms * 1e3,
+            f"{kind}_mfu": factor * gflops * samples / ms / PEAK_TFLOPS,
+            f"{kind}_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+    return result
+
+
+def make_step(tower: HstuTower, samples: int, history_len: int, *, train: bool) -> Callable[[], None]:
+    """A function that runs the tower once on random tokens."""
+    history, candidates = torch.full((samples,), history_len), torch.full((samples,), CANDIDATES)
     layout = make_layout(history.cuda(), candidates.cuda(), history, candidates)
-    leaf = torch.randn(layout.num_tokens, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaf = torch.randn(layout.num_tokens, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=train)
 
     def training() -> None:
         leaf.grad = None
@@ -72,20 +94,18 @@ def measure(case: Case) -> dict[str, float]:
     def scoring() -> None:
         tower(leaf, layout)
 
-    flops = model_flops(config, EVENTS, CANDIDATES, embedding_dim=DIM, num_context=0, num_actions=8)
-    gflops = float(flops.forward - flops.ends) / 1e9
-    result: dict[str, float] = {"gflop_a_sample": gflops}
-    for name, function, factor in (("train", training, TRAINING_FACTOR), ("score", scoring, 1)):
-        function()
-        torch.cuda.reset_peak_memory_stats()
-        ms = float(triton.testing.do_bench(function, warmup=20, rep=400, return_mode="median"))
-        result |= {
-            f"{name}_ms": ms,
-            f"{name}_samples_per_s": samples / ms * 1e3,
-            f"{name}_mfu": factor * gflops * samples / ms / 1e3 / PEAK_TFLOPS,
-            f"{name}_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
-    return result
+    return training if train else scoring
+
+
+def milliseconds(function: Callable[[], None]) -> float:
+    """Time of one run between device events; a run is long, so one is enough."""
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def main() -> None:

@@ -57,7 +57,15 @@ class HstuLayer(nn.Module):
 
     def parameter_set(self) -> LayerParameters:
         """The layer's parameters under their names."""
-        return LayerParameters(**dict(self.named_parameters()))
+        return LayerParameters(
+            input_norm_weight=self.input_norm_weight,
+            input_norm_bias=self.input_norm_bias,
+            uvqk_weight=self.uvqk_weight,
+            uvqk_bias=self.uvqk_bias,
+            output_norm_weight=self.output_norm_weight,
+            output_norm_bias=self.output_norm_bias,
+            output_weight=self.output_weight,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

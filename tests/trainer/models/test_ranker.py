@@ -171,6 +171,35 @@ def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:
         assert torch.equal(ranker(batch)[1].logits, ranker(changed)[1].logits) is same
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["paper", "production", "interleaved", "channels", "watch_time"])
+def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
+    layer = LayerConfig(num_heads=2, qk_dim=32, value_dim=32, variant="production" if name == "production" else "paper")
+    config = replace(CONFIGS[name], dim=64, layer=layer, max_len=512)
+    if config.channels:
+        channels = tuple(replace(channel, dim=64, layer=layer) for channel in config.channels)
+        config = replace(config, channels=channels)
+    device = torch.device("cuda")
+    tower = small_ranker(config).tower.to(device)
+    batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
+    embedded = {
+        key: JaggedTensor(values=torch.randn(length, 12, device=device), lengths=torch.zeros(3, device=device))
+        for key, length in (*((key, 3) for key in CONTEXT), ("item_id", 249))
+    }
+    for mode in ("default", "error"):
+        # The first step compiles, which may wait.
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss, _ = tower(embedded, batch)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
 def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
     ranker = small_ranker(model_config(max_len=8))
     with pytest.raises(ValueError, match=r"12 tokens, more than model.max_len=8: raise max_len"):
