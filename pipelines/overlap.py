@@ -43,6 +43,9 @@ class StepPipeline:
     ) -> None:
         self._optimizer, self._device, self._forward = optimizer, device, forward
         self._torchrec: TrainPipelineSparseDist | None = None
+        if overlap == "prefetch" and device.type != "cuda":
+            # TorchRec skips the prefetch without streams and then misses its result in forward.
+            raise ValueError(f"overlap=prefetch needs a GPU, this run computes on {device.type}; use sparse_dist")
         if overlap != "plain":
             kinds = {"sparse_dist": TrainPipelineSparseDist, "prefetch": PrefetchTrainPipelineSparseDist}
             self._torchrec = kinds[overlap](model, optimizer, device, custom_model_fwd=forward)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -29,15 +30,15 @@ def make_config(path: str, overlap: Any) -> TrainConfig:
     )
     layer = replace(recipe.model.layer, dropout=0.0, qk_dim=8, value_dim=8)
     model = replace(recipe.model, dim=16, layer=layer)
-    return replace(recipe, data=data, model=model, embedding_dim=8, overlap=overlap)
+    return replace(recipe, data=data, model=model, embedding_dim=8, overlap=overlap, precision="float32")
 
 
-def train(path: str, overlap: str, evaluate_every: int) -> tuple[list[float], int]:
+def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> tuple[list[float], int]:
     """Losses of every step on this rank, and the samples of all ranks' batches that were evaluated."""
     config = make_config(path, overlap)
     info = dataset_info(config.data)
     world_size = dist.get_world_size()
-    mesh = Mesh(rank=dist.get_rank(), world_size=world_size, local_world_size=world_size, device=torch.device("cpu"))
+    mesh = Mesh(rank=dist.get_rank(), world_size=world_size, local_world_size=world_size, device=torch.device(device))
     torch.manual_seed(0)
     model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
 
@@ -51,7 +52,7 @@ def train(path: str, overlap: str, evaluate_every: int) -> tuple[list[float], in
         nonlocal evaluated
         with torch.no_grad():
             for batch in build_loader(config.data, split="eval", rank=mesh.rank, world_size=world_size):
-                model.module(batch)
+                model.module(batch.to(mesh.device))
                 evaluated += batch.global_samples
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
@@ -83,3 +84,25 @@ def test_overlap_and_evaluation_change_no_loss(tmp_path: Path) -> None:
         for (overlap, evaluate_every), (losses, evaluated) in zip(variants, results, strict=True):
             assert losses == reference, overlap
             assert evaluated == steps // evaluate_every * 23
+
+
+def test_prefetch_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="overlap=prefetch needs a GPU, this run computes on cpu"):
+        StepPipeline("prefetch", Any, Any, torch.device("cpu"), lambda batch: batch)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_every_overlap_on_a_gpu_equals_plain_steps(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        reference, _ = train(str(tmp_path / "data"), "plain", 100, "cuda:0")
+        for overlap, evaluate_every in (("plain", 3), ("sparse_dist", 100), ("sparse_dist", 3)):
+            assert train(str(tmp_path / "data"), overlap, evaluate_every, "cuda:0")[0] == pytest.approx(reference, 1e-3)
+        for evaluate_every in (100, 3):
+            losses, _ = train(str(tmp_path / "data"), "prefetch", evaluate_every, "cuda:0")
+            assert losses == pytest.approx(reference, 1e-3)
+    finally:
+        dist.destroy_process_group()
