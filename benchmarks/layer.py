@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.exc
 import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -204,9 +206,12 @@ def compilation() -> dict[str, Any]:
     rows: dict[str, Any] = {"fused eager": milliseconds(run(fused)), "plain eager": milliseconds(run(plain))}
     for name, function in (("plain compiled", plain), ("fused compiled", fused)):
         torch._dynamo.reset()
-        breaks = torch._dynamo.explain(function)().graph_break_count
-        rows[name] = milliseconds(run(torch.compile(function)))
-        rows[f"{name}: graph breaks"] = breaks
+        try:
+            rows[f"{name}: graph breaks"] = torch._dynamo.explain(function)().graph_break_count
+            rows[name] = milliseconds(run(torch.compile(function)))
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            # What does not compile is a result of this table.
+            rows[name] = f"{error!r:.300}"
     return rows
 
 
