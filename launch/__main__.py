@@ -20,10 +20,11 @@ from torchx.specs.api import MalformedAppHandleException
 
 from launch import local, records
 from launch.components import ROLE
-from launch.submit import SCHEDULERS, Request, check_options, dry_run, runner, submit
+from launch.submit import IN_CONTAINERS, SCHEDULERS, Request, check_options, dry_run, runner, submit
 from trainer.command_line import WrongUse, run_command
 from trainer.recipes import load_recipe
-from trainer.typed_values import apply_overrides
+from trainer.run_dir import RunDir
+from trainer.typed_values import apply_overrides, to_dict
 
 app = typer.Typer(
     add_completion=False,
@@ -60,7 +61,7 @@ def submit_(
 ) -> None:
     """Train a recipe on a scheduler.  An existing run directory is resumed."""
     try:
-        apply_overrides(load_recipe(recipe), set_ or [])
+        config = apply_overrides(load_recipe(recipe), set_ or [])
         request = Request(
             recipe=recipe,
             scheduler=scheduler,
@@ -79,6 +80,9 @@ def submit_(
         job = request.app()
     except ValueError as error:
         raise WrongUse(str(error)) from None
+    if scheduler not in IN_CONTAINERS:
+        # What the workers would find out, before anything of the job is written into the directory.
+        RunDir(request.absolute_run_dir()).check_same_run(to_dict(config))
     with runner(scheduler) as torchx:
         try:
             check_options(torchx, request)

@@ -49,8 +49,8 @@ def test_dry_run_prints_the_job_and_writes_nothing(scheduler: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_set_takes_several_values() -> None:
-    done = _launch(*SUBMIT, "--dry-run", "--set", "data.num_epochs=1", "embedding_dim=16")
+def test_set_takes_several_values(tmp_path: Path) -> None:
+    done = _launch(*SUBMIT, "--dry-run", "--set", "data.num_epochs=1", "embedding_dim=16", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("'--set'") == 2
 
@@ -71,8 +71,8 @@ def test_set_takes_several_values() -> None:
         (("logs", "slurm://longview/1", "--rank", "0", "--node", "0"), "--rank and --node name two different logs"),
     ],
 )
-def test_wrong_use_is_one_line_and_status_2(arguments: tuple[str, ...], message: str) -> None:
-    done = _launch(*arguments)
+def test_wrong_use_is_one_line_and_status_2(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = _launch(*arguments, folder=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
@@ -91,3 +91,12 @@ def test_failures_are_one_line_and_status_1(arguments: tuple[str, ...], message:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_a_directory_that_is_no_run_of_this_recipe_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    done = _launch(*SUBMIT, "--run-dir", str(tmp_path))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --run-dir {tmp_path} exists and holds no config.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
