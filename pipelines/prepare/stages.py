@@ -131,7 +131,8 @@ def _whole_users(
     reader = connection.sql(
         "SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate"
         f"{features}{context_columns} FROM events AS e {chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
-        "ORDER BY place, e.user_id, e.candidate, e.rank, e.item_id, e.action"
+        # Every column decides, so that the same source always gives the same files.
+        f"ORDER BY place, e.user_id, e.candidate, e.rank, e.item_id, e.action{features}"
     ).to_arrow_reader(READ_ROWS)
     rest: pa.Table | None = None
     num_read, reported, last = 0, time.monotonic(), np.zeros(1, dtype=np.uint64)

@@ -369,3 +369,24 @@ def test_movielens_1m_itself(tmp_path: Path) -> None:
     assert info["statistics"]["events"] == 1_000_209
     assert info["statistics"]["users"] == 6_040
     assert info["num_items"] == 3_706 + 1
+
+
+def test_the_same_source_gives_the_same_files(tmp_path: Path) -> None:
+    write_kuairand(tmp_path / "in", users=100)
+    for out in ("a", "b"):
+        assert prepare("kuairand", tmp_path / "in", tmp_path / out, "--samples-per-user", "0") == 0
+    for name in ("train/part-00000.parquet", "eval/part-00000.parquet", "dataset.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "kuairand_sample"
+
+
+@pytest.mark.skipif(not (SHARED / "kuairand-pure").exists(), reason="the sample's source is not in the repository")
+def test_the_documented_command_makes_the_shipped_sample(tmp_path: Path) -> None:
+    words = (SAMPLE / "README.md").read_text().split("```")[1].replace("\\\n", " ").split()
+    options = words[words.index("data/kuairand_sample") + 1 :]
+    assert prepare("kuairand", SHARED / "kuairand-pure", tmp_path / "out", *options) == 0
+    for split in ("train", "eval"):
+        ours, shipped = (pq.read_table(folder / split) for folder in (tmp_path / "out", SAMPLE))
+        assert ours.equals(shipped)
