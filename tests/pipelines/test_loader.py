@@ -1,5 +1,6 @@
 """Global batches: the same for any number of ranks, resumable anywhere, complete, and equal to a naive reading."""
 
+import json
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -194,3 +195,26 @@ def test_uneven_parts_resume_with_another_batch_size(config: DataConfig) -> None
     rest = global_stream(replace(config, global_batch_size=7), 2, first[-1][0].position)
     assert [user for [share] in first for user in users(share)] == expected[:48]
     assert sorted(user for shares in rest for share in shares for user in users(share)) == sorted(expected[48:])
+
+
+def test_an_address_reads_like_a_path(config: DataConfig) -> None:
+    address = replace(config, path=f"file://{config.path}")
+    assert order(global_stream(address, 1, stop=3)) == order(global_stream(config, 1, stop=3))
+
+
+def test_a_position_survives_json_and_refuses_other_keys(config: DataConfig) -> None:
+    position = global_stream(config, 1, stop=2)[-1][0].position
+    assert position_from_dict(json.loads(json.dumps(position.as_dict()))) == position
+    with pytest.raises(ValueError, match="data position must have the keys"):
+        position_from_dict({"samples": 3})
+
+
+def test_batches_move_as_one(config: DataConfig) -> None:
+    [batch] = global_stream(replace(config, history_features=("watch_time",)), 1, stop=1)[0]
+    moved = batch.to(torch.device("meta"))
+    for name in ("user_id", "history_lens", "num_candidates", "action", "timestamp", "candidate_action"):
+        assert getattr(moved, name).device.type == "meta"
+    assert moved.features.values().device.type == moved.side["watch_time"].device.type == "meta"
+    assert moved.history_lens_host.device.type == moved.action_host.device.type == "cpu"
+    assert moved.side_host["watch_time"].tolist() == batch.side["watch_time"].tolist()
+    assert moved.position == batch.position
