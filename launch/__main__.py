@@ -205,7 +205,8 @@ def _failure(request: Request, state: AppState, started: float) -> str:
     run_dir = request.absolute_run_dir()
     if state == AppState.CANCELLED:
         return "the job was interrupted; the same command resumes it from its last checkpoint"
-    return f"the job failed; see {local.failing_log(run_dir, since=started)}"
+    log = local.failing_log(run_dir, since=started)
+    return f"the job failed; see {log}" if log else "the job failed; its processes have said why above"
 
 
 def show_own_messages() -> None:

@@ -61,15 +61,14 @@ def wait(runner: Runner, handle: str) -> AppState:
     return status.state
 
 
-def failing_log(run_dir: Path, *, since: float) -> Path:
-    """Log of the rank that reported a fault first since `since` (Unix seconds); the folder of the logs if none did."""
-    folder = run_dir / "logs"
+def failing_log(run_dir: Path, *, since: float) -> Path | None:
+    """Log of the rank that reported a fault first since `since` (Unix seconds); None if none got as far as a log."""
     faulty = [
         (log.stat().st_mtime, log)
-        for log in folder.glob("rank-*.log")
+        for log in (run_dir / "logs").glob("rank-*.log")
         if log.stat().st_mtime >= since and _FAULT.search(log.read_text(errors="replace"))
     ]
-    return min(faulty)[1] if faulty else folder
+    return min(faulty)[1] if faulty else None
 
 
 def state(record: JobRecord) -> AppState:

@@ -30,7 +30,7 @@ def torchrun_arguments(
     first_node_variable: str,
     environment: Mapping[str, str],
 ) -> list[str]:
-    """Arguments for the Python interpreter that start torchrun's agent on this node and `command` under it.
+    """Arguments for the Python interpreter that start torchrun on this node and `command` under it.
 
     Raises:
         ValueError: the first node is not known or its name does not resolve.
@@ -45,7 +45,7 @@ def torchrun_arguments(
         host = first_node(environment, first_node_variable, node_rank=node_rank)
         rendezvous = ["--node-rank", str(node_rank), "--master-addr", host, "--master-port", str(job_port(job_id))]
     size = ["--nnodes", str(nodes), "--nproc-per-node", str(procs_per_node)]
-    return ["-m", "torch.distributed.run", *size, *rendezvous, *command]
+    return ["-m", "trainer.agent", *size, *rendezvous, *command]
 
 
 def job_port(job_id: str) -> int:

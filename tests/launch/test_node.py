@@ -21,7 +21,7 @@ def _arguments(nodes: int, environment: dict[str, str], node_rank: int = 0) -> l
 
 def test_one_node_takes_a_free_port_of_its_own() -> None:
     arguments = _arguments(1, {})
-    assert arguments[:6] == ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "4"]
+    assert arguments[:6] == ["-m", "trainer.agent", "--nnodes", "1", "--nproc-per-node", "4"]
     assert arguments[arguments.index("--rdzv-endpoint") + 1] == "localhost:0"
     assert arguments[-4:] == COMMAND
 
