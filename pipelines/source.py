@@ -4,6 +4,7 @@ A unit is a row group of a Parquet file, or a block of generated samples.  Sourc
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Literal, Protocol
 
@@ -18,6 +19,8 @@ from pipelines.validate import check_samples, check_schema
 
 Split = Literal["train", "eval"]
 BASE_LISTS = ("item_id", "action", "timestamp")
+FOOTER_THREADS = 16
+"""Footers read at once: from an object store each takes a round trip."""
 
 
 class Source(Protocol):
@@ -56,19 +59,14 @@ class ParquetSource:
         self._files = _parquet_files(self._filesystem, str(PurePosixPath(folder) / split))
         # Kept, because parsing a footer with many row groups takes as long as reading one of them.
         self._metadata: dict[str, pq.FileMetaData] = {}
-        self._counts: list[IntArray] = []
-        self._has_lengths: list[bool] = []
-        for file in self._files:
-            with self._open(file) as parquet:
-                check_schema(parquet.schema_arrow, file, info, history_features)
-                metadata = parquet.metadata
-                self._metadata[file] = metadata
-                groups = range(metadata.num_row_groups)
-                self._counts.append(np.array([metadata.row_group(i).num_rows for i in groups], dtype=np.int64))
-                self._has_lengths.append(set(LENGTH_COLUMNS) <= set(parquet.schema_arrow.names))
-        self._unit_rows = np.concatenate(self._counts)
-        self._unit_file = np.repeat(np.arange(len(self._files)), [len(counts) for counts in self._counts])
-        self._first_unit = np.cumsum([0, *(len(counts) for counts in self._counts)])
+        with ThreadPoolExecutor(FOOTER_THREADS, thread_name_prefix="footer") as pool:
+            footers = list(pool.map(lambda file: self._read_footer(file, history_features), self._files))
+        self._metadata.update(zip(self._files, footers, strict=True))
+        self._has_lengths = [set(LENGTH_COLUMNS) <= set(footer.schema.to_arrow_schema().names) for footer in footers]
+        counts = [[footer.row_group(group).num_rows for group in range(footer.num_row_groups)] for footer in footers]
+        self._unit_rows = np.array([rows for each in counts for rows in each], dtype=np.int64)
+        self._unit_file = np.repeat(np.arange(len(self._files)), [len(each) for each in counts])
+        self._first_unit = np.cumsum([0, *(len(each) for each in counts)])
         if not self._unit_rows.sum():
             raise ValueError(f"{PurePosixPath(folder) / split} holds no rows; prepare the data set again")
 
@@ -121,6 +119,12 @@ class ParquetSource:
         stored = {column: table[column].to_numpy() for column in lengths}
         check_samples(samples, stored, where, self._info)
         return samples
+
+    def _read_footer(self, file: str, history_features: Sequence[str]) -> pq.FileMetaData:
+        """A file's footer, its columns checked."""
+        with self._open(file) as parquet:
+            check_schema(parquet.schema_arrow, file, self._info, history_features)
+            return parquet.metadata
 
     def _open(self, file: str) -> pq.ParquetFile:
         """Open a file; raises ValueError, naming it, if it is not whole."""
