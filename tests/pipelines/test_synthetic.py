@@ -60,3 +60,20 @@ def test_the_loader_streams_it_like_any_other_source() -> None:
         assert (ours.features.values() == theirs.features.values()).all()
     evaluation = list(build_loader(config, split="eval", rank=0, world_size=1))
     assert sorted(user for batch in evaluation for user in batch.user_id.tolist()) == list(range(500, 550))
+
+
+@pytest.mark.parametrize(("seen", "least", "most"), [(900, 0.9, 1.0), (63, 0.4, 0.62)])
+def test_only_a_reader_of_old_events_can_tell_the_labels(seen: int, least: float, most: float) -> None:
+    """The share of liked events in a candidate's cluster ranks candidates well, unless old events are cut off."""
+    config = DataConfig(path="synthetic", synthetic=CONFIG, global_batch_size=500, max_history_len=seen)
+    [batch] = list(build_loader(config, split="train", rank=0, world_size=1))
+    items, actions = batch.features["item_id"].values().numpy(), batch.action.numpy()
+    scores, labels, start = [], (batch.candidate_action.numpy() & 1).astype(bool), 0
+    for history, candidates in zip(batch.history_lens.tolist(), batch.num_candidates.tolist(), strict=True):
+        liked = items[start : start + history][actions[start : start + history] & LIKE > 0] % NUM_CLUSTERS
+        own = items[start + history : start + history + candidates] % NUM_CLUSTERS
+        scores += ((liked[None] == own[:, None]).sum(1) / max(len(liked), 1)).tolist()
+        start += history + candidates
+    values = np.array(scores)
+    wins = (values[labels][:, None] > values[~labels]) + 0.5 * (values[labels][:, None] == values[~labels])
+    assert least <= wins.mean() <= most
