@@ -38,13 +38,12 @@ def hstu_attention(
     scale: float | None = None,
     max_len: int = 16384,
     backend: Backend = "auto",
-    *,
-    deterministic: bool = True,
 ) -> Tensor:
     """SiLU attention of packed sequences: out[q] = sum over allowed k of silu(scale <q, k>) / max_len v[k].
 
     Differentiable in q, k and v, which may be strided views (slices of one fused projection) with a contiguous last
-    dimension.  Accumulates in float32; the result [T, H, V] is contiguous and has v's dtype.
+    dimension.  Accumulates in float32; the result [T, H, V] is contiguous and has v's dtype.  Output and gradients are
+    the same bits every time.
 
     Args:
         q_THK, k_THK: [T, H, K], bfloat16, float16 or float32, K up to 256.
@@ -56,7 +55,6 @@ def hstu_attention(
         max_len: constant of the model, the same in training and serving, never below the longest sequence.
         backend: "triton" (CUDA, or CPU tensors in Triton's interpreter), "reference" (dense, any device), or "auto":
             Triton on CUDA tensors, the reference otherwise.
-        deterministic: whether the backward must give the same bits every time.
 
     Raises:
         ValueError: naming the argument that is wrong.  The values of offsets and num_targets are checked on the CPU
@@ -64,7 +62,7 @@ def hstu_attention(
     """
     scale = _check_inputs(q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend)
     out_THV: Tensor = torch.ops.longview.hstu_attention_forward(
-        q_THK, k_THK, v_THV, offsets, num_targets, *_mask_fields(mask), scale, max_len, backend, deterministic
+        q_THK, k_THK, v_THV, offsets, num_targets, *_mask_fields(mask), scale, max_len, backend
     )
     return out_THV
 
@@ -81,7 +79,6 @@ def hstu_attention_backward(
     max_len: int = 16384,
     backend: Backend = "auto",
     *,
-    deterministic: bool = True,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of `hstu_attention`, for layers that write their own backward.  Not differentiable.
@@ -93,7 +90,7 @@ def hstu_attention_backward(
     _check_like("dout_THV", dout_THV, v_THV)
     arguments = (
         *(dout_THV, q_THK, k_THK, v_THV, offsets, num_targets),
-        *(*_mask_fields(mask), scale, max_len, backend, deterministic),
+        *(*_mask_fields(mask), scale, max_len, backend),
     )
     if out is None:
         dq, dk, dv = torch.ops.longview.hstu_attention_backward(*arguments)
@@ -102,6 +99,12 @@ def hstu_attention_backward(
         _check_like(name, gradient, tensor)
     torch.ops.longview.hstu_attention_backward_out(*arguments, *out)
     return out
+
+
+@functools.cache
+def _mask_of(local: int | None, global_rows: int, global_columns: int, num_context: int) -> SemiLocalMask:
+    """The inverse of `_mask_fields`."""
+    return SemiLocalMask(local=local, global_rows=global_rows, global_columns=global_columns, num_context=num_context)
 
 
 def _mask_fields(mask: SemiLocalMask) -> tuple[int | None, int, int, int]:
@@ -227,7 +230,7 @@ def _choose_backend(backend: str, q: Tensor) -> Any:
 _MASK_SCHEMA = "int? local, int global_rows, int global_columns, int num_context"
 _COMMON_SCHEMA = (
     f"Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? num_targets, {_MASK_SCHEMA}, "
-    "float scale, int max_len, str backend, bool deterministic"
+    "float scale, int max_len, str backend"
 )
 _FORWARD = "longview::hstu_attention_forward"
 _BACKWARD = "longview::hstu_attention_backward"
@@ -253,10 +256,9 @@ def _forward(
     scale: float,
     max_len: int,
     backend: str,
-    deterministic: bool,
 ) -> Tensor:
     _check_values(q, offsets, num_targets, num_context, max_len)
-    mask = SemiLocalMask(local=local, global_rows=global_rows, global_columns=global_columns, num_context=num_context)
+    mask = _mask_of(local, global_rows, global_columns, num_context)
     module = _choose_backend(backend, q)
     out: Tensor = module.forward(q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len)
     return out
@@ -288,13 +290,12 @@ def _backward_out(
     scale: float,
     max_len: int,
     backend: str,
-    deterministic: bool,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
 ) -> None:
     _check_values(q, offsets, num_targets, num_context, max_len)
-    mask = SemiLocalMask(local=local, global_rows=global_rows, global_columns=global_columns, num_context=num_context)
+    mask = _mask_of(local, global_rows, global_columns, num_context)
     module = _choose_backend(backend, q)
     if module is reference:
         gradients = reference.backward(
@@ -315,7 +316,6 @@ def _backward_out(
         num_targets=num_targets,
         scale=scale,
         max_len=max_len,
-        deterministic=deterministic,
         out=(dq, dk, dv),
     )
 
@@ -340,14 +340,36 @@ def _backward_out_fake(*arguments: Any) -> None:
     return None
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, offsets, num_targets, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, offsets, num_targets)
+class _Attention(torch.autograd.Function):
+    """The forward operator with the backward operator as its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, num_targets: Tensor | None, *arguments: Any
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, offsets, num_targets)
+        ctx.arguments = arguments
+        return _forward_below_autograd(q, k, v, offsets, num_targets, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = gradients
+        dq, dk, dv = torch.ops.longview.hstu_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
+        return dq, dk, dv, *([None] * (2 + len(ctx.arguments)))
 
 
-def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.longview.hstu_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
-    return (*gradients, *([None] * (2 + len(ctx.arguments))))
+def _forward_below_autograd(*arguments: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = torch.ops.longview.hstu_attention_forward(*arguments)
+    return out
 
 
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_for_backward)
+def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Registered by hand: `torch.library.register_autograd` takes the host twice as long."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out: Tensor = _Attention.apply(q, k, v, *arguments)
+        return out
+    return _forward_below_autograd(q, k, v, *arguments)
+
+
+torch.library.impl(_FORWARD, "Autograd", _forward_autograd)

@@ -3,6 +3,7 @@
 Grids follow from the number of positions and sequences alone, so no launch waits for a length on the device.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -60,7 +61,6 @@ def backward(
     num_targets: Tensor | None,
     scale: float,
     max_len: int,
-    deterministic: bool,
     out: tuple[Tensor, Tensor, Tensor],
     config: AttentionConfig | None = None,
 ) -> None:
@@ -155,21 +155,27 @@ def _options(
     tma: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments that the three kernels share."""
-    half = q_THK.dtype != torch.float32
+    flags = (mask.local is not None, num_targets is not None, plan.split_items > 0, tma)
+    return _compile_options(q_THK.dtype, q_THK.is_cuda, q_THK.shape[2], v_THV.shape[2], tile, *flags)
+
+
+@functools.cache
+def _compile_options(
+    dtype: torch.dtype, is_cuda: bool, key_size: int, value_size: int, tile: TileConfig, *flags: bool
+) -> dict[str, Any]:
+    """Cached, because a launch takes the host as long as a short kernel takes the GPU."""
+    half = dtype != torch.float32
     return {
-        "K": q_THK.shape[2],
-        "V": v_THV.shape[2],
-        "BLOCK_K": _block_size(q_THK),
-        "BLOCK_V": _block_size(v_THV),
+        "K": key_size,
+        "V": value_size,
+        "BLOCK_K": _pad(key_size),
+        "BLOCK_V": _pad(value_size),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "HAS_LOCAL": mask.local is not None,
-        "HAS_TARGETS": num_targets is not None,
-        "SPLIT": plan.split_items > 0,
-        "TMA": tma,
+        **dict(zip(("HAS_LOCAL", "HAS_TARGETS", "SPLIT", "TMA"), flags, strict=True)),
         # tanh.approx is exact to about 11 bits: enough for 16-bit inputs only.
-        "FAST_TANH": half and q_THK.is_cuda,
-        "PRECISION": "tf32x3" if not half else "tf32" if q_THK.is_cuda else "upcast",
+        "FAST_TANH": half and is_cuda,
+        "PRECISION": "tf32x3" if not half else "tf32" if is_cuda else "upcast",
         "STAGES": tile.stages,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -183,19 +189,27 @@ def _rows(tma: bool, *tensors: tuple[Tensor, int]) -> list[Tensor | TensorDescri
         return [x for x, _ in tensors]
     descriptors = []
     for x, block in tensors:
-        view = x.transpose(0, 1)
-        descriptors.append(TensorDescriptor(view, view.shape, view.stride(), [1, block, _block_size(x)]))
+        (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
+        descriptors.append(TensorDescriptor(x, [h, t, size], [stride_h, stride_t, 1], [1, block, _pad(size)]))
     return descriptors
 
 
 def _use_tma(*tensors: Tensor) -> bool:
     """Whether the tensor memory accelerator can read all of these: 16-byte alignment, and hardware that has one."""
-    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+    if not _has_tma(tensors[0].device):
         return False
-    return all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
-        for x in tensors
-    )
+    size = tensors[0].element_size()
+    for x in tensors:
+        stride_t, stride_h, _ = x.stride()
+        if (x.data_ptr() | stride_t * size | stride_h * size) % 16 != 0:
+            return False
+    return True
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    """Hopper and later have it, and so does the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _strides(*tensors: Tensor) -> list[int]:

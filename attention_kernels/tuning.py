@@ -1,5 +1,6 @@
 """Tile sizes by shape: a small table chosen by measurement, looked up, never searched at run time."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ class AttentionConfig:
     """Holds keys, walks rows."""
 
 
+@functools.cache
 def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int) -> AttentionConfig:
     """The tiles for a mask, a dtype and the larger padded head size."""
     if dtype == torch.float32:

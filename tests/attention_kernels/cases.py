@@ -64,7 +64,7 @@ def _slices(tensors: list[Tensor]) -> list[Tensor]:
     return views
 
 
-def run(case: Case, device: str, backend: str, *, deterministic: bool = True, seed: int = 0) -> list[Tensor]:
+def run(case: Case, device: str, backend: str, seed: int = 0) -> list[Tensor]:
     """Output and gradients; for a strided case the gradients are written into slices of one poisoned buffer."""
     q, k, v, dout = random_inputs(case, device, seed)
     offsets, targets = index_tensors(case, device)
@@ -72,10 +72,10 @@ def run(case: Case, device: str, backend: str, *, deterministic: bool = True, se
     if case.strided:
         out = hstu_attention(q, k, v, *arguments)
         gradients = tuple(x.fill_(torch.nan) for x in _slices([q, k, v]))
-        hstu_attention_backward(dout, q, k, v, *arguments, deterministic=deterministic, out=gradients)
+        hstu_attention_backward(dout, q, k, v, *arguments, out=gradients)
         return [out, *gradients]
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = hstu_attention(*inputs, *arguments, deterministic=deterministic)
+    out = hstu_attention(*inputs, *arguments)
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
 

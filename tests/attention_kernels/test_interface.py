@@ -78,7 +78,7 @@ def test_choice_of_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
 def test_operator_is_registered_properly(targets: torch.Tensor | None) -> None:
     given = arguments()
     q, k, v = (given[name].requires_grad_() for name in ("q_THK", "k_THK", "v_THV"))
-    fields = (given["offsets"], targets, 4, 2, 0, 1, 0.25, 16, "auto", True)
+    fields = (given["offsets"], targets, 4, 2, 0, 1, 0.25, 16, "auto")
     torch.library.opcheck(torch.ops.longview.hstu_attention_forward, (q, k, v, *fields))
     plain = [x.detach() for x in (torch.randn(10, 2, 16), q, k, v)]
     torch.library.opcheck(torch.ops.longview.hstu_attention_backward, (*plain, *fields))
