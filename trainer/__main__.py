@@ -72,7 +72,8 @@ def plan(
     recipe: Recipe,
     world_size: Annotated[int, typer.Option(metavar="W", min=1, help="Processes of the job.")],
     local_world_size: Annotated[
-        int | None, typer.Option(metavar="L", min=1, help="Processes a machine; default: 8, or all if fewer.")
+        int | None,
+        typer.Option(metavar="L", min=1, help="Processes a machine; default: the most up to 8 that divide W."),
     ] = None,
     hbm_gib: Annotated[float | None, typer.Option(metavar="G", help="Memory of a GPU in GiB; default: 80.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan here, for train --plan.")] = None,

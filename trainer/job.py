@@ -106,12 +106,17 @@ def plan_job(
     config: TrainConfig, *, world_size: int, local_world_size: int | None, hbm_gib: float | None, out: Path | None
 ) -> None:
     """Plan the recipe's tables for GPUs that need not be here; print the plan and, with `out`, write it."""
-    machine = Machine(
-        world_size=world_size,
-        local_world_size=min(8, world_size) if local_world_size is None else local_world_size,
-        compute_device="cuda",
-        hbm_gib=80.0 if hbm_gib is None else hbm_gib,
-    )
+    if local_world_size is None:
+        local_world_size = max(size for size in range(1, 9) if world_size % size == 0)
+    try:
+        machine = Machine(
+            world_size=world_size,
+            local_world_size=local_world_size,
+            compute_device="cuda",
+            hbm_gib=80.0 if hbm_gib is None else hbm_gib,
+        )
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
     plan = make_plan(config, dataset_info(config.data), machine, None)
     print(plan_report(plan))
     if out is not None:

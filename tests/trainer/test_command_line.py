@@ -27,6 +27,7 @@ from trainer.typed_values import apply_overrides, from_dict, to_dict
         (["fly"], "No such command 'fly'"),
         (["plan", "kuairand_sample"], "Missing option '--world-size'"),
         (["plan", "kuairand_sample", "--world-size", "0"], "Invalid value for '--world-size'"),
+        (["plan", "kuairand_sample", "--world-size", "12", "--local-world-size", "8"], "local_world_size=8"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_two(
