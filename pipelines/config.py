@@ -124,18 +124,17 @@ class DataConfig:
     """Threads of each rank that read and assemble batches; 0 does so in the caller's thread."""
     prefetch_batches: int = 4
     """Batches assembled ahead of the consumer; at least 1 if there are reader threads."""
-    synthetic: SyntheticConfig | None = None
-    """Content of the data set "synthetic"; null elsewhere."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    """Content of the data set "synthetic"; without effect, and so not to be changed, elsewhere."""
 
     def __post_init__(self) -> None:
         self._check_counts()
         if not self.path:
             raise ValueError("data.path must name a prepared data set, got an empty string")
-        if (self.path == SYNTHETIC_PATH) != (self.synthetic is not None):
-            raise ValueError(
-                f"data.path={self.path} with data.synthetic={'null' if self.synthetic is None else 'set'}: "
-                f'"{SYNTHETIC_PATH}" needs data.synthetic, and other paths must have none'
-            )
+        if self.path != SYNTHETIC_PATH and self.synthetic != SyntheticConfig():
+            raise ValueError(f'data.synthetic has no effect with data.path={self.path}; set data.path="synthetic"')
+        if SYNTHETIC_PATH in self.mix_paths:
+            raise ValueError(f'data.mix_paths must name prepared data sets; "{SYNTHETIC_PATH}" can only be data.path')
         if self.balance_slack < 0:
             raise ValueError(f"data.balance_slack must be at least 0, got {self.balance_slack}")
         if len(set(self.history_features)) != len(self.history_features):

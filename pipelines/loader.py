@@ -25,7 +25,7 @@ from pipelines.synthetic import SyntheticSource, synthetic_info
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
     """The description of the data that `config` reads."""
-    if config.synthetic is not None:
+    if config.path == SYNTHETIC_PATH:
         return synthetic_info(config.synthetic)
     return read_dataset_info(config.path)
 
@@ -167,7 +167,6 @@ class _Units:
 def open_source(path: str, config: DataConfig, split: Split) -> Source:
     """One split of one of the data sets that `config` names."""
     if path == SYNTHETIC_PATH:
-        assert config.synthetic is not None
         if config.history_features:
             raise ValueError(f"data.history_features={config.history_features}: synthetic data has none")
         return SyntheticSource(config.synthetic, split)
