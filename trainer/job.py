@@ -32,7 +32,7 @@ from trainer.loop import Feed, run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.metrics import score
 from trainer.parallelize import ParallelModel, parallelize
-from trainer.preflight import check_packages, device_name, installed_versions
+from trainer.preflight import check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Consumed, Recorder
 from trainer.run_dir import JsonLines, RunDir, write_json
 from trainer.run_log import logged
@@ -55,6 +55,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     loader = training_loader(config, info, mesh, progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     with logged(run, mesh), joined(mesh):
+        check_kernels(mesh.device)
         model = build_parallel(config, info, plan, mesh)
         if steps:
             load_tensors(run.checkpoint(progress.step), model.tensors())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from attention_kernels.selfcheck import check_attention
+
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
@@ -30,6 +32,17 @@ def check_packages() -> None:
                 f"package {name!r} is imported from {found}, not from {root / name}: "
                 "remove the other package or run from the checkout's folder"
             )
+
+
+def check_kernels(device: torch.device) -> None:
+    """On a GPU, compare the attention kernels with their reference: a compiler or driver may miscompile them.
+
+    Raises:
+        KernelMismatchError: they differ; the message names the versions.
+    """
+    if device.type == "cuda":
+        check_attention(device)
+        logger.info("attention kernels agree with their reference")
 
 
 def installed_versions() -> dict[str, str]:
