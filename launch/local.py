@@ -76,7 +76,9 @@ def state(record: JobRecord) -> AppState:
     # TorchX writes this file, whatever the outcome, when the job has ended and its outputs are closed.
     final = Path(record.job_dir, "SUCCESS")
     if final.is_file():
-        return AppState[json.loads(final.read_text())["final_state"]]
+        ended: AppState = AppState[json.loads(final.read_text())["final_state"]]
+        # TorchX notes the state of a cancelled job before it cancels it.
+        return ended if is_terminal(ended) else AppState.CANCELLED
     return AppState.RUNNING if _is_submitting(record.pid) else AppState.FAILED
 
 

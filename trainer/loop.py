@@ -47,8 +47,8 @@ class Feed:
         return self._in_flight.popleft()
 
 
-class StoppedEarly(Exception):
-    """The scheduler asked the run to stop, and it did so in good order."""
+class StoppedEarly(InterruptedError):
+    """The scheduler asked the run to stop, and it did so in good order; the command line says so in a line."""
 
 
 class StopSignal:

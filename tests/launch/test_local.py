@@ -141,3 +141,5 @@ def test_an_interrupted_job_may_save_its_state_first(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=60)
     assert output.splitlines()[-1] == "CANCELLED"
     assert (tmp_path / "saved").exists()
+    record = records.JobRecord(**json.loads((tmp_path / "jobs.jsonl").read_text()))
+    assert local.state(record) == AppState.CANCELLED
