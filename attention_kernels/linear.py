@@ -118,7 +118,7 @@ def matmul_fp8(
 
     A one-dimensional bias goes through `torch._scaled_mm` (CUTLASS), a residual through our kernel's epilogue.
     """
-    if backend == "reference":
+    if backend == "reference" or a.shape[0] == 0:
         product = (a.float() * row_scale[:, None]) @ (b_NK.float() * column_scale[:, None]).t()
         for term in (bias, residual):
             product = product if term is None else product + term.float()

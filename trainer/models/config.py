@@ -32,7 +32,8 @@ class LayerConfig:
     recompute_gated: bool = True
     """Rebuild norm(attention) * U in the backward pass instead of keeping it."""
     fp8: bool = False
-    """Forward products in FP8 (E4M3, one scale a row); the backward stays in the input's type.  Needs a GPU."""
+    """Forward products in FP8 (E4M3, one scale a row); the backward stays in the input's type.  Widths must be
+    multiples of 16.  Fast on GPUs with FP8 tensor cores (Hopper and later), emulated on a CPU."""
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "qk_dim", "value_dim"):

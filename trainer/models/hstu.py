@@ -31,6 +31,11 @@ class HstuLayer(nn.Module):
 
     def __init__(self, *, dim: int, spec: LayerSpec) -> None:
         super().__init__()
+        if spec.fp8 and (dim % 16 or spec.gate_width % 16 or spec.uvqk_width % 16):
+            raise ValueError(
+                f"layer.fp8=true needs widths that are multiples of 16: dim is {dim}, heads x value_dim "
+                f"{spec.gate_width}, heads x (qk_dim + value_dim) x 2 {spec.uvqk_width}"
+            )
         self.spec = spec
         self.input_norm_weight = nn.Parameter(torch.ones(dim))
         self.input_norm_bias = nn.Parameter(torch.zeros(dim))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention_kernels import SemiLocalMask, layer_ops
 from attention_kernels.reference import dense_mask
+from trainer.models.hstu import HstuLayer
 from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, plain_layer
 from trainer.models.layer_function import fused_layer
 
@@ -215,3 +216,8 @@ def test_fp8_is_close_to_full_precision_and_keeps_its_gradients() -> None:
         torch.cat([gradient.flatten() for gradient in gradients(out, x, parameters)]) for out in (quantised, exact)
     )
     assert (found - wanted).norm() / wanted.norm() < 0.1
+
+
+def test_fp8_refuses_widths_that_its_products_do_not_take() -> None:
+    with pytest.raises(ValueError, match="multiples of 16: dim is 24"):
+        HstuLayer(dim=24, spec=replace(SPECS["paper"], fp8=True))
