@@ -33,6 +33,9 @@ app = typer.Typer(
     help="Send training jobs to a scheduler and look after them.  SCHEDULER is one of " + ", ".join(SCHEDULERS) + ".",
 )
 
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Change the recipe's values.")
+]
 Handle = Annotated[str, typer.Argument(metavar="HANDLE", help="What `submit` printed last.")]
 
 
@@ -44,9 +47,7 @@ def submit_(
     procs_per_node: Annotated[int, typer.Option(metavar="P", min=1, help="Processes a machine: one a GPU.")],
     run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/RECIPE.")] = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A sharding plan to use.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe.")
-    ] = None,
+    set_: Overrides = None,
     machine: Annotated[
         str | None, typer.Option(metavar="NAME", help="Machine type of launch/resources.py; default: P cores, no GPU.")
     ] = None,
@@ -94,11 +95,11 @@ def submit_(
         started = time.time()
         handle = submit(torchx, request, job)
         ended = local.wait(torchx, handle) if scheduler == "local_cwd" else AppState.SUBMITTED
-    if ended in (AppState.FAILED, AppState.CANCELLED):
+    failed = ended in (AppState.FAILED, AppState.CANCELLED)
+    if failed:
         print(f"error: {_failure(request, ended, started)}", file=sys.stderr)
     print(handle)
-    if ended in (AppState.FAILED, AppState.CANCELLED):
-        raise typer.Exit(1)
+    raise typer.Exit(int(failed))
 
 
 @app.command()
