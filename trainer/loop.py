@@ -94,6 +94,7 @@ def run_steps(
     model.module.train()
     stop = StopSignal()
     saved_step, evaluated_step = progress.step, -1
+    loss: Tensor | None = None
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(config.seed, progress.step + 1, mesh.rank)
@@ -115,6 +116,9 @@ def run_steps(
         if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
             save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
             saved_step = progress.step
+    # A run's last step is logged whatever its number, so that a short run has a metric too.
+    if loss is not None and progress.step % config.log_every:
+        recorder.log(progress, loss, factor, stop=False)
     if saved_step != progress.step:
         save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
     if evaluated_step != progress.step:
