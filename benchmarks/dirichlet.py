@@ -52,7 +52,7 @@ class Scale:
 
 
 SCALES = {
-    "small": Scale(records=40_000, num_items=2000, num_categories=20, length=48, dim=48, num_negatives=128, batch=128),
+    "small": Scale(records=160_000, num_items=2000, num_categories=20, length=48, dim=48, num_negatives=128, batch=128),
     "paper": Scale(
         records=1_000_000, num_items=20000, num_categories=100, length=128, dim=128, num_negatives=512, batch=512
     ),
