@@ -178,10 +178,14 @@ class JsonLines:
             self._last_step = max((json.loads(line)["step"] for line in whole.splitlines()), default=-1)
 
     def append(self, record: dict[str, Any]) -> bool:
-        """Write `record` and flush, unless its step is in the file; returns whether it was written."""
+        """Write `record` and flush, unless its step is in the file; returns whether it was written.
+
+        An undefined number (NaN) becomes null, for JSON has no other word for it.
+        """
         if record["step"] <= self._last_step:
             return False
+        values = {key: None if value != value else value for key, value in record.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(values, allow_nan=False) + "\n")
         self._last_step = record["step"]
         return True

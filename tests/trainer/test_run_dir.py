@@ -66,3 +66,9 @@ def test_json_lines_never_repeat_a_step_and_drop_a_torn_line(tmp_path: Path) -> 
     assert not lines.append({"step": 2})
     assert lines.append({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    JsonLines(path).append({"step": 1, "auc/click": float("nan"), "ne/click": 0.5})
+    assert path.read_text() == '{"step": 1, "auc/click": null, "ne/click": 0.5}\n'
