@@ -10,8 +10,8 @@ import torch
 from tests.support.training import kill_job, losses, read_checkpoint, read_lines, start_training, train
 
 STEPS = 8
-# Float32 sums in another order; measured differences are below 2e-6 after 8 steps.
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+# Float32 sums in another order; after 8 steps the largest difference measured is 1.2e-7, in losses and in tensors.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_run_goes_on_with_another_number_of_ranks(
     assert {line["step"]: line["world_size"] for line in resumed} == {
         s: 2 if s <= 4 else ranks for s in range(1, STEPS + 1)
     }
-    assert losses(resumed) == pytest.approx(losses(reference), rel=1e-4)
+    assert losses(resumed) == pytest.approx(losses(reference), rel=1e-5)
     expected, actual = (read_checkpoint(path / "checkpoints" / f"step-{STEPS:08d}") for path in (uninterrupted, run))
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
@@ -71,7 +71,7 @@ def test_run_goes_on_with_another_number_of_ranks(
 
 def test_two_ranks_train_like_one(uninterrupted: Path, tmp_path: Path) -> None:
     single = train(tmp_path / "run", 1, f"max_steps={STEPS}", "checkpoint.every_steps=4")
-    assert losses(single) == pytest.approx(losses(read_lines(uninterrupted / "metrics.jsonl")), rel=1e-4)
+    assert losses(single) == pytest.approx(losses(read_lines(uninterrupted / "metrics.jsonl")), rel=1e-5)
     for step in (4, STEPS):
         expected, actual = (
             read_checkpoint(path / "checkpoints" / f"step-{step:08d}") for path in (tmp_path / "run", uninterrupted)
