@@ -90,6 +90,9 @@ def run_steps(
         loss, _ = model.forward(batch)
         return loss, loss.detach()
 
+    def save() -> None:
+        save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
     model.module.train()
     stop = StopSignal()
@@ -108,18 +111,18 @@ def run_steps(
         progress.position = consumed.position
         recorder.count(consumed)
         if progress.step % config.log_every == 0 and recorder.log(progress, loss, factor, stop=stop.requested):
-            save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+            save()
             raise StoppedEarly(f"SIGTERM after step {progress.step}, which is saved: start the same command to go on")
         if config.evaluation.every_steps and progress.step % config.evaluation.every_steps == 0:
             pipeline.outside(lambda: evaluate(progress.step))
             evaluated_step = progress.step
         if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
-            save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+            save()
             saved_step = progress.step
     # A run's last step is logged whatever its number, so that a short run has a metric too.
     if loss is not None and progress.step % config.log_every:
         recorder.log(progress, loss, factor, stop=False)
     if saved_step != progress.step:
-        save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+        save()
     if evaluated_step != progress.step:
         pipeline.outside(lambda: evaluate(progress.step))
