@@ -3,14 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from pipelines.batch import ITEM_FEATURE, Batch
 from pipelines.columns import AnyArray, IntArray, Samples
 from pipelines.config import DataConfig
 from pipelines.global_batches import BatchPlan
+from pipelines.packed import SIDE_PREFIX, Contents, Packed, pack
 from pipelines.schema import DatasetInfo
 from pipelines.stochastic_length import choose_events
 
@@ -22,7 +19,7 @@ Selection = slice | IntArray
 
 def collate(
     plan: BatchPlan, units: Mapping[tuple[int, int], Samples], config: DataConfig, info: DatasetInfo, world_size: int
-) -> Batch:
+) -> Packed:
     """The batch of a plan whose units were read.
 
     A rank without samples gets one sample with zero ids, no history and no candidates, because TorchRec's jagged
@@ -35,45 +32,41 @@ def collate(
     if not rows:
         history = candidates = np.zeros(1, dtype=np.int64)
     past = _history_selections(plan, rows, places, config)
-    future = [
-        slice(start, start + kept)
-        for start, kept in zip(
-            [int(row.candidate["item_id"].offsets[place]) for row, place in zip(rows, places, strict=True)],
-            candidates.tolist(),
-            strict=False,
-        )
-    ]
-    lens = history + candidates
-    features = KeyedJaggedTensor(
-        keys=[*info.context_features, ITEM_FEATURE],
-        values=torch.from_numpy(np.concatenate([*context, _merge(rows, past, future, "item_id", np.int64)])),
-        lengths=torch.from_numpy(np.concatenate([np.ones(len(user) * len(context), dtype=np.int64), lens])),
+    first = [int(row.candidate["item_id"].offsets[place]) for row, place in zip(rows, places, strict=True)]
+    # Of a rank without samples, the stand-in's lengths remain.
+    future = [slice(start, start + kept) for start, kept in zip(first, candidates.tolist(), strict=False)]
+    items = _merge(rows, past, future, "item_id")
+    memory, memory_places = pack(
+        {
+            "ids": (np.int64, [*context, *items]),
+            "id_lens": (np.int64, [np.ones(len(user) * len(context), dtype=np.int64), history + candidates]),
+            "user_id": (np.int64, [user]),
+            "history_lens": (np.int64, [history]),
+            "num_candidates": (np.int64, [candidates]),
+            "action": (np.int32, _merge_history(rows, past, future, "action")),
+            "timestamp": (np.int64, _merge(rows, past, future, "timestamp")),
+            "candidate_action": (
+                np.int32,
+                [row.candidate["action"].values[chosen] for row, chosen in zip(rows, future, strict=True)],
+            ),
+            # Of a global batch without candidates, 1 over ranks, for a loss of zero.
+            "loss_denominator": (np.float32, [np.array([max(plan.global_candidates, 1) / world_size], np.float32)]),
+            **{
+                SIDE_PREFIX + name: (_kind(rows, name), _merge_history(rows, past, future, name))
+                for name in config.history_features
+            },
+        }
     )
-    action = torch.from_numpy(_merge(rows, past, future, "action", np.int32, zero_candidates=True))
-    side = {
-        name: torch.from_numpy(_merge(rows, past, future, name, _kind(rows, name), zero_candidates=True))
-        for name in config.history_features
-    }
-    labels = [row.candidate["action"].values[chosen] for row, chosen in zip(rows, future, strict=True)]
-    return Batch(
-        features=features,
-        user_id=torch.from_numpy(user),
-        history_lens=torch.from_numpy(history),
-        num_candidates=torch.from_numpy(candidates),
-        history_lens_host=torch.from_numpy(history),
-        num_candidates_host=torch.from_numpy(candidates),
-        action=action,
-        timestamp=torch.from_numpy(_merge(rows, past, future, "timestamp", np.int64)),
-        side=side,
-        candidate_action=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int32), *labels])),
-        loss_denominator=_denominator(plan, world_size),
-        action_host=action,
-        side_host=side,
+    contents = Contents(
+        size_bytes=memory.numel(),
+        places=memory_places,
+        context_names=tuple(info.context_features),
         position=plan.position,
         global_samples=plan.global_samples,
         global_tokens=plan.global_tokens,
         imbalance=plan.imbalance,
     )
+    return Packed(memory, (contents,))
 
 
 def _scalars(rows: Sequence[Samples], places: Sequence[int], info: DatasetInfo) -> tuple[IntArray, list[IntArray]]:
@@ -106,30 +99,25 @@ def _history_selections(
     return selections
 
 
-def _merge(
-    rows: Sequence[Samples],
-    past: Sequence[Selection],
-    future: Sequence[slice],
-    name: str,
-    kind: type[np.generic] | np.dtype[np.generic],
-    zero_candidates: bool = False,
-) -> AnyArray:
-    """One list column packed sample by sample: each history, then the candidates or as many zeros."""
-    parts: list[AnyArray] = [np.zeros(0, dtype=kind)]
+def _merge(rows: Sequence[Samples], past: Sequence[Selection], future: Sequence[slice], name: str) -> list[AnyArray]:
+    """The parts of a list column packed sample by sample: each history, then the candidates."""
+    parts: list[AnyArray] = []
     for row, before, after in zip(rows, past, future, strict=True):
-        parts.append(row.history[name].values[before])
-        if zero_candidates:
-            parts.append(np.zeros(after.stop - after.start, dtype=kind))
-        else:
-            parts.append(row.candidate[name].values[after])
-    return np.concatenate(parts)
+        parts += (row.history[name].values[before], row.candidate[name].values[after])
+    return parts
+
+
+def _merge_history(
+    rows: Sequence[Samples], past: Sequence[Selection], future: Sequence[slice], name: str
+) -> list[AnyArray]:
+    """As `_merge`, with zeros in the candidates' place."""
+    parts: list[AnyArray] = []
+    for row, before, after in zip(rows, past, future, strict=True):
+        values = row.history[name].values
+        parts += (values[before], np.zeros(after.stop - after.start, dtype=values.dtype))
+    return parts
 
 
 def _kind(rows: Sequence[Samples], name: str) -> np.dtype[np.generic]:
     """The type of a further history column; a batch of nothing has whole numbers."""
     return rows[0].history[name].values.dtype if rows else np.dtype(np.int64)
-
-
-def _denominator(plan: BatchPlan, world_size: int) -> Tensor:
-    """Candidates of the global batch over ranks; of a batch without any, 1 over ranks, for a loss of zero."""
-    return torch.tensor(max(plan.global_candidates, 1) / world_size, dtype=torch.float32)

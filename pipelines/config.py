@@ -120,10 +120,11 @@ class DataConfig:
     most one; bounded: even cost, and counts within balance_slack of the mean."""
     balance_slack: float = 0.25
     """bounded: largest count of samples on a rank, as a fraction above the mean."""
-    reader_threads: int = 2
-    """Threads of each rank that read and assemble batches; 0 does so in the caller's thread."""
+    reader_threads: int = 4
+    """Threads of each rank's reader process, which makes its batches ahead of their use; 0: no such process, the
+    trainer makes each batch itself when it needs it."""
     prefetch_batches: int = 4
-    """Batches assembled ahead of the consumer; at least 1 if there are reader threads."""
+    """Batches that a reader process works on ahead of those that it has handed over."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Content of the data set "synthetic"; without effect, and so not to be changed, elsewhere."""
 

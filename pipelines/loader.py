@@ -1,26 +1,36 @@
-"""Batches of one rank: plans the global stream, reads the units it needs, and assembles ahead of the consumer.
+"""Batches of one rank, made ahead of their use in a process of their own.
 
-    GlobalBatches (one planning thread) -> units read once, kept while near -> collate (reader threads) -> in order
+    reader process: Reader -> shared memory -> this process: page-locked copy (own thread) -> Batch
 
-Threads suffice: decoding Parquet and copying arrays release the interpreter lock.
+A process, because the trainer launches its steps from Python: threads that read beside it hold the interpreter lock
+when it wants it.  Batches are handed over by torch's DataLoader, one piece of memory each.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Generator, Iterator
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+
+import torch
+from torch.utils.data import DataLoader
 
 from pipelines.balance import Cost, default_cost
 from pipelines.batch import Batch
-from pipelines.collate import collate
-from pipelines.columns import Samples
 from pipelines.config import SYNTHETIC_PATH, DataConfig
-from pipelines.global_batches import BatchPlan, GlobalBatches
+from pipelines.global_batches import GlobalBatches
 from pipelines.order import SampleOrder
+from pipelines.packed import Packed
 from pipelines.position import DataPosition
+from pipelines.reader import Failure, Reader, end_with_parent
 from pipelines.schema import DatasetInfo, read_dataset_info
 from pipelines.source import ParquetSource, Source, Split
 from pipelines.synthetic import SyntheticSource, synthetic_info
+
+GROUPS_AHEAD = 2
+"""Groups of finished batches that wait outside the reader process, in shared and in page-locked memory."""
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
@@ -67,101 +77,100 @@ def build_loader(
     )
     # A batch may reach into the next window, and reading ahead does.
     kept = 2 * sum(order.units_in_window() for order in orders) + 1
-    return Loader(config, batches, _Units(sources, kept), position, world_size, pin_memory)
+    reader = Reader(config, batches, sources, position=position, world_size=world_size, kept_units=kept)
+    return Loader(reader, batches, sources[0].info, in_process=config.reader_threads == 0, pin_memory=pin_memory)
 
 
 class Loader:
-    """Iterates over batches; each iteration starts anew from the position that the loader was built with."""
+    """Iterates over batches; each iteration starts anew from the position that the loader was built with.
+
+    An iterator that is not read to its end should be closed: `contextlib.closing(iter(loader))`.
+    """
 
     def __init__(
-        self,
-        config: DataConfig,
-        batches: GlobalBatches,
-        units: "_Units",
-        position: DataPosition | None,
-        world_size: int,
-        pin_memory: bool,
+        self, reader: Reader, batches: GlobalBatches, info: DatasetInfo, *, in_process: bool, pin_memory: bool
     ) -> None:
-        self._config = config
-        self._batches = batches
-        self._units = units
-        self._position = position
-        self._world_size = world_size
+        self._reader = reader
+        self._in_process = in_process
         self._pin_memory = pin_memory
-        self.info = units.sources[0].info
+        self.info = info
+        self.start = batches.start
+        """The position before the first sample."""
         self.total_samples = batches.total_samples
 
-    @property
-    def start(self) -> DataPosition:
-        """The position before the first sample."""
-        return self._batches.start
-
-    def __iter__(self) -> Iterator[Batch]:
-        plans = self._batches.plans(self._position)
-        if not self._config.reader_threads:
-            for plan in plans:
-                yield self._assemble(plan)
-            return
-        threads = self._config.reader_threads
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="plan") as planner,
-            ThreadPoolExecutor(threads, thread_name_prefix="read") as readers,
-        ):
-            waiting: deque[Future[Future[Batch] | None]] = deque()
-
-            def begin() -> "Future[Batch] | None":
-                plan = next(plans, None)
-                return None if plan is None else readers.submit(self._assemble, plan)
-
-            try:
-                while True:
-                    while len(waiting) < self._config.prefetch_batches:
-                        waiting.append(planner.submit(begin))
-                    batch = waiting.popleft().result()
-                    if batch is None:
-                        return
-                    waiting.append(planner.submit(begin))
-                    yield batch.result()
-            finally:
-                # A consumer that stops early must not wait for batches that nobody will see.
-                planner.shutdown(cancel_futures=True)
-                readers.shutdown(cancel_futures=True)
-
-    def _assemble(self, plan: BatchPlan) -> Batch:
-        """Read what a plan needs and put it together."""
-        keys = dict.fromkeys(zip(plan.samples.source.tolist(), plan.samples.unit.tolist(), strict=True))
-        units = {key: self._units.read(key) for key in keys}
-        batch = collate(plan, units, self._config, self.info, self._world_size)
-        return batch.pin_memory() if self._pin_memory else batch
+    def __iter__(self) -> Generator[Batch]:
+        """Starts the reader process at once: it works while the caller prepares other things."""
+        before = set(multiprocessing.active_children())
+        handed_over = iter(
+            DataLoader(
+                self._reader,
+                batch_size=None,
+                num_workers=0 if self._in_process else 1,
+                prefetch_factor=None if self._in_process else GROUPS_AHEAD,
+                multiprocessing_context=None if self._in_process else _reader_context(),
+                worker_init_fn=end_with_parent,
+                pin_memory=self._pin_memory,
+                # Its own, because starting draws a number, which must not change the trainer's.
+                generator=torch.Generator(),
+            )
+        )
+        return _batches(handed_over, [child for child in multiprocessing.active_children() if child not in before])
 
 
-class _Units:
-    """Reads each unit once and keeps the ones used last; safe to call from several threads."""
+def _batches(handed_over: Iterator[Packed | Failure], processes: list[BaseProcess]) -> Generator[Batch]:
+    """What the reader hands over, its failure raised; ends the reader process when closed."""
 
-    def __init__(self, sources: list[Source], kept: int) -> None:
-        self.sources = sources
-        self._kept = kept
-        self._lock = Lock()
-        self._units: OrderedDict[tuple[int, int], Future[Samples]] = OrderedDict()
+    def kill() -> None:
+        for process in processes:
+            process.kill()
 
-    def read(self, key: tuple[int, int]) -> Samples:
-        """A unit of a source, waiting for another thread's reading of it if there is one."""
-        with self._lock:
-            future = self._units.get(key)
-            ours = future is None
-            if future is None:
-                future = Future()
-                self._units[key] = future
-            self._units.move_to_end(key)
-            while len(self._units) > self._kept:
-                self._units.popitem(last=False)
-        if ours:
-            try:
-                future.set_result(self.sources[key[0]].read(key[1]))
-            except BaseException as error:
-                future.set_exception(error)
-                raise
-        return future.result()
+    # Where nobody closed the iterator, Python would wait at its exit for a process that no longer listens.
+    atexit.register(kill)
+    try:
+        while (item := _next(handed_over, processes)) is not None:
+            if isinstance(item, Failure):
+                raise item.error
+            for memory, contents in item.split():
+                yield Batch(contents, memory)
+    finally:
+        # The last reference: DataLoader ends its processes when it is collected.
+        del handed_over
+        atexit.unregister(kill)
+
+
+def _next(handed_over: Iterator[Packed | Failure], processes: list[BaseProcess]) -> Packed | Failure | None:
+    """What comes next, None at the end.  Raises RuntimeError if the reader process is gone."""
+    try:
+        return next(handed_over, None)
+    except (OSError, EOFError, RuntimeError) as error:
+        for process in processes:
+            process.join(timeout=1)
+            if process.exitcode:
+                raise RuntimeError(
+                    f"the process that reads the data ended unexpectedly with exit code {process.exitcode}, perhaps "
+                    "for lack of memory (lower data.window_samples); start the same command to go on"
+                ) from error
+        raise
+
+
+def _reader_context() -> ForkServerContext:
+    """Starts reader processes from a server process that has imported what they need and has no threads.
+
+    Not by forking this process, whose CUDA and communication threads do not survive that.  SIGINT and SIGTERM do not
+    reach the readers, though shells and schedulers send them to all processes of a job: the trainer still needs
+    batches until it has saved its state, and then ends them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.reader"])
+    # Starts a helper process and unblocks the signals, so it comes first.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        # The server, and what it forks, inherits the mask.
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return context
 
 
 def open_source(path: str, config: DataConfig, split: Split) -> Source:

@@ -1,17 +1,19 @@
 """From a configuration and a data set's description to tables and the single-process model."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from embeddings.config import TableConfig
 from embeddings.plan import BatchLoad
 from embeddings.tables import build_embedding_collection
+from pipelines.balance import Cost
 from pipelines.batch import ITEM_FEATURE
 from pipelines.schema import DatasetInfo
 from trainer.config import TrainConfig
-from trainer.models.flops import Count, Lengths, model_flops
+from trainer.models.flops import training_flops
 from trainer.models.ranker import Ranker, build_ranker
 
 
@@ -82,17 +84,13 @@ def build_model(config: TrainConfig, info: DatasetInfo, tables: Sequence[TableCo
     return model
 
 
-def training_flops(config: TrainConfig, info: DatasetInfo) -> Callable[[Lengths, Lengths], Count]:
-    """The model's training FLOPs of samples, as a function of their history lengths and numbers of candidates."""
-
-    def count(history_lens: Lengths, num_candidates: Lengths) -> Count:
-        return model_flops(
-            config.model,
-            history_lens,
-            num_candidates,
-            embedding_dim=config.embedding_dim,
-            num_context=len(info.context_features),
-            num_actions=len(info.actions),
-        ).training
-
-    return count
+def training_cost(config: TrainConfig, info: DatasetInfo) -> Cost:
+    """The model's training FLOPs of samples, by their history lengths and numbers of candidates."""
+    # Not a closure: it goes to reader processes.
+    return functools.partial(
+        training_flops,
+        config=config.model,
+        embedding_dim=config.embedding_dim,
+        num_context=len(info.context_features),
+        num_actions=len(info.actions),
+    )

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from pipelines.position import DataPosition, position_from_dict
 from trainer.mesh import Mesh
 from trainer.run_dir import COMPLETE, RunDir, write_json
 
@@ -45,8 +46,8 @@ class Progress:
     """Optimizer steps taken."""
     samples: int = 0
     """Training samples consumed, all ranks."""
-    position: dict[str, Any] | None = None
-    """Where the data goes on (`pipelines.loader`); None at the start."""
+    position: DataPosition | None = None
+    """Where the data goes on; None at the start."""
 
 
 def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mesh, *, keep: int) -> None:
@@ -79,7 +80,7 @@ def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mes
 def read_progress(folder: Path) -> Progress:
     """The plain numbers of a complete checkpoint."""
     values = json.loads((folder / "progress.json").read_text())
-    return Progress(step=values["step"], samples=values["samples"], position=values["position"])
+    return Progress(step=values["step"], samples=values["samples"], position=position_from_dict(values["position"]))
 
 
 def load_tensors(folder: Path, tensors: Tensors) -> None:

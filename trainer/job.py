@@ -6,6 +6,7 @@ Each checks everything it can before it changes anything on disk.
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -21,9 +22,8 @@ from pipelines.baseline import baseline_scores
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from pipelines.loader import Loader, build_loader, dataset_info
-from pipelines.position import position_from_dict
 from pipelines.schema import DatasetInfo
-from trainer.assemble import build_model, check_lengths, lookup_load, table_configs, tasks_of, training_flops
+from trainer.assemble import build_model, check_lengths, lookup_load, table_configs, tasks_of, training_cost
 from trainer.checkpoint import Progress, load_tensors, read_progress
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
@@ -54,7 +54,8 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()
     loader = training_loader(config, info, mesh, progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
-    with logged(run, mesh), joined(mesh):
+    # Reading begins while the model is being built.
+    with logged(run, mesh), joined(mesh), closing(iter(loader)) as batches:
         check_kernels(mesh.device)
         model = build_parallel(config, info, plan, mesh)
         if steps:
@@ -63,13 +64,19 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
             write_json(run.config_file, to_dict(config))
             write_plan(run.plan_file, plan)
         announce(config, info, plan, mesh, progress, model)
-        recorder = Recorder(run, mesh, progress, total_samples=_total_samples(config, loader))
+        recorder = Recorder(
+            run,
+            mesh,
+            progress,
+            total_samples=_total_samples(config, loader),
+            training_flops=training_cost(config, info),
+        )
         # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
         remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
         try:
             run_steps(
                 model,
-                Feed(islice(iter(loader), remaining), consumption(config, info)),
+                Feed(islice(batches, remaining), consumption(info)),
                 progress,
                 config=config,
                 run=run,
@@ -169,8 +176,8 @@ def training_loader(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress
         split="train",
         rank=mesh.rank,
         world_size=mesh.world_size,
-        position=None if progress.position is None else position_from_dict(progress.position),
-        cost=training_flops(config, info),
+        position=progress.position,
+        cost=training_cost(config, info),
         pin_memory=mesh.device.type == "cuda",
     )
 
@@ -181,17 +188,18 @@ def _total_samples(config: TrainConfig, loader: Loader) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def consumption(config: TrainConfig, info: DatasetInfo) -> Callable[[Batch], Consumed]:
-    """What the loop notes of a batch."""
-    count = training_flops(config, info)
+def consumption(info: DatasetInfo) -> Callable[[Batch], Consumed]:
+    """What the loop notes of a batch: little, for it delays the launch of a step."""
     num_context = len(info.context_features)
 
     def describe(batch: Batch) -> Consumed:
         return Consumed(
-            position=batch.position.as_dict(),
+            position=batch.position,
             samples=batch.global_samples,
             tokens=batch.global_tokens + num_context * batch.global_samples,
-            flops=float(count(batch.history_lens_host.numpy(), batch.num_candidates_host.numpy()).sum()),
+            # Copies: views would keep the whole batch's memory.
+            history_lens=batch.history_lens_host.numpy().copy(),
+            num_candidates=batch.num_candidates_host.numpy().copy(),
             imbalance=batch.imbalance,
         )
 

@@ -5,12 +5,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pipelines.balance import Cost
+from pipelines.columns import IntArray
+from pipelines.position import DataPosition
 from trainer.checkpoint import Progress
 from trainer.mesh import Mesh
 from trainer.run_dir import JsonLines, RunDir
@@ -20,14 +24,16 @@ from trainer.run_dir import JsonLines, RunDir
 class Consumed:
     """What the loop must know of a batch once its step is done; host numbers only."""
 
-    position: dict[str, Any]
+    position: DataPosition
     """Where the data goes on after this batch."""
     samples: int
     """Samples of the global batch."""
     tokens: int
     """Tokens of the global batch."""
-    flops: float
-    """Model FLOPs of this rank's part, forward and backward."""
+    history_lens: IntArray
+    """[B] of this rank's samples."""
+    num_candidates: IntArray
+    """[B] of this rank's samples."""
     imbalance: float
     """Largest over mean modelled cost of the ranks."""
 
@@ -35,8 +41,11 @@ class Consumed:
 class Recorder:
     """Writes the logged steps: metrics.jsonl, TensorBoard and the progress bar."""
 
-    def __init__(self, run: RunDir, mesh: Mesh, start: Progress, total_samples: int | None) -> None:
+    def __init__(
+        self, run: RunDir, mesh: Mesh, start: Progress, *, total_samples: int | None, training_flops: Cost
+    ) -> None:
         self._mesh = mesh
+        self._training_flops = training_flops
         self._peak_flops = peak_flops(mesh.device)
         self._interval = _Interval()
         self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
@@ -59,7 +68,7 @@ class Recorder:
             FloatingPointError: the loss is not finite.
         """
         interval, self._interval = self._interval, _Interval()
-        local = [0.0, interval.flops, float(stop)]
+        local = [0.0, interval.flops(self._training_flops), float(stop)]
         sums = torch.tensor(local, dtype=torch.float64, device=loss.device)
         sums[0] = loss / self._mesh.world_size
         dist.all_reduce(sums)  # every rank, on the default group and stream
@@ -110,19 +119,26 @@ class Recorder:
 
 
 class _Interval:
-    """Work since the last logged step: of all ranks, but for the FLOPs."""
+    """Work since the last logged step: of all ranks, but for the lengths."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.steps = self.samples = self.tokens = 0
-        self.flops = self.imbalance = 0.0
+        self.imbalance = 0.0
+        self._history_lens: list[IntArray] = []
+        self._num_candidates: list[IntArray] = []
 
     def add(self, consumed: Consumed) -> None:
         self.steps += 1
         self.samples += consumed.samples
         self.tokens += consumed.tokens
-        self.flops += consumed.flops
         self.imbalance += consumed.imbalance
+        self._history_lens.append(consumed.history_lens)
+        self._num_candidates.append(consumed.num_candidates)
+
+    def flops(self, training_flops: Cost) -> float:
+        """Model FLOPs of this rank's part, counted for all steps at once, because a count takes as long as a launch."""
+        return float(training_flops(np.concatenate(self._history_lens), np.concatenate(self._num_candidates)).sum())
 
 
 def peak_flops(device: torch.device) -> float | None:

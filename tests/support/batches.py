@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from pipelines.batch import Batch
+from pipelines.packed import Contents, pack
 from pipelines.position import DataPosition
 
 CONTEXT_VOCAB = 7
@@ -16,13 +16,32 @@ NUM_ACTIONS = 8
 
 
 def random_batch(
-    history_lens: list[int],
-    num_candidates: list[int],
-    *,
-    context_names: tuple[str, ...] = (),
-    seed: int = 0,
+    history_lens: list[int], num_candidates: list[int], *, context_names: tuple[str, ...] = (), seed: int = 0
 ) -> Batch:
     """A batch with these lengths, random ids, actions, times (some unknown) and watch times (side list `play_s`)."""
+    arrays = random_arrays(history_lens, num_candidates, num_context=len(context_names), seed=seed)
+    return batch_of(arrays, context_names=context_names)
+
+
+def batch_of(arrays: dict[str, Tensor], *, context_names: tuple[str, ...] = ()) -> Batch:
+    """The batch of these arrays, named as in `pipelines.packed`."""
+    memory, places = pack({name: (array.numpy().dtype, [array.numpy()]) for name, array in arrays.items()})
+    contents = Contents(
+        size_bytes=memory.numel(),
+        places=places,
+        context_names=context_names,
+        position=DataPosition(order="random"),
+        global_samples=len(arrays["user_id"]),
+        global_tokens=len(arrays["action"]),
+        imbalance=1.0,
+    )
+    return Batch(contents, memory)
+
+
+def random_arrays(
+    history_lens: list[int], num_candidates: list[int], *, num_context: int = 0, seed: int = 0
+) -> dict[str, Tensor]:
+    """The arrays of `random_batch`."""
     generator = torch.Generator().manual_seed(seed)
     history, candidates = torch.tensor(history_lens).long(), torch.tensor(num_candidates).long()
     lens, users = history + candidates, len(history_lens)
@@ -35,32 +54,18 @@ def random_batch(
         [torch.arange(int(n)) < int(h) for n, h in zip(lens, history, strict=True)]
         or [torch.zeros(0, dtype=torch.bool)]
     )
-    values = [*(random(CONTEXT_VOCAB, users) for _ in context_names), random(NUM_ITEMS, total)]
+    ids = torch.cat([*(random(CONTEXT_VOCAB, users) for _ in range(num_context)), random(NUM_ITEMS, total)])
     timestamp = 1_700_000_000 + random(90, total).cumsum(0)
     timestamp = torch.where(random(10, total) == 0, -1, timestamp)
-    action = (random(2**NUM_ACTIONS, total) * is_history).int()
-    side = {"play_s": random(100, total).float() * is_history}
-    return Batch(
-        features=KeyedJaggedTensor(
-            keys=[*context_names, "item_id"],
-            values=torch.cat(values),
-            lengths=torch.cat([torch.ones(users * len(context_names)).long(), lens]),
-            stride=users,
-        ),
-        user_id=torch.arange(users),
-        history_lens=history,
-        num_candidates=candidates,
-        history_lens_host=history,
-        num_candidates_host=candidates,
-        action=action,
-        timestamp=timestamp,
-        side=side,
-        action_host=action,
-        side_host=side,
-        candidate_action=random(2**NUM_ACTIONS, int(candidates.sum())).int(),
-        loss_denominator=torch.tensor(float(max(1, int(candidates.sum())))),
-        position=DataPosition(order="random"),
-        global_samples=users,
-        global_tokens=total,
-        imbalance=1.0,
-    )
+    return {
+        "ids": ids,
+        "id_lens": torch.cat([torch.ones(users * num_context).long(), lens]),
+        "user_id": torch.arange(users),
+        "history_lens": history,
+        "num_candidates": candidates,
+        "action": (random(2**NUM_ACTIONS, total) * is_history).int(),
+        "timestamp": timestamp,
+        "side/play_s": random(100, total).float() * is_history,
+        "candidate_action": random(2**NUM_ACTIONS, int(candidates.sum())).int(),
+        "loss_denominator": torch.tensor([float(max(1, int(candidates.sum())))]),
+    }

@@ -131,6 +131,26 @@ def model_flops(
     return total
 
 
+def training_flops(
+    history_lens: Lengths,
+    num_candidates: Lengths,
+    *,
+    config: ModelConfig,
+    embedding_dim: int,
+    num_context: int,
+    num_actions: int,
+) -> Count:
+    """[samples] FLOPs of a training step by sample."""
+    return model_flops(
+        config,
+        history_lens,
+        num_candidates,
+        embedding_dim=embedding_dim,
+        num_context=num_context,
+        num_actions=num_actions,
+    ).training
+
+
 def _tower_flops(
     dim: int,
     layer: LayerConfig,

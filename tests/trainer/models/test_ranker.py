@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from tests.support.batches import CONTEXT_VOCAB, NUM_ACTIONS, NUM_ITEMS, random_batch
+from tests.support.batches import CONTEXT_VOCAB, NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays, random_batch
 from tests.support.distributed import run_ranks
 from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, StageConfig
 from trainer.models.ranker import Ranker, build_ranker
@@ -95,32 +95,23 @@ def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, user
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
     ranker = small_ranker(CONFIGS[name]).eval()
-    alone = random_batch([7], [1], context_names=CONTEXT)
-    values = alone.features.values()
+    arrays = random_arrays([7], [1], num_context=len(CONTEXT))
+
+    def insert(name: str, extra: list[Any]) -> torch.Tensor:
+        array = arrays[name]
+        return torch.cat([array[:-1], torch.tensor(extra, dtype=array.dtype), array[-1:]])
+
     # The same candidate third of three: the others get items, actions and times of their own.
-    extra_items = torch.tensor([11, 12])
-    features = type(alone.features)(
-        keys=alone.features.keys(),
-        values=torch.cat([values[:-1], extra_items, values[-1:]]),
-        lengths=torch.tensor([1, 1, 10]),
-        stride=1,
-    )
-
-    def insert(x: torch.Tensor, extra: list[Any]) -> torch.Tensor:
-        return torch.cat([x[:-1], torch.tensor(extra, dtype=x.dtype), x[-1:]])
-
-    together = replace(
-        alone,
-        features=features,
-        num_candidates=torch.tensor([3]),
-        num_candidates_host=torch.tensor([3]),
-        action=insert(alone.action, [3, 5]),
-        timestamp=insert(alone.timestamp, [1_800_000_000, -1]),
-        side={"play_s": insert(alone.side["play_s"], [70.0, 90.0])},
-        action_host=insert(alone.action, [3, 5]),
-        side_host={"play_s": insert(alone.side["play_s"], [70.0, 90.0])},
-        candidate_action=insert(alone.candidate_action, [1, 2]),
-    )
+    others = {
+        "ids": insert("ids", [11, 12]),
+        "id_lens": torch.tensor([1, 1, 10]),
+        "num_candidates": torch.tensor([3]),
+        "action": insert("action", [3, 5]),
+        "timestamp": insert("timestamp", [1_800_000_000, -1]),
+        "side/play_s": insert("side/play_s", [70.0, 90.0]),
+        "candidate_action": insert("candidate_action", [1, 2]),
+    }
+    alone, together = (batch_of(each, context_names=CONTEXT) for each in (arrays, arrays | others))
     scores = [ranker(batch)[1].logits for batch in (alone, together)]
     torch.testing.assert_close(scores[1][2:], scores[0], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(scores[1][0], scores[1][2])
@@ -128,10 +119,10 @@ def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
 
 def test_a_candidates_action_changes_nothing_but_its_label() -> None:
     ranker = small_ranker(model_config()).eval()
-    batch = random_batch([4, 2], [2, 2], context_names=CONTEXT)
-    changed = replace(batch, action=torch.full_like(batch.action, 255).where(batch.action == 0, batch.action))
+    arrays = random_arrays([4, 2], [2, 2], num_context=len(CONTEXT))
     is_history = torch.tensor([1, 1, 1, 1, 0, 0, 1, 1, 0, 0]).bool()
-    changed.action = torch.where(is_history, batch.action, 255)
+    other_action = {"action": torch.where(is_history, arrays["action"], 255)}
+    batch, changed = (batch_of(each, context_names=CONTEXT) for each in (arrays, arrays | other_action))
     torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
 
 
@@ -140,9 +131,10 @@ def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None
     channel = ChannelConfig(name="every", dim=16, stages=STAGES, layer=LAYER, actions=ACTIONS)
     mixture = small_ranker(model_config(stages=(), channels=(channel,)))
     mixture.load_state_dict({name.replace(".all.", ".every."): value for name, value in plain.state_dict().items()})
-    batch = random_batch([5, 0, 9], [2, 3, 1], context_names=CONTEXT)
+    arrays = random_arrays([5, 0, 9], [2, 3, 1], num_context=len(CONTEXT))
     # Every event has some action, so the channel's choice runs and leaves out nothing.
-    batch.action = batch.action_host = torch.where(batch.action == 0, 1, batch.action)
+    arrays["action"] = torch.where(arrays["action"] == 0, 1, arrays["action"])
+    batch = batch_of(arrays, context_names=CONTEXT)
     losses = [ranker(batch)[0] for ranker in (plain, mixture)]
     assert losses[0].item() == losses[1].item()
 
@@ -163,9 +155,9 @@ def test_stochastic_depth_keeps_evaluation_and_changes_training() -> None:
 
 def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:
     """With truncation in front of every layer, older events change nothing; behind a layer they do."""
-    batch = random_batch([9], [2], context_names=CONTEXT)
-    changed = replace(batch, action=batch.action.clone())
-    changed.action[:3] ^= 255
+    arrays = random_arrays([9], [2], num_context=len(CONTEXT))
+    other_action = {"action": arrays["action"] ^ torch.tensor([255] * 3 + [0] * 8, dtype=torch.int32)}
+    batch, changed = (batch_of(each, context_names=CONTEXT) for each in (arrays, arrays | other_action))
     for stages, same in (((replace(STAGES[1], keep_newest=4),), True), (STAGES, False)):
         ranker = small_ranker(model_config(stages=stages)).eval()
         assert torch.equal(ranker(batch)[1].logits, ranker(changed)[1].logits) is same

@@ -1,0 +1,128 @@
+"""Batches' arrays in one piece of memory: what a reader process hands over, what is pinned, what a device copies.
+
+Knows torch, not TorchRec, whose import takes seconds that a reader process has no use for.
+
+B samples, C candidates in all, T = history events and candidates in all, packed sample by sample: each sample's
+history, oldest first, then its candidates.  The arrays by name:
+
+    ids                 int64    [B x context features + T] context features one after another, then items
+    id_lens             int64    [B x (context features + 1)] ids of each sample, likewise
+    user_id             int64    [B]
+    history_lens        int64    [B]
+    num_candidates      int64    [B]
+    action              int32    [T] bit i set if action i was taken; 0 at candidates
+    timestamp           int64    [T] seconds; -1 where unknown
+    candidate_action    int32    [C] bit masks: the labels
+    loss_denominator    float32  [1]
+    side/NAME           numbers  [T] further history lists; 0 at candidates
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+from torch import Tensor
+
+from pipelines.columns import AnyArray
+from pipelines.position import DataPosition
+
+SIDE_PREFIX = "side/"
+ALIGNMENT = 128
+"""Arrays start at multiples of this many bytes, as if each had been allocated alone: kernels compile for alignments."""
+
+
+class Place(NamedTuple):
+    """Where an array lies in the memory of its batch."""
+
+    start: int
+    """First byte."""
+    end: int
+    """Byte after the last."""
+    dtype: torch.dtype
+    """Type of the values."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What is known of one rank's share of a global batch besides its arrays."""
+
+    size_bytes: int
+    """Memory of the arrays."""
+    places: Mapping[str, Place]
+    """Each array's place."""
+    context_names: tuple[str, ...]
+    """The context features, in the order of `ids`."""
+    position: DataPosition
+    """The training stream's state after this batch."""
+    global_samples: int
+    """Samples of the global batch."""
+    global_tokens: int
+    """History events and candidates of the global batch."""
+    imbalance: float
+    """Largest over mean modelled cost of the ranks' shares of this global batch; the same number on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One batch or several in host memory, one after another."""
+
+    memory: Tensor
+    """[bytes] uint8."""
+    contents: tuple[Contents, ...]
+    """One entry a batch."""
+
+    def split(self) -> Iterator[tuple[Tensor, Contents]]:
+        """Each batch's part of the memory, not copied, and what it holds."""
+        parts = torch.split(self.memory, [each.size_bytes for each in self.contents])
+        return zip(parts, self.contents, strict=True)
+
+    def pin_memory(self) -> "Packed":
+        """A copy in page-locked memory, from which a device copies asynchronously."""
+        return Packed(self.memory.pin_memory(), self.contents)
+
+
+def pack(arrays: Mapping[str, tuple[DTypeLike, Sequence[AnyArray]]]) -> tuple[Tensor, dict[str, Place]]:
+    """Join each array's parts, converted to its type, in a piece of memory."""
+    places, end = {}, 0
+    kinds = {name: np.dtype(kind) for name, (kind, _) in arrays.items()}
+    for name, (_, parts) in arrays.items():
+        start = _aligned(end)
+        end = start + kinds[name].itemsize * sum(len(part) for part in parts)
+        places[name] = Place(start, end, torch.from_numpy(np.empty(0, kinds[name])).dtype)
+    memory = np.empty(_aligned(end), dtype=np.uint8)
+    for name, (_, parts) in arrays.items():
+        if parts:
+            place = places[name]
+            np.concatenate(parts, out=memory[place.start : place.end].view(kinds[name]))
+    return torch.from_numpy(memory), places
+
+
+def unpack(memory: Tensor, place: Place) -> Tensor:
+    """The array at `place` of a batch's memory, not copied."""
+    return memory[place.start : place.end].view(place.dtype)
+
+
+def share(batches: Sequence[Packed]) -> Packed:
+    """A copy of all batches in memory that another process can map.
+
+    Raises OSError if there is not enough of it.
+    """
+    memories = [batch.memory for batch in batches]
+    size_bytes = sum(memory.numel() for memory in memories)
+    try:
+        shared = torch.empty(size_bytes, dtype=torch.uint8)
+        shared.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    except RuntimeError as error:
+        raise OSError(
+            f"{len(batches)} batches of {size_bytes / 2**20:.1f} MiB do not fit into shared memory: enlarge /dev/shm "
+            f"(in Docker --shm-size): {error}"
+        ) from error
+    torch.cat(memories, out=shared)
+    return Packed(shared, tuple(each for batch in batches for each in batch.contents))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
