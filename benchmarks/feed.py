@@ -1,18 +1,22 @@
 """Does the loader keep a device fed?  Step time from Parquet files against step time with one cached batch.
 
-Run on a GPU: python -m benchmarks.feed [--length 4096] [--samples 16] [--steps 60] [--json FILE]
-On a CPU: python -m benchmarks.feed --length 64 --samples 4 --steps 8 --small
+Run on a GPU: python -m benchmarks.feed [--length 4096] [--samples 16] [--steps 60] [--rounds 5] [--json FILE]
+On a CPU: python -m benchmarks.feed --length 64 --samples 4 --steps 8 --rounds 2 --small
 
-Both train the same single-process model through TorchRec's overlapped pipeline.  The files hold generated histories of
-one length in the prepared format; every step reads samples that no step before it read.
+One single-process model trains through TorchRec's overlapped pipeline, as the trainer does it, without a break: some
+steps on one cached batch, some on batches from the loader, in turns, because the machine's state drifts.  The first
+steps of each turn are left out.  A round's turns with the loader are three times as long as those with the cached
+batch, so that it cannot live on what it read ahead; they cross at least one shuffling window.
 """
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
-from itertools import islice, repeat
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,47 +30,45 @@ from pipelines.config import DataConfig
 from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
 from trainer.config import TrainConfig
-from trainer.job import build_parallel, machine_of, make_plan
+from trainer.job import build_parallel, consumption, machine_of, make_plan
+from trainer.loop import Feed
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, StageConfig
 from trainer.recipes import load_recipe
 
-WARM_UP = 10
+SETTLE = 6
+"""Steps at the start of a turn that are not timed: more than the pipeline holds in flight."""
+WARM_UP = 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Step time with the loader and with one cached batch.")
     parser.add_argument("--length", type=int, default=4096, help="events of every history")
     parser.add_argument("--samples", type=int, default=16, help="samples of a batch")
-    parser.add_argument("--steps", type=int, default=60, help="timed steps")
+    parser.add_argument("--steps", type=int, default=60, help="timed steps of a turn with the loader")
+    parser.add_argument("--rounds", type=int, default=5, help="turns with the loader")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=2, help="reader threads")
+    parser.add_argument("--threads", type=int, default=4, help="threads of the reader process")
     parser.add_argument("--small", action="store_true", help="a model of width 16")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/feed.json"))
     arguments = parser.parse_args()
     mesh = discover_mesh()
     with TemporaryDirectory() as folder, joined(mesh):
-        steps = arguments.steps + WARM_UP
-        write_data(Path(folder), arguments.length, arguments.samples * steps)
+        write_data(Path(folder), arguments.length, 128 * arguments.samples)
         config = make_config(folder, arguments)
         loader = build_loader(config.data, split="train", rank=0, world_size=1, pin_memory=mesh.device.type == "cuda")
-        cached = next(iter(loader))
-        # Once more the cached batch last, because the machine's state drifts.
-        feeds: dict[str, Iterator[Batch]] = {
-            "cached": repeat(cached, steps),
-            "loader": islice(loader, steps),
-            "cached again": repeat(cached, steps),
-        }
-        times = {name: time_steps(config, mesh, feed) for name, feed in feeds.items()}
-    for name, milliseconds in times.items():
-        print(f"{name:14s} {milliseconds:8.2f} ms a step")
-    ratio = 2 * times["loader"] / (times["cached"] + times["cached again"])
+        with closing(iter(loader)) as batches:
+            turns = time_turns(config, mesh, batches, arguments.steps, arguments.rounds)
+    step_ms = {name: statistics.median(times) for name, times in turns.items()}
+    for name, times in turns.items():
+        print(f"{name:8s} {step_ms[name]:8.2f} ms a step, turns: {' '.join(f'{each:.2f}' for each in times)}")
+    ratio = step_ms["loader"] / step_ms["cached"]
     print(f"the loader costs {100 * (ratio - 1):+.1f}% of a step")
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     values = {name: value for name, value in vars(arguments).items() if name != "json"}
-    result: dict[str, Any] = {"hardware": {**hardware(), "device": device}, "arguments": values}
+    result: dict[str, Any] = {"hardware": {**hardware(), "device": device}, "arguments": values, "turns_ms": turns}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({**result, "step_ms": times, "ratio": ratio}, indent=1) + "\n")
+    arguments.json.write_text(json.dumps({**result, "step_ms": step_ms, "ratio": ratio}, indent=1) + "\n")
 
 
 def make_config(folder: str, arguments: argparse.Namespace) -> TrainConfig:
@@ -86,12 +88,15 @@ def make_config(folder: str, arguments: argparse.Namespace) -> TrainConfig:
         max_history_len=arguments.length,
         window_samples=1024,
         reader_threads=arguments.threads,
+        num_epochs=1000,
     )
     return replace(recipe, data=data, model=model, embedding_dim=16 if arguments.small else 256)
 
 
-def time_steps(config: TrainConfig, mesh: Mesh, feed: Iterator[Batch]) -> float:
-    """Mean milliseconds of a training step, a fresh model's first steps left out."""
+def time_turns(
+    config: TrainConfig, mesh: Mesh, batches: Iterator[Batch], steps: int, rounds: int
+) -> dict[str, list[float]]:
+    """Mean milliseconds of a step, one number a turn; the cached batch has the first turn and the last."""
     info = dataset_info(config.data)
     torch.manual_seed(0)
     model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
@@ -100,21 +105,37 @@ def time_steps(config: TrainConfig, mesh: Mesh, feed: Iterator[Batch]) -> float:
         loss, _ = model.forward(batch)
         return loss, loss.detach()
 
+    cached = next(batches)
+    short = max(steps // 3, 1)
+    plan = [("cached", short), *(("loader", steps), ("cached", short)) * rounds]
+    # What the pipeline pulls ahead at the end of a turn belongs to the next one.
+    sequence = chain.from_iterable(
+        repeat(cached, SETTLE + count) if name == "cached" else (next(batches) for _ in range(SETTLE + count))
+        for name, count in plan
+    )
+    feed = Feed(chain(repeat(cached, WARM_UP), sequence), consumption(info))
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
     model.module.train()
-    count, start = 0, 0.0
-    while True:
-        if count == WARM_UP:
-            synchronize(mesh)
-            start = time.perf_counter()
-        model.optimizers.set_step(count + 1)
-        try:
+    step = 0
+
+    def advance(count: int) -> None:
+        nonlocal step
+        for _ in range(count):
+            step += 1
+            model.optimizers.set_step(step)
             pipeline.step(feed)
-        except StopIteration:
-            break
-        count += 1
-    synchronize(mesh)
-    return (time.perf_counter() - start) / (count - WARM_UP) * 1e3
+            feed.done()
+
+    advance(WARM_UP)
+    times: dict[str, list[float]] = {"cached": [], "loader": []}
+    for name, count in plan:
+        advance(SETTLE)
+        synchronize(mesh)
+        start = time.perf_counter()
+        advance(count)
+        synchronize(mesh)
+        times[name].append((time.perf_counter() - start) / count * 1e3)
+    return times
 
 
 def synchronize(mesh: Mesh) -> None:

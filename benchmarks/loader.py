@@ -6,7 +6,7 @@ Generated histories of one length are written in the prepared format to a tempor
 in a process of its own and after a few batches: events a second of wall and of processor time, and the process's
 peak memory above that of importing everything.  The readers:
 
-    ours N      pipelines.loader with N reader threads (0: all in the caller's thread, one core)
+    ours N      pipelines.loader with a reader process of N threads (0: all in the caller's thread, one core)
     row loop    one row at a time out of pyarrow, lists joined in Python
     torch       torch DataLoader over rows decoded to Python, N worker processes, the same batches
     datasets    Hugging Face datasets with numpy format, the same batches (needs that package)
@@ -16,6 +16,8 @@ peak memory above that of importing everything.  The readers:
 import argparse
 import datetime
 import json
+import multiprocessing
+import os
 import platform
 import resource
 import subprocess
@@ -130,9 +132,12 @@ def measure(reader: str, folder: str, length: int) -> dict[str, Any]:
     for _ in range(0 if name == "datasets" else WARM_UP):
         next(iterator)
     events, start, cpu = 0, time.perf_counter(), cpu_seconds()
+    used = 0.0
     for number in iterator:
         events += number
-    wall, used = time.perf_counter() - start, cpu_seconds() - cpu
+        # At every batch, for a reader process takes its account with it when it ends.
+        used = cpu_seconds() - cpu
+    wall = time.perf_counter() - start
     return {
         "reader": reader,
         "events": events,
@@ -210,9 +215,13 @@ def hugging_face(folder: str) -> Iterator[int]:
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and of its children."""
+    """Processor time of this process, of its former children, and of the processes that read for it."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_mib() -> float:
