@@ -120,6 +120,9 @@ class DataConfig:
     most one; bounded: even cost, and counts within balance_slack of the mean."""
     balance_slack: float = 0.25
     """bounded: largest count of samples on a rank, as a fraction above the mean."""
+    attention_cost: float = 1.0
+    """Cost of a FLOP of attention relative to one of the model's products, by which `balance` evens out; 1 counts
+    FLOPs.  `python -m benchmarks.cost RECIPE` fits it to measured step times."""
     reader_threads: int = 4
     """Threads of each rank's reader process, which makes its batches ahead of their use; 0: no such process, the
     trainer makes each batch itself when it needs it."""
@@ -136,6 +139,12 @@ class DataConfig:
             raise ValueError(f'data.synthetic has no effect with data.path={self.path}; set data.path="synthetic"')
         if SYNTHETIC_PATH in self.mix_paths:
             raise ValueError(f'data.mix_paths must name prepared data sets; "{SYNTHETIC_PATH}" can only be data.path')
+        if self.attention_cost <= 0:
+            raise ValueError(f"data.attention_cost must be above 0, got {self.attention_cost}; 1 counts FLOPs")
+        if self.balance == "none" and self.attention_cost != 1:
+            raise ValueError(
+                f"data.attention_cost={self.attention_cost} has no effect with data.balance=none; remove one of them"
+            )
         if self.balance_slack < 0:
             raise ValueError(f"data.balance_slack must be at least 0, got {self.balance_slack}")
         if len(set(self.history_features)) != len(self.history_features):

@@ -84,8 +84,11 @@ def build_model(config: TrainConfig, info: DatasetInfo, tables: Sequence[TableCo
     return model
 
 
-def training_cost(config: TrainConfig, info: DatasetInfo) -> Cost:
-    """The model's training FLOPs of samples, by their history lengths and numbers of candidates."""
+def training_cost(config: TrainConfig, info: DatasetInfo, attention_cost: float = 1.0) -> Cost:
+    """The model's training FLOPs of samples, by their history lengths and numbers of candidates.
+
+    With `attention_cost`, a FLOP of attention counts that many times: a measure of time rather than of work.
+    """
     # Not a closure: it goes to reader processes.
     return functools.partial(
         training_flops,
@@ -93,4 +96,5 @@ def training_cost(config: TrainConfig, info: DatasetInfo) -> Cost:
         embedding_dim=config.embedding_dim,
         num_context=len(info.context_features),
         num_actions=len(info.actions),
+        attention_cost=attention_cost,
     )

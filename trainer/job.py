@@ -177,7 +177,7 @@ def training_loader(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress
         rank=mesh.rank,
         world_size=mesh.world_size,
         position=progress.position,
-        cost=training_cost(config, info),
+        cost=training_cost(config, info, config.data.attention_cost),
         pin_memory=mesh.device.type == "cuda",
     )
 

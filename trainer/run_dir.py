@@ -29,6 +29,7 @@ CHANGEABLE = (
     "data.max_samples",
     "data.eval_batch_size",
     "data.balance",
+    "data.attention_cost",
     "data.reader_threads",
     "data.prefetch_batches",
     "checkpoint.",

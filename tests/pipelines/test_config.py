@@ -18,6 +18,11 @@ BASE: dict[str, Any] = {"path": "data", "global_batch_size": 8, "max_history_len
         ({"prefetch_batches": 0}, r"data\.prefetch_batches must be at least 1"),
         ({"max_candidates": 0}, r"data\.max_candidates must be at least 1"),
         ({"global_batch_tokens": 0}, r"data\.global_batch_tokens must be at least 1"),
+        ({"attention_cost": 0.0}, r"data\.attention_cost must be above 0, got 0\.0"),
+        (
+            {"attention_cost": 2.0, "balance": "none"},
+            r"attention_cost=2\.0 has no effect with data\.balance=none",
+        ),
         ({"balance_slack": -0.1}, r"data\.balance_slack must be at least 0"),
         ({"history_features": ("a", "a")}, "must not repeat a name"),
         ({"synthetic": SyntheticConfig(lag=5)}, r"data\.synthetic has no effect with data\.path=data"),

@@ -139,16 +139,18 @@ def training_flops(
     embedding_dim: int,
     num_context: int,
     num_actions: int,
+    attention_cost: float = 1.0,
 ) -> Count:
-    """[samples] FLOPs of a training step by sample."""
-    return model_flops(
+    """[samples] FLOPs of a training step by sample, those of attention times `attention_cost`."""
+    count = model_flops(
         config,
         history_lens,
         num_candidates,
         embedding_dim=embedding_dim,
         num_context=num_context,
         num_actions=num_actions,
-    ).training
+    )
+    return count.training + TRAINING_FACTOR * (attention_cost - 1) * count.attention
 
 
 def _tower_flops(
