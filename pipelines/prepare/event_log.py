@@ -44,7 +44,7 @@ class EventLogOptions:
     action_values: str = ""
     """Words, separated by commas, that the one action column may hold; each is an action."""
     context_columns: str = ""
-    """Columns, separated by commas, whose value at a user's first event becomes a context feature."""
+    """Columns, separated by commas, of which a user's first known value becomes a context feature."""
     history_columns: str = ""
     """Columns of whole numbers, separated by commas, that become further history lists."""
 
