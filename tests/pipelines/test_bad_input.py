@@ -119,6 +119,18 @@ def test_wrong_type(tmp_path: Path) -> None:
         read_all(write(tmp_path / "d", made_up_rows(5), change))
 
 
+def test_labels_that_may_be_nan(tmp_path: Path) -> None:
+    rows = made_up_rows(5)
+
+    def change(table: pa.Table) -> pa.Table:
+        values = [[float("nan")] * len(row["candidate_item_id"]) for row in rows]
+        index = table.schema.get_field_index("candidate_action")
+        return table.set_column(index, "candidate_action", pa.array(values, pa.list_(pa.float32())))
+
+    with pytest.raises(ValueError, match="column candidate_action must have the type list<int32>, got list<"):
+        read_all(write(tmp_path / "d", rows, change))
+
+
 def test_nan_in_a_history_feature(tmp_path: Path) -> None:
     rows = [row for row in made_up_rows(20) if len(row["history_item_id"]) > 2][:5]
 

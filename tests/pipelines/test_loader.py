@@ -191,8 +191,10 @@ def test_uneven_parts_resume_with_another_batch_size(config: DataConfig) -> None
     assert sorted(user for shares in rest for share in shares for user in users(share)) == sorted(expected[48:])
 
 
-def test_an_address_reads_like_a_path(config: DataConfig) -> None:
-    address = replace(config, path=f"file://{config.path}")
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_address_reads_like_a_path(config: DataConfig, threads: int) -> None:
+    """Through pyarrow's file systems, which also go to the reader process."""
+    address = replace(config, path=f"file://{config.path}", reader_threads=threads)
     assert order(global_stream(address, 1, stop=3)) == order(global_stream(config, 1, stop=3))
 
 

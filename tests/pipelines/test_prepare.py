@@ -362,6 +362,32 @@ def test_event_log_refuses_an_unknown_action(tmp_path: Path, capsys: pytest.Capt
     assert "log.csv, line 3: a must be one of view" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stored", ["csv", "parquet"])
+def test_event_log_refuses_a_label_that_is_not_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str
+) -> None:
+    table = pa.table({"u": [1, 1], "i": [2, 3], "t": [4, 5], "like": [1.0, float("nan")]})
+    (tmp_path / "in").mkdir()
+    (csv.write_csv if stored == "csv" else pq.write_table)(table, tmp_path / "in" / f"log.{stored}")
+    options = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert f"log.{stored}" in error
+    assert "like" in error
+
+
+def test_a_context_feature_is_the_first_known_value(tmp_path: Path) -> None:
+    lines = [f"1,{item},{100 + item},1,{land}" for item, land in enumerate(["", "fr", "de", "de"])]
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like,land", *lines])
+    options = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
+    options += ["--context-columns", "land", "--split-time", "103"]
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    [row] = rows_of(tmp_path / "out", "eval")
+    assert info["context_values"]["land"][row["land"] - 1] == "fr"
+
+
 @pytest.mark.skipif(not (SHARED / "ml-1m").exists(), reason="MovieLens-1M, which must not be redistributed, is absent")
 def test_movielens_1m_itself(tmp_path: Path) -> None:
     assert prepare("movielens", SHARED / "ml-1m", tmp_path / "out") == 0
