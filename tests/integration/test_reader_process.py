@@ -1,0 +1,32 @@
+"""A run whose batches come from a reader process trains like one that reads them itself, also when it is stopped."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from tests.support.training import TIMEOUT_S, losses, read_lines, start_training, train
+
+STEPS = "max_steps=16"
+READER = "data.reader_threads=2"
+
+
+def test_a_signal_to_all_processes_stops_the_run_in_good_order(tmp_path: Path) -> None:
+    """As Slurm sends SIGTERM; the trainer notes it, takes its step on a batch from the reader, saves, and goes on."""
+    run = tmp_path / "run"
+    process = start_training(run, 1, STEPS, READER)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not read_lines(run / "metrics.jsonl"):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode != 0
+    assert "SIGTERM after step" in output
+    stopped = losses(read_lines(run / "metrics.jsonl"))
+    assert 1 <= len(stopped) < 16
+    # Also evaluates with a reader, between steps and at the end.
+    resumed = losses(train(run, 1, STEPS, READER, "evaluation.every_steps=5"))
+    assert resumed == losses(train(tmp_path / "alone", 1, STEPS))
+    assert resumed.items() >= stopped.items()
