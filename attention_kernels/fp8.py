@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attention_kernels.gated_norm import normalise
 from attention_kernels.rows import row_blocks
+from attention_kernels.silu import approximate, sigmoid
 
 FP8 = torch.float8_e4m3fn
 
@@ -78,6 +79,7 @@ def _gated_norm_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLS)
@@ -87,7 +89,7 @@ def _gated_norm_kernel(
     weight = tl.load(p_weight + columns, mask=m_column, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + columns, mask=m_column, other=0.0).to(tl.float32)
     u = tl.load(p_u + rows[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    gated = (xhat * weight[None, :] + bias[None, :]) * u
+    gated = (xhat * weight[None, :] + bias[None, :]) * u * sigmoid(u, APPROXIMATE)
     _store_quantised(gated, p_out, p_scale, rows, columns, m_row, mask, D)
 
 
@@ -118,8 +120,19 @@ def layer_norm(x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[
 
 
 def gated_norm(attention_TW: Tensor, u_TW: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(E4M3 rows, scale) of norm(attention) * u, one group, contiguous inputs."""
+    """(E4M3 rows, scale) of norm(attention) * silu(u), one group, contiguous inputs."""
     out, scale, grid, sizes = _outputs(attention_TW)
     if attention_TW.shape[0]:
-        _gated_norm_kernel[grid](attention_TW, u_TW, weight, bias, out, scale, eps, attention_TW.shape[0], **sizes)
+        _gated_norm_kernel[grid](
+            attention_TW,
+            u_TW,
+            weight,
+            bias,
+            out,
+            scale,
+            eps,
+            attention_TW.shape[0],
+            APPROXIMATE=approximate(u_TW),
+            **sizes,
+        )
     return out, scale

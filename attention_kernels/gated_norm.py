@@ -1,10 +1,12 @@
-"""norm(attention) * U in Triton, forward and backward, with dropout and Meta's concatenation.  Validates nothing.
+"""norm(attention) * silu(U) in Triton, forward and backward, with dropout and Meta's concatenation.  Validates nothing.
+
+U comes as the product gave it, before SiLU: so it is kept for the backward, which needs SiLU's slope there.
 
 The norm runs over each of G groups of C columns (G = 1: layer norm).  A program handles rows of one group, so that its
 sums over rows belong to fixed columns.  The backward needs attention and U only: statistics and the gated product are
 computed again on the way.
 
-With concatenation the result is [U, x, norm(attention) * U]; the programs of group 0 also carry x.
+With concatenation the result is [silu(U), x, norm(attention) * silu(U)]; the programs of group 0 also carry x.
 """
 
 import torch
@@ -13,6 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.rows import row_blocks, serial_blocks
+from attention_kernels.silu import approximate, sigmoid
+
+_BACKWARD_WARPS = 12
+_BACKWARD_REGISTERS = 168
+"""Of a thread: the compiler would take 224, and then 9 warps fit a multiprocessor; with 168 it is 12."""
 
 
 @triton.jit
@@ -63,6 +70,7 @@ def _forward_kernel(
     X_COLS: tl.constexpr,
     CONCAT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):
     group = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -76,6 +84,7 @@ def _forward_kernel(
     weight = tl.load(p_weight + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
     u = tl.load(p_u + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    u = u * sigmoid(u, APPROXIMATE)
     y = (xhat * weight[None, :] + bias[None, :]) * u
     if DROPOUT:
         y = y * _keep_factor(rows, Y + group * C + columns, seed, threshold, scale)
@@ -108,6 +117,7 @@ def _backward_kernel(
     p_gated,
     p_dweight,
     p_dbias,
+    p_du_sum,
     du_stride,
     num_rows,
     eps,
@@ -122,6 +132,7 @@ def _backward_kernel(
     X_COLS: tl.constexpr,
     CONCAT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
     group = tl.program_id(1)
@@ -132,6 +143,7 @@ def _backward_kernel(
     bias = tl.load(p_bias + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
+    du_sum = tl.zeros([ROWS, COLS], tl.float32)
     # A while loop: with numpy 2.4, Triton's interpreter cannot use its tensors as bounds of a range.
     first = tl.program_id(0) * ROWS
     while first < num_rows:
@@ -141,7 +153,9 @@ def _backward_kernel(
         o_wide = rows[:, None] * (Y + W)
         xhat, _, rstd = normalise(p_attention, rows, columns, mask, W, C, group, eps)
         normed = xhat * weight[None, :] + bias[None, :]
-        u = tl.load(p_u + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        raw = tl.load(p_u + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate = sigmoid(raw, APPROXIMATE)
+        u = raw * gate
         dy = tl.load(p_dout + o_wide + Y + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         gated = normed * u
         if DROPOUT:
@@ -169,6 +183,8 @@ def _backward_kernel(
                 dx += tl.load(p_residual + o_x, mask=m_x, other=0.0).to(tl.float32)
                 tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=m_x)
                 tl.store(p_gated + o_wide + W + x_columns[None, :], x.to(p_gated.dtype.element_ty), mask=m_x)
+        du = du * gate * (1.0 + raw * (1.0 - gate))
+        du_sum += du
         tl.store(
             p_du + rows[:, None] * du_stride + group * C + columns[None, :], du.to(p_du.dtype.element_ty), mask=mask
         )
@@ -184,6 +200,7 @@ def _backward_kernel(
     o_partial = tl.program_id(0) * W + group * C + columns
     tl.store(p_dweight + o_partial, tl.sum(dweight, axis=0), mask=m_column)
     tl.store(p_dbias + o_partial, tl.sum(dbias, axis=0), mask=m_column)
+    tl.store(p_du_sum + o_partial, tl.sum(du_sum, axis=0), mask=m_column)
 
 
 def _sizes(attention_TW: Tensor, x_TD: Tensor | None, num_groups: int, dropout: float) -> dict[str, int | bool]:
@@ -197,6 +214,7 @@ def _sizes(attention_TW: Tensor, x_TD: Tensor | None, num_groups: int, dropout: 
         "X_COLS": triton.next_power_of_2(max(16, x_width)),
         "CONCAT": x_TD is not None,
         "DROPOUT": dropout > 0,
+        "APPROXIMATE": approximate(attention_TW),
     }
 
 
@@ -257,20 +275,20 @@ def backward(
     dropout: float,
     seed: int,
     du: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward`, and its result once more for the output product's weights.
 
     `du` [T, W], possibly a slice of a wider buffer, is overwritten.  Returns (dattention, residual, gated, dweight,
-    dbias): `residual_TD` plus the gradient of the concatenated x (itself without concatenation), dweight and dbias in
-    float32.  A fixed number of programs a group walks over the rows.
+    dbias, sum of du over rows): `residual_TD` plus the gradient of the concatenated x (itself without concatenation),
+    the last three in float32.  A fixed number of programs a group walks over the rows.
     """
     num_rows = attention_TW.shape[0]
     dattention = torch.empty_like(attention_TW)
     gated = _new_result(attention_TW, x_TD)
     residual = residual_TD if x_TD is None else torch.empty_like(x_TD)
-    programs, rows, columns, warps = serial_blocks(attention_TW.shape[1] // num_groups, dout.device)
+    programs, rows, columns, warps = serial_blocks(attention_TW.shape[1] // num_groups, dout.device, _BACKWARD_WARPS)
     shape = (programs, attention_TW.shape[1])
-    dweight, dbias = (torch.empty(shape, dtype=torch.float32, device=dout.device) for _ in range(2))
+    sums = [torch.empty(shape, dtype=torch.float32, device=dout.device) for _ in range(3)]
     _backward_kernel[(programs, num_groups)](
         dout,
         attention_TW,
@@ -283,8 +301,7 @@ def backward(
         du,
         residual,
         gated,
-        dweight,
-        dbias,
+        *sums,
         du.stride(0),
         num_rows,
         eps,
@@ -296,5 +313,7 @@ def backward(
         COLS=columns,
         PROGRAMS=programs,
         num_warps=warps,
+        maxnreg=_BACKWARD_REGISTERS,
     )
-    return dattention, residual, gated, dweight.sum(0), dbias.sum(0)
+    dweight, dbias, du_sum = (partials.sum(0) for partials in sums)
+    return dattention, residual, gated, dweight, dbias, du_sum

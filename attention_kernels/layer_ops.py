@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention_kernels import gated_norm as gated_norm_kernels
 from attention_kernels import layer_norm as layer_norm_kernels
-from attention_kernels import layer_reference, uvqk
+from attention_kernels import layer_reference, silu
 
 LayerBackend = Literal["triton", "reference"]
 
@@ -59,39 +59,31 @@ def layer_norm_backward(
     return dx + residual_TD, dweight, dbias
 
 
-def silu_uvqk_forward(
-    raw: Tensor, u_width: int, active: int, *, inplace: bool, backend: LayerBackend
-) -> tuple[Tensor, Tensor]:
-    """(U, the columns behind U), with SiLU on the first `active` of all columns.
+def silu_forward(raw: Tensor, *, inplace: bool, backend: LayerBackend) -> Tensor:
+    """SiLU of `raw` [T, width], written over it or into a new tensor."""
+    if backend == "triton":
+        out = raw if inplace else torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
+        silu.forward(raw, out)
+        return out
+    activated = layer_reference.silu(raw)
+    return raw.copy_(activated) if inplace else activated
 
-    `inplace` lets the second result overwrite `raw`'s columns; otherwise `raw` stays as it is, and columns behind
-    `active` may come back as a view of it.
+
+def silu_backward_(gradient: Tensor, raw: Tensor | None, *, backend: LayerBackend) -> Tensor:
+    """Turn the gradient of SiLU's values [T, width] into that of its arguments `raw`, in place.
+
+    Without `raw` the gradient stays as it is.  Both may be slices of wider buffers.  Returns the sum over rows.
     """
-    if raw.dim() != 2 or not 0 < u_width <= active <= raw.shape[1]:
+    if gradient.stride(1) != 1 or (raw is not None and (raw.stride(1) != 1 or raw.shape != gradient.shape)):
         raise ValueError(
-            f"u_width={u_width} and active={active} must satisfy 0 < u_width <= active <= {tuple(raw.shape)}[1]"
+            f"gradient is {tuple(gradient.shape)} with strides {gradient.stride()}, expected rows of neighbouring "
+            "elements, and raw of the same shape"
         )
-    rest = raw[:, u_width:]
-    only_u = active == u_width
     if backend == "triton":
-        if only_u:
-            return uvqk.forward(raw[:, :u_width], u_width, u_width)[0], rest
-        return uvqk.forward(raw, u_width, active, out=rest if inplace else None)
-    u = layer_reference.silu(raw[:, :u_width])
-    if only_u:
-        return u, rest
-    activated = torch.cat([layer_reference.silu(raw[:, u_width:active]), raw[:, active:]], dim=1)
-    return u, rest.copy_(activated) if inplace else activated
-
-
-def silu_uvqk_backward_(gradient: Tensor, raw: Tensor, active: int, *, backend: LayerBackend) -> Tensor:
-    """Turn the gradient of the activated columns into that of the product, in place; returns its sum over rows."""
-    if not gradient.is_contiguous():
-        raise ValueError(f"gradient has strides {gradient.stride()}, expected a contiguous tensor")
-    if backend == "triton":
-        return uvqk.backward_(gradient, raw, active)
-    sigmoid = torch.sigmoid(raw[:, :active])
-    gradient[:, :active] *= sigmoid * (1 + raw[:, :active] * (1 - sigmoid))
+        return silu.backward_(gradient, raw)
+    if raw is not None:
+        sigmoid = torch.sigmoid(raw)
+        gradient *= sigmoid * (1 + raw * (1 - sigmoid))
     return gradient.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
@@ -132,10 +124,11 @@ def gated_norm_backward(
     dropout: float = 0.0,
     seed: int = 0,
     backend: LayerBackend,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `gated_norm_forward`; `du` [T, W] is overwritten and may be a slice of a wider buffer.
 
-    Returns (dattention, residual_TD plus the gradient of the concatenated x, the forward's result, dweight, dbias).
+    Returns (dattention, residual_TD plus the gradient of the concatenated x, the forward's result, dweight, dbias, the
+    sum of du over rows).
     """
     if backend == "triton":
         return gated_norm_kernels.backward(
@@ -170,7 +163,8 @@ def gated_norm_backward(
         gradients = torch.autograd.grad(gated, inputs, dout)
     du.copy_(gradients[1])
     residual = residual_TD if x_TD is None else residual_TD + gradients[4]
-    return gradients[0], residual, gated.detach(), gradients[2], gradients[3]
+    du_sum = gradients[1].sum(0, dtype=torch.promote_types(du.dtype, torch.float32))
+    return gradients[0], residual, gated.detach(), gradients[2], gradients[3], du_sum
 
 
 def _check_rows(name: str, x: Tensor, vectors: dict[str, Tensor]) -> None:

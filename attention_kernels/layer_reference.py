@@ -42,15 +42,17 @@ def gated_norm(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """norm(attention) * u, [T, W]; with `x_TD` the concatenation [u, x, norm(attention) * u], [T, 2 W + D].
+    """norm(attention) * g with g = silu(u), [T, W]; with `x_TD` the concatenation [g, x, norm(attention) * g],
+    [T, 2 W + D].
 
     With `dropout` each element is zeroed where `keep_mask` says so, and the others are scaled up.
     """
     kind = _accumulate_dtype(attention_TW)
     normed = group_norm(attention_TW.to(kind), weight, bias, eps, num_groups=num_groups)
-    gated = normed * u_TW.to(kind)
+    gate = silu(u_TW.to(kind))
+    gated = normed * gate
     if x_TD is not None:
-        gated = torch.cat([u_TW.to(kind), x_TD.to(kind), gated], dim=1)
+        gated = torch.cat([gate, x_TD.to(kind), gated], dim=1)
     if dropout > 0:
         gated = gated * keep_mask(gated.shape, dropout, seed, gated.device) / (1 - dropout)
     return gated.to(attention_TW.dtype)

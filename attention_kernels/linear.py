@@ -30,52 +30,55 @@ def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBac
     return torch.addmm(residual, a, b)
 
 
-def uvqk(
+def linear(
     a: Tensor,
     b: Tensor,
     bias: Tensor,
-    u_width: int,
-    active: int,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype,
+    backend: LayerBackend,
+) -> Tensor:
+    """a b + bias.  `scales` (of rows of a, of columns of b) marks FP8 operands, b then being [N, K]."""
+    if scales:
+        return matmul_fp8(a, scales[0], b, scales[1], bias=bias, dtype=dtype, backend=backend)
+    return torch.addmm(bias.to(dtype), a, b)
+
+
+def linear_silu(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor,
     *,
     keep_raw: bool,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype,
-    want_u: bool = True,
     backend: LayerBackend,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """(U, the columns behind U, the product before SiLU or None) of a b + bias, SiLU on the first `active` columns.
+) -> tuple[Tensor, Tensor | None]:
+    """(silu(`linear`), and `linear` itself where `keep_raw` asks for it).  SiLU runs in the product's epilogue.
 
-    `scales` (of rows of a, of columns of b) marks FP8 operands, b then being [N, K].  Where SiLU covers all columns the
-    kernel applies it in its epilogue; where it covers U alone, cuBLAS and one pass over U are faster.  With the same
-    arguments but `keep_raw` and `want_u` the results are the same bits.
+    SiLU sees the product as it would be kept, so its values are the same bits with and without `keep_raw`.
     """
-    N = b.shape[0] if scales else b.shape[1]
-    T, fused = a.shape[0], backend == "triton" and active == N and linear_kernel.fits(a, b)
-    if fused and u_width % linear_kernel.tiles(N, fp8=scales is not None)["BLOCK_N"] == 0:
-        rest = torch.empty(T, N - u_width, dtype=dtype, device=a.device)
-        u = torch.empty(T, u_width, dtype=dtype, device=a.device) if want_u else None
-        raw = torch.empty(T, N, dtype=dtype, device=a.device) if keep_raw else None
+    if backend == "triton" and linear_kernel.fits(a, b):
+        N = b.shape[0] if scales else b.shape[1]
+        out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
+        raw = torch.empty_like(out) if keep_raw else None
         row_scale, column_scale = scales or (None, None)
         linear_kernel.launch(
             a,
             b,
-            rest,
-            u=u,
-            u_width=u_width,
+            out,
             raw=raw,
-            active=active,
+            silu=True,
             bias=bias,
             b_is_nk=scales is not None,
             row_scale=row_scale,
             column_scale=column_scale,
         )
-        return u, rest, raw
-    if scales:
-        raw = matmul_fp8(a, scales[0], b, scales[1], bias=bias, dtype=dtype, backend=backend)
-    else:
-        raw = torch.addmm(bias.to(dtype), a, b)
-    u, rest = layer_ops.silu_uvqk_forward(raw, u_width, active, inplace=not keep_raw, backend=backend)
-    return u, rest, raw if keep_raw else None
+        return out, raw
+    product = linear(a, b, bias, scales=scales, dtype=dtype, backend=backend)
+    activated = layer_ops.silu_forward(product, inplace=not keep_raw, backend=backend)
+    return activated, product if keep_raw else None
 
 
 def quantise_rows(x: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:

@@ -1,70 +1,44 @@
 """A matrix product in Triton whose epilogue does what would otherwise be a pass of its own.  Validates nothing.
 
-out = act(A B * scales + bias) + residual, written once, where every part but the product is optional: SiLU on the first
-`active` columns with U split off into a tensor of its own, the values before SiLU as a second result, a residual tile
-by tile, and row and column scales for FP8 operands.  Tiles are moved by the tensor memory accelerator, so rows must
-start at multiples of 16 bytes.
+out = act(A B * scales + bias) + residual, written once, where every part but the product is optional: SiLU, the values
+before SiLU as a second result, a residual tile by tile, and row and column scales for FP8 operands.  Tiles are moved by
+the tensor memory accelerator, so rows must start at multiples of 16 bytes.
 """
 
-import os
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs its interpreter, which has no inline assembly."""
+from attention_kernels.rows import multiprocessors
+from attention_kernels.silu import INTERPRETED, approximate, sigmoid
 
 
 @triton.jit
-def _silu(x, APPROXIMATE: tl.constexpr):
-    """x sigmoid(x) = h + h tanh(h), h = x / 2: one special-function instruction instead of two."""
-    if APPROXIMATE:
-        h = 0.5 * x
-        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
-        return h + h * t
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _matmul_kernel(
-    a_desc,
-    b_desc,
+def _store(
+    acc,
     out_desc,
-    u_desc,
     raw_desc,
     residual_desc,
     p_bias,
     p_row_scale,
     p_column_scale,
+    first_m,
+    first_n,
     M,
     N: tl.constexpr,
-    K: tl.constexpr,
-    U_WIDTH: tl.constexpr,
-    STORE_U: tl.constexpr,
-    ACTIVE: tl.constexpr,
+    SILU: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RAW: tl.constexpr,
     SCALED: tl.constexpr,
-    B_IS_NK: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    # Neighbouring programs share rows of A, so that A is read from memory about once.
-    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    first_m = (tl.program_id(0) // tiles_n) * BLOCK_M
-    first_n = (tl.program_id(0) % tiles_n) * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        a = a_desc.load([first_m, k])
-        b = b_desc.load([first_n, k]).T if B_IS_NK else b_desc.load([k, first_n])
-        acc = tl.dot(a, b, acc)
+    """The epilogue of BLOCK_M x BLOCK_N products."""
     columns = first_n + tl.arange(0, BLOCK_N)
     if SCALED:
         rows = first_m + tl.arange(0, BLOCK_M)
@@ -77,32 +51,130 @@ def _matmul_kernel(
         acc += residual_desc.load([first_m, first_n]).to(tl.float32)
     if RAW:
         raw_desc.store([first_m, first_n], acc.to(out_desc.dtype))
-    if ACTIVE > 0:
-        # Where values before SiLU are kept, SiLU sees them as they are kept.
+    if SILU:
+        # SiLU sees the values as they are kept, so that keeping them changes no bit.
         rounded = acc.to(out_desc.dtype).to(tl.float32)
-        if first_n < ACTIVE:
-            acc = _silu(rounded, APPROXIMATE)
-    if U_WIDTH > 0:
-        if first_n < U_WIDTH:
-            if STORE_U:
-                u_desc.store([first_m, first_n], acc.to(out_desc.dtype))
-        else:
-            out_desc.store([first_m, first_n - U_WIDTH], acc.to(out_desc.dtype))
+        acc = rounded * sigmoid(rounded, APPROXIMATE)
+    out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
+
+
+@triton.jit
+def _tile(
+    tile,
+    a_desc,
+    b_desc,
+    out_desc,
+    raw_desc,
+    residual_desc,
+    p_bias,
+    p_row_scale,
+    p_column_scale,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RAW: tl.constexpr,
+    SCALED: tl.constexpr,
+    B_IS_NK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    # Neighbouring programs share rows of A, so that A is read from memory about once.
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    first_m = (tile // tiles_n) * BLOCK_M
+    first_n = (tile % tiles_n) * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = a_desc.load([first_m, k])
+        b = b_desc.load([first_n, k]).T if B_IS_NK else b_desc.load([k, first_n])
+        acc = tl.dot(a, b, acc)
+    HALF: tl.constexpr = BLOCK_N // 2
+    if HALVES:
+        # Half the shared memory for what is stored: room for the next tile's loads, or for a second program.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _store(
+            left, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
+            SILU, BIAS, RESIDUAL, RAW, SCALED, APPROXIMATE, BLOCK_M, HALF,
+        )  # fmt: skip
+        _store(
+            right, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n + HALF, M,
+            N, SILU, BIAS, RESIDUAL, RAW, SCALED, APPROXIMATE, BLOCK_M, HALF,
+        )  # fmt: skip
     else:
-        out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
+        _store(
+            acc, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
+            SILU, BIAS, RESIDUAL, RAW, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
-def tiles(N: int, *, fp8: bool) -> dict[str, int]:
-    """Tile sizes: two programs fit a multiprocessor, so that one's epilogue hides behind the other's products.
+@triton.jit
+def _matmul_kernel(
+    a_desc,
+    b_desc,
+    out_desc,
+    raw_desc,
+    residual_desc,
+    p_bias,
+    p_row_scale,
+    p_column_scale,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RAW: tl.constexpr,
+    SCALED: tl.constexpr,
+    B_IS_NK: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    if PROGRAMS == 0:
+        _tile(
+            tl.program_id(0), a_desc, b_desc, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
+            M, N, K, SILU, BIAS, RESIDUAL, RAW, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+        )  # fmt: skip
+    else:
+        tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+        # Flattened, the loads of a program's next tile are on their way during the epilogue of this one.
+        for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+            _tile(
+                tile, a_desc, b_desc, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
+                M, N, K, SILU, BIAS, RESIDUAL, RAW, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+            )  # fmt: skip
 
-    Chosen from `benchmarks.layer_products` on one NVIDIA H200.
+
+def tiles(*, fp8: bool) -> dict[str, int]:
+    """How a product is cut; `RESIDENT` programs a multiprocessor walk over tiles, with 0 there is a program a tile.
+
+    Two programs fit a multiprocessor, so that one's epilogue hides behind the other's products.  Chosen from
+    `benchmarks.layer_products` on one NVIDIA H200.
     """
     if INTERPRETED:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+        return {
+            "BLOCK_M": 32,
+            "BLOCK_N": 16,
+            "BLOCK_K": 32,
+            "HALVES": 0,
+            "RESIDENT": 0,
+            "num_warps": 4,
+            "num_stages": 1,
+        }
     return {
         "BLOCK_M": 128,
         "BLOCK_N": 128,
         "BLOCK_K": 128 if fp8 else 64,
+        "HALVES": 0,
+        "RESIDENT": 0,
         "num_warps": 4 if fp8 else 8,
         "num_stages": 3,
     }
@@ -114,57 +186,52 @@ def launch(
     out: Tensor,
     *,
     b_is_nk: bool = False,
-    u: Tensor | None = None,
-    u_width: int = 0,
     raw: Tensor | None = None,
-    active: int = 0,
+    silu: bool = False,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> None:
-    """Writes `out` [M, N], or with `u_width` the columns behind U into `out` [M, N - U], and U into `u` if given.
-
-    One program a tile of BLOCK_M x BLOCK_N, accumulated in float32.  `active` and U's width must be multiples of
-    BLOCK_N (or `active` at least N).
-    """
+    """Writes `out` [M, N], and the values before SiLU into `raw` if given; accumulates in float32."""
     M, K = a.shape
     N = b.shape[0] if b_is_nk else b.shape[1]
-    chosen = dict(config or tiles(N, fp8=row_scale is not None))
+    chosen = dict(config or tiles(fp8=row_scale is not None))
+    resident = chosen.pop("RESIDENT")
     block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
-    tile = [block_m, block_n]
+    stored = [block_m, block_n // 2 if chosen["HALVES"] else block_n]
     if M == 0:
         return
 
-    out_descriptor = TensorDescriptor.from_tensor(out, tile)
+    out_descriptor = TensorDescriptor.from_tensor(out, stored)
 
-    def descriptor(x: Tensor | None, block: list[int]) -> Any:
+    def descriptor(x: Tensor | None) -> Any:
         # What the kernel does not touch needs some descriptor all the same.
-        return out_descriptor if x is None else TensorDescriptor.from_tensor(x, block)
+        return out_descriptor if x is None else TensorDescriptor.from_tensor(x, stored)
 
-    _matmul_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
-        descriptor(a, [block_m, block_k]),
-        descriptor(b, [block_n, block_k] if b_is_nk else [block_k, block_n]),
+    count = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    programs = min(count, resident * multiprocessors(a.device)) if resident else 0
+    _matmul_kernel[(programs or count,)](
+        TensorDescriptor.from_tensor(a, [block_m, block_k]),
+        TensorDescriptor.from_tensor(b, [block_n, block_k] if b_is_nk else [block_k, block_n]),
         out_descriptor,
-        descriptor(u, tile),
-        descriptor(raw, tile),
-        descriptor(residual, tile),
+        descriptor(raw),
+        descriptor(residual),
         bias,
         row_scale,
         column_scale,
         M,
         N=N,
         K=K,
-        U_WIDTH=u_width,
-        STORE_U=u is not None,
-        ACTIVE=active,
+        SILU=silu,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         RAW=raw is not None,
         SCALED=row_scale is not None,
         B_IS_NK=b_is_nk,
-        APPROXIMATE=out.dtype != torch.float32 and not INTERPRETED,
+        APPROXIMATE=approximate(out),
+        PROGRAMS=programs,
         **chosen,
     )
 

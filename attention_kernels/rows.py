@@ -22,17 +22,24 @@ def row_blocks(width: int) -> tuple[int, int, int]:
     return rows, columns, 8
 
 
-def serial_blocks(width: int, device: torch.device) -> tuple[int, int, int, int]:
-    """(programs, rows, columns, warps) of a kernel that walks over all rows and keeps sums on the way."""
+def serial_blocks(
+    width: int, device: torch.device, warps_per_multiprocessor: int = _SERIAL_WARPS_PER_MULTIPROCESSOR
+) -> tuple[int, int, int, int]:
+    """(programs, rows, columns, warps) of a kernel that walks over all rows and keeps sums on the way.
+
+    All programs must fit the device at once: what did not fit would start when the others end.
+    """
     columns = max(16, triton.next_power_of_2(width))
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS, 16, columns, 1
     warps = max(1, columns // _ELEMENTS_PER_WARP)
-    programs = multiprocessors(device) * max(1, _SERIAL_WARPS_PER_MULTIPROCESSOR // warps)
+    programs = multiprocessors(device) * max(1, warps_per_multiprocessor // warps)
     return programs, max(1, _ELEMENTS_PER_WARP // columns), columns, warps
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+    """Multiprocessors of a GPU; the interpreter counts as a small one."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -106,8 +106,8 @@ class DenseTower(nn.Module):
     def _layer(self, layer: HstuLayer, x_TD: Tensor, users: int) -> Tensor:
         p, spec = layer.parameter_set(), layer.spec
         normed = layer_reference.layer_norm(x_TD, p.input_norm_weight, p.input_norm_bias, spec.norm_eps)
-        uvqk = F.silu(torch.addmm(p.uvqk_bias.to(x_TD.dtype), normed, p.uvqk_weight.to(x_TD.dtype)))
-        heads = spec.split_heads(uvqk[:, spec.gate_width :])
+        uvqk = torch.addmm(p.uvqk_bias.to(x_TD.dtype), normed, p.uvqk_weight.to(x_TD.dtype))
+        heads = spec.split_heads(F.silu(uvqk[:, spec.gate_width :]))
         q, k, v = (part.view(users, -1, *part.shape[1:]).transpose(1, 2) for part in heads)
         scores = q @ k.transpose(2, 3) * spec.qk_dim**-0.5
         seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()

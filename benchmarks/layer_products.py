@@ -14,19 +14,21 @@ from typing import Any
 import torch
 import triton
 
-from attention_kernels import fp8, gated_norm, layer_norm, linear, linear_kernel, uvqk
+from attention_kernels import fp8, gated_norm, layer_norm, linear, linear_kernel, silu
 
 TOKENS = 131072
+KEYS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES", "RESIDENT", "num_warps", "num_stages")
 CONFIGS = [
-    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
-    for m, n, k, w, s in [
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 4, 3),
-        (128, 256, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (128, 128, 32, 8, 4),
-        (256, 128, 64, 8, 3),
-        (128, 64, 64, 4, 4),
+    dict(zip(KEYS, values, strict=True))
+    for values in [
+        (128, 128, 64, 0, 0, 8, 3),
+        (128, 128, 64, 0, 0, 4, 3),
+        (128, 128, 64, 1, 2, 8, 3),
+        (128, 128, 64, 1, 2, 4, 3),
+        (128, 256, 64, 1, 1, 8, 3),
+        (128, 256, 64, 1, 1, 8, 4),
+        (256, 128, 64, 1, 1, 8, 3),
+        (128, 256, 64, 0, 0, 8, 3),
     ]
 ]
 
@@ -46,42 +48,45 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
     x, residual = torch.randn(TOKENS, dim, **bf16), torch.randn(TOKENS, dim, **bf16)
     w1, w2 = torch.randn(dim, 4 * dim, **bf16) / dim**0.5, torch.randn(dim, dim, **bf16) / dim**0.5
     bias = torch.randn(4 * dim, device="cuda")
-    u, rest = torch.empty(TOKENS, dim, **bf16), torch.empty(TOKENS, 3 * dim, **bf16)
-    raw, out = torch.empty(TOKENS, 4 * dim, **bf16), torch.empty(TOKENS, dim, **bf16)
-    configs = CONFIGS if dim == 512 else CONFIGS[:5]
+    wu, wvqk, bu, bvqk = w1[:, :dim], w1[:, dim:], bias[:dim], bias[dim:]
+    vqk, raw, out = (torch.empty(TOKENS, n * dim, **bf16) for n in (3, 3, 1))
+    duvqk = torch.randn(TOKENS, 4 * dim, **bf16)
     runs: dict[str, Callable[[], Any]] = {
-        "uvqk cublas": lambda: torch.addmm(bias.to(torch.bfloat16), x, w1),
-        "uvqk silu kernel, in place": lambda: uvqk.forward(raw, dim, 4 * dim, out=raw[:, dim:]),
-        "uvqk silu kernel, new tensor": lambda: uvqk.forward(raw, dim, 4 * dim),
+        "u cublas": lambda: torch.addmm(bu.to(torch.bfloat16), x, wu),
+        "vqk cublas": lambda: torch.addmm(bvqk.to(torch.bfloat16), x, wvqk),
+        "vqk silu kernel, in place": lambda: silu.forward(raw, raw),
+        "vqk silu kernel, new tensor": lambda: silu.forward(raw, vqk),
         "output addmm": lambda: torch.addmm(residual, x, w2),
         "output cublas without residual": lambda: x @ w2,
+        "gradient of the gate": lambda: residual @ w2.t(),
+        "gradient of the normed input": lambda: duvqk @ w1.t(),
+        "gradient of the uvqk weight": lambda: x.t() @ duvqk,
+        "gradient of the output weight": lambda: x.t() @ residual,
     }
-    for config in configs:
+    for config in CONFIGS:
         name = "x".join(str(value) for value in config.values())
-        runs[f"uvqk fused {name}"] = partial(
-            linear_kernel.launch, x, w1, rest, u=u, u_width=dim, active=4 * dim, bias=bias, config=config
-        )
-        runs[f"uvqk fused keeping raw {name}"] = partial(
-            linear_kernel.launch, x, w1, rest, u_width=dim, raw=raw, active=4 * dim, bias=bias, config=config
+        runs[f"vqk fused {name}"] = partial(linear_kernel.launch, x, wvqk, vqk, silu=True, bias=bvqk, config=config)
+        runs[f"vqk fused keeping raw {name}"] = partial(
+            linear_kernel.launch, x, wvqk, vqk, raw=raw, silu=True, bias=bvqk, config=config
         )
         runs[f"output residual kernel {name}"] = partial(
             linear_kernel.launch, x, w2, out, residual=residual, config=config
         )
     x8, w18, w28 = (linear.quantise_rows(t, backend="triton") for t in (x, w1.t(), w2.t()))
-    runs["uvqk fp8 scaled_mm"] = lambda: linear.matmul_fp8(*x8, *w18, bias=bias, dtype=torch.bfloat16, backend="triton")
-    for config in configs:
+    u8, vqk8 = ((w18[0][part], w18[1][part]) for part in (slice(0, dim), slice(dim, None)))
+    bf16_result: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "triton"}
+    runs["weight to fp8"] = lambda: linear.quantise_columns(w1.float(), backend="triton")
+    runs["u fp8 scaled_mm"] = lambda: linear.matmul_fp8(*x8, *u8, bias=bu, **bf16_result)
+    runs["vqk fp8 scaled_mm"] = lambda: linear.matmul_fp8(*x8, *vqk8, bias=bvqk, **bf16_result)
+    for config in CONFIGS:
         config = {**config, "BLOCK_K": 2 * config["BLOCK_K"]}
         name = "x".join(str(value) for value in config.values())
+        scaled = {"b_is_nk": True, "row_scale": x8[1], "config": config}
+        runs[f"vqk fp8 fused {name}"] = partial(
+            linear_kernel.launch, x8[0], vqk8[0], vqk, silu=True, bias=bvqk, column_scale=vqk8[1], **scaled
+        )
         runs[f"output fp8 residual kernel {name}"] = partial(
-            linear_kernel.launch,
-            x8[0],
-            w28[0],
-            out,
-            b_is_nk=True,
-            row_scale=x8[1],
-            column_scale=w28[1],
-            residual=residual,
-            config=config,
+            linear_kernel.launch, x8[0], w28[0], out, residual=residual, column_scale=w28[1], **scaled
         )
     return runs
 
@@ -90,7 +95,7 @@ def row_kernels(dim: int) -> dict[str, Callable[[], Any]]:
     """Norms, gate and their backwards, with the bytes that each has to move in the name."""
     bf16: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     x, u, dout = (torch.randn(TOKENS, dim, **bf16) for _ in range(3))
-    raw, gradient = (torch.randn(TOKENS, 4 * dim, **bf16) for _ in range(2))
+    raw, gradient = (torch.randn(TOKENS, n * dim, **bf16) for n in (3, 4))
     weight, bias = torch.ones(dim, device="cuda"), torch.zeros(dim, device="cuda")
     _, mean, rstd = layer_norm.forward(x, weight, bias, 1e-6)
     gate: dict[str, Any] = {"num_groups": 1, "x_TD": None, "dropout": 0.0, "seed": 0}
@@ -101,7 +106,8 @@ def row_kernels(dim: int) -> dict[str, Callable[[], Any]]:
         "gated norm backward (6)": lambda: gated_norm.backward(
             dout, x, u, weight, bias, 1e-6, residual_TD=dout, du=gradient[:, :dim], **gate
         ),
-        "silu backward (12)": lambda: uvqk.backward_(gradient, raw, 4 * dim),
+        "silu backward (9)": lambda: silu.backward_(gradient[:, dim:], raw),
+        "sum of a gradient (3)": lambda: silu.backward_(gradient[:, dim:], None),
         "layer norm fp8 (1.5)": lambda: fp8.layer_norm(x, weight, bias, 1e-6),
         "gated norm fp8 (2.5)": lambda: fp8.gated_norm(x, u, weight, bias, 1e-6),
     }

@@ -54,28 +54,33 @@ def test_layer_norm_equals_reference(rows: int, width: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("active", [24, 96])
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("rows", ROW_COUNTS)
-def test_silu_of_uvqk_equals_reference(rows: int, inplace: bool, active: int, dtype: torch.dtype) -> None:
+def test_silu_equals_reference(rows: int, inplace: bool, dtype: torch.dtype) -> None:
+    """Forward, and the slope on columns of a wider buffer whose other columns stay as they are."""
     raw = random(rows, 96, dtype=dtype)
-
-    def function(x: Tensor) -> Tensor:
-        return torch.cat([layer_reference.silu(x[:, :active]), x[:, active:]], dim=1)
-
     before = raw.clone()
-    u, rest = layer_ops.silu_uvqk_forward(raw, 24, active, inplace=inplace, backend="triton")
-    assert_near(torch.cat([u, rest], dim=1), function(before.double()), dtype)
-    if inplace:
-        assert rest.data_ptr() == raw[:, 24:].data_ptr()
-    else:
-        assert torch.equal(raw, before)
+    out = layer_ops.silu_forward(raw, inplace=inplace, backend="triton")
+    assert_near(out, layer_reference.silu(before.double()), dtype)
+    assert (out.data_ptr() == raw.data_ptr()) == inplace or rows == 0
+    assert inplace or torch.equal(raw, before)
     gradient = random(rows, 96, dtype=dtype, seed=1)
-    (expected,) = gradients(function, gradient, before)
-    found = gradient.clone()
-    dbias = layer_ops.silu_uvqk_backward_(found, before[:, :active], active, backend="triton")
-    assert_near(found, expected, dtype)
-    assert_near(dbias, expected.sum(0), dtype)
+    (expected,) = gradients(layer_reference.silu, gradient, before)
+    buffer = torch.full((rows, 128), float("nan"), dtype=dtype, device=DEVICE)
+    buffer[:, 24:120] = gradient
+    total = layer_ops.silu_backward_(buffer[:, 24:120], before, backend="triton")
+    assert buffer[:, :24].isnan().all() and buffer[:, 120:].isnan().all()
+    assert_near(buffer[:, 24:120], expected, dtype)
+    assert_near(total, expected.sum(0), dtype)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_without_values_before_silu_the_gradient_is_only_summed(backend: layer_ops.LayerBackend) -> None:
+    gradient = random(70, 40, dtype=torch.float32)
+    before = gradient.clone()
+    total = layer_ops.silu_backward_(gradient, None, backend=backend)
+    assert torch.equal(gradient, before)
+    assert_near(total, before.double().sum(0), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +105,7 @@ def test_gated_norm_equals_reference(rows: int, groups: int, concat: bool, dropo
     dout = random(*out.shape, dtype=dtype, seed=7)
     # A slice of a wider buffer whose other columns must stay as they are.
     buffer = torch.full((rows, width + 32), float("nan"), dtype=dtype, device=DEVICE)
-    dattention, dx, gated, dweight, dbias = layer_ops.gated_norm_backward(
+    dattention, dx, gated, dweight, dbias, du_sum = layer_ops.gated_norm_backward(
         dout,
         attention,
         u,
@@ -115,9 +120,10 @@ def test_gated_norm_equals_reference(rows: int, groups: int, concat: bool, dropo
     )
     expected = gradients(function, dout, attention, u, weight, bias, x)
     expected[4] = expected[4] + residual
+    expected.append(expected[1].sum(0))
     assert torch.equal(gated, out)
     assert buffer[:, :16].isnan().all() and buffer[:, 16 + width :].isnan().all()
-    found = (dattention, buffer[:, 16 : 16 + width], dweight, dbias, dx)
+    found = (dattention, buffer[:, 16 : 16 + width], dweight, dbias, dx, du_sum)
     for actual, wanted in zip(found, expected, strict=True):
         assert_near(actual, wanted, dtype)
 
@@ -169,5 +175,5 @@ def test_wrong_shapes_are_refused_with_the_arguments_name() -> None:
         layer_ops.layer_norm_forward(x.T, torch.ones(4), torch.ones(4), EPS, backend="reference")
     with pytest.raises(ValueError, match="num_groups=3"):
         layer_ops.gated_norm_forward(x, x, torch.ones(8), torch.ones(8), EPS, num_groups=3, backend="reference")
-    with pytest.raises(ValueError, match="u_width=0"):
-        layer_ops.silu_uvqk_forward(x, 0, 4, inplace=False, backend="reference")
+    with pytest.raises(ValueError, match="gradient is"):
+        layer_ops.silu_backward_(x.T, None, backend="reference")

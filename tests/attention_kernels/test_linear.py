@@ -43,19 +43,42 @@ def test_residual_is_added_in_the_epilogue(shape: tuple[int, int, int], dtype: t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("keep_raw", [False, True])
-def test_bias_silu_and_split_in_the_epilogue(shape: tuple[int, int, int], keep_raw: bool, dtype: torch.dtype) -> None:
+def test_bias_and_silu_in_the_epilogue(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """With and without the values before SiLU; on columns of a wider weight, as the layer passes them."""
     M, K, N = shape
-    u_width = linear_kernel.tiles(N, fp8=False)["BLOCK_N"]
-    a, b, bias = random(M, K, seed=0, dtype=dtype), random(K, N, seed=1, dtype=dtype), random(N, seed=2)
-    raw = torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) if keep_raw else None
-    u, rest = (torch.full((M, w), float("nan"), dtype=dtype, device=DEVICE) for w in (u_width, N - u_width))
-    linear_kernel.launch(a, b, rest, u=u, u_width=u_width, raw=raw, active=N, bias=bias)
+    a, bias = random(M, K, seed=0, dtype=dtype), random(N, seed=2)
+    b = random(K, N + 32, seed=1, dtype=dtype)[:, 32:]
+    out, raw = linear.linear_silu(a, b, bias, keep_raw=True, dtype=dtype, backend="triton")
     product = torch.addmm(bias.to(dtype), a, b)
     exact = a.double() @ b.double() + bias.double()
-    assert_as_good_as_torch(torch.cat([u, rest], 1), layer_reference.silu(product), layer_reference.silu(exact))
-    if raw is not None:
-        assert_as_good_as_torch(raw, product, exact)
+    assert_as_good_as_torch(out, layer_reference.silu(product), layer_reference.silu(exact))
+    assert raw is not None
+    assert_as_good_as_torch(raw, product, exact)
+    alone, nothing = linear.linear_silu(a, b, bias, keep_raw=False, dtype=dtype, backend="triton")
+    assert nothing is None
+    assert torch.equal(alone, out)
+
+
+@pytest.mark.parametrize("halves", [0, 1])
+@pytest.mark.parametrize("resident", [0, 1])
+def test_product_does_not_depend_on_how_it_is_cut(halves: int, resident: int) -> None:
+    """Whole or half tiles stored, a program a tile or programs that walk over tiles: the same bits."""
+    M, K, N = SHAPES[0]
+    dtype = DTYPES[-1]
+    a, b = random(M, K, seed=0, dtype=dtype), random(K, N, seed=1, dtype=dtype)
+    bias, residual = random(N, seed=2), random(M, N, seed=3, dtype=dtype)
+    plain = linear_kernel.tiles(fp8=False)
+    results = []
+    for config in (plain, {**plain, "HALVES": halves, "RESIDENT": resident}):
+        if not ON_GPU:
+            config = {**config, "BLOCK_N": 32}
+        out, raw, sum_ = (torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
+        linear_kernel.launch(a, b, out, raw=raw, silu=True, bias=bias, config=config)
+        linear_kernel.launch(a, b, sum_, residual=residual, config=config)
+        results.append((out, raw, sum_))
+    assert not any(x.isnan().any() for x in results[1])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -28,9 +28,9 @@ class LayerConfig:
     recompute_normed: bool = True
     """Rebuild the normed input in the backward pass from the layer's input instead of keeping it."""
     recompute_uvqk: bool = True
-    """Rebuild V, Q and K (and the inputs of SiLU) in the backward pass by one product instead of keeping them."""
+    """Rebuild V, Q and K (and what SiLU made them from) in the backward pass by one product instead of keeping them."""
     recompute_gated: bool = True
-    """Rebuild norm(attention) * U in the backward pass instead of keeping it."""
+    """Rebuild norm(attention) * silu(U) in the backward pass instead of keeping it."""
     fp8: bool = False
     """Forward products in FP8 (E4M3, one scale a row); the backward stays in the input's type.  Widths must be
     multiples of 16.  Fast on GPUs with FP8 tensor cores (Hopper and later), emulated on a CPU."""

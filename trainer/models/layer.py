@@ -46,11 +46,6 @@ class LayerSpec:
         return 2 * self.num_heads * (self.value_dim + self.qk_dim)
 
     @property
-    def active_width(self) -> int:
-        """Columns of the fused product that pass through SiLU."""
-        return self.gate_width if self.production else self.uvqk_width
-
-    @property
     def num_groups(self) -> int:
         """Groups of the attention output's norm."""
         return self.num_heads if self.group_norm else 1
@@ -100,9 +95,8 @@ def plain_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batc
     p, dtype = parameters, x_TD.dtype
     normed_TD = layer_reference.layer_norm(x_TD, p.input_norm_weight, p.input_norm_bias, spec.norm_eps)
     uvqk = torch.addmm(p.uvqk_bias.to(dtype), normed_TD, p.uvqk_weight.to(dtype))
-    active = layer_reference.silu(uvqk[:, : spec.active_width])
-    uvqk = torch.cat([active, uvqk[:, spec.active_width :]], dim=1)
-    q_THK, k_THK, v_THV = spec.split_heads(uvqk[:, spec.gate_width :])
+    u, vqk = uvqk[:, : spec.gate_width], uvqk[:, spec.gate_width :]
+    q_THK, k_THK, v_THV = spec.split_heads(vqk if spec.production else layer_reference.silu(vqk))
     attention_THV = hstu_attention(
         q_THK,
         k_THK,
@@ -114,7 +108,7 @@ def plain_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batc
     )
     gated = layer_reference.gated_norm(
         attention_THV.reshape(x_TD.shape[0], spec.gate_width),
-        uvqk[:, : spec.gate_width],
+        u,
         p.output_norm_weight,
         p.output_norm_bias,
         spec.norm_eps,

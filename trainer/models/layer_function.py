@@ -1,9 +1,9 @@
 """One HSTU layer as one autograd function, which decides itself what it keeps for the backward.
 
-By default it keeps three tensors of a token's width: the layer's input, U and the attention output.  The backward
-rebuilds the normed input, V, Q and K by one product, and norm(attention) * U inside the kernel that
-differentiates it.  Each of these can be kept instead; the gradients are the same numbers either way, because what is
-rebuilt is rebuilt by the same operations from the same inputs.
+By default it keeps three tensors of a token's width: the layer's input, U before SiLU and the attention output.  The
+backward rebuilds the normed input, V, Q and K by one product, and norm(attention) * silu(U) inside the kernel that
+differentiates it, which also takes SiLU's slope at U.  Each of these can be kept instead; the gradients are the same
+numbers either way, because what is rebuilt is rebuilt by the same operations from the same inputs.
 
 Gradients of U, V, Q and K are written into slices of one buffer, which is then the right-hand side of two products.
 
@@ -30,7 +30,7 @@ class _FusedLayer(torch.autograd.Function):
     ) -> Tensor:
         backend = layer_ops.layer_backend(x_TD)
         T, W = x_TD.shape[0], spec.gate_width
-        (u, vqk, uvqk), normed_TD, mean, rstd = _project(parameters[:4], x_TD, spec, backend)
+        (u, vqk, raw), normed_TD, mean, rstd = _project(parameters[:4], x_TD, spec, backend)
         attention = _attend(vqk, spec, batch).view(T, W)
         out, gated = _output(attention, u, x_TD, parameters[4:], spec, batch, backend)
         ctx.spec, ctx.batch, ctx.backend = spec, batch, backend
@@ -42,7 +42,7 @@ class _FusedLayer(torch.autograd.Function):
             None if spec.recompute_normed else mean,
             None if spec.recompute_normed else rstd,
             None if spec.recompute_normed else normed_TD,
-            uvqk,
+            raw,
             None if spec.recompute_uvqk else vqk,
             None if spec.recompute_gated else gated,
             *parameters,
@@ -51,7 +51,7 @@ class _FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, u, attention, mean, rstd, normed_TD, uvqk, vqk, gated, *parameters = ctx.saved_tensors
+        x_TD, u, attention, mean, rstd, normed_TD, raw, vqk, gated, *parameters = ctx.saved_tensors
         norm_weight, norm_bias, uvqk_weight, uvqk_bias, gate_weight, gate_bias, output_weight = parameters
         spec: LayerSpec = ctx.spec
         batch: LayerBatch = ctx.batch
@@ -61,7 +61,7 @@ class _FusedLayer(torch.autograd.Function):
         duvqk = torch.empty(T, spec.uvqk_width, dtype=dtype, device=x_TD.device)
 
         dgated = dout_TD @ output_weight.to(dtype).t()
-        dattention, residual_TD, rebuilt, dgate_weight, dgate_bias = layer_ops.gated_norm_backward(
+        dattention, residual_TD, rebuilt, dgate_weight, dgate_bias, du_bias = layer_ops.gated_norm_backward(
             dgated,
             attention,
             u,
@@ -80,12 +80,13 @@ class _FusedLayer(torch.autograd.Function):
         norm = (norm_weight, norm_bias, spec.norm_eps)
         if normed_TD is None:
             normed_TD, mean, rstd = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
-        if uvqk is None:
-            vqk, uvqk = _rebuild(normed_TD, uvqk_weight, uvqk_bias, spec, backend)
+        if vqk is None:
+            vqk, raw = _vqk(normed_TD, uvqk_weight, uvqk_bias, spec, keep_raw=True, dtype=dtype, backend=backend)
         _attend_backward(dattention.view(T, spec.num_heads, spec.value_dim), vqk, duvqk[:, W:], spec, batch)
         del dattention, vqk
-        duvqk_bias = layer_ops.silu_uvqk_backward_(duvqk, uvqk, spec.active_width, backend=backend)
-        del uvqk
+        dvqk_bias = layer_ops.silu_backward_(duvqk[:, W:], raw, backend=backend)
+        duvqk_bias = torch.cat([du_bias, dvqk_bias])
+        del raw
         duvqk_weight = normed_TD.t() @ duvqk
         del normed_TD
         dnormed_TD = duvqk @ uvqk_weight.to(dtype).t()
@@ -109,50 +110,42 @@ class _FusedLayer(torch.autograd.Function):
 def _project(
     parameters: tuple[Tensor, ...], x_TD: Tensor, spec: LayerSpec, backend: layer_ops.LayerBackend
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None, Tensor, Tensor]:
-    """(U, the columns behind U, the product before SiLU if kept), the normed input (None in FP8), its statistics."""
+    """(U before SiLU; V, Q and K; the same before SiLU if kept), the normed input (None in FP8), its statistics."""
     norm_weight, norm_bias, weight, bias = parameters
     norm = (x_TD, norm_weight, norm_bias, spec.norm_eps)
-    scales, normed_TD = None, None
-    if spec.fp8:
-        rows, row_scale, mean, rstd = linear.layer_norm_fp8(*norm, backend=backend)
-        columns, column_scale = linear.quantise_columns(weight, backend=backend)
-        scales = (row_scale, column_scale)
-    else:
+    W, dtype = spec.gate_width, x_TD.dtype
+    keep_raw = not spec.recompute_uvqk
+    if not spec.fp8:
         normed_TD, mean, rstd = layer_ops.layer_norm_forward(*norm, backend=backend)
-        rows, columns = normed_TD, weight.to(x_TD.dtype)
-    u, vqk, uvqk = linear.uvqk(
-        rows,
-        columns,
-        bias,
-        spec.gate_width,
-        spec.active_width,
-        keep_raw=not spec.recompute_uvqk,
-        scales=scales,
-        dtype=x_TD.dtype,
-        backend=backend,
-    )
-    assert u is not None
-    return (u, vqk, uvqk), normed_TD, mean, rstd
+        u = linear.linear(normed_TD, weight[:, :W].to(dtype), bias[:W], dtype=dtype, backend=backend)
+        vqk, raw = _vqk(normed_TD, weight, bias, spec, keep_raw=keep_raw, dtype=dtype, backend=backend)
+        return (u, vqk, raw), normed_TD, mean, rstd
+    rows, row_scale, mean, rstd = linear.layer_norm_fp8(*norm, backend=backend)
+    columns, column_scale = linear.quantise_columns(weight, backend=backend)
+    scales = (row_scale, column_scale[:W])
+    u = linear.linear(rows, columns[:W], bias[:W], scales=scales, dtype=dtype, backend=backend)
+    scales = (row_scale, column_scale[W:])
+    vqk, raw = _vqk(rows, columns, bias, spec, keep_raw=keep_raw, scales=scales, dtype=dtype, backend=backend)
+    return (u, vqk, raw), None, mean, rstd
 
 
-def _rebuild(
-    normed_TD: Tensor, weight: Tensor, bias: Tensor, spec: LayerSpec, backend: layer_ops.LayerBackend
-) -> tuple[Tensor, Tensor]:
-    """(The columns behind U, the product before SiLU), as the forward had them."""
-    dtype = normed_TD.dtype
-    _, vqk, uvqk = linear.uvqk(
-        normed_TD,
-        weight.to(dtype),
-        bias,
-        spec.gate_width,
-        spec.active_width,
-        keep_raw=True,
-        want_u=False,
-        dtype=dtype,
-        backend=backend,
-    )
-    assert uvqk is not None
-    return vqk, uvqk
+def _vqk(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    spec: LayerSpec,
+    *,
+    keep_raw: bool,
+    scales: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype,
+    backend: layer_ops.LayerBackend,
+) -> tuple[Tensor, Tensor | None]:
+    """(V, Q and K; the same before SiLU, where there is one and `keep_raw` asks for it)."""
+    W = spec.gate_width
+    columns = weight[W:] if scales else weight[:, W:].to(dtype)
+    if spec.production:
+        return linear.linear(rows, columns, bias[W:], scales=scales, dtype=dtype, backend=backend), None
+    return linear.linear_silu(rows, columns, bias[W:], keep_raw=keep_raw, scales=scales, dtype=dtype, backend=backend)
 
 
 def _output(
@@ -164,7 +157,7 @@ def _output(
     batch: LayerBatch,
     backend: layer_ops.LayerBackend,
 ) -> tuple[Tensor, Tensor | None]:
-    """The layer's output, and norm(attention) * U (None in FP8)."""
+    """The layer's output, and norm(attention) * silu(U) (None in FP8)."""
     norm_weight, norm_bias, weight = parameters
     gate = (attention, u, norm_weight, norm_bias, spec.norm_eps)
     options = _gate_options(spec, batch, x_TD)
