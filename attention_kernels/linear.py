@@ -93,6 +93,8 @@ def quantise_rows(x: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:
 
 def quantise_columns(weight: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:
     """The weight [K, N] transposed to [N, K] in E4M3, as FP8 tensor cores read it, and its scale a column [N]."""
+    if backend == "triton":
+        return fp8.quantise_columns(weight)
     return quantise_rows(weight.t(), backend=backend)
 
 

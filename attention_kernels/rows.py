@@ -22,6 +22,13 @@ def row_blocks(width: int) -> tuple[int, int, int]:
     return rows, columns, 8
 
 
+def warp_blocks(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a block in which a warp holds whole rows, up to 1,024 elements: sums and maxima along a
+    row need no shared memory."""
+    columns = max(16, triton.next_power_of_2(width))
+    return max(1, 2 * _ELEMENTS_PER_WARP // columns), columns, max(1, columns // (2 * _ELEMENTS_PER_WARP))
+
+
 def serial_blocks(
     width: int, device: torch.device, warps_per_multiprocessor: int = _SERIAL_WARPS_PER_MULTIPROCESSOR
 ) -> tuple[int, int, int, int]:

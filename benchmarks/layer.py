@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +150,22 @@ def fp8() -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for dim, config in ((512, LayerConfig()), (1024, WIDE)):
         for name, length, mask in (("full causal", 4096, FULL), ("semi-local 256 + 256", 16384, SEMI_LOCAL)):
-            results = [
-                measure(replace(config, fp8=fp8), dim, length, mask, train=False)["forward_ms"] for fp8 in (False, True)
-            ]
-            rows[f"d {dim}, L {length}, {name}"] = {
-                "bf16_ms": results[0],
-                "fp8_ms": results[1],
-                "speedup": results[0] / results[1],
-            }
-            errors = _fp8_errors(config, dim, mask)
-            rows[f"d {dim}, L {length}, {name}"] |= {"fp8_error": errors[0], "bf16_error": errors[1]}
+            row: dict[str, Any] = {}
+            for kind, quantised in (("bf16", False), ("fp8", True)):
+                chosen = replace(config, fp8=quantised)
+                row[f"{kind}_ms"] = measure(chosen, dim, length, mask, train=False)["forward_ms"]
+                row[f"{kind}_kernels"] = _forward_kernels(chosen, dim, length, mask)
+            row["speedup"] = row["bf16_ms"] / row["fp8_ms"]
+            row["fp8_error"], row["bf16_error"] = _fp8_errors(config, dim, mask)
+            rows[f"d {dim}, L {length}, {name}"] = row
     return rows
+
+
+def _forward_kernels(config: LayerConfig, dim: int, length: int, mask: SemiLocalMask) -> dict[str, dict[str, float]]:
+    tower, layout = make_tower(config, dim, mask), equal_layout(length)
+    x = torch.randn(TOKENS, dim, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        return kernel_times(partial(tower, x, layout))
 
 
 def _fp8_errors(config: LayerConfig, dim: int, mask: SemiLocalMask) -> tuple[float, float]:
@@ -216,29 +222,38 @@ def compilation() -> dict[str, Any]:
 
 
 def breakdown() -> dict[str, Any]:
-    """Milliseconds a layer by kernel class, forward and backward, and the ten longest kernels."""
+    """Milliseconds a layer by kernel class, forward and backward, and the longest kernels."""
     result: dict[str, Any] = {}
     for name, length, mask in (("full causal L 4096", 4096, FULL), ("semi-local L 16384", 16384, SEMI_LOCAL)):
         tower, layout = make_tower(LayerConfig(), 512, mask), equal_layout(length)
         leaf = torch.randn(TOKENS, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         dout = torch.randn_like(leaf)
-        for _ in range(3):
-            tower(leaf, layout)[0].backward(dout)
-        steps = 4
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(steps):
-                tower(leaf, layout)[0].backward(dout)
-            torch.cuda.synchronize()
-        classes: dict[str, float] = {}
-        kernels: dict[str, float] = {}
-        for event in profiler.key_averages():
-            ms = event.self_device_time_total / 1e3 / steps / LAYERS
-            kernels[event.key[:80]] = ms
-            kind = _kernel_class(event.key)
-            classes[kind] = classes.get(kind, 0.0) + ms
-        longest = sorted(kernels.items(), key=lambda item: -item[1])[:16]
-        result[name] = {"classes": classes, "longest": dict(longest)}
+        result[name] = kernel_times(partial(_training_step, tower, leaf, layout, dout))
     return result
+
+
+def _training_step(tower: HstuTower, leaf: Tensor, layout: SequenceLayout, dout: Tensor) -> None:
+    leaf.grad = None
+    tower(leaf, layout)[0].backward(dout)
+
+
+def kernel_times(function: Callable[[], Any], steps: int = 4) -> dict[str, dict[str, float]]:
+    """GPU milliseconds a layer by kernel class, and of the longest kernels by name."""
+    for _ in range(3):
+        function()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            function()
+        torch.cuda.synchronize()
+    classes: dict[str, float] = {}
+    kernels: dict[str, float] = {}
+    for event in profiler.key_averages():
+        ms = event.self_device_time_total / 1e3 / steps / LAYERS
+        kernels[event.key[:80]] = ms
+        kind = _kernel_class(event.key)
+        classes[kind] = classes.get(kind, 0.0) + ms
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:16]
+    return {"classes": classes, "longest": dict(longest)}
 
 
 def _kernel_class(name: str) -> str:

@@ -98,6 +98,16 @@ def test_fp8_product_equals_its_dequantised_form(shape: tuple[int, int, int], wi
     torch.testing.assert_close(results[0], results[1], rtol=2e-2 if ON_GPU else 1e-4, atol=5e-2 if ON_GPU else 1e-4)
 
 
+def assert_same_codes(found: Tensor, wanted: Tensor) -> None:
+    """E4M3 values equal but for rounding to either side where float32 differs in its last bit: one step of 1/8."""
+    codes = [found.float(), wanted.float()]
+    if not ON_GPU:
+        # The interpreter's conversion to E4M3 loses the carry into the exponent: leave out powers of two.
+        carried = torch.frexp(codes[1])[0].abs() == 0.5
+        codes = [code.masked_fill(carried, 0.0) for code in codes]
+    torch.testing.assert_close(codes[0], codes[1], rtol=0.13, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 37])
 def test_quantised_norms_equal_quantisation_after_the_norm(rows: int) -> None:
     width = 64
@@ -110,15 +120,21 @@ def test_quantised_norms_equal_quantisation_after_the_norm(rows: int) -> None:
     ):
         found, wanted = function("triton"), function("reference")
         assert len(found) == inputs
-        codes = [quantised[0].float() for quantised in (found, wanted)]
-        if not ON_GPU:
-            # The interpreter's conversion to E4M3 loses the carry into the exponent: leave out powers of two.
-            carried = torch.frexp(codes[1])[0].abs() == 0.5
-            codes = [code.masked_fill(carried, 0.0) for code in codes]
-        # Rounding may fall to either side where float32 differs in its last bit: one step of 1/8.
-        torch.testing.assert_close(codes[0], codes[1], rtol=0.13, atol=1e-3)
+        assert_same_codes(found[0], wanted[0])
         for a, b in zip(found[1:], wanted[1:], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("inner", "columns"), [(200, 37), (16, 16), (128, 64)])
+def test_turned_columns_equal_rows_of_the_transposed_weight(inner: int, columns: int) -> None:
+    weight = random(inner, columns + 3, seed=4)[:, :columns]
+    found, wanted = (
+        linear.quantise_columns(weight, backend="triton"),
+        linear.quantise_columns(weight, backend="reference"),
+    )
+    assert found[0].shape == (columns, inner) and found[0].is_contiguous()
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
+    assert_same_codes(found[0], wanted[0])
 
 
 def test_quantisation_keeps_the_largest_value_and_rows_of_zeros() -> None:
