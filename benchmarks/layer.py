@@ -1,4 +1,4 @@
-"""Speed and memory of one HSTU layer on a GPU: peers' rows, lengths, recomputation, FP8, compilation, a breakdown.
+"""Speed and memory of one HSTU layer on a GPU: peers' rows, lengths, recomputation, FP8, a breakdown.
 
 Run on a GPU: python -m benchmarks.layer [--json FILE]; then on any machine: python -m benchmarks.layer_plot
 
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.exc
 import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -25,7 +23,6 @@ from attention_kernels import SemiLocalMask
 from trainer.models.config import LayerConfig
 from trainer.models.flops import TRAINING_FACTOR, allowed_pairs, layer_flops
 from trainer.models.hstu import HstuLayer, HstuTower, Stage, build_layer_spec
-from trainer.models.layer import LayerBatch, plain_layer
 from trainer.models.layout import SequenceLayout, make_layout
 
 TOKENS = 131072
@@ -187,40 +184,6 @@ def _fp8_errors(config: LayerConfig, dim: int, mask: SemiLocalMask) -> tuple[flo
     return float((quantised.float() - exact).norm() / added), float((rounded.float() - exact).norm() / added)
 
 
-def compilation() -> dict[str, Any]:
-    """The fused layer beside the plain one, eager and through torch.compile (semi-local, L 16,384), training."""
-    tower, layout = make_tower(LayerConfig(), 512, SEMI_LOCAL, layers=1), equal_layout(16384)
-    layer = tower.layers[0]
-    assert isinstance(layer, HstuLayer)
-    leaf = torch.randn(TOKENS, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    dout = torch.randn_like(leaf)
-    batch = LayerBatch(offsets=layout.offsets, num_candidates=layout.num_candidates, mask=SEMI_LOCAL)
-
-    def run(function: Callable[..., Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            leaf.grad = None
-            function().backward(dout)  # type: ignore[no-untyped-call]  # torch's method
-
-        return step
-
-    def plain() -> Tensor:
-        return plain_layer(leaf, layer.parameter_set(), layer.spec, batch)
-
-    def fused() -> Tensor:
-        return layer(leaf, layout, SEMI_LOCAL)  # type: ignore[no-any-return]  # nn.Module is untyped
-
-    rows: dict[str, Any] = {"fused eager": milliseconds(run(fused)), "plain eager": milliseconds(run(plain))}
-    for name, function in (("plain compiled", plain), ("fused compiled", fused)):
-        torch._dynamo.reset()
-        try:
-            rows[f"{name}: graph breaks"] = torch._dynamo.explain(function)().graph_break_count
-            rows[name] = milliseconds(run(torch.compile(function)))
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            # What does not compile is a result of this table.
-            rows[name] = f"{error!r:.300}"
-    return rows
-
-
 def breakdown() -> dict[str, Any]:
     """Milliseconds a layer by kernel class, forward and backward, and the longest kernels."""
     result: dict[str, Any] = {}
@@ -285,7 +248,6 @@ PARTS: dict[str, Callable[[], Any]] = {
     "fp8": fp8,
     "recomputation": recomputation,
     "lengths": lengths,
-    "compilation": compilation,
 }
 
 

@@ -17,6 +17,8 @@ class LayerConfig:
     """Width of a query and of a key, a head."""
     value_dim: int = 128
     """Width of a value and of the gate, a head."""
+    scale: float | None = None
+    """Factor of a query's product with a key, inside SiLU; null for 1 / sqrt(qk_dim)."""
     norm: Literal["layer", "group"] = "layer"
     """Norm of the attention output: over all heads together, or over each head by itself."""
     norm_eps: float = 1e-6
@@ -47,6 +49,8 @@ class LayerConfig:
                 "layer.fp8=true keeps no 16-bit inputs of its products: layer.recompute_normed and "
                 "layer.recompute_gated must be true"
             )
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"layer.scale must be above 0, or null for 1 / sqrt(qk_dim), got {self.scale}")
         if self.norm_eps <= 0:
             raise ValueError(f"layer.norm_eps must be above 0, got {self.norm_eps}")
 

@@ -152,6 +152,7 @@ def build_layer_spec(layer: LayerConfig, *, max_len: int) -> LayerSpec:
         qk_dim=layer.qk_dim,
         value_dim=layer.value_dim,
         max_len=max_len,
+        scale=layer.scale,
         production=layer.variant == "production",
         group_norm=layer.norm == "group",
         norm_eps=layer.norm_eps,

@@ -23,6 +23,8 @@ class LayerSpec:
     value_dim: int
     max_len: int
     """Attention divides by it."""
+    scale: float | None = None
+    """Factor of <q, k> inside SiLU; None for 1 / sqrt(qk_dim)."""
     production: bool = False
     """Meta's variant: SiLU on U alone, concatenated output product."""
     group_norm: bool = False
@@ -104,6 +106,7 @@ def plain_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batc
         batch.offsets,
         batch.mask,
         num_targets=batch.num_candidates,
+        scale=spec.scale,
         max_len=spec.max_len,
     )
     gated = layer_reference.gated_norm(

@@ -172,7 +172,14 @@ def _output(
 def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
     q_THK, k_THK, v_THV = spec.split_heads(vqk)
     return hstu_attention(
-        q_THK, k_THK, v_THV, batch.offsets, batch.mask, num_targets=batch.num_candidates, max_len=spec.max_len
+        q_THK,
+        k_THK,
+        v_THV,
+        batch.offsets,
+        batch.mask,
+        num_targets=batch.num_candidates,
+        scale=spec.scale,
+        max_len=spec.max_len,
     )
 
 
@@ -187,6 +194,7 @@ def _attend_backward(dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpe
         batch.offsets,
         batch.mask,
         num_targets=batch.num_candidates,
+        scale=spec.scale,
         max_len=spec.max_len,
         out=spec.split_heads(dvqk),
     )
@@ -201,6 +209,9 @@ def _gate_options(spec: LayerSpec, batch: LayerBatch, x_TD: Tensor) -> dict[str,
     }
 
 
+# Opaque to torch.compile, which would look into kernels and products that are already fused, and on a CPU stumbles over
+# the reference's autograd; what lies between layers is compiled.
+@torch.compiler.disable
 def fused_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batch: LayerBatch) -> Tensor:
     """`layer.plain_layer` with its own backward; `x_TD` is contiguous and of the type of computation."""
     p = parameters

@@ -22,6 +22,7 @@ MASK = SemiLocalMask(local=3, global_rows=4, num_context=CONTEXT)
 SPECS = {
     "paper": LayerSpec(num_heads=2, qk_dim=8, value_dim=16, max_len=30),
     "production": LayerSpec(num_heads=2, qk_dim=8, value_dim=16, max_len=30, production=True),
+    "scale": LayerSpec(num_heads=2, qk_dim=8, value_dim=16, max_len=30, scale=1.0),
     "group norm": LayerSpec(num_heads=4, qk_dim=16, value_dim=8, max_len=30, group_norm=True),
     "production with group norm": LayerSpec(
         num_heads=2, qk_dim=16, value_dim=8, max_len=30, group_norm=True, production=True
@@ -75,7 +76,7 @@ def independent_layer(x: Tensor, p: LayerParameters, spec: LayerSpec, batch: Lay
         allowed = dense_mask(MASK, h, t)
         rows = []
         for v_head, q_head, k_head in zip(*(part[start:end].chunk(heads, dim=1) for part in (v, q, k)), strict=True):
-            scores = silu(q_head @ k_head.T * spec.qk_dim**-0.5) / spec.max_len
+            scores = silu(q_head @ k_head.T * (spec.scale or spec.qk_dim**-0.5)) / spec.max_len
             rows.append((scores * allowed) @ v_head)
         users.append(torch.cat(rows, dim=1))
     attention = torch.cat(users)

@@ -192,6 +192,23 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     assert loss.isfinite()
 
 
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns about what it does itself: .grad of results, made-up Functions
+@pytest.mark.parametrize("name", ["paper", "channels"])
+def test_compiled_model_computes_the_same(name: str) -> None:
+    """torch.compile traces what lies between the layers; layers and attention run as they are."""
+    batch = random_batch([5, 0, 9], [2, 3, 1], context_names=CONTEXT)
+    rankers = [small_ranker(CONFIGS[name]) for _ in range(2)]
+    towers = [rankers[0].tower, torch.compile(rankers[1].tower, backend="aot_eager")]
+    with torch.no_grad():
+        embedded = rankers[0].embeddings(batch.features)
+    losses = [tower(embedded, batch)[0] for tower in towers]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-7)
+    for loss in losses:
+        loss.backward()
+    for plain, compiled in zip(rankers[0].tower.parameters(), rankers[1].tower.parameters(), strict=True):
+        torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
     ranker = small_ranker(model_config(max_len=8))
     with pytest.raises(ValueError, match=r"12 tokens, more than model.max_len=8: raise max_len"):
