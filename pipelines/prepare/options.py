@@ -28,6 +28,9 @@ class SampleOptions:
     """Unix seconds at which evaluation begins; null derives it from train_fraction."""
     train_fraction: float = 0.85
     """Share of the events that lie before the split time, to the hour; unused if split_time is given."""
+    leave_last: int | None = None
+    """Newest events of each user that are for evaluation, whatever their time, in place of a split in time; null for
+    the split.  Other users' later events then stand in the training split."""
     max_users: int | None = None
     """Users kept, in the order of a hash of their ids; null for all."""
     order: str = "users"
@@ -44,10 +47,12 @@ class SampleOptions:
     def __post_init__(self) -> None:
         minima = {"candidates": 1, "samples_per_user": 0, "eval_candidates": 1, "max_history": 1, "min_history": 0}
         minima |= {"min_candidates": 1, "row_group_events": 1, "file_events": 1}
-        minima |= {name: 1 for name in ("max_users", "threads") if getattr(self, name) is not None}
+        minima |= {name: 1 for name in ("leave_last", "max_users", "threads") if getattr(self, name) is not None}
         for name, minimum in minima.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(self, name)}")
+        if self.leave_last is not None and self.split_time is not None:
+            raise ValueError(f"--split-time={self.split_time} has no effect with --leave-last: give one of them")
         if not 0 < self.train_fraction < 1:
             raise ValueError(f"--train-fraction must lie between 0 and 1, got {self.train_fraction}")
         if self.memory_gib < 0.25:

@@ -1,7 +1,7 @@
 """Cuts users' ordered events into samples: whole arrays at a time, no loop over users or events.
 
 Train candidates lie before the split time and evaluation candidates do not, and a history always ends before its
-candidates begin, so no sample sees the future.
+candidates begin, so no sample sees the future.  With `leave_last` each user has a split of their own instead.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,10 @@ def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[
     starts = np.flatnonzero(np.diff(events.user_id, prepend=events.user_id[0] - 1))
     ends = np.append(starts[1:], len(events.user_id))
     unlabelled = np.add.reduceat((~events.candidate).astype(np.int64), starts)
-    splits = starts + np.add.reduceat((events.time < split_time).astype(np.int64), starts)
+    if options.leave_last is None:
+        splits = starts + np.add.reduceat((events.time < split_time).astype(np.int64), starts)
+    else:
+        splits = np.maximum(starts, ends - options.leave_last)
     first = starts + np.maximum(unlabelled, options.min_history)
 
     groups = -(-np.maximum(splits - first, 0) // options.candidates)

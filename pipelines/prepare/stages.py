@@ -94,7 +94,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         "splits": sizes,
         "source": about.source,
         "licence": about.licence,
-        "split_time": split_time,
+        "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, "history_len": {split: count.summary() for split, count in lengths.items()}},
         "context_values": {name: list(values) for name, values in about.context_values.items()},
     }
