@@ -39,10 +39,13 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
                         f"key {key!r} names a group, not a value: set one of its keys, as {key}.NAME=value"
                     )
                 parent[name] = _parse(text, fields[name])
-            elif not dataclasses.is_dataclass(fields[name]):
+                continue
+            group = _group(fields[name])
+            if group is None:
                 raise ValueError(f"unknown key {key!r}: {'.'.join(path[: depth + 1])} is a value, not a group")
-            else:
-                parent, kind = parent[name], fields[name]
+            if parent[name] is None:
+                raise ValueError(f"key {key!r}: {'.'.join(path[: depth + 1])} is null here, set it whole as JSON first")
+            parent, kind = parent[name], group
     return from_dict(type(config), values)
 
 
@@ -87,6 +90,12 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
 def _field_types(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _group(kind: Any) -> Any:
+    """The dataclass that `kind` is, or is where it is not null; None if there is none."""
+    choices = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
 
 
 def _parse(text: str, kind: Any) -> Any:

@@ -44,6 +44,13 @@ def test_override_sets_the_typed_value(override: str, value: Inner) -> None:
     assert apply_overrides(CONFIG, [override]).inner == value
 
 
+def test_an_optional_group_is_overridden_where_it_is_set() -> None:
+    config = Outer(name="x", maybe=Inner())
+    assert apply_overrides(config, ["maybe.rate=2"]).maybe == Inner(rate=2.0)
+    assert apply_overrides(config, ["maybe=null"]).maybe is None
+    assert apply_overrides(CONFIG, ['maybe={"rate": 2}', "maybe.window=4"]).maybe == Inner(rate=2.0, window=4)
+
+
 def test_text_needs_no_quotes_and_may_hold_an_equals_sign() -> None:
     assert apply_overrides(CONFIG, ["name=a=b"]).name == "a=b"
     assert apply_overrides(CONFIG, ["name=3"]).name == "3"
@@ -56,6 +63,7 @@ def test_text_needs_no_quotes_and_may_hold_an_equals_sign() -> None:
         ("nothing=1", "unknown key 'nothing'"),
         ("name.x=1", "is a value, not a group"),
         ("inner=1", "names a group"),
+        ("maybe.rate=1", "maybe is null here"),
         ("inner.rate=fast", "'inner.rate' must be a number"),
         ("inner.window=1.5", "'inner.window' must be an integer or null"),
         ("inner.kind=c", "'inner.kind' must be one of a, b"),
