@@ -1,6 +1,6 @@
 """SiLU against softmax attention on a synthetic stream with a growing vocabulary (HSTU paper, section 4.1.1).
 
-Run: python -m benchmarks.dirichlet [--json FILE] [--scale small|paper] [--seeds N]
+Run: python -m benchmarks.dirichlet [--json FILE] [--scale small|paper] [--seeds N] [--minutes M] [--factors F ...]
 
 Items belong to categories.  A record draws a concentration a ~ U(1, 4 x length) and up to five categories.  Event i
 repeats an earlier one at random with probability i / (a + i), so that counts decide (a Dirichlet process); otherwise it
@@ -8,14 +8,17 @@ is an available item of one of the categories.  40% of the items exist at the st
 another as the stream goes on.  Models see the first 90% of the stream once, in order, and rank all items for the last
 event of records of the remaining 10%.
 
-Both models are the same layers with the same initial values and differ in one line: SiLU of the scores over a constant,
-or their softmax.  At the paper's scale (20,000 items, length 128, 1M records) the design prints HR@10 .0893 against
-.0617; the small scale takes minutes on two CPU cores.
+Both models are the same layers with the same initial values and differ in one line: SiLU of the scores over a
+constant, or their softmax.  Scores are scaled by 1 / sqrt(K), and with `--factors 1.0` also by 1, as inside the SiLU of
+the papers' research code.  After `--minutes` no further seed is begun.  At the paper's scale (20,000 items, length 128,
+1M records) the design prints HR@10 .0893 against .0617; the small scale takes minutes on two CPU cores.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_kernels import SemiLocalMask, layer_reference
+from trainer.metrics import retrieval_scores
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
-from trainer.models.layout import SequenceLayout
+from trainer.models.layout import SequenceLayout, take_rows
 from trainer.models.precision import compute_dtype
-from trainer.models.retriever import Retriever, retrieval_metrics
+from trainer.models.retriever import RetrieverTower, rows_with_next
 
 FIRST_SHARE, TRAIN_SHARE, MAX_CATEGORIES = 0.4, 0.9, 5
 
@@ -109,7 +113,7 @@ class DenseTower(nn.Module):
         uvqk = torch.addmm(p.uvqk_bias.to(x_TD.dtype), normed, p.uvqk_weight.to(x_TD.dtype))
         heads = spec.split_heads(F.silu(uvqk[:, spec.gate_width :]))
         q, k, v = (part.view(users, -1, *part.shape[1:]).transpose(1, 2) for part in heads)
-        scores = q @ k.transpose(2, 3) * spec.qk_dim**-0.5
+        scores = q @ k.transpose(2, 3) * (spec.qk_dim**-0.5 if spec.scale is None else spec.scale)
         seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
         if self.softmax:
             weights = scores.masked_fill(~seen, float("-inf")).softmax(3)
@@ -126,73 +130,121 @@ class DenseTower(nn.Module):
         return torch.addmm(x_TD, gated, p.output_weight.to(x_TD.dtype))
 
 
-def make_model(scale: Scale, *, softmax: bool, device: torch.device) -> Retriever:
-    """The retriever; its initial values do not depend on the kind of attention."""
-    torch.manual_seed(0)
-    size = scale.dim // scale.heads
-    spec = LayerSpec(num_heads=scale.heads, qk_dim=size, value_dim=size, max_len=scale.length)
-    layers = [HstuLayer(dim=scale.dim, spec=spec) for _ in range(scale.layers)]
-    tower = HstuTower(layers, [Stage(num_layers=scale.layers, mask=SemiLocalMask())])
-    return Retriever(
-        num_items=scale.num_items,
-        dim=scale.dim,
-        tower=DenseTower(tower, softmax=softmax),
-        num_positions=scale.length,
-        num_negatives=scale.num_negatives,
-        temperature=0.05,
-    ).to(device)
+class NextItem(nn.Module):
+    """The retriever over a plain table, for sequences of one length."""
+
+    def __init__(self, scale: Scale, *, softmax: bool, attention_scale: float | None) -> None:
+        super().__init__()
+        size = scale.dim // scale.heads
+        spec = LayerSpec(
+            num_heads=scale.heads, qk_dim=size, value_dim=size, max_len=scale.length, scale=attention_scale
+        )
+        layers = [HstuLayer(dim=scale.dim, spec=spec) for _ in range(scale.layers)]
+        tower = HstuTower(layers, [Stage(num_layers=scale.layers, mask=SemiLocalMask())])
+        self.head = RetrieverTower(
+            DenseTower(tower, softmax=softmax),
+            dim=scale.dim,
+            embedding_dim=scale.dim,
+            max_len=scale.length,
+            num_positions=scale.length,
+            temperature=0.05,
+        )
+        self.items = nn.Embedding(scale.num_items, scale.dim)
+        nn.init.normal_(self.items.weight, std=0.02)
+        self.num_negatives = scale.num_negatives
+
+    def encode(self, ids_BL: Tensor) -> tuple[Tensor, SequenceLayout]:
+        """Outputs [B x L, E] of users' events."""
+        lens_host = torch.full((ids_BL.shape[0],), ids_BL.shape[1])
+        return self.head.encode(self.items(ids_BL.flatten()), lens_host.to(ids_BL.device), lens_host)
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """Mean sampled softmax of every event that has one in front of it; one draw of negatives for all."""
+        outputs, layout = self.encode(ids_BL)
+        rows, targets = rows_with_next(layout), ids_BL[:, 1:].flatten()
+        drawn = torch.randint(self.items.num_embeddings, (self.num_negatives,), device=ids_BL.device)
+        hits = drawn == targets[:, None]
+        return self.head.sampled_softmax(take_rows(outputs, rows), self.items(targets), self.items(drawn), hits).mean()
+
+    @torch.no_grad()
+    def ranks(self, ids_BL: Tensor) -> Tensor:
+        """Rank of each user's last item after the others among all items, [B]; ties count against it."""
+        outputs, layout = self.encode(ids_BL[:, :-1])
+        scores = outputs[layout.offsets[1:] - 1] @ self.head.unit(self.items.weight).t()
+        targets = ids_BL[:, -1:]
+        return (scores >= scores.gather(1, targets)).sum(1)
 
 
-def train_and_score(data: Tensor, scale: Scale, *, softmax: bool) -> dict[str, float]:
-    """One pass over the first part of `data`, then ranks on the last."""
+def train_and_score(
+    data: Tensor, scale: Scale, *, softmax: bool, attention_scale: float | None, seed: int
+) -> dict[str, float]:
+    """One pass over the first part of `data`, then ranks on the last.
+
+    Initial values and negatives do not depend on the kind of attention.
+    """
     device = data.device
-    model = make_model(scale, softmax=softmax, device=device)
+    torch.manual_seed(seed)
+    model = NextItem(scale, softmax=softmax, attention_scale=attention_scale).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=scale.learning_rate)
     split = int(TRAIN_SHARE * data.shape[0]) // scale.batch * scale.batch
     start = time.perf_counter()
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     for batch in torch.split(data[:split], scale.batch):
-        lens_host = torch.full((batch.shape[0],), scale.length)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(batch.flatten(), lens_host.to(device), lens_host)
+        with autocast():
+            loss = model(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    ranks = []
     model.eval()
+    ranks = []
     for batch in torch.split(data[split:], 1024):
-        lens_host = torch.full((batch.shape[0],), scale.length - 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            ranks.append(model.ranks(batch[:, :-1].flatten(), lens_host.to(device), lens_host, batch[:, -1]))
-    metrics = retrieval_metrics(torch.cat(ranks))
-    return {
-        "hr@10": metrics.hit_rates[10],
-        "hr@50": metrics.hit_rates[50],
-        "ndcg@10": metrics.ndcg[10],
-        "final_loss": float(loss.detach()),
-        "seconds": time.perf_counter() - start,
-    }
+        with autocast():
+            ranks.append(model.ranks(batch))
+    *sums, total = retrieval_scores(torch.cat(ranks)).tolist()
+    names = ("hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr")
+    metrics = {name: value / total for name, value in zip(names, sums, strict=True)}
+    return {**metrics, "final_loss": float(loss.detach()), "seconds": time.perf_counter() - start}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Mean and sample standard deviation over seeds, a line a kind of attention."""
+    lines = []
+    for kind in dict.fromkeys(row["attention"] for row in rows):
+        cells = []
+        for name in ("hr@10", "hr@50"):
+            values = [row[name] for row in rows if row["attention"] == kind]
+            spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{name} {statistics.mean(values):.4f}{spread}")
+        lines.append(f"{kind:<22}" + ", ".join(cells) + f" ({len(values)} seeds)")
+    return lines
 
 
 def main() -> None:
-    """Trains both models on each seed's stream, prints and writes the table."""
+    """Trains all models on each seed's stream, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--scale", choices=list(SCALES), default="small")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further seed after these")
+    parser.add_argument(
+        "--scales", type=float, nargs="*", default=[], help="further factors of scores, besides default"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = SCALES[arguments.scale]
     rows: list[dict[str, Any]] = []
+    start = time.perf_counter()
     for seed in range(arguments.seeds):
+        if time.perf_counter() - start > 60 * arguments.minutes:
+            break
         data = stream(scale, seed, device)
-        for softmax in (False, True):
-            row = {
-                "attention": "softmax" if softmax else "silu",
-                "seed": seed,
-                **train_and_score(data, scale, softmax=softmax),
-            }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        for factor in (None, *arguments.factors):
+            for kind in ("silu", "softmax"):
+                name = kind if factor is None else f"{kind}, scale {factor:g}"
+                scored = train_and_score(data, scale, softmax=kind == "softmax", attention_scale=factor, seed=seed)
+                rows.append({"attention": name, "seed": seed, **scored})
+                print(json.dumps(rows[-1]), flush=True)
+    print("\n".join(summary(rows)))
     if arguments.json:
         arguments.json.write_text(
             json.dumps({"device": str(device), "scale": dataclasses.asdict(scale), "rows": rows}, indent=1)

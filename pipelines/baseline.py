@@ -71,6 +71,17 @@ def baseline_scores(config: DataConfig, tasks: Sequence[str]) -> Baseline:
     )
 
 
+def item_counts(config: DataConfig) -> IntArray:
+    """How often each item stands in the histories and candidates of the training split of `config.path`, [items]."""
+    source = open_source(config.path, config, "train")
+    counts = np.zeros(source.info.num_items, dtype=np.int64)
+    for unit in range(len(source.unit_rows)):
+        samples: Samples = source.read(unit)
+        for column in (samples.history["item_id"], samples.candidate["item_id"]):
+            counts += np.bincount(column.values, minlength=len(counts))
+    return counts
+
+
 class _Rates:
     """Positive labels and observations of each id."""
 

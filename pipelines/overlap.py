@@ -6,17 +6,16 @@ plain         one after another; the definition that the others are tested again
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
-
-from pipelines.batch import Batch
+from torchrec.streamable import Pipelineable
 
 Overlap = Literal["sparse_dist", "prefetch", "plain"]
-Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+Forward = Callable[[Any], tuple[Tensor, Tensor]]
 """From a batch on the device to (loss to differentiate, what the step returns)."""
 
 
@@ -50,7 +49,7 @@ class StepPipeline:
             kinds = {"sparse_dist": TrainPipelineSparseDist, "prefetch": PrefetchTrainPipelineSparseDist}
             self._torchrec = kinds[overlap](model, optimizer, device, custom_model_fwd=forward)
 
-    def step(self, batches: Iterator[Batch]) -> Tensor:
+    def step(self, batches: Iterator[Pipelineable]) -> Tensor:
         """One training step on the next batch; returns what `forward` returned second.
 
         Raises:

@@ -14,11 +14,25 @@ from pipelines.batch import ITEM_FEATURE
 from pipelines.schema import DatasetInfo
 from trainer.config import TrainConfig
 from trainer.models.flops import training_flops
+from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.ranker import Ranker, build_ranker
+from trainer.models.retriever import Retriever, build_retriever
 
 
 def table_configs(config: TrainConfig, info: DatasetInfo) -> list[TableConfig]:
-    """One table for the items, shared by history and candidates, and one for each context feature."""
+    """One table for the items, shared by history and candidates, and one for each context feature.
+
+    A retriever has the item table alone, in which negatives are looked up too.
+    """
+    if config.model.retrieval is not None:
+        return [
+            TableConfig(
+                name=ITEM_FEATURE,
+                num_embeddings=info.num_items,
+                embedding_dim=config.embedding_dim,
+                features=(ITEM_FEATURE, NEGATIVE_FEATURE),
+            )
+        ]
     sizes = {ITEM_FEATURE: info.num_items, **info.context_features}
     return [
         TableConfig(name=feature, num_embeddings=rows, embedding_dim=config.embedding_dim, features=(feature,))
@@ -27,11 +41,13 @@ def table_configs(config: TrainConfig, info: DatasetInfo) -> list[TableConfig]:
 
 
 def tasks_of(config: TrainConfig, info: DatasetInfo) -> tuple[str, ...]:
-    """The actions that the model predicts.
+    """The actions that the model predicts; none for a retriever.
 
     Raises:
         ValueError: a task is no action of the data set.
     """
+    if config.model.retrieval is not None:
+        return ()
     tasks = info.actions if config.model.tasks is None else config.model.tasks
     for task in tasks:
         info.action_bit(task)
@@ -43,10 +59,14 @@ def lookup_load(config: TrainConfig, info: DatasetInfo, world_size: int) -> Batc
     split = info.splits["train"]
     samples = max(1, split.samples)
     history = min(split.history_events / samples, config.data.max_history_len)
-    return BatchLoad(
-        samples_per_rank=math.ceil(config.data.global_batch_size / world_size),
-        ids_per_sample={ITEM_FEATURE: max(1.0, history + split.candidates / samples)},
-    )
+    events = max(1.0, history + split.candidates / samples)
+    samples_per_rank = math.ceil(config.data.global_batch_size / world_size)
+    ids_per_sample = {ITEM_FEATURE: events}
+    retrieval = config.model.retrieval
+    if retrieval is not None:
+        users = samples_per_rank if retrieval.share_negatives else 1 / events
+        ids_per_sample[NEGATIVE_FEATURE] = retrieval.num_negatives / users
+    return BatchLoad(samples_per_rank=samples_per_rank, ids_per_sample=ids_per_sample)
 
 
 def check_lengths(config: TrainConfig, info: DatasetInfo) -> None:
@@ -58,21 +78,29 @@ def check_lengths(config: TrainConfig, info: DatasetInfo) -> None:
     tokens_an_event = 2 if config.model.input.merge == "interleave" else 1
     # Without a bound on the candidates, one is the least; the model itself refuses a longer sequence when it comes.
     candidates = config.data.max_candidates or 1
-    longest = len(info.context_features) + tokens_an_event * config.data.max_history_len + candidates
+    num_context = 0 if config.model.retrieval is not None else len(info.context_features)
+    longest = num_context + tokens_an_event * config.data.max_history_len + candidates
     if longest > config.model.max_len:
         raise ValueError(
             f"model.max_len={config.model.max_len} is below the {longest} tokens of the longest sequence "
-            f"({len(info.context_features)} context, {tokens_an_event} x {config.data.max_history_len} history, "
+            f"({num_context} context, {tokens_an_event} x {config.data.max_history_len} history, "
             f"{candidates} candidates): raise model.max_len or lower data.max_history_len"
         )
 
 
-def build_model(config: TrainConfig, info: DatasetInfo, tables: Sequence[TableConfig], device: torch.device) -> Ranker:
+def build_model(
+    config: TrainConfig, info: DatasetInfo, tables: Sequence[TableConfig], device: torch.device
+) -> Ranker | Retriever:
     """The model with its tables on the meta device and its dense parameters, seeded, on `device`."""
     torch.manual_seed(config.seed)
+    embeddings = build_embedding_collection(tables, device=torch.device("meta"))
+    if config.model.retrieval is not None:
+        retriever = build_retriever(config.model, embeddings=embeddings, embedding_dim=config.embedding_dim)
+        retriever.tower.to(device)
+        return retriever
     model = build_ranker(
         config.model,
-        embeddings=build_embedding_collection(tables, device=torch.device("meta")),
+        embeddings=embeddings,
         embedding_dim=config.embedding_dim,
         context_names=tuple(info.context_features),
         action_names=info.actions,

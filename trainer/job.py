@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,12 +29,13 @@ from trainer.checkpoint import Progress, load_tensors, read_progress
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.evaluate import comparison_table, evaluate
-from trainer.loop import Feed, run_steps
+from trainer.loop import Feed, ModelBatch, run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.metrics import score
 from trainer.parallelize import ParallelModel, parallelize
 from trainer.preflight import check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Consumed, Recorder
+from trainer.retrieval import evaluate_retrieval, retrieval_table, retriever_batch
 from trainer.run_dir import JsonLines, RunDir, write_json
 from trainer.run_log import logged
 from trainer.typed_values import from_dict, to_dict
@@ -76,7 +78,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         try:
             run_steps(
                 model,
-                Feed(islice(batches, remaining), consumption(info)),
+                Feed(islice(batches, remaining), consumption(info), partial(for_model, config, info, mesh)),
                 progress,
                 config=config,
                 run=run,
@@ -182,6 +184,13 @@ def training_loader(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress
     )
 
 
+def for_model(config: TrainConfig, info: DatasetInfo, mesh: Mesh, batch: Batch) -> ModelBatch:
+    """A training batch in the form that the model reads."""
+    if config.model.retrieval is None:
+        return batch
+    return retriever_batch(batch, config, info.num_items, mesh, train=True)
+
+
 def _total_samples(config: TrainConfig, loader: Loader) -> int | None:
     """Samples of the whole run, for the progress bar; None for a stream without a known end."""
     limits = [loader.total_samples, config.max_steps and config.max_steps * config.data.global_batch_size]
@@ -218,12 +227,15 @@ def evaluate_and_show(
     """Evaluate, append to eval.jsonl unless the step stands there already, and show the result beside the baseline."""
     on_gpu = mesh.device.type == "cuda"
     batches = build_loader(config.data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu)
-    metrics = evaluate(model, batches, tasks, mesh)
+    if config.model.retrieval is not None:
+        metrics, popularity = evaluate_retrieval(model, batches, config, info.num_items, mesh)
+        table = retrieval_table(metrics, popularity)
+    else:
+        metrics = evaluate(model, batches, tasks, mesh)
+        table = comparison_table(metrics, baseline_metrics(config.data, tasks), tasks) if mesh.is_first else ""
     if mesh.is_first:
         JsonLines(run.eval_file).append({"step": step, **metrics})
-        logger.info(
-            "evaluation at step %d:\n%s", step, comparison_table(metrics, baseline_metrics(config.data, tasks), tasks)
-        )
+        logger.info("evaluation at step %d:\n%s", step, table)
     return metrics
 
 

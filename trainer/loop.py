@@ -19,28 +19,38 @@ from pipelines.overlap import StepPipeline
 from trainer.checkpoint import Progress, save_checkpoint
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
+from trainer.models.negatives import RetrievalBatch
 from trainer.parallelize import ParallelModel
 from trainer.recorder import Consumed, Recorder
 from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
+ModelBatch = Batch | RetrievalBatch
+"""What a model reads: the ranker the data's batch, the retriever its own form."""
+
 
 class Feed:
-    """Hands batches to the pipeline and remembers what it handed out, in order."""
+    """Hands batches to the pipeline, in the form that `prepare` gives them, and remembers what it handed out."""
 
-    def __init__(self, batches: Iterator[Batch], describe: Callable[[Batch], Consumed]) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        describe: Callable[[Batch], Consumed],
+        prepare: Callable[[Batch], ModelBatch] = lambda batch: batch,
+    ) -> None:
         self._batches = batches
         self._describe = describe
+        self._prepare = prepare
         self._in_flight: deque[Consumed] = deque()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ModelBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ModelBatch:
         batch = next(self._batches)
         self._in_flight.append(self._describe(batch))
-        return batch
+        return self._prepare(batch)
 
     def done(self) -> Consumed:
         """Take the oldest batch off the record: its step has been taken."""
@@ -86,7 +96,7 @@ def run_steps(
         StoppedEarly: SIGTERM came; the state of the last step is saved.
     """
 
-    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(batch: ModelBatch) -> tuple[Tensor, Tensor]:
         loss, _ = model.forward(batch)
         return loss, loss.detach()
 

@@ -1,4 +1,5 @@
-"""Ranking quality over all ranks: normalised entropy (NE), AUC, and AUC averaged over users (GAUC), one a task.
+"""Quality over all ranks: for ranking normalised entropy (NE), AUC, and AUC averaged over users (GAUC), one a task; for
+retrieval hit rate, NDCG and mean reciprocal rank.
 
 Candidates are collected on every rank and joined when the result is asked for; the formulas are torchmetrics' and
 TorchRec's own.
@@ -13,6 +14,8 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchrec.metrics.gauc import compute_gauc_3d
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
+CUTOFFS = (10, 50)
+"""K of retrieval's metrics."""
 ETA = 1e-12
 """Keeps logarithms finite, as in TorchRec's NE."""
 
@@ -79,3 +82,14 @@ def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> list[float]:
     sums = compute_gauc_3d(by_user(scores), by_user(labels), by_user(torch.ones_like(labels)))
     totals, counts = sums["auc_sum"].tolist(), sums["num_samples"].tolist()
     return [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
+
+
+def retrieval_scores(ranks: Tensor) -> Tensor:
+    """Sums over predictions, float64: hits in the best K and NDCG@K for each K of `CUTOFFS`, 1 / rank, their number.
+
+    `ranks` [P] count from 1.  With one true item a prediction, NDCG@K is 1 / log2(1 + rank) where rank <= K.
+    """
+    wide = ranks.double()
+    hits = [(wide <= k).double() for k in CUTOFFS]
+    gains = [hit / torch.log2(1 + wide) for hit in hits]
+    return torch.stack([values.sum() for values in (*hits, *gains, 1 / wide, torch.ones_like(wide))])

@@ -25,7 +25,9 @@ from pipelines.batch import Batch
 from trainer.checkpoint import Tensors
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
+from trainer.models.negatives import RetrievalBatch
 from trainer.models.ranker import Ranker
+from trainer.models.retriever import Retriever
 from trainer.optim import Optimizers
 
 
@@ -42,7 +44,7 @@ class ParallelModel:
     autocast: functools.partial[Any]
     """Makes the context in which forward runs."""
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Any]:
+    def forward(self, batch: Batch | RetrievalBatch) -> tuple[Tensor, Any]:
         """(loss, output) of this rank's part of a global batch, in the run's precision."""
         with self.autocast():
             result: tuple[Tensor, Any] = self.module(batch)
@@ -60,7 +62,7 @@ class ParallelModel:
 
 
 def parallelize(
-    model: Ranker, tables: list[TableConfig], plan: ShardingPlan, config: TrainConfig, mesh: Mesh
+    model: Ranker | Retriever, tables: list[TableConfig], plan: ShardingPlan, config: TrainConfig, mesh: Mesh
 ) -> ParallelModel:
     """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
     apply_sparse_optimizer(model.embeddings, config.sparse_optimizer)

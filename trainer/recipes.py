@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from embeddings.config import SparseOptimizerConfig
 from pipelines.config import DataConfig
-from trainer.config import CheckpointConfig, DenseOptimizerConfig, ScheduleConfig, TrainConfig
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.config import CheckpointConfig, DenseOptimizerConfig, EvaluationConfig, ScheduleConfig, TrainConfig
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
 
 
 def kuairand_sample() -> TrainConfig:
@@ -31,7 +31,55 @@ def kuairand_sample() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe.__name__: recipe for recipe in (kuairand_sample,)}
+def kuairand_retrieval() -> TrainConfig:
+    """Predict the next video of the shipped KuaiRand sample among all videos; minutes on two CPU processes."""
+    return TrainConfig(
+        name="kuairand_retrieval",
+        data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96),
+        model=ModelConfig(
+            dim=64,
+            max_len=256,
+            layer=LayerConfig(num_heads=2, qk_dim=32, value_dim=32, dropout=0.1),
+            stages=(StageConfig(num_layers=2),),
+            input=InputConfig(num_positions=256, dropout=0.2),
+            retrieval=RetrievalConfig(num_negatives=512),
+        ),
+        embedding_dim=64,
+        sparse_optimizer=SparseOptimizerConfig(learning_rate=0.03),
+        optimizer=DenseOptimizerConfig(learning_rate=1e-3),
+        schedule=ScheduleConfig(warmup_steps=20),
+        checkpoint=CheckpointConfig(every_steps=100),
+    )
+
+
+def movielens_retrieval() -> TrainConfig:
+    """Predict each user's last film of MovieLens-1M among all films, in the setting of the HSTU paper's table 4.
+
+    Prepare the data first: python -m pipelines.prepare movielens --source DIR --out data/movielens
+    --leave-last 1 --candidates 1
+    """
+    return TrainConfig(
+        name="movielens_retrieval",
+        data=DataConfig(path="data/movielens", global_batch_size=128, max_history_len=200, num_epochs=100),
+        model=ModelConfig(
+            dim=52,
+            max_len=202,
+            layer=LayerConfig(num_heads=1, qk_dim=52, value_dim=52, dropout=0.2),
+            stages=(StageConfig(num_layers=2),),
+            input=InputConfig(num_positions=202, dropout=0.2),
+            retrieval=RetrievalConfig(num_negatives=512, exclude_seen=True),
+        ),
+        embedding_dim=52,
+        sparse_optimizer=SparseOptimizerConfig(learning_rate=0.05),
+        optimizer=DenseOptimizerConfig(learning_rate=1e-3),
+        evaluation=EvaluationConfig(every_steps=470),
+        checkpoint=CheckpointConfig(every_steps=470),
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe for recipe in (kuairand_sample, kuairand_retrieval, movielens_retrieval)
+}
 """Every recipe by name."""
 
 

@@ -35,10 +35,12 @@ SMALL = (
 )
 
 
-def start_training(run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None) -> subprocess.Popen[str]:
-    """Start `kuairand_sample`, made small, on `ranks` processes; the caller waits for it or calls `kill_job`."""
+def start_training(
+    run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None, recipe: str = "kuairand_sample"
+) -> subprocess.Popen[str]:
+    """Start a recipe, made small, on `ranks` processes; the caller waits for it or calls `kill_job`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "trainer", "train", "kuairand_sample", "--run-dir", str(run_dir)]
+    command = [sys.executable, *launcher, "-m", "trainer", "train", recipe, "--run-dir", str(run_dir)]
     command += ["--plan", str(plan)] if plan else []
     return subprocess.Popen(
         [*command, "--set", f"data.path={small_dataset()}", *SMALL, *overrides],
@@ -62,9 +64,11 @@ def kill_job(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def train(run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None) -> list[dict[str, Any]]:
+def train(
+    run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None, recipe: str = "kuairand_sample"
+) -> list[dict[str, Any]]:
     """Run the job to its end; returns the lines of metrics.jsonl."""
-    process = start_training(run_dir, ranks, *overrides, plan=plan)
+    process = start_training(run_dir, ranks, *overrides, plan=plan, recipe=recipe)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output[-6000:]
     return read_lines(run_dir / "metrics.jsonl")

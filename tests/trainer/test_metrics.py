@@ -1,4 +1,4 @@
-"""NE, AUC and GAUC against definitions written out here, on one process and joined over two."""
+"""NE, AUC, GAUC and retrieval's metrics against definitions written out here; the former joined over two processes."""
 
 import math
 import random
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.distributed import run_ranks
-from trainer.metrics import RankingMetrics
+from trainer.metrics import RankingMetrics, retrieval_scores
 
 TASKS = ("click", "follow")
 
@@ -86,3 +86,10 @@ def test_order_of_candidates_does_not_matter() -> None:
     metrics = RankingMetrics(TASKS, torch.device("cpu"))
     metrics.update(*(x[order] for x in candidates))
     assert metrics.compute() == pytest.approx(_expected(*candidates), rel=1e-5)
+
+
+def test_retrieval_metrics_follow_from_ranks() -> None:
+    sums = retrieval_scores(torch.tensor([1, 3, 11, 100])).tolist()
+    gain = 1 / math.log2(12)
+    assert sums == pytest.approx([2, 3, 1.5, 1.5 + gain, 1 + 1 / 3 + 1 / 11 + 1 / 100, 4])
+    assert retrieval_scores(torch.zeros(0, dtype=torch.long)).tolist() == [0.0] * 6

@@ -146,8 +146,33 @@ class ChannelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalConfig:
+    """Next-item prediction: sampled softmax in training, the whole corpus in evaluation."""
+
+    num_negatives: int = 128
+    """Items drawn uniformly beside each true one."""
+    share_negatives: bool = True
+    """One draw serves all predictions of a global batch; false draws for each prediction, at as many lookups."""
+    temperature: float = 0.05
+    """Divides the scores."""
+    normalise: bool = True
+    """L2-normalise outputs and item vectors: scores are then cosines."""
+    exclude_seen: bool = False
+    """Leave a user's earlier items out of the ranking, for data in which nobody takes an item twice."""
+    corpus_chunk: int = 65536
+    """Items that evaluation scores at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_negatives", "corpus_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.retrieval.{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"model.retrieval.temperature must be above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The dense model: tokens, tower (or mixture of towers) and heads."""
+    """The dense model: tokens, tower (or mixture of towers) and heads; a ranker, or with `retrieval` a retriever."""
 
     dim: int
     """Width of a token."""
@@ -168,6 +193,9 @@ class ModelConfig:
     """Weight of each task's loss, in the order of the tasks; null weighs all alike."""
     head_hidden: int | None = None
     """Width of a hidden layer between a candidate's output and the logits; null for none."""
+    retrieval: RetrievalConfig | None = None
+    """Predict the next item instead of ranking candidates: candidates then count as the newest events, and tokens are
+    items and positions alone.  Null for a ranker."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -192,3 +220,18 @@ class ModelConfig:
             raise ValueError("model.tasks is empty: name at least one action, or null for all of them")
         if self.head_hidden is not None and self.head_hidden < 1:
             raise ValueError(f"model.head_hidden must be at least 1, or null, got {self.head_hidden}")
+        if self.retrieval is not None:
+            self._check_retriever()
+
+    def _check_retriever(self) -> None:
+        """A retriever has neither candidates nor tasks: settings for them would have no effect."""
+        plain = InputConfig(num_positions=self.input.num_positions, dropout=self.input.dropout)
+        if self.input != plain:
+            raise ValueError(
+                "model.retrieval: of model.input only num_positions and dropout have an effect, drop the rest"
+            )
+        for name in ("channels", "tasks", "task_weights", "head_hidden"):
+            if getattr(self, name):
+                raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")
+        if any(stage.keep_newest is not None for stage in self.stages):
+            raise ValueError("model.retrieval predicts behind every event: stages.keep_newest must be null")

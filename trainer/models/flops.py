@@ -108,6 +108,8 @@ def model_flops(
     """
     history = np.asarray(history_len, dtype=np.int64)
     candidates = np.asarray(num_candidates, dtype=np.int64)
+    if config.retrieval is not None:
+        return retriever_flops(config, history + candidates, embedding_dim=embedding_dim)
     tasks = len(config.tasks) if config.tasks is not None else num_actions
     factor = 2 if config.input.merge == "interleave" else 1
     project = embedding_dim if embedding_dim != config.dim else 0
@@ -151,6 +153,16 @@ def training_flops(
         num_actions=num_actions,
     )
     return count.training + TRAINING_FACTOR * (attention_cost - 1) * count.attention
+
+
+def retriever_flops(config: ModelConfig, num_events: Lengths, *, embedding_dim: int) -> FlopCount:
+    """The retriever on sequences of so many events; every event is scored against the negatives and a true item."""
+    assert config.retrieval is not None
+    events = np.asarray(num_events, dtype=np.int64)
+    maps = 2 * config.dim if embedding_dim != config.dim else 0
+    per_event = 2 * embedding_dim * (maps + config.retrieval.num_negatives + 1)
+    ends = _no_flops(events.shape, ends=np.asarray(per_event * events, dtype=np.float64))
+    return _add(ends, _tower_flops(config.dim, config.layer, config.stages, events, np.zeros_like(events), 0))
 
 
 def _tower_flops(

@@ -58,7 +58,8 @@ class HstuLayer(nn.Module):
             # Drawn on the host, from the generator whose state checkpoints keep: no wait for the device.
             seed=int(torch.randint(2**31, ())) if dropout > 0 else 0,
         )
-        return fused_layer(x_TD.to(compute_dtype(x_TD)), self.parameter_set(), self.spec, batch)
+        out: Tensor = fused_layer(x_TD.to(compute_dtype(x_TD)), self.parameter_set(), self.spec, batch)
+        return out
 
     def parameter_set(self) -> LayerParameters:
         """The layer's parameters under their names."""

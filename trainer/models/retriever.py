@@ -1,9 +1,9 @@
-"""The retriever: predict the next item of a history among all items.
+"""The retriever: predict the next item of a user's events among all items.
 
 Causal layers over item tokens; the output at each event predicts the event behind it.  Training scores the true item
-against sampled ones (sampled softmax); evaluation ranks it among all items, a chunk of the corpus at a time.
+against sampled ones (sampled softmax); evaluation ranks it among all items (`trainer.retrieval`).
 
-Shapes: B users, T events of all users, P predictions, N negatives, I items, D width.
+Shapes: B users, S events of all users, P predictions, N negatives, D model width, E row width of the item table.
 """
 
 from dataclasses import dataclass
@@ -11,145 +11,178 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from trainer.models.layout import SequenceLayout, make_layout
+from pipelines.batch import ITEM_FEATURE
+from trainer.models.config import ModelConfig
+from trainer.models.hstu import build_tower
+from trainer.models.layout import SequenceLayout, make_layout, repeat_users, take_rows
+from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch
+from trainer.models.precision import compute_dtype
 
 
-class Retriever(nn.Module):
-    """Item table, tower and sampled softmax.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrieverOutput:
+    """What evaluation reads: predictions of the evaluated events, and the loss in training; detached."""
 
-    The table is a plain embedding, also the output matrix.  With `share_negatives` the N negatives of a step serve all
-    its predictions, otherwise each prediction draws its own; both uniformly.  A negative that happens to be the true
-    item is left out of the sum.
+    outputs: Tensor
+    """[P, E] float32: scores are products with item vectors."""
+    rows: Tensor
+    """[P] the event in front of each predicted one, an index into all S events."""
+
+
+class RetrieverTower(nn.Module):
+    """All of the retriever but its table: from looked-up rows to outputs and loss.
 
     Args:
-        num_items: I; id 0 is an item like any other.
+        tower: causal layers over tokens of width `dim`.
         dim: D.
-        tower: causal layers over tokens of width D.
-        num_positions: learned positions; later events share the last.
-        num_negatives: N.
+        embedding_dim: E; where it is not D, one linear map before the tower and one behind it.
+        max_len: the longest sequence that the tower's attention is made for.
+        num_positions: position vectors, counted from the oldest event; later events share the last.
         temperature: divides the scores.
         normalise: L2-normalise outputs and items, so that scores are cosines over the temperature.
-        dropout: on the tower's input.
+        dropout: probability of zeroing an element of the tokens while training.
     """
 
     def __init__(
         self,
-        *,
-        num_items: int,
-        dim: int,
         tower: nn.Module,
+        *,
+        dim: int,
+        embedding_dim: int,
+        max_len: int,
         num_positions: int,
-        num_negatives: int = 128,
-        share_negatives: bool = True,
         temperature: float = 0.05,
         normalise: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        if num_negatives < 1:
-            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
-        self.tower, self.num_negatives, self.share_negatives = tower, num_negatives, share_negatives
-        self.temperature, self.normalise, self.dropout = temperature, normalise, dropout
-        self.items = nn.Embedding(num_items, dim)
-        self.positions = nn.Embedding(num_positions, dim)
-        nn.init.normal_(self.items.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        self.tower, self.max_len, self.dropout = tower, max_len, dropout
+        self.temperature, self.normalise = temperature, normalise
+        same = embedding_dim == dim
+        self.item_projection = nn.Identity() if same else nn.Linear(embedding_dim, dim)
+        self.output_projection = nn.Identity() if same else nn.Linear(dim, embedding_dim)
+        self.position_vectors = nn.Parameter(torch.empty(num_positions, dim).normal_(std=0.02))
+        # As in the HSTU papers' code, so that items outweigh positions.
+        self.item_factor = dim**0.5
 
-    def encode(
-        self, item_ids: Tensor, history_lens: Tensor, history_lens_host: Tensor
-    ) -> tuple[Tensor, SequenceLayout]:
-        """The tower's output at every event, [T, D], normalised if asked for."""
-        layout = _history_layout(history_lens, history_lens_host)
-        position_T = layout.index_T.clamp(max=self.positions.num_embeddings - 1)
-        # Scaled as in the HSTU papers' code, so that items outweigh positions.
-        tokens_TD = self.items(item_ids) * self.items.embedding_dim**0.5 + self.positions(position_T)
-        tokens_TD = F.dropout(tokens_TD, self.dropout, self.training)
-        outputs_TD, layout = self.tower(tokens_TD, layout)
-        outputs_TD = outputs_TD.float()
-        return (F.normalize(outputs_TD, dim=1, eps=1e-6) if self.normalise else outputs_TD), layout
+    def forward(self, embedded: dict[str, JaggedTensor], batch: RetrievalBatch) -> tuple[Tensor, RetrieverOutput]:
+        """This rank's part of the loss, and the predictions of the events that the batch evaluates.
 
-    def forward(self, item_ids: Tensor, history_lens: Tensor, history_lens_host: Tensor) -> Tensor:
-        """Mean sampled-softmax loss over every event that has one behind it; 0 if there is none."""
-        outputs_TD, layout = self.encode(item_ids, history_lens, history_lens_host)
-        # Every event but a history's last predicts the one behind it; their number is known on the host.
-        predictions = int((history_lens_host - 1).clamp(min=0).sum())
-        has_next = layout.index_T + 1 < layout.history_lens[layout.user_T]
-        rows_P = torch.argsort(~has_next, stable=True)[:predictions]
-        targets_P = item_ids[rows_P + 1]
-        outputs_PD = outputs_TD[rows_P]
-        positive_P = (outputs_PD * self._vectors(targets_P)).sum(1)
-        shape = (self.num_negatives,) if self.share_negatives else (predictions, self.num_negatives)
-        sampled = torch.randint(self.items.num_embeddings, shape, device=item_ids.device)
-        negatives = self._vectors(sampled)
-        if self.share_negatives:
-            negative_PN = outputs_PD @ negatives.t()
-        else:
-            negative_PN = torch.einsum("pd,pnd->pn", outputs_PD, negatives)
-        negative_PN = negative_PN.masked_fill(sampled == targets_P[:, None], float("-inf"))
-        logits = torch.cat([positive_P[:, None], negative_PN], dim=1) / self.temperature
-        loss = logits.logsumexp(1) - logits[:, 0]
-        return loss.sum() / max(1, predictions)
-
-    def _vectors(self, item_ids: Tensor) -> Tensor:
-        vectors: Tensor = self.items(item_ids).float()
-        return F.normalize(vectors, dim=-1, eps=1e-6) if self.normalise else vectors
-
-    @torch.no_grad()
-    def ranks(
-        self,
-        item_ids: Tensor,
-        history_lens: Tensor,
-        history_lens_host: Tensor,
-        targets_B: Tensor,
-        *,
-        chunk_items: int = 65536,
-    ) -> Tensor:
-        """Rank of each user's target after the whole history among all items, [B], 1 for the best; users need events.
-
-        Ties count against the target.  Memory is B x `chunk_items` scores.
+        In training the loss is the sum of the sampled softmax over every event that has one behind it, over
+        `batch.loss_denominator`; 0 where there is none, with zero gradients.  In evaluation there are no negatives, and
+        it is 0.
         """
-        if not bool((history_lens_host > 0).all()):
-            raise ValueError("a user without events has nothing to predict from: leave such users out")
-        outputs_TD, layout = self.encode(item_ids, history_lens, history_lens_host)
-        users_BD = outputs_TD[layout.offsets[1:] - 1]
-        wanted_B1 = (users_BD * self._vectors(targets_B)).sum(1, keepdim=True)
-        better_B = torch.zeros_like(targets_B)
-        for start in range(0, self.items.num_embeddings, chunk_items):
-            ids = torch.arange(start, min(start + chunk_items, self.items.num_embeddings), device=targets_B.device)
-            scores = users_BD @ self._vectors(ids).t()
-            better_B += ((scores >= wanted_B1) & (ids != targets_B[:, None])).sum(1)
-        return better_B + 1
+        items_SE = embedded[ITEM_FEATURE].values()
+        outputs_SE, layout = self.encode(items_SE, batch.lens, batch.lens_host)
+        if not self.training:
+            rows_P = evaluated_rows(layout, batch.num_evaluated, batch.num_evaluated_host)
+            return outputs_SE.sum() * 0, RetrieverOutput(outputs=take_rows(outputs_SE, rows_P).detach(), rows=rows_P)
+        rows_P = rows_with_next(layout)
+        negatives = embedded[NEGATIVE_FEATURE].values()
+        own = batch.negative_ids.dim() == 2
+        losses_P = self.sampled_softmax(
+            take_rows(outputs_SE, rows_P),
+            take_rows(items_SE, rows_P + 1),
+            negatives.view(*batch.negative_ids.shape, negatives.shape[1]) if own else negatives,
+            batch.negative_ids == batch.item_ids[rows_P + 1][:, None],
+        )
+        output = RetrieverOutput(outputs=outputs_SE[:0].detach(), rows=rows_P[:0])
+        # The last terms keep every parameter and row in the graph of a batch without predictions.
+        unused = (outputs_SE.sum() + negatives.sum()) * 0 if not rows_P.numel() else 0
+        return losses_P.sum() / batch.loss_denominator + unused, output
+
+    def encode(self, items_SE: Tensor, lens: Tensor, lens_host: Tensor) -> tuple[Tensor, SequenceLayout]:
+        """The output at every event, [S, E] float32, normalised if asked for.
+
+        Raises:
+            ValueError: a sequence is longer than the model's constant.
+        """
+        layout = make_layout(lens, torch.zeros_like(lens), lens_host, torch.zeros_like(lens_host))
+        if layout.longest > self.max_len:
+            raise ValueError(
+                f"a sequence has {layout.longest} events, more than model.max_len={self.max_len}: raise max_len or "
+                "shorten the histories"
+            )
+        dtype = compute_dtype(self.position_vectors)
+        position_S = layout.index_T.clamp(max=self.position_vectors.shape[0] - 1)
+        tokens_SD = self.item_projection(items_SE.to(dtype)) * self.item_factor
+        tokens_SD = tokens_SD + F.embedding(position_S, self.position_vectors.to(dtype))
+        outputs_SD, layout = self.tower(F.dropout(tokens_SD, self.dropout, self.training), layout)
+        return self.unit(self.output_projection(outputs_SD)), layout
+
+    def unit(self, vectors: Tensor) -> Tensor:
+        """Vectors as they are scored: float32, of length 1 if the model normalises."""
+        return F.normalize(vectors.float(), dim=-1, eps=1e-6) if self.normalise else vectors.float()
+
+    def sampled_softmax(self, outputs_PE: Tensor, positives_PE: Tensor, negatives: Tensor, hits_PN: Tensor) -> Tensor:
+        """Loss of each prediction, [P]; a negative that is the true item (`hits_PN`) is left out of its sum.
+
+        `outputs_PE` come from `encode`, items as rows of the table: `negatives` [N, E] serve all predictions,
+        [P, N, E] are each one's own.
+        """
+        # 16 bits would round a cosine of 1, over a temperature of 0.05, by 0.08.
+        with torch.autocast(outputs_PE.device.type, enabled=False):
+            positive_P1 = (outputs_PE * self.unit(positives_PE)).sum(1, keepdim=True)
+            vectors = self.unit(negatives)
+            if vectors.dim() == 2:
+                negative_PN = outputs_PE @ vectors.t()
+            else:
+                negative_PN = torch.einsum("pe,pne->pn", outputs_PE, vectors)
+            logits = torch.cat([positive_P1, negative_PN.masked_fill(hits_PN, float("-inf"))], dim=1) / self.temperature
+            return logits.logsumexp(1) - logits[:, 0]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetrievalMetrics:
-    """Means over users, from ranks."""
+class Retriever(nn.Module):
+    """Item table and tower.  TorchRec's pipeline traces `forward` up to the table, so the tower stays one call."""
 
-    hit_rates: dict[int, float]
-    """Share of users whose target is among the best K, by K."""
-    ndcg: dict[int, float]
-    """1 / log2(1 + rank) within the best K, by K."""
-    mrr: float
-    """1 / rank."""
+    def __init__(self, embeddings: EmbeddingCollection, tower: RetrieverTower) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.tower = tower
 
-
-def retrieval_metrics(ranks: Tensor, cutoffs: tuple[int, ...] = (10, 50)) -> RetrievalMetrics:
-    """HR@K, NDCG@K and MRR of one target a user."""
-    if ranks.numel() == 0:
-        raise ValueError("ranks is empty: there is no user to average over")
-    wide = ranks.double()
-    gain = 1 / torch.log2(1 + wide)
-    return RetrievalMetrics(
-        hit_rates={k: float((wide <= k).double().mean()) for k in cutoffs},
-        ndcg={k: float(torch.where(wide <= k, gain, 0.0).mean()) for k in cutoffs},
-        mrr=float((1 / wide).mean()),
-    )
+    def forward(self, batch: RetrievalBatch) -> tuple[Tensor, RetrieverOutput]:
+        """Returns the loss of this rank and its detached output."""
+        return self.tower(self.embeddings(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
 
 
-def _history_layout(history_lens: Tensor, history_lens_host: Tensor) -> SequenceLayout:
-    return make_layout(
-        history_lens, torch.zeros_like(history_lens), history_lens_host, torch.zeros_like(history_lens_host)
+def rows_with_next(layout: SequenceLayout) -> Tensor:
+    """Every event but each user's last, [P]; for layouts without context and candidates."""
+    count, count_host = ((lens - 1).clamp(min=0) for lens in (layout.history_lens, layout.history_lens_host))
+    return _rows(layout.offsets[:-1], count, count_host)
+
+
+def evaluated_rows(layout: SequenceLayout, count: Tensor, count_host: Tensor) -> Tensor:
+    """The event in front of each of a user's last `count` [B] events, [P]; a user's first event has none."""
+    limit, limit_host = (layout.history_lens - 1).clamp(min=0), (layout.history_lens_host - 1).clamp(min=0)
+    count = torch.minimum(count, limit)
+    return _rows(layout.offsets[:-1] + limit - count, count, torch.minimum(count_host, limit_host))
+
+
+def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
+    """`count` [B] rows from `first` [B] on, user by user."""
+    total = int(count_host.sum())
+    user_P = repeat_users(count, total)
+    index_P = torch.arange(total, device=user_P.device) - (torch.cumsum(count, 0) - count)[user_P]
+    return first[user_P] + index_P
+
+
+def build_retriever(config: ModelConfig, *, embeddings: EmbeddingCollection, embedding_dim: int) -> Retriever:
+    """The retriever that the config describes."""
+    assert config.retrieval is not None
+    tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, num_context=0, max_len=config.max_len)
+    return Retriever(
+        embeddings,
+        RetrieverTower(
+            tower,
+            dim=config.dim,
+            embedding_dim=embedding_dim,
+            max_len=config.max_len,
+            num_positions=config.input.num_positions,
+            temperature=config.retrieval.temperature,
+            normalise=config.retrieval.normalise,
+            dropout=config.input.dropout,
+        ),
     )

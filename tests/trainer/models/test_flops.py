@@ -5,8 +5,8 @@ import pytest
 
 from attention_kernels import SemiLocalMask
 from attention_kernels.reference import dense_mask
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
-from trainer.models.flops import allowed_pairs, layer_flops, model_flops, scaling_efficiency
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
+from trainer.models.flops import allowed_pairs, layer_flops, model_flops, retriever_flops, scaling_efficiency
 
 PAPER = LayerConfig()
 PRODUCTION = LayerConfig(variant="production")
@@ -94,3 +94,13 @@ def test_counts_take_arrays_of_lengths() -> None:
     both = model_flops(config, np.array([5, 9]), np.array([1, 4]), **data).forward
     single = [model_flops(config, h, t, **data).forward.item() for h, t in ((5, 1), (9, 4))]
     assert both.tolist() == single
+
+
+def test_a_retriever_scores_every_event_against_negatives_and_a_true_item() -> None:
+    config = ModelConfig(
+        dim=64, max_len=100, stages=(StageConfig(num_layers=2),), retrieval=RetrievalConfig(num_negatives=31)
+    )
+    layer = layer_flops(config.layer, dim=64, num_tokens=10, pairs=55).forward
+    assert retriever_flops(config, 10, embedding_dim=64).forward == 2 * layer + 10 * 2 * 64 * 32
+    mapped = retriever_flops(config, 10, embedding_dim=16).forward
+    assert mapped == 2 * layer + 10 * 2 * 16 * 32 + 10 * 2 * (2 * 16 * 64)

@@ -1,93 +1,168 @@
-"""The retrieval head: loss and ranks against plain formulas, chunking, metrics."""
+"""The retriever: batches and negatives, the loss against a plain formula, what is evaluated, causality, errors."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
 
-from trainer.models.config import LayerConfig, StageConfig
-from trainer.models.hstu import build_tower
-from trainer.models.retriever import Retriever, retrieval_metrics
+from tests.support.batches import NUM_ITEMS, random_batch
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
+from trainer.models.layout import make_layout
+from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
+from trainer.models.retriever import Retriever, build_retriever, evaluated_rows, rows_with_next
 
-NUM_ITEMS, DIM = 40, 16
-LENS = torch.tensor([4, 1, 0, 6])
+HISTORY, CANDIDATES = [3, 1, 0, 5], [1, 0, 2, 1]
+LENS = [4, 1, 2, 6]
+EMBEDDING_DIM, NEGATIVES, TEMPERATURE = 12, 30, 0.1
 
 
-def small(*, share: bool = True, normalise: bool = True, num_negatives: int = 30) -> Retriever:
-    torch.manual_seed(0)
-    layer = LayerConfig(num_heads=2, qk_dim=8, value_dim=8)
-    tower = build_tower(dim=DIM, layer=layer, stages=[StageConfig(num_layers=2)], num_context=0, max_len=8)
-    return Retriever(
-        num_items=NUM_ITEMS,
-        dim=DIM,
-        tower=tower,
-        num_positions=8,
-        num_negatives=num_negatives,
-        share_negatives=share,
-        normalise=normalise,
-        temperature=0.1,
+def config(*, share: bool = True, normalise: bool = True, dim: int = 16, max_len: int = 8) -> ModelConfig:
+    return ModelConfig(
+        dim=dim,
+        max_len=max_len,
+        layer=LayerConfig(num_heads=2, qk_dim=8, value_dim=8),
+        stages=(StageConfig(num_layers=2),),
+        input=InputConfig(num_positions=4),
+        retrieval=RetrievalConfig(
+            num_negatives=NEGATIVES, share_negatives=share, normalise=normalise, temperature=TEMPERATURE
+        ),
     )
 
 
-def items(count: int) -> Tensor:
-    return torch.randint(NUM_ITEMS, (count,), generator=torch.Generator().manual_seed(1))
+def small(model: ModelConfig) -> Retriever:
+    torch.manual_seed(0)
+    table = EmbeddingConfig(
+        name="item_id",
+        embedding_dim=EMBEDDING_DIM,
+        num_embeddings=NUM_ITEMS,
+        feature_names=["item_id", NEGATIVE_FEATURE],
+    )
+    return build_retriever(model, embeddings=EmbeddingCollection(tables=[table]), embedding_dim=EMBEDDING_DIM)
+
+
+def batch_of(*, share: bool = True, negatives: int = NEGATIVES, world_size: int = 1) -> RetrievalBatch:
+    batch = random_batch(HISTORY, CANDIDATES)
+    return retrieval_batch(
+        batch, num_items=NUM_ITEMS, num_negatives=negatives, shared=share, seed=3, world_size=world_size
+    )
 
 
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("share", [True, False])
 def test_loss_is_the_sampled_softmax_of_each_next_item(share: bool, normalise: bool) -> None:
-    model = small(share=share, normalise=normalise)
-    ids = items(int(LENS.sum()))
-    torch.manual_seed(7)
-    loss = model(ids, LENS, LENS)
-    torch.manual_seed(7)
-    negatives = torch.randint(NUM_ITEMS, (30,) if share else (8, 30)).expand(8, 30)
-    outputs, layout = model.encode(ids, LENS, LENS)
-    vectors = model.items.weight
-    vectors = torch.nn.functional.normalize(vectors, dim=1) if normalise else vectors
+    model, batch = small(config(share=share, normalise=normalise)), batch_of(share=share)
+    loss, _ = model(batch)
+    table = model.embeddings.embeddings["item_id"].weight
+    outputs, layout = model.tower.encode(table[batch.item_ids], batch.lens, batch.lens_host)
+    vectors = torch.nn.functional.normalize(table, dim=1) if normalise else table
+    drawn = batch.negative_ids.expand(9, NEGATIVES) if share else batch.negative_ids
     losses = []
     for start, end in zip(layout.offsets[:-1].tolist(), layout.offsets[1:].tolist(), strict=True):
         for row in range(start, end - 1):
-            target = int(ids[row + 1])
-            drawn = [n for n in negatives[len(losses)].tolist() if n != target]
-            scores = vectors[[target, *drawn]] @ outputs[row] / 0.1
+            target = int(batch.item_ids[row + 1])
+            others = [n for n in drawn[len(losses)].tolist() if n != target]
+            scores = vectors[[target, *others]] @ outputs[row] / TEMPERATURE
             losses.append(-torch.log_softmax(scores, 0)[0])
+    assert len(losses) == 9
     torch.testing.assert_close(loss, torch.stack(losses).mean())
     loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
-def test_ranks_equal_a_full_sort_whatever_the_chunk() -> None:
-    model = small().eval()
-    lens = torch.tensor([3, 5, 2])
-    ids, targets = items(10), torch.tensor([3, 17, 39])
-    outputs, layout = model.encode(ids, lens, lens)
-    scores = outputs[layout.offsets[1:] - 1] @ torch.nn.functional.normalize(model.items.weight, dim=1).T
-    expected = (scores.argsort(dim=1, descending=True) == targets[:, None]).int().argmax(1) + 1
-    for chunk in (1, 7, NUM_ITEMS, 1000):
-        assert model.ranks(ids, lens, lens, targets, chunk_items=chunk).tolist() == expected.tolist()
+def test_history_and_candidates_are_one_sequence() -> None:
+    batch = batch_of(negatives=0)
+    assert batch.lens_host.tolist() == LENS
+    assert batch.features["item_id"].values().tolist() == batch.item_ids.tolist()
+    assert batch.num_evaluated_host.tolist() == CANDIDATES
+    assert batch.features[NEGATIVE_FEATURE].values().numel() == 0
 
 
-def test_a_history_without_a_next_item_gives_zero_loss() -> None:
-    lens = torch.tensor([1, 0, 1])
-    loss = small()(items(2), lens, lens)
+@pytest.mark.parametrize("share", [True, False])
+def test_negatives_do_not_depend_on_which_rank_draws_them(share: bool) -> None:
+    """Users on a rank of their own draw what they draw beside others, and other batches draw other items."""
+    whole = random_batch(HISTORY, CANDIDATES)
+    options = {"num_items": NUM_ITEMS, "num_negatives": NEGATIVES, "shared": share, "seed": 3}
+    everyone = retrieval_batch(whole, world_size=1, **options).negative_ids
+    alone = random_batch(HISTORY[3:], CANDIDATES[3:])
+    alone.user_id = whole.user_id[3:]
+    drawn = retrieval_batch(alone, world_size=2, **options).negative_ids
+    assert torch.equal(drawn, everyone if share else everyone[4:])
+    later = random_batch(HISTORY, CANDIDATES)
+    later.position = replace(later.position, batches=1)
+    assert not torch.equal(retrieval_batch(later, world_size=1, **options).negative_ids, everyone)
+    assert everyone.min() >= 0 and everyone.max() < NUM_ITEMS and len(everyone.unique()) > 15
+
+
+def test_each_prediction_has_negatives_of_its_own() -> None:
+    drawn = batch_of(share=False).negative_ids
+    assert drawn.shape == (9, NEGATIVES)
+    assert len({tuple(row) for row in drawn.tolist()}) == 9
+
+
+def test_loss_denominator_makes_the_mean_over_ranks_the_global_mean() -> None:
+    assert batch_of(world_size=1).loss_denominator == 9
+    assert batch_of(world_size=3).loss_denominator == 3
+
+
+def test_rows_in_front_of_what_is_predicted() -> None:
+    lens, none = torch.tensor(LENS), torch.zeros(4, dtype=torch.long)
+    layout = make_layout(lens, none, lens, none)
+    assert rows_with_next(layout).tolist() == [0, 1, 2, 5, 7, 8, 9, 10, 11]
+    count = torch.tensor(CANDIDATES)
+    # The third user's first candidate has no event in front of it.
+    assert evaluated_rows(layout, count, count).tolist() == [2, 5, 11]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_batch_without_a_next_item_gives_zero_loss_and_zero_gradients(share: bool) -> None:
+    model = small(config(share=share))
+    batch = retrieval_batch(
+        random_batch([1, 0], [0, 0]), num_items=NUM_ITEMS, num_negatives=4, shared=share, seed=0, world_size=1
+    )
+    loss, _ = model(batch)
     loss.backward()
     assert loss.item() == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_a_users_later_events_do_not_change_earlier_outputs() -> None:
-    model, ids = small().eval(), items(6)
-    long, _ = model.encode(ids, torch.tensor([6]), torch.tensor([6]))
-    short, _ = model.encode(ids[:4], torch.tensor([4]), torch.tensor([4]))
-    torch.testing.assert_close(long[:4], short)
+    tower = small(config()).tower.eval()
+    rows = torch.randn(6, EMBEDDING_DIM)
+
+    def outputs(count: int) -> Tensor:
+        encoded: Tensor = tower.encode(rows[:count], torch.tensor([count]), torch.tensor([count]))[0]
+        return encoded
+
+    torch.testing.assert_close(outputs(6)[:4], outputs(4))
 
 
-def test_metrics_follow_from_ranks() -> None:
-    metrics = retrieval_metrics(torch.tensor([1, 3, 11, 100]))
-    assert metrics.hit_rates == {10: 0.5, 50: 0.75}
-    assert metrics.ndcg[10] == pytest.approx((1 + 0.5) / 4)
-    assert metrics.mrr == pytest.approx((1 + 1 / 3 + 1 / 11 + 1 / 100) / 4)
+def test_evaluation_gives_the_output_in_front_of_each_candidate() -> None:
+    model = small(config()).eval()
+    batch = batch_of(negatives=0)
+    loss, output = model(batch)
+    assert loss.item() == 0 and output.rows.tolist() == [2, 5, 11]
+    table = model.embeddings.embeddings["item_id"].weight
+    expected, _ = model.tower.encode(table[batch.item_ids], batch.lens, batch.lens_host)
+    torch.testing.assert_close(output.outputs, expected[output.rows])
 
 
-def test_users_without_events_are_refused() -> None:
-    with pytest.raises(ValueError, match="a user without events"):
-        small().ranks(items(1), torch.tensor([1, 0]), torch.tensor([1, 0]), torch.tensor([1, 2]))
+def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
+    with pytest.raises(ValueError, match=r"6 events, more than model.max_len=5: raise max_len"):
+        small(config(max_len=5))(batch_of())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ("click",)}, "model.tasks has no effect"),
+        ({"head_hidden": 4}, "model.head_hidden has no effect"),
+        ({"input": InputConfig(candidate_action="learned")}, "only num_positions and dropout"),
+        ({"stages": (StageConfig(num_layers=1, keep_newest=3),)}, "keep_newest must be null"),
+    ],
+)
+def test_settings_without_effect_on_a_retriever_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(config(), **changes)

@@ -1,0 +1,117 @@
+"""A batch as the retriever reads it: all events in one sequence a user, and the items to score against.
+
+Negatives are uniform over all items and a function of (seed, global batch) and, where each prediction has its own, of
+the user and the predicted event's place: they depend neither on the number of ranks nor on where a run was resumed.
+Two samples of one user in one batch share theirs.
+
+Shapes: B users, S events of all users, P predictions, N negatives.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from pipelines.batch import ITEM_FEATURE, Batch
+from pipelines.randomness import random_bits
+
+NEGATIVE_FEATURE = "negative_item_id"
+"""Looked up in the item table too."""
+_PURPOSE = 41
+"""Keeps these random numbers apart from others under the same seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalBatch(Pipelineable):
+    """One rank's share of a global batch for the retriever."""
+
+    features: KeyedJaggedTensor
+    """Keys: `item_id`, a user's events, and `negative_item_id`."""
+    item_ids: Tensor
+    """[S] int64: history and candidates of each user, oldest first."""
+    negative_ids: Tensor
+    """[N] shared by all predictions, or [P, N] each prediction's own; int64, empty in evaluation."""
+    lens: Tensor
+    """[B] int64 events of each user, on the batch's device."""
+    lens_host: Tensor
+    """[B] likewise, in host memory."""
+    num_evaluated: Tensor
+    """[B] int64: so many of the last events are what evaluation asks for (the candidates), on the batch's device."""
+    num_evaluated_host: Tensor
+    """[B] likewise, in host memory."""
+    loss_denominator: Tensor
+    """[] float32: predictions of the global batch / number of ranks, so that the ranks' average is the global mean."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "RetrievalBatch":
+        """The batch with all but the host tensors on `device`."""
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
+        return replace(self, features=self.features.to(device, non_blocking=non_blocking), **moved)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the device tensors."""
+        self.features.record_stream(stream)
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
+    def pin_memory(self) -> "RetrievalBatch":
+        """A copy in page-locked memory, from which a device copies asynchronously."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return replace(self, features=self.features.pin_memory(), **pinned)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("item_ids", "negative_ids", "lens", "num_evaluated", "loss_denominator")
+        return {name: getattr(self, name) for name in names}
+
+
+def retrieval_batch(
+    batch: Batch, *, num_items: int, num_negatives: int, shared: bool, seed: int, world_size: int
+) -> RetrievalBatch:
+    """The retriever's form of a batch in host memory; with `num_negatives` 0, as evaluation needs it."""
+    lens = batch.history_lens_host + batch.num_candidates_host
+    item_ids = _values_of(batch, ITEM_FEATURE)
+    lookups = torch.zeros_like(lens)
+    negative_ids = torch.zeros(0, dtype=torch.long)
+    key = (seed, _PURPOSE, batch.position.batches)
+    if num_negatives and shared:
+        negative_ids = torch.from_numpy(_draw(key, np.arange(num_negatives), num_items))
+        # The jagged tensor wants an owner: the first user, of whom every rank has one.
+        lookups[0] = num_negatives
+    elif num_negatives:
+        predictions = (lens - 1).clamp(min=0)
+        sample = np.repeat(np.arange(lens.numel()), predictions.numpy())
+        place = np.arange(len(sample)) - (predictions.cumsum(0) - predictions).numpy()[sample]
+        per_prediction = random_bits(key, batch.user_id.numpy()).astype(np.int64)[sample] + place
+        index = per_prediction[:, None] * num_negatives + np.arange(num_negatives)
+        negative_ids = torch.from_numpy(_draw(key, index, num_items))
+        lookups = predictions * num_negatives
+    features = KeyedJaggedTensor(
+        keys=[ITEM_FEATURE, NEGATIVE_FEATURE],
+        values=torch.cat([item_ids, negative_ids.flatten()]),
+        lengths=torch.cat([lens, lookups]),
+        stride=lens.numel(),
+    )
+    # Every sample has an event, so that all but one of its events are predicted.
+    predictions_of_all = max(1, batch.global_tokens - batch.global_samples)
+    return RetrievalBatch(
+        features=features,
+        item_ids=item_ids,
+        negative_ids=negative_ids,
+        lens=lens,
+        lens_host=lens,
+        num_evaluated=batch.num_candidates_host,
+        num_evaluated_host=batch.num_candidates_host,
+        loss_denominator=torch.tensor(predictions_of_all / world_size, dtype=torch.float32),
+    )
+
+
+def _values_of(batch: Batch, feature: str) -> Tensor:
+    values: Tensor = batch.features[feature].values()
+    return values
+
+
+def _draw(key: tuple[int, ...], index: np.ndarray, num_items: int) -> np.ndarray:
+    """Item ids of the shape of `index`, each a function of (key, its index)."""
+    return (random_bits(key, index) % np.uint64(num_items)).astype(np.int64)
