@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attention_kernels import reference, triton_attention
+from attention_kernels import hopper_attention, reference, triton_attention
 from attention_kernels.mask import SemiLocalMask
 
 logger = logging.getLogger(__name__)
@@ -210,12 +210,14 @@ def _log_backend(backend: str, device_type: str, reason: str) -> None:
     logger.info("attention backend on %s tensors: %s (%s)", device_type, backend, reason)
 
 
-def _choose_backend(backend: str, q: Tensor) -> Any:
-    """The module that computes: `reference` or `triton_attention`."""
+def _choose_backend(backend: str, *tensors: Tensor) -> Any:
+    """The module that computes on q, k, v (and dout): `reference`, `hopper_attention` or `triton_attention`."""
+    q = tensors[0]
     on_cuda = q.device.type == "cuda"
     chosen = backend if backend != "auto" else ("triton" if on_cuda else "reference")
-    _log_backend(chosen, q.device.type, "chosen by device" if backend == "auto" else "asked for")
+    reason = "chosen by device" if backend == "auto" else "asked for"
     if chosen == "reference":
+        _log_backend(chosen, q.device.type, reason)
         return reference
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -224,6 +226,10 @@ def _choose_backend(backend: str, q: Tensor) -> Any:
         )
     if q.dtype not in _TRITON_DTYPES:
         raise ValueError(f"q_THK is {q.dtype}; backend='triton' takes bfloat16, float16 and float32")
+    if hopper_attention.takes(*tensors):
+        _log_backend("triton, warp-specialised for Hopper", q.device.type, reason)
+        return hopper_attention
+    _log_backend("triton", q.device.type, reason)
     return triton_attention
 
 
@@ -259,7 +265,7 @@ def _forward(
 ) -> Tensor:
     _check_values(q, offsets, num_targets, num_context, max_len)
     mask = _mask_of(local, global_rows, global_columns, num_context)
-    module = _choose_backend(backend, q)
+    module = _choose_backend(backend, q, k, v)
     out: Tensor = module.forward(q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len)
     return out
 
@@ -296,7 +302,9 @@ def _backward_out(
 ) -> None:
     _check_values(q, offsets, num_targets, num_context, max_len)
     mask = _mask_of(local, global_rows, global_columns, num_context)
-    module = _choose_backend(backend, q)
+    # A gradient that arrives expanded or transposed has no contiguous last dimension.
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    module = _choose_backend(backend, q, k, v, dout)
     if module is reference:
         gradients = reference.backward(
             dout, q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len
@@ -304,9 +312,7 @@ def _backward_out(
         for destination, gradient in zip((dq, dk, dv), gradients, strict=True):
             destination.copy_(gradient)
         return
-    # A gradient that arrives expanded or transposed has no contiguous last dimension.
-    dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    triton_attention.backward(
+    module.backward(
         dout,
         q,
         k,

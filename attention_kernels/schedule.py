@@ -10,7 +10,9 @@ forward and the dq kernel walk the table of row tiles, the dk/dv kernel the tabl
     home                      index of the item with part 0 (where the arrivals of the parts are counted)
 
 Long tiles (rows that see everything, keys that everyone sees) come first and are split into parts whose partial
-sums are added in a fixed order; short tiles of the band follow.  Full causal: all tiles by falling length.
+sums are added in a fixed order; short tiles of the band follow.  Full causal: by falling length, in sections of as many
+sequences as the second-level cache holds the partners of; in one section where a sequence fills half of the cache,
+because long tiles are busy enough to read their partners from memory, and fewer programs then share an address.
 """
 
 from dataclasses import dataclass
@@ -22,10 +24,13 @@ from torch import Tensor
 
 from attention_kernels.mask import SemiLocalMask
 
-# Width of the header and of an item, in int32.  Header: number of items, local.
+# Width of the header and of an item, in int32.  Header: number of items, local, and a counter that starts at 0.
 ITEM_SIZE = tl.constexpr(16)
-# Programs that long tiles are split into, over all heads, when there are fewer of them: a few waves of a large GPU.
-_SPLIT_PROGRAMS = 1024
+# Bytes of partner tiles that stay in the second-level cache while a section is worked on: half of a Hopper GPU's.
+_SECTION_BYTES = 24 * 2**20
+# Tiles that a program of the schedule's kernel writes at once, and most programs for one sequence.
+_WRITER_TILES = 64
+_MAX_WRITERS = 16
 # A part walks at least about this many positions.
 _MIN_PART_LEN = tl.constexpr(512)
 
@@ -41,7 +46,7 @@ class Schedule:
     """Slots for the partial sums of split tiles, a head; 0 where no tile is ever split."""
 
     counters: Tensor
-    """Zeros, int32: two arrival counters a slot and head."""
+    """Zeros, int32: four arrival counters a slot and head."""
 
     max_items: int
     """Bound on the number of items that needs no lengths."""
@@ -56,18 +61,26 @@ def build(
     num_heads: int,
     row_block: int | None,
     key_block: int | None,
+    split_programs: int,
+    position_bytes: int,
 ) -> tuple[Schedule | None, Schedule | None]:
-    """Schedules of row tiles and key tiles (None where no block is given), written by one launch of `B` programs."""
+    """Schedules of row tiles and key tiles (None where no block is given), written by one launch.
+
+    While there are fewer long tiles than `split_programs`, over all heads, they are split into about as many parts.
+    `position_bytes` is what the partners of a tile take a position.
+    """
     num_sequences = offsets.shape[0] - 1
     by_rows = mask.global_rows > 0 or mask.num_context > 0 or num_targets is not None
     by_keys = mask.global_columns > 0 or mask.num_context > 0
     rows, keys = (
         None
         if block is None
-        else _allocate(mask, num_sequences, num_positions, num_heads, block, split, offsets.device)
+        else _allocate(mask, num_sequences, num_positions, num_heads, block, split_programs * split, offsets.device)
         for block, split in ((row_block, by_rows), (key_block, by_keys))
     )
-    schedule_kernel[(num_sequences,)](
+    tiles = num_positions // min(block for block in (row_block, key_block) if block is not None)
+    writers = max(1, min(_MAX_WRITERS, tiles // (_WRITER_TILES * max(1, num_sequences))))
+    schedule_kernel[(num_sequences, writers)](
         offsets,
         offsets if num_targets is None else num_targets,
         None if rows is None else rows.table,
@@ -82,12 +95,13 @@ def build(
         0 if rows is None else rows.split_items,
         0 if keys is None else keys.split_items,
         num_heads,
+        max(1, _SECTION_BYTES // position_bytes),
         ROW_BLOCK=row_block,
         KEY_BLOCK=key_block,
         HAS_LOCAL=mask.local is not None,
         HAS_TARGETS=num_targets is not None,
         BLOCK_B=min(128, triton.next_power_of_2(num_sequences)),
-        BLOCK_J=64,
+        BLOCK_J=_WRITER_TILES,
         num_warps=4,
     )
     return rows, keys
@@ -99,15 +113,15 @@ def _allocate(
     num_positions: int,
     num_heads: int,
     block: int,
-    split: bool,
+    split_programs: int,
     device: torch.device,
 ) -> Schedule:
     """An unwritten schedule.  Each class of tiles of a sequence ends in a partial tile, hence the bound on items."""
     classes = 1 if mask.local is None else 3
-    split_items = max(1, _SPLIT_PROGRAMS // num_heads) if split and mask.local is not None else 0
+    split_items = max(1, split_programs // num_heads) if split_programs and mask.local is not None else 0
     max_items = num_positions // block + classes * num_sequences + split_items
     end = (1 + max_items) * ITEM_SIZE.value
-    table = torch.empty(end + 2 * split_items * num_heads, dtype=torch.int32, device=device)
+    table = torch.empty(end + 4 * split_items * num_heads, dtype=torch.int32, device=device)
     return Schedule(table=table, split_items=split_items, counters=table[end:], max_items=max_items)
 
 
@@ -160,23 +174,38 @@ def store_items(table, o_i, m_i, start, n, u, c, g, s, first, last, part, parts)
 
 @triton.jit
 def store_header(table, num_items, LOCAL):
-    if tl.program_id(0) == 0:
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(table, num_items)
         tl.store(table + 1, LOCAL)
+        tl.store(table + 2, 0)
 
 
 @triton.jit
 def schedule_by_length(
-    table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
+    table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Full causal: tile j of a sequence has level j (row tiles) or its mirror (key tiles); high levels start first."""
+    """Full causal: tile j of a sequence has level j (row tiles) or its mirror (key tiles).
+
+    Sections of SECTION positions follow each other; within one, high levels start first.
+    """
     i_b = tl.program_id(0)
     start, n, u, c, g, s = sequence_bounds(
         offsets, num_targets, i_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, False, HAS_TARGETS
     )
+    longest = 0
+    for first_b in range(0, B, BLOCK_B):
+        o_b = first_b + tl.arange(0, BLOCK_B)
+        _, other_n, _, _, _, _ = sequence_bounds(
+            offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, False, HAS_TARGETS
+        )
+        longest = tl.maximum(longest, tl.max(other_n))
+    if longest > SECTION // 2:
+        SECTION = 2**31 - 1
     num_tiles = tl.cdiv(n, BLOCK)
-    for first_j in range(0, tl.maximum(num_tiles, 1), BLOCK_J):
+    section = start // SECTION
+    # At least once, for the header's sake.
+    for first_j in range(tl.program_id(1) * BLOCK_J, tl.maximum(num_tiles, 1), tl.num_programs(1) * BLOCK_J):
         o_j = first_j + tl.arange(0, BLOCK_J)
         level = o_j
         if KEYS:
@@ -188,11 +217,14 @@ def schedule_by_length(
         total = 0
         for first_b in range(0, B, BLOCK_B):
             o_b = first_b + tl.arange(0, BLOCK_B)
-            _, other_n, _, _, _, _ = sequence_bounds(
+            other_start, other_n, _, _, _, _ = sequence_bounds(
                 offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, False, HAS_TARGETS
             )
             other_tiles = tl.cdiv(other_n, BLOCK)
+            other_section = other_start // SECTION
             total += tl.sum(other_tiles)
+            rank += tl.sum(tl.where(other_section < section, other_tiles, 0))
+            other_tiles = tl.where(other_section == section, other_tiles, 0)
             higher = tl.maximum(other_tiles[None, :] - 1 - level[:, None], 0)
             equal_before = (o_b[None, :] < i_b) & (other_tiles[None, :] > level[:, None])
             rank += tl.sum(higher + equal_before.to(tl.int32), 1)
@@ -240,14 +272,14 @@ def schedule_long_then_short(
     head_end = s if KEYS else c
     short_start = s if KEYS else c
     short_end = n if KEYS else g
-    for first_j in range(0, head + tail, BLOCK_J):
+    for first_j in range(tl.program_id(1) * BLOCK_J, head + tail, tl.num_programs(1) * BLOCK_J):
         o_j = first_j + tl.arange(0, BLOCK_J)
         first = tl.where(o_j < head, o_j * BLOCK, g + (o_j - head) * BLOCK)
         last = tl.minimum(first + BLOCK, tl.where(o_j < head, head_end, n))
         for part in range(parts):
             o_i = long_before + o_j * parts + part
             store_items(table, o_i, o_j < head + tail, start, n, u, c, g, s, first, last, part, parts)
-    for first_j in range(0, short, BLOCK_J):
+    for first_j in range(tl.program_id(1) * BLOCK_J, short, tl.num_programs(1) * BLOCK_J):
         o_j = first_j + tl.arange(0, BLOCK_J)
         first = short_start + o_j * BLOCK
         last = tl.minimum(first + BLOCK, short_end)
@@ -258,41 +290,45 @@ def schedule_long_then_short(
 
 @triton.jit
 def zero_counters(counters, num_counters, B, BLOCK: tl.constexpr):
-    for first in range(tl.program_id(0) * BLOCK, num_counters, B * BLOCK):
+    i_writer = tl.program_id(1) * B + tl.program_id(0)
+    for first in range(i_writer * BLOCK, num_counters, tl.num_programs(1) * B * BLOCK):
         o_counter = first + tl.arange(0, BLOCK)
         tl.store(counters + o_counter, 0, mask=o_counter < num_counters)
 
 
 @triton.jit(
-    do_not_specialize=["B", "LOCAL", "GLOBAL_ROWS", "COLUMNS", "CONTEXT", "ROW_SPLIT_ITEMS", "KEY_SPLIT_ITEMS", "H"]
+    do_not_specialize=[
+        *("B", "LOCAL", "GLOBAL_ROWS", "COLUMNS", "CONTEXT"),
+        *("ROW_SPLIT_ITEMS", "KEY_SPLIT_ITEMS", "H", "SECTION"),
+    ]
 )
 def schedule_kernel(
     offsets, num_targets, row_table, key_table, row_counters, key_counters, B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT,
-    ROW_SPLIT_ITEMS, KEY_SPLIT_ITEMS, H, ROW_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr,
-    HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
+    ROW_SPLIT_ITEMS, KEY_SPLIT_ITEMS, H, SECTION, ROW_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Program b writes the items of sequence b; every program reads all lengths to learn where its items belong."""
+    """Programs (b, ...) write the items of sequence b; each reads all lengths to learn where its items belong."""
     if ROW_BLOCK is not None:
         if HAS_LOCAL:
-            zero_counters(row_counters, 2 * ROW_SPLIT_ITEMS * H, B, 256)
+            zero_counters(row_counters, 4 * ROW_SPLIT_ITEMS * H, B, 256)
             schedule_long_then_short(
                 row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, ROW_SPLIT_ITEMS,
                 ROW_BLOCK, False, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip
         else:
             schedule_by_length(
-                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
+                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION,
                 ROW_BLOCK, False, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip
     if KEY_BLOCK is not None:
         if HAS_LOCAL:
-            zero_counters(key_counters, 2 * KEY_SPLIT_ITEMS * H, B, 256)
+            zero_counters(key_counters, 4 * KEY_SPLIT_ITEMS * H, B, 256)
             schedule_long_then_short(
                 key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, KEY_SPLIT_ITEMS,
                 KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip
         else:
             schedule_by_length(
-                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
+                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION,
                 KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip

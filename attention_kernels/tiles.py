@@ -209,3 +209,53 @@ def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
     else:
         b_product = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
     return b_product
+
+
+@triton.jit
+def group_keys(
+    row, row_last, num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr
+):
+    """(begin, end): of a tile's live key tiles, those that its rows row..row_last-1 need; none where it has no rows."""
+    num_tiles = num_0 + num_1 + num_2
+    begin = 0
+    end = num_tiles
+    if row >= row_last:
+        end = 0
+    elif (row >= c) & (row_last <= u):
+        end = num_0 + tl.minimum(tl.cdiv(row_last - start_1, BLOCK), num_1)
+        if HAS_LOCAL:
+            if (num_0 == 0) & (s <= start_1) & (row_last <= g):
+                begin = tl.maximum(row - local - start_1, 0) // BLOCK
+    return begin, end
+
+
+@triton.jit
+def group_rows(
+    key, key_last, num_0, num_1, num_2, start_1, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr
+):
+    """(begin, end): of a tile's live row tiles, those that its keys key..key_last-1 need; none where it has no keys."""
+    num_tiles = num_0 + num_1 + num_2
+    begin = 0
+    end = num_tiles
+    if key >= key_last:
+        end = 0
+    elif start_1 >= c:
+        if (num_0 == 0) & (key >= c):
+            begin = tl.minimum(tl.maximum(key - start_1, 0) // BLOCK, num_1)
+        if HAS_LOCAL:
+            # Only where every row of the band's tiles is in the band.
+            if (num_2 == 0) & (key >= s) & (key_last <= u) & (start_1 + num_1 * BLOCK <= g):
+                end = num_0 + tl.minimum(tl.cdiv(key_last + local - start_1, BLOCK), num_1)
+    return begin, end
+
+
+@triton.jit
+def part_range(num_tiles, part, parts, SPLIT: tl.constexpr):
+    """(begin, end): which of a tile's live partners this item walks."""
+    begin = 0
+    end = num_tiles
+    if SPLIT:
+        if parts > 1:
+            begin = num_tiles * part // parts
+            end = num_tiles * (part + 1) // parts
+    return begin, end

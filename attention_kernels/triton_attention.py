@@ -17,6 +17,9 @@ from attention_kernels.mask import SemiLocalMask
 from attention_kernels.schedule import Schedule
 from attention_kernels.tuning import AttentionConfig, TileConfig, choose_config
 
+# Parts that long tiles are split into, over all heads: a few waves of a large GPU.
+_SPLIT_PROGRAMS = 1024
+
 
 def forward(
     q_THK: Tensor,
@@ -36,9 +39,7 @@ def forward(
         return out
     tile = (config or _config(mask, q_THK, v_THV)).forward
     heads = q_THK.shape[1]
-    plan, _ = schedule.build(
-        mask, offsets, num_targets, num_positions=q_THK.shape[0], num_heads=heads, row_block=tile.rows, key_block=None
-    )
+    plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, tile.rows, None, _SPLIT_PROGRAMS)
     assert plan is not None
     tma = _use_tma(q_THK, k_THK, v_THV)
     forward_kernel[(plan.max_items * heads,)](
@@ -69,14 +70,8 @@ def backward(
         return
     dq, dk, dv = out
     tiles = config or _config(mask, q_THK, v_THV)
-    rows, keys = schedule.build(
-        mask,
-        offsets,
-        num_targets,
-        num_positions=q_THK.shape[0],
-        num_heads=q_THK.shape[1],
-        row_block=tiles.dq.rows,
-        key_block=tiles.dkdv.keys,
+    rows, keys = build_schedule(
+        mask, offsets, num_targets, q_THK, v_THV, tiles.dq.rows, tiles.dkdv.keys, _SPLIT_PROGRAMS
     )
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
@@ -130,6 +125,31 @@ def backward_rows(
         *(scale / 2, scale / (2 * max_len)),
         *_strides(*inputs, dq),
         **_options(mask, plan, q, v, num_targets, tile, tma),
+    )
+
+
+def build_schedule(
+    mask: SemiLocalMask,
+    offsets: Tensor,
+    num_targets: Tensor | None,
+    q_THK: Tensor,
+    v_THV: Tensor,
+    row_block: int | None,
+    key_block: int | None,
+    split_programs: int = _SPLIT_PROGRAMS,
+) -> tuple[Schedule | None, Schedule | None]:
+    """`schedule.build` for tensors."""
+    positions, heads, key_size = q_THK.shape
+    return schedule.build(
+        mask,
+        offsets,
+        num_targets,
+        num_positions=positions,
+        num_heads=heads,
+        row_block=row_block,
+        key_block=key_block,
+        split_programs=split_programs,
+        position_bytes=heads * (key_size + v_THV.shape[2]) * q_THK.element_size(),
     )
 
 
@@ -195,9 +215,12 @@ def _rows(tma: bool, *tensors: tuple[Tensor, int]) -> list[Tensor | TensorDescri
 
 
 def _use_tma(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read all of these: 16-byte alignment, and hardware that has one."""
-    if not _has_tma(tensors[0].device):
-        return False
+    """Whether the tensor memory accelerator can read all of these."""
+    return _has_tma(tensors[0].device) and tma_aligned(*tensors)
+
+
+def tma_aligned(*tensors: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
     size = tensors[0].element_size()
     for x in tensors:
         stride_t, stride_h, _ = x.stride()

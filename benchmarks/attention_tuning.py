@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from attention_kernels import SemiLocalMask, reference, schedule, triton_attention
+from attention_kernels import SemiLocalMask, reference, triton_attention
 from attention_kernels.tuning import AttentionConfig, TileConfig
 
 HEADS, SIZE, TOKENS = 4, 128, 65536
@@ -69,10 +69,8 @@ def runner(kernel: str, mask: SemiLocalMask, tile: TileConfig, data: tuple[Any, 
     by_rows = kernel == "dq"
 
     def run() -> tuple[torch.Tensor, ...]:
-        rows, keys = schedule.build(
-            mask, offsets, None, num_positions=q.shape[0], num_heads=HEADS,
-            row_block=tile.rows if by_rows else None, key_block=None if by_rows else tile.keys,
-        )  # fmt: skip
+        blocks = (tile.rows, None) if by_rows else (None, tile.keys)
+        rows, keys = triton_attention.build_schedule(mask, offsets, None, q, v, *blocks)
         if rows is not None:
             triton_attention.backward_rows((dout, q, k, v), dq, mask, None, rows, tile, **scales)
         if keys is not None:

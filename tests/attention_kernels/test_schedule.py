@@ -9,17 +9,26 @@ LENGTHS = (0, 1, 700, 64, 130, 1500)
 FIELDS = ("start", "n", "u", "c", "g", "s", "first", "last", "part", "parts", "home")
 
 
-def items(mask: SemiLocalMask, *, by_rows: bool, targets: tuple[int, ...] | None = None) -> list[dict[str, int]]:
+def items(
+    mask: SemiLocalMask,
+    *,
+    by_rows: bool,
+    targets: tuple[int, ...] | None = None,
+    section: int = 10000,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> list[dict[str, int]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bounds = torch.tensor([0, *LENGTHS], device=device).cumsum(0)
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0)
     plans = schedule.build(
         mask,
         bounds,
         None if targets is None else torch.tensor(targets, device=device),
-        num_positions=sum(LENGTHS),
+        num_positions=sum(lengths),
         num_heads=2,
         row_block=64 if by_rows else None,
         key_block=None if by_rows else 64,
+        split_programs=1024,
+        position_bytes=24 * 2**20 // section,
     )
     plan = plans[0] if by_rows else plans[1]
     assert plan is not None
@@ -60,6 +69,18 @@ def test_full_causal_starts_the_longest_tiles_first() -> None:
     assert blocks == sorted(blocks, reverse=True)
     remaining = [(item["n"] - item["first"] + 63) // 64 for item in items(SemiLocalMask(), by_rows=False)]
     assert remaining == sorted(remaining, reverse=True)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_full_causal_works_on_what_fits_the_cache(by_rows: bool) -> None:
+    lengths = (300, 0, 500, 260, 64, 520)
+    scheduled = items(SemiLocalMask(), by_rows=by_rows, section=1100, lengths=lengths)
+    sections = [item["start"] // 1100 for item in scheduled]
+    assert sections == sorted(sections) and set(sections) == {0, 1}
+    for section in (0, 1):
+        inside = [item for item in scheduled if item["start"] // 1100 == section]
+        blocks = [((item["last"] if by_rows else item["n"] - item["first"]) + 63) // 64 for item in inside]
+        assert blocks == sorted(blocks, reverse=True)
 
 
 def test_global_rows_come_first_and_are_split() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention_kernels import SemiLocalMask, selfcheck, triton_attention
+from attention_kernels import SemiLocalMask, hopper_attention, selfcheck, triton_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,8 +22,8 @@ def test_passes_here() -> None:
 def test_names_versions_when_a_kernel_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = triton_attention.forward
-    monkeypatch.setattr(triton_attention, "forward", lambda *x, **y: right(*x, **y) * 1.1)
+    for module in (triton_attention, hopper_attention):
+        monkeypatch.setattr(module, "forward", lambda *x, right=module.forward, **y: right(*x, **y) * 1.1)
     with pytest.raises(selfcheck.KernelMismatchError, match=r"output of .* Triton 3"):
         selfcheck.check_attention(DEVICE, head_size=16)
     assert selfcheck.main() == 1

@@ -9,10 +9,11 @@ import triton.language as tl
 
 from attention_kernels import SemiLocalMask
 from attention_kernels.reference import dense_mask
-from attention_kernels.tiles import is_full, live_keys, live_rows
+from attention_kernels.tiles import group_keys, group_rows, is_full, live_keys, live_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 16
+GROUP = 8
 
 
 @triton.jit
@@ -29,6 +30,25 @@ def segments_kernel(
     tl.store(out + 3, start_0)
     tl.store(out + 4, start_1)
     tl.store(out + 5, start_2)
+
+
+@triton.jit
+def groups_kernel(
+    out, first, last, n, u, c, g, s, local,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr,
+):  # fmt: skip
+    """(begin, end) of each group of a tile, among the tile's live partners."""
+    for i in range(BLOCK // GROUP):
+        own = first + i * GROUP
+        own_last = tl.minimum(own + GROUP, last)
+        if BY_ROWS:
+            num_0, num_1, num_2, _, start_1, _ = live_keys(first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
+            begin, end = group_keys(own, own_last, num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK, HAS_LOCAL)
+        else:
+            num_0, num_1, num_2, _, start_1, _ = live_rows(first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
+            begin, end = group_rows(own, own_last, num_0, num_1, num_2, start_1, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
+        tl.store(out + 2 * i, begin)
+        tl.store(out + 2 * i + 1, end)
 
 
 @triton.jit
@@ -50,25 +70,70 @@ def draw(generator: random.Random) -> tuple[SemiLocalMask, int, int]:
 def test_live_tiles_cover_every_pair_once(seed: int) -> None:
     mask, h, t = draw(random.Random(seed))
     allowed = dense_mask(mask, h, t)
+    n = mask.num_context + h + t
+    bounds, classes = sequence(mask, h, t)
+    has_local = mask.local is not None
+    out, groups = (torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (6, 4))
+    for by_rows, first, last in classes:
+        segments_kernel[(1,)](out, first, last, *bounds, BLOCK=BLOCK, BY_ROWS=by_rows, HAS_LOCAL=has_local)
+        groups_kernel[(1,)](
+            groups, first, last, *bounds, BLOCK=BLOCK, GROUP=GROUP, BY_ROWS=by_rows, HAS_LOCAL=has_local
+        )
+        numbers = out.tolist()
+        starts = [
+            start + i * BLOCK for number, start in zip(numbers[:3], numbers[3:], strict=True) for i in range(number)
+        ]
+        assert (visits(n, starts)[needed(allowed, by_rows, first, last)] == 1).all(), (mask, h, t, by_rows, first)
+        for i in range(BLOCK // GROUP):
+            own, own_last = first + i * GROUP, min(first + (i + 1) * GROUP, last)
+            begin, end = groups[2 * i : 2 * i + 2].tolist()
+            seen = visits(n, starts[begin:end])
+            if own >= own_last:
+                assert begin >= end
+            else:
+                assert (seen[needed(allowed, by_rows, own, own_last)] == 1).all(), (mask, h, t, by_rows, own)
+
+
+def test_a_group_leaves_out_tiles_that_only_the_other_needs() -> None:
+    """A window of two blocks: either group needs all but one of the tiles that the two together need."""
+    mask = SemiLocalMask(local=2 * BLOCK)
+    bounds, _ = sequence(mask, 200, 0)
+    groups = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    for by_rows in (True, False):
+        arguments = (groups, 96, 96 + 2 * BLOCK, *bounds)
+        groups_kernel[(1,)](*arguments, BLOCK=2 * BLOCK, GROUP=BLOCK, BY_ROWS=by_rows, HAS_LOCAL=True)
+        (begin, end), (other_begin, other_end) = groups.view(2, 2).tolist()
+        assert end - begin <= 3 and other_end - other_begin <= 3
+
+
+def sequence(mask: SemiLocalMask, h: int, t: int) -> tuple[tuple[int, ...], list[tuple[bool, int, int]]]:
+    """(n, u, c, g, s, local) of a sequence, and its tiles: (whether of rows, first, last)."""
     c, u, n = mask.num_context, mask.num_context + h, mask.num_context + h + t
     has_local = mask.local is not None
     g = max(c, u - mask.global_rows) if has_local else c
     s = c + min(h, mask.global_columns)
     row_classes = [(0, c), (c, g), (g, n)] if has_local else [(0, n)]
     key_classes = [(0, s), (s, n)] if has_local else [(0, n)]
-    bounds = (n, u, c, g, s, mask.local if has_local else -1)
-    out = torch.zeros(6, dtype=torch.int32, device=DEVICE)
-    for by_rows, classes in ((True, row_classes), (False, key_classes)):
-        for begin, end in classes:
-            for first in range(begin, end, BLOCK):
-                last = min(first + BLOCK, end)
-                segments_kernel[(1,)](out, first, last, *bounds, BLOCK=BLOCK, BY_ROWS=by_rows, HAS_LOCAL=has_local)
-                numbers = out.tolist()
-                visits = torch.zeros(n + 10 * BLOCK, dtype=torch.int64)
-                for number, start in zip(numbers[:3], numbers[3:], strict=True):
-                    visits[start : start + number * BLOCK] += 1
-                needed = allowed[first:last].any(0) if by_rows else allowed[:, first:last].any(1)
-                assert (visits[:n][needed] == 1).all(), (mask, h, t, by_rows, first, last, numbers)
+    tiles = [
+        (by_rows, first, min(first + BLOCK, end))
+        for by_rows, classes in ((True, row_classes), (False, key_classes))
+        for begin, end in classes
+        for first in range(begin, end, BLOCK)
+    ]
+    return (n, u, c, g, s, -1 if mask.local is None else mask.local), tiles
+
+
+def visits(n: int, starts: list[int]) -> torch.Tensor:
+    """How often tiles that begin at `starts` cover each position."""
+    counts = torch.zeros(n + 10 * BLOCK, dtype=torch.int64)
+    for start in starts:
+        counts[start : start + BLOCK] += 1
+    return counts[:n]
+
+
+def needed(allowed: torch.Tensor, by_rows: bool, first: int, last: int) -> torch.Tensor:
+    """Which positions the rows (or keys) first..last-1 are paired with."""
+    return allowed[first:last].any(0) if by_rows else allowed[:, first:last].any(1)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,0 +1,226 @@
+"""Launchers of the warp-specialised kernels, for what `takes` admits.  Validates nothing (see `interface.py`).
+
+Grids are one program a multiprocessor; nothing waits for a length on the device.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from attention_kernels import triton_attention
+from attention_kernels.hopper_backward import hopper_dkdv_kernel, hopper_dq_kernel
+from attention_kernels.hopper_forward import hopper_forward_kernel
+from attention_kernels.hopper_tiles import GROUP_SIZE
+from attention_kernels.mask import SemiLocalMask
+from attention_kernels.schedule import Schedule
+from attention_kernels.triton_attention import build_schedule, tma_aligned
+from attention_kernels.tuning import choose_config
+
+_GROUP = GROUP_SIZE.value
+_HELD = 2 * _GROUP
+# Head sizes, padded to a power of two, whose tiles fit the shared memory and whose sums fit the registers.
+_SIZES = (64, 128)
+# Registers a thread that the three groups of four warps have on average: 65,536 over 384 threads.
+_REGISTERS = 168
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingConfig:
+    """The buffers of one kernel."""
+
+    block: int
+    """Positions of a streamed tile."""
+
+    held_stages: int
+    """Held tiles in shared memory: with two the next item's are loaded while this one's are in use."""
+
+    stages: int
+    """Streamed tiles in shared memory."""
+
+
+FORWARD = RingConfig(block=64, held_stages=2, stages=4)
+DQ = RingConfig(block=64, held_stages=1, stages=4)
+DKDV = RingConfig(block=64, held_stages=1, stages=4)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these kernels run on q, k, v (and dout): a Hopper GPU, 16 bits, sizes that fit, aligned for TMA."""
+    q = tensors[0]
+    return (
+        _is_hopper(q.device)
+        and q.dtype != torch.float32
+        and all(_pad(x.shape[2]) in _SIZES for x in tensors)
+        and tma_aligned(*tensors)
+    )
+
+
+def forward(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    *,
+    num_targets: Tensor | None,
+    scale: float,
+    max_len: int,
+    ring: RingConfig = FORWARD,
+) -> Tensor:
+    """Attention output [T, H, V] in v's dtype; accumulates in float32."""
+    out = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
+    if out.numel() == 0:
+        return out
+    plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, None, _split_programs(q_THK))
+    assert plan is not None
+    hopper_forward_kernel[_grid(plan, q_THK)](
+        *(_rows(q_THK, _GROUP), _rows(k_THK, ring.block), _rows(v_THV, ring.block)),
+        *(out, plan.table, _partials(plan, q_THK, v_THV), plan.counters, q_THK.shape[1], scale / 2, 1 / max_len),
+        *out.stride()[:2],
+        V=v_THV.shape[2],
+        **_options(mask, plan, num_targets, ring),
+    )
+    return out
+
+
+def backward(
+    dout_THV: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    *,
+    num_targets: Tensor | None,
+    scale: float,
+    max_len: int,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Writes the gradients of q, k and v into `out`; sums in float32.
+
+    With a window, keys have few rows and two results each to store: there the portable kernel is faster.
+    """
+    if q_THK.numel() == 0:
+        return
+    dq, dk, dv = out
+    portable = None if mask.local is None else choose_config(mask, q_THK.dtype, _SIZES[-1]).dkdv
+    key_block = _HELD if portable is None else portable.keys
+    rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, key_block, _split_programs(q_THK))
+    assert rows is not None and keys is not None
+    inputs = (dout_THV, q_THK, k_THK, v_THV)
+    scales: dict[str, Any] = {"scale": scale, "max_len": max_len}
+    if portable is None:
+        backward_keys(inputs, (dk, dv), mask, num_targets, keys, **scales)
+    else:
+        triton_attention.backward_keys(inputs, (dk, dv), mask, num_targets, keys, portable, **scales)
+    backward_rows(inputs, dq, mask, num_targets, rows, **scales)
+
+
+def backward_keys(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
+    mask: SemiLocalMask,
+    num_targets: Tensor | None,
+    plan: Schedule,
+    *,
+    scale: float,
+    max_len: int,
+    ring: RingConfig = DKDV,
+) -> None:
+    """Gradients of k and v from (dout, q, k, v)."""
+    dout, q, k, v = inputs
+    dk, dv = out
+    heads = q.shape[1]
+    hopper_dkdv_kernel[_grid(plan, q)](
+        *(_rows(dout, ring.block), _rows(q, ring.block), _rows(k, _GROUP), _rows(v, _GROUP)),
+        *(dk, dv, plan.table, _partials(plan, q, q), _partials(plan, q, v)),
+        *(plan.counters, plan.counters[2 * plan.split_items * heads :], heads),
+        *(scale / 2, scale / (2 * max_len), 1 / max_len),
+        *dk.stride()[:2],
+        *dv.stride()[:2],
+        K=q.shape[2],
+        V=v.shape[2],
+        **_options(mask, plan, num_targets, ring),
+    )
+
+
+def backward_rows(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    dq: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None,
+    plan: Schedule,
+    *,
+    scale: float,
+    max_len: int,
+    ring: RingConfig = DQ,
+) -> None:
+    """Gradient of q from (dout, q, k, v)."""
+    dout, q, k, v = inputs
+    hopper_dq_kernel[_grid(plan, q)](
+        *(_rows(dout, _GROUP), _rows(q, _GROUP), _rows(k, ring.block), _rows(v, ring.block)),
+        *(dq, plan.table, _partials(plan, q, q), plan.counters, q.shape[1], scale / 2, scale / (2 * max_len)),
+        *dq.stride()[:2],
+        K=q.shape[2],
+        **_options(mask, plan, num_targets, ring),
+    )
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _split_programs(q: Tensor) -> int:
+    """Parts of long tiles, over all heads: two a program."""
+    return 2 * _processors(q.device)
+
+
+def _grid(plan: Schedule, q: Tensor) -> tuple[int]:
+    return (min(_processors(q.device), plan.max_items * q.shape[1]),)
+
+
+def _partials(plan: Schedule, q: Tensor, model: Tensor) -> Tensor | None:
+    """Room for the partial sums of split tiles shaped like `model`'s; None where none is split."""
+    if plan.split_items == 0:
+        return None
+    size = plan.split_items * q.shape[1] * _HELD * _pad(model.shape[2])
+    return torch.empty(size, dtype=torch.float32, device=q.device)
+
+
+def _options(mask: SemiLocalMask, plan: Schedule, num_targets: Tensor | None, ring: RingConfig) -> dict[str, Any]:
+    """Compile-time arguments that the three kernels share."""
+    return {
+        "HAS_LOCAL": mask.local is not None,
+        "HAS_TARGETS": num_targets is not None,
+        "SPLIT": plan.split_items > 0,
+        "HELD_STAGES": ring.held_stages,
+        "STAGES": ring.stages,
+        "num_warps": 4,
+        "maxnreg": _REGISTERS,
+    }
+
+
+def _rows(x: Tensor, block: int) -> TensorDescriptor:
+    """TMA descriptor of blocks of rows of one head, the tensor seen as [H, T, size]."""
+    (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
+    shape = (1, block, _pad(size))
+    return TensorDescriptor(x, [h, t, size], [stride_h, stride_t, 1], list(shape), _layout(shape, x.dtype))
+
+
+@functools.cache
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(shape), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def _pad(size: int) -> int:
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,316 @@
+"""Backward kernels for Hopper GPUs: dq over two groups of 64 query rows, dk and dv over two groups of 64 keys.
+
+Two kernels for the reason given in `backward.py`, which defines what they compute on any GPU.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from attention_kernels.hopper_tiles import (
+    GROUP_SIZE,
+    half_scores,
+    load_held_tiles,
+    load_partner_tiles,
+    make_order,
+    make_ring,
+    matrix_layout,
+    next_number,
+    pass_by,
+    release,
+    store_group,
+    tanh,
+    wait_held,
+    wait_tile,
+)
+from attention_kernels.tiles import (
+    group_keys,
+    group_rows,
+    live_keys,
+    live_rows,
+    load_item,
+    part_range,
+    partner_start,
+)
+
+
+@gluon.jit
+def score_slopes(
+    b_score, b_dweight, half_scale, row, key, n, u, c, g, s, local, LAYOUT: gl.constexpr, dtype: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
+):  # fmt: skip
+    """Twice the gradient of a group's scores, as the left operand of the sum over keys."""
+    b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, False, HAS_LOCAL, HAS_TARGETS)
+    b_tanh = tanh(b_half)
+    b_weight = b_half * b_tanh + b_half
+    b_dscore = b_dweight * (b_weight * (1.0 - b_tanh) + (1.0 + b_tanh))
+    return gl.convert_layout(b_dscore.to(dtype), LAYOUT)
+
+
+@gluon.jit
+def compute_dq(
+    rings, order, output, table, H, half_scale, dq_scale, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """A group: its rows of every item of this program."""
+    q_ring, dout_ring, k_ring, v_ring = rings
+    dq, stride_dt, stride_dh, partials, counters = output
+    BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
+    dtype: gl.constexpr = k_ring.buffers.dtype
+    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
+    DQ_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
+    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
+    num_items = gl.load(table) * H
+    number = gl.program_id(0)
+    i_item = 0
+    i_use = 0
+    while number < num_items:
+        i_h = number % H
+        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
+        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
+            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
+        )
+        num_tiles = num_0 + num_1 + num_2
+        lo, hi = part_range(num_tiles, part, parts, SPLIT)
+        row = first + GROUP * GROUP_SIZE
+        front, back = group_keys(
+            row, gl.minimum(row + GROUP_SIZE, last), num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK_N, HAS_LOCAL
+        )
+        begin = gl.minimum(gl.maximum(lo, front), hi)
+        end = gl.maximum(gl.minimum(hi, back), begin)
+        for j in range(lo, begin):
+            pass_by(k_ring, i_use + j - lo)
+            pass_by(v_ring, i_use + j - lo)
+        b_q = wait_held(q_ring, i_item, GROUP)
+        b_dout = wait_held(dout_ring, i_item, GROUP)
+        b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
+        b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+        if begin < end:
+            i_tile = i_use + begin - lo
+            b_k = wait_tile(k_ring, i_tile)
+            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_v = wait_tile(v_ring, i_tile)
+            b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
+            release(v_ring, i_tile)
+            key = partner_start(begin, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+            b_dscore = score_slopes(
+                b_score, b_dweight, half_scale, row, key, n, u, c, g, s, local, DS_LAYOUT, dtype,
+                HAS_LOCAL, HAS_TARGETS,
+            )  # fmt: skip
+            for j in range(begin + 1, end):
+                i_tile = i_use + j - lo
+                key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+                b_k = wait_tile(k_ring, i_tile)
+                b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_v = wait_tile(v_ring, i_tile)
+                b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_before = wait_tile(k_ring, i_tile - 1)
+                b_dq = warpgroup_mma(b_dscore, b_before, b_dq, is_async=True)
+                b_score, b_dweight = warpgroup_mma_wait(1, deps=(b_score, b_dweight))
+                release(v_ring, i_tile)
+                b_next = score_slopes(
+                    b_score, b_dweight, half_scale, row, key, n, u, c, g, s, local, DS_LAYOUT, dtype,
+                    HAS_LOCAL, HAS_TARGETS,
+                )  # fmt: skip
+                # The sum's left operand stays in its registers until the sum is done.
+                b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
+                release(k_ring, i_tile - 1)
+                b_dscore = b_next
+            i_tile = i_use + end - 1 - lo
+            b_k = wait_tile(k_ring, i_tile)
+            b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
+            b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
+            release(k_ring, i_tile)
+        release(q_ring, i_item)
+        release(dout_ring, i_item)
+        for j in range(end, hi):
+            pass_by(k_ring, i_use + j - lo)
+            pass_by(v_ring, i_use + j - lo)
+        i_use += hi - lo
+        store_group(
+            dq, b_dq * dq_scale, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
+            partials, counters, GROUP, K, SPLIT,
+        )  # fmt: skip
+        number = next_number(order, i_item)
+        i_item += 1
+
+
+@gluon.jit(do_not_specialize=["H", "half_scale", "dq_scale"])
+def hopper_dq_kernel(
+    dout, q, k, v, dq, table, partials, counters, H, half_scale, dq_scale, stride_dt, stride_dh, K: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k].  Grid: one program a processor."""
+    BLOCK_N: gl.constexpr = k.block_shape[1]
+    q_ring = make_ring(q, HELD_STAGES, 2)
+    dout_ring = make_ring(dout, HELD_STAGES, 2)
+    k_ring = make_ring(k, STAGES, 1)
+    v_ring = make_ring(v, STAGES, 1)
+    rings = (q_ring, dout_ring, k_ring, v_ring)
+    order = make_order()
+    output = (dq, stride_dt, stride_dh, partials, counters)
+    gl.warp_specialize(
+        [
+            (
+                compute_dq,
+                (rings, order, output, table, H, half_scale, dq_scale, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
+            ),
+            (
+                compute_dq,
+                (rings, order, output, table, H, half_scale, dq_scale, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
+            ),
+            (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
+            (load_held_tiles, ((q, dout), (q_ring, dout_ring), order, table, H)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
+
+
+@gluon.jit
+def compute_dkdv(
+    rings, order, output, table, H, half_scale, dk_scale, dv_scale,
+    GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """A group: its keys of every item of this program.  Scores are transposed, keys by rows."""
+    k_ring, v_ring, q_ring, dout_ring = rings
+    dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters = output
+    BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
+    BLOCK_V: gl.constexpr = v_ring.buffers.shape[3]
+    dtype: gl.constexpr = k_ring.buffers.dtype
+    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_M)
+    DK_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
+    DV_LAYOUT: gl.constexpr = matrix_layout(BLOCK_V)
+    num_items = gl.load(table) * H
+    number = gl.program_id(0)
+    i_item = 0
+    i_use = 0
+    while number < num_items:
+        i_h = number % H
+        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
+        num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
+            first, last, n, u, c, g, s, local, BLOCK_M, HAS_LOCAL
+        )
+        num_tiles = num_0 + num_1 + num_2
+        lo, hi = part_range(num_tiles, part, parts, SPLIT)
+        key = first + GROUP * GROUP_SIZE
+        front, back = group_rows(
+            key, gl.minimum(key + GROUP_SIZE, last), num_0, num_1, num_2, start_1, n, u, c, g, s, local,
+            BLOCK_M, HAS_LOCAL,
+        )  # fmt: skip
+        begin = gl.minimum(gl.maximum(lo, front), hi)
+        end = gl.maximum(gl.minimum(hi, back), begin)
+        for j in range(lo, begin):
+            pass_by(q_ring, i_use + j - lo)
+            pass_by(dout_ring, i_use + j - lo)
+        b_k = wait_held(k_ring, i_item, GROUP)
+        b_v = wait_held(v_ring, i_item, GROUP)
+        b_dk = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DK_LAYOUT)
+        b_dv = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, DV_LAYOUT)
+        b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
+        for j in range(begin, end):
+            i_tile = i_use + j - lo
+            row = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_M)
+            b_q = wait_tile(q_ring, i_tile)
+            b_score = warpgroup_mma(b_k, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dout = wait_tile(dout_ring, i_tile)
+            b_dweight = warpgroup_mma(b_v, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_score = warpgroup_mma_wait(1, deps=(b_score,))
+            b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
+            b_tanh = tanh(b_half)
+            b_weight = b_half * b_tanh + b_half
+            b_slope = b_weight * (1.0 - b_tanh) + (1.0 + b_tanh)
+            b_w = gl.convert_layout(b_weight.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
+            b_dv = warpgroup_mma(b_w, b_dout, b_dv, is_async=True)
+            b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))
+            b_ds = gl.convert_layout((b_dweight * b_slope).to(dtype), gl.DotOperandLayout(0, DK_LAYOUT, 2))
+            b_dk = warpgroup_mma(b_ds, b_q, b_dk, is_async=True)
+            b_dv, b_w = warpgroup_mma_wait(1, deps=(b_dv, b_w))
+            release(dout_ring, i_tile)
+            b_dk, b_ds = warpgroup_mma_wait(0, deps=(b_dk, b_ds))
+            release(q_ring, i_tile)
+        release(k_ring, i_item)
+        release(v_ring, i_item)
+        for j in range(end, hi):
+            pass_by(q_ring, i_use + j - lo)
+            pass_by(dout_ring, i_use + j - lo)
+        i_use += hi - lo
+        store_group(
+            dv, b_dv * dv_scale, stride_dvt, stride_dvh, i_h, H, start, key, last, part, parts, home,
+            v_partials, v_counters, GROUP, V, SPLIT,
+        )  # fmt: skip
+        store_group(
+            dk, b_dk * dk_scale, stride_dkt, stride_dkh, i_h, H, start, key, last, part, parts, home,
+            k_partials, k_counters, GROUP, K, SPLIT,
+        )  # fmt: skip
+        number = next_number(order, i_item)
+        i_item += 1
+
+
+@gluon.jit(do_not_specialize=["H", "half_scale", "dk_scale", "dv_scale"])
+def hopper_dkdv_kernel(
+    dout, q, k, v, dk, dv, table, k_partials, v_partials, k_counters, v_counters, H, half_scale, dk_scale, dv_scale,
+    stride_dkt, stride_dkh, stride_dvt, stride_dvh, K: gl.constexpr, V: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise.  Grid: one program a processor."""
+    BLOCK_M: gl.constexpr = q.block_shape[1]
+    k_ring = make_ring(k, HELD_STAGES, 2)
+    v_ring = make_ring(v, HELD_STAGES, 2)
+    q_ring = make_ring(q, STAGES, 1)
+    dout_ring = make_ring(dout, STAGES, 1)
+    rings = (k_ring, v_ring, q_ring, dout_ring)
+    order = make_order()
+    output = (dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters)
+    gl.warp_specialize(
+        [
+            (
+                compute_dkdv,
+                (
+                    rings,
+                    order,
+                    output,
+                    table,
+                    H,
+                    half_scale,
+                    dk_scale,
+                    dv_scale,
+                    0,
+                    K,
+                    V,
+                    BLOCK_M,
+                    HAS_LOCAL,
+                    HAS_TARGETS,
+                    SPLIT,
+                ),
+            ),
+            (
+                compute_dkdv,
+                (
+                    rings,
+                    order,
+                    output,
+                    table,
+                    H,
+                    half_scale,
+                    dk_scale,
+                    dv_scale,
+                    1,
+                    K,
+                    V,
+                    BLOCK_M,
+                    HAS_LOCAL,
+                    HAS_TARGETS,
+                    SPLIT,
+                ),
+            ),
+            (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
+            (load_held_tiles, ((k, v), (k_ring, v_ring), order, table, H)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

@@ -1,0 +1,152 @@
+"""Forward kernel for Hopper GPUs: two groups of 64 query rows share the key and value tiles that a loader streams.
+
+The scores of the next tile are multiplied before the weighted sum of this one, so that a group computes SiLU while the
+matrix unit works on its sum.  The definition is `forward.py`, which computes the same on any GPU.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from attention_kernels.hopper_tiles import (
+    GROUP_SIZE,
+    half_scores,
+    load_held_tiles,
+    load_partner_tiles,
+    make_order,
+    make_ring,
+    matrix_layout,
+    next_number,
+    pass_by,
+    release,
+    store_group,
+    tanh,
+    wait_held,
+    wait_tile,
+)
+from attention_kernels.tiles import group_keys, live_keys, load_item, part_range, partner_start
+
+
+@gluon.jit
+def tile_weights(
+    b_score, half_scale, row, key, n, u, c, g, s, local, LAYOUT: gl.constexpr, dtype: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
+):  # fmt: skip
+    """silu of a group's scores, as the left operand of the weighted sum."""
+    b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, False, HAS_LOCAL, HAS_TARGETS)
+    b_weight = b_half * tanh(b_half) + b_half
+    return gl.convert_layout(b_weight.to(dtype), LAYOUT)
+
+
+@gluon.jit
+def compute_forward(
+    rings, order, output, table, H, half_scale, out_scale,
+    GROUP: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
+    SPLIT: gl.constexpr,
+):  # fmt: skip
+    """A group: its rows of every item of this program."""
+    q_ring, k_ring, v_ring = rings
+    out, stride_ot, stride_oh, partials, counters = output
+    BLOCK_V: gl.constexpr = v_ring.buffers.shape[3]
+    dtype: gl.constexpr = k_ring.buffers.dtype
+    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
+    O_LAYOUT: gl.constexpr = matrix_layout(BLOCK_V)
+    W_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    num_items = gl.load(table) * H
+    number = gl.program_id(0)
+    i_item = 0
+    i_use = 0
+    while number < num_items:
+        i_h = number % H
+        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
+        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
+            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
+        )
+        num_tiles = num_0 + num_1 + num_2
+        lo, hi = part_range(num_tiles, part, parts, SPLIT)
+        row = first + GROUP * GROUP_SIZE
+        front, back = group_keys(
+            row, gl.minimum(row + GROUP_SIZE, last), num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK_N, HAS_LOCAL
+        )
+        begin = gl.minimum(gl.maximum(lo, front), hi)
+        end = gl.maximum(gl.minimum(hi, back), begin)
+        for j in range(lo, begin):
+            pass_by(k_ring, i_use + j - lo)
+            pass_by(v_ring, i_use + j - lo)
+        b_q = wait_held(q_ring, i_item, GROUP)
+        b_out = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, O_LAYOUT)
+        b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+        if begin < end:
+            i_tile = i_use + begin - lo
+            b_k = wait_tile(k_ring, i_tile)
+            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_score = warpgroup_mma_wait(0, deps=(b_score,))
+            release(k_ring, i_tile)
+            key = partner_start(begin, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+            b_weight = tile_weights(
+                b_score, half_scale, row, key, n, u, c, g, s, local, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
+            )
+            for j in range(begin + 1, end):
+                i_tile = i_use + j - lo
+                key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+                b_k = wait_tile(k_ring, i_tile)
+                b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_v = wait_tile(v_ring, i_tile - 1)
+                b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
+                b_score = warpgroup_mma_wait(1, deps=(b_score,))
+                release(k_ring, i_tile)
+                b_next = tile_weights(
+                    b_score, half_scale, row, key, n, u, c, g, s, local, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
+                )
+                # The sum's left operand stays in its registers until the sum is done.
+                b_out, b_weight = warpgroup_mma_wait(0, deps=(b_out, b_weight))
+                release(v_ring, i_tile - 1)
+                b_weight = b_next
+            i_tile = i_use + end - 1 - lo
+            b_v = wait_tile(v_ring, i_tile)
+            b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
+            b_out = warpgroup_mma_wait(0, deps=(b_out,))
+            release(v_ring, i_tile)
+        release(q_ring, i_item)
+        for j in range(end, hi):
+            pass_by(k_ring, i_use + j - lo)
+            pass_by(v_ring, i_use + j - lo)
+        i_use += hi - lo
+        store_group(
+            out, b_out * out_scale, stride_ot, stride_oh, i_h, H, start, row, last, part, parts, home,
+            partials, counters, GROUP, V, SPLIT,
+        )  # fmt: skip
+        number = next_number(order, i_item)
+        i_item += 1
+
+
+@gluon.jit(do_not_specialize=["H", "half_scale", "out_scale"])
+def hopper_forward_kernel(
+    q, k, v, out, table, partials, counters, H, half_scale, out_scale, stride_ot, stride_oh, V: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """out[q] = out_scale sum_k silu(2 half_scale <q, k>) v[k], summed in float32.  Grid: one program a processor."""
+    BLOCK_N: gl.constexpr = k.block_shape[1]
+    q_ring = make_ring(q, HELD_STAGES, 2)
+    k_ring = make_ring(k, STAGES, 1)
+    v_ring = make_ring(v, STAGES, 1)
+    rings = (q_ring, k_ring, v_ring)
+    order = make_order()
+    output = (out, stride_ot, stride_oh, partials, counters)
+    gl.warp_specialize(
+        [
+            (
+                compute_forward,
+                (rings, order, output, table, H, half_scale, out_scale, 0, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
+            ),
+            (
+                compute_forward,
+                (rings, order, output, table, H, half_scale, out_scale, 1, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
+            ),
+            (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
+            (load_held_tiles, ((q,), (q_ring,), order, table, H)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

@@ -1,0 +1,271 @@
+"""What the warp-specialised kernels share: rings of tiles in shared memory, loaders, the order of items.
+
+A program holds a tile of 128 rows (or keys), 64 a warp group, and streams its live partner tiles.  Loaders, a warp
+each, walk the same loops as the two compute groups and fill rings of buffers ahead of them:
+
+    loader   wait until a buffer is free -> start the TMA load, which announces its own arrival
+    groups   wait until the buffer is full -> multiply -> release it (a buffer is free when both groups released it)
+
+One loader streams the partner tiles and another fetches what is held, so that neither waits for the other.  Programs
+persist, one a multiprocessor: the streaming loader draws the next item from a counter on the device and passes its
+number on, one item ahead, and items are loaded while the groups finish the one before.  Which tiles are live is decided
+by `tiles.py`, as for the other kernels.
+
+Letters as in `tiles.py`.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from attention_kernels.tiles import (
+    element_mask,
+    is_full,
+    live_keys,
+    live_rows,
+    load_item,
+    part_range,
+    partner_start,
+)
+
+GROUP_SIZE = gl.constexpr(64)
+"""Rows (or keys) that a warp group holds: what one Hopper matrix instruction multiplies."""
+_NUMBERS_AHEAD = gl.constexpr(2)
+"""Item numbers that may lie between the loader that draws them and those who use them."""
+
+
+class Ring(NamedTuple):
+    """Buffers that a loader fills and two groups empty, in turn."""
+
+    buffers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def make_ring(descriptor, STAGES: gl.constexpr, TILES: gl.constexpr):
+    """A ring of STAGES buffers of TILES blocks of the descriptor each."""
+    shape: gl.constexpr = descriptor.block_shape
+    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES * TILES, 1, shape[1], shape[2]], descriptor.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    return Ring(buffers, full, empty)
+
+
+@gluon.jit
+def load_tile(ring, descriptor, i_use, i_h, position):
+    """Loader: the i_use-th filling of a ring of single blocks, rows from `position` of head i_h."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    stage = i_use % STAGES
+    mbarrier.wait(ring.empty.index(stage), (i_use // STAGES + 1) & 1)
+    mbarrier.expect(ring.full.index(stage), descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(descriptor, [i_h, position, 0], ring.full.index(stage), ring.buffers.index(stage))
+
+
+@gluon.jit
+def load_held(ring, descriptor, i_use, i_h, position):
+    """Loader: likewise for a ring of two blocks, one a group."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    stage = i_use % STAGES
+    mbarrier.wait(ring.empty.index(stage), (i_use // STAGES + 1) & 1)
+    mbarrier.expect(ring.full.index(stage), 2 * descriptor.block_type.nbytes)
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(
+            descriptor, [i_h, position + i * GROUP_SIZE, 0], ring.full.index(stage), ring.buffers.index(2 * stage + i)
+        )
+
+
+@gluon.jit
+def wait_tile(ring, i_use):
+    """Group: the block [rows, size] of the i_use-th filling, once it is there."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    stage = i_use % STAGES
+    mbarrier.wait(ring.full.index(stage), (i_use // STAGES) & 1)
+    return ring.buffers.index(stage).reshape([ring.buffers.shape[2], ring.buffers.shape[3]])
+
+
+@gluon.jit
+def wait_held(ring, i_use, GROUP: gl.constexpr):
+    """Group: its own block of the i_use-th filling, once it is there."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    stage = i_use % STAGES
+    mbarrier.wait(ring.full.index(stage), (i_use // STAGES) & 1)
+    return ring.buffers.index(2 * stage + GROUP).reshape([ring.buffers.shape[2], ring.buffers.shape[3]])
+
+
+@gluon.jit
+def release(ring, i_use):
+    """Group: done with the i_use-th filling."""
+    mbarrier.arrive(ring.empty.index(i_use % ring.full.shape[0]))
+
+
+@gluon.jit
+def pass_by(ring, i_use):
+    """Group: leaves the i_use-th filling to the other group."""
+    wait_tile(ring, i_use)
+    release(ring, i_use)
+
+
+@gluon.jit
+def make_order():
+    """The ring that carries item numbers from the loader that draws them to the other loader and the two groups."""
+    NUMBER_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    buffers = gl.allocate_shared_memory(gl.int32, [_NUMBERS_AHEAD, 1], NUMBER_LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [_NUMBERS_AHEAD, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [_NUMBERS_AHEAD, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(_NUMBERS_AHEAD):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=3)
+    return Ring(buffers, full, empty)
+
+
+@gluon.jit
+def draw_number(order, table, i_use):
+    """Streaming loader: the number of the next item, passed on.  The first items are the programs' own numbers."""
+    NUMBER: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    number = gl.num_programs(0) + gl.atomic_add(table + 2, 1, sem="relaxed")
+    stage = i_use % _NUMBERS_AHEAD
+    mbarrier.wait(order.empty.index(stage), (i_use // _NUMBERS_AHEAD + 1) & 1)
+    order.buffers.index(stage).store(gl.full([1], number, gl.int32, NUMBER))
+    mbarrier.arrive(order.full.index(stage))
+    return number
+
+
+@gluon.jit
+def next_number(order, i_use):
+    """Everyone else: the number of the next item."""
+    NUMBER: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    stage = i_use % _NUMBERS_AHEAD
+    mbarrier.wait(order.full.index(stage), (i_use // _NUMBERS_AHEAD) & 1)
+    number = gl.max(order.buffers.index(stage).load(NUMBER), 0)
+    mbarrier.arrive(order.empty.index(stage))
+    return number
+
+
+@gluon.jit
+def load_held_tiles(descriptors, rings, order, table, H):
+    """Loader of what a program holds: blocks of one or two tensors, one a group, of each item."""
+    num_items = gl.load(table) * H
+    number = gl.program_id(0)
+    i_item = 0
+    while number < num_items:
+        item = load_item(table, number // H)
+        start = item[0]
+        first = item[6]
+        for i in gl.static_range(len(rings)):
+            load_held(rings[i], descriptors[i], i_item, number % H, start + first)
+        number = next_number(order, i_item)
+        i_item += 1
+
+
+@gluon.jit
+def load_partner_tiles(
+    descriptors, rings, order, table, H,
+    BLOCK: gl.constexpr, BY_ROWS: gl.constexpr, HAS_LOCAL: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Loader of what streams: keys and values of row tiles (BY_ROWS), rows and their gradients of key tiles."""
+    num_items = gl.load(table) * H
+    number = gl.program_id(0)
+    i_item = 0
+    i_use = 0
+    while number < num_items:
+        start, n, u, c, g, s, first, last, part, parts, _, local = load_item(table, number // H)
+        next_item = draw_number(order, table, i_item)
+        if BY_ROWS:
+            num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
+                first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL
+            )
+        else:
+            num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
+                first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL
+            )
+        lo, hi = part_range(num_0 + num_1 + num_2, part, parts, SPLIT)
+        for j in range(lo, hi):
+            position = start + partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK)
+            for i in gl.static_range(len(rings)):
+                load_tile(rings[i], descriptors[i], i_use, number % H, position)
+            i_use += 1
+        number = next_item
+        i_item += 1
+
+
+@gluon.constexpr_function
+def matrix_layout(N):
+    """Registers of a [64, N] result of a group's matrix products."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+
+
+@gluon.jit
+def tanh(b_half):
+    """The hardware's tanh, exact to about 11 bits: enough for the 16-bit inputs that these kernels take."""
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [b_half], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def half_scores(
+    b_score, half_scale, row, key, n, u, c, g, s, local,
+    KEYS_FIRST: gl.constexpr, HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
+):  # fmt: skip
+    """Half of each allowed score; of a forbidden one, a number so low that SiLU and its slope are exactly 0.
+
+    The scores are [rows, keys], or [keys, rows] with KEYS_FIRST.
+    """
+    ROWS: gl.constexpr = b_score.shape[1 if KEYS_FIRST else 0]
+    KEYS: gl.constexpr = b_score.shape[0 if KEYS_FIRST else 1]
+    b_half = b_score * half_scale
+    if not is_full(row, row + ROWS, key, key + KEYS, n, u, c, g, s, local, HAS_LOCAL):
+        if KEYS_FIRST:
+            o_row = row + gl.arange(0, ROWS, gl.SliceLayout(0, b_score.type.layout))[None, :]
+            o_key = key + gl.arange(0, KEYS, gl.SliceLayout(1, b_score.type.layout))[:, None]
+        else:
+            o_row = row + gl.arange(0, ROWS, gl.SliceLayout(1, b_score.type.layout))[:, None]
+            o_key = key + gl.arange(0, KEYS, gl.SliceLayout(0, b_score.type.layout))[None, :]
+        m = element_mask(o_row, o_key, n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+        b_half = gl.where(m, b_half, -32.0)
+    return b_half
+
+
+@gluon.jit
+def store_group(
+    x, b_x, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`."""
+    BLOCK_SIZE: gl.constexpr = b_x.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_SIZE, BLOCK_SIZE // 8], [4, 1], [1, 0])
+    o_tile = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, LAYOUT))
+    o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
+    p_x = x + i_h.to(gl.int64) * stride_h + (start + first + o_tile).to(gl.int64)[:, None] * stride_t + o_size[None, :]
+    m_x = (first + o_tile < last)[:, None] & (o_size < SIZE)[None, :]
+    if SPLIT:
+        if parts == 1:
+            gl.store(p_x, gl.convert_layout(b_x.to(x.dtype.element_ty), LAYOUT), mask=m_x)
+        else:
+            TILE: gl.constexpr = GROUP_SIZE * BLOCK_SIZE
+            # Partial sums stay in the registers' own order: they are only ever added.
+            S_LAYOUT: gl.constexpr = b_x.type.layout
+            o_row = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, S_LAYOUT))
+            o_column = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, S_LAYOUT))
+            slot = ((home * H + i_h) * 2 + GROUP).to(gl.int64)
+            p_part = partials + slot * TILE + o_row[:, None] * BLOCK_SIZE + o_column[None, :]
+            stride_part = H.to(gl.int64) * (2 * TILE)
+            gl.store(p_part + part * stride_part, b_x)
+            # All threads' partial sums must be written before one thread announces them.
+            gl.thread_barrier()
+            arrived = gl.atomic_add(counters + slot, 1, sem="acq_rel")
+            if arrived == parts - 1:
+                gl.thread_barrier()
+                b_sum = gl.zeros_like(b_x)
+                for i in range(parts):
+                    # Other processors wrote them: read past the first-level cache.
+                    b_sum += gl.load(p_part + i * stride_part, cache_modifier=".cg")
+                gl.store(p_x, gl.convert_layout(b_sum.to(x.dtype.element_ty), LAYOUT), mask=m_x)
+    else:
+        gl.store(p_x, gl.convert_layout(b_x.to(x.dtype.element_ty), LAYOUT), mask=m_x)
