@@ -35,7 +35,7 @@ def kuairand_retrieval() -> TrainConfig:
     """Predict the next video of the shipped KuaiRand sample among all videos; minutes on two CPU processes."""
     return TrainConfig(
         name="kuairand_retrieval",
-        data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96),
+        data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96, num_epochs=4),
         model=ModelConfig(
             dim=64,
             max_len=256,
