@@ -18,7 +18,7 @@ from attention_kernels.hopper_forward import hopper_forward_kernel
 from attention_kernels.hopper_tiles import GROUP_SIZE
 from attention_kernels.mask import SemiLocalMask
 from attention_kernels.schedule import Schedule
-from attention_kernels.triton_attention import build_schedule, tma_aligned
+from attention_kernels.triton_attention import build_schedule, pad_size, tma_aligned
 from attention_kernels.tuning import choose_config
 
 _GROUP = GROUP_SIZE.value
@@ -54,7 +54,7 @@ def takes(*tensors: Tensor) -> bool:
     return (
         _is_hopper(q.device)
         and q.dtype != torch.float32
-        and all(_pad(x.shape[2]) in _SIZES for x in tensors)
+        and all(pad_size(x.shape[2]) in _SIZES for x in tensors)
         and tma_aligned(*tensors)
     )
 
@@ -193,7 +193,7 @@ def _partials(plan: Schedule, q: Tensor, model: Tensor) -> Tensor | None:
     """Room for the partial sums of split tiles shaped like `model`'s; None where none is split."""
     if plan.split_items == 0:
         return None
-    size = plan.split_items * q.shape[1] * _HELD * _pad(model.shape[2])
+    size = plan.split_items * q.shape[1] * _HELD * pad_size(model.shape[2])
     return torch.empty(size, dtype=torch.float32, device=q.device)
 
 
@@ -213,14 +213,10 @@ def _options(mask: SemiLocalMask, plan: Schedule, num_targets: Tensor | None, ri
 def _rows(x: Tensor, block: int) -> TensorDescriptor:
     """TMA descriptor of blocks of rows of one head, the tensor seen as [H, T, size]."""
     (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
-    shape = (1, block, _pad(size))
+    shape = (1, block, pad_size(size))
     return TensorDescriptor(x, [h, t, size], [stride_h, stride_t, 1], list(shape), _layout(shape, x.dtype))
 
 
 @functools.cache
 def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(shape), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-
-
-def _pad(size: int) -> int:
-    return 1 << (size - 1).bit_length()

@@ -20,8 +20,7 @@ from attention_kernels.hopper_tiles import (
     release,
     store_group,
     tanh,
-    wait_held,
-    wait_tile,
+    wait_block,
 )
 from attention_kernels.tiles import (
     group_keys,
@@ -49,10 +48,11 @@ def score_slopes(
 
 @gluon.jit
 def compute_dq(
-    rings, order, output, table, H, half_scale, dq_scale, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
+    work, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
+    rings, order, output, table, H, half_scale, dq_scale = work
     q_ring, dout_ring, k_ring, v_ring = rings
     dq, stride_dt, stride_dh, partials, counters = output
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
@@ -78,18 +78,16 @@ def compute_dq(
         )
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
-        for j in range(lo, begin):
-            pass_by(k_ring, i_use + j - lo)
-            pass_by(v_ring, i_use + j - lo)
-        b_q = wait_held(q_ring, i_item, GROUP)
-        b_dout = wait_held(dout_ring, i_item, GROUP)
+        pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
+        b_q = wait_block(q_ring, i_item, GROUP)
+        b_dout = wait_block(dout_ring, i_item, GROUP)
         b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
         if begin < end:
             i_tile = i_use + begin - lo
-            b_k = wait_tile(k_ring, i_tile)
+            b_k = wait_block(k_ring, i_tile, GROUP)
             b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_v = wait_tile(v_ring, i_tile)
+            b_v = wait_block(v_ring, i_tile, GROUP)
             b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
             release(v_ring, i_tile)
@@ -101,11 +99,11 @@ def compute_dq(
             for j in range(begin + 1, end):
                 i_tile = i_use + j - lo
                 key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
-                b_k = wait_tile(k_ring, i_tile)
+                b_k = wait_block(k_ring, i_tile, GROUP)
                 b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_v = wait_tile(v_ring, i_tile)
+                b_v = wait_block(v_ring, i_tile, GROUP)
                 b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_before = wait_tile(k_ring, i_tile - 1)
+                b_before = wait_block(k_ring, i_tile - 1, GROUP)
                 b_dq = warpgroup_mma(b_dscore, b_before, b_dq, is_async=True)
                 b_score, b_dweight = warpgroup_mma_wait(1, deps=(b_score, b_dweight))
                 release(v_ring, i_tile)
@@ -118,15 +116,13 @@ def compute_dq(
                 release(k_ring, i_tile - 1)
                 b_dscore = b_next
             i_tile = i_use + end - 1 - lo
-            b_k = wait_tile(k_ring, i_tile)
+            b_k = wait_block(k_ring, i_tile, GROUP)
             b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
             b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
             release(k_ring, i_tile)
         release(q_ring, i_item)
         release(dout_ring, i_item)
-        for j in range(end, hi):
-            pass_by(k_ring, i_use + j - lo)
-            pass_by(v_ring, i_use + j - lo)
+        pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
             dq, b_dq * dq_scale, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
@@ -151,16 +147,11 @@ def hopper_dq_kernel(
     rings = (q_ring, dout_ring, k_ring, v_ring)
     order = make_order()
     output = (dq, stride_dt, stride_dh, partials, counters)
+    work = (rings, order, output, table, H, half_scale, dq_scale)
     gl.warp_specialize(
         [
-            (
-                compute_dq,
-                (rings, order, output, table, H, half_scale, dq_scale, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
-            ),
-            (
-                compute_dq,
-                (rings, order, output, table, H, half_scale, dq_scale, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
-            ),
+            (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+            (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
             (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((q, dout), (q_ring, dout_ring), order, table, H)),
         ],
@@ -171,11 +162,11 @@ def hopper_dq_kernel(
 
 @gluon.jit
 def compute_dkdv(
-    rings, order, output, table, H, half_scale, dk_scale, dv_scale,
-    GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
+    work, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """A group: its keys of every item of this program.  Scores are transposed, keys by rows."""
+    rings, order, output, table, H, half_scale, dk_scale, dv_scale = work
     k_ring, v_ring, q_ring, dout_ring = rings
     dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters = output
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
@@ -203,20 +194,18 @@ def compute_dkdv(
         )  # fmt: skip
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
-        for j in range(lo, begin):
-            pass_by(q_ring, i_use + j - lo)
-            pass_by(dout_ring, i_use + j - lo)
-        b_k = wait_held(k_ring, i_item, GROUP)
-        b_v = wait_held(v_ring, i_item, GROUP)
+        pass_by((q_ring, dout_ring), i_use, i_use + begin - lo)
+        b_k = wait_block(k_ring, i_item, GROUP)
+        b_v = wait_block(v_ring, i_item, GROUP)
         b_dk = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DK_LAYOUT)
         b_dv = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, DV_LAYOUT)
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
         for j in range(begin, end):
             i_tile = i_use + j - lo
             row = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_M)
-            b_q = wait_tile(q_ring, i_tile)
+            b_q = wait_block(q_ring, i_tile, GROUP)
             b_score = warpgroup_mma(b_k, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_dout = wait_tile(dout_ring, i_tile)
+            b_dout = wait_block(dout_ring, i_tile, GROUP)
             b_dweight = warpgroup_mma(b_v, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(1, deps=(b_score,))
             b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
@@ -234,9 +223,7 @@ def compute_dkdv(
             release(q_ring, i_tile)
         release(k_ring, i_item)
         release(v_ring, i_item)
-        for j in range(end, hi):
-            pass_by(q_ring, i_use + j - lo)
-            pass_by(dout_ring, i_use + j - lo)
+        pass_by((q_ring, dout_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
             dv, b_dv * dv_scale, stride_dvt, stride_dvh, i_h, H, start, key, last, part, parts, home,
@@ -266,48 +253,11 @@ def hopper_dkdv_kernel(
     rings = (k_ring, v_ring, q_ring, dout_ring)
     order = make_order()
     output = (dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters)
+    work = (rings, order, output, table, H, half_scale, dk_scale, dv_scale)
     gl.warp_specialize(
         [
-            (
-                compute_dkdv,
-                (
-                    rings,
-                    order,
-                    output,
-                    table,
-                    H,
-                    half_scale,
-                    dk_scale,
-                    dv_scale,
-                    0,
-                    K,
-                    V,
-                    BLOCK_M,
-                    HAS_LOCAL,
-                    HAS_TARGETS,
-                    SPLIT,
-                ),
-            ),
-            (
-                compute_dkdv,
-                (
-                    rings,
-                    order,
-                    output,
-                    table,
-                    H,
-                    half_scale,
-                    dk_scale,
-                    dv_scale,
-                    1,
-                    K,
-                    V,
-                    BLOCK_M,
-                    HAS_LOCAL,
-                    HAS_TARGETS,
-                    SPLIT,
-                ),
-            ),
+            (compute_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+            (compute_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT)),
             (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((k, v), (k_ring, v_ring), order, table, H)),
         ],

@@ -21,8 +21,7 @@ from attention_kernels.hopper_tiles import (
     release,
     store_group,
     tanh,
-    wait_held,
-    wait_tile,
+    wait_block,
 )
 from attention_kernels.tiles import group_keys, live_keys, load_item, part_range, partner_start
 
@@ -40,11 +39,11 @@ def tile_weights(
 
 @gluon.jit
 def compute_forward(
-    rings, order, output, table, H, half_scale, out_scale,
-    GROUP: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
-    SPLIT: gl.constexpr,
+    work, GROUP: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
+    rings, order, output, table, H, half_scale, out_scale = work
     q_ring, k_ring, v_ring = rings
     out, stride_ot, stride_oh, partials, counters = output
     BLOCK_V: gl.constexpr = v_ring.buffers.shape[3]
@@ -70,15 +69,13 @@ def compute_forward(
         )
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
-        for j in range(lo, begin):
-            pass_by(k_ring, i_use + j - lo)
-            pass_by(v_ring, i_use + j - lo)
-        b_q = wait_held(q_ring, i_item, GROUP)
+        pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
+        b_q = wait_block(q_ring, i_item, GROUP)
         b_out = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, O_LAYOUT)
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
         if begin < end:
             i_tile = i_use + begin - lo
-            b_k = wait_tile(k_ring, i_tile)
+            b_k = wait_block(k_ring, i_tile, GROUP)
             b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(0, deps=(b_score,))
             release(k_ring, i_tile)
@@ -89,9 +86,9 @@ def compute_forward(
             for j in range(begin + 1, end):
                 i_tile = i_use + j - lo
                 key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
-                b_k = wait_tile(k_ring, i_tile)
+                b_k = wait_block(k_ring, i_tile, GROUP)
                 b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_v = wait_tile(v_ring, i_tile - 1)
+                b_v = wait_block(v_ring, i_tile - 1, GROUP)
                 b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
                 b_score = warpgroup_mma_wait(1, deps=(b_score,))
                 release(k_ring, i_tile)
@@ -103,14 +100,12 @@ def compute_forward(
                 release(v_ring, i_tile - 1)
                 b_weight = b_next
             i_tile = i_use + end - 1 - lo
-            b_v = wait_tile(v_ring, i_tile)
+            b_v = wait_block(v_ring, i_tile, GROUP)
             b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
             b_out = warpgroup_mma_wait(0, deps=(b_out,))
             release(v_ring, i_tile)
         release(q_ring, i_item)
-        for j in range(end, hi):
-            pass_by(k_ring, i_use + j - lo)
-            pass_by(v_ring, i_use + j - lo)
+        pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
             out, b_out * out_scale, stride_ot, stride_oh, i_h, H, start, row, last, part, parts, home,
@@ -134,16 +129,11 @@ def hopper_forward_kernel(
     rings = (q_ring, k_ring, v_ring)
     order = make_order()
     output = (out, stride_ot, stride_oh, partials, counters)
+    work = (rings, order, output, table, H, half_scale, out_scale)
     gl.warp_specialize(
         [
-            (
-                compute_forward,
-                (rings, order, output, table, H, half_scale, out_scale, 0, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
-            ),
-            (
-                compute_forward,
-                (rings, order, output, table, H, half_scale, out_scale, 1, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT),
-            ),
+            (compute_forward, (work, 0, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+            (compute_forward, (work, 1, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
             (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((q,), (q_ring,), order, table, H)),
         ],

@@ -45,10 +45,10 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def make_ring(descriptor, STAGES: gl.constexpr, TILES: gl.constexpr):
-    """A ring of STAGES buffers of TILES blocks of the descriptor each."""
+def make_ring(descriptor, STAGES: gl.constexpr, BLOCKS: gl.constexpr):
+    """A ring of STAGES fillings: one block of the descriptor's for both groups, or BLOCKS = 2 blocks, one a group."""
     shape: gl.constexpr = descriptor.block_shape
-    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES * TILES, 1, shape[1], shape[2]], descriptor.layout)
+    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES * BLOCKS, 1, shape[1], shape[2]], descriptor.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -58,44 +58,31 @@ def make_ring(descriptor, STAGES: gl.constexpr, TILES: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(ring, descriptor, i_use, i_h, position):
-    """Loader: the i_use-th filling of a ring of single blocks, rows from `position` of head i_h."""
+def load_blocks(ring, descriptor, i_use, i_h, position):
+    """Loader: the i_use-th filling of a ring, rows of head i_h from `position` on."""
     STAGES: gl.constexpr = ring.full.shape[0]
+    BLOCKS: gl.constexpr = ring.buffers.shape[0] // STAGES
     stage = i_use % STAGES
     mbarrier.wait(ring.empty.index(stage), (i_use // STAGES + 1) & 1)
-    mbarrier.expect(ring.full.index(stage), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [i_h, position, 0], ring.full.index(stage), ring.buffers.index(stage))
-
-
-@gluon.jit
-def load_held(ring, descriptor, i_use, i_h, position):
-    """Loader: likewise for a ring of two blocks, one a group."""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    stage = i_use % STAGES
-    mbarrier.wait(ring.empty.index(stage), (i_use // STAGES + 1) & 1)
-    mbarrier.expect(ring.full.index(stage), 2 * descriptor.block_type.nbytes)
-    for i in gl.static_range(2):
+    mbarrier.expect(ring.full.index(stage), BLOCKS * descriptor.block_type.nbytes)
+    for i in gl.static_range(BLOCKS):
         tma.async_copy_global_to_shared(
-            descriptor, [i_h, position + i * GROUP_SIZE, 0], ring.full.index(stage), ring.buffers.index(2 * stage + i)
+            descriptor,
+            [i_h, position + i * GROUP_SIZE, 0],
+            ring.full.index(stage),
+            ring.buffers.index(BLOCKS * stage + i),
         )
 
 
 @gluon.jit
-def wait_tile(ring, i_use):
-    """Group: the block [rows, size] of the i_use-th filling, once it is there."""
+def wait_block(ring, i_use, GROUP: gl.constexpr):
+    """Group: its own block [rows, size] of the i_use-th filling, or the only one, once it is there."""
     STAGES: gl.constexpr = ring.full.shape[0]
+    BLOCKS: gl.constexpr = ring.buffers.shape[0] // STAGES
     stage = i_use % STAGES
     mbarrier.wait(ring.full.index(stage), (i_use // STAGES) & 1)
-    return ring.buffers.index(stage).reshape([ring.buffers.shape[2], ring.buffers.shape[3]])
-
-
-@gluon.jit
-def wait_held(ring, i_use, GROUP: gl.constexpr):
-    """Group: its own block of the i_use-th filling, once it is there."""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    stage = i_use % STAGES
-    mbarrier.wait(ring.full.index(stage), (i_use // STAGES) & 1)
-    return ring.buffers.index(2 * stage + GROUP).reshape([ring.buffers.shape[2], ring.buffers.shape[3]])
+    own: gl.constexpr = GROUP if BLOCKS > 1 else 0
+    return ring.buffers.index(BLOCKS * stage + own).reshape([ring.buffers.shape[2], ring.buffers.shape[3]])
 
 
 @gluon.jit
@@ -105,10 +92,12 @@ def release(ring, i_use):
 
 
 @gluon.jit
-def pass_by(ring, i_use):
-    """Group: leaves the i_use-th filling to the other group."""
-    wait_tile(ring, i_use)
-    release(ring, i_use)
+def pass_by(rings, first, last):
+    """Group: leaves the fillings first..last-1 of streaming rings to the other group."""
+    for i_use in range(first, last):
+        for i in gl.static_range(len(rings)):
+            wait_block(rings[i], i_use, 0)
+            release(rings[i], i_use)
 
 
 @gluon.jit
@@ -158,7 +147,7 @@ def load_held_tiles(descriptors, rings, order, table, H):
         start = item[0]
         first = item[6]
         for i in gl.static_range(len(rings)):
-            load_held(rings[i], descriptors[i], i_item, number % H, start + first)
+            load_blocks(rings[i], descriptors[i], i_item, number % H, start + first)
         number = next_number(order, i_item)
         i_item += 1
 
@@ -188,7 +177,7 @@ def load_partner_tiles(
         for j in range(lo, hi):
             position = start + partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK)
             for i in gl.static_range(len(rings)):
-                load_tile(rings[i], descriptors[i], i_use, number % H, position)
+                load_blocks(rings[i], descriptors[i], i_use, number % H, position)
             i_use += 1
         number = next_item
         i_item += 1

@@ -39,7 +39,7 @@ def forward(
         return out
     tile = (config or _config(mask, q_THK, v_THV)).forward
     heads = q_THK.shape[1]
-    plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, tile.rows, None, _SPLIT_PROGRAMS)
+    plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, tile.rows, None)
     assert plan is not None
     tma = _use_tma(q_THK, k_THK, v_THV)
     forward_kernel[(plan.max_items * heads,)](
@@ -70,9 +70,7 @@ def backward(
         return
     dq, dk, dv = out
     tiles = config or _config(mask, q_THK, v_THV)
-    rows, keys = build_schedule(
-        mask, offsets, num_targets, q_THK, v_THV, tiles.dq.rows, tiles.dkdv.keys, _SPLIT_PROGRAMS
-    )
+    rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, tiles.dq.rows, tiles.dkdv.keys)
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     backward_keys(inputs, (dk, dv), mask, num_targets, keys, tiles.dkdv, scale=scale, max_len=max_len)
@@ -188,8 +186,8 @@ def _compile_options(
     return {
         "K": key_size,
         "V": value_size,
-        "BLOCK_K": _pad(key_size),
-        "BLOCK_V": _pad(value_size),
+        "BLOCK_K": pad_size(key_size),
+        "BLOCK_V": pad_size(value_size),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         **dict(zip(("HAS_LOCAL", "HAS_TARGETS", "SPLIT", "TMA"), flags, strict=True)),
@@ -210,7 +208,7 @@ def _rows(tma: bool, *tensors: tuple[Tensor, int]) -> list[Tensor | TensorDescri
     descriptors = []
     for x, block in tensors:
         (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
-        descriptors.append(TensorDescriptor(x, [h, t, size], [stride_h, stride_t, 1], [1, block, _pad(size)]))
+        descriptors.append(TensorDescriptor(x, [h, t, size], [stride_h, stride_t, 1], [1, block, pad_size(size)]))
     return descriptors
 
 
@@ -240,9 +238,9 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _block_size(x: Tensor) -> int:
-    return _pad(x.shape[2])
+    return pad_size(x.shape[2])
 
 
-def _pad(size: int) -> int:
+def pad_size(size: int) -> int:
     """Head sizes are padded to a power of two; products need at least 16."""
     return max(16, 1 << (size - 1).bit_length())

@@ -7,7 +7,6 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         try:
             run_steps(
                 model,
-                Feed(islice(batches, remaining), consumption(info), partial(for_model, config, info, mesh)),
+                Feed(islice(batches, remaining), consumption(info), functools.partial(for_model, config, info, mesh)),
                 progress,
                 config=config,
                 run=run,
