@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.gated_norm import normalise
+from attention_kernels.launcher import INTERPRETED, launch
 from attention_kernels.rows import warp_blocks
-from attention_kernels.silu import INTERPRETED, approximate, sigmoid
+from attention_kernels.silu import approximate, sigmoid
 
 FP8 = torch.float8_e4m3fn
 
@@ -142,7 +143,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(E4M3 rows, scale) of x [rows, D] with any strides."""
     out, scale, grid, sizes = _outputs(x)
     if x.shape[0]:
-        _rows_kernel[grid](x, out, scale, x.shape[0], x.stride(0), x.stride(1), **sizes)
+        launch(_rows_kernel, grid, x, out, scale, x.shape[0], x.stride(0), x.stride(1), **sizes)
     return out, scale
 
 
@@ -151,7 +152,7 @@ def layer_norm(x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[
     out, scale, grid, sizes = _outputs(x_TD)
     mean, rstd = torch.empty_like(scale), torch.empty_like(scale)
     if x_TD.shape[0]:
-        _norm_kernel[grid](x_TD, weight, bias, out, scale, mean, rstd, eps, x_TD.shape[0], **sizes)
+        launch(_norm_kernel, grid, x_TD, weight, bias, out, scale, mean, rstd, eps, x_TD.shape[0], **sizes)
     return out, scale, mean, rstd
 
 
@@ -159,7 +160,9 @@ def gated_norm(attention_TW: Tensor, u_TW: Tensor, weight: Tensor, bias: Tensor,
     """(E4M3 rows, scale) of norm(attention) * silu(u), one group, contiguous inputs."""
     out, scale, grid, sizes = _outputs(attention_TW)
     if attention_TW.shape[0]:
-        _gated_norm_kernel[grid](
+        launch(
+            _gated_norm_kernel,
+            grid,
             attention_TW,
             u_TW,
             weight,
@@ -183,7 +186,17 @@ def quantise_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(num_columns, inner, dtype=FP8, device=weight.device)
     scale = torch.empty(num_columns, dtype=torch.float32, device=weight.device)
     block = 16 if INTERPRETED else 32
-    _columns_kernel[(triton.cdiv(num_columns, block),)](
-        weight, out, scale, weight.stride(0), num_columns, K=inner, BLOCK_K=128, BLOCK_N=block, num_warps=8
+    launch(
+        _columns_kernel,
+        (triton.cdiv(num_columns, block),),
+        weight,
+        out,
+        scale,
+        weight.stride(0),
+        num_columns,
+        K=inner,
+        BLOCK_K=128,
+        BLOCK_N=block,
+        num_warps=8,
     )
     return out, scale

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_kernels.launcher import launch
 from attention_kernels.rows import row_blocks, serial_blocks
 from attention_kernels.silu import approximate, sigmoid
 
@@ -241,7 +242,9 @@ def forward(
     rows, columns, warps = row_blocks(attention_TW.shape[1] // num_groups)
     out = _new_result(attention_TW, x_TD)
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, rows), num_groups)](
+        launch(
+            _forward_kernel,
+            (triton.cdiv(num_rows, rows), num_groups),
             attention_TW,
             u_TW,
             attention_TW if x_TD is None else x_TD,
@@ -289,7 +292,9 @@ def backward(
     programs, rows, columns, warps = serial_blocks(attention_TW.shape[1] // num_groups, dout.device, _BACKWARD_WARPS)
     shape = (programs, attention_TW.shape[1])
     sums = [torch.empty(shape, dtype=torch.float32, device=dout.device) for _ in range(3)]
-    _backward_kernel[(programs, num_groups)](
+    launch(
+        _backward_kernel,
+        (programs, num_groups),
         dout,
         attention_TW,
         u_TW,

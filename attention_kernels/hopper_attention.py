@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attention_kernels import triton_attention
 from attention_kernels.hopper_backward import hopper_dkdv_kernel, hopper_dq_kernel
 from attention_kernels.hopper_forward import hopper_forward_kernel
 from attention_kernels.hopper_tiles import GROUP_SIZE
+from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
 from attention_kernels.schedule import Schedule
 from attention_kernels.triton_attention import build_schedule, pad_size, tma_aligned
@@ -77,7 +77,9 @@ def forward(
         return out
     plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, None, _split_programs(q_THK))
     assert plan is not None
-    hopper_forward_kernel[_grid(plan, q_THK)](
+    launch(
+        hopper_forward_kernel,
+        _grid(plan, q_THK),
         *(_rows(q_THK, _GROUP), _rows(k_THK, ring.block), _rows(v_THV, ring.block)),
         *(out, plan.table, _partials(plan, q_THK, v_THV), plan.counters, q_THK.shape[1], scale / 2, 1 / max_len),
         *out.stride()[:2],
@@ -135,7 +137,9 @@ def backward_keys(
     dout, q, k, v = inputs
     dk, dv = out
     heads = q.shape[1]
-    hopper_dkdv_kernel[_grid(plan, q)](
+    launch(
+        hopper_dkdv_kernel,
+        _grid(plan, q),
         *(_rows(dout, ring.block), _rows(q, ring.block), _rows(k, _GROUP), _rows(v, _GROUP)),
         *(dk, dv, plan.table, _partials(plan, q, q), _partials(plan, q, v)),
         *(plan.counters, plan.counters[2 * plan.split_items * heads :], heads),
@@ -161,7 +165,9 @@ def backward_rows(
 ) -> None:
     """Gradient of q from (dout, q, k, v)."""
     dout, q, k, v = inputs
-    hopper_dq_kernel[_grid(plan, q)](
+    launch(
+        hopper_dq_kernel,
+        _grid(plan, q),
         *(_rows(dout, _GROUP), _rows(q, _GROUP), _rows(k, ring.block), _rows(v, ring.block)),
         *(dq, plan.table, _partials(plan, q, q), plan.counters, q.shape[1], scale / 2, scale / (2 * max_len)),
         *dq.stride()[:2],
@@ -210,11 +216,11 @@ def _options(mask: SemiLocalMask, plan: Schedule, num_targets: Tensor | None, ri
     }
 
 
-def _rows(x: Tensor, block: int) -> TensorDescriptor:
-    """TMA descriptor of blocks of rows of one head, the tensor seen as [H, T, size]."""
+def _rows(x: Tensor, block: int) -> Blocks:
+    """Blocks of rows of one head, the tensor seen as [H, T, size]."""
     (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
     shape = (1, block, pad_size(size))
-    return TensorDescriptor(x, [h, t, size], [stride_h, stride_t, 1], list(shape), _layout(shape, x.dtype))
+    return Blocks(x, shape, (h, t, size), (stride_h, stride_t, 1), _layout(shape, x.dtype))
 
 
 @functools.cache

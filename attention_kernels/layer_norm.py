@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_kernels.launcher import launch
 from attention_kernels.rows import row_blocks, serial_blocks
 
 
@@ -102,8 +103,21 @@ def forward(x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x_TD.device) for _ in range(2))
     rows, columns, warps = row_blocks(width)
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, rows),)](
-            x_TD, weight, bias, normed, mean, rstd, eps, num_rows, D=width, ROWS=rows, COLS=columns, num_warps=warps
+        launch(
+            _forward_kernel,
+            (triton.cdiv(num_rows, rows),),
+            x_TD,
+            weight,
+            bias,
+            normed,
+            mean,
+            rstd,
+            eps,
+            num_rows,
+            D=width,
+            ROWS=rows,
+            COLS=columns,
+            num_warps=warps,
         )
     return normed, mean, rstd
 
@@ -119,7 +133,9 @@ def backward(
     dx = torch.empty_like(x_TD)
     programs, rows, columns, warps = serial_blocks(width, x_TD.device)
     dweight, dbias = (torch.empty(programs, width, dtype=torch.float32, device=x_TD.device) for _ in range(2))
-    _backward_kernel[(programs,)](
+    launch(
+        _backward_kernel,
+        (programs,),
         dnormed_TD,
         x_TD,
         weight,

@@ -25,7 +25,7 @@ def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBac
     """
     if backend == "triton" and linear_kernel.fits(a, b, residual):
         out = torch.empty_like(residual)
-        linear_kernel.launch(a, b, out, residual=residual)
+        linear_kernel.product(a, b, out, residual=residual)
         return out
     return torch.addmm(residual, a, b)
 
@@ -64,7 +64,7 @@ def linear_silu(
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
         raw = torch.empty_like(out) if keep_raw else None
         row_scale, column_scale = scales or (None, None)
-        linear_kernel.launch(
+        linear_kernel.product(
             a,
             b,
             out,
@@ -139,7 +139,7 @@ def matmul_fp8(
             use_fast_accum=True,
         )
     out = torch.empty_like(residual)
-    linear_kernel.launch(a, b_NK, out, b_is_nk=True, row_scale=row_scale, column_scale=column_scale, residual=residual)
+    linear_kernel.product(a, b_NK, out, b_is_nk=True, row_scale=row_scale, column_scale=column_scale, residual=residual)
     return out
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from attention_kernels.launcher import INTERPRETED, Blocks, launch
 from attention_kernels.rows import multiprocessors
-from attention_kernels.silu import INTERPRETED, approximate, sigmoid
+from attention_kernels.silu import approximate, sigmoid
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def tiles(*, fp8: bool) -> dict[str, int]:
     }
 
 
-def launch(
+def product(
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -204,20 +204,22 @@ def launch(
     if M == 0:
         return
 
-    out_descriptor = TensorDescriptor.from_tensor(out, stored)
+    out_blocks = Blocks(out, stored)
 
-    def descriptor(x: Tensor | None) -> Any:
-        # What the kernel does not touch needs some descriptor all the same.
-        return out_descriptor if x is None else TensorDescriptor.from_tensor(x, stored)
+    def blocks(x: Tensor | None) -> Any:
+        # What the kernel does not touch needs some blocks all the same.
+        return out_blocks if x is None else Blocks(x, stored)
 
     count = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     programs = min(count, resident * multiprocessors(a.device)) if resident else 0
-    _matmul_kernel[(programs or count,)](
-        TensorDescriptor.from_tensor(a, [block_m, block_k]),
-        TensorDescriptor.from_tensor(b, [block_n, block_k] if b_is_nk else [block_k, block_n]),
-        out_descriptor,
-        descriptor(raw),
-        descriptor(residual),
+    launch(
+        _matmul_kernel,
+        (programs or count,),
+        Blocks(a, [block_m, block_k]),
+        Blocks(b, [block_n, block_k] if b_is_nk else [block_k, block_n]),
+        out_blocks,
+        blocks(raw),
+        blocks(residual),
         bias,
         row_scale,
         column_scale,

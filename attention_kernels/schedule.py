@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_kernels.launcher import launch
 from attention_kernels.mask import SemiLocalMask
 
 # Width of the header and of an item, in int32.  Header: number of items, local, and a counter that starts at 0.
@@ -80,7 +81,9 @@ def build(
     )
     tiles = num_positions // min(block for block in (row_block, key_block) if block is not None)
     writers = max(1, min(_MAX_WRITERS, tiles // (_WRITER_TILES * max(1, num_sequences))))
-    schedule_kernel[(num_sequences, writers)](
+    launch(
+        schedule_kernel,
+        (num_sequences, writers),
         offsets,
         offsets if num_targets is None else num_targets,
         None if rows is None else rows.table,

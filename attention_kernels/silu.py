@@ -4,17 +4,14 @@
 gradients of the product in place, and sums them for the bias.  Validates nothing.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_kernels.launcher import INTERPRETED, launch
 from attention_kernels.rows import serial_blocks
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs its interpreter, which has no inline assembly."""
 _COLUMNS = 512
 _ROWS = 8
 
@@ -94,7 +91,9 @@ def forward(raw: Tensor, out: Tensor) -> None:
     """Write SiLU of `raw` [T, width] into `out`, which may be `raw` itself; rows of either may lie apart."""
     num_rows, width = raw.shape
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, _ROWS), triton.cdiv(width, _COLUMNS))](
+        launch(
+            _forward_kernel,
+            (triton.cdiv(num_rows, _ROWS), triton.cdiv(width, _COLUMNS)),
             raw,
             out,
             num_rows,
@@ -119,7 +118,9 @@ def backward_(gradient: Tensor, raw: Tensor | None) -> Tensor:
     # As many programs over all columns as fill the device, no matter how many blocks of columns there are.
     programs = triton.cdiv(programs, blocks)
     sums = torch.empty(programs, width, dtype=torch.float32, device=gradient.device)
-    _backward_kernel[(programs, blocks)](
+    launch(
+        _backward_kernel,
+        (programs, blocks),
         gradient,
         gradient if raw is None else raw,
         sums,

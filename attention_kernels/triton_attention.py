@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attention_kernels import schedule
 from attention_kernels.backward import dkdv_kernel, dq_kernel
 from attention_kernels.forward import forward_kernel
+from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
 from attention_kernels.schedule import Schedule
 from attention_kernels.tuning import AttentionConfig, TileConfig, choose_config
@@ -42,7 +42,9 @@ def forward(
     plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, tile.rows, None)
     assert plan is not None
     tma = _use_tma(q_THK, k_THK, v_THV)
-    forward_kernel[(plan.max_items * heads,)](
+    launch(
+        forward_kernel,
+        (plan.max_items * heads,),
         *_rows(tma, (q_THK, tile.rows), (k_THK, tile.keys), (v_THV, tile.keys)),
         *(out, plan.table, _partials(plan, q_THK, tile.rows, v_THV), plan.counters, heads, scale / 2, 1 / max_len),
         *_strides(q_THK, k_THK, v_THV, out),
@@ -92,7 +94,9 @@ def backward_keys(
     dout, q, k, v = inputs
     tma = _use_tma(*inputs)
     heads = q.shape[1]
-    dkdv_kernel[(plan.max_items * heads,)](
+    launch(
+        dkdv_kernel,
+        (plan.max_items * heads,),
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
         *(*out, plan.table, _partials(plan, q, tile.keys, q), _partials(plan, q, tile.keys, v)),
         *(plan.counters, plan.counters[plan.split_items * heads :], heads),
@@ -117,7 +121,9 @@ def backward_rows(
     dout, q, k, v = inputs
     tma = _use_tma(*inputs)
     heads = q.shape[1]
-    dq_kernel[(plan.max_items * heads,)](
+    launch(
+        dq_kernel,
+        (plan.max_items * heads,),
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
         *(dq, plan.table, _partials(plan, q, tile.rows, q), plan.counters, heads),
         *(scale / 2, scale / (2 * max_len)),
@@ -201,15 +207,15 @@ def _compile_options(
     }
 
 
-def _rows(tma: bool, *tensors: tuple[Tensor, int]) -> list[Tensor | TensorDescriptor]:
-    """Kernel arguments for loading blocks of rows: the tensors, or TMA descriptors seen as [H, T, size]."""
+def _rows(tma: bool, *tensors: tuple[Tensor, int]) -> list[Tensor] | list[Blocks]:
+    """Kernel arguments for loading blocks of rows: the tensors, or what the TMA loads, seen as [H, T, size]."""
     if not tma:
         return [x for x, _ in tensors]
-    descriptors = []
+    blocks = []
     for x, block in tensors:
         (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
-        descriptors.append(TensorDescriptor(x, [h, t, size], [stride_h, stride_t, 1], [1, block, pad_size(size)]))
-    return descriptors
+        blocks.append(Blocks(x, (1, block, pad_size(size)), (h, t, size), (stride_h, stride_t, 1)))
+    return blocks
 
 
 def _use_tma(*tensors: Tensor) -> bool:

@@ -65,12 +65,12 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
     }
     for config in CONFIGS:
         name = "x".join(str(value) for value in config.values())
-        runs[f"vqk fused {name}"] = partial(linear_kernel.launch, x, wvqk, vqk, silu=True, bias=bvqk, config=config)
+        runs[f"vqk fused {name}"] = partial(linear_kernel.product, x, wvqk, vqk, silu=True, bias=bvqk, config=config)
         runs[f"vqk fused keeping raw {name}"] = partial(
-            linear_kernel.launch, x, wvqk, vqk, raw=raw, silu=True, bias=bvqk, config=config
+            linear_kernel.product, x, wvqk, vqk, raw=raw, silu=True, bias=bvqk, config=config
         )
         runs[f"output residual kernel {name}"] = partial(
-            linear_kernel.launch, x, w2, out, residual=residual, config=config
+            linear_kernel.product, x, w2, out, residual=residual, config=config
         )
     x8, w18, w28 = (linear.quantise_rows(t, backend="triton") for t in (x, w1.t(), w2.t()))
     u8, vqk8 = ((w18[0][part], w18[1][part]) for part in (slice(0, dim), slice(dim, None)))
@@ -83,10 +83,10 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
         name = "x".join(str(value) for value in config.values())
         scaled = {"b_is_nk": True, "row_scale": x8[1], "config": config}
         runs[f"vqk fp8 fused {name}"] = partial(
-            linear_kernel.launch, x8[0], vqk8[0], vqk, silu=True, bias=bvqk, column_scale=vqk8[1], **scaled
+            linear_kernel.product, x8[0], vqk8[0], vqk, silu=True, bias=bvqk, column_scale=vqk8[1], **scaled
         )
         runs[f"output fp8 residual kernel {name}"] = partial(
-            linear_kernel.launch, x8[0], w28[0], out, residual=residual, column_scale=w28[1], **scaled
+            linear_kernel.product, x8[0], w28[0], out, residual=residual, column_scale=w28[1], **scaled
         )
     return runs
 

@@ -73,8 +73,8 @@ def test_product_does_not_depend_on_how_it_is_cut(halves: int, resident: int) ->
         if not ON_GPU:
             config = {**config, "BLOCK_N": 32}
         out, raw, sum_ = (torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
-        linear_kernel.launch(a, b, out, raw=raw, silu=True, bias=bias, config=config)
-        linear_kernel.launch(a, b, sum_, residual=residual, config=config)
+        linear_kernel.product(a, b, out, raw=raw, silu=True, bias=bias, config=config)
+        linear_kernel.product(a, b, sum_, residual=residual, config=config)
         results.append((out, raw, sum_))
     assert not any(x.isnan().any() for x in results[1])
     for x, y in zip(*results, strict=True):

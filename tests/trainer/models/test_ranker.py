@@ -176,7 +176,9 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     tower = small_ranker(config).tower.to(device)
     batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
     embedded = {
-        key: JaggedTensor(values=torch.randn(length, 12, device=device), lengths=torch.zeros(3, device=device))
+        key: JaggedTensor(
+            values=torch.randn(length, 12, device=device), lengths=torch.zeros(3, dtype=torch.int64, device=device)
+        )
         for key, length in (*((key, 3) for key in CONTEXT), ("item_id", 249))
     }
     for mode in ("default", "error"):

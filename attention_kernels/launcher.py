@@ -1,0 +1,88 @@
+"""How every kernel is launched, in about a fifth of the host's time that Triton takes.
+
+Triton binds and examines all arguments on each call, which takes the host longer than a short kernel takes the GPU.
+`launch` remembers what Triton compiled for arguments of the same kind (types, alignment, divisibility) and calls that.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs its interpreter, which has no inline assembly."""
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[None, ...]]] = {}
+
+
+class Blocks:
+    """A tensor that the tensor memory accelerator (TMA) reads or writes in blocks; an argument of `launch`.
+
+    Triton's descriptors without their checks, of which there are several a launch.
+    """
+
+    __slots__ = ("base", "block_shape", "layout", "padding", "shape", "strides")
+
+    def __init__(
+        self,
+        base: Tensor,
+        block_shape: Sequence[int],
+        shape: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        layout: NVMMASharedLayout | None = None,
+    ) -> None:
+        """`shape` and `strides` are the tensor's own if None; `layout` is that of a Gluon kernel's shared memory."""
+        self.base = base
+        self.block_shape = block_shape
+        self.shape = base.shape if shape is None else shape
+        self.strides = base.stride() if strides is None else strides
+        self.layout = layout
+        self.padding = "zero"
+
+    def descriptor(self) -> Any:
+        """What Triton takes."""
+        lists = (list(self.shape), list(self.strides), list(self.block_shape))
+        if self.layout is None:
+            return TensorDescriptor(self.base, *lists)
+        return GluonDescriptor(self.base, *lists, self.layout)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)`, on the current stream.
+
+    `arguments` are all that the compiled kernel receives, in order: tensors, `Blocks`, numbers and None.  `constants`
+    are its compile-time arguments, which follow in its signature, and Triton's options.
+    """
+    if INTERPRETED:
+        _call(kernel, grid, arguments, constants)
+        return
+    key = (kernel, torch.cuda.current_device(), *map(_kind, arguments), *constants, *constants.values())
+    found = _compiled.get(key)
+    if found is None:
+        compiled = _call(kernel, grid, arguments, constants)
+        # The launcher that Triton generates takes compile-time arguments too, and ignores them.
+        _compiled[key] = (compiled, (None,) * (len(kernel.arg_names) - len(arguments)))
+        return
+    compiled, ignored = found
+    compiled[(*grid, 1, 1)](*arguments, *ignored)
+
+
+def _call(kernel: triton.JITFunction[Any], grid: tuple[int, ...], arguments: Sequence[Any], constants: Any) -> Any:
+    described = [x.descriptor() if isinstance(x, Blocks) else x for x in arguments]
+    return kernel[grid](*described, **constants)
+
+
+def _kind(x: Any) -> Any:
+    """At least what Triton compiles anew for."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, x.bit_length() > 31
+    if isinstance(x, Blocks):
+        return x.base.dtype, *x.block_shape, x.layout is None
+    return type(x)
