@@ -187,8 +187,8 @@ def _processors(device: torch.device) -> int:
 
 
 def _split_programs(q: Tensor) -> int:
-    """Parts of long tiles, over all heads: two a program."""
-    return 2 * _processors(q.device)
+    """Parts of long tiles, over all heads: one for every other program, as each part costs a sum to write and read."""
+    return _processors(q.device) // 2
 
 
 def _grid(plan: Schedule, q: Tensor) -> tuple[int]:

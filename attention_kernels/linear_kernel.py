@@ -153,11 +153,12 @@ def _matmul_kernel(
             )  # fmt: skip
 
 
-def tiles(*, fp8: bool) -> dict[str, int]:
+def tiles(*, fp8: bool, silu: bool) -> dict[str, int]:
     """How a product is cut; `RESIDENT` programs a multiprocessor walk over tiles, with 0 there is a program a tile.
 
-    Two programs fit a multiprocessor, so that one's epilogue hides behind the other's products.  Chosen from
-    `benchmarks.layer_products` on one NVIDIA H200.
+    Two programs fit a multiprocessor, so that one's epilogue hides behind the other's products.  Products with SiLU
+    walk over tiles and store them in `HALVES`; a residual's loads would hold such a walk up.  Chosen from
+    `benchmarks.layer_products` (`benchmarks/results/layer_products.json`).
     """
     if INTERPRETED:
         return {
@@ -173,9 +174,9 @@ def tiles(*, fp8: bool) -> dict[str, int]:
         "BLOCK_M": 128,
         "BLOCK_N": 128,
         "BLOCK_K": 128 if fp8 else 64,
-        "HALVES": 0,
-        "RESIDENT": 0,
-        "num_warps": 4 if fp8 else 8,
+        "HALVES": int(silu),
+        "RESIDENT": 2 if silu else 0,
+        "num_warps": 4 if fp8 or silu else 8,
         "num_stages": 3,
     }
 
@@ -197,7 +198,7 @@ def product(
     """Writes `out` [M, N], and the values before SiLU into `raw` if given; accumulates in float32."""
     M, K = a.shape
     N = b.shape[0] if b_is_nk else b.shape[1]
-    chosen = dict(config or tiles(fp8=row_scale is not None))
+    chosen = dict(config or tiles(fp8=row_scale is not None, silu=silu))
     resident = chosen.pop("RESIDENT")
     block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
     stored = [block_m, block_n // 2 if chosen["HALVES"] else block_n]

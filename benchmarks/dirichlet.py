@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further seed after these")
     parser.add_argument(
-        "--scales", type=float, nargs="*", default=[], help="further factors of scores, besides default"
+        "--factors", type=float, nargs="*", default=[], help="further factors of scores, besides default"
     )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

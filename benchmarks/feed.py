@@ -1,6 +1,6 @@
 """Does the loader keep a device fed?  Step time from Parquet files against step time with one cached batch.
 
-Run on a GPU: python -m benchmarks.feed [--length 4096] [--samples 16] [--steps 60] [--rounds 5] [--json FILE]
+Run on a GPU: python -m benchmarks.feed [--length 16384] [--samples 16] [--steps 30] [--rounds 3] [--json FILE]
 On a CPU: python -m benchmarks.feed --length 64 --samples 4 --steps 8 --rounds 2 --small
 
 One single-process model trains through TorchRec's overlapped pipeline, as the trainer does it, without a break: some
@@ -43,10 +43,10 @@ WARM_UP = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Step time with the loader and with one cached batch.")
-    parser.add_argument("--length", type=int, default=4096, help="events of every history")
+    parser.add_argument("--length", type=int, default=16384, help="events of every history")
     parser.add_argument("--samples", type=int, default=16, help="samples of a batch")
-    parser.add_argument("--steps", type=int, default=60, help="timed steps of a turn with the loader")
-    parser.add_argument("--rounds", type=int, default=5, help="turns with the loader")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of a turn with the loader")
+    parser.add_argument("--rounds", type=int, default=3, help="turns with the loader")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=4, help="threads of the reader process")
     parser.add_argument("--small", action="store_true", help="a model of width 16")

@@ -125,7 +125,7 @@ def test_checkpoint_carries_over_between_kernels(saved: ComputeKernel, loaded: C
 
 @pytest.mark.parametrize(("kernel", "tolerance"), [("fused", 0.02), ("fused_uvm_caching", 0.05)])
 def test_planned_memory_is_what_is_allocated(kernel: ComputeKernel, tolerance: float) -> None:
-    """Of a cached table we take TorchRec's estimate, which leaves out the cache's bookkeeping, 16 bytes a cached row."""
+    """Of a cached table we take TorchRec's estimate, which leaves out the cache's bookkeeping: 16 bytes a row."""
     table = TableConfig(name="item", num_embeddings=4_000_000, embedding_dim=128, features=("item",))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
