@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attention_kernels.gated_norm import normalise
 from attention_kernels.launcher import INTERPRETED, launch
-from attention_kernels.rows import warp_blocks
+from attention_kernels.rows import cdiv, warp_blocks
 from attention_kernels.silu import approximate, sigmoid
 
 FP8 = torch.float8_e4m3fn
@@ -136,7 +136,7 @@ def _outputs(x: Tensor) -> tuple[Tensor, Tensor, tuple[int], dict[str, int]]:
     rows, columns, warps = warp_blocks(width)
     out = torch.empty(num_rows, width, dtype=FP8, device=x.device)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    return out, scale, (triton.cdiv(num_rows, rows),), {"D": width, "ROWS": rows, "COLS": columns, "num_warps": warps}
+    return out, scale, (cdiv(num_rows, rows),), {"D": width, "ROWS": rows, "COLS": columns, "num_warps": warps}
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def quantise_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
     block = 16 if INTERPRETED else 32
     launch(
         _columns_kernel,
-        (triton.cdiv(num_columns, block),),
+        (cdiv(num_columns, block),),
         weight,
         out,
         scale,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import launch
-from attention_kernels.rows import row_blocks, serial_blocks
+from attention_kernels.rows import cdiv, power_of_two, row_blocks, serial_blocks
 from attention_kernels.silu import approximate, sigmoid
 
 _BACKWARD_WARPS = 12
@@ -212,7 +212,7 @@ def _sizes(attention_TW: Tensor, x_TD: Tensor | None, num_groups: int, dropout: 
         "W": width,
         "C": width // num_groups,
         "D": x_width,
-        "X_COLS": triton.next_power_of_2(max(16, x_width)),
+        "X_COLS": power_of_two(max(16, x_width)),
         "CONCAT": x_TD is not None,
         "DROPOUT": dropout > 0,
         "APPROXIMATE": approximate(attention_TW),
@@ -244,7 +244,7 @@ def forward(
     if num_rows:
         launch(
             _forward_kernel,
-            (triton.cdiv(num_rows, rows), num_groups),
+            (cdiv(num_rows, rows), num_groups),
             attention_TW,
             u_TW,
             attention_TW if x_TD is None else x_TD,

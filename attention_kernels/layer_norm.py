@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import launch
-from attention_kernels.rows import row_blocks, serial_blocks
+from attention_kernels.rows import cdiv, row_blocks, serial_blocks
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def forward(x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     if num_rows:
         launch(
             _forward_kernel,
-            (triton.cdiv(num_rows, rows),),
+            (cdiv(num_rows, rows),),
             x_TD,
             weight,
             bias,

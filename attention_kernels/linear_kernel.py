@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import INTERPRETED, Blocks, launch
-from attention_kernels.rows import multiprocessors
+from attention_kernels.rows import cdiv, multiprocessors
 from attention_kernels.silu import approximate, sigmoid
 
 
@@ -211,7 +211,7 @@ def product(
         # What the kernel does not touch needs some blocks all the same.
         return out_blocks if x is None else Blocks(x, stored)
 
-    count = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    count = cdiv(M, block_m) * cdiv(N, block_n)
     programs = min(count, resident * multiprocessors(a.device)) if resident else 0
     launch(
         _matmul_kernel,

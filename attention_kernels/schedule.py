@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attention_kernels.launcher import launch
 from attention_kernels.mask import SemiLocalMask
+from attention_kernels.rows import power_of_two
 
 # Width of the header and of an item, in int32.  Header: number of items, local, and a counter that starts at 0.
 ITEM_SIZE = tl.constexpr(16)
@@ -103,7 +104,7 @@ def build(
         KEY_BLOCK=key_block,
         HAS_LOCAL=mask.local is not None,
         HAS_TARGETS=num_targets is not None,
-        BLOCK_B=min(128, triton.next_power_of_2(num_sequences)),
+        BLOCK_B=min(128, power_of_two(num_sequences)),
         BLOCK_J=_WRITER_TILES,
         num_warps=4,
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import INTERPRETED, launch
-from attention_kernels.rows import serial_blocks
+from attention_kernels.rows import cdiv, power_of_two, serial_blocks
 
 _COLUMNS = 512
 _ROWS = 8
@@ -93,7 +93,7 @@ def forward(raw: Tensor, out: Tensor) -> None:
     if num_rows:
         launch(
             _forward_kernel,
-            (triton.cdiv(num_rows, _ROWS), triton.cdiv(width, _COLUMNS)),
+            (cdiv(num_rows, _ROWS), cdiv(width, _COLUMNS)),
             raw,
             out,
             num_rows,
@@ -112,11 +112,11 @@ def backward_(gradient: Tensor, raw: Tensor | None) -> Tensor:
     Rows of either may lie apart.  Returns the sum over rows of the result, [width] float32.
     """
     num_rows, width = gradient.shape
-    columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
-    blocks = triton.cdiv(width, columns)
+    columns = min(_COLUMNS, max(16, power_of_two(width)))
+    blocks = cdiv(width, columns)
     programs, rows, columns, warps = serial_blocks(columns, gradient.device)
     # As many programs over all columns as fill the device, no matter how many blocks of columns there are.
-    programs = triton.cdiv(programs, blocks)
+    programs = cdiv(programs, blocks)
     sums = torch.empty(programs, width, dtype=torch.float32, device=gradient.device)
     launch(
         _backward_kernel,

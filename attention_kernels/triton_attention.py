@@ -14,6 +14,7 @@ from attention_kernels.backward import dkdv_kernel, dq_kernel
 from attention_kernels.forward import forward_kernel
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
+from attention_kernels.rows import power_of_two
 from attention_kernels.schedule import Schedule
 from attention_kernels.tuning import AttentionConfig, TileConfig, choose_config
 
@@ -249,4 +250,4 @@ def _block_size(x: Tensor) -> int:
 
 def pad_size(size: int) -> int:
     """Head sizes are padded to a power of two; products need at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))

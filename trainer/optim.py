@@ -34,7 +34,13 @@ class Optimizers:
     ) -> None:
         self._names = {parameter: name for name, parameter in dense_module.named_parameters()}
         self._dense = torch.optim.Adam(
-            self._names, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            self._names,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            # One kernel for all parameters.
+            fused=True,
         )
         self._tables = tables
         self._max_norm = config.max_gradient_norm
@@ -69,7 +75,7 @@ class Optimizers:
         for parameter, name in self._names.items():
             slots = self._dense.state[parameter]
             if not slots:
-                slots["step"] = torch.zeros((), dtype=torch.float32)
+                slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 slots["exp_avg"] = torch.zeros_like(parameter)
                 slots["exp_avg_sq"] = torch.zeros_like(parameter)
             state.update({f"{name}/{slot}": value for slot, value in slots.items()})
