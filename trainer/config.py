@@ -130,6 +130,12 @@ class TrainConfig:
             raise ValueError(
                 f"embedding_dim must be a positive multiple of 4 (FBGEMM's rows), got {self.embedding_dim}"
             )
+        missing = sorted(self.model.side_lists - set(self.data.history_features))
+        if missing:
+            raise ValueError(
+                f"the model reads the side lists {', '.join(missing)}, which data.history_features="
+                f"{list(self.data.history_features)} does not name: add them there"
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or null, got {self.max_steps}")
         if self.log_every < 1:

@@ -18,7 +18,8 @@ NUM_ACTIONS = 8
 def random_batch(
     history_lens: list[int], num_candidates: list[int], *, context_names: tuple[str, ...] = (), seed: int = 0
 ) -> Batch:
-    """A batch with these lengths, random ids, actions, times (some unknown) and watch times (side list `play_s`)."""
+    """A batch with these lengths, random ids, actions, times (some unknown), watch times (side list `play_s`) and
+    surfaces (`tab`, 0 to 5)."""
     arrays = random_arrays(history_lens, num_candidates, num_context=len(context_names), seed=seed)
     return batch_of(arrays, context_names=context_names)
 
@@ -66,6 +67,7 @@ def random_arrays(
         "action": (random(2**NUM_ACTIONS, total) * is_history).int(),
         "timestamp": timestamp,
         "side/play_s": random(100, total).float() * is_history,
+        "side/tab": (random(6, total) * is_history).int(),
         "candidate_action": random(2**NUM_ACTIONS, int(candidates.sum())).int(),
         "loss_denominator": torch.tensor([float(max(1, int(candidates.sum())))]),
     }

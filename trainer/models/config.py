@@ -89,6 +89,28 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SideFeatureConfig:
+    """What a further history list of the data says about an event, as a part of the event's action."""
+
+    name: str
+    """The list's name, one of `data.history_features`."""
+    thresholds: tuple[float, ...] = ()
+    """Each adds one action bit: the value reaches it, in the list's own unit (a watch time, a price)."""
+    buckets: int | None = None
+    """So many vectors; an event gets that of its value (its integer part) modulo this number: choose it above the
+    largest value of a small vocabulary, or hash a large one."""
+
+    def __post_init__(self) -> None:
+        if bool(self.thresholds) == (self.buckets is not None):
+            raise ValueError(
+                f"input.side_features: {self.name!r} has thresholds={self.thresholds} and buckets={self.buckets}: set "
+                "thresholds for a quantity or buckets for a category"
+            )
+        if self.buckets is not None and self.buckets < 1:
+            raise ValueError(f"input.side_features: buckets of {self.name!r} must be at least 1, got {self.buckets}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InputConfig:
     """How events, candidates and context become tokens."""
 
@@ -97,10 +119,8 @@ class InputConfig:
     the tokens, so `max_len` has to hold twice the history)."""
     candidate_action: Literal["zero", "learned"] = "zero"
     """What stands in the place of a candidate's action: nothing, or one learned vector."""
-    watch_time: str | None = None
-    """Name of the batch's side list with watch times, or null when there is none."""
-    watch_time_thresholds: tuple[float, ...] = ()
-    """Each adds one action bit: the watch time reaches this value, in the side list's own unit."""
+    side_features: tuple[SideFeatureConfig, ...] = ()
+    """Further history lists that enter the action: watch time, surface, price."""
     num_positions: int = 8192
     """Position vectors; an event's position counts back from the newest, and older ones share the last vector."""
     num_time_buckets: int = 128
@@ -109,11 +129,9 @@ class InputConfig:
     """Probability of zeroing an element of the tokens while training."""
 
     def __post_init__(self) -> None:
-        if bool(self.watch_time_thresholds) != (self.watch_time is not None):
-            raise ValueError(
-                f"input.watch_time={self.watch_time} with input.watch_time_thresholds={self.watch_time_thresholds}: "
-                "set both or neither"
-            )
+        names = [feature.name for feature in self.side_features]
+        if len(set(names)) != len(names):
+            raise ValueError(f"input.side_features must have different names, got {', '.join(names)}")
         for name in ("num_positions", "num_time_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"input.{name} must be at least 1, got {getattr(self, name)}")
@@ -136,7 +154,8 @@ class ChannelConfig:
     actions: tuple[str, ...] = ()
     """Keep events with at least one of these actions; empty keeps every event."""
     side: str | None = None
-    """Keep events whose value in this side list of the batch is not 0 (a named sequence); null for no such rule."""
+    """Keep events whose value in this list of `data.history_features` is not 0 (a named sequence); null for no such
+    rule."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -222,6 +241,12 @@ class ModelConfig:
             raise ValueError(f"model.head_hidden must be at least 1, or null, got {self.head_hidden}")
         if self.retrieval is not None:
             self._check_retriever()
+
+    @property
+    def side_lists(self) -> set[str]:
+        """The further history lists that the model reads."""
+        chosen = {channel.side for channel in self.channels if channel.side is not None}
+        return chosen | {feature.name for feature in self.input.side_features}
 
     def _check_retriever(self) -> None:
         """A retriever has neither candidates nor tasks: settings for them would have no effect."""

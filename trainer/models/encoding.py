@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from pipelines.batch import Batch
+from trainer.models.config import SideFeatureConfig
 from trainer.models.layout import SequenceLayout, candidate_mask, history_mask, make_layout, take_rows
 from trainer.models.precision import compute_dtype
 
@@ -32,8 +33,7 @@ class InputEncoder(nn.Module):
         num_actions: bits of an action mask.
         interleave: two tokens an event (item, action) in place of their sum.
         learned_candidate_action: a learned vector instead of zero in the place of a candidate's action.
-        watch_time: name of the side list that the thresholds apply to.
-        watch_time_thresholds: each adds one action bit.
+        side_features: further lists of the batch that enter the action.
         num_positions: position vectors.
         num_time_buckets: time vectors, the one for "unknown" not counted.
         dropout: probability of zeroing an element of a token.
@@ -51,8 +51,7 @@ class InputEncoder(nn.Module):
         num_actions: int,
         interleave: bool = False,
         learned_candidate_action: bool = False,
-        watch_time: str | None = None,
-        watch_time_thresholds: tuple[float, ...] = (),
+        side_features: tuple[SideFeatureConfig, ...] = (),
         num_positions: int = 8192,
         num_time_buckets: int = 128,
         dropout: float = 0.0,
@@ -61,11 +60,14 @@ class InputEncoder(nn.Module):
         self.context_names = context_names
         self.num_actions = num_actions
         self.interleave = interleave
-        self.watch_time = watch_time
+        self.quantities = tuple(feature for feature in side_features if feature.thresholds)
+        self.categories = tuple(feature for feature in side_features if feature.buckets is not None)
         self.dropout = dropout
         self.item_projection = nn.Linear(embedding_dim, dim) if embedding_dim != dim else nn.Identity()
         # One row for "something happened" (an impression without any action is an event), one a bit, one a threshold.
-        self.action_vectors = _vectors(1 + num_actions + len(watch_time_thresholds), dim)
+        thresholds = [threshold for feature in self.quantities for threshold in feature.thresholds]
+        self.action_vectors = _vectors(1 + num_actions + len(thresholds), dim)
+        self.category_vectors = nn.ParameterList(_vectors(feature.buckets or 0, dim) for feature in self.categories)
         self.candidate_action = _vectors(1, dim) if learned_candidate_action else None
         # Row 0 is the candidates'.
         self.position_vectors = _vectors(1 + num_positions, dim)
@@ -75,7 +77,7 @@ class InputEncoder(nn.Module):
         self.context_projection = nn.Linear(embedding_dim, dim) if context_names else None
         self.context_vectors = _vectors(len(context_names), dim) if context_names else None
         self.register_buffer("action_bits", torch.arange(num_actions, dtype=torch.int32), persistent=False)
-        self.register_buffer("thresholds", torch.tensor(watch_time_thresholds, dtype=torch.float32), persistent=False)
+        self.register_buffer("thresholds", torch.tensor(thresholds, dtype=torch.float32), persistent=False)
 
     def forward(self, embedded: dict[str, JaggedTensor], batch: Batch) -> tuple[Tensor, SequenceLayout]:
         """Returns the tokens [T, D] in the type of computation, and their layout."""
@@ -110,16 +112,22 @@ class InputEncoder(nn.Module):
         return F.embedding(position_S, self.position_vectors.to(dtype)) + F.embedding(bucket_S, time_vectors.to(dtype))
 
     def _actions(self, batch: Batch, is_history_S1: Tensor, dtype: torch.dtype) -> Tensor:
-        """The action part of every item token: a sum of vectors of the bits that are on; nothing of a candidate."""
+        """The action part of every item token: the vectors of the bits that are on and of the categories, added up;
+        nothing of a candidate."""
         bits = [torch.ones_like(is_history_S1), (batch.action[:, None] >> self.action_bits & 1).bool()]
-        if self.watch_time is not None:
-            bits.append(batch.side[self.watch_time][:, None] >= self.thresholds)
+        counts = [len(feature.thresholds) for feature in self.quantities]
+        for feature, thresholds in zip(self.quantities, torch.split(self.thresholds, counts), strict=True):
+            bits.append(batch.side[feature.name][:, None] >= thresholds)
         bits_SA = (torch.cat(bits, dim=1) & is_history_S1).to(dtype)
         vectors: Tensor = self.action_vectors
         if self.candidate_action is not None:
             bits_SA = torch.cat([bits_SA, (~is_history_S1).to(dtype)], dim=1)
             vectors = torch.cat([vectors, self.candidate_action])
-        return bits_SA @ vectors.to(dtype)
+        actions_SD = bits_SA @ vectors.to(dtype)
+        for feature, own_vectors in zip(self.categories, self.category_vectors, strict=True):
+            bucket_S = batch.side[feature.name].long() % own_vectors.shape[0]
+            actions_SD = actions_SD + F.embedding(bucket_S, own_vectors.to(dtype)) * is_history_S1
+        return actions_SD
 
     def _context(self, embedded: dict[str, JaggedTensor], dtype: torch.dtype) -> Tensor:
         assert self.context_projection is not None and self.context_vectors is not None

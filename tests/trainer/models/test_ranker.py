@@ -13,8 +13,16 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from tests.support.batches import CONTEXT_VOCAB, NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays, random_batch
 from tests.support.distributed import run_ranks
-from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import (
+    ChannelConfig,
+    InputConfig,
+    LayerConfig,
+    ModelConfig,
+    SideFeatureConfig,
+    StageConfig,
+)
 from trainer.models.ranker import Ranker, build_ranker
+from trainer.recipes import load_recipe
 
 CONTEXT = ("user_id", "country")
 TABLES = (*CONTEXT, "item_id")
@@ -60,7 +68,14 @@ CONFIGS = {
         ),
     ),
     "stochastic depth": model_config(layer=replace(LAYER, stochastic_depth=0.5)),
-    "watch_time": model_config(input=InputConfig(watch_time="play_s", watch_time_thresholds=(10.0, 50.0))),
+    "side_features": model_config(
+        input=InputConfig(
+            side_features=(
+                SideFeatureConfig(name="play_s", thresholds=(10.0, 50.0)),
+                SideFeatureConfig(name="tab", buckets=4),
+            )
+        )
+    ),
 }
 
 
@@ -109,6 +124,7 @@ def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
         "action": insert("action", [3, 5]),
         "timestamp": insert("timestamp", [1_800_000_000, -1]),
         "side/play_s": insert("side/play_s", [70.0, 90.0]),
+        "side/tab": insert("side/tab", [3, 1]),
         "candidate_action": insert("candidate_action", [1, 2]),
     }
     alone, together = (batch_of(each, context_names=CONTEXT) for each in (arrays, arrays | others))
@@ -124,6 +140,46 @@ def test_a_candidates_action_changes_nothing_but_its_label() -> None:
     other_action = {"action": torch.where(is_history, arrays["action"], 255)}
     batch, changed = (batch_of(each, context_names=CONTEXT) for each in (arrays, arrays | other_action))
     torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
+
+
+def test_side_features_enter_events_and_no_candidates() -> None:
+    encoder = small_ranker(CONFIGS["side_features"]).tower.encoder
+    arrays = random_arrays([5, 0, 9], [2, 3, 1], num_context=len(CONTEXT))
+    # What the data would tell of a candidate, were it not 0.
+    is_history = torch.tensor(([1] * 5 + [0] * 2) + [0] * 3 + ([1] * 9 + [0])).bool()
+    arrays["side/tab"] = torch.where(is_history, arrays["side/tab"], 3)
+    arrays["side/play_s"] = torch.where(is_history, arrays["side/play_s"], 99.0)
+    batch = batch_of(arrays, context_names=CONTEXT)
+    vectors = encoder.category_vectors[0]
+    embedded = {
+        name: JaggedTensor(
+            values=torch.randn(20 if name == "item_id" else 3, 12), lengths=torch.zeros(3, dtype=torch.int64)
+        )
+        for name in TABLES
+    }
+    with torch.no_grad():
+        tokens, layout = encoder(embedded, batch)
+        is_item = layout.index_T >= len(CONTEXT)
+        reached = arrays["side/play_s"][:, None] >= torch.tensor([10.0, 50.0])
+        added = reached.float() @ encoder.action_vectors[-2:] + vectors[arrays["side/tab"].long() % 4]
+        encoder.action_vectors[-2:] = 0
+        vectors.zero_()
+        plain, _ = encoder(embedded, batch)
+    torch.testing.assert_close((tokens - plain)[is_item], added * is_history[:, None], rtol=1e-5, atol=1e-6)
+    assert torch.equal(tokens[~is_item], plain[~is_item])
+
+
+def test_side_features_that_make_no_sense_are_refused() -> None:
+    for wrong in ({}, {"thresholds": (1.0,), "buckets": 3}, {"buckets": 0}):
+        with pytest.raises(ValueError, match=r"input.side_features: .*'tab'"):
+            SideFeatureConfig(name="tab", **wrong)
+    feature = SideFeatureConfig(name="tab", buckets=3)
+    with pytest.raises(ValueError, match="must have different names, got tab, tab"):
+        InputConfig(side_features=(feature, feature))
+    recipe = load_recipe("kuairand_sample")
+    model = replace(recipe.model, input=replace(recipe.model.input, side_features=(feature,)))
+    with pytest.raises(ValueError, match=r"side lists tab, which data.history_features=\[.*\] does not name: add them"):
+        replace(recipe, model=model)
 
 
 def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None:
@@ -165,7 +221,7 @@ def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["paper", "production", "interleaved", "channels", "watch_time"])
+@pytest.mark.parametrize("name", ["paper", "production", "interleaved", "channels", "side_features"])
 def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     layer = LayerConfig(num_heads=2, qk_dim=32, value_dim=32, variant="production" if name == "production" else "paper")
     config = replace(CONFIGS[name], dim=64, layer=layer, max_len=512)
