@@ -22,10 +22,12 @@ from pipelines.config import DataConfig
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
 from trainer.metrics import CUTOFFS, retrieval_scores
-from trainer.models.config import RetrievalConfig
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
 from trainer.models.retriever import RetrieverTower
 from trainer.parallelize import ParallelModel
+
+PREDICTIONS = 4096
+"""Predictions that a rank scores at a time."""
 
 
 @torch.no_grad()
@@ -34,8 +36,8 @@ def evaluate_retrieval(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """`hr@10`, `hr@50`, `ndcg@10`, `ndcg@50` and `mrr` of the model and of popularity.  Called by every rank.
 
-    Every rank must get the same number of batches; a batch may be empty.  Memory of a rank: E floats a prediction,
-    `corpus_chunk` scores a prediction at a time, and with `exclude_seen` one pair of numbers an earlier event.
+    Every rank must get the same number of batches; a batch may be empty.  Memory of a rank: E floats a prediction, the
+    scores of `PREDICTIONS` predictions for `corpus_chunk` items, and with `exclude_seen` two numbers an earlier event.
     """
     assert config.model.retrieval is not None
     was_training = model.module.training
@@ -48,7 +50,7 @@ def evaluate_retrieval(
         outputs, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
         seen = _join_seen([part[2] for part in parts], [part[0].shape[0] for part in parts])
         counts = _popularity(config.data, num_items, mesh)
-        ranks = _count_better(model, outputs, targets, seen, counts, config.model.retrieval)
+        ranks = _count_better(model, outputs, targets, seen, counts, config.model.retrieval.corpus_chunk)
     finally:
         model.module.train(was_training)
     sums = torch.stack([retrieval_scores(rank) for rank in ranks])
@@ -118,38 +120,41 @@ def _count_better(
     targets: Tensor,
     seen: Tensor,
     counts: Tensor,
-    retrieval: RetrievalConfig,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Rank of each true item by the model and by popularity, [P], 1 for the best; ties count against it."""
     device = outputs.device
-    num_items, chunk = counts.numel(), retrieval.corpus_chunk
+    num_items = counts.numel()
+    chunks = [(first, min(first + chunk, num_items)) for first in range(0, num_items, chunk)]
+    blocks = [slice(first, first + PREDICTIONS) for first in range(0, targets.numel(), PREDICTIONS)]
     wanted = torch.full((targets.numel(),), -torch.inf, device=device)
-    for first in range(0, num_items, chunk):
+    for first, last in chunks:
         # A pass of its own: a score must be the same number here and where it is compared.
-        scores = _scores(model, outputs, first, min(first + chunk, num_items))
-        here = (targets >= first) & (targets < first + chunk)
-        mine = scores.gather(1, (targets - first).clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
-        wanted = torch.where(here, mine, wanted)
+        items = _item_vectors(model, first, last, device)
+        for block in blocks:
+            here = (targets[block] >= first) & (targets[block] < last)
+            place = (targets[block] - first).clamp(0, last - first - 1)
+            mine = (outputs[block] @ items.t()).gather(1, place[:, None])[:, 0]
+            wanted[block] = torch.where(here, mine, wanted[block])
     better, more_popular = (torch.zeros_like(targets) for _ in range(2))
-    for first in range(0, num_items, chunk):
-        last = min(first + chunk, num_items)
-        scores = _scores(model, outputs, first, last)
-        counted = torch.arange(first, last, device=device) != targets[:, None]
-        if retrieval.exclude_seen:
-            bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=device))
-            prediction, item = seen[:, bounds[0] : bounds[1]]
-            counted[prediction, item - first] = False
-        better += ((scores >= wanted[:, None]) & counted).sum(1)
-        more_popular += ((counts[first:last] >= counts[targets][:, None]) & counted).sum(1)
+    for first, last in chunks:
+        items = _item_vectors(model, first, last, device)
+        bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=device))
+        prediction, item = seen[:, bounds[0] : bounds[1]]
+        for block in blocks:
+            counted = torch.arange(first, last, device=device) != targets[block][:, None]
+            mine = (prediction >= block.start) & (prediction < block.stop)
+            counted[prediction[mine] - block.start, item[mine] - first] = False
+            better[block] += ((outputs[block] @ items.t() >= wanted[block][:, None]) & counted).sum(1)
+            more_popular[block] += ((counts[first:last] >= counts[targets[block]][:, None]) & counted).sum(1)
     return better + 1, more_popular + 1
 
 
-def _scores(model: ParallelModel, outputs: Tensor, first: int, last: int) -> Tensor:
-    """Scores of every prediction of this rank for the items from `first` on, [P, last - first].
+def _item_vectors(model: ParallelModel, first: int, last: int, device: torch.device) -> Tensor:
+    """Vectors of the items from `first` on, [last - first, E].
 
     A collective: every rank asks for the same rows, whatever its number of predictions.
     """
-    device = outputs.device
     features = KeyedJaggedTensor(
         keys=[ITEM_FEATURE, NEGATIVE_FEATURE],
         values=torch.arange(first, last, device=device),
@@ -158,7 +163,7 @@ def _scores(model: ParallelModel, outputs: Tensor, first: int, last: int) -> Ten
     )
     rows = model.module.module.embeddings(features)[ITEM_FEATURE].values()
     assert isinstance(model.dense, RetrieverTower)
-    return outputs @ model.dense.unit(rows).t()
+    return model.dense.unit(rows)
 
 
 def _popularity(data: DataConfig, num_items: int, mesh: Mesh) -> Tensor:
