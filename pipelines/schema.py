@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 UNKNOWN_TIME = -1
 """Timestamp of an event whose time is not known; such events come first in a history."""
+MAX_ACTIONS = 31
+"""Bits of an action mask, a positive int32."""
 LENGTH_COLUMNS = ("history_length", "num_candidates")
 """Optional int32 columns with the lengths of a row's lists: with them, ranks balance without reading the lists."""
 
@@ -59,9 +62,18 @@ class DatasetInfo:
 
 
 def open_filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a local path or of an s3://, gs:// or hdfs:// address, and the path within it."""
+    """The filesystem of a local path or of an s3://, gs:// or hdfs:// address, and the path within it.
+
+    Raises ValueError if the address cannot be opened.
+    """
     if "://" in path:
-        filesystem, inner = fs.FileSystem.from_uri(path)
+        try:
+            filesystem, inner = fs.FileSystem.from_uri(path)
+        except (pa.ArrowException, OSError) as error:
+            # Without Java, the rest are the hundred places where it was sought.
+            reason = str(error).splitlines()[0]
+            needs = "; hdfs:// needs Hadoop's client: JAVA_HOME, HADOOP_HOME and CLASSPATH (hadoop classpath --glob)"
+            raise ValueError(f"{path} cannot be opened: {reason}{needs * path.startswith('hdfs://')}") from error
         return filesystem, inner
     return fs.LocalFileSystem(), path
 
@@ -116,7 +128,7 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
 
 def _check_names(values: Mapping[str, Any], name: str) -> None:
     """Names of actions and features: strings, distinct, few enough for a bit mask, none that is taken."""
-    for key, limit in (("actions", 31), ("history_features", 64)):
+    for key, limit in (("actions", MAX_ACTIONS), ("history_features", 64)):
         names = values[key]
         if not all(isinstance(item, str) and item for item in names) or len(set(names)) != len(names):
             raise ValueError(f"{name}: {key!r} must hold distinct names, got {names}")

@@ -205,6 +205,25 @@ def test_missing_or_malformed_description(tmp_path: Path) -> None:
         read_all(path)
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hdfs://namenode:8020/data", "hdfs:// needs Hadoop's client: JAVA_HOME, HADOOP_HOME and CLASSPATH"),
+        ("ftp://host/data", "Unrecognized filesystem type"),
+    ],
+)
+def test_an_address_that_this_machine_cannot_open(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("JAVA_HOME", "HADOOP_HOME", "ARROW_LIBHDFS_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(ValueError, match="cannot be opened") as caught:
+        read_all(address)
+    assert address in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_history_feature(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names dwell, but .* has watch_time"):
         read_all(write(tmp_path / "d", made_up_rows(3)), history_features=("dwell",))
