@@ -29,6 +29,8 @@ def connect(scratch: Path, memory_gib: float, threads: int | None) -> duckdb.Duc
     connection.execute("SET temp_directory = " + literal(str(scratch / "spill")))
     connection.execute("SET preserve_insertion_order = false")
     connection.execute("SET enable_progress_bar = false")
+    # Dates and times that name no zone.
+    connection.execute("SET TimeZone = 'UTC'")
     if threads is not None:
         connection.execute(f"SET threads = {threads}")
     return connection
@@ -76,7 +78,7 @@ def plain_file(path: Path, scratch: Path) -> Path:
     return copy
 
 
-def csv_reader(path: Path, columns: Mapping[str, str]) -> str:
+def csv_reader(path: Path, columns: Mapping[str, str | None]) -> str:
     """The SQL table function that reads a CSV file with a header, `columns` as these SQL types and the rest as text.
 
     Raises ValueError, naming the file, if it is empty or lacks a column.
@@ -89,7 +91,7 @@ def csv_reader(path: Path, columns: Mapping[str, str]) -> str:
     missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(f"{path}: the header lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}")
-    types = ", ".join(f"{literal(name)}: {literal(columns.get(name, 'VARCHAR'))}" for name in names)
+    types = ", ".join(f"{literal(name)}: {literal(columns.get(name) or 'VARCHAR')}" for name in names)
     return (
         f"read_csv({literal(str(path))}, header = true, auto_detect = false, delim = ',', quote = '\"', "
         f"escape = '\"', columns = {{{types}}})"
@@ -116,15 +118,22 @@ def json_reader(path: Path, fields: Mapping[str, str]) -> str:
 
 
 def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str | None]) -> str:
-    """SQL that reads these columns of a Parquet file as these types (None: as stored); ValueError if one is missing."""
+    """SQL that reads these columns of a Parquet file as these types (None: as stored).
+
+    Raises ValueError if a column is missing, or holds lists and a type is asked for.
+    """
     file = f"read_parquet({literal(str(path))})"
     try:
-        names = [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {file}").fetchall()]
+        stored = {row[0]: row[1] for row in connection.execute(f"DESCRIBE SELECT * FROM {file}").fetchall()}
     except (duckdb.InvalidInputException, duckdb.IOException) as error:
-        raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {error}") from error
-    missing = [name for name in columns if name not in names]
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {reason}") from error
+    missing = [name for name in columns if name not in stored]
     if missing:
-        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}")
+        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(stored)}")
+    for name, kind in columns.items():
+        if kind and stored[name].endswith("[]"):
+            raise ValueError(f"{path}: column {name} holds lists ({stored[name]}); give files with one event a row")
     casts = ", ".join(
         f"{quoted(name)}::{kind} AS {quoted(name)}" if kind else quoted(name) for name, kind in columns.items()
     )
@@ -151,6 +160,7 @@ def check_rows(
     unit: str = "line",
 ) -> None:
     """Raise ValueError with file and line for the first row of `reader` that breaks a rule (SQL condition: text)."""
+    logger.info("reading %s", path)
     bad = " OR ".join(f"(({rule}) IS NOT TRUE)" for rule in rules)
     count = execute(connection, f"SELECT count(*) FROM {reader} WHERE {bad}", path)[0][0]
     if not count:
@@ -166,6 +176,15 @@ def check_rows(
     raise ValueError(f"{path}, {unit} {row[0] - 1 + first_line}: {reason} ({count} such row(s))")
 
 
+def check_one_row_each(connection: duckdb.DuckDBPyConnection, reader: str, path: Path, column: str) -> None:
+    """Raise ValueError if a value of `column` stands in several rows: each of its events would count several times."""
+    found = execute(
+        connection, f"SELECT {column} FROM {reader} GROUP BY 1 HAVING count(*) > 1 ORDER BY 1 LIMIT 1", path
+    )
+    if found:
+        raise ValueError(f"{path}: {column} {found[0][0]} stands in several rows; give one row a user")
+
+
 def _open_xz(path: Path) -> BinaryIO:
     return cast(BinaryIO, lzma.open(path))
 
@@ -176,7 +195,11 @@ def _open_gz(path: Path) -> BinaryIO:
 
 def _line_of(message: str) -> str:
     """The line number and the cause out of DuckDB's many-line message."""
-    line = re.search(r"on Line: (\d+)", message, re.IGNORECASE)
+    malformed = re.search(r"Malformed JSON .* in line (\d+)", message)
+    if malformed:
+        # DuckDB 2.0 counts one too many here, unlike where a value has the wrong type.
+        return f", line {int(malformed.group(1)) - 1}: malformed JSON"
+    line = re.search(r"(?:on|in) line:? (\d+)", message, re.IGNORECASE)
     lines = [text.strip() for text in message.splitlines() if text.strip()]
     cause = next((text for text in lines if text.startswith(("Error when", "Expected", "Value with"))), lines[0])
     original = next((text for text in lines if text.startswith("Original Line")), "")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import duckdb
 
-from pipelines.prepare.engine import literal, quoted
+from pipelines.prepare.engine import quoted
 
 UNKNOWN_ITEM = 0
 """Item id that no event has: room for items that appear after the preparation."""
@@ -42,18 +42,19 @@ def number_context(connection: duckdb.DuckDBPyConnection, table: str, names: Seq
 
     A value's number is its place among the sorted values, from 1 on; 0 is unknown.
     """
-    values = {}
-    for name in names:
-        rows = connection.execute(
-            f"SELECT DISTINCT {quoted(name)} FROM {table} WHERE {quoted(name)} IS NOT NULL ORDER BY 1"
-        ).fetchall()
+    values, columns, joins = {}, "", ""
+    for place, name in enumerate(names):
+        connection.execute(
+            f"CREATE TABLE context_{place} AS SELECT value, row_number() OVER (ORDER BY value) AS number FROM "
+            f"(SELECT DISTINCT {quoted(name)} AS value FROM {table} WHERE {quoted(name)} IS NOT NULL)"
+        )
+        rows = connection.execute(f"SELECT value FROM context_{place} ORDER BY number").fetchall()
         values[name] = [str(row[0]) for row in rows]
-    columns = "".join(
-        f", coalesce(list_position([{', '.join(map(literal, known))}]::VARCHAR[], {quoted(name)}), 0)::BIGINT "
-        f"AS {quoted(name)}"
-        for name, known in values.items()
+        columns += f", coalesce(context_{place}.number, 0)::BIGINT AS {quoted(name)}"
+        joins += f" LEFT JOIN context_{place} ON t.{quoted(name)} = context_{place}.value"
+    connection.execute(
+        f"CREATE TABLE users AS SELECT user_id{columns} FROM {table} AS t JOIN user_ids USING (user_key){joins}"
     )
-    connection.execute(f"CREATE TABLE users AS SELECT user_id{columns} FROM {table} JOIN user_ids USING (user_key)")
     return values
 
 

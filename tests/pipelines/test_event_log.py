@@ -1,6 +1,7 @@
 """A company's own log to the prepared format: columns named on the command line, one clear error each."""
 
 import json
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,103 @@ def test_a_context_feature_is_the_first_known_value(tmp_path: Path) -> None:
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     [row] = rows_of(tmp_path / "out", "eval")
     assert info["context_values"]["land"][row["land"] - 1] == "fr"
+
+
+COLUMNS = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
+LOG = {"u": [1] * 4, "i": [2, 3, 4, 5], "t": [100, 200, 300, 4000], "like": [1, 0, 1, 0], "dwell": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("stored", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("like", [1.0, 0.0, 0.7, 0.0], "3: label like must be 0 or 1 (1 such row(s))"),
+        ("like", [1, 0, None, 0], "3: label like must be 0 or 1"),
+        ("t", [100.0, 200.0, 300.5, 4000.0], "3: t must hold whole numbers of s since 1970"),
+        ("t", [100, 200, -1, 4000], "3: t must hold whole numbers of s since 1970, none negative"),
+        ("t", [100, 200, None, 4000], "3: t must hold whole numbers of s since 1970, none negative or missing"),
+        ("t", [datetime(2024, 1, day) for day in (1, 2, 3, 4)], "1: t must hold whole numbers of s"),
+        (
+            "t",
+            [1_700_000_000_000 + step for step in range(4)],
+            "1: t lies after the year 2100: is --time-unit s right?",
+        ),
+        ("dwell", [1.0, 2.0, 3.5, 4.0], "3: dwell must hold whole numbers"),
+        ("u", [1, 1, None, 1], "3: u must not be missing"),
+        ("i", [1, 1, None, 1], "3: i must not be missing"),
+    ],
+)
+def test_a_value_that_would_have_to_be_guessed_is_refused_by_file_and_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str, column: str, values: list[object], message: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    table = pa.table({**LOG, column: values})
+    (csv.write_csv if stored == "csv" else pq.write_table)(table, tmp_path / "in" / f"log.{stored}")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--history-columns", "dwell") == 1
+    row, rest = message.split(":", 1)
+    where = f"line {int(row) + 1}" if stored == "csv" else f"row {row}"
+    assert f"log.{stored}, {where}:{rest}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stored", ["csv", "parquet"])
+def test_dates_and_times_are_read_in_utc_or_in_their_zone(tmp_path: Path, stored: str) -> None:
+    begin = datetime(2024, 1, 1)
+    naive = [begin + timedelta(seconds=second) for second in LOG["t"]]
+    zone = timezone(timedelta(hours=2))
+    zoned = [moment.replace(tzinfo=UTC).astimezone(zone) for moment in naive]
+    (tmp_path / "in").mkdir()
+    for number, moments in enumerate((naive, zoned)):
+        kind = pa.timestamp("ms") if number == 0 else pa.timestamp("ms", "+02:00")
+        table = pa.table({**LOG, "u": [number] * 4, "t": pa.array(moments, kind)})
+        path = tmp_path / "in" / f"log{number}.{stored}"
+        if stored == "parquet":
+            pq.write_table(table, path)
+        else:
+            lines = [f"{number},{item},{moment.isoformat()},1" for item, moment in enumerate(moments)]
+            write_lines(path, ["u,i,t,like", *lines])
+    first = int(begin.replace(tzinfo=UTC).timestamp())
+    options = [*COLUMNS, "--time-unit", "timestamp", "--split-time", str(first + 3600)]
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    rows = rows_of(tmp_path / "out", "eval")
+    assert [row["history_timestamp"] + row["candidate_timestamp"] for row in rows] == [
+        [first + second for second in LOG["t"]]
+    ] * 2
+
+
+def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like", "1,2,2024-01-01,1", "1,3,17,1"])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--time-unit", "timestamp") == 1
+    assert "log.csv, line 3: t must hold dates and times from 1970 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--history-columns", "rank"], "column rank cannot be a context or history column under this name"),
+        (["--context-columns", "user_id"], "column user_id cannot be a context or history column"),
+        (["--context-columns", "history_length"], "column history_length cannot be a context or history column"),
+        (["--context-columns", "land", "--history-columns", "land"], "column land is named twice"),
+        (["--action-columns", ",".join(f"a{bit}" for bit in range(32))], "at most 31 actions fit into a bit mask"),
+        (["--time-unit", "min"], "--time-unit must be one of s, ms, us, ns, timestamp, got min"),
+    ],
+)
+def test_columns_that_cannot_be_are_wrong_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *options)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_context_feature_may_have_very_many_values(tmp_path: Path) -> None:
+    users = np.arange(30_000)
+    table = pa.table({"u": np.repeat(users, 2), "i": np.tile([1, 2], 30_000), "t": np.tile([100, 4000], 30_000)})
+    table = table.append_column("like", pa.array(np.ones(60_000, np.int64)))
+    table = table.append_column("device", pa.array([f"device {user:05d}" for user in np.repeat(users, 2)]))
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "log.parquet")
+    options = [*COLUMNS, "--context-columns", "device", "--split-time", "3600", "--min-history", "0"]
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["context_features"] == {"device": 30_001}
+    assert all(row["device"] == row["user_id"] + 1 for row in rows_of(tmp_path / "out", "eval"))
