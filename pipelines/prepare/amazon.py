@@ -71,6 +71,8 @@ EDITIONS = {
         source="Amazon reviews 2023: Y. Hou et al., arXiv 2403.03952",
     ),
 }
+ASIN_LEN = 10
+"""Characters of Amazon's item numbers; reviewers' are longer."""
 TYPES = {"user_key": "VARCHAR", "item_key": "VARCHAR", "rating": "DOUBLE", "time": "BIGINT"}
 
 
@@ -86,6 +88,7 @@ def _load(edition: Edition, connection: duckdb.DuckDBPyConnection, source: Path,
         plain = plain_file(path, scratch)
         reader, first_line = _reader(plain, edition)
         check_rows(connection, reader, path, RULES, first_line)
+        _check_columns_order(connection, reader, path)
         execute(
             connection,
             f"INSERT INTO raw SELECT user_key, item_key, time // {edition.time_divisor}, time, "
@@ -105,6 +108,16 @@ def _load(edition: Edition, connection: duckdb.DuckDBPyConnection, source: Path,
         source=edition.source,
         licence="the publisher states none; research use",
     )
+
+
+def _check_columns_order(connection: duckdb.DuckDBPyConnection, reader: str, path: Path) -> None:
+    """Raise ValueError if the items look like users: the CSV files of 2014 and 2018 differ in nothing else."""
+    share = f"SELECT avg((length(item_key) = {ASIN_LEN})::INTEGER) FROM {reader}"
+    if (execute(connection, share, path)[0][0] or 0) < 0.5:
+        raise ValueError(
+            f"{path}: most items have not the {ASIN_LEN} characters of Amazon's item numbers; the files of 2014 begin "
+            "with the user, those of 2018 with the item: is this the edition?"
+        )
 
 
 def _reader(path: Path, edition: Edition) -> tuple[str, int]:

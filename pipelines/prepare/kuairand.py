@@ -7,7 +7,17 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.prepare.engine import check_rows, csv_reader, execute, find_files, literal, plain_file, require_files
+from pipelines.prepare.engine import (
+    check_one_row_each,
+    check_rows,
+    csv_reader,
+    execute,
+    find_files,
+    literal,
+    parquet_reader,
+    plain_file,
+    require_files,
+)
 from pipelines.prepare.source import Description
 
 ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
@@ -69,8 +79,9 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, source: Path) -> None
     Their times are unknown; of the actions only long_view and is_like are, so they serve as history and never as
     candidates.  Sequences that overlap the user's log are left out, because they would show the future.
     """
+    columns = dict.fromkeys(("user_id", "last_time_ms", "watch_seq", "long_watch_seq", "like_seq"))
     for path in find_files(source, SEQUENCES):
-        file = f"read_parquet({literal(str(path))})"
+        file = parquet_reader(connection, path, columns)
         execute(
             connection,
             f"""
@@ -89,10 +100,15 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, source: Path) -> None
 
 def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> tuple[int, dict[str, list[str]]]:
     """Context features, each value as its place among the sorted values of the file, from 1 on; 0 is unknown."""
-    path = require_files(source, "user_features_*.csv", "the users' features")[0]
+    found = require_files(source, "user_features_*.csv", "the users' features")
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"--source {source} must hold one user_features_*.csv, found {names}; name one size's folder")
+    path = found[0]
     types = {"user_id": "BIGINT", **dict.fromkeys(CONTEXT, "VARCHAR")}
     reader = csv_reader(plain_file(path, scratch), types)
     check_rows(connection, reader, path, {"user_id >= 0": "user_id must not be negative or missing"})
+    check_one_row_each(connection, reader, path, "user_id")
     values = {}
     for name in CONTEXT:
         rows = execute(connection, f"SELECT DISTINCT {name} FROM {reader} WHERE {name} IS NOT NULL ORDER BY 1", path)

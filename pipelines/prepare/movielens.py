@@ -7,7 +7,15 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.prepare.engine import check_rows, csv_reader, delimited_reader, execute, find_files, plain_file
+from pipelines.prepare.engine import (
+    check_one_row_each,
+    check_rows,
+    csv_reader,
+    delimited_reader,
+    execute,
+    find_files,
+    plain_file,
+)
 from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
 from pipelines.prepare.source import Description
 
@@ -67,5 +75,6 @@ def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Pa
         raise ValueError(f"--source {source} must hold one users.dat beside ratings.dat, found {len(found)}")
     types = {"user_key": "BIGINT", **dict.fromkeys(USER_COLUMNS, "VARCHAR"), "zip": "VARCHAR"}
     reader = delimited_reader(plain_file(found[0], scratch), "::", types)
+    check_one_row_each(connection, reader, found[0], "user_key")
     execute(connection, f"CREATE TABLE user_columns AS SELECT * FROM {reader}", found[0])
     return number_context(connection, "user_columns", USER_COLUMNS)

@@ -36,6 +36,9 @@ def prepare(load: Load, source: Path, out: Path, options: SampleOptions) -> None
 
     The folder appears complete or not at all.  Raises ValueError if it exists or the source is malformed.
     """
+    for option, path in (("--source", source), ("--out", out)):
+        if path.parts and path.parts[0].endswith(":"):
+            raise ValueError(f"{option} {path} must be a folder of this machine; copy the data from or to the store")
     if out.exists():
         raise ValueError(f"--out {out} exists already; remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -240,6 +240,106 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+@pytest.mark.parametrize("option", ["--source", "--out"])
+def test_an_address_of_a_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    write_kuairand(tmp_path / "in")
+    folders = {"--source": tmp_path / "in", "--out": tmp_path / "out", option: "s3://bucket/log"}
+    assert main(["kuairand", *(str(word) for pair in folders.items() for word in pair)]) == 1
+    assert f"error: {option} s3:/bucket/log must be a folder of this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
+
+
+def test_users_that_would_count_twice_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_kuairand(tmp_path / "in")
+    users = tmp_path / "in" / "user_features_pure.csv"
+    lines = users.read_text()
+    users.write_text(lines + lines.splitlines()[1] + "\n")
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    assert "user_features_pure.csv: user_id 0 stands in several rows" in capsys.readouterr().err
+    users.write_text(lines)
+    (tmp_path / "in" / "user_features_1k.csv").write_text(lines)
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+    assert "found user_features_1k.csv, user_features_pure.csv; name one size's folder" in capsys.readouterr().err
+
+
+def test_kuairand_in_parts(tmp_path: Path) -> None:
+    """As the publisher divides the logs of 1K and 27K."""
+    log = write_kuairand(tmp_path / "in")
+    path = tmp_path / "in" / "log_standard_4_22_to_5_08_pure.csv.xz"
+    header, *lines = lzma.decompress(path.read_bytes()).decode().splitlines()
+    path.unlink()
+    for number, name in enumerate(("4_08_to_4_21_27k_part1", "4_08_to_4_21_27k_part2", "4_22_to_5_08_27k_part1")):
+        write_lines(tmp_path / "in" / f"log_standard_{name}.csv", [header, *lines[number::3]])
+    write_lines(tmp_path / "in" / "log_random_4_22_to_5_08_27k.csv", [header, *lines])
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["statistics"]["events"] == len(log)
+
+
+ONE_RATING = "1::2::4::100"
+HEADER = "user_id,parent_asin,rating,timestamp"
+REVIEW = '{"reviewerID": "A1KLRMWW2FWPL4", "asin": "0000000007", "overall": 4.0, "unixReviewTime": 1000000000}'
+
+
+@pytest.mark.parametrize(
+    ("dataset", "files", "message"),
+    [
+        ("movielens", {"ml25.csv": "x"}, "must hold one ratings.dat or ratings.csv, found 0"),
+        ("movielens", {"a/ratings.csv": "x", "b/ratings.csv": "x"}, "one ratings.dat or ratings.csv, found 2"),
+        ("movielens", {"ratings.csv": "user,movie,rating,time\n1,2,3,4"}, "header lacks the column(s) userId, movieId"),
+        ("movielens", {"ratings.csv": "userId,movieId,rating,timestamp\n1,2,6,4"}, "line 2: the rating must lie"),
+        ("movielens", {"ratings.csv": "userId,movieId,rating,timestamp\n1,2,3,4\n1,2,six,4"}, "line 3: Error when"),
+        ("movielens", {"ratings.csv": ""}, "ratings.csv is empty"),
+        ("movielens", {"ratings.dat": ONE_RATING}, "must hold one users.dat beside ratings.dat, found 0"),
+        (
+            "movielens",
+            {"ratings.dat": ONE_RATING + "\n1::2", "users.dat": "1::F::1::1::1"},
+            "ratings.dat, line 2: Expec",
+        ),
+        (
+            "movielens",
+            {"ratings.dat": ONE_RATING, "users.dat": "1::F"},
+            "users.dat, line 1: Expected Number of Columns",
+        ),
+        ("movielens", {"ratings.dat": ONE_RATING, "users.dat": "1::F::1::1::1\n" * 2}, "user_key 1 stands in several"),
+        ("amazon2014", {"Books.txt": "x"}, "holds no .csv, .json or .jsonl file"),
+        (
+            "amazon2014",
+            {"Books.csv": "0000000007,A1KLRMWW2FWPL4,4.0,1000000000"},
+            "Books.csv: most items have not the 10",
+        ),
+        (
+            "amazon2018",
+            {"Books.csv": "A1KLRMWW2FWPL4,0000000007,4.0,1000000000"},
+            "Books.csv: most items have not the 10",
+        ),
+        ("amazon2018", {"Books.csv": HEADER + "\nA1,0000000007,4.0,10"}, "line 1: Error when converting column"),
+        (
+            "amazon2018",
+            {"Books.jsonl": '{"user_id": "A1", "parent_asin": "B1"}'},
+            "line 1: the user must not be missing",
+        ),
+        ("amazon2018", {"Books.json": REVIEW + "\n{'a': 1}\n" + REVIEW}, "Books.json, line 2: malformed JSON"),
+        ("amazon2018", {"Books.json": REVIEW + "\n" + REVIEW.replace("4.0", '"x"')}, "Books.json, line 2: "),
+        ("amazon2023", {"Books.csv": "0000000007,A1KLRMWW2FWPL4,4.0,1"}, "the header lacks the column(s) user_id"),
+        ("amazon2023", {"Books.jsonl": REVIEW}, "Books.jsonl, line 1: the user must not be missing"),
+        ("yambda", {"listens.parquet": "x"}, "must hold one multi_event.parquet, found 0"),
+        ("yambda", {"a/multi_event.parquet": "x", "b/multi_event.parquet": "x"}, "multi_event.parquet, found 2"),
+        ("yambda", {"multi_event.parquet": "PAR1, truncated"}, "multi_event.parquet is not a readable Parquet file"),
+    ],
+)
+def test_a_wrong_renamed_or_malformed_file_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str, files: dict[str, str], message: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    assert prepare(dataset, tmp_path / "in", tmp_path / "out") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
 def ratings(users: int = 12) -> list[tuple[int, int, int, int]]:
     generator = np.random.default_rng(5)
     return [
@@ -265,7 +365,8 @@ def check_ratings(out: Path, num_context: int) -> None:
         for item, action, time in zip(
             row["candidate_item_id"], row["candidate_action"], row["candidate_timestamp"], strict=True
         ):
-            rating = known[str(users[row["user_id"]]), str(keys[item]), time]
+            # Amazon's numbers have leading zeros.
+            rating = known[str(users[row["user_id"]]), str(int(keys[item])), time]
             assert action == (1, 3, 7, 15, 31)[rating - 1]
     assert read_back(out) == sum(split["samples"] for split in info["splits"].values())
 
@@ -282,17 +383,18 @@ def test_movielens_1m_and_25m(tmp_path: Path) -> None:
 
 
 def test_amazon_editions(tmp_path: Path) -> None:
-    write_lines(tmp_path / "2014" / "ratings_Books.csv", [f"{u},{i},{r}.0,{t}" for u, i, r, t in ratings()])
-    write_lines(tmp_path / "2018" / "Books.csv", [f"{i},{u},{r}.0,{t}" for u, i, r, t in ratings()])
-    header = "user_id,parent_asin,rating,timestamp"
-    write_lines(tmp_path / "2023" / "Books.csv", [header, *(f"{u},{i},{r}.0,{t}000" for u, i, r, t in ratings())])
+    asin = "{:010d}".format
+    write_lines(tmp_path / "2014" / "ratings_Books.csv", [f"{u},{asin(i)},{r}.0,{t}" for u, i, r, t in ratings()])
+    write_lines(tmp_path / "2018" / "Books.csv", [f"{asin(i)},{u},{r}.0,{t}" for u, i, r, t in ratings()])
+    lines = [HEADER, *(f"{u},{asin(i)},{r}.0,{t}000" for u, i, r, t in ratings())]
+    write_lines(tmp_path / "2023" / "Books.csv", lines)
     old = [
-        json.dumps({"reviewerID": str(u), "asin": str(i), "overall": r, "unixReviewTime": t, "reviewText": "a,b"})
+        json.dumps({"reviewerID": str(u), "asin": asin(i), "overall": r, "unixReviewTime": t, "reviewText": "a,b"})
         for u, i, r, t in ratings()
     ]
     write_lines(tmp_path / "json" / "reviews_Books_5.json", old)
     new = [
-        json.dumps({"user_id": str(u), "parent_asin": str(i), "rating": r, "timestamp": t * 1000, "text": "x"})
+        json.dumps({"user_id": str(u), "parent_asin": asin(i), "rating": r, "timestamp": t * 1000, "text": "x"})
         for u, i, r, t in ratings()
     ]
     write_lines(tmp_path / "jsonl" / "Books.jsonl", new)
@@ -302,7 +404,7 @@ def test_amazon_editions(tmp_path: Path) -> None:
         check_ratings(tmp_path / f"out{folder}", 1)
 
 
-def test_yambda(tmp_path: Path) -> None:
+def test_yambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     kinds = ["listen", "listen", "like", "unlike", "dislike", "undislike"]
     table = pa.table(
@@ -319,6 +421,16 @@ def test_yambda(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(table, tmp_path / "in" / "multi_event.parquet")
     assert prepare("yambda", tmp_path / "in", tmp_path / "out") == 0
+    wrong = {
+        "lacks the column(s) event_type": table.drop_columns("event_type"),
+        "row 1: event_type must be one of": table.set_column(6, "event_type", pa.array(["skip"] * 600)),
+        "column item_id holds lists": table.set_column(2, "item_id", pa.array([[1]] * 600)),
+    }
+    for message, changed in wrong.items():
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        pq.write_table(changed, tmp_path / "wrong" / "multi_event.parquet")
+        assert prepare("yambda", tmp_path / "wrong", tmp_path / "no") == 1
+        assert message in capsys.readouterr().err
     masks = {mask & 63 for row in rows_of(tmp_path / "out", "train") for mask in row["candidate_action"]}
     assert masks == {0b11, 0b1, 0b100, 0b10000, 0b1000, 0b100000}
     assert read_back(tmp_path / "out") > 20
