@@ -60,6 +60,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
     lengths = {split: LengthCounter() for split in ("train", "eval")}
+    users = 0
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(SplitWriter(folder / split, options.row_group_events, options.file_events))
@@ -74,6 +75,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
             tables = cut(events, split_time, options)
             for split, table in tables.items():
                 lengths[split].add(table["history_length"])
+            users += len(np.unique(np.concatenate([table["user_id"].to_numpy() for table in tables.values()])))
             train.add(tables["train"])
             writers["eval"].add(tables["eval"])
         if options.order == "time":
@@ -88,6 +90,16 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
                 f"split time is {split_time}; change --split-time, --min-history or --min-candidates"
             )
         logger.info("%s: %d samples, %d candidates", split, size["samples"], size["candidates"])
+    left_out = {
+        "users_in_no_sample": statistics["users"] - users,
+        "events_not_candidates": statistics["events"] - sum(size["candidates"] for size in sizes.values()),
+    }
+    logger.info(
+        "%d of the users are in no sample, %d of the events are candidates of none (--min-history, --min-candidates, "
+        "--samples-per-user, --eval-candidates, --max-users)",
+        *left_out.values(),
+    )
+    statistics = {**statistics, **left_out, "history_len": {split: each.summary() for split, each in lengths.items()}}
     description = {
         "name": about.name,
         "num_items": about.num_items,
@@ -98,7 +110,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         "source": about.source,
         "licence": about.licence,
         "split_time": split_time if options.leave_last is None else None,
-        "statistics": {**statistics, "history_len": {split: count.summary() for split, count in lengths.items()}},
+        "statistics": statistics,
         "context_values": {name: list(values) for name, values in about.context_values.items()},
     }
     for name in ("item_ids", "user_ids"):

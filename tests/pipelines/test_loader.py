@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from pipelines.batch import Batch
 from pipelines.config import DataConfig, StochasticLengthConfig
 from pipelines.loader import build_loader
 from pipelines.position import DataPosition, position_from_dict
-from tests.pipelines.made_up import write_dataset
+from tests.pipelines.made_up import dataset_json, made_up_rows, table_of, write_dataset
+from trainer.models.negatives import retrieval_batch
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,34 @@ def test_each_pass_holds_every_sample_once(config: DataConfig, data: tuple[str, 
     assert sorted(stream[: len(every)]) == sorted(stream[len(every) :]) == every
     assert stream[: len(every)] != stream[len(every) :]
     assert len(stream) == build_loader(config, split="train", rank=0, world_size=1).total_samples
+
+
+def test_the_loss_is_divided_by_the_labelled_candidates_and_nothing_else(tmp_path: Path) -> None:
+    """Also where samples have no candidate, no history, or a rank has no sample; and by the predictions in retrieval."""
+    rows = made_up_rows(17, seed=4)
+    for number, row in enumerate(rows):
+        part = {0: "candidate", 1: "history"}.get(number % 3, "")
+        if part == "history" or row["history_item_id"]:
+            row.update({name: [] for name in row if part and name.startswith(f"{part}_")})
+    folder = tmp_path / "data"
+    for split in ("train", "eval"):
+        (folder / split).mkdir(parents=True)
+        pq.write_table(table_of(rows), folder / split / "part-0.parquet", row_group_size=5)
+    (folder / "dataset.json").write_text(json.dumps(dataset_json({"train": rows, "eval": rows})))
+    config = DataConfig(path=str(folder), global_batch_size=8, max_history_len=24, reader_threads=0)
+    by_user = {row["user_id"]: row for row in rows}
+    for world_size in (1, 3):
+        for shares in global_stream(config, world_size):
+            of_batch = [by_user[user] for share in shares for user in users(share)]
+            labelled = sum(len(row["candidate_item_id"]) for row in of_batch)
+            lens = [min(len(row["history_item_id"]), 24) + len(row["candidate_item_id"]) for row in of_batch]
+            for share in shares:
+                assert float(share.loss_denominator) == pytest.approx(max(labelled, 1) / world_size)
+                options = {"num_items": 500, "num_negatives": 2, "shared": False, "seed": 0, "world_size": world_size}
+                denominator = retrieval_batch(share, **options).loss_denominator
+                assert float(denominator) == pytest.approx(max(sum(lens) - len(lens), 1) / world_size)
+    assert any(not row["candidate_item_id"] for row in rows)
+    assert any(not row["history_item_id"] for row in rows)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -175,6 +205,18 @@ def test_a_mix_draws_by_weight_and_repeats_each_source(config: DataConfig, tmp_p
     assert 0.68 < len(other) / len(stream) < 0.82
     for start in range(0, len(other) - 20, 20):
         assert sorted(other[start : start + 20]) == list(range(1000, 1020))
+
+
+def test_an_interrupted_mix_continues_exactly(config: DataConfig, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "other", train=20, first_user=1000)
+    config = replace(config, mix_paths=(str(tmp_path / "other"),), mix_weights=(1.0, 3.0), max_samples=400)
+    expected = order(global_stream(config, 1))
+    position, seen = None, []
+    for world_size, steps in ((3, 5), (1, 1), (4, 9), (2, None)):
+        stream = global_stream(config, world_size, position, steps)
+        seen += order(stream)
+        position = position_from_dict(json.loads(json.dumps(stream[-1][0].position.as_dict())))
+    assert seen == expected
 
 
 def test_resuming_under_another_order_is_refused(config: DataConfig) -> None:

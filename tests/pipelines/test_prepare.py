@@ -123,7 +123,15 @@ def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
     assert read_back(tmp_path / "out") == len(train) + len(evaluation)
     groups = pq.ParquetFile(tmp_path / "out" / "train" / "part-00000.parquet").metadata
     assert groups.num_row_groups > 5
-    assert info["statistics"]["history_len"]["train"]["q100"] == max(row["history_length"] for row in train)
+    statistics = info["statistics"]
+    assert statistics["history_len"]["train"]["q100"] == max(row["history_length"] for row in train)
+    assert statistics["users_in_no_sample"] == 30 - len({row["user_id"] for row in train + evaluation}) > 0
+    candidates = sum(row["num_candidates"] for row in train + evaluation)
+    assert statistics["events_not_candidates"] == len(log) - candidates > 0
+    assert statistics["action_rates"]["is_like"] == pytest.approx(np.mean([row["is_like"] for row in log]), abs=1e-6)
+    popularity = np.unique([row["video_id"] for row in log], return_counts=True)[1]
+    assert statistics["item_popularity"]["items"] == len(popularity)
+    assert statistics["item_popularity"]["top_item_share"] == pytest.approx(popularity.max() / len(log))
 
 
 def test_order_of_time(tmp_path: Path) -> None:
