@@ -88,7 +88,8 @@ class DataConfig:
     max_history_len: int
     """Newest events of a history that are kept, in training and evaluation."""
     global_batch_tokens: int | None = None
-    """Close a training batch before its events and candidates exceed this number; null for no such bound."""
+    """Close a training batch before its events and candidates exceed this number, though not before it has one sample;
+    null for no such bound."""
     max_candidates: int | None = None
     """Earliest candidates of a sample that are kept; null for all."""
     eval_batch_size: int | None = None
@@ -104,7 +105,7 @@ class DataConfig:
     """Samples that are shuffled together; a window holds whole row groups and is what a rank keeps in memory."""
     shuffle_run: int = 1
     """Neighbouring rows that stay together in the shuffled order and tend to go to the same rank.  Above 1, a rank
-    reads fewer row groups for its share of a batch; meant for many ranks and long histories."""
+    decodes fewer row groups for its share of a batch; meant for eight ranks and more (pipelines/prepare/README.md)."""
     seed: int = 0
     """Seeds the order of samples and every draw on them."""
     mix_paths: tuple[str, ...] = ()

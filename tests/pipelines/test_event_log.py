@@ -12,6 +12,8 @@ from pyarrow import csv
 
 from tests.pipelines.test_prepare import prepare, read_back, rows_of, write_lines
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
@@ -40,6 +42,22 @@ def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
     (tmp_path / "in" / "part.parquet").unlink()
     assert prepare("event_log", tmp_path / "in", tmp_path / "out2", *options) == 0
     assert rows_of(tmp_path / "out", "train") == rows_of(tmp_path / "out2", "train")
+
+
+@pytest.mark.parametrize("document", ["README.md", "pipelines/prepare/README.md"])
+def test_the_documented_command_prepares_a_log_of_that_form(tmp_path: Path, document: str) -> None:
+    text = (ROOT / document).read_text()
+    words = text[text.index("pipelines.prepare event_log") :].split("```")[0].replace("\\\n", " ").split()
+    end = words.index("dwell_s") + 1
+    options = words[words.index("--user-column") : end]
+    header, row = (ROOT / "README.md").read_text().split("customer,sku", 1)[1].split("```")[0].splitlines()[:2]
+    rows = [row.replace("c17", f"c{user}").replace("-01 ", f"-{day:02d} ") for user in range(5) for day in range(1, 11)]
+    write_lines(tmp_path / "in" / "log.csv", ["customer,sku" + header, *rows])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert (info["actions"], info["history_features"]) == (["view", "cart", "buy"], ["dwell_s"])
+    assert (info["statistics"]["events"], info["statistics"]["users"]) == (50, 5)
+    assert read_back(tmp_path / "out") == 10
 
 
 def test_event_log_refuses_an_unknown_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +153,15 @@ def test_dates_and_times_are_read_in_utc_or_in_their_zone(tmp_path: Path, stored
     assert [row["history_timestamp"] + row["candidate_timestamp"] for row in rows] == [
         [first + second for second in LOG["t"]]
     ] * 2
+
+
+@pytest.mark.parametrize("labels", [[True, False, True, False], [1.0, 0.0, 1.0, 0.0]])
+def test_labels_of_a_parquet_file_may_be_truth_values_or_floats(tmp_path: Path, labels: list[object]) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({**LOG, "like": labels}), tmp_path / "in" / "log.parquet")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--split-time", "3600") == 0
+    [row] = rows_of(tmp_path / "out", "eval")
+    assert row["history_action"] + row["candidate_action"] == [1, 0, 1, 0]
 
 
 def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from pipelines.batch import Batch
+from pipelines.columns import Samples
 from pipelines.config import DataConfig, StochasticLengthConfig
 from pipelines.loader import build_loader
 from pipelines.position import DataPosition, position_from_dict
+from pipelines.source import ParquetSource
 from tests.pipelines.made_up import dataset_json, made_up_rows, table_of, write_dataset
 from trainer.models.negatives import retrieval_batch
 
@@ -79,7 +81,7 @@ def test_each_pass_holds_every_sample_once(config: DataConfig, data: tuple[str, 
 
 
 def test_the_loss_is_divided_by_the_labelled_candidates_and_nothing_else(tmp_path: Path) -> None:
-    """Also where samples have no candidate, no history, or a rank has no sample; and by the predictions in retrieval."""
+    """Where samples have no candidate or no history, and ranks no sample; in retrieval, by the predictions."""
     rows = made_up_rows(17, seed=4)
     for number, row in enumerate(rows):
         part = {0: "candidate", 1: "history"}.get(number % 3, "")
@@ -99,9 +101,10 @@ def test_the_loss_is_divided_by_the_labelled_candidates_and_nothing_else(tmp_pat
             lens = [min(len(row["history_item_id"]), 24) + len(row["candidate_item_id"]) for row in of_batch]
             for share in shares:
                 assert float(share.loss_denominator) == pytest.approx(max(labelled, 1) / world_size)
-                options = {"num_items": 500, "num_negatives": 2, "shared": False, "seed": 0, "world_size": world_size}
-                denominator = retrieval_batch(share, **options).loss_denominator
-                assert float(denominator) == pytest.approx(max(sum(lens) - len(lens), 1) / world_size)
+                retrieval = retrieval_batch(
+                    share, num_items=500, num_negatives=2, shared=False, seed=0, world_size=world_size
+                )
+                assert float(retrieval.loss_denominator) == pytest.approx(max(sum(lens) - len(lens), 1) / world_size)
     assert any(not row["candidate_item_id"] for row in rows)
     assert any(not row["history_item_id"] for row in rows)
 
@@ -193,6 +196,32 @@ def test_neighbouring_rows_stay_together_in_runs(config: DataConfig) -> None:
     stream = [user for [share] in global_stream(replace(config, shuffle_run=4), 1) for user in users(share)]
     neighbours = sum(after - before == 1 for before, after in pairwise(stream))
     assert neighbours > 0.6 * len(stream)
+
+
+def test_runs_of_neighbours_spare_a_rank_most_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows decoded for each row trained on: at most those of a row group, and far fewer in runs of that size."""
+    write_dataset(tmp_path / "data", train=2048, files=4, row_group=16)
+    config = DataConfig(path=str(tmp_path / "data"), global_batch_size=256, max_history_len=24, reader_threads=0)
+    read, kept = ParquetSource.read, 0
+    decoded: dict[int, int] = {}
+
+    def counted(source: ParquetSource, unit: int) -> Samples:
+        decoded[run] += int(source.unit_rows[unit])
+        return read(source, unit)
+
+    monkeypatch.setattr(ParquetSource, "read", counted)
+    for run in (1, 16):
+        decoded[run] = 0
+        batches = list(build_loader(replace(config, shuffle_run=run), split="train", rank=3, world_size=16))
+        kept = sum(len(users(batch)) for batch in batches)
+        assert kept == 2048 // 16
+    assert decoded[1] <= 16 * kept
+    assert decoded[16] < 0.4 * decoded[1]
+
+
+def test_one_sample_above_the_token_budget_is_a_batch_of_its_own(config: DataConfig) -> None:
+    stream = global_stream(replace(config, global_batch_tokens=1, num_epochs=1), 1)
+    assert [shares[0].global_samples for shares in stream] == [1] * 103
 
 
 def test_a_mix_draws_by_weight_and_repeats_each_source(config: DataConfig, tmp_path: Path) -> None:
