@@ -1,9 +1,17 @@
 """Stochastic length against its formula, and the load-balanced form by simulation at 512 ranks."""
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from pipelines.config import StochasticLengthConfig
+from pipelines.columns import Lengths
+from pipelines.config import DataConfig, StochasticLengthConfig
+from pipelines.global_batches import BatchPlan, GlobalBatches
+from pipelines.order import SampleOrder
+from pipelines.position import position_from_dict
 from pipelines.randomness import random_uniform
 from pipelines.stochastic_length import balanced_lens, choose_events, cut_len, keep_probability, load, plain_lens
 
@@ -72,3 +80,49 @@ def test_chosen_events_are_distinct_in_order_and_reproducible(selection: str) ->
     assert (choose_events(500, 100, config, (7,)) == chosen[7]).all()
     mean = {"uniform": 249.5, "age_weighted": 326}[selection]
     assert chosen.mean() == pytest.approx(mean, rel=0.03)
+
+
+RANKS, PER_RANK, LONGEST, GAMMA, WARM_UP = 512, 32, 3072, 1.5, 4
+
+
+def batches_of_512_ranks(mode: Any) -> GlobalBatches:
+    """The stream that a run plans, its imbalance counted in the paper's load; every rank has a fixed slice."""
+    rows = np.full(512, 64)
+    generator = np.random.default_rng(0)
+    lens = np.clip(generator.lognormal(np.log(LONGEST / 4), 1.0, rows.sum()), 1, LONGEST).astype(np.int64)
+    lens[generator.random(len(lens)) < 0.3] = LONGEST
+    lengths = Lengths(history=lens, candidates=np.zeros_like(lens))
+    source: Any = SimpleNamespace(
+        unit_rows=rows, unit_file=np.zeros(len(rows), np.int64), file_lengths=lambda file: lengths
+    )
+    config = DataConfig(
+        path="lengths",
+        global_batch_size=RANKS * PER_RANK,
+        max_history_len=LONGEST,
+        num_epochs=6,
+        balance="none",
+        stochastic_length=StochasticLengthConfig(
+            mode=mode, gamma=GAMMA, scope="rank", warmup_batches=WARM_UP, recalibration_batches=2
+        ),
+    )
+    order = SampleOrder(source, (0, 0), shuffled=True, window_samples=16384, run=1)
+    return GlobalBatches(
+        config, [order], split="train", rank=0, world_size=RANKS, cost=lambda history, _: load(history, GAMMA)
+    )
+
+
+def test_the_planned_stream_of_512_ranks_is_balanced_from_the_end_of_warm_up_and_resumes_so() -> None:
+    plain = list(batches_of_512_ranks("plain").plans())
+    balanced = list(batches_of_512_ranks("load_balanced").plans())
+    assert [plan.imbalance for plan in balanced[:WARM_UP]] == [plan.imbalance for plan in plain[:WARM_UP]]
+    assert min(plan.imbalance for plan in plain) > 1.4
+    assert max(plan.imbalance for plan in balanced[WARM_UP:]) <= 1.05
+    tokens = [sum(plan.global_tokens for plan in plans[WARM_UP:]) for plans in (plain, balanced)]
+    assert abs(tokens[1] / tokens[0] - 1) <= 0.03
+
+    def content(plans: list[BatchPlan]) -> list[tuple[Any, ...]]:
+        return [(plan.position, plan.samples.sample.tolist(), plan.history.tolist()) for plan in plans]
+
+    for stop in (2, WARM_UP, WARM_UP + 3):
+        position = position_from_dict(json.loads(json.dumps(balanced[stop - 1].position.as_dict())))
+        assert content(list(batches_of_512_ranks("load_balanced").plans(position))) == content(balanced[stop:])
