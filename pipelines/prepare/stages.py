@@ -3,6 +3,7 @@
 Memory is bounded by the engine's limit, the longest user and a few row groups, whatever the size of the log.
 """
 
+import errno
 import logging
 import shutil
 import time
@@ -29,6 +30,7 @@ Load = Callable[[duckdb.DuckDBPyConnection, Path, Path], Description]
 READ_ROWS = 1 << 18
 READ_SAMPLES = 1 << 10
 PROGRESS_SECONDS = 10.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(load: Load, source: Path, out: Path, options: SampleOptions) -> None:
@@ -48,6 +50,12 @@ def prepare(load: Load, source: Path, out: Path, options: SampleOptions) -> None
             description = load(connection, source, work)
             _write(connection, description, work / "result", options)
         (work / "result").rename(out)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ValueError(
+            f"{out.parent} has no room for the data and what lies beside it meanwhile: {error}; choose another --out"
+        ) from error
     finally:
         shutil.rmtree(work)
 

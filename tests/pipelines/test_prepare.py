@@ -234,17 +234,22 @@ def test_wrong_use_is_one_line_and_status_two(arguments: list[str], capsys: pyte
     assert error.count("\n") == 1
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    write_kuairand(tmp_path / "in")
+@pytest.mark.parametrize("room", [4096, 100_000])
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, room: int) -> None:
+    """Full at once, and while the log is decompressed."""
+    write_kuairand(tmp_path / "in", users=500)
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     command = [sys.executable, "-m", "pipelines.prepare", "kuairand"]
     command += ["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert str(tmp_path) in error
+    assert "File too large" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
