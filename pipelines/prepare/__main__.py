@@ -4,10 +4,13 @@ Exit status: 0 done, 1 failed, 2 wrong use.
 """
 
 import argparse
+import ast
+import inspect
 import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, get_args, get_type_hints
 
@@ -80,15 +83,28 @@ def _parser() -> OneLineParser:
     parser.add_argument("dataset", choices=sorted([*DATASETS, EVENT_LOG]), help="format of the source")
     parser.add_argument("--source", type=Path, required=True, help="folder with the publisher's files")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    hints = get_type_hints(SampleOptions)
+    hints, texts = get_type_hints(SampleOptions), _explanations(SampleOptions)
     for field in fields(SampleOptions):
         kind = next((part for part in get_args(hints[field.name]) if part is not type(None)), hints[field.name])
-        text = f"default {field.default}; explained in pipelines/prepare/options.py"
+        default = "" if field.default is None else f" Default {field.default}."
+        text = texts[field.name] + default
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
+    texts = _explanations(EventLogOptions)
     for field in fields(EventLogOptions):
-        text = f"{EVENT_LOG} only; explained in pipelines/prepare/event_log.py"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=f"{EVENT_LOG} only. {texts[field.name]}")
     return parser
+
+
+def _explanations(options: type) -> dict[str, str]:
+    """The docstring of each field of a dataclass, which only its source holds."""
+    [definition] = ast.parse(inspect.getsource(options)).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for field, text in pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            # A percent sign would begin a field of argparse's own.
+            texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split()).replace("%", "%%")
+    return texts
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ class SampleOptions:
     min_candidates: int = 1
     """Training samples with fewer labelled events are left out."""
     split_time: int | None = None
-    """Unix seconds at which evaluation begins; null derives it from train_fraction."""
+    """Unix seconds at which evaluation begins; if not given, train_fraction decides."""
     train_fraction: float = 0.85
     """Share of the events that lie before the split time, to the hour; unused if split_time is given."""
     leave_last: int | None = None
-    """Newest events of each user that are for evaluation, whatever their time, in place of a split in time; null for
-    the split.  Other users' later events then stand in the training split."""
+    """Newest events of each user that are for evaluation, whatever their time, in place of a split in time.
+    Other users' later events then stand in the training split."""
     max_users: int | None = None
-    """Users kept, in the order of a hash of their ids; null for all."""
+    """Users kept, in the order of a hash of their ids; all if not given."""
     order: str = "users"
     """Order of the stored training samples: users (pseudo-random by user) or time (by their first candidate)."""
     row_group_events: int = 131_072
@@ -42,7 +42,7 @@ class SampleOptions:
     memory_gib: float = 4.0
     """Memory of the engine; what does not fit is spilled next to the output."""
     threads: int | None = None
-    """Threads of the engine; null for all cores."""
+    """Threads of the engine; all cores if not given."""
 
     def __post_init__(self) -> None:
         minima = {"candidates": 1, "samples_per_user": 0, "eval_candidates": 1, "max_history": 1, "min_history": 0}

@@ -212,6 +212,20 @@ def test_missing_column_empty_file_and_truncated_archive(tmp_path: Path, capsys:
     assert "exists already" in capsys.readouterr().err
 
 
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "--samples-per-user SAMPLES_PER_USER Training samples of a user at most; 0 for as many as there are events. "
+        "Default 1.",
+        "--split-time SPLIT_TIME Unix seconds at which evaluation begins;",
+        "--user-column USER_COLUMN event_log only. Who: any type.",
+    ):
+        assert line in text
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
