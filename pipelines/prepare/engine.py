@@ -21,6 +21,9 @@ import duckdb
 
 logger = logging.getLogger(__name__)
 
+CAUSES = ("Error when", "Expected", "Value with", "Invalid unicode", "Maximum line size")
+"""How the line of DuckDB's messages that tells the cause begins."""
+
 
 def connect(scratch: Path, memory_gib: float, threads: int | None) -> duckdb.DuckDBPyConnection:
     """A database in the folder `scratch`, into which it also spills."""
@@ -90,7 +93,12 @@ def csv_reader(path: Path, columns: Mapping[str, str | None]) -> str:
     names = [name.strip().strip('"') for name in header.split(",")]
     missing = [name for name in columns if name not in names]
     if missing:
-        raise ValueError(f"{path}: the header lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}")
+        raise ValueError(
+            f"{path}: the header lacks the column(s) {', '.join(missing)}; divided at commas, it has {', '.join(names)}"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: the header names {', '.join(twice)} more than once; rename or remove one")
     types = ", ".join(f"{literal(name)}: {literal(columns.get(name) or 'VARCHAR')}" for name in names)
     return (
         f"read_csv({literal(str(path))}, header = true, auto_detect = false, delim = ',', quote = '\"', "
@@ -201,7 +209,7 @@ def _line_of(message: str) -> str:
         return f", line {int(malformed.group(1)) - 1}: malformed JSON"
     line = re.search(r"(?:on|in) line:? (\d+)", message, re.IGNORECASE)
     lines = [text.strip() for text in message.splitlines() if text.strip()]
-    cause = next((text for text in lines if text.startswith(("Error when", "Expected", "Value with"))), lines[0])
+    cause = next((text for text in lines if text.startswith(CAUSES)), lines[0])
     original = next((text for text in lines if text.startswith("Original Line")), "")
     where = f", line {line.group(1)}" if line else ""
     return f"{where}: {cause}" + (f" [{original[:200]}]" if original else "")

@@ -64,6 +64,8 @@ class EventLogOptions:
         if self.action_values and len(names(self.action_columns)) != 1:
             raise ValueError("--action-values needs exactly one column in --action-columns")
         actions = names(self.action_values or self.action_columns)
+        if len(set(actions)) != len(actions):
+            raise ValueError(f"each action must be named once, got {', '.join(actions)}")
         if len(actions) > MAX_ACTIONS:
             raise ValueError(f"at most {MAX_ACTIONS} actions fit into a bit mask, got {len(actions)}: leave some out")
         self._check_names()

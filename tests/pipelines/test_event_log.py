@@ -171,6 +171,28 @@ def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"u,i,t,like,like\n1,2,3,1,1\n", "log.csv: the header names like more than once"),
+        (
+            b"u;i;t;like\n1;2;3;1\n",
+            "log.csv: the header lacks the column(s) u, i, t, like; divided at commas, it has u;i",
+        ),
+        (b"u,i,t,like\n1,2,3,1\n\xe9,2,3,1\n", "log.csv, line 3: Invalid unicode"),
+        (b"u,i,t,like\n1,2,3,1\n1,2\n", "log.csv, line 3: Expected Number of Columns: 4 Found: 2"),
+        (b"u,i,t,like\n", "the source holds no events with labels"),
+    ],
+)
+def test_a_malformed_csv_file_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "log.csv").write_bytes(content)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--history-columns", "rank"], "column rank cannot be a context or history column under this name"),
@@ -178,6 +200,7 @@ def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.Cap
         (["--context-columns", "history_length"], "column history_length cannot be a context or history column"),
         (["--context-columns", "land", "--history-columns", "land"], "column land is named twice"),
         (["--action-columns", ",".join(f"a{bit}" for bit in range(32))], "at most 31 actions fit into a bit mask"),
+        (["--action-columns", "like,like"], "each action must be named once, got like, like"),
         (["--time-unit", "min"], "--time-unit must be one of s, ms, us, ns, timestamp, got min"),
     ],
 )
