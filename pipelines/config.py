@@ -102,7 +102,8 @@ class DataConfig:
     """shuffled: files and row groups are permuted, then samples within windows; stored: as the files have them, for
     data prepared in order of time."""
     window_samples: int = 16384
-    """Samples that are shuffled together; a window holds whole row groups and is what a rank keeps in memory."""
+    """Samples that are shuffled together; a window holds whole row groups, and a rank keeps two of them in memory:
+    about 60 bytes an event of a window."""
     shuffle_run: int = 1
     """Neighbouring rows that stay together in the shuffled order and tend to go to the same rank.  Above 1, a rank
     decodes fewer row groups for its share of a batch; meant for eight ranks and more (pipelines/prepare/README.md)."""
