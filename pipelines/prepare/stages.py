@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -67,6 +68,46 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
     split_time = options.split_time if options.split_time is not None else _split_time(connection, options)
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
+    sizes, of_samples = _write_samples(connection, about, folder, split_time, options)
+    for split, size in sizes.items():
+        if not size["samples"]:
+            raise ValueError(
+                f"no {split} samples: the events span {statistics['first_time']} to {statistics['last_time']} and the "
+                f"split time is {split_time}; change --split-time, --min-history or --min-candidates"
+            )
+        logger.info("%s: %d samples, %d candidates", split, size["samples"], size["candidates"])
+    left_out = {
+        "users_in_no_sample": statistics["users"] - of_samples.pop("users"),
+        "events_not_candidates": statistics["events"] - sum(size["candidates"] for size in sizes.values()),
+    }
+    logger.info(
+        "%d of the users are in no sample, %d of the events are candidates of none (--min-history, --min-candidates, "
+        "--samples-per-user, --eval-candidates, --max-users)",
+        *left_out.values(),
+    )
+    description = {
+        "name": about.name,
+        "num_items": about.num_items,
+        "context_features": dict(about.context_features),
+        "actions": list(about.actions),
+        "history_features": list(about.history_features),
+        "splits": sizes,
+        "source": about.source,
+        "licence": about.licence,
+        "split_time": split_time if options.leave_last is None else None,
+        "statistics": {**statistics, **left_out, **of_samples},
+        "context_values": {name: list(values) for name, values in about.context_values.items()},
+    }
+    for name in ("item_ids", "user_ids"):
+        if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
+            connection.execute(f"COPY {name} TO {literal(str(folder / f'{name}.parquet'))} (FORMAT parquet)")
+    write_dataset_file(folder, description, options)
+
+
+def _write_samples(
+    connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, split_time: int, options: SampleOptions
+) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
+    """Cut and write both splits; returns their sizes, and the number of users and the history lengths in them."""
     lengths = {split: LengthCounter() for split in ("train", "eval")}
     users = 0
     with ExitStack() as stack:
@@ -91,40 +132,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
             for table in _by_time(connection, by_user, train.samples):
                 writers["train"].add(table)
     sizes = {split: writer.sizes() for split, writer in writers.items()}
-    for split, size in sizes.items():
-        if not size["samples"]:
-            raise ValueError(
-                f"no {split} samples: the events span {statistics['first_time']} to {statistics['last_time']} and the "
-                f"split time is {split_time}; change --split-time, --min-history or --min-candidates"
-            )
-        logger.info("%s: %d samples, %d candidates", split, size["samples"], size["candidates"])
-    left_out = {
-        "users_in_no_sample": statistics["users"] - users,
-        "events_not_candidates": statistics["events"] - sum(size["candidates"] for size in sizes.values()),
-    }
-    logger.info(
-        "%d of the users are in no sample, %d of the events are candidates of none (--min-history, --min-candidates, "
-        "--samples-per-user, --eval-candidates, --max-users)",
-        *left_out.values(),
-    )
-    statistics = {**statistics, **left_out, "history_len": {split: each.summary() for split, each in lengths.items()}}
-    description = {
-        "name": about.name,
-        "num_items": about.num_items,
-        "context_features": dict(about.context_features),
-        "actions": list(about.actions),
-        "history_features": list(about.history_features),
-        "splits": sizes,
-        "source": about.source,
-        "licence": about.licence,
-        "split_time": split_time if options.leave_last is None else None,
-        "statistics": statistics,
-        "context_values": {name: list(values) for name, values in about.context_values.items()},
-    }
-    for name in ("item_ids", "user_ids"):
-        if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
-            connection.execute(f"COPY {name} TO {literal(str(folder / f'{name}.parquet'))} (FORMAT parquet)")
-    write_dataset_file(folder, description, options)
+    return sizes, {"users": users, "history_len": {split: each.summary() for split, each in lengths.items()}}
 
 
 def _split_time(connection: duckdb.DuckDBPyConnection, options: SampleOptions) -> int:
