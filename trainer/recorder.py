@@ -87,7 +87,8 @@ class Recorder:
             "samples_per_s": interval.samples / seconds,
             "tokens_per_s": interval.tokens / seconds,
             "step_ms": 1e3 * seconds / interval.steps,
-            "imbalance": interval.imbalance / interval.steps,
+            "imbalance": sum(interval.imbalances) / interval.steps,
+            "imbalance_by_step": interval.imbalances,
             "learning_rate_factor": learning_rate_factor,
             "time": time.time(),
             "world_size": self._mesh.world_size,
@@ -102,8 +103,11 @@ class Recorder:
     def _write(self, record: dict[str, Any]) -> None:
         self._bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_per_s=f"{record['tokens_per_s']:.3g}")
         if self._lines is not None and self._board is not None and self._lines.append(record):
-            for name in sorted(set(record) - {"step", "samples", "time", "world_size"}):
+            for name in sorted(set(record) - {"step", "samples", "time", "world_size", "imbalance_by_step"}):
                 self._board.add_scalar(name, record[name], record["step"])
+            first = record["step"] + 1 - len(record["imbalance_by_step"])
+            for step, imbalance in enumerate(record["imbalance_by_step"], start=first):
+                self._board.add_scalar("imbalance_by_step", imbalance, step)
 
     def add_evaluation(self, metrics: dict[str, float], step: int) -> None:
         """Show an evaluation's numbers in TensorBoard too."""
@@ -124,7 +128,7 @@ class _Interval:
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.steps = self.samples = self.tokens = 0
-        self.imbalance = 0.0
+        self.imbalances: list[float] = []
         self._history_lens: list[IntArray] = []
         self._num_candidates: list[IntArray] = []
 
@@ -132,7 +136,7 @@ class _Interval:
         self.steps += 1
         self.samples += consumed.samples
         self.tokens += consumed.tokens
-        self.imbalance += consumed.imbalance
+        self.imbalances.append(consumed.imbalance)
         self._history_lens.append(consumed.history_lens)
         self._num_candidates.append(consumed.num_candidates)
 

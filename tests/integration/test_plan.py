@@ -44,6 +44,11 @@ def test_training_follows_a_plan_file_and_refuses_one_for_other_ranks(
     assert _plan(four, "--world-size", "4", *small) == 0
     # The last step is logged though it is no multiple of log_every.
     planned = train(tmp_path / "planned", 2, "max_steps=3", "log_every=2", plan=two)
+    # Every step's imbalance of the two ranks, also of those that are not logged.
+    assert [len(line["imbalance_by_step"]) for line in planned] == [2, 1]
+    for line in planned:
+        assert min(line["imbalance_by_step"]) >= 1
+        assert line["imbalance"] == pytest.approx(sum(line["imbalance_by_step"]) / len(line["imbalance_by_step"]))
     assert [line["step"] for line in planned] == [2, 3]
     in_force = json.loads((tmp_path / "planned" / "plan.json").read_text())
     assert {table["sharding_type"] for table in in_force["tables"].values()} == {"row_wise"}
