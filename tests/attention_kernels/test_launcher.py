@@ -1,0 +1,84 @@
+"""Which launches go through Triton's binding, and what the compiled kernel receives.  GPU tests launch for real."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from attention_kernels import launcher
+from attention_kernels.launcher import Blocks, launch
+
+BUFFER = torch.zeros(1024, dtype=torch.bfloat16)
+
+
+class Compiled:
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        self.calls = calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((grid, *arguments))
+
+
+class Kernel:
+    """What `launch` needs of a kernel with arguments x, n and a compile-time SIZE."""
+
+    arg_names = ("x", "n", "SIZE")
+
+    def __init__(self) -> None:
+        self.bound: list[tuple[Any, ...]] = []
+        self.direct: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def run(*arguments: Any, **constants: Any) -> Compiled:
+            self.bound.append((grid, *arguments, constants))
+            return Compiled(self.direct)
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+def test_same_kinds_are_bound_once_and_then_launched_directly() -> None:
+    kernel = Kernel()
+    aligned, same = BUFFER, BUFFER[8:]
+    launch(kernel, (3,), aligned, 32, SIZE=16, num_warps=4)
+    launch(kernel, (5, 2), same, 48, SIZE=16, num_warps=4)
+    assert kernel.bound == [((3,), aligned, 32, {"SIZE": 16, "num_warps": 4})]
+    [(grid, x, n, size)] = kernel.direct
+    assert grid[:3] == (5, 2, 1) and x is same and n == 48 and size is None
+
+
+@pytest.mark.parametrize(
+    ("x", "n", "constants"),
+    [
+        (BUFFER[1:], 32, {"SIZE": 16}),
+        (BUFFER.half(), 32, {"SIZE": 16}),
+        (None, 32, {"SIZE": 16}),
+        (BUFFER, 1, {"SIZE": 16}),
+        (BUFFER, 33, {"SIZE": 16}),
+        (BUFFER, 2**31, {"SIZE": 16}),
+        (BUFFER, 32.0, {"SIZE": 16}),
+        (BUFFER, 32, {"SIZE": 32}),
+        (BUFFER, 32, {"SIZE": 16, "num_warps": 8}),
+        (Blocks(BUFFER.view(64, 16), (16, 16)), 32, {"SIZE": 16}),
+    ],
+)
+def test_what_triton_compiles_anew_is_bound_anew(x: Any, n: Any, constants: dict[str, int]) -> None:
+    kernel = Kernel()
+    launch(kernel, (1,), BUFFER, 32, SIZE=16)
+    for _ in range(2):
+        launch(kernel, (1,), x, n, **constants)
+    assert len(kernel.bound) == 2 and len(kernel.direct) == 1
+
+
+def test_blocks_are_told_apart_by_their_shape() -> None:
+    kernel, matrix = Kernel(), BUFFER.view(64, 16)
+    for rows in (16, 32, 16):
+        launch(kernel, (1,), Blocks(matrix, (rows, 16)), 32, SIZE=16)
+    assert [call[1].block_shape for call in kernel.bound] == [[16, 16], [32, 16]]
+    assert [call[1].block_shape for call in kernel.direct] == [(16, 16)]
