@@ -76,6 +76,7 @@ CONFIGS = {
             )
         )
     ),
+    "fp8": model_config(layer=replace(LAYER, fp8=True)),
 }
 
 
@@ -133,12 +134,38 @@ def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
     assert not torch.allclose(scores[1][0], scores[1][2])
 
 
-def test_a_candidates_action_changes_nothing_but_its_label() -> None:
-    ranker = small_ranker(model_config()).eval()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_permuted_candidates_keep_their_scores(name: str) -> None:
+    """With histories that truncation and channels cut, and with one that is empty."""
+    ranker = small_ranker(CONFIGS[name]).eval()
+    arrays = random_arrays([7, 0, 9], [3, 4, 1], num_context=len(CONTEXT))
+    order_C = torch.tensor([2, 0, 1, 6, 5, 3, 4, 7])
+    item_rows = torch.cat([torch.arange(7, 10), torch.arange(10, 14), torch.tensor([23])])
+    permuted = dict(arrays)
+    for key in ("action", "timestamp", "side/play_s", "side/tab"):
+        permuted[key] = arrays[key].clone()
+        permuted[key][item_rows] = arrays[key][item_rows[order_C]]
+    # The ids of the context features lie in front of the items'.
+    id_rows = item_rows + len(CONTEXT) * 3
+    permuted["ids"] = arrays["ids"].clone()
+    permuted["ids"][id_rows] = arrays["ids"][id_rows[order_C]]
+    permuted["candidate_action"] = arrays["candidate_action"][order_C]
+    scores, moved = (ranker(batch_of(each, context_names=CONTEXT))[1].logits for each in (arrays, permuted))
+    torch.testing.assert_close(moved, scores[order_C], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(moved, scores)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_candidate_led_to_changes_nothing_but_its_label(name: str) -> None:
+    """Its action and its side lists, were they in the batch: no encoding reads them and no channel selects by them."""
+    ranker = small_ranker(CONFIGS[name]).eval()
     arrays = random_arrays([4, 2], [2, 2], num_context=len(CONTEXT))
     is_history = torch.tensor([1, 1, 1, 1, 0, 0, 1, 1, 0, 0]).bool()
-    other_action = {"action": torch.where(is_history, arrays["action"], 255)}
-    batch, changed = (batch_of(each, context_names=CONTEXT) for each in (arrays, arrays | other_action))
+    leaked = {
+        key: torch.where(is_history, arrays[key], torch.tensor(value, dtype=arrays[key].dtype))
+        for key, value in (("action", 255), ("side/play_s", 99), ("side/tab", 3))
+    }
+    batch, changed = (batch_of(each, context_names=CONTEXT) for each in (arrays, arrays | leaked))
     torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
 
 
