@@ -6,11 +6,16 @@ scale a row of the left operand and one a column of the right one.
 Legend: T packed positions, D model width, N columns of a product.
 """
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 
 from attention_kernels import fp8, layer_ops, linear_kernel
 from attention_kernels.layer_ops import LayerBackend
+
+logger = logging.getLogger(__name__)
 
 FP8_MAX = 448.0
 """The largest finite E4M3 number."""
@@ -23,7 +28,7 @@ def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBac
 
     float32, and rows that do not start at multiples of 16 bytes, go through `torch.addmm` on either backend.
     """
-    if backend == "triton" and linear_kernel.fits(a, b, residual):
+    if backend == "triton" and _fused("the output product with its residual", a, b, residual):
         out = torch.empty_like(residual)
         linear_kernel.product(a, b, out, residual=residual)
         return out
@@ -59,7 +64,7 @@ def linear_silu(
 
     SiLU sees the product as it would be kept, so its values are the same bits with and without `keep_raw`.
     """
-    if backend == "triton" and linear_kernel.fits(a, b):
+    if backend == "triton" and _fused("the product of V, Q and K with SiLU", a, b):
         N = b.shape[0] if scales else b.shape[1]
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
         raw = torch.empty_like(out) if keep_raw else None
@@ -162,6 +167,10 @@ def gated_norm_fp8(
     """
     if backend == "triton" and num_groups == 1 and x_TD is None and dropout == 0:
         return fp8.gated_norm(attention_TW, u_TW, weight, bias, eps)
+    if backend == "triton":
+        _log_unfused(
+            "the gated norm with quantisation", "its kernel takes neither groups nor concatenation nor dropout"
+        )
     gated = layer_ops.gated_norm_forward(
         attention_TW,
         u_TW,
@@ -175,3 +184,19 @@ def gated_norm_fp8(
         backend=backend,
     )
     return quantise_rows(gated, backend=backend)
+
+
+def _fused(what: str, *operands: Tensor) -> bool:
+    """Whether the Triton kernel takes the operands; where it does not, the log says why."""
+    if linear_kernel.fits(*operands):
+        return True
+    if all(x.numel() for x in operands):
+        is_wide = any(x.element_size() > 2 for x in operands)
+        _log_unfused(what, "float32" if is_wide else "a width whose rows do not start at multiples of 16 bytes")
+    return False
+
+
+# Once for each reason.
+@functools.cache
+def _log_unfused(what: str, reason: str) -> None:
+    logger.info("%s is not fused: %s", what, reason)

@@ -3,6 +3,8 @@
 bfloat16 runs on a GPU only: Triton's interpreter multiplies its bit patterns as integers.
 """
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,3 +144,27 @@ def test_quantisation_keeps_the_largest_value_and_rows_of_zeros() -> None:
     for backend in ("triton", "reference"):
         rows, scale = linear.quantise_rows(x, backend=backend)
         torch.testing.assert_close(rows.float() * scale[:, None], x)
+
+
+def test_what_is_not_fused_is_logged_once_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="attention_kernels.linear")
+    linear._log_unfused.cache_clear()
+    x, vector = random(8, 32, seed=0, dtype=torch.float16), torch.ones(32, device=DEVICE)
+    narrow = random(8, 12, seed=1, dtype=torch.float16)
+    gate = {"num_groups": 1, "x_TD": None, "dropout": 0.0, "seed": 0}
+    for _ in range(2):
+        linear.matmul_residual(x, x.new_ones(32, 32), x, backend="triton")
+        linear.gated_norm_fp8(x, x, vector, vector, 1e-6, **gate, backend="triton")
+        assert not caplog.records
+    for _ in range(2):
+        linear.matmul_residual(x[:0], x.new_ones(32, 12), narrow[:0], backend="triton")
+        linear.matmul_residual(x, x.new_ones(32, 12), narrow, backend="triton")
+        linear.linear_silu(
+            x.float(), torch.ones(32, 32, device=DEVICE), vector, keep_raw=False, dtype=torch.float32, backend="triton"
+        )
+        linear.gated_norm_fp8(x, x, vector, vector, 1e-6, **gate | {"dropout": 0.1}, backend="triton")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the output product with its residual is not fused: a width whose rows do not start at multiples of 16 bytes",
+        "the product of V, Q and K with SiLU is not fused: float32",
+        "the gated norm with quantisation is not fused: its kernel takes neither groups nor concatenation nor dropout",
+    ]
