@@ -136,6 +136,8 @@ class TrainConfig:
                 f"the model reads the side lists {', '.join(missing)}, which data.history_features="
                 f"{list(self.data.history_features)} does not name: add them there"
             )
+        if self.precision == "float32" and any(layer.fp8 for layer in self.model.layers):
+            raise ValueError("layer.fp8=true contradicts precision=float32: set precision=bfloat16, or fp8=false")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or null, got {self.max_steps}")
         if self.log_every < 1:

@@ -32,7 +32,7 @@ from trainer.loop import Feed, ModelBatch, run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.metrics import score
 from trainer.parallelize import ParallelModel, parallelize
-from trainer.preflight import check_kernels, check_packages, device_name, installed_versions
+from trainer.preflight import check_fp8, check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Consumed, Recorder
 from trainer.retrieval import evaluate_retrieval, retrieval_table, retriever_batch
 from trainer.run_dir import JsonLines, RunDir, write_json
@@ -50,6 +50,8 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     info = dataset_info(config.data)
     tasks = tasks_of(config, info)
     check_lengths(config, info)
+    if any(layer.fp8 for layer in config.model.layers):
+        check_fp8(mesh.device)
     plan = make_plan(config, info, machine_of(mesh), plan_file)
     steps = run.complete_steps()
     progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()

@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
 """The project's top-level packages; their names are plain words, so another distribution might claim one."""
 
+FP8_CAPABILITY = (8, 9)
+"""The least compute capability whose tensor cores take FP8."""
+
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton")
 
 
@@ -43,6 +46,19 @@ def check_kernels(device: torch.device) -> None:
     if device.type == "cuda":
         check_attention(device)
         logger.info("attention kernels agree with their reference")
+
+
+def check_fp8(device: torch.device) -> None:
+    """For models with `layer.fp8`: a GPU must have FP8 tensor cores; a CPU emulates them.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise ValueError(
+            f"layer.fp8=true needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or above, which "
+            f"has FP8 tensor cores; {device_name(device)} has none: set fp8=false"
+        )
 
 
 def installed_versions() -> dict[str, str]:

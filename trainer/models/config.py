@@ -35,7 +35,8 @@ class LayerConfig:
     """Rebuild norm(attention) * silu(U) in the backward pass instead of keeping it."""
     fp8: bool = False
     """Forward products in FP8 (E4M3, one scale a row); the backward stays in the input's type.  Widths must be
-    multiples of 16.  Fast on GPUs with FP8 tensor cores (Hopper and later), emulated on a CPU."""
+    multiples of 16.  Made for GPUs with FP8 tensor cores (Hopper and later), emulated on a CPU.  The gated norm
+    quantises as it writes only for variant=paper with norm=layer and without dropout; else in a pass of its own."""
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "qk_dim", "value_dim"):
@@ -62,7 +63,8 @@ class StageConfig:
     num_layers: int
     """Layers of this stage."""
     local: int | None = None
-    """K1: how many events back an event sees; null sees its whole past."""
+    """K1: how many events back an event sees; null sees its whole past.  Here and below, input.merge=interleave makes
+    two events of one: its item and its action."""
     global_rows: int = 0
     """K2: so many newest events see their whole past whatever `local` says."""
     global_columns: int = 0
@@ -226,27 +228,53 @@ class ModelConfig:
                 f"model has {len(self.stages)} stages and {len(self.channels)} channels: give either stages (one "
                 "tower) or channels (a mixture of towers)"
             )
-        names = [channel.name for channel in self.channels]
-        if len(set(names)) != len(names):
-            raise ValueError(f"model.channels must have different names, got {', '.join(names)}")
-        if self.channels and self.input.merge == "interleave":
-            raise ValueError("model.channels select events, which input.merge=interleave splits in two: use merge=add")
-        if self.task_weights is not None and (self.tasks is None or len(self.task_weights) != len(self.tasks)):
-            raise ValueError(
-                f"model.task_weights={self.task_weights} needs model.tasks of the same length, got {self.tasks}"
-            )
-        if self.tasks is not None and not self.tasks:
-            raise ValueError("model.tasks is empty: name at least one action, or null for all of them")
+        _check_truncation("model.stages", self.stages)
+        self._check_channels()
+        self._check_tasks()
         if self.head_hidden is not None and self.head_hidden < 1:
             raise ValueError(f"model.head_hidden must be at least 1, or null, got {self.head_hidden}")
         if self.retrieval is not None:
             self._check_retriever()
 
     @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """The tower's layer, or each channel's."""
+        return tuple(channel.layer for channel in self.channels) or (self.layer,)
+
+    @property
     def side_lists(self) -> set[str]:
         """The further history lists that the model reads."""
         chosen = {channel.side for channel in self.channels if channel.side is not None}
         return chosen | {feature.name for feature in self.input.side_features}
+
+    def _check_channels(self) -> None:
+        if not self.channels:
+            return
+        names = [channel.name for channel in self.channels]
+        if len(set(names)) != len(names):
+            raise ValueError(f"model.channels must have different names, got {', '.join(names)}")
+        if self.input.merge == "interleave":
+            raise ValueError("model.channels select events, which input.merge=interleave splits in two: use merge=add")
+        if self.layer != LayerConfig():
+            raise ValueError("model.layer has no effect with model.channels: set the layer of each channel")
+        for channel in self.channels:
+            _check_truncation(f"stages of channel {channel.name!r}", channel.stages)
+
+    def _check_tasks(self) -> None:
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("model.tasks is empty: name at least one action, or null for all of them")
+        if self.tasks is not None and len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"model.tasks must not repeat an action, got {', '.join(self.tasks)}")
+        if self.task_weights is None:
+            return
+        if self.tasks is None or len(self.task_weights) != len(self.tasks):
+            raise ValueError(
+                f"model.task_weights={self.task_weights} needs model.tasks of the same length, got {self.tasks}"
+            )
+        if min(self.task_weights) <= 0:
+            raise ValueError(
+                f"model.task_weights must be above 0, got {self.task_weights}: leave out tasks that should not count"
+            )
 
     def _check_retriever(self) -> None:
         """A retriever has neither candidates nor tasks: settings for them would have no effect."""
@@ -260,3 +288,15 @@ class ModelConfig:
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")
         if any(stage.keep_newest is not None for stage in self.stages):
             raise ValueError("model.retrieval predicts behind every event: stages.keep_newest must be null")
+
+
+def _check_truncation(where: str, stages: tuple[StageConfig, ...]) -> None:
+    """A stage cannot keep events that an earlier one dropped."""
+    kept: int | None = None
+    for stage in stages:
+        if stage.keep_newest is not None and kept is not None and stage.keep_newest >= kept:
+            raise ValueError(
+                f"{where}: keep_newest={stage.keep_newest} has no effect behind a stage that keeps {kept}: lower it "
+                "or leave it out"
+            )
+        kept = kept if stage.keep_newest is None else stage.keep_newest

@@ -75,8 +75,8 @@ class RankerTower(nn.Module):
         tokens_TD, layout = self.encoder(embedded, batch)
         if layout.longest > self.max_len:
             raise ValueError(
-                f"a sequence has {layout.longest} tokens, more than model.max_len={self.max_len}: raise max_len or "
-                "shorten the histories"
+                f"a sequence has {layout.longest} tokens, more than model.max_len={self.max_len}: raise max_len, or "
+                "lower data.max_history_len or data.max_candidates"
             )
         logits_CM: Tensor = self.head(self.tower(tokens_TD, layout, batch))
         return logits_CM.float()

@@ -103,8 +103,8 @@ class RetrieverTower(nn.Module):
         layout = make_layout(lens, torch.zeros_like(lens), lens_host, torch.zeros_like(lens_host))
         if layout.longest > self.max_len:
             raise ValueError(
-                f"a sequence has {layout.longest} events, more than model.max_len={self.max_len}: raise max_len or "
-                "shorten the histories"
+                f"a sequence has {layout.longest} events, more than model.max_len={self.max_len}: raise max_len, or "
+                "lower data.max_history_len or data.max_candidates"
             )
         dtype = compute_dtype(self.position_vectors)
         position_S = layout.index_T.clamp(max=self.position_vectors.shape[0] - 1)

@@ -35,10 +35,11 @@ STAGES = (
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    return replace(ModelConfig(dim=16, max_len=32, layer=LAYER, stages=STAGES), **changes)
+    layer = LayerConfig() if "channels" in changes else LAYER
+    return replace(ModelConfig(dim=16, max_len=32, layer=layer, stages=STAGES), **changes)
 
 
-def small_ranker(config: ModelConfig, embedding_dim: int = 12) -> Ranker:
+def small_ranker(config: ModelConfig, embedding_dim: int = 12, context_names: tuple[str, ...] = CONTEXT) -> Ranker:
     torch.manual_seed(0)
     tables = [
         EmbeddingConfig(
@@ -47,11 +48,11 @@ def small_ranker(config: ModelConfig, embedding_dim: int = 12) -> Ranker:
             num_embeddings=NUM_ITEMS if name == "item_id" else CONTEXT_VOCAB,
             feature_names=[name],
         )
-        for name in TABLES
+        for name in (*context_names, "item_id")
     ]
     embeddings = EmbeddingCollection(tables=tables)
     return build_ranker(
-        config, embeddings=embeddings, embedding_dim=embedding_dim, context_names=CONTEXT, action_names=ACTIONS
+        config, embeddings=embeddings, embedding_dim=embedding_dim, context_names=context_names, action_names=ACTIONS
     )
 
 
@@ -106,6 +107,20 @@ def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, user
     loss.backward()
     assert loss.item() == 0 and output.logits.shape == (0, NUM_ACTIONS)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in ranker.tower.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_data_without_context_times_and_actions_train(name: str) -> None:
+    """What a log may lack: every time is then the unknown one, and channels that select by action see nothing."""
+    ranker = small_ranker(CONFIGS[name], context_names=())
+    arrays = random_arrays([5, 0, 9], [2, 3, 1])
+    arrays |= {"action": torch.zeros_like(arrays["action"]), "timestamp": torch.full_like(arrays["timestamp"], -1)}
+    loss, output = ranker(batch_of(arrays))
+    loss.backward()
+    assert loss.isfinite() and output.logits.shape == (6, NUM_ACTIONS)
+    encoder = ranker.tower.encoder
+    for vectors in (encoder.age_vectors, encoder.candidate_gap_vectors):
+        assert vectors.grad is not None and vectors.grad[0].any() and not vectors.grad[1:].any()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -251,10 +266,12 @@ def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:
 @pytest.mark.parametrize("name", ["paper", "production", "interleaved", "channels", "side_features"])
 def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     layer = LayerConfig(num_heads=2, qk_dim=32, value_dim=32, variant="production" if name == "production" else "paper")
-    config = replace(CONFIGS[name], dim=64, layer=layer, max_len=512)
+    config = replace(CONFIGS[name], dim=64, max_len=512)
     if config.channels:
         channels = tuple(replace(channel, dim=64, layer=layer) for channel in config.channels)
         config = replace(config, channels=channels)
+    else:
+        config = replace(config, layer=layer)
     device = torch.device("cuda")
     tower = small_ranker(config).tower.to(device)
     batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
