@@ -113,8 +113,10 @@ def model_flops(
     tasks = len(config.tasks) if config.tasks is not None else num_actions
     factor = 2 if config.input.merge == "interleave" else 1
     project = embedding_dim if embedding_dim != config.dim else 0
-    thresholds = sum(len(feature.thresholds) for feature in config.input.side_features)
-    per_token = 2 * config.dim * (project + 1 + num_actions + thresholds)
+    # One vector for "something happened", one an action, one a threshold, and that of a candidate's action.
+    bits = 1 + num_actions + sum(len(feature.thresholds) for feature in config.input.side_features)
+    bits += config.input.candidate_action == "learned"
+    per_token = 2 * config.dim * (project + bits)
     ends = per_token * (history + candidates) + 2 * config.dim * embedding_dim * num_context
     head_width = sum(channel.dim for channel in config.channels) or config.dim
     hidden = config.head_hidden

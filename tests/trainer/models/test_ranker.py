@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingConfig
@@ -21,6 +23,7 @@ from trainer.models.config import (
     SideFeatureConfig,
     StageConfig,
 )
+from trainer.models.flops import model_flops
 from trainer.models.ranker import Ranker, build_ranker
 from trainer.recipes import load_recipe
 
@@ -107,6 +110,30 @@ def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, user
     loss.backward()
     assert loss.item() == 0 and output.logits.shape == (0, NUM_ACTIONS)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in ranker.tower.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counted_flops_are_those_of_the_products_that_run(name: str) -> None:
+    """All but attention's, which is one operator to PyTorch's counter; its pairs are tested against the dense mask."""
+    arrays = random_arrays([5, 0, 9], [2, 3, 1], num_context=len(CONTEXT))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        small_ranker(CONFIGS[name])(batch_of(arrays, context_names=CONTEXT))
+    histories = (slice(0, 5), slice(7, 7), slice(10, 19))
+    chosen = {"clicks": arrays["action"] & 0b1001, "watched": arrays["side/play_s"]}
+    counted = model_flops(
+        CONFIGS[name],
+        np.array([5, 0, 9]),
+        np.array([2, 3, 1]),
+        embedding_dim=12,
+        num_context=len(CONTEXT),
+        num_actions=NUM_ACTIONS,
+        channel_history_lens={
+            channel: np.array([int((values[rows] != 0).sum()) for rows in histories])
+            for channel, values in chosen.items()
+        },
+    )
+    assert (counted.forward - counted.attention).sum() == counter.get_total_flops()
+    assert counted.attention.sum() > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
