@@ -151,8 +151,8 @@ class ChannelConfig:
     """Width of the channel's tokens."""
     stages: tuple[StageConfig, ...]
     """The channel's layers."""
-    layer: LayerConfig = field(default_factory=LayerConfig)
-    """The channel's layer."""
+    layer: LayerConfig | None = None
+    """The channel's layer; null for `model.layer`."""
     actions: tuple[str, ...] = ()
     """Keep events with at least one of these actions; empty keeps every event."""
     side: str | None = None
@@ -203,7 +203,7 @@ class ModelConfig:
     stages: tuple[StageConfig, ...] = ()
     """The tower's layers; empty if and only if there are channels."""
     layer: LayerConfig = field(default_factory=LayerConfig)
-    """The tower's layer."""
+    """The tower's layer, and that of every channel without one of its own."""
     channels: tuple[ChannelConfig, ...] = ()
     """Mixture of Transducers; empty for one tower over all events."""
     input: InputConfig = field(default_factory=InputConfig)
@@ -239,7 +239,7 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
         """The tower's layer, or each channel's."""
-        return tuple(channel.layer for channel in self.channels) or (self.layer,)
+        return tuple(channel.layer or self.layer for channel in self.channels) or (self.layer,)
 
     @property
     def side_lists(self) -> set[str]:
@@ -255,8 +255,10 @@ class ModelConfig:
             raise ValueError(f"model.channels must have different names, got {', '.join(names)}")
         if self.input.merge == "interleave":
             raise ValueError("model.channels select events, which input.merge=interleave splits in two: use merge=add")
-        if self.layer != LayerConfig():
-            raise ValueError("model.layer has no effect with model.channels: set the layer of each channel")
+        if self.layer != LayerConfig() and all(channel.layer is not None for channel in self.channels):
+            raise ValueError(
+                "model.layer has no effect, every one of model.channels has its own: leave the layer out of a channel"
+            )
         for channel in self.channels:
             _check_truncation(f"stages of channel {channel.name!r}", channel.stages)
 

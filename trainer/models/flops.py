@@ -126,7 +126,7 @@ def model_flops(
     towers = [(config.dim, config.layer, config.stages, factor * history)] if config.stages else []
     for channel in config.channels:
         lens = np.asarray((channel_history_lens or {}).get(channel.name, history), dtype=np.int64)
-        towers.append((channel.dim, channel.layer, channel.stages, lens))
+        towers.append((channel.dim, channel.layer or config.layer, channel.stages, lens))
         if channel.dim != config.dim:
             tokens = (num_context + lens + candidates).astype(np.float64)
             extra = np.asarray(2 * config.dim * channel.dim * tokens)

@@ -122,6 +122,6 @@ def build_mixture(config: ModelConfig, *, num_context: int, action_names: tuple[
             choice=EventChoice(action_mask=sum(bits) if bits else None, side=channel.side),
             model_dim=config.dim,
             dim=channel.dim,
-            tower=build_tower(dim=channel.dim, layer=channel.layer, stages=channel.stages, **common),
+            tower=build_tower(dim=channel.dim, layer=channel.layer or config.layer, stages=channel.stages, **common),
         )
     return MixtureOfTransducers(channels)

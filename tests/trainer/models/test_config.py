@@ -22,7 +22,10 @@ GROWING = (StageConfig(num_layers=1, keep_newest=4), StageConfig(num_layers=1, k
         ({"channels": (CHANNEL,)}, "1 stages and 1 channels: give either"),
         (CHANNELS | {"channels": (CHANNEL, CHANNEL)}, "must have different names, got clicks, clicks"),
         (CHANNELS | {"input": InputConfig(merge="interleave")}, "use merge=add"),
-        (CHANNELS | {"layer": LayerConfig(dropout=0.1)}, "model.layer has no effect with model.channels"),
+        (
+            {"stages": (), "channels": (replace(CHANNEL, layer=LayerConfig()),), "layer": LayerConfig(dropout=0.1)},
+            "model.layer has no effect, every one of model.channels has its own",
+        ),
         ({"stages": GROWING}, "model.stages: keep_newest=4 has no effect behind a stage that keeps 4"),
         (CHANNELS | {"channels": (replace(CHANNEL, stages=GROWING),)}, "stages of channel 'clicks': keep_newest=4"),
         ({"tasks": ()}, "model.tasks is empty"),

@@ -38,8 +38,7 @@ STAGES = (
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    layer = LayerConfig() if "channels" in changes else LAYER
-    return replace(ModelConfig(dim=16, max_len=32, layer=layer, stages=STAGES), **changes)
+    return replace(ModelConfig(dim=16, max_len=32, layer=LAYER, stages=STAGES), **changes)
 
 
 def small_ranker(config: ModelConfig, embedding_dim: int = 12, context_names: tuple[str, ...] = CONTEXT) -> Ranker:
@@ -67,8 +66,8 @@ CONFIGS = {
     "channels": model_config(
         stages=(),
         channels=(
-            ChannelConfig(name="clicks", dim=16, stages=STAGES, layer=LAYER, actions=("action_0", "action_3")),
-            ChannelConfig(name="watched", dim=8, stages=STAGES[:1], layer=LAYER, side="play_s"),
+            ChannelConfig(name="clicks", dim=16, stages=STAGES, actions=("action_0", "action_3")),
+            ChannelConfig(name="watched", dim=8, stages=STAGES[:1], layer=replace(LAYER, num_heads=1), side="play_s"),
         ),
     ),
     "stochastic depth": model_config(layer=replace(LAYER, stochastic_depth=0.5)),
@@ -253,7 +252,7 @@ def test_side_features_that_make_no_sense_are_refused() -> None:
 
 def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None:
     plain = small_ranker(model_config())
-    channel = ChannelConfig(name="every", dim=16, stages=STAGES, layer=LAYER, actions=ACTIONS)
+    channel = ChannelConfig(name="every", dim=16, stages=STAGES, actions=ACTIONS)
     mixture = small_ranker(model_config(stages=(), channels=(channel,)))
     mixture.load_state_dict({name.replace(".all.", ".every."): value for name, value in plain.state_dict().items()})
     arrays = random_arrays([5, 0, 9], [2, 3, 1], num_context=len(CONTEXT))
@@ -293,12 +292,8 @@ def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:
 @pytest.mark.parametrize("name", ["paper", "production", "interleaved", "channels", "side_features"])
 def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     layer = LayerConfig(num_heads=2, qk_dim=32, value_dim=32, variant="production" if name == "production" else "paper")
-    config = replace(CONFIGS[name], dim=64, max_len=512)
-    if config.channels:
-        channels = tuple(replace(channel, dim=64, layer=layer) for channel in config.channels)
-        config = replace(config, channels=channels)
-    else:
-        config = replace(config, layer=layer)
+    channels = tuple(replace(channel, dim=64, layer=None) for channel in CONFIGS[name].channels)
+    config = replace(CONFIGS[name], dim=64, layer=layer, channels=channels, max_len=512)
     device = torch.device("cuda")
     tower = small_ranker(config).tower.to(device)
     batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
