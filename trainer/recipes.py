@@ -5,7 +5,7 @@ is what `python -m trainer recipes` shows.  Standard library only.
 from collections.abc import Callable
 
 from embeddings.config import SparseOptimizerConfig
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, StochasticLengthConfig
 from trainer.config import CheckpointConfig, DenseOptimizerConfig, EvaluationConfig, ScheduleConfig, TrainConfig
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
 
@@ -77,8 +77,41 @@ def movielens_retrieval() -> TrainConfig:
     )
 
 
+def yambda_ultra() -> TrainConfig:
+    """Rank Yambda's actions with ULTRA-HSTU: 18 semi-local layers on histories of 16,384 events; for GPUs.
+
+    Prepare the data first: python -m pipelines.prepare yambda --source DIR --out data/yambda
+
+    The paper does not print windows, truncation, batch and rates: these are of public code, or inferred from its
+    FLOPs.  The batch is for about eight GPUs.
+    """
+    window = {"local": 256, "global_rows": 256}
+    return TrainConfig(
+        name="yambda_ultra",
+        data=DataConfig(
+            path="data/yambda",
+            global_batch_size=256,
+            max_history_len=16384,
+            max_candidates=100,
+            window_samples=4096,
+            stochastic_length=StochasticLengthConfig(mode="load_balanced", selection="age_weighted", gamma=1.3),
+        ),
+        model=ModelConfig(
+            dim=512,
+            # History, candidates and up to 28 context features.
+            max_len=16512,
+            layer=LayerConfig(num_heads=4, qk_dim=128, value_dim=128),
+            stages=(StageConfig(num_layers=6, **window), StageConfig(num_layers=12, keep_newest=1024, **window)),
+        ),
+        embedding_dim=512,
+        sparse_optimizer=SparseOptimizerConfig(learning_rate=1e-3),
+        optimizer=DenseOptimizerConfig(learning_rate=1e-3, betas=(0.95, 0.999)),
+        schedule=ScheduleConfig(warmup_steps=1000),
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (kuairand_sample, kuairand_retrieval, movielens_retrieval)
+    recipe.__name__: recipe for recipe in (kuairand_sample, kuairand_retrieval, movielens_retrieval, yambda_ultra)
 }
 """Every recipe by name."""
 
