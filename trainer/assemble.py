@@ -9,11 +9,10 @@ import torch
 from embeddings.config import TableConfig
 from embeddings.plan import BatchLoad
 from embeddings.tables import build_embedding_collection
-from pipelines.balance import Cost
 from pipelines.batch import ITEM_FEATURE
 from pipelines.schema import DatasetInfo
 from trainer.config import TrainConfig
-from trainer.models.flops import training_flops
+from trainer.models.flops import Count, training_flops
 from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.ranker import Ranker, build_ranker
 from trainer.models.retriever import Retriever, build_retriever
@@ -112,9 +111,10 @@ def build_model(
     return model
 
 
-def training_cost(config: TrainConfig, info: DatasetInfo, attention_cost: float = 1.0) -> Cost:
+def training_cost(config: TrainConfig, info: DatasetInfo, attention_cost: float = 1.0) -> functools.partial[Count]:
     """The model's training FLOPs of samples, by their history lengths and numbers of candidates.
 
+    Takes `channel_history_lens` too, without which every channel counts as if it saw all events.
     With `attention_cost`, a FLOP of attention counts that many times: a measure of time rather than of work.
     """
     # Not a closure: it goes to reader processes.

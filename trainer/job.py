@@ -31,6 +31,7 @@ from trainer.evaluate import comparison_table, evaluate
 from trainer.loop import Feed, ModelBatch, run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.metrics import score
+from trainer.models.transducers import event_choices
 from trainer.parallelize import ParallelModel, parallelize
 from trainer.preflight import check_fp8, check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Consumed, Recorder
@@ -79,7 +80,11 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         try:
             run_steps(
                 model,
-                Feed(islice(batches, remaining), consumption(info), functools.partial(for_model, config, info, mesh)),
+                Feed(
+                    islice(batches, remaining),
+                    consumption(config, info),
+                    functools.partial(for_model, config, info, mesh),
+                ),
                 progress,
                 config=config,
                 run=run,
@@ -198,9 +203,11 @@ def _total_samples(config: TrainConfig, loader: Loader) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def consumption(info: DatasetInfo) -> Callable[[Batch], Consumed]:
+def consumption(config: TrainConfig, info: DatasetInfo) -> Callable[[Batch], Consumed]:
     """What the loop notes of a batch: little, for it delays the launch of a step."""
     num_context = len(info.context_features)
+    choices = event_choices(config.model, info.actions)
+    selective = {name: choice for name, choice in choices.items() if not choice.selects_all}
 
     def describe(batch: Batch) -> Consumed:
         return Consumed(
@@ -210,6 +217,7 @@ def consumption(info: DatasetInfo) -> Callable[[Batch], Consumed]:
             # Copies: views would keep the whole batch's memory.
             history_lens=batch.history_lens_host.numpy().copy(),
             num_candidates=batch.num_candidates_host.numpy().copy(),
+            channel_history_lens={name: choice.history_lens(batch).numpy() for name, choice in selective.items()},
             imbalance=batch.imbalance,
         )
 

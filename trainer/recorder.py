@@ -2,22 +2,26 @@
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipelines.balance import Cost
 from pipelines.columns import IntArray
 from pipelines.position import DataPosition
 from trainer.checkpoint import Progress
 from trainer.mesh import Mesh
 from trainer.run_dir import JsonLines, RunDir
+
+TrainingFlops = Callable[..., npt.NDArray[np.float64]]
+"""FLOPs by sample from history lengths, numbers of candidates, and by keyword `channel_history_lens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Consumed:
     """[B] of this rank's samples."""
     num_candidates: IntArray
     """[B] of this rank's samples."""
+    channel_history_lens: Mapping[str, IntArray]
+    """[B] events of this rank's samples that a channel sees, for channels that do not see all."""
     imbalance: float
     """Largest over mean modelled cost of the ranks."""
 
@@ -42,7 +48,7 @@ class Recorder:
     """Writes the logged steps: metrics.jsonl, TensorBoard and the progress bar."""
 
     def __init__(
-        self, run: RunDir, mesh: Mesh, start: Progress, *, total_samples: int | None, training_flops: Cost
+        self, run: RunDir, mesh: Mesh, start: Progress, *, total_samples: int | None, training_flops: TrainingFlops
     ) -> None:
         self._mesh = mesh
         self._training_flops = training_flops
@@ -131,6 +137,7 @@ class _Interval:
         self.imbalances: list[float] = []
         self._history_lens: list[IntArray] = []
         self._num_candidates: list[IntArray] = []
+        self._channel_history_lens: dict[str, list[IntArray]] = {}
 
     def add(self, consumed: Consumed) -> None:
         self.steps += 1
@@ -139,10 +146,14 @@ class _Interval:
         self.imbalances.append(consumed.imbalance)
         self._history_lens.append(consumed.history_lens)
         self._num_candidates.append(consumed.num_candidates)
+        for name, lens in consumed.channel_history_lens.items():
+            self._channel_history_lens.setdefault(name, []).append(lens)
 
-    def flops(self, training_flops: Cost) -> float:
+    def flops(self, training_flops: TrainingFlops) -> float:
         """Model FLOPs of this rank's part, counted for all steps at once, because a count takes as long as a launch."""
-        return float(training_flops(np.concatenate(self._history_lens), np.concatenate(self._num_candidates)).sum())
+        channels = {name: np.concatenate(lens) for name, lens in self._channel_history_lens.items()}
+        lens = np.concatenate(self._history_lens), np.concatenate(self._num_candidates)
+        return float(training_flops(*lens, channel_history_lens=channels).sum())
 
 
 def peak_flops(device: torch.device) -> float | None:

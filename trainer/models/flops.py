@@ -144,9 +144,10 @@ def training_flops(
     embedding_dim: int,
     num_context: int,
     num_actions: int,
+    channel_history_lens: Mapping[str, Lengths] | None = None,
     attention_cost: float = 1.0,
 ) -> Count:
-    """[samples] FLOPs of a training step by sample, those of attention times `attention_cost`."""
+    """[samples] FLOPs of a training step by sample, those of attention times `attention_cost`; see `model_flops`."""
     count = model_flops(
         config,
         history_lens,
@@ -154,6 +155,7 @@ def training_flops(
         embedding_dim=embedding_dim,
         num_context=num_context,
         num_actions=num_actions,
+        channel_history_lens=channel_history_lens,
     )
     return count.training + TRAINING_FACTOR * (attention_cost - 1) * count.attention
 

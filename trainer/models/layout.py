@@ -118,6 +118,14 @@ def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tens
     return new, layout.offsets[new.user_T] + new.index_T + skip
 
 
+def count_events(history_lens_host: Tensor, num_candidates_host: Tensor, keep_host: Tensor) -> Tensor:
+    """How many events of each history `keep_events` keeps, [B]."""
+    lens = (history_lens_host, num_candidates_host)
+    items = make_layout(*lens, *lens)
+    kept = keep_host & history_mask(items)
+    return torch.zeros_like(history_lens_host).index_add_(0, items.user_T, kept.long())
+
+
 def keep_events(layout: SequenceLayout, keep_host: Tensor) -> tuple[SequenceLayout, Tensor]:
     """Keep the events where `keep_host` is set, and all context and candidates.
 

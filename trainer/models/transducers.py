@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipelines.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.hstu import HstuTower, build_tower
-from trainer.models.layout import SequenceLayout, candidate_rows, keep_events, take_rows
+from trainer.models.layout import SequenceLayout, candidate_rows, count_events, keep_events, take_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +41,10 @@ class EventChoice:
         if self.side is not None:
             kept &= batch.side_host[self.side] != 0
         return kept
+
+    def history_lens(self, batch: Batch) -> Tensor:
+        """How many events of each history stay, [B] in host memory."""
+        return count_events(batch.history_lens_host, batch.num_candidates_host, self.keep(batch))
 
 
 class Transducer(nn.Module):
@@ -98,6 +102,25 @@ class MixtureOfTransducers(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
+def event_choices(config: ModelConfig, action_names: tuple[str, ...]) -> dict[str, EventChoice]:
+    """What each channel sees, by its name.
+
+    Raises:
+        ValueError: a channel selects by an action that the data set does not have.
+    """
+    choices = {}
+    for channel in config.channels:
+        unknown = [action for action in channel.actions if action not in action_names]
+        if unknown:
+            raise ValueError(
+                f"model.channels: channel {channel.name!r} selects by {unknown[0]!r}, which is none of the data's "
+                f"actions: {', '.join(action_names)}"
+            )
+        bits = [1 << action_names.index(action) for action in channel.actions]
+        choices[channel.name] = EventChoice(action_mask=sum(bits) if bits else None, side=channel.side)
+    return choices
+
+
 def build_mixture(config: ModelConfig, *, num_context: int, action_names: tuple[str, ...]) -> MixtureOfTransducers:
     """The config's channels, or one channel over all events for its stages.
 
@@ -109,17 +132,11 @@ def build_mixture(config: ModelConfig, *, num_context: int, action_names: tuple[
         tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, **common)
         only = Transducer(choice=EventChoice(), model_dim=config.dim, dim=config.dim, tower=tower)
         return MixtureOfTransducers({"all": only})
+    choices = event_choices(config, action_names)
     channels = {}
     for channel in config.channels:
-        unknown = [action for action in channel.actions if action not in action_names]
-        if unknown:
-            raise ValueError(
-                f"model.channels: channel {channel.name!r} selects by {unknown[0]!r}, which is none of the data's "
-                f"actions: {', '.join(action_names)}"
-            )
-        bits = [1 << action_names.index(action) for action in channel.actions]
         channels[channel.name] = Transducer(
-            choice=EventChoice(action_mask=sum(bits) if bits else None, side=channel.side),
+            choice=choices[channel.name],
             model_dim=config.dim,
             dim=channel.dim,
             tower=build_tower(dim=channel.dim, layer=channel.layer or config.layer, stages=channel.stages, **common),

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from trainer.models.layout import SequenceLayout, candidate_rows, keep_events, keep_newest, make_layout, take_rows
+from trainer.models.layout import (
+    SequenceLayout,
+    candidate_rows,
+    count_events,
+    keep_events,
+    keep_newest,
+    make_layout,
+    take_rows,
+)
 
 HISTORY, CANDIDATES, CONTEXT = [5, 0, 2, 7], [2, 3, 0, 1], 2
 
@@ -44,6 +52,7 @@ def test_chosen_events_keep_their_order_and_all_candidates_and_context() -> None
     expected = [label for label in labels.tolist() if label % 100 // 10 != 1 or label % 2 == 0]
     assert labels[rows].tolist() == expected
     assert new.history_lens.tolist() == [3, 0, 1, 4]
+    assert count_events(layout.history_lens_host, layout.num_candidates_host, keep).tolist() == [3, 0, 1, 4]
 
 
 def test_taking_rows_differentiates_like_indexing() -> None:

@@ -1,0 +1,61 @@
+"""What is counted of a step."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from pipelines.schema import DatasetInfo
+from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays
+from trainer.assemble import training_cost
+from trainer.job import consumption
+from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
+from trainer.models.flops import model_flops
+from trainer.recipes import load_recipe
+from trainer.recorder import _Interval
+
+ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
+INFO = DatasetInfo(
+    name="made up",
+    num_items=NUM_ITEMS,
+    context_features={},
+    actions=ACTIONS,
+    history_features=("play_s",),
+    splits={},
+    source="",
+    licence="",
+)
+
+
+def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
+    stages = (StageConfig(num_layers=1),)
+    channels = (
+        ChannelConfig(name="clicks", dim=16, stages=stages, actions=("action_1",)),
+        ChannelConfig(name="watched", dim=16, stages=stages, side="play_s"),
+        ChannelConfig(name="all", dim=16, stages=stages),
+    )
+    recipe = load_recipe("kuairand_sample")
+    model = ModelConfig(dim=16, max_len=64, channels=channels)
+    config = replace(recipe, model=model, data=replace(recipe.data, history_features=("play_s",)))
+    histories, candidates = [6, 0, 9], [1, 3, 2]
+    describe, interval = consumption(config, INFO), _Interval()
+    expected = 0.0
+    for seed in (0, 1):
+        arrays = random_arrays(histories, candidates, seed=seed)
+        interval.add(describe(batch_of(arrays)))
+        rows = (slice(0, 6), slice(7, 7), slice(10, 19))
+        seen = {
+            "clicks": np.array([int((arrays["action"][own] >> 1 & 1).sum()) for own in rows]),
+            "watched": np.array([int((arrays["side/play_s"][own] != 0).sum()) for own in rows]),
+        }
+        assert 0 < seen["clicks"].sum() < sum(histories)
+        count = model_flops(
+            model,
+            np.array(histories),
+            np.array(candidates),
+            embedding_dim=config.embedding_dim,
+            num_context=0,
+            num_actions=NUM_ACTIONS,
+            channel_history_lens=seen,
+        )
+        expected += count.training.sum()
+    assert interval.flops(training_cost(config, INFO)) == expected
