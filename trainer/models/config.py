@@ -120,7 +120,7 @@ class InputConfig:
     """add: one token an event, item plus action.  interleave: an item token, then an action token (the baseline; twice
     the tokens, so `max_len` has to hold twice the history)."""
     candidate_action: Literal["zero", "learned"] = "zero"
-    """What stands in the place of a candidate's action: nothing, or one learned vector."""
+    """What is added to a candidate in the place of its action: nothing, or one learned vector (with merge=add)."""
     side_features: tuple[SideFeatureConfig, ...] = ()
     """Further history lists that enter the action: watch time, surface, price."""
     num_positions: int = 8192
@@ -134,6 +134,11 @@ class InputConfig:
         names = [feature.name for feature in self.side_features]
         if len(set(names)) != len(names):
             raise ValueError(f"input.side_features must have different names, got {', '.join(names)}")
+        if self.merge == "interleave" and self.candidate_action == "learned":
+            raise ValueError(
+                "input.candidate_action=learned has no effect with input.merge=interleave, whose candidates are item "
+                "tokens alone: use candidate_action=zero"
+            )
         for name in ("num_positions", "num_time_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"input.{name} must be at least 1, got {getattr(self, name)}")

@@ -39,6 +39,12 @@ def test_settings_that_contradict_or_have_no_effect_are_refused(changes: dict[st
         replace(MODEL, **changes)
 
 
+def test_a_learned_action_of_interleaved_candidates_is_refused() -> None:
+    """No token would hold it."""
+    with pytest.raises(ValueError, match="use candidate_action=zero"):
+        InputConfig(merge="interleave", candidate_action="learned")
+
+
 @pytest.mark.parametrize("changes", [{"layer": LayerConfig(fp8=True)}, None])
 def test_fp8_beside_float32_is_refused(changes: dict[str, Any] | None) -> None:
     recipe = load_recipe("kuairand_sample")

@@ -1,0 +1,90 @@
+"""Tokens against sums written out here, event by event."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from tests.support.batches import batch_of, random_arrays
+from trainer.models.encoding import InputEncoder, time_bucket
+
+HISTORY, CANDIDATES, CONTEXT = [5, 0, 9, 2], [2, 3, 1, 0], ("user_id", "country")
+NUM_ACTIONS, NUM_POSITIONS, NUM_BUCKETS, DIM, ROW = 8, 6, 7, 16, 12
+
+
+def make_encoder(*, interleave: bool, learned: bool) -> InputEncoder:
+    torch.manual_seed(0)
+    encoder = InputEncoder(
+        dim=DIM,
+        embedding_dim=ROW,
+        context_names=CONTEXT,
+        num_actions=NUM_ACTIONS,
+        interleave=interleave,
+        learned_candidate_action=learned,
+        num_positions=NUM_POSITIONS,
+        num_time_buckets=NUM_BUCKETS,
+    )
+    return encoder.requires_grad_(False)
+
+
+def times() -> Tensor:
+    """Distances from nothing to weeks, unknown times, and a history in which no time is known."""
+    users = (
+        [-1, 100, 100 + 86400, 5_000_000, 5_000_001, 5_000_000, 9_000_000],
+        [7, 8, -1],
+        [-1, -1, 10, 11, 13, 40, 100, 200, 300, 299],
+        [-1, -1],
+    )
+    return torch.tensor([time for user in users for time in user])
+
+
+def time_row(time: int, newest: int, *, forward: bool) -> int:
+    if time == -1 or newest == -1:
+        return 0
+    seconds = max(1, time - newest if forward else newest - time)
+    return 1 + min(NUM_BUCKETS - 1, int(math.log(seconds) / 0.301))
+
+
+@pytest.mark.parametrize(("interleave", "learned"), [(False, False), (False, True), (True, False)])
+def test_tokens_are_the_sums_of_item_action_position_and_time(interleave: bool, learned: bool) -> None:
+    encoder = make_encoder(interleave=interleave, learned=learned)
+    arrays = random_arrays(HISTORY, CANDIDATES, num_context=len(CONTEXT)) | {"timestamp": times()}
+    batch = batch_of(arrays, context_names=CONTEXT)
+    rows = {"item_id": torch.randn(sum(HISTORY) + sum(CANDIDATES), ROW)}
+    rows |= {name: torch.randn(len(HISTORY), ROW) for name in CONTEXT}
+    lengths = torch.zeros(len(HISTORY), dtype=torch.int64)
+    embedded = {name: JaggedTensor(values=values, lengths=lengths) for name, values in rows.items()}
+    tokens, layout = encoder(embedded, batch)
+
+    expected, first = [], 0
+    for user, (h, c) in enumerate(zip(HISTORY, CANDIDATES, strict=True)):
+        for index, name in enumerate(CONTEXT):
+            assert encoder.context_projection is not None and encoder.context_vectors is not None
+            expected.append(encoder.context_projection(rows[name][user]) + encoder.context_vectors[index])
+        stamps, actions = (arrays[key][first : first + h + c].tolist() for key in ("timestamp", "action"))
+        newest = max(stamps[:h], default=-1)
+        for place, (stamp, bits) in enumerate(zip(stamps, actions, strict=True)):
+            item = encoder.item_projection(rows["item_id"][first + place])
+            if place < h:
+                item = item + encoder.position_vectors[min(h - place, NUM_POSITIONS)]
+                item = item + encoder.age_vectors[time_row(stamp, newest, forward=False)]
+                on = [bit for bit in range(NUM_ACTIONS) if bits >> bit & 1]
+                action = encoder.action_vectors[0] + sum(encoder.action_vectors[1 + bit] for bit in on)
+                expected += [item, action] if interleave else [item + action]
+            else:
+                item = item + encoder.position_vectors[0]
+                item = item + encoder.candidate_gap_vectors[time_row(stamp, newest, forward=True)]
+                expected.append(item + encoder.candidate_action[0] if encoder.candidate_action is not None else item)
+        first += h + c
+    torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-5, atol=1e-6)
+    factor = 2 if interleave else 1
+    assert layout.history_lens.tolist() == layout.history_lens_host.tolist() == [factor * h for h in HISTORY]
+    assert layout.num_candidates_host.tolist() == CANDIDATES and layout.num_context == len(CONTEXT)
+
+
+def test_time_buckets_are_logarithmic_and_bounded() -> None:
+    seconds = torch.tensor([-5, 0, 1, 2, 60, 3600, 86400, 10**9])
+    assert time_bucket(seconds, 128).tolist() == [0, 0, 0, 2, 13, 27, 37, 68]
+    assert time_bucket(seconds, 20).tolist() == [0, 0, 0, 2, 13, 19, 19, 19]
