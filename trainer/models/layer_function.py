@@ -3,7 +3,8 @@
 By default it keeps three tensors of a token's width: the layer's input, U before SiLU and the attention output.  The
 backward rebuilds the normed input, V, Q and K by one product, and norm(attention) * silu(U) inside the kernel that
 differentiates it, which also takes SiLU's slope at U.  Each of these can be kept instead; the gradients are the same
-numbers either way, because what is rebuilt is rebuilt by the same operations from the same inputs.
+numbers either way, because what is rebuilt is rebuilt by the same operations from the same inputs.  Not in FP8, where
+V, Q and K are rebuilt without quantisation: their gradients are then those of slightly other values.
 
 Gradients of U, V, Q and K are written into slices of one buffer, which is then the right-hand side of two products.
 

@@ -205,18 +205,26 @@ def test_three_tensors_of_a_tokens_width_are_kept(production: bool) -> None:
     assert saved_bytes(everything) > 2 * saved_bytes(spec)
 
 
-def test_fp8_is_close_to_full_precision_and_keeps_its_gradients() -> None:
-    """E4M3 has three bits of mantissa: a few percent on a product.  The backward is not quantised, its inputs are."""
-    spec = SPECS["paper"]
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fp8_is_close_to_full_precision_and_keeps_its_gradients(name: str, dropout: float) -> None:
+    """E4M3 has three bits of mantissa: a few percent on a product.  The backward is not quantised, its inputs are.
+
+    Gradients of the input are compared token by token: where a head attends to next to nothing, its group's norm
+    divides by next to nothing, and that token's gradient is mostly rounding.
+    """
+    spec = SPECS[name]
     x, parameters, batch = make(spec, torch.float32)
+    batch = replace(batch, dropout=dropout, seed=5)
     exact = fused_layer(x, parameters, spec, batch)
     quantised = fused_layer(x, parameters, replace(spec, fp8=True), batch)
     error = (quantised - exact).norm() / (exact - x).norm()
     assert 0 < error < 0.1
-    found, wanted = (
-        torch.cat([gradient.flatten() for gradient in gradients(out, x, parameters)]) for out in (quantised, exact)
-    )
-    assert (found - wanted).norm() / wanted.norm() < 0.1
+    found, wanted = (gradients(out, x, parameters) for out in (quantised, exact))
+    assert float(((found[0] - wanted[0]).norm(dim=1) / wanted[0].norm(dim=1)).median()) < 0.08
+    if not spec.group_norm:
+        flat = [torch.cat([gradient.flatten() for gradient in parts]) for parts in (found, wanted)]
+        assert (flat[0] - flat[1]).norm() / flat[1].norm() < 0.1
 
 
 def test_fp8_refuses_widths_that_its_products_do_not_take() -> None:
