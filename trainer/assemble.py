@@ -75,16 +75,32 @@ def check_lengths(config: TrainConfig, info: DatasetInfo) -> None:
         ValueError: context, history and candidates may be longer than `model.max_len`.
     """
     tokens_an_event = 2 if config.model.input.merge == "interleave" else 1
-    # Without a bound on the candidates, one is the least; the model itself refuses a longer sequence when it comes.
-    candidates = config.data.max_candidates or 1
+    candidates = most_candidates(config, info)
     num_context = 0 if config.model.retrieval is not None else len(info.context_features)
     longest = num_context + tokens_an_event * config.data.max_history_len + candidates
     if longest > config.model.max_len:
         raise ValueError(
             f"model.max_len={config.model.max_len} is below the {longest} tokens of the longest sequence "
             f"({num_context} context, {tokens_an_event} x {config.data.max_history_len} history, "
-            f"{candidates} candidates): raise model.max_len or lower data.max_history_len"
+            f"{candidates} candidates): raise model.max_len, or lower data.max_history_len or data.max_candidates"
         )
+
+
+def most_candidates(config: TrainConfig, info: DatasetInfo) -> int:
+    """Candidates of a sample at most, as far as the data's description says.
+
+    Data that others prepared may not say it: then this is their mean, and the model itself refuses a longer sequence
+    when it comes.
+    """
+    options = info.details.get("options", {})
+    if {"candidates", "eval_candidates"} <= set(options):
+        of_eval = [options[name] for name in ("eval_candidates", "leave_last") if options.get(name) is not None]
+        prepared: int = max(options["candidates"], min(of_eval))
+    else:
+        prepared = max(
+            [math.ceil(split.candidates / max(1, split.samples)) for split in info.splits.values()], default=1
+        )
+    return max(1, prepared if config.data.max_candidates is None else min(prepared, config.data.max_candidates))
 
 
 def build_model(

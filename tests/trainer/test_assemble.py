@@ -1,0 +1,56 @@
+"""From a configuration and a data set to a model: lengths that do not fit are refused before the start."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipelines.schema import DatasetInfo, SplitInfo
+from trainer.assemble import check_lengths, most_candidates
+from trainer.recipes import load_recipe
+
+OPTIONS = {"candidates": 8, "eval_candidates": 100, "leave_last": None}
+INFO = DatasetInfo(
+    name="made up",
+    num_items=9,
+    context_features={"country": 3},
+    actions=("click",),
+    history_features=(),
+    splits={
+        "train": SplitInfo(samples=10, history_events=200, candidates=41),
+        "eval": SplitInfo(samples=4, history_events=80, candidates=10),
+    },
+    source="",
+    licence="",
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "max_candidates", "expected"),
+    [
+        (OPTIONS, None, 100),
+        (OPTIONS, 20, 20),
+        (OPTIONS, 200, 100),
+        (OPTIONS | {"leave_last": 1}, None, 8),
+        ({}, None, 5),
+        ({}, 3, 3),
+    ],
+)
+def test_candidates_are_bounded_by_what_the_data_says(
+    options: dict[str, Any], max_candidates: int | None, expected: int
+) -> None:
+    recipe = load_recipe("kuairand_sample")
+    config = replace(recipe, data=replace(recipe.data, max_candidates=max_candidates))
+    assert most_candidates(config, replace(INFO, details={"options": options} if options else {})) == expected
+
+
+@pytest.mark.parametrize(("merge", "longest"), [("add", 1 + 96 + 100), ("interleave", 1 + 2 * 96 + 100)])
+def test_lengths_beyond_the_models_are_refused_before_the_start(merge: Any, longest: int) -> None:
+    recipe = load_recipe("kuairand_sample")
+    info = replace(INFO, details={"options": OPTIONS})
+    model = replace(recipe.model, input=replace(recipe.model.input, merge=merge), max_len=longest)
+    check_lengths(replace(recipe, model=model), info)
+    with pytest.raises(
+        ValueError, match=f"below the {longest} tokens.* or lower data.max_history_len or data.max_cand"
+    ):
+        check_lengths(replace(recipe, model=replace(model, max_len=longest - 1)), info)
