@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attention_kernels import SemiLocalMask, hstu_attention, hstu_attention_backward
+from trainer.models.flops import allowed_pairs
 
 TOKENS, HEADS, SIZE = 65536, 4, 128
 MASKS = {
@@ -69,7 +70,18 @@ def measure(
         triton.testing.do_bench(run, warmup=25, rep=100, return_mode="median") for run in (forward, backward)
     )
     graph_ms = graph_times(mask, length) if kernel == "ours" else (None, None)
-    pairs = allowed_pairs(mask, length) * (TOKENS // length) * HEADS
+    pairs = (
+        (TOKENS // length)
+        * HEADS
+        * float(
+            allowed_pairs(
+                length - mask.num_context,
+                num_context=mask.num_context,
+                local=mask.local,
+                global_rows=mask.global_rows,
+            )
+        )
+    )
     tensor_bytes = TOKENS * HEADS * SIZE * 2
     return {
         "mask": name,
@@ -109,19 +121,6 @@ def graph_times(mask: SemiLocalMask, length: int) -> tuple[float, float]:
         )
     )
     return forward_ms, backward_ms
-
-
-def allowed_pairs(mask: SemiLocalMask, n: int) -> int:
-    """Pairs that the mask allows in a sequence of n tokens without targets and columns."""
-    c = min(mask.num_context, n)
-    h = n - c
-    if mask.local is None:
-        seen = h * (h + 1) // 2
-    else:
-        wide = min(mask.global_rows, h)
-        band = sum(min(q + 1, mask.local + 1) for q in range(h - wide))
-        seen = band + sum(q + 1 for q in range(h - wide, h))
-    return c * n + h * c + seen
 
 
 def hardware() -> dict[str, str]:
