@@ -63,6 +63,10 @@ def lengths_panel(results: dict[str, dict[str, dict[str, float]]]) -> str:
                 f'stroke-dasharray="{dash}"/>'
             )
         parts.append(text(left + 8, TOP + 14 + 16 * row, name, anchor="start", colour=colour))
+    memory = {key: [row[key] for rows in results.values() for row in rows.values()] for key in ("kept_gib", "peak_gib")}
+    kept, peak = (f"{min(gib):.2f} to {max(gib):.2f}" for gib in memory.values())
+    words = f"at any length {kept} GiB kept a layer, peak of two {peak}"
+    parts.append(text(left - 20, TOP + TALL + 36, words, anchor="start", colour="#666"))
     return "".join(parts)
 
 
