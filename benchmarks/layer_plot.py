@@ -55,18 +55,18 @@ def lengths_panel(results: dict[str, dict[str, dict[str, float]]]) -> str:
         if low <= math.log10(ms) <= high:
             parts.append(text(left - 18, y_of(ms) + 4, f"{ms:g}"))
             parts.append(line(left, y_of(ms), left + SIDE, y_of(ms), "#ddd"))
-    for row, (name, colour) in enumerate(COLOURS.items()):
+    for place, (name, colour) in enumerate(COLOURS.items()):
         for key, dash in (("forward_ms", "6 4"), ("train_ms", "")):
             points = " ".join(f"{x_of(n):.1f},{y_of(results[name][str(n)][key]):.1f}" for n in lengths)
             parts.append(
                 f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5" '
                 f'stroke-dasharray="{dash}"/>'
             )
-        parts.append(text(left + 8, TOP + 14 + 16 * row, name, anchor="start", colour=colour))
-    memory = {key: [row[key] for rows in results.values() for row in rows.values()] for key in ("kept_gib", "peak_gib")}
-    kept, peak = (f"{min(gib):.2f} to {max(gib):.2f}" for gib in memory.values())
-    words = f"at any length {kept} GiB kept a layer, peak of two {peak}"
-    parts.append(text(left - 20, TOP + TALL + 36, words, anchor="start", colour="#666"))
+        parts.append(text(left + 8, TOP + 14 + 16 * place, name, anchor="start", colour=colour))
+    rows = [row for each in results.values() for row in each.values()]
+    kept, peak = (max(row[key] for row in rows) for key in ("kept_gib", "peak_gib"))
+    words = f"memory at any length: at most {kept:.3f} GiB kept a layer, {peak:.2f} GiB at the peak of two layers"
+    parts.append(text(left, TOP + TALL + 54, words, anchor="start", colour="#666"))
     return "".join(parts)
 
 
