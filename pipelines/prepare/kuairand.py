@@ -13,11 +13,11 @@ from pipelines.prepare.engine import (
     csv_reader,
     execute,
     find_files,
-    literal,
     parquet_reader,
     plain_file,
     require_files,
 )
+from pipelines.prepare.raw_log import number_values
 from pipelines.prepare.source import Description
 
 ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
@@ -109,15 +109,9 @@ def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Pa
     reader = csv_reader(plain_file(path, scratch), types)
     check_rows(connection, reader, path, {"user_id >= 0": "user_id must not be negative or missing"})
     check_one_row_each(connection, reader, path, "user_id")
-    values = {}
-    for name in CONTEXT:
-        rows = execute(connection, f"SELECT DISTINCT {name} FROM {reader} WHERE {name} IS NOT NULL ORDER BY 1", path)
-        values[name] = [row[0] for row in rows]
-    columns = ", ".join(
-        f"coalesce(list_position([{', '.join(map(literal, known))}], {name}), 0) AS {name}"
-        for name, known in values.items()
-    )
-    execute(connection, f"CREATE TABLE users AS SELECT user_id, {columns} FROM {reader}", path)
+    execute(connection, f"CREATE TABLE user_columns AS SELECT user_id, {', '.join(CONTEXT)} FROM {reader}", path)
+    values, numbered = number_values(connection, "user_columns", CONTEXT)
+    connection.execute(f"CREATE TABLE users AS {numbered}")
     largest = "SELECT max(user_id) FROM (SELECT user_id FROM users UNION ALL SELECT user_id FROM events)"
     return int(connection.execute(largest).fetchall()[0][0]) + 1, values
 

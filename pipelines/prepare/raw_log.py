@@ -38,11 +38,23 @@ def number_ids(connection: duckdb.DuckDBPyConnection, history: Sequence[str] = (
 
 
 def number_context(connection: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]) -> dict[str, list[str]]:
-    """Make `users` of `table` (user_key and context columns of text); returns the values behind the numbers.
+    """Make `users` of `table` (user_key and context columns of text); returns the values behind the numbers."""
+    values, numbered = number_values(connection, table, names)
+    columns = "".join(f", {quoted(name)}" for name in names)
+    connection.execute(
+        f"CREATE TABLE users AS SELECT user_id{columns} FROM ({numbered}) JOIN user_ids USING (user_key)"
+    )
+    return values
+
+
+def number_values(
+    connection: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]
+) -> tuple[dict[str, list[str]], str]:
+    """(the values of these columns of text, SQL for `table` with numbers in their place).
 
     A value's number is its place among the sorted values, from 1 on; 0 is unknown.
     """
-    values, columns, joins = {}, "", ""
+    values, numbers, joins = {}, [], ""
     for place, name in enumerate(names):
         connection.execute(
             f"CREATE TABLE context_{place} AS SELECT value, row_number() OVER (ORDER BY value) AS number FROM "
@@ -50,12 +62,10 @@ def number_context(connection: duckdb.DuckDBPyConnection, table: str, names: Seq
         )
         rows = connection.execute(f"SELECT value FROM context_{place} ORDER BY number").fetchall()
         values[name] = [str(row[0]) for row in rows]
-        columns += f", coalesce(context_{place}.number, 0)::BIGINT AS {quoted(name)}"
+        numbers.append(f"coalesce(context_{place}.number, 0)::BIGINT AS {quoted(name)}")
         joins += f" LEFT JOIN context_{place} ON t.{quoted(name)} = context_{place}.value"
-    connection.execute(
-        f"CREATE TABLE users AS SELECT user_id{columns} FROM {table} AS t JOIN user_ids USING (user_key){joins}"
-    )
-    return values
+    replaced = f" REPLACE ({', '.join(numbers)})" if numbers else ""
+    return values, f"SELECT t.*{replaced} FROM {table} AS t{joins}"
 
 
 def rating_mask(rating: str) -> str:
