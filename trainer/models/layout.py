@@ -120,10 +120,15 @@ def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tens
 
 def count_events(history_lens_host: Tensor, num_candidates_host: Tensor, keep_host: Tensor) -> Tensor:
     """How many events of each history `keep_events` keeps, [B]."""
+    return _choose(history_lens_host, num_candidates_host, keep_host)[1]
+
+
+def _choose(history_lens_host: Tensor, num_candidates_host: Tensor, keep_host: Tensor) -> tuple[SequenceLayout, Tensor]:
+    """(item tokens, history and candidates without context; how many events of each history stay), in host memory."""
     lens = (history_lens_host, num_candidates_host)
     items = make_layout(*lens, *lens)
     kept = keep_host & history_mask(items)
-    return torch.zeros_like(history_lens_host).index_add_(0, items.user_T, kept.long())
+    return items, torch.zeros_like(history_lens_host).index_add_(0, items.user_T, kept.long())
 
 
 def keep_events(layout: SequenceLayout, keep_host: Tensor) -> tuple[SequenceLayout, Tensor]:
@@ -132,18 +137,18 @@ def keep_events(layout: SequenceLayout, keep_host: Tensor) -> tuple[SequenceLayo
     `keep_host` is [S] bool in host memory over item tokens, history and candidates without context; its values at
     candidates do not matter.  The choice is made on the host, because it decides sizes.  Returns as `keep_newest` does.
     """
-    lens = (layout.history_lens_host, layout.num_candidates_host)
-    items = make_layout(*lens, *lens)
-    is_event = history_mask(items)
-    kept = keep_host & is_event
-    new_lens = torch.zeros_like(layout.history_lens_host).index_add_(0, items.user_T, kept.long())
+    items, new_lens = _choose(layout.history_lens_host, layout.num_candidates_host, keep_host)
     # Context tokens of a sequence and of those before it lie in front of its item tokens.
     item_rows = torch.arange(items.num_tokens) + layout.num_context * (items.user_T + 1)
     stays = torch.ones(layout.num_tokens, dtype=torch.bool)
-    stays[item_rows] = kept | ~is_event
+    stays[item_rows] = keep_host | ~history_mask(items)
     device = layout.offsets.device
     new = make_layout(
-        to_device(new_lens, device), layout.num_candidates, new_lens, lens[1], num_context=layout.num_context
+        to_device(new_lens, device),
+        layout.num_candidates,
+        new_lens,
+        layout.num_candidates_host,
+        num_context=layout.num_context,
     )
     return new, to_device(torch.nonzero(stays)[:, 0], device)
 
