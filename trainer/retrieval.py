@@ -137,16 +137,19 @@ def _count_better(
             mine = (outputs[block] @ items.t()).gather(1, place[:, None])[:, 0]
             wanted[block] = torch.where(here, mine, wanted[block])
     better, more_popular = (torch.zeros_like(targets) for _ in range(2))
+    popularity = counts[targets]
     for first, last in chunks:
         items = _item_vectors(model, first, last, device)
-        bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=device))
-        prediction, item = seen[:, bounds[0] : bounds[1]]
+        if seen.numel():
+            bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=device))
+            prediction, item = seen[:, bounds[0] : bounds[1]]
         for block in blocks:
             counted = torch.arange(first, last, device=device) != targets[block][:, None]
-            mine = (prediction >= block.start) & (prediction < block.stop)
-            counted[prediction[mine] - block.start, item[mine] - first] = False
+            if seen.numel():
+                mine = (prediction >= block.start) & (prediction < block.stop)
+                counted[prediction[mine] - block.start, item[mine] - first] = False
             better[block] += ((outputs[block] @ items.t() >= wanted[block][:, None]) & counted).sum(1)
-            more_popular[block] += ((counts[first:last] >= counts[targets[block]][:, None]) & counted).sum(1)
+            more_popular[block] += ((counts[first:last] >= popularity[block][:, None]) & counted).sum(1)
     return better + 1, more_popular + 1
 
 
