@@ -17,8 +17,9 @@ from attention_kernels.hopper_forward import hopper_forward_kernel
 from attention_kernels.hopper_tiles import GROUP_SIZE
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
+from attention_kernels.rows import multiprocessors
 from attention_kernels.schedule import Schedule
-from attention_kernels.triton_attention import build_schedule, pad_size, tma_aligned
+from attention_kernels.triton_attention import build_schedule, head_rows, pad_size, tma_aligned
 from attention_kernels.tuning import choose_config
 
 _GROUP = GROUP_SIZE.value
@@ -181,18 +182,13 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _split_programs(q: Tensor) -> int:
     """Parts of long tiles, over all heads: one for every other program, as each part costs a sum to write and read."""
-    return _processors(q.device) // 2
+    return multiprocessors(q.device) // 2
 
 
 def _grid(plan: Schedule, q: Tensor) -> tuple[int]:
-    return (min(_processors(q.device), plan.max_items * q.shape[1]),)
+    return (min(multiprocessors(q.device), plan.max_items * q.shape[1]),)
 
 
 def _partials(plan: Schedule, q: Tensor, model: Tensor) -> Tensor | None:
@@ -217,12 +213,12 @@ def _options(mask: SemiLocalMask, plan: Schedule, num_targets: Tensor | None, ri
 
 
 def _rows(x: Tensor, block: int) -> Blocks:
-    """Blocks of rows of one head, the tensor seen as [H, T, size]."""
-    (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
-    shape = (1, block, pad_size(size))
-    return Blocks(x, shape, (h, t, size), (stride_h, stride_t, 1), _layout(shape, x.dtype))
+    """`head_rows` for a Gluon kernel."""
+    return head_rows(x, block, _layout(block, pad_size(x.shape[2]), x.dtype))
 
 
 @functools.cache
-def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(shape), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+def _layout(block: int, size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(
+        [1, block, size], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    )

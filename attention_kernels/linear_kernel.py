@@ -5,8 +5,6 @@ before SiLU as a second result, a residual tile by tile, and row and column scal
 the tensor memory accelerator, so rows must start at multiples of 16 bytes.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -207,7 +205,7 @@ def product(
 
     out_blocks = Blocks(out, stored)
 
-    def blocks(x: Tensor | None) -> Any:
+    def blocks(x: Tensor | None) -> Blocks:
         # What the kernel does not touch needs some blocks all the same.
         return out_blocks if x is None else Blocks(x, stored)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 from attention_kernels import schedule
 from attention_kernels.backward import dkdv_kernel, dq_kernel
@@ -212,11 +213,13 @@ def _rows(tma: bool, *tensors: tuple[Tensor, int]) -> list[Tensor] | list[Blocks
     """Kernel arguments for loading blocks of rows: the tensors, or what the TMA loads, seen as [H, T, size]."""
     if not tma:
         return [x for x, _ in tensors]
-    blocks = []
-    for x, block in tensors:
-        (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
-        blocks.append(Blocks(x, (1, block, pad_size(size)), (h, t, size), (stride_h, stride_t, 1)))
-    return blocks
+    return [head_rows(x, block) for x, block in tensors]
+
+
+def head_rows(x: Tensor, block: int, layout: NVMMASharedLayout | None = None) -> Blocks:
+    """Blocks of rows of one head, the tensor seen as [H, T, size]; `layout` as in `Blocks`."""
+    (t, h, size), (stride_t, stride_h, _) = x.shape, x.stride()
+    return Blocks(x, (1, block, pad_size(size)), (h, t, size), (stride_h, stride_t, 1), layout)
 
 
 def _use_tma(*tensors: Tensor) -> bool:
