@@ -70,18 +70,10 @@ def measure(
         triton.testing.do_bench(run, warmup=25, rep=100, return_mode="median") for run in (forward, backward)
     )
     graph_ms = graph_times(mask, length) if kernel == "ours" else (None, None)
-    pairs = (
-        (TOKENS // length)
-        * HEADS
-        * float(
-            allowed_pairs(
-                length - mask.num_context,
-                num_context=mask.num_context,
-                local=mask.local,
-                global_rows=mask.global_rows,
-            )
-        )
+    of_sequence = allowed_pairs(
+        length - mask.num_context, num_context=mask.num_context, local=mask.local, global_rows=mask.global_rows
     )
+    pairs = float(of_sequence) * (TOKENS // length) * HEADS
     tensor_bytes = TOKENS * HEADS * SIZE * 2
     return {
         "mask": name,
