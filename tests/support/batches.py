@@ -1,7 +1,10 @@
 """Small random batches for tests of models, made without files or loaders."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from pipelines.batch import Batch
 from pipelines.packed import Contents, pack
@@ -37,6 +40,14 @@ def batch_of(arrays: dict[str, Tensor], *, context_names: tuple[str, ...] = ()) 
         imbalance=1.0,
     )
     return Batch(contents, memory)
+
+
+def looked_up(rows: Mapping[str, Tensor]) -> dict[str, JaggedTensor]:
+    """Rows of each feature as a lookup gives them, for what reads no lengths.  TorchRec wants whole numbers there."""
+    return {
+        name: JaggedTensor(values=values, lengths=torch.zeros(3, dtype=torch.int64, device=values.device))
+        for name, values in rows.items()
+    }
 
 
 def random_arrays(

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from tests.support.batches import batch_of, random_arrays
+from tests.support.batches import batch_of, looked_up, random_arrays
 from trainer.models.encoding import InputEncoder, time_bucket
 
 HISTORY, CANDIDATES, CONTEXT = [5, 0, 9, 2], [2, 3, 1, 0], ("user_id", "country")
@@ -54,9 +53,7 @@ def test_tokens_are_the_sums_of_item_action_position_and_time(interleave: bool, 
     batch = batch_of(arrays, context_names=CONTEXT)
     rows = {"item_id": torch.randn(sum(HISTORY) + sum(CANDIDATES), ROW)}
     rows |= {name: torch.randn(len(HISTORY), ROW) for name in CONTEXT}
-    lengths = torch.zeros(len(HISTORY), dtype=torch.int64)
-    embedded = {name: JaggedTensor(values=values, lengths=lengths) for name, values in rows.items()}
-    tokens, layout = encoder(embedded, batch)
+    tokens, layout = encoder(looked_up(rows), batch)
 
     expected, first = [], 0
     for user, (h, c) in enumerate(zip(HISTORY, CANDIDATES, strict=True)):

@@ -11,9 +11,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from tests.support.batches import CONTEXT_VOCAB, NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays, random_batch
+from tests.support.batches import (
+    CONTEXT_VOCAB,
+    NUM_ACTIONS,
+    NUM_ITEMS,
+    batch_of,
+    looked_up,
+    random_arrays,
+    random_batch,
+)
 from tests.support.distributed import run_ranks
 from trainer.models.config import (
     ChannelConfig,
@@ -106,7 +113,7 @@ def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, user
         loss, output = ranker(batch)
     else:
         # TorchRec cannot look up for no samples at all, the tower computes on none.
-        embedded = {name: JaggedTensor(values=torch.zeros(0, 12), lengths=torch.zeros(0)) for name in TABLES}
+        embedded = looked_up(dict.fromkeys(TABLES, torch.zeros(0, 12)))
         loss, output = ranker.tower(embedded, batch)
     loss.backward()
     assert loss.item() == 0 and output.logits.shape == (0, NUM_ACTIONS)
@@ -221,12 +228,7 @@ def test_side_features_enter_events_and_no_candidates() -> None:
     arrays["side/play_s"] = torch.where(is_history, arrays["side/play_s"], 99.0)
     batch = batch_of(arrays, context_names=CONTEXT)
     vectors = encoder.category_vectors[0]
-    embedded = {
-        name: JaggedTensor(
-            values=torch.randn(20 if name == "item_id" else 3, 12), lengths=torch.zeros(3, dtype=torch.int64)
-        )
-        for name in TABLES
-    }
+    embedded = looked_up({name: torch.randn(20 if name == "item_id" else 3, 12) for name in TABLES})
     with torch.no_grad():
         tokens, layout = encoder(embedded, batch)
         is_item = layout.index_T >= len(CONTEXT)
@@ -312,12 +314,7 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     device = torch.device("cuda")
     tower = small_ranker(config).tower.to(device)
     batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
-    embedded = {
-        key: JaggedTensor(
-            values=torch.randn(length, 12, device=device), lengths=torch.zeros(3, dtype=torch.int64, device=device)
-        )
-        for key, length in (*((key, 3) for key in CONTEXT), ("item_id", 249))
-    }
+    embedded = looked_up({key: torch.randn(249 if key == "item_id" else 3, 12, device=device) for key in TABLES})
     for mode in ("default", "error"):
         # The first step compiles, which may wait.
         torch.cuda.synchronize()
