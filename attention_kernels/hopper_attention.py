@@ -15,6 +15,7 @@ from attention_kernels import triton_attention
 from attention_kernels.hopper_backward import hopper_dkdv_kernel, hopper_dq_kernel
 from attention_kernels.hopper_forward import hopper_forward_kernel
 from attention_kernels.hopper_tiles import GROUP_SIZE
+from attention_kernels.hopper_wide import hopper_wide_dkdv_kernel
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
 from attention_kernels.rows import multiprocessors
@@ -24,8 +25,6 @@ from attention_kernels.tuning import choose_config
 
 _GROUP = GROUP_SIZE.value
 _HELD = 2 * _GROUP
-# Head sizes, padded to a power of two, whose tiles fit the shared memory and whose sums fit the registers.
-_SIZES = (64, 128)
 # Registers a thread that the three groups of four warps have on average: 65,536 over 384 threads.
 _REGISTERS = 168
 
@@ -41,12 +40,33 @@ class RingConfig:
     """Held tiles in shared memory: with two the next item's are loaded while this one's are in use."""
 
     stages: int
-    """Streamed tiles in shared memory."""
+    """Streamed tiles in shared memory; at least two, as a group releases a tile only when it has the next."""
 
 
-FORWARD = RingConfig(block=64, held_stages=2, stages=4)
-DQ = RingConfig(block=64, held_stages=1, stages=4)
-DKDV = RingConfig(block=64, held_stages=1, stages=4)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rings:
+    """The buffers of the three kernels."""
+
+    forward: RingConfig
+    dq: RingConfig
+    dkdv: RingConfig
+
+
+_SMALL = Rings(
+    forward=RingConfig(block=64, held_stages=2, stages=4),
+    dq=RingConfig(block=64, held_stages=1, stages=4),
+    dkdv=RingConfig(block=64, held_stages=1, stages=4),
+)
+RINGS = {
+    64: _SMALL,
+    128: _SMALL,
+    256: Rings(
+        forward=RingConfig(block=64, held_stages=1, stages=2),
+        dq=RingConfig(block=32, held_stages=1, stages=2),
+        dkdv=RingConfig(block=64, held_stages=1, stages=2),
+    ),
+}
+"""By the larger head size, padded to a power of two."""
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -55,7 +75,7 @@ def takes(*tensors: Tensor) -> bool:
     return (
         _is_hopper(q.device)
         and q.dtype != torch.float32
-        and all(pad_size(x.shape[2]) in _SIZES for x in tensors)
+        and all(pad_size(x.shape[2]) in RINGS for x in tensors)
         and tma_aligned(*tensors)
     )
 
@@ -70,12 +90,12 @@ def forward(
     num_targets: Tensor | None,
     scale: float,
     max_len: int,
-    ring: RingConfig = FORWARD,
 ) -> Tensor:
     """Attention output [T, H, V] in v's dtype; accumulates in float32."""
     out = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if out.numel() == 0:
         return out
+    ring = RINGS[_size(q_THK, v_THV)].forward
     plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, None, _split_programs(q_THK))
     assert plan is not None
     launch(
@@ -110,17 +130,19 @@ def backward(
     if q_THK.numel() == 0:
         return
     dq, dk, dv = out
-    portable = None if mask.local is None else choose_config(mask, q_THK.dtype, _SIZES[-1]).dkdv
-    key_block = _HELD if portable is None else portable.keys
+    size = _size(q_THK, v_THV)
+    rings = RINGS[size]
+    portable = None if mask.local is None else choose_config(mask, q_THK.dtype, size).dkdv
+    key_block = portable.keys if portable is not None else _GROUP if _is_wide(q_THK, v_THV) else _HELD
     rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, key_block, _split_programs(q_THK))
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     scales: dict[str, Any] = {"scale": scale, "max_len": max_len}
     if portable is None:
-        backward_keys(inputs, (dk, dv), mask, num_targets, keys, **scales)
+        backward_keys(inputs, (dk, dv), mask, num_targets, keys, rings.dkdv, **scales)
     else:
         triton_attention.backward_keys(inputs, (dk, dv), mask, num_targets, keys, portable, **scales)
-    backward_rows(inputs, dq, mask, num_targets, rows, **scales)
+    backward_rows(inputs, dq, mask, num_targets, rows, rings.dq, **scales)
 
 
 def backward_keys(
@@ -129,17 +151,17 @@ def backward_keys(
     mask: SemiLocalMask,
     num_targets: Tensor | None,
     plan: Schedule,
+    ring: RingConfig,
     *,
     scale: float,
     max_len: int,
-    ring: RingConfig = DKDV,
 ) -> None:
     """Gradients of k and v from (dout, q, k, v)."""
     dout, q, k, v = inputs
     dk, dv = out
     heads = q.shape[1]
     launch(
-        hopper_dkdv_kernel,
+        hopper_wide_dkdv_kernel if _is_wide(q, v) else hopper_dkdv_kernel,
         _grid(plan, q),
         *(_rows(dout, ring.block), _rows(q, ring.block), _rows(k, _GROUP), _rows(v, _GROUP)),
         *(dk, dv, plan.table, _partials(plan, q, q), _partials(plan, q, v)),
@@ -159,10 +181,10 @@ def backward_rows(
     mask: SemiLocalMask,
     num_targets: Tensor | None,
     plan: Schedule,
+    ring: RingConfig,
     *,
     scale: float,
     max_len: int,
-    ring: RingConfig = DQ,
 ) -> None:
     """Gradient of q from (dout, q, k, v)."""
     dout, q, k, v = inputs
@@ -175,6 +197,15 @@ def backward_rows(
         K=q.shape[2],
         **_options(mask, plan, num_targets, ring),
     )
+
+
+def _size(q_THK: Tensor, v_THV: Tensor) -> int:
+    return max(pad_size(q_THK.shape[2]), pad_size(v_THV.shape[2]))
+
+
+def _is_wide(q_THK: Tensor, v_THV: Tensor) -> bool:
+    """Whether both groups of the dk and dv kernel share 64 keys."""
+    return _size(q_THK, v_THV) > 128
 
 
 @functools.cache

@@ -1,0 +1,150 @@
+"""dk and dv for head sizes of 129 to 256 on Hopper: two groups share 64 keys, and each sums half of the head.
+
+A group multiplies the scores of half of the streamed rows, passes their weights and slopes on through shared memory,
+and adds the products of all rows to its own columns of dk and dv.  So no score is computed twice, and a sum of 64 x 128
+fits the registers where one of 64 x 256 does not.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attention_kernels.hopper_tiles import (
+    GROUP_SIZE,
+    half_scores,
+    load_held_tiles,
+    load_partner_tiles,
+    make_order,
+    make_ring,
+    matrix_layout,
+    next_number,
+    release,
+    store_group,
+    tanh,
+    wait_block,
+)
+from attention_kernels.tiles import live_rows, load_item, part_range, partner_start
+
+
+@gluon.jit
+def make_exchange(dtype: gl.constexpr, ROWS: gl.constexpr):
+    """Buffers for both groups' [keys, ROWS] of one kind."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROWS, element_bitwidth=16, rank=2)
+    return gl.allocate_shared_memory(dtype, [2, GROUP_SIZE, ROWS], LAYOUT)
+
+
+@gluon.jit
+def compute_wide_dkdv(
+    work, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """A group: its columns of every item of this program.  Scores are transposed, keys by rows."""
+    rings, exchange, order, output, table, H, half_scale, dk_scale, dv_scale = work
+    k_ring, v_ring, q_ring, dout_ring = rings
+    weights, slopes, full, empty = exchange
+    dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters = output
+    HALF_K: gl.constexpr = k_ring.buffers.shape[3] // 2
+    HALF_V: gl.constexpr = v_ring.buffers.shape[3] // 2
+    ROWS: gl.constexpr = BLOCK_M // 2
+    dtype: gl.constexpr = k_ring.buffers.dtype
+    S_LAYOUT: gl.constexpr = matrix_layout(ROWS)
+    num_items = gl.load(table) * H
+    number = gl.program_id(0)
+    i_item = 0
+    i_use = 0
+    while number < num_items:
+        i_h = number % H
+        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
+        num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
+            first, last, n, u, c, g, s, local, BLOCK_M, HAS_LOCAL
+        )
+        lo, hi = part_range(num_0 + num_1 + num_2, part, parts, SPLIT)
+        b_k = wait_block(k_ring, i_item, 0)
+        b_v = wait_block(v_ring, i_item, 0)
+        b_dk = gl.zeros([GROUP_SIZE, HALF_K], gl.float32, matrix_layout(HALF_K))
+        b_dv = gl.zeros([GROUP_SIZE, HALF_V], gl.float32, matrix_layout(HALF_V))
+        b_zero = gl.zeros([GROUP_SIZE, ROWS], gl.float32, S_LAYOUT)
+        for j in range(lo, hi):
+            row = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_M) + GROUP * ROWS
+            b_q = wait_block(q_ring, i_use, 0)
+            own_q = b_q.slice(GROUP * ROWS, ROWS, dim=0)
+            b_score = warpgroup_mma(b_k, own_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dout = wait_block(dout_ring, i_use, 0)
+            own_dout = b_dout.slice(GROUP * ROWS, ROWS, dim=0)
+            b_dweight = warpgroup_mma(b_v, own_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_score = warpgroup_mma_wait(1, deps=(b_score,))
+            b_half = half_scores(b_score, half_scale, row, first, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
+            b_tanh = tanh(b_half)
+            b_weight = b_half * b_tanh + b_half
+            b_slope = b_weight * (1.0 - b_tanh) + (1.0 + b_tanh)
+            mbarrier.wait(empty, (i_use + 1) & 1)
+            weights.index(GROUP).store(b_weight.to(dtype))
+            b_dweight = warpgroup_mma_wait(0, deps=(b_dweight,))
+            slopes.index(GROUP).store((b_dweight * b_slope).to(dtype))
+            # Every thread's stores must be seen by the matrix unit before one thread announces them.
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(full)
+            mbarrier.wait(full, i_use & 1)
+            for i in gl.static_range(2):
+                dout_part = b_dout.slice(i * ROWS, ROWS, dim=0).slice(GROUP * HALF_V, HALF_V, dim=1)
+                b_dv = warpgroup_mma(weights.index(i), dout_part, b_dv, is_async=True)
+                q_part = b_q.slice(i * ROWS, ROWS, dim=0).slice(GROUP * HALF_K, HALF_K, dim=1)
+                b_dk = warpgroup_mma(slopes.index(i), q_part, b_dk, is_async=True)
+            b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
+            mbarrier.arrive(empty)
+            release(dout_ring, i_use)
+            release(q_ring, i_use)
+            i_use += 1
+        release(k_ring, i_item)
+        release(v_ring, i_item)
+        store_group(
+            dv + GROUP * HALF_V, b_dv * dv_scale, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
+            v_partials, v_counters, GROUP, V - GROUP * HALF_V, SPLIT,
+        )  # fmt: skip
+        store_group(
+            dk + GROUP * HALF_K, b_dk * dk_scale, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
+            k_partials, k_counters, GROUP, K - GROUP * HALF_K, SPLIT,
+        )  # fmt: skip
+        number = next_number(order, i_item)
+        i_item += 1
+
+
+@gluon.jit(do_not_specialize=["H", "half_scale", "dk_scale", "dv_scale"])
+def hopper_wide_dkdv_kernel(
+    dout, q, k, v, dk, dv, table, k_partials, v_partials, k_counters, v_counters, H, half_scale, dk_scale, dv_scale,
+    stride_dkt, stride_dkh, stride_dvt, stride_dvh, K: gl.constexpr, V: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `hopper_backward.hopper_dkdv_kernel`, over tiles of 64 keys."""
+    BLOCK_M: gl.constexpr = q.block_shape[1]
+    k_ring = make_ring(k, HELD_STAGES, 1)
+    v_ring = make_ring(v, HELD_STAGES, 1)
+    q_ring = make_ring(q, STAGES, 1)
+    dout_ring = make_ring(dout, STAGES, 1)
+    weights = make_exchange(k.dtype, BLOCK_M // 2)
+    slopes = make_exchange(k.dtype, BLOCK_M // 2)
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=2)
+    mbarrier.init(empty, count=2)
+    rings = (k_ring, v_ring, q_ring, dout_ring)
+    order = make_order()
+    output = (dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters)
+    work = (rings, (weights, slopes, full, empty), order, output, table, H, half_scale, dk_scale, dv_scale)
+    gl.warp_specialize(
+        [
+            (compute_wide_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+            (compute_wide_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+            (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
+            (load_held_tiles, ((k, v), (k_ring, v_ring), order, table, H)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
