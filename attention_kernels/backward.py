@@ -21,16 +21,18 @@ from attention_kernels.tiles import (
     product,
     store_or_reduce,
     twice_sigmoid,
+    twice_slope,
 )
 
 
 @triton.jit(do_not_specialize=["H", "half_scale", "dq_scale"])
 def dq_kernel(
-    dout, q, k, v, dq, table, partials, counters, H, half_scale, dq_scale,
+    dout, q, k, v, dq, sums, table, partials, counters, H, half_scale, dq_scale,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k]; one program a row tile and head."""
     i_item = tl.program_id(0) // H
@@ -53,26 +55,28 @@ def dq_kernel(
             b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
             b_dweight = product(b_dout, tl.trans(b_v), None, PRECISION)
             b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
-            b_dscore = b_dweight * b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
+            b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
             if not is_full(first, last, key, key + BLOCK_N, n, u, c, g, s, local, HAS_LOCAL):
                 o_key = key + tl.arange(0, BLOCK_N)
                 m = element_mask(o_row[:, None], o_key[None, :], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
                 b_dscore = tl.where(m, b_dscore, 0.0)
             b_dq = product(b_dscore.to(b_k.dtype), b_k, b_dq, PRECISION)
         store_or_reduce(
-            dq, b_dq * dq_scale, stride_dt, stride_dh, i_h, H, start, first, last, part, parts, home,
-            partials, counters, BLOCK_M, K, BLOCK_K, SPLIT,
+            dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, first, last, part, parts, home,
+            partials, counters, BLOCK_M, K, BLOCK_K, SPLIT, SILU, FAST_TANH,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["H", "half_scale", "dk_scale", "dv_scale"])
 def dkdv_kernel(
-    dout, q, k, v, dk, dv, table, k_partials, v_partials, k_counters, v_counters, H, half_scale, dk_scale, dv_scale,
+    dout, q, k, v, dk, dv, k_sums, v_sums, table, k_partials, v_partials, k_counters, v_counters,
+    H, half_scale, dk_scale, dv_scale,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
     """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise; one program a key tile and head.
 
@@ -100,7 +104,7 @@ def dkdv_kernel(
             b_dweight = product(b_v, tl.trans(b_dout), None, PRECISION)
             b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
             b_weight = b_half * b_sigmoid2
-            b_dscore = b_dweight * b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
+            b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
             if not is_full(row, row + BLOCK_M, first, last, n, u, c, g, s, local, HAS_LOCAL):
                 o_row = row + tl.arange(0, BLOCK_M)
                 m = element_mask(o_row[None, :], o_key[:, None], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
@@ -109,10 +113,10 @@ def dkdv_kernel(
             b_dv = product(b_weight.to(b_dout.dtype), b_dout, b_dv, PRECISION)
             b_dk = product(b_dscore.to(b_q.dtype), b_q, b_dk, PRECISION)
         store_or_reduce(
-            dv, b_dv * dv_scale, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
-            v_partials, v_counters, BLOCK_N, V, BLOCK_V, SPLIT,
+            dv, b_dv * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
+            v_partials, v_counters, BLOCK_N, V, BLOCK_V, SPLIT, SILU, FAST_TANH,
         )  # fmt: skip
         store_or_reduce(
-            dk, b_dk * dk_scale, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
-            k_partials, k_counters, BLOCK_N, K, BLOCK_K, SPLIT,
+            dk, b_dk * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
+            k_partials, k_counters, BLOCK_N, K, BLOCK_K, SPLIT, SILU, FAST_TANH,
         )  # fmt: skip

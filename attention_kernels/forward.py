@@ -52,6 +52,6 @@ def forward_kernel(
             b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, n, BLOCK_N, V, BLOCK_V, TMA)
             b_out = product(b_weight.to(b_v.dtype), b_v, b_out, PRECISION)
         store_or_reduce(
-            out, b_out * out_scale, stride_ot, stride_oh, i_h, H, start, first, last, part, parts, home,
-            partials, counters, BLOCK_M, V, BLOCK_V, SPLIT,
+            out, b_out * out_scale, None, stride_ot, stride_oh, i_h, H, start, first, last, part, parts, home,
+            partials, counters, BLOCK_M, V, BLOCK_V, SPLIT, False, FAST_TANH,
         )  # fmt: skip

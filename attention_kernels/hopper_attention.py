@@ -20,7 +20,7 @@ from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
 from attention_kernels.rows import multiprocessors
 from attention_kernels.schedule import Schedule
-from attention_kernels.triton_attention import build_schedule, head_rows, pad_size, tma_aligned
+from attention_kernels.triton_attention import add_tiles, build_schedule, head_rows, pad_size, tile_sums, tma_aligned
 from attention_kernels.tuning import choose_config
 
 _GROUP = GROUP_SIZE.value
@@ -122,13 +122,13 @@ def backward(
     scale: float,
     max_len: int,
     out: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Writes the gradients of q, k and v into `out`; sums in float32.
+    silu: bool = False,
+    sums: bool = False,
+) -> tuple[Tensor, ...] | None:
+    """`triton_attention.backward`.
 
     With a window, keys have few rows and two results each to store: there the portable kernel is faster.
     """
-    if q_THK.numel() == 0:
-        return
     dq, dk, dv = out
     size = _size(q_THK, v_THV)
     rings = RINGS[size]
@@ -137,17 +137,26 @@ def backward(
     rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, key_block, _split_programs(q_THK))
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
-    scales: dict[str, Any] = {"scale": scale, "max_len": max_len}
+    options: dict[str, Any] = {"scale": scale, "max_len": max_len, "silu": silu}
+    # Two groups that share keys sum half of the columns each, not half of the keys.
+    key_groups = 2 if portable is None and not _is_wide(q_THK, v_THV) else 1
+    q_sums, k_sums, v_sums = (
+        tile_sums(plan, x, groups) if sums else None
+        for plan, x, groups in ((rows, dq, 2), (keys, dk, key_groups), (keys, dv, key_groups))
+    )
+    key_arguments = (inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys)
     if portable is None:
-        backward_keys(inputs, (dk, dv), mask, num_targets, keys, rings.dkdv, **scales)
+        backward_keys(*key_arguments, rings.dkdv, **options)
     else:
-        triton_attention.backward_keys(inputs, (dk, dv), mask, num_targets, keys, portable, **scales)
-    backward_rows(inputs, dq, mask, num_targets, rows, rings.dq, **scales)
+        triton_attention.backward_keys(*key_arguments, portable, **options)
+    backward_rows(inputs, dq, q_sums, mask, num_targets, rows, rings.dq, **options)
+    return add_tiles((q_sums, dq), (k_sums, dk), (v_sums, dv))
 
 
 def backward_keys(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     out: tuple[Tensor, Tensor],
+    sums: tuple[Tensor | None, Tensor | None],
     mask: SemiLocalMask,
     num_targets: Tensor | None,
     plan: Schedule,
@@ -155,6 +164,7 @@ def backward_keys(
     *,
     scale: float,
     max_len: int,
+    silu: bool,
 ) -> None:
     """Gradients of k and v from (dout, q, k, v)."""
     dout, q, k, v = inputs
@@ -164,13 +174,14 @@ def backward_keys(
         hopper_wide_dkdv_kernel if _is_wide(q, v) else hopper_dkdv_kernel,
         _grid(plan, q),
         *(_rows(dout, ring.block), _rows(q, ring.block), _rows(k, _GROUP), _rows(v, _GROUP)),
-        *(dk, dv, plan.table, _partials(plan, q, q), _partials(plan, q, v)),
+        *(dk, dv, *sums, plan.table, _partials(plan, q, q), _partials(plan, q, v)),
         *(plan.counters, plan.counters[2 * plan.split_items * heads :], heads),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
         *dk.stride()[:2],
         *dv.stride()[:2],
         K=q.shape[2],
         V=v.shape[2],
+        SILU=silu,
         **_options(mask, plan, num_targets, ring),
     )
 
@@ -178,6 +189,7 @@ def backward_keys(
 def backward_rows(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     dq: Tensor,
+    sums: Tensor | None,
     mask: SemiLocalMask,
     num_targets: Tensor | None,
     plan: Schedule,
@@ -185,6 +197,7 @@ def backward_rows(
     *,
     scale: float,
     max_len: int,
+    silu: bool,
 ) -> None:
     """Gradient of q from (dout, q, k, v)."""
     dout, q, k, v = inputs
@@ -192,9 +205,10 @@ def backward_rows(
         hopper_dq_kernel,
         _grid(plan, q),
         *(_rows(dout, _GROUP), _rows(q, _GROUP), _rows(k, ring.block), _rows(v, ring.block)),
-        *(dq, plan.table, _partials(plan, q, q), plan.counters, q.shape[1], scale / 2, scale / (2 * max_len)),
+        *(dq, sums, plan.table, _partials(plan, q, q), plan.counters, q.shape[1], scale / 2, scale / (2 * max_len)),
         *dq.stride()[:2],
         K=q.shape[2],
+        SILU=silu,
         **_options(mask, plan, num_targets, ring),
     )
 

@@ -49,12 +49,12 @@ def score_slopes(
 @gluon.jit
 def compute_dq(
     work, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
     rings, order, output, table, H, half_scale, dq_scale = work
     q_ring, dout_ring, k_ring, v_ring = rings
-    dq, stride_dt, stride_dh, partials, counters = output
+    dq, sums, stride_dt, stride_dh, partials, counters = output
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
     S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
@@ -125,8 +125,8 @@ def compute_dq(
         pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
-            dq, b_dq * dq_scale, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, K, SPLIT,
+            dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
+            partials, counters, GROUP, K, SPLIT, SILU,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
@@ -134,8 +134,8 @@ def compute_dq(
 
 @gluon.jit(do_not_specialize=["H", "half_scale", "dq_scale"])
 def hopper_dq_kernel(
-    dout, q, k, v, dq, table, partials, counters, H, half_scale, dq_scale, stride_dt, stride_dh, K: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    dout, q, k, v, dq, sums, table, partials, counters, H, half_scale, dq_scale, stride_dt, stride_dh, K: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
     HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k].  Grid: one program a processor."""
@@ -146,12 +146,12 @@ def hopper_dq_kernel(
     v_ring = make_ring(v, STAGES, 1)
     rings = (q_ring, dout_ring, k_ring, v_ring)
     order = make_order()
-    output = (dq, stride_dt, stride_dh, partials, counters)
+    output = (dq, sums, stride_dt, stride_dh, partials, counters)
     work = (rings, order, output, table, H, half_scale, dq_scale)
     gl.warp_specialize(
         [
-            (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
-            (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+            (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
+            (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((q, dout), (q_ring, dout_ring), order, table, H)),
         ],
@@ -163,12 +163,13 @@ def hopper_dq_kernel(
 @gluon.jit
 def compute_dkdv(
     work, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
 ):  # fmt: skip
     """A group: its keys of every item of this program.  Scores are transposed, keys by rows."""
     rings, order, output, table, H, half_scale, dk_scale, dv_scale = work
     k_ring, v_ring, q_ring, dout_ring = rings
-    dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters = output
+    dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters = output
+    stride_dkt, stride_dkh, stride_dvt, stride_dvh = strides
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
     BLOCK_V: gl.constexpr = v_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
@@ -226,12 +227,12 @@ def compute_dkdv(
         pass_by((q_ring, dout_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
-            dv, b_dv * dv_scale, stride_dvt, stride_dvh, i_h, H, start, key, last, part, parts, home,
-            v_partials, v_counters, GROUP, V, SPLIT,
+            dv, b_dv * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, key, last, part, parts, home,
+            v_partials, v_counters, GROUP, V, SPLIT, SILU,
         )  # fmt: skip
         store_group(
-            dk, b_dk * dk_scale, stride_dkt, stride_dkh, i_h, H, start, key, last, part, parts, home,
-            k_partials, k_counters, GROUP, K, SPLIT,
+            dk, b_dk * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, key, last, part, parts, home,
+            k_partials, k_counters, GROUP, K, SPLIT, SILU,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
@@ -239,9 +240,10 @@ def compute_dkdv(
 
 @gluon.jit(do_not_specialize=["H", "half_scale", "dk_scale", "dv_scale"])
 def hopper_dkdv_kernel(
-    dout, q, k, v, dk, dv, table, k_partials, v_partials, k_counters, v_counters, H, half_scale, dk_scale, dv_scale,
+    dout, q, k, v, dk, dv, k_sums, v_sums, table, k_partials, v_partials, k_counters, v_counters,
+    H, half_scale, dk_scale, dv_scale,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh, K: gl.constexpr, V: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
     HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise.  Grid: one program a processor."""
@@ -252,12 +254,13 @@ def hopper_dkdv_kernel(
     dout_ring = make_ring(dout, STAGES, 1)
     rings = (k_ring, v_ring, q_ring, dout_ring)
     order = make_order()
-    output = (dk, dv, stride_dkt, stride_dkh, stride_dvt, stride_dvh, k_partials, v_partials, k_counters, v_counters)
+    strides = (stride_dkt, stride_dkh, stride_dvt, stride_dvh)
+    output = (dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters)
     work = (rings, order, output, table, H, half_scale, dk_scale, dv_scale)
     gl.warp_specialize(
         [
-            (compute_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT)),
-            (compute_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+            (compute_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
+            (compute_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((k, v), (k_ring, v_ring), order, table, H)),
         ],

@@ -108,8 +108,8 @@ def compute_forward(
         pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
-            out, b_out * out_scale, stride_ot, stride_oh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, V, SPLIT,
+            out, b_out * out_scale, None, stride_ot, stride_oh, i_h, H, start, row, last, part, parts, home,
+            partials, counters, GROUP, V, SPLIT, False,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1

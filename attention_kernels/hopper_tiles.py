@@ -222,9 +222,25 @@ def half_scores(
 
 
 @gluon.jit
+def write_group(p_x, m_x, b_x, sums, slot, rows, LAYOUT: gl.constexpr, SILU: gl.constexpr):
+    """Writes the first `rows` of a group's rows, and their sum: see `tiles.store_rows`."""
+    BLOCK_SIZE: gl.constexpr = b_x.shape[1]
+    X_LAYOUT: gl.constexpr = b_x.type.layout
+    if SILU:
+        b_half = 0.5 * gl.convert_layout(gl.load(p_x, mask=m_x, other=0.0), X_LAYOUT).to(gl.float32)
+        b_tanh = tanh(b_half)
+        b_x *= 0.5 * (1.0 + b_tanh) * (1.0 + b_half * (1.0 - b_tanh))
+    if sums is not None:
+        o_tile = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, X_LAYOUT))
+        o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, X_LAYOUT))
+        gl.store(sums + slot * BLOCK_SIZE + o_size, gl.sum(gl.where((o_tile < rows)[:, None], b_x, 0.0), 0))
+    gl.store(p_x, gl.convert_layout(b_x.to(p_x.dtype.element_ty), LAYOUT), mask=m_x)
+
+
+@gluon.jit
 def store_group(
-    x, b_x, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr,
+    x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
 ):  # fmt: skip
     """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`."""
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
@@ -233,16 +249,16 @@ def store_group(
     o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
     p_x = x + i_h.to(gl.int64) * stride_h + (start + first + o_tile).to(gl.int64)[:, None] * stride_t + o_size[None, :]
     m_x = (first + o_tile < last)[:, None] & (o_size < SIZE)[None, :]
+    slot = ((home * H + i_h) * 2 + GROUP).to(gl.int64)
     if SPLIT:
         if parts == 1:
-            gl.store(p_x, gl.convert_layout(b_x.to(x.dtype.element_ty), LAYOUT), mask=m_x)
+            write_group(p_x, m_x, b_x, sums, slot, last - first, LAYOUT, SILU)
         else:
             TILE: gl.constexpr = GROUP_SIZE * BLOCK_SIZE
             # Partial sums stay in the registers' own order: they are only ever added.
             S_LAYOUT: gl.constexpr = b_x.type.layout
             o_row = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, S_LAYOUT))
             o_column = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, S_LAYOUT))
-            slot = ((home * H + i_h) * 2 + GROUP).to(gl.int64)
             p_part = partials + slot * TILE + o_row[:, None] * BLOCK_SIZE + o_column[None, :]
             stride_part = H.to(gl.int64) * (2 * TILE)
             gl.store(p_part + part * stride_part, b_x)
@@ -255,6 +271,6 @@ def store_group(
                 for i in range(parts):
                     # Other processors wrote them: read past the first-level cache.
                     b_sum += gl.load(p_part + i * stride_part, cache_modifier=".cg")
-                gl.store(p_x, gl.convert_layout(b_sum.to(x.dtype.element_ty), LAYOUT), mask=m_x)
+                write_group(p_x, m_x, b_sum, sums, slot, last - first, LAYOUT, SILU)
     else:
-        gl.store(p_x, gl.convert_layout(b_x.to(x.dtype.element_ty), LAYOUT), mask=m_x)
+        write_group(p_x, m_x, b_x, sums, slot, last - first, LAYOUT, SILU)

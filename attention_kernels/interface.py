@@ -86,19 +86,62 @@ def hstu_attention_backward(
     `out` takes three tensors of the shapes and dtype of q, k and v that are overwritten in full, for instance slices
     of the gradient of one fused projection; they may be strided as the inputs may.
     """
-    scale = _check_inputs(q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend)
-    _check_like("dout_THV", dout_THV, v_THV)
-    arguments = (
-        *(dout_THV, q_THK, k_THK, v_THV, offsets, num_targets),
-        *(*_mask_fields(mask), scale, max_len, backend),
+    arguments = _backward_arguments(
+        dout_THV, q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend, out
     )
     if out is None:
         dq, dk, dv = torch.ops.longview.hstu_attention_backward(*arguments)
         return dq, dk, dv
-    for name, gradient, tensor in zip(("out[0]", "out[1]", "out[2]"), out, (q_THK, k_THK, v_THV), strict=True):
-        _check_like(name, gradient, tensor)
-    torch.ops.longview.hstu_attention_backward_out(*arguments, *out)
+    torch.ops.longview.hstu_attention_backward_out(*arguments, False, False, *out)
     return out
+
+
+def hstu_projection_backward(
+    dout_THV: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None = None,
+    scale: float | None = None,
+    max_len: int = 16384,
+    backend: Backend = "auto",
+    *,
+    silu: bool,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hstu_attention_backward` with what a projection's own backward needs next, before anything is stored.
+
+    With `silu`, `out` holds x of q = silu(x), likewise for k and v, and the gradients that overwrite it are those of x.
+    Returns the sums of the gradients over positions in float32, [H, K] twice and [H, V]: gradients of biases.
+    """
+    arguments = _backward_arguments(
+        dout_THV, q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend, out
+    )
+    q_sum, k_sum, v_sum = torch.ops.longview.hstu_attention_backward_out(*arguments, silu, True, *out)
+    return q_sum, k_sum, v_sum
+
+
+def _backward_arguments(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None,
+    scale: float | None,
+    max_len: int,
+    backend: Backend,
+    out: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Any, ...]:
+    """The operators' arguments, checked."""
+    scale = _check_inputs(q, k, v, offsets, mask, num_targets, scale, max_len, backend)
+    _check_like("dout_THV", dout, v)
+    for i, (gradient, tensor) in enumerate(zip(out or (), (q, k, v), strict=out is not None)):
+        _check_like(f"out[{i}]", gradient, tensor)
+    return (dout, q, k, v, offsets, num_targets, *_mask_fields(mask), scale, max_len, backend)
 
 
 @functools.cache
@@ -245,7 +288,9 @@ _BACKWARD_OUT = "longview::hstu_attention_backward_out"
 torch.library.define(_FORWARD, f"({_COMMON_SCHEMA}) -> Tensor")
 torch.library.define(_BACKWARD, f"(Tensor dout, {_COMMON_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
-    _BACKWARD_OUT, f"(Tensor dout, {_COMMON_SCHEMA}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()"
+    _BACKWARD_OUT,
+    f"(Tensor dout, {_COMMON_SCHEMA}, bool silu, bool sums, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -278,7 +323,7 @@ def _backward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    torch.ops.longview.hstu_attention_backward_out(dout, q, k, v, *arguments, dq, dk, dv)
+    torch.ops.longview.hstu_attention_backward_out(dout, q, k, v, *arguments, False, False, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -296,34 +341,33 @@ def _backward_out(
     scale: float,
     max_len: int,
     backend: str,
+    silu: bool,
+    sums: bool,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-) -> None:
+) -> tuple[Tensor, ...]:
+    """Returns the sums over positions, or three tensors of nothing."""
     _check_values(q, offsets, num_targets, num_context, max_len)
     mask = _mask_of(local, global_rows, global_columns, num_context)
     # A gradient that arrives expanded or transposed has no contiguous last dimension.
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     module = _choose_backend(backend, q, k, v, dout)
-    if module is reference:
-        gradients = reference.backward(
-            dout, q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len
-        )
-        for destination, gradient in zip((dq, dk, dv), gradients, strict=True):
-            destination.copy_(gradient)
-        return
-    module.backward(
-        dout,
-        q,
-        k,
-        v,
-        offsets,
-        mask,
-        num_targets=num_targets,
-        scale=scale,
-        max_len=max_len,
-        out=(dq, dk, dv),
-    )
+    out = (dq, dk, dv)
+    options: dict[str, Any] = {"num_targets": num_targets, "scale": scale, "max_len": max_len}
+    nothing = tuple(torch.empty(0, dtype=torch.float32, device=q.device) for _ in out)
+    if q.numel() == 0:
+        return tuple(x.new_zeros(x.shape[1:], dtype=torch.float32) for x in out) if sums else nothing
+    if module is not reference:
+        total = module.backward(dout, q, k, v, offsets, mask, **options, out=out, silu=silu, sums=sums)
+        return nothing if total is None else tuple(total)
+    gradients = list(reference.backward(dout, q, k, v, offsets, mask, **options))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if silu:
+        gradients = [x * reference.silu_slope(raw.to(wide)) for x, raw in zip(gradients, out, strict=True)]
+    for destination, gradient in zip(out, gradients, strict=True):
+        destination.copy_(gradient)
+    return tuple(x.sum(0, dtype=wide) for x in gradients) if sums else nothing
 
 
 torch.library.impl(_FORWARD, ("cpu", "cuda"), _forward)
@@ -342,8 +386,9 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: An
 
 
 @torch.library.register_fake(_BACKWARD_OUT)
-def _backward_out_fake(*arguments: Any) -> None:
-    return None
+def _backward_out_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    sums, *out = arguments[-4:]
+    return tuple(x.new_empty(x.shape[1:] if sums else 0, dtype=torch.float32) for x in out)
 
 
 class _Attention(torch.autograd.Function):

@@ -59,32 +59,12 @@ def layer_norm_backward(
     return dx + residual_TD, dweight, dbias
 
 
-def silu_forward(raw: Tensor, *, inplace: bool, backend: LayerBackend) -> Tensor:
-    """SiLU of `raw` [T, width], written over it or into a new tensor."""
+def silu_(x: Tensor, *, backend: LayerBackend) -> Tensor:
+    """SiLU of `x` [T, width], written over it."""
     if backend == "triton":
-        out = raw if inplace else torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
-        silu.forward(raw, out)
-        return out
-    activated = layer_reference.silu(raw)
-    return raw.copy_(activated) if inplace else activated
-
-
-def silu_backward_(gradient: Tensor, raw: Tensor | None, *, backend: LayerBackend) -> Tensor:
-    """Turn the gradient of SiLU's values [T, width] into that of its arguments `raw`, in place.
-
-    Without `raw` the gradient stays as it is.  Both may be slices of wider buffers.  Returns the sum over rows.
-    """
-    if gradient.stride(1) != 1 or (raw is not None and (raw.stride(1) != 1 or raw.shape != gradient.shape)):
-        raise ValueError(
-            f"gradient is {tuple(gradient.shape)} with strides {gradient.stride()}, expected rows of neighbouring "
-            "elements, and raw of the same shape"
-        )
-    if backend == "triton":
-        return silu.backward_(gradient, raw)
-    if raw is not None:
-        sigmoid = torch.sigmoid(raw)
-        gradient *= sigmoid * (1 + raw * (1 - sigmoid))
-    return gradient.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        silu.forward_(x)
+        return x
+    return x.copy_(layer_reference.silu(x))
 
 
 def gated_norm_forward(

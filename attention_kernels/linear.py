@@ -55,19 +55,18 @@ def linear_silu(
     b: Tensor,
     bias: Tensor,
     *,
-    keep_raw: bool,
+    raw: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype,
     backend: LayerBackend,
-) -> tuple[Tensor, Tensor | None]:
-    """(silu(`linear`), and `linear` itself where `keep_raw` asks for it).  SiLU runs in the product's epilogue.
+) -> Tensor:
+    """silu(`linear`), and `linear` itself into `raw` if given.  SiLU runs in the product's epilogue.
 
-    SiLU sees the product as it would be kept, so its values are the same bits with and without `keep_raw`.
+    SiLU sees the product as it would be kept, so its values are the same bits with and without `raw`.
     """
-    if backend == "triton" and _fused("the product of V, Q and K with SiLU", a, b):
+    if backend == "triton" and _fused("the product of V, Q and K with SiLU", a, b, *(() if raw is None else (raw,))):
         N = b.shape[0] if scales else b.shape[1]
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
-        raw = torch.empty_like(out) if keep_raw else None
         row_scale, column_scale = scales or (None, None)
         linear_kernel.product(
             a,
@@ -80,10 +79,11 @@ def linear_silu(
             row_scale=row_scale,
             column_scale=column_scale,
         )
-        return out, raw
+        return out
     product = linear(a, b, bias, scales=scales, dtype=dtype, backend=backend)
-    activated = layer_ops.silu_forward(product, inplace=not keep_raw, backend=backend)
-    return activated, product if keep_raw else None
+    if raw is not None:
+        raw.copy_(product)
+    return layer_ops.silu_(product, backend=backend)
 
 
 def quantise_rows(x: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:

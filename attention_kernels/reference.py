@@ -70,12 +70,19 @@ def backward(
         score_HRN = q_HRK @ k_HNK.transpose(1, 2) * scale
         sigmoid_HRN = torch.sigmoid(score_HRN)
         weight_HRN = (score_HRN * sigmoid_HRN).masked_fill_(~mask_RN, 0.0) / max_len
-        slope_HRN = sigmoid_HRN * (1 + score_HRN * (1 - sigmoid_HRN))
-        dscore_HRN = (dout_HRV @ v_HNV.transpose(1, 2) * slope_HRN).masked_fill_(~mask_RN, 0.0) * (scale / max_len)
+        dscore_HRN = (dout_HRV @ v_HNV.transpose(1, 2) * silu_slope(score_HRN)).masked_fill_(~mask_RN, 0.0) * (
+            scale / max_len
+        )
         dq[rows] += (dscore_HRN @ k_HNK).transpose(0, 1)
         dk[keys] += (dscore_HRN.transpose(1, 2) @ q_HRK).transpose(0, 1)
         dv[keys] += (weight_HRN.transpose(1, 2) @ dout_HRV).transpose(0, 1)
     return dq.to(q_THK.dtype), dk.to(k_THK.dtype), dv.to(v_THV.dtype)
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    """The derivative of x sigmoid(x)."""
+    sigmoid = torch.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 def _blocks(

@@ -136,59 +136,6 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    x,
-    b_x,
-    stride_t,
-    stride_h,
-    i_h,
-    start,
-    first,
-    last,
-    BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Writes rows first..last-1 of a sequence, one head."""
-    o_row = first + tl.arange(0, BLOCK)
-    o_size = tl.arange(0, BLOCK_SIZE)
-    p_x = x + i_h.to(tl.int64) * stride_h + (start + o_row).to(tl.int64)[:, None] * stride_t + o_size[None, :]
-    m_x = (o_row < last)[:, None] & (o_size < SIZE)[None, :]
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
-
-
-@triton.jit
-def store_or_reduce(
-    x, b_x, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
-    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Writes the tile, or, where it is split, its part: the part that arrives last adds all parts in their order.
-
-    The order of the sum does not depend on the order of arrival, so the result is the same bits every time.
-    """
-    if SPLIT:
-        if parts == 1:
-            store_rows(x, b_x, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE)
-        else:
-            o_tile = tl.arange(0, BLOCK)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-            p_tile = partials + (home * H + i_h).to(tl.int64) * (BLOCK * BLOCK_SIZE) + o_tile
-            stride_part = H.to(tl.int64) * (BLOCK * BLOCK_SIZE)
-            tl.store(p_tile + part * stride_part, b_x)
-            # All threads' partial sums must be written before one thread announces them.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(counters + home * H + i_h, 1, sem="acq_rel")
-            if arrived == parts - 1:
-                tl.debug_barrier()
-                b_sum = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
-                for i in range(parts):
-                    # Other processors wrote them: read past the first-level cache.
-                    b_sum += tl.load(p_tile + i * stride_part, cache_modifier=".cg")
-                store_rows(x, b_sum, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE)
-    else:
-        store_rows(x, b_x, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE)
-
-
-@triton.jit
 def twice_sigmoid(b_half, FAST_TANH: tl.constexpr):
     """2 sigmoid(2 x) = 1 + tanh(x) of half a score: one special-function instruction where the hardware has tanh."""
     if FAST_TANH:
@@ -199,6 +146,74 @@ def twice_sigmoid(b_half, FAST_TANH: tl.constexpr):
     else:
         b_sigmoid2 = 2.0 / (1.0 + tl.exp(-2.0 * b_half))
     return b_sigmoid2
+
+
+@triton.jit
+def twice_slope(b_half, b_sigmoid2):
+    """Twice the slope of SiLU at x = 2 b_half: 2 sigmoid(x) (1 + x (1 - sigmoid(x)))."""
+    return b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
+
+
+@triton.jit
+def store_rows(
+    x, b_x, sums, slot, stride_t, stride_h, i_h, start, first, last,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SILU: tl.constexpr, FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """Writes rows first..last-1 of a sequence, one head, and their sum into a slot of `sums` unless that is None.
+
+    With SILU `x` holds the arguments of a SiLU, and its slope there multiplies what is written over them.
+    """
+    o_row = first + tl.arange(0, BLOCK)
+    o_size = tl.arange(0, BLOCK_SIZE)
+    p_x = x + i_h.to(tl.int64) * stride_h + (start + o_row).to(tl.int64)[:, None] * stride_t + o_size[None, :]
+    m_x = (o_row < last)[:, None] & (o_size < SIZE)[None, :]
+    if SILU:
+        b_half = 0.5 * tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_x *= 0.5 * twice_slope(b_half, twice_sigmoid(b_half, FAST_TANH))
+    if sums is not None:
+        tl.store(sums + slot.to(tl.int64) * BLOCK_SIZE + o_size, tl.sum(tl.where(m_x, b_x, 0.0), 0))
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def store_or_reduce(
+    x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, SILU: tl.constexpr,
+    FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """Writes the tile, or, where it is split, its part: the part that arrives last adds all parts in their order.
+
+    The order of the sum does not depend on the order of arrival, so the result is the same bits every time.
+    """
+    slot = home * H + i_h
+    if SPLIT:
+        if parts == 1:
+            store_rows(
+                x, b_x, sums, slot, stride_t, stride_h, i_h, start, first, last,
+                BLOCK, SIZE, BLOCK_SIZE, SILU, FAST_TANH,
+            )  # fmt: skip
+        else:
+            o_tile = tl.arange(0, BLOCK)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+            p_tile = partials + slot.to(tl.int64) * (BLOCK * BLOCK_SIZE) + o_tile
+            stride_part = H.to(tl.int64) * (BLOCK * BLOCK_SIZE)
+            tl.store(p_tile + part * stride_part, b_x)
+            # All threads' partial sums must be written before one thread announces them.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counters + slot, 1, sem="acq_rel")
+            if arrived == parts - 1:
+                tl.debug_barrier()
+                b_sum = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
+                for i in range(parts):
+                    # Other processors wrote them: read past the first-level cache.
+                    b_sum += tl.load(p_tile + i * stride_part, cache_modifier=".cg")
+                store_rows(
+                    x, b_sum, sums, slot, stride_t, stride_h, i_h, start, first, last,
+                    BLOCK, SIZE, BLOCK_SIZE, SILU, FAST_TANH,
+                )  # fmt: skip
+    else:
+        store_rows(
+            x, b_x, sums, slot, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE, SILU, FAST_TANH
+        )
 
 
 @triton.jit

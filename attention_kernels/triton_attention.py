@@ -67,23 +67,30 @@ def backward(
     scale: float,
     max_len: int,
     out: tuple[Tensor, Tensor, Tensor],
+    silu: bool = False,
+    sums: bool = False,
     config: AttentionConfig | None = None,
-) -> None:
-    """Writes the gradients of q, k and v into `out`.  Grids: row tiles x heads, key tiles x heads; sums in float32."""
-    if q_THK.numel() == 0:
-        return
+) -> tuple[Tensor, ...] | None:
+    """Writes the gradients of q, k and v into `out`.  Grids: row tiles x heads, key tiles x heads; sums in float32.
+
+    There must be a position.  `silu` and `sums` as in `interface.hstu_projection_backward`.
+    """
     dq, dk, dv = out
     tiles = config or _config(mask, q_THK, v_THV)
     rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, tiles.dq.rows, tiles.dkdv.keys)
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
-    backward_keys(inputs, (dk, dv), mask, num_targets, keys, tiles.dkdv, scale=scale, max_len=max_len)
-    backward_rows(inputs, dq, mask, num_targets, rows, tiles.dq, scale=scale, max_len=max_len)
+    options: dict[str, Any] = {"scale": scale, "max_len": max_len, "silu": silu}
+    q_sums, k_sums, v_sums = (tile_sums(plan, x) if sums else None for plan, x in ((rows, dq), (keys, dk), (keys, dv)))
+    backward_keys(inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys, tiles.dkdv, **options)
+    backward_rows(inputs, dq, q_sums, mask, num_targets, rows, tiles.dq, **options)
+    return add_tiles((q_sums, dq), (k_sums, dk), (v_sums, dv))
 
 
 def backward_keys(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     out: tuple[Tensor, Tensor],
+    sums: tuple[Tensor | None, Tensor | None],
     mask: SemiLocalMask,
     num_targets: Tensor | None,
     plan: Schedule,
@@ -91,6 +98,7 @@ def backward_keys(
     *,
     scale: float,
     max_len: int,
+    silu: bool,
 ) -> None:
     """Gradients of k and v from (dout, q, k, v), one program a key tile and head."""
     dout, q, k, v = inputs
@@ -100,10 +108,11 @@ def backward_keys(
         dkdv_kernel,
         (plan.max_items * heads,),
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
-        *(*out, plan.table, _partials(plan, q, tile.keys, q), _partials(plan, q, tile.keys, v)),
+        *(*out, *sums, plan.table, _partials(plan, q, tile.keys, q), _partials(plan, q, tile.keys, v)),
         *(plan.counters, plan.counters[plan.split_items * heads :], heads),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
         *_strides(*inputs, *out),
+        SILU=silu,
         **_options(mask, plan, q, v, num_targets, tile, tma),
     )
 
@@ -111,6 +120,7 @@ def backward_keys(
 def backward_rows(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     dq: Tensor,
+    sums: Tensor | None,
     mask: SemiLocalMask,
     num_targets: Tensor | None,
     plan: Schedule,
@@ -118,6 +128,7 @@ def backward_rows(
     *,
     scale: float,
     max_len: int,
+    silu: bool,
 ) -> None:
     """Gradient of q from (dout, q, k, v), one program a row tile and head."""
     dout, q, k, v = inputs
@@ -127,11 +138,23 @@ def backward_rows(
         dq_kernel,
         (plan.max_items * heads,),
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
-        *(dq, plan.table, _partials(plan, q, tile.rows, q), plan.counters, heads),
+        *(dq, sums, plan.table, _partials(plan, q, tile.rows, q), plan.counters, heads),
         *(scale / 2, scale / (2 * max_len)),
         *_strides(*inputs, dq),
+        SILU=silu,
         **_options(mask, plan, q, v, num_targets, tile, tma),
     )
+
+
+def tile_sums(plan: Schedule, x_THK: Tensor, groups: int = 1) -> Tensor:
+    """Zeros for each tile's sums over its rows, in `groups` parts of them: [items, H, groups, padded size]."""
+    shape = (plan.max_items, x_THK.shape[1], groups, pad_size(x_THK.shape[2]))
+    return torch.zeros(shape, dtype=torch.float32, device=x_THK.device)
+
+
+def add_tiles(*sums: tuple[Tensor | None, Tensor]) -> tuple[Tensor, ...] | None:
+    """The sums of all tiles, [H, size] for each tensor; None where there are none."""
+    return tuple(x.sum((0, 2))[:, : model.shape[2]] for x, model in sums if x is not None) or None
 
 
 def build_schedule(

@@ -2,13 +2,20 @@
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from attention_kernels import SemiLocalMask, hstu_attention, hstu_attention_backward, reference
+from attention_kernels import (
+    SemiLocalMask,
+    hstu_attention,
+    hstu_attention_backward,
+    hstu_projection_backward,
+    reference,
+)
 
-NAMES = ("out", "dq", "dk", "dv")
+NAMES = ("out", "dq", "dk", "dv", "sum of dq", "sum of dk", "sum of dv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +30,8 @@ class Case:
     value_size: int = 32
     dtype: torch.dtype = torch.float32
     strided: bool = False
+    projection: Literal["linear", "silu"] | None = None
+    """What q, k and v come from, if the gradients are that projection's."""
 
     @property
     def lengths(self) -> list[int]:
@@ -64,11 +73,36 @@ def _slices(tensors: list[Tensor]) -> list[Tensor]:
     return views
 
 
+def before_silu(case: Case, device: str, seed: int = 0) -> list[Tensor]:
+    """Stand-ins for what q, k and v are SiLU of: nothing needs them to be."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    shapes = [(sum(case.lengths), case.heads, size) for size in (case.key_size, case.key_size, case.value_size)]
+    return [torch.randn(shape, generator=generator).to(device, case.dtype) for shape in shapes]
+
+
+def through_projection(case: Case, gradients: list[Tensor], device: str, seed: int) -> list[Tensor]:
+    """Gradients, and their sums over positions, of the case's projection, computed in the gradients' own dtype."""
+    if case.projection == "silu":
+        raw = before_silu(case, device, seed)
+        gradients = [x * reference.silu_slope(r.to(x.dtype)) for x, r in zip(gradients, raw, strict=True)]
+    return gradients + [x.sum(0) for x in gradients] if case.projection else gradients
+
+
 def run(case: Case, device: str, backend: str, seed: int = 0) -> list[Tensor]:
     """Output and gradients; for a strided case the gradients are written into slices of one poisoned buffer."""
     q, k, v, dout = random_inputs(case, device, seed)
     offsets, targets = index_tensors(case, device)
     arguments = (offsets, case.mask, targets, None, max([1, *case.lengths]), backend)
+    if case.projection:
+        out = hstu_attention(q, k, v, *arguments)
+        gradients = before_silu(case, device, seed)
+        gradients = _slices(gradients) if case.strided else gradients
+        silu = case.projection == "silu"
+        if not silu:
+            for x in gradients:
+                x.fill_(torch.nan)
+        sums = hstu_projection_backward(dout, q, k, v, *arguments, silu=silu, out=tuple(gradients))
+        return [out, *gradients, *sums]
     if case.strided:
         out = hstu_attention(q, k, v, *arguments)
         gradients = tuple(x.fill_(torch.nan) for x in _slices([q, k, v]))
@@ -85,7 +119,8 @@ def exact(case: Case, device: str, seed: int = 0) -> list[Tensor]:
     offsets, targets = index_tensors(case, device)
     options = {"num_targets": targets, "scale": case.key_size**-0.5, "max_len": max([1, *case.lengths])}
     out = reference.forward(q, k, v, offsets, case.mask, **options)
-    return [out, *reference.backward(dout, q, k, v, offsets, case.mask, **options)]
+    gradients = list(reference.backward(dout, q, k, v, offsets, case.mask, **options))
+    return [out, *through_projection(case, gradients, device, seed)]
 
 
 def plain(case: Case, device: str, seed: int = 0) -> list[Tensor]:
@@ -103,13 +138,15 @@ def plain(case: Case, device: str, seed: int = 0) -> list[Tensor]:
             rows.append(torch.einsum("hqk,khd->qhd", weight, v[part]))
         start += n
     out = torch.cat(rows)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
+    gradients = list(torch.autograd.grad(out, (q, k, v), tensors[3]))
+    return [out.detach(), *through_projection(case, gradients, device, seed)]
 
 
 def errors(actual: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
     """Relative error of each tensor in the Frobenius norm; NaN where NaN appears, inf where zeros are missed."""
     result = {}
-    for name, a, b in zip(NAMES, actual, expected, strict=True):
+    assert len(actual) == len(expected)
+    for name, a, b in zip(NAMES, actual, expected, strict=False):
         distance, norm = (a.double() - b).norm().item(), b.norm().item()
         result[name] = distance if distance == 0 else distance / norm if norm else float("inf")
     return result
@@ -125,5 +162,5 @@ def check(case: Case, device: str, backend: str = "triton") -> None:
         limits = dict.fromkeys(NAMES, 0.0)
     else:
         limits = {name: 2 * error for name, error in errors(plain(case, device), expected).items()}
-    wrong = {name: (actual[name], limits[name]) for name in NAMES if not actual[name] <= limits[name]}
+    wrong = {name: (actual[name], limits[name]) for name in actual if not actual[name] <= limits[name]}
     assert not wrong, f"{case}: relative errors and limits {wrong}"

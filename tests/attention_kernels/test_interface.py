@@ -83,7 +83,8 @@ def test_operator_is_registered_properly(targets: torch.Tensor | None) -> None:
     plain = [x.detach() for x in (torch.randn(10, 2, 16), q, k, v)]
     torch.library.opcheck(torch.ops.longview.hstu_attention_backward, (*plain, *fields))
     slices = [torch.randn(10, 2, 48)[:, :, 16 * i : 16 * i + 16] for i in range(3)]
-    torch.library.opcheck(torch.ops.longview.hstu_attention_backward_out, (*plain, *fields, *slices))
+    for flags in ((False, False), (False, True), (True, True)):
+        torch.library.opcheck(torch.ops.longview.hstu_attention_backward_out, (*plain, *fields, *flags, *slices))
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -54,33 +54,15 @@ def test_layer_norm_equals_reference(rows: int, width: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("rows", ROW_COUNTS)
-def test_silu_equals_reference(rows: int, inplace: bool, dtype: torch.dtype) -> None:
-    """Forward, and the slope on columns of a wider buffer whose other columns stay as they are."""
-    raw = random(rows, 96, dtype=dtype)
-    before = raw.clone()
-    out = layer_ops.silu_forward(raw, inplace=inplace, backend="triton")
-    assert_near(out, layer_reference.silu(before.double()), dtype)
-    assert (out.data_ptr() == raw.data_ptr()) == inplace or rows == 0
-    assert inplace or torch.equal(raw, before)
-    gradient = random(rows, 96, dtype=dtype, seed=1)
-    (expected,) = gradients(layer_reference.silu, gradient, before)
+def test_silu_equals_reference(rows: int, dtype: torch.dtype) -> None:
+    """On columns of a wider buffer whose other columns stay as they are."""
+    x = random(rows, 96, dtype=dtype)
     buffer = torch.full((rows, 128), float("nan"), dtype=dtype, device=DEVICE)
-    buffer[:, 24:120] = gradient
-    total = layer_ops.silu_backward_(buffer[:, 24:120], before, backend="triton")
+    buffer[:, 24:120] = x
+    layer_ops.silu_(buffer[:, 24:120], backend="triton")
     assert buffer[:, :24].isnan().all() and buffer[:, 120:].isnan().all()
-    assert_near(buffer[:, 24:120], expected, dtype)
-    assert_near(total, expected.sum(0), dtype)
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_without_values_before_silu_the_gradient_is_only_summed(backend: layer_ops.LayerBackend) -> None:
-    gradient = random(70, 40, dtype=torch.float32)
-    before = gradient.clone()
-    total = layer_ops.silu_backward_(gradient, None, backend=backend)
-    assert torch.equal(gradient, before)
-    assert_near(total, before.double().sum(0), torch.float32)
+    assert_near(buffer[:, 24:120], layer_reference.silu(x.double()), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -175,5 +157,3 @@ def test_wrong_shapes_are_refused_with_the_arguments_name() -> None:
         layer_ops.layer_norm_forward(x.T, torch.ones(4), torch.ones(4), EPS, backend="reference")
     with pytest.raises(ValueError, match="num_groups=3"):
         layer_ops.gated_norm_forward(x, x, torch.ones(8), torch.ones(8), EPS, num_groups=3, backend="reference")
-    with pytest.raises(ValueError, match="gradient is"):
-        layer_ops.silu_backward_(x.T, None, backend="reference")

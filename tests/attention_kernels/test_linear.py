@@ -50,15 +50,15 @@ def test_bias_and_silu_in_the_epilogue(shape: tuple[int, int, int], dtype: torch
     M, K, N = shape
     a, bias = random(M, K, seed=0, dtype=dtype), random(N, seed=2)
     b = random(K, N + 32, seed=1, dtype=dtype)[:, 32:]
-    out, raw = linear.linear_silu(a, b, bias, keep_raw=True, dtype=dtype, backend="triton")
+    buffer = torch.full((M, N + 32), torch.nan, dtype=dtype, device=DEVICE)
+    raw = buffer[:, 32:]
+    out = linear.linear_silu(a, b, bias, raw=raw, dtype=dtype, backend="triton")
+    assert buffer[:, :32].isnan().all()
     product = torch.addmm(bias.to(dtype), a, b)
     exact = a.double() @ b.double() + bias.double()
     assert_as_good_as_torch(out, layer_reference.silu(product), layer_reference.silu(exact))
-    assert raw is not None
     assert_as_good_as_torch(raw, product, exact)
-    alone, nothing = linear.linear_silu(a, b, bias, keep_raw=False, dtype=dtype, backend="triton")
-    assert nothing is None
-    assert torch.equal(alone, out)
+    assert torch.equal(linear.linear_silu(a, b, bias, dtype=dtype, backend="triton"), out)
 
 
 @pytest.mark.parametrize("halves", [0, 1])
@@ -159,9 +159,7 @@ def test_what_is_not_fused_is_logged_once_with_the_reason(caplog: pytest.LogCapt
     for _ in range(2):
         linear.matmul_residual(x[:0], x.new_ones(32, 12), narrow[:0], backend="triton")
         linear.matmul_residual(x, x.new_ones(32, 12), narrow, backend="triton")
-        linear.linear_silu(
-            x.float(), torch.ones(32, 32, device=DEVICE), vector, keep_raw=False, dtype=torch.float32, backend="triton"
-        )
+        linear.linear_silu(x.float(), torch.ones(32, 32, device=DEVICE), vector, dtype=torch.float32, backend="triton")
         linear.gated_norm_fp8(x, x, vector, vector, 1e-6, **gate | {"dropout": 0.1}, backend="triton")
     assert [record.getMessage() for record in caplog.records] == [
         "the output product with its residual is not fused: a width whose rows do not start at multiples of 16 bytes",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels import hstu_attention, hstu_attention_backward, layer_ops, linear
+from attention_kernels import hstu_attention, hstu_projection_backward, layer_ops, linear
 from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec
 
 
@@ -81,13 +81,14 @@ class _FusedLayer(torch.autograd.Function):
         norm = (norm_weight, norm_bias, spec.norm_eps)
         if normed_TD is None:
             normed_TD, mean, rstd = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
+        # V, Q and K before SiLU lie where their gradients will: attention's backward takes SiLU's slope there.
         if vqk is None:
-            vqk, raw = _vqk(normed_TD, uvqk_weight, uvqk_bias, spec, keep_raw=True, dtype=dtype, backend=backend)
-        _attend_backward(dattention.view(T, spec.num_heads, spec.value_dim), vqk, duvqk[:, W:], spec, batch)
-        del dattention, vqk
-        dvqk_bias = layer_ops.silu_backward_(duvqk[:, W:], raw, backend=backend)
-        duvqk_bias = torch.cat([du_bias, dvqk_bias])
-        del raw
+            vqk = _vqk(normed_TD, uvqk_weight, uvqk_bias, spec, duvqk[:, W:], dtype=dtype, backend=backend)
+        elif raw is not None:
+            duvqk[:, W:] = raw
+        dattention_THV = dattention.view(T, spec.num_heads, spec.value_dim)
+        duvqk_bias = torch.cat([du_bias, *_attend_backward(dattention_THV, vqk, duvqk[:, W:], spec, batch)])
+        del dattention, dattention_THV, vqk, raw
         duvqk_weight = normed_TD.t() @ duvqk
         del normed_TD
         dnormed_TD = duvqk @ uvqk_weight.to(dtype).t()
@@ -115,18 +116,20 @@ def _project(
     norm_weight, norm_bias, weight, bias = parameters
     norm = (x_TD, norm_weight, norm_bias, spec.norm_eps)
     W, dtype = spec.gate_width, x_TD.dtype
-    keep_raw = not spec.recompute_uvqk
+    raw = None
+    if not spec.recompute_uvqk and not spec.production:
+        raw = torch.empty(x_TD.shape[0], spec.uvqk_width - W, dtype=dtype, device=x_TD.device)
     if not spec.fp8:
         normed_TD, mean, rstd = layer_ops.layer_norm_forward(*norm, backend=backend)
         u = linear.linear(normed_TD, weight[:, :W].to(dtype), bias[:W], dtype=dtype, backend=backend)
-        vqk, raw = _vqk(normed_TD, weight, bias, spec, keep_raw=keep_raw, dtype=dtype, backend=backend)
+        vqk = _vqk(normed_TD, weight, bias, spec, raw, dtype=dtype, backend=backend)
         return (u, vqk, raw), normed_TD, mean, rstd
     rows, row_scale, mean, rstd = linear.layer_norm_fp8(*norm, backend=backend)
     columns, column_scale = linear.quantise_columns(weight, backend=backend)
     scales = (row_scale, column_scale[:W])
     u = linear.linear(rows, columns[:W], bias[:W], scales=scales, dtype=dtype, backend=backend)
     scales = (row_scale, column_scale[W:])
-    vqk, raw = _vqk(rows, columns, bias, spec, keep_raw=keep_raw, scales=scales, dtype=dtype, backend=backend)
+    vqk = _vqk(rows, columns, bias, spec, raw, scales=scales, dtype=dtype, backend=backend)
     return (u, vqk, raw), None, mean, rstd
 
 
@@ -135,18 +138,18 @@ def _vqk(
     weight: Tensor,
     bias: Tensor,
     spec: LayerSpec,
+    raw: Tensor | None,
     *,
-    keep_raw: bool,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype,
     backend: layer_ops.LayerBackend,
-) -> tuple[Tensor, Tensor | None]:
-    """(V, Q and K; the same before SiLU, where there is one and `keep_raw` asks for it)."""
+) -> Tensor:
+    """V, Q and K; the same before SiLU, where the layer has one there, into `raw` if given."""
     W = spec.gate_width
     columns = weight[W:] if scales else weight[:, W:].to(dtype)
     if spec.production:
-        return linear.linear(rows, columns, bias[W:], scales=scales, dtype=dtype, backend=backend), None
-    return linear.linear_silu(rows, columns, bias[W:], keep_raw=keep_raw, scales=scales, dtype=dtype, backend=backend)
+        return linear.linear(rows, columns, bias[W:], scales=scales, dtype=dtype, backend=backend)
+    return linear.linear_silu(rows, columns, bias[W:], raw=raw, scales=scales, dtype=dtype, backend=backend)
 
 
 def _output(
@@ -184,10 +187,12 @@ def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
     )
 
 
-def _attend_backward(dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> None:
-    """Writes the gradients of v, q and k into the columns of `dvqk`."""
+def _attend_backward(
+    dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpec, batch: LayerBatch
+) -> tuple[Tensor, ...]:
+    """Writes the gradients of the product of V, Q and K into `dvqk`, which holds it if it has a SiLU; their sums."""
     q_THK, k_THK, v_THV = spec.split_heads(vqk)
-    hstu_attention_backward(
+    q_sum, k_sum, v_sum = hstu_projection_backward(
         dout_THV,
         q_THK,
         k_THK,
@@ -197,8 +202,10 @@ def _attend_backward(dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpe
         num_targets=batch.num_candidates,
         scale=spec.scale,
         max_len=spec.max_len,
+        silu=not spec.production,
         out=spec.split_heads(dvqk),
     )
+    return v_sum.flatten(), q_sum.flatten(), k_sum.flatten()
 
 
 def _gate_options(spec: LayerSpec, batch: LayerBatch, x_TD: Tensor) -> dict[str, Any]:
