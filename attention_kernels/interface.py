@@ -1,31 +1,24 @@
-"""The public attention functions: every argument check, the choice of backend, and the registered operators.
+"""The public attention functions, the choice of backend, and the registered operators.
 
-Nothing below this file validates anything.  The operators (`longview::hstu_attention_forward` and `..._backward`) carry
-a fake implementation and autograd, so torch.compile and torch.export pass through them.
+Arguments are checked here (`checks.py`) and nowhere below.  The operators (`longview::hstu_attention_forward` and
+`..._backward`) carry a fake implementation and autograd, so torch.compile and torch.export pass through them.
 
 Legend: T packed positions, H heads, K query-key size, V value size, B users.
 """
 
 import functools
-import itertools
 import logging
-import math
 import os
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention_kernels import hopper_attention, reference, triton_attention
+from attention_kernels.checks import TRITON_DTYPES, Backend, check_inputs, check_like, check_values
 from attention_kernels.mask import SemiLocalMask
 
 logger = logging.getLogger(__name__)
-
-Backend = Literal["auto", "triton", "reference"]
-_BACKENDS = ("auto", "triton", "reference")
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_DTYPES = (*_TRITON_DTYPES, torch.float64)
-_MAX_HEAD_SIZE = 256
 
 
 def hstu_attention(
@@ -60,7 +53,7 @@ def hstu_attention(
         ValueError: naming the argument that is wrong.  The values of offsets and num_targets are checked on the CPU
             only: reading them from a GPU would stall it.
     """
-    scale = _check_inputs(q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend)
+    scale = check_inputs(q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend)
     out_THV: Tensor = torch.ops.longview.hstu_attention_forward(
         q_THK, k_THK, v_THV, offsets, num_targets, *_mask_fields(mask), scale, max_len, backend
     )
@@ -137,10 +130,10 @@ def _backward_arguments(
     out: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Any, ...]:
     """The operators' arguments, checked."""
-    scale = _check_inputs(q, k, v, offsets, mask, num_targets, scale, max_len, backend)
-    _check_like("dout_THV", dout, v)
+    scale = check_inputs(q, k, v, offsets, mask, num_targets, scale, max_len, backend)
+    check_like("dout_THV", dout, v)
     for i, (gradient, tensor) in enumerate(zip(out or (), (q, k, v), strict=out is not None)):
-        _check_like(f"out[{i}]", gradient, tensor)
+        check_like(f"out[{i}]", gradient, tensor)
     return (dout, q, k, v, offsets, num_targets, *_mask_fields(mask), scale, max_len, backend)
 
 
@@ -152,100 +145,6 @@ def _mask_of(local: int | None, global_rows: int, global_columns: int, num_conte
 
 def _mask_fields(mask: SemiLocalMask) -> tuple[int | None, int, int, int]:
     return mask.local, mask.global_rows, mask.global_columns, mask.num_context
-
-
-def _check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    mask: SemiLocalMask,
-    num_targets: Tensor | None,
-    scale: float | None,
-    max_len: int,
-    backend: str,
-) -> float:
-    """Checks everything that shapes and dtypes tell, on the host, without touching a device.  Returns the scale."""
-    if not isinstance(mask, SemiLocalMask):
-        raise ValueError(f"mask is a {type(mask).__name__}, expected a SemiLocalMask")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is none of {', '.join(_BACKENDS)}")
-    for name, x in (("q_THK", q), ("k_THK", k), ("v_THV", v)):
-        if not isinstance(x, Tensor) or x.dim() != 3:
-            raise ValueError(f"{name} must be a tensor [T, heads, size], got {_describe(x)}")
-        if x.dtype not in _DTYPES or x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}; q, k and v must share one dtype of bfloat16, float16, float32")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q_THK on {q.device}; put them on one device")
-        if not 1 <= x.shape[2] <= _MAX_HEAD_SIZE:
-            raise ValueError(f"{name} has head size {x.shape[2]}, expected 1 to {_MAX_HEAD_SIZE}")
-        if x.shape[1] < 1:
-            raise ValueError(f"{name} has no heads: {_describe(x)}")
-        if x.stride(2) != 1 and x.shape[2] > 1:
-            raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1; call contiguous()")
-    if k.shape != q.shape:
-        raise ValueError(f"k_THK is {_describe(k)}, expected the shape of q_THK, {tuple(q.shape)}")
-    if v.shape[:2] != q.shape[:2]:
-        raise ValueError(f"v_THV is {_describe(v)}, expected [{q.shape[0]}, {q.shape[1]}, V] as q_THK")
-    _check_index("offsets", offsets, q)
-    if offsets.shape[0] < 1:
-        raise ValueError("offsets is empty, expected [B + 1] entries (one zero for an empty batch)")
-    if offsets.shape[0] == 1 and q.shape[0] != 0:
-        raise ValueError(f"offsets describes no sequence, but q_THK holds {q.shape[0]} positions")
-    if num_targets is not None:
-        _check_index("num_targets", num_targets, q)
-        if num_targets.shape[0] != offsets.shape[0] - 1:
-            raise ValueError(f"num_targets is {_describe(num_targets)}, expected [{offsets.shape[0] - 1}] as offsets")
-    if isinstance(max_len, bool) or not isinstance(max_len, (int, torch.SymInt)) or max_len < 1:
-        raise ValueError(f"max_len={max_len!r} must be a positive integer, the model's longest sequence")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    if not isinstance(scale, (int, float, torch.SymFloat)) or not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r} must be a finite number")
-    return float(scale)
-
-
-def _check_index(name: str, x: Tensor, q: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 1:
-        raise ValueError(f"{name} must be a one-dimensional tensor, got {_describe(x)}")
-    if x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} is {x.dtype}, expected int32 or int64")
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device}, q_THK on {q.device}; put them on one device")
-
-
-def _check_like(name: str, x: Tensor, model: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.shape != model.shape:
-        raise ValueError(f"{name} is {_describe(x)}, expected shape {tuple(model.shape)}")
-    if x.dtype != model.dtype or x.device != model.device:
-        raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {model.dtype} on {model.device}")
-    if x.stride(2) != 1 and x.shape[2] > 1:
-        raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1")
-
-
-def _describe(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-
-
-def _check_values(q: Tensor, offsets: Tensor, num_targets: Tensor | None, num_context: int, max_len: int) -> None:
-    """Checks the values of offsets and num_targets where they lie in host memory."""
-    if offsets.device.type != "cpu":
-        return
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[0]:
-        raise ValueError(f"offsets runs from {bounds[0]} to {bounds[-1]}, expected 0 to T = {q.shape[0]}")
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    if lengths and min(lengths) < 0:
-        raise ValueError(f"offsets decreases after entry {lengths.index(min(lengths))}")
-    if lengths and max(lengths) > max_len:
-        raise ValueError(f"max_len={max_len} is below the longest sequence in offsets, {max(lengths)}")
-    targets = [0] * len(lengths) if num_targets is None else num_targets.tolist()
-    for i, (n, t) in enumerate(zip(lengths, targets, strict=True)):
-        if not 0 <= t <= n:
-            raise ValueError(f"num_targets[{i}]={t} must lie between 0 and the sequence's length, {n}")
-        if 0 < n < num_context + t:
-            raise ValueError(
-                f"offsets gives sequence {i} {n} tokens, fewer than mask.num_context={num_context} plus its {t} targets"
-            )
 
 
 @functools.cache
@@ -267,7 +166,7 @@ def _choose_backend(backend: str, *tensors: Tensor) -> Any:
             f"backend='triton' needs CUDA tensors, got {q.device.type}; "
             "set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
         )
-    if q.dtype not in _TRITON_DTYPES:
+    if q.dtype not in TRITON_DTYPES:
         raise ValueError(f"q_THK is {q.dtype}; backend='triton' takes bfloat16, float16 and float32")
     if hopper_attention.takes(*tensors):
         _log_backend("triton, warp-specialised for Hopper", q.device.type, reason)
@@ -308,7 +207,7 @@ def _forward(
     max_len: int,
     backend: str,
 ) -> Tensor:
-    _check_values(q, offsets, num_targets, num_context, max_len)
+    check_values(q, offsets, num_targets, num_context, max_len)
     mask = _mask_of(local, global_rows, global_columns, num_context)
     module = _choose_backend(backend, q, k, v)
     out: Tensor = module.forward(q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len)
@@ -348,7 +247,7 @@ def _backward_out(
     dv: Tensor,
 ) -> tuple[Tensor, ...]:
     """Returns the sums over positions, or three tensors of nothing."""
-    _check_values(q, offsets, num_targets, num_context, max_len)
+    check_values(q, offsets, num_targets, num_context, max_len)
     mask = _mask_of(local, global_rows, global_columns, num_context)
     # A gradient that arrives expanded or transposed has no contiguous last dimension.
     dout = dout if dout.stride(2) == 1 else dout.contiguous()

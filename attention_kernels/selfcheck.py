@@ -7,12 +7,14 @@ It is not a test suite: it takes seconds, and looks only for gross faults.
 
 import sys
 import time
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from attention_kernels.interface import Backend, hstu_attention, hstu_attention_backward
+from attention_kernels.checks import Backend
+from attention_kernels.interface import hstu_attention, hstu_projection_backward
 from attention_kernels.mask import SemiLocalMask
 
 _CASES = (
@@ -20,6 +22,7 @@ _CASES = (
     (SemiLocalMask(local=40, global_rows=30, global_columns=5, num_context=2), torch.bfloat16),
     (SemiLocalMask(local=40, global_rows=30), torch.float32),
 )
+_NAMES = ("output", "dq", "dk", "dv", "sum of dq", "sum of dk", "sum of dv")
 _LENGTHS = (0, 3, 64, 129, 700)
 _TARGETS = (0, 1, 3, 17, 60)
 # Largest relative error (Frobenius norm): rounding of the type, several times over.
@@ -35,7 +38,7 @@ def check_attention(device: torch.device | str, *, head_size: int = 64) -> None:
     for mask, dtype in _CASES:
         actual = _run(mask, dtype, device, head_size, "triton")
         expected = _run(mask, dtype, device, head_size, "reference")
-        for name, a, b in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
+        for name, a, b in zip(_NAMES, actual, expected, strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             if not error <= _TOLERANCE[dtype]:
                 raise KernelMismatchError(
@@ -62,11 +65,13 @@ def _run(
     for length in _LENGTHS:
         bounds.append(bounds[-1] + length)
     shape = (bounds[-1], 2, head_size)
-    q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    q, k, v, dout, *gradients = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(7))
     offsets, targets = (torch.tensor(x, device=device) for x in (bounds, _TARGETS))
-    out = hstu_attention(q, k, v, offsets, mask, targets, max_len=max(_LENGTHS), backend=backend)
-    gradients = hstu_attention_backward(dout, q, k, v, offsets, mask, targets, max_len=max(_LENGTHS), backend=backend)
-    return [out, *gradients]
+    options: dict[str, Any] = {"num_targets": targets, "max_len": max(_LENGTHS), "backend": backend}
+    dq, dk, dv = gradients
+    # As a layer trains: random numbers stand for q, k and v before SiLU.
+    sums = hstu_projection_backward(dout, q, k, v, offsets, mask, **options, silu=True, out=(dq, dk, dv))
+    return [hstu_attention(q, k, v, offsets, mask, **options), dq, dk, dv, *sums]
 
 
 def main() -> int:

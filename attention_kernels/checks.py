@@ -1,0 +1,114 @@
+"""Checks of the attention functions' arguments: shapes and dtypes on the host, values where they lie in host memory.
+
+Legend as in `interface.py`.
+"""
+
+import itertools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attention_kernels.mask import SemiLocalMask
+
+Backend = Literal["auto", "triton", "reference"]
+_BACKENDS = ("auto", "triton", "reference")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels take."""
+_DTYPES = (*TRITON_DTYPES, torch.float64)
+_MAX_HEAD_SIZE = 256
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    num_targets: Tensor | None,
+    scale: float | None,
+    max_len: int,
+    backend: str,
+) -> float:
+    """Checks everything that shapes and dtypes tell, on the host, without touching a device.  Returns the scale."""
+    if not isinstance(mask, SemiLocalMask):
+        raise ValueError(f"mask is a {type(mask).__name__}, expected a SemiLocalMask")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is none of {', '.join(_BACKENDS)}")
+    for name, x in (("q_THK", q), ("k_THK", k), ("v_THV", v)):
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            raise ValueError(f"{name} must be a tensor [T, heads, size], got {_describe(x)}")
+        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype}; q, k and v must share one dtype of bfloat16, float16, float32")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q_THK on {q.device}; put them on one device")
+        if not 1 <= x.shape[2] <= _MAX_HEAD_SIZE:
+            raise ValueError(f"{name} has head size {x.shape[2]}, expected 1 to {_MAX_HEAD_SIZE}")
+        if x.shape[1] < 1:
+            raise ValueError(f"{name} has no heads: {_describe(x)}")
+        if x.stride(2) != 1 and x.shape[2] > 1:
+            raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1; call contiguous()")
+    if k.shape != q.shape:
+        raise ValueError(f"k_THK is {_describe(k)}, expected the shape of q_THK, {tuple(q.shape)}")
+    if v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v_THV is {_describe(v)}, expected [{q.shape[0]}, {q.shape[1]}, V] as q_THK")
+    _check_index("offsets", offsets, q)
+    if offsets.shape[0] < 1:
+        raise ValueError("offsets is empty, expected [B + 1] entries (one zero for an empty batch)")
+    if offsets.shape[0] == 1 and q.shape[0] != 0:
+        raise ValueError(f"offsets describes no sequence, but q_THK holds {q.shape[0]} positions")
+    if num_targets is not None:
+        _check_index("num_targets", num_targets, q)
+        if num_targets.shape[0] != offsets.shape[0] - 1:
+            raise ValueError(f"num_targets is {_describe(num_targets)}, expected [{offsets.shape[0] - 1}] as offsets")
+    if isinstance(max_len, bool) or not isinstance(max_len, (int, torch.SymInt)) or max_len < 1:
+        raise ValueError(f"max_len={max_len!r} must be a positive integer, the model's longest sequence")
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if not isinstance(scale, (int, float, torch.SymFloat)) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be a finite number")
+    return float(scale)
+
+
+def _check_index(name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 1:
+        raise ValueError(f"{name} must be a one-dimensional tensor, got {_describe(x)}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} is {x.dtype}, expected int32 or int64")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q_THK on {q.device}; put them on one device")
+
+
+def check_like(name: str, x: Tensor, model: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.shape != model.shape:
+        raise ValueError(f"{name} is {_describe(x)}, expected shape {tuple(model.shape)}")
+    if x.dtype != model.dtype or x.device != model.device:
+        raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {model.dtype} on {model.device}")
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1")
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def check_values(q: Tensor, offsets: Tensor, num_targets: Tensor | None, num_context: int, max_len: int) -> None:
+    """Checks the values of offsets and num_targets where they lie in host memory."""
+    if offsets.device.type != "cpu":
+        return
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[0]:
+        raise ValueError(f"offsets runs from {bounds[0]} to {bounds[-1]}, expected 0 to T = {q.shape[0]}")
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    if lengths and min(lengths) < 0:
+        raise ValueError(f"offsets decreases after entry {lengths.index(min(lengths))}")
+    if lengths and max(lengths) > max_len:
+        raise ValueError(f"max_len={max_len} is below the longest sequence in offsets, {max(lengths)}")
+    targets = [0] * len(lengths) if num_targets is None else num_targets.tolist()
+    for i, (n, t) in enumerate(zip(lengths, targets, strict=True)):
+        if not 0 <= t <= n:
+            raise ValueError(f"num_targets[{i}]={t} must lie between 0 and the sequence's length, {n}")
+        if 0 < n < num_context + t:
+            raise ValueError(
+                f"offsets gives sequence {i} {n} tokens, fewer than mask.num_context={num_context} plus its {t} targets"
+            )
