@@ -138,8 +138,8 @@ def backward(
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "silu": silu}
-    # Two groups that share keys sum half of the columns each, not half of the keys.
-    key_groups = 2 if portable is None and not _is_wide(q_THK, v_THV) else 1
+    # Groups that share keys sum half of the columns each, not half of the keys.
+    key_groups = 1 if portable is not None else key_block // _GROUP
     q_sums, k_sums, v_sums = (
         tile_sums(plan, x, groups) if sums else None
         for plan, x, groups in ((rows, dq, 2), (keys, dk, key_groups), (keys, dv, key_groups))

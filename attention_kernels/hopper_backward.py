@@ -20,6 +20,7 @@ from attention_kernels.hopper_tiles import (
     release,
     store_group,
     tanh,
+    twice_slope,
     wait_block,
 )
 from attention_kernels.tiles import (
@@ -42,7 +43,7 @@ def score_slopes(
     b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, False, HAS_LOCAL, HAS_TARGETS)
     b_tanh = tanh(b_half)
     b_weight = b_half * b_tanh + b_half
-    b_dscore = b_dweight * (b_weight * (1.0 - b_tanh) + (1.0 + b_tanh))
+    b_dscore = b_dweight * twice_slope(b_weight, b_tanh)
     return gl.convert_layout(b_dscore.to(dtype), LAYOUT)
 
 
@@ -212,7 +213,7 @@ def compute_dkdv(
             b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
             b_tanh = tanh(b_half)
             b_weight = b_half * b_tanh + b_half
-            b_slope = b_weight * (1.0 - b_tanh) + (1.0 + b_tanh)
+            b_slope = twice_slope(b_weight, b_tanh)
             b_w = gl.convert_layout(b_weight.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
             b_dv = warpgroup_mma(b_w, b_dout, b_dv, is_async=True)
             b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))

@@ -198,6 +198,12 @@ def tanh(b_half):
 
 
 @gluon.jit
+def twice_slope(b_weight, b_tanh):
+    """Twice the slope of SiLU where its value is b_weight and the tanh of half of its argument b_tanh."""
+    return b_weight * (1.0 - b_tanh) + (1.0 + b_tanh)
+
+
+@gluon.jit
 def half_scores(
     b_score, half_scale, row, key, n, u, c, g, s, local,
     KEYS_FIRST: gl.constexpr, HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
@@ -229,7 +235,7 @@ def write_group(p_x, m_x, b_x, sums, slot, rows, LAYOUT: gl.constexpr, SILU: gl.
     if SILU:
         b_half = 0.5 * gl.convert_layout(gl.load(p_x, mask=m_x, other=0.0), X_LAYOUT).to(gl.float32)
         b_tanh = tanh(b_half)
-        b_x *= 0.5 * (1.0 + b_tanh) * (1.0 + b_half * (1.0 - b_tanh))
+        b_x *= 0.5 * twice_slope(b_half * b_tanh + b_half, b_tanh)
     if sums is not None:
         o_tile = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, X_LAYOUT))
         o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, X_LAYOUT))

@@ -26,6 +26,7 @@ from attention_kernels.hopper_tiles import (
     release,
     store_group,
     tanh,
+    twice_slope,
     wait_block,
 )
 from attention_kernels.tiles import live_rows, load_item, part_range, partner_start
@@ -82,7 +83,7 @@ def compute_wide_dkdv(
             b_half = half_scores(b_score, half_scale, row, first, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
             b_tanh = tanh(b_half)
             b_weight = b_half * b_tanh + b_half
-            b_slope = b_weight * (1.0 - b_tanh) + (1.0 + b_tanh)
+            b_slope = twice_slope(b_weight, b_tanh)
             mbarrier.wait(empty, (i_use + 1) & 1)
             weights.index(GROUP).store(b_weight.to(dtype))
             b_dweight = warpgroup_mma_wait(0, deps=(b_dweight,))

@@ -254,19 +254,19 @@ def _backward_out(
     module = _choose_backend(backend, q, k, v, dout)
     out = (dq, dk, dv)
     options: dict[str, Any] = {"num_targets": num_targets, "scale": scale, "max_len": max_len}
-    nothing = tuple(torch.empty(0, dtype=torch.float32, device=q.device) for _ in out)
     if q.numel() == 0:
-        return tuple(x.new_zeros(x.shape[1:], dtype=torch.float32) for x in out) if sums else nothing
-    if module is not reference:
+        total = [x.new_zeros(x.shape[1:], dtype=torch.float32) for x in out]
+    elif module is reference:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        gradients = list(reference.backward(dout, q, k, v, offsets, mask, **options))
+        if silu:
+            gradients = [x * reference.silu_slope(raw.to(wide)) for x, raw in zip(gradients, out, strict=True)]
+        for destination, gradient in zip(out, gradients, strict=True):
+            destination.copy_(gradient)
+        total = [x.sum(0, dtype=wide) for x in gradients]
+    else:
         total = module.backward(dout, q, k, v, offsets, mask, **options, out=out, silu=silu, sums=sums)
-        return nothing if total is None else tuple(total)
-    gradients = list(reference.backward(dout, q, k, v, offsets, mask, **options))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    if silu:
-        gradients = [x * reference.silu_slope(raw.to(wide)) for x, raw in zip(gradients, out, strict=True)]
-    for destination, gradient in zip(out, gradients, strict=True):
-        destination.copy_(gradient)
-    return tuple(x.sum(0, dtype=wide) for x in gradients) if sums else nothing
+    return tuple(total if sums else (q.new_empty(0, dtype=torch.float32) for _ in out))
 
 
 torch.library.impl(_FORWARD, ("cpu", "cuda"), _forward)

@@ -68,11 +68,9 @@ def backward(
         q_HRK, k_HNK, v_HNV = _heads_first(q_THK[rows], k_THK[keys], v_THV[keys])
         (dout_HRV,) = _heads_first(dout_THV[rows])
         score_HRN = q_HRK @ k_HNK.transpose(1, 2) * scale
-        sigmoid_HRN = torch.sigmoid(score_HRN)
-        weight_HRN = (score_HRN * sigmoid_HRN).masked_fill_(~mask_RN, 0.0) / max_len
-        dscore_HRN = (dout_HRV @ v_HNV.transpose(1, 2) * silu_slope(score_HRN)).masked_fill_(~mask_RN, 0.0) * (
-            scale / max_len
-        )
+        weight_HRN = torch.nn.functional.silu(score_HRN).masked_fill_(~mask_RN, 0.0) / max_len
+        dscore_HRN = (dout_HRV @ v_HNV.transpose(1, 2) * silu_slope(score_HRN)).masked_fill_(~mask_RN, 0.0)
+        dscore_HRN *= scale / max_len
         dq[rows] += (dscore_HRN @ k_HNK).transpose(0, 1)
         dk[keys] += (dscore_HRN.transpose(1, 2) @ q_HRK).transpose(0, 1)
         dv[keys] += (weight_HRN.transpose(1, 2) @ dout_HRV).transpose(0, 1)
