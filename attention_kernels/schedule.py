@@ -11,8 +11,9 @@ forward and the dq kernel walk the table of row tiles, the dk/dv kernel the tabl
 
 Long tiles (rows that see everything, keys that everyone sees) come first and are split into parts whose partial
 sums are added in a fixed order; short tiles of the band follow.  Full causal: by falling length, in sections of as many
-sequences as the second-level cache holds the partners of; in one section where a sequence fills half of the cache,
-because long tiles are busy enough to read their partners from memory, and fewer programs then share an address.
+sequences as the second-level cache holds the partners of.  Where a sequence fills half of the cache, its long tiles are
+busy enough to read their partners from memory, and sections are only so short that programs share partners: about 64
+sequences times heads, so that two programs of a large GPU work on each.
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from attention_kernels.rows import power_of_two
 ITEM_SIZE = tl.constexpr(16)
 # Bytes of partner tiles that stay in the second-level cache while a section is worked on: half of a Hopper GPU's.
 _SECTION_BYTES = 24 * 2**20
+# Sequences times heads of a section whose sequences do not fit the cache.
+_MAX_SHARING = tl.constexpr(64)
 # Tiles that a program of the schedule's kernel writes at once, and most programs for one sequence.
 _WRITER_TILES = 64
 _MAX_WRITERS = 16
@@ -186,7 +189,7 @@ def store_header(table, num_items, LOCAL):
 
 @triton.jit
 def schedule_by_length(
-    table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION,
+    table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION, H,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Full causal: tile j of a sequence has level j (row tiles) or its mirror (key tiles).
@@ -205,7 +208,7 @@ def schedule_by_length(
         )
         longest = tl.maximum(longest, tl.max(other_n))
     if longest > SECTION // 2:
-        SECTION = 2**31 - 1
+        SECTION = tl.minimum(longest, 2**24) * tl.maximum(_MAX_SHARING // H, 1)
     num_tiles = tl.cdiv(n, BLOCK)
     section = start // SECTION
     # At least once, for the header's sake.
@@ -321,7 +324,7 @@ def schedule_kernel(
             )  # fmt: skip
         else:
             schedule_by_length(
-                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION,
+                row_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION, H,
                 ROW_BLOCK, False, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip
     if KEY_BLOCK is not None:
@@ -333,6 +336,6 @@ def schedule_kernel(
             )  # fmt: skip
         else:
             schedule_by_length(
-                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION,
+                key_table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION, H,
                 KEY_BLOCK, True, HAS_TARGETS, BLOCK_B, BLOCK_J,
             )  # fmt: skip
