@@ -54,7 +54,8 @@ def compute_dq(
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
     rings, order, output, table, H, half_scale, dq_scale = work
-    q_ring, dout_ring, k_ring, v_ring = rings
+    held_rings, k_ring, v_ring = rings
+    q_ring, dout_ring = held_rings[GROUP]
     dq, sums, stride_dt, stride_dh, partials, counters = output
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
@@ -80,15 +81,15 @@ def compute_dq(
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
         pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
-        b_q = wait_block(q_ring, i_item, GROUP)
-        b_dout = wait_block(dout_ring, i_item, GROUP)
+        b_q = wait_block(q_ring, i_item)
+        b_dout = wait_block(dout_ring, i_item)
         b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
         if begin < end:
             i_tile = i_use + begin - lo
-            b_k = wait_block(k_ring, i_tile, GROUP)
+            b_k = wait_block(k_ring, i_tile)
             b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_v = wait_block(v_ring, i_tile, GROUP)
+            b_v = wait_block(v_ring, i_tile)
             b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
             release(v_ring, i_tile)
@@ -100,11 +101,11 @@ def compute_dq(
             for j in range(begin + 1, end):
                 i_tile = i_use + j - lo
                 key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
-                b_k = wait_block(k_ring, i_tile, GROUP)
+                b_k = wait_block(k_ring, i_tile)
                 b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_v = wait_block(v_ring, i_tile, GROUP)
+                b_v = wait_block(v_ring, i_tile)
                 b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_before = wait_block(k_ring, i_tile - 1, GROUP)
+                b_before = wait_block(k_ring, i_tile - 1)
                 b_dq = warpgroup_mma(b_dscore, b_before, b_dq, is_async=True)
                 b_score, b_dweight = warpgroup_mma_wait(1, deps=(b_score, b_dweight))
                 release(v_ring, i_tile)
@@ -117,7 +118,7 @@ def compute_dq(
                 release(k_ring, i_tile - 1)
                 b_dscore = b_next
             i_tile = i_use + end - 1 - lo
-            b_k = wait_block(k_ring, i_tile, GROUP)
+            b_k = wait_block(k_ring, i_tile)
             b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
             b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
             release(k_ring, i_tile)
@@ -141,11 +142,13 @@ def hopper_dq_kernel(
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k].  Grid: one program a processor."""
     BLOCK_N: gl.constexpr = k.block_shape[1]
-    q_ring = make_ring(q, HELD_STAGES, 2)
-    dout_ring = make_ring(dout, HELD_STAGES, 2)
-    k_ring = make_ring(k, STAGES, 1)
-    v_ring = make_ring(v, STAGES, 1)
-    rings = (q_ring, dout_ring, k_ring, v_ring)
+    held_rings = (
+        (make_ring(q, HELD_STAGES, 1), make_ring(dout, HELD_STAGES, 1)),
+        (make_ring(q, HELD_STAGES, 1), make_ring(dout, HELD_STAGES, 1)),
+    )
+    k_ring = make_ring(k, STAGES, 2)
+    v_ring = make_ring(v, STAGES, 2)
+    rings = (held_rings, k_ring, v_ring)
     order = make_order()
     output = (dq, sums, stride_dt, stride_dh, partials, counters)
     work = (rings, order, output, table, H, half_scale, dq_scale)
@@ -154,7 +157,7 @@ def hopper_dq_kernel(
             (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
-            (load_held_tiles, ((q, dout), (q_ring, dout_ring), order, table, H)),
+            (load_held_tiles, ((q, dout), held_rings, order, table, H)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -168,7 +171,8 @@ def compute_dkdv(
 ):  # fmt: skip
     """A group: its keys of every item of this program.  Scores are transposed, keys by rows."""
     rings, order, output, table, H, half_scale, dk_scale, dv_scale = work
-    k_ring, v_ring, q_ring, dout_ring = rings
+    held_rings, q_ring, dout_ring = rings
+    k_ring, v_ring = held_rings[GROUP]
     dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters = output
     stride_dkt, stride_dkh, stride_dvt, stride_dvh = strides
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
@@ -197,17 +201,17 @@ def compute_dkdv(
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
         pass_by((q_ring, dout_ring), i_use, i_use + begin - lo)
-        b_k = wait_block(k_ring, i_item, GROUP)
-        b_v = wait_block(v_ring, i_item, GROUP)
+        b_k = wait_block(k_ring, i_item)
+        b_v = wait_block(v_ring, i_item)
         b_dk = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DK_LAYOUT)
         b_dv = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, DV_LAYOUT)
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
         for j in range(begin, end):
             i_tile = i_use + j - lo
             row = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_M)
-            b_q = wait_block(q_ring, i_tile, GROUP)
+            b_q = wait_block(q_ring, i_tile)
             b_score = warpgroup_mma(b_k, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_dout = wait_block(dout_ring, i_tile, GROUP)
+            b_dout = wait_block(dout_ring, i_tile)
             b_dweight = warpgroup_mma(b_v, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(1, deps=(b_score,))
             b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
@@ -249,11 +253,13 @@ def hopper_dkdv_kernel(
 ):  # fmt: skip
     """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise.  Grid: one program a processor."""
     BLOCK_M: gl.constexpr = q.block_shape[1]
-    k_ring = make_ring(k, HELD_STAGES, 2)
-    v_ring = make_ring(v, HELD_STAGES, 2)
-    q_ring = make_ring(q, STAGES, 1)
-    dout_ring = make_ring(dout, STAGES, 1)
-    rings = (k_ring, v_ring, q_ring, dout_ring)
+    held_rings = (
+        (make_ring(k, HELD_STAGES, 1), make_ring(v, HELD_STAGES, 1)),
+        (make_ring(k, HELD_STAGES, 1), make_ring(v, HELD_STAGES, 1)),
+    )
+    q_ring = make_ring(q, STAGES, 2)
+    dout_ring = make_ring(dout, STAGES, 2)
+    rings = (held_rings, q_ring, dout_ring)
     order = make_order()
     strides = (stride_dkt, stride_dkh, stride_dvt, stride_dvh)
     output = (dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters)
@@ -263,7 +269,7 @@ def hopper_dkdv_kernel(
             (compute_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (compute_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
-            (load_held_tiles, ((k, v), (k_ring, v_ring), order, table, H)),
+            (load_held_tiles, ((k, v), held_rings, order, table, H)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -44,7 +44,8 @@ def compute_forward(
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
     rings, order, output, table, H, half_scale, out_scale = work
-    q_ring, k_ring, v_ring = rings
+    q_rings, k_ring, v_ring = rings
+    q_ring = q_rings[GROUP][0]
     out, stride_ot, stride_oh, partials, counters = output
     BLOCK_V: gl.constexpr = v_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
@@ -70,12 +71,12 @@ def compute_forward(
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
         pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
-        b_q = wait_block(q_ring, i_item, GROUP)
+        b_q = wait_block(q_ring, i_item)
         b_out = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, O_LAYOUT)
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
         if begin < end:
             i_tile = i_use + begin - lo
-            b_k = wait_block(k_ring, i_tile, GROUP)
+            b_k = wait_block(k_ring, i_tile)
             b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(0, deps=(b_score,))
             release(k_ring, i_tile)
@@ -86,9 +87,9 @@ def compute_forward(
             for j in range(begin + 1, end):
                 i_tile = i_use + j - lo
                 key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
-                b_k = wait_block(k_ring, i_tile, GROUP)
+                b_k = wait_block(k_ring, i_tile)
                 b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_v = wait_block(v_ring, i_tile - 1, GROUP)
+                b_v = wait_block(v_ring, i_tile - 1)
                 b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
                 b_score = warpgroup_mma_wait(1, deps=(b_score,))
                 release(k_ring, i_tile)
@@ -100,7 +101,7 @@ def compute_forward(
                 release(v_ring, i_tile - 1)
                 b_weight = b_next
             i_tile = i_use + end - 1 - lo
-            b_v = wait_block(v_ring, i_tile, GROUP)
+            b_v = wait_block(v_ring, i_tile)
             b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
             b_out = warpgroup_mma_wait(0, deps=(b_out,))
             release(v_ring, i_tile)
@@ -123,10 +124,10 @@ def hopper_forward_kernel(
 ):  # fmt: skip
     """out[q] = out_scale sum_k silu(2 half_scale <q, k>) v[k], summed in float32.  Grid: one program a processor."""
     BLOCK_N: gl.constexpr = k.block_shape[1]
-    q_ring = make_ring(q, HELD_STAGES, 2)
-    k_ring = make_ring(k, STAGES, 1)
-    v_ring = make_ring(v, STAGES, 1)
-    rings = (q_ring, k_ring, v_ring)
+    q_rings = ((make_ring(q, HELD_STAGES, 1),), (make_ring(q, HELD_STAGES, 1),))
+    k_ring = make_ring(k, STAGES, 2)
+    v_ring = make_ring(v, STAGES, 2)
+    rings = (q_rings, k_ring, v_ring)
     order = make_order()
     output = (out, stride_ot, stride_oh, partials, counters)
     work = (rings, order, output, table, H, half_scale, out_scale)
@@ -135,7 +136,7 @@ def hopper_forward_kernel(
             (compute_forward, (work, 0, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
             (compute_forward, (work, 1, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
             (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
-            (load_held_tiles, ((q,), (q_ring,), order, table, H)),
+            (load_held_tiles, ((q,), q_rings, order, table, H)),
         ],
         [4, 1, 1],
         [240, 24, 24],

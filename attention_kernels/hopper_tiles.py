@@ -4,7 +4,7 @@ A program holds a tile of 128 rows (or keys), 64 a warp group, and streams its l
 each, walk the same loops as the two compute groups and fill rings of buffers ahead of them:
 
     loader   wait until a buffer is free -> start the TMA load, which announces its own arrival
-    groups   wait until the buffer is full -> multiply -> release it (a buffer is free when both groups released it)
+    groups   wait until the buffer is full -> multiply -> release it (streamed: free when both groups released it)
 
 One loader streams the partner tiles and another fetches what is held, so that neither waits for the other.  Programs
 persist, one a multiprocessor: the streaming loader draws the next item from a counter on the device and passes its
@@ -37,7 +37,7 @@ _NUMBERS_AHEAD = gl.constexpr(2)
 
 
 class Ring(NamedTuple):
-    """Buffers that a loader fills and two groups empty, in turn."""
+    """Buffers that a loader fills and one or both groups empty, in turn."""
 
     buffers: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -45,44 +45,37 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def make_ring(descriptor, STAGES: gl.constexpr, BLOCKS: gl.constexpr):
-    """A ring of STAGES fillings: one block of the descriptor's for both groups, or BLOCKS = 2 blocks, one a group."""
+def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of STAGES blocks of the descriptor's, each read by READERS groups."""
     shape: gl.constexpr = descriptor.block_shape
-    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES * BLOCKS, 1, shape[1], shape[2]], descriptor.layout)
+    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES, 1, shape[1], shape[2]], descriptor.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=READERS)
     return Ring(buffers, full, empty)
 
 
 @gluon.jit
-def load_blocks(ring, descriptor, i_use, i_h, position):
+def load_block(ring, descriptor, i_use, i_h, position):
     """Loader: the i_use-th filling of a ring, rows of head i_h from `position` on."""
     STAGES: gl.constexpr = ring.full.shape[0]
-    BLOCKS: gl.constexpr = ring.buffers.shape[0] // STAGES
     stage = i_use % STAGES
     mbarrier.wait(ring.empty.index(stage), (i_use // STAGES + 1) & 1)
-    mbarrier.expect(ring.full.index(stage), BLOCKS * descriptor.block_type.nbytes)
-    for i in gl.static_range(BLOCKS):
-        tma.async_copy_global_to_shared(
-            descriptor,
-            [i_h, position + i * GROUP_SIZE, 0],
-            ring.full.index(stage),
-            ring.buffers.index(BLOCKS * stage + i),
-        )
+    mbarrier.expect(ring.full.index(stage), descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        descriptor, [i_h, position, 0], ring.full.index(stage), ring.buffers.index(stage)
+    )
 
 
 @gluon.jit
-def wait_block(ring, i_use, GROUP: gl.constexpr):
-    """Group: its own block [rows, size] of the i_use-th filling, or the only one, once it is there."""
+def wait_block(ring, i_use):
+    """Group: the block [rows, size] of the i_use-th filling, once it is there."""
     STAGES: gl.constexpr = ring.full.shape[0]
-    BLOCKS: gl.constexpr = ring.buffers.shape[0] // STAGES
     stage = i_use % STAGES
     mbarrier.wait(ring.full.index(stage), (i_use // STAGES) & 1)
-    own: gl.constexpr = GROUP if BLOCKS > 1 else 0
-    return ring.buffers.index(BLOCKS * stage + own).reshape([ring.buffers.shape[2], ring.buffers.shape[3]])
+    return ring.buffers.index(stage).reshape([ring.buffers.shape[2], ring.buffers.shape[3]])
 
 
 @gluon.jit
@@ -96,7 +89,7 @@ def pass_by(rings, first, last):
     """Group: leaves the fillings first..last-1 of streaming rings to the other group."""
     for i_use in range(first, last):
         for i in gl.static_range(len(rings)):
-            wait_block(rings[i], i_use, 0)
+            wait_block(rings[i], i_use)
             release(rings[i], i_use)
 
 
@@ -138,7 +131,7 @@ def next_number(order, i_use):
 
 @gluon.jit
 def load_held_tiles(descriptors, rings, order, table, H):
-    """Loader of what a program holds: blocks of one or two tensors, one a group, of each item."""
+    """Loader of what a program holds of each item: for each tuple of `rings`, GROUP_SIZE rows of each tensor."""
     num_items = gl.load(table) * H
     number = gl.program_id(0)
     i_item = 0
@@ -146,8 +139,10 @@ def load_held_tiles(descriptors, rings, order, table, H):
         item = load_item(table, number // H)
         start = item[0]
         first = item[6]
-        for i in gl.static_range(len(rings)):
-            load_blocks(rings[i], descriptors[i], i_item, number % H, start + first)
+        for group in gl.static_range(len(rings)):
+            for i in gl.static_range(len(rings[group])):
+                position = start + first + group * GROUP_SIZE
+                load_block(rings[group][i], descriptors[i], i_item, number % H, position)
         number = next_number(order, i_item)
         i_item += 1
 
@@ -177,7 +172,7 @@ def load_partner_tiles(
         for j in range(lo, hi):
             position = start + partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK)
             for i in gl.static_range(len(rings)):
-                load_blocks(rings[i], descriptors[i], i_use, number % H, position)
+                load_block(rings[i], descriptors[i], i_use, number % H, position)
             i_use += 1
         number = next_item
         i_item += 1

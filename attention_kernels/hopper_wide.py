@@ -66,17 +66,17 @@ def compute_wide_dkdv(
             first, last, n, u, c, g, s, local, BLOCK_M, HAS_LOCAL
         )
         lo, hi = part_range(num_0 + num_1 + num_2, part, parts, SPLIT)
-        b_k = wait_block(k_ring, i_item, 0)
-        b_v = wait_block(v_ring, i_item, 0)
+        b_k = wait_block(k_ring, i_item)
+        b_v = wait_block(v_ring, i_item)
         b_dk = gl.zeros([GROUP_SIZE, HALF_K], gl.float32, matrix_layout(HALF_K))
         b_dv = gl.zeros([GROUP_SIZE, HALF_V], gl.float32, matrix_layout(HALF_V))
         b_zero = gl.zeros([GROUP_SIZE, ROWS], gl.float32, S_LAYOUT)
         for j in range(lo, hi):
             row = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_M) + GROUP * ROWS
-            b_q = wait_block(q_ring, i_use, 0)
+            b_q = wait_block(q_ring, i_use)
             own_q = b_q.slice(GROUP * ROWS, ROWS, dim=0)
             b_score = warpgroup_mma(b_k, own_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_dout = wait_block(dout_ring, i_use, 0)
+            b_dout = wait_block(dout_ring, i_use)
             own_dout = b_dout.slice(GROUP * ROWS, ROWS, dim=0)
             b_dweight = warpgroup_mma(b_v, own_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(1, deps=(b_score,))
@@ -127,10 +127,10 @@ def hopper_wide_dkdv_kernel(
 ):  # fmt: skip
     """As `hopper_backward.hopper_dkdv_kernel`, over tiles of 64 keys."""
     BLOCK_M: gl.constexpr = q.block_shape[1]
-    k_ring = make_ring(k, HELD_STAGES, 1)
-    v_ring = make_ring(v, HELD_STAGES, 1)
-    q_ring = make_ring(q, STAGES, 1)
-    dout_ring = make_ring(dout, STAGES, 1)
+    k_ring = make_ring(k, HELD_STAGES, 2)
+    v_ring = make_ring(v, HELD_STAGES, 2)
+    q_ring = make_ring(q, STAGES, 2)
+    dout_ring = make_ring(dout, STAGES, 2)
     weights = make_exchange(k.dtype, BLOCK_M // 2)
     slopes = make_exchange(k.dtype, BLOCK_M // 2)
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -147,7 +147,7 @@ def hopper_wide_dkdv_kernel(
             (compute_wide_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (compute_wide_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
             (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
-            (load_held_tiles, ((k, v), (k_ring, v_ring), order, table, H)),
+            (load_held_tiles, ((k, v), ((k_ring, v_ring),), order, table, H)),
         ],
         [4, 1, 1],
         [240, 24, 24],
