@@ -32,7 +32,7 @@ def dq_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    SILU: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k]; one program a row tile and head."""
     i_item = tl.program_id(0) // H
@@ -63,7 +63,7 @@ def dq_kernel(
             b_dq = product(b_dscore.to(b_k.dtype), b_k, b_dq, PRECISION)
         store_or_reduce(
             dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, first, last, part, parts, home,
-            partials, counters, BLOCK_M, K, BLOCK_K, SPLIT, SILU, FAST_TANH,
+            partials, counters, BLOCK_M, K, BLOCK_K, SPLIT, SCALED,
         )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def dkdv_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    SILU: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise; one program a key tile and head.
 
@@ -114,9 +114,9 @@ def dkdv_kernel(
             b_dk = product(b_dscore.to(b_q.dtype), b_q, b_dk, PRECISION)
         store_or_reduce(
             dv, b_dv * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
-            v_partials, v_counters, BLOCK_N, V, BLOCK_V, SPLIT, SILU, FAST_TANH,
+            v_partials, v_counters, BLOCK_N, V, BLOCK_V, SPLIT, SCALED,
         )  # fmt: skip
         store_or_reduce(
             dk, b_dk * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
-            k_partials, k_counters, BLOCK_N, K, BLOCK_K, SPLIT, SILU, FAST_TANH,
+            k_partials, k_counters, BLOCK_N, K, BLOCK_K, SPLIT, SCALED,
         )  # fmt: skip

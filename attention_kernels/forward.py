@@ -53,5 +53,5 @@ def forward_kernel(
             b_out = product(b_weight.to(b_v.dtype), b_v, b_out, PRECISION)
         store_or_reduce(
             out, b_out * out_scale, None, stride_ot, stride_oh, i_h, H, start, first, last, part, parts, home,
-            partials, counters, BLOCK_M, V, BLOCK_V, SPLIT, False, FAST_TANH,
+            partials, counters, BLOCK_M, V, BLOCK_V, SPLIT, False,
         )  # fmt: skip

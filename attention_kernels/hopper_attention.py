@@ -122,7 +122,7 @@ def backward(
     scale: float,
     max_len: int,
     out: tuple[Tensor, Tensor, Tensor],
-    silu: bool = False,
+    scaled: bool = False,
     sums: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """`triton_attention.backward`.
@@ -137,7 +137,7 @@ def backward(
     rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, key_block, _split_programs(q_THK))
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
-    options: dict[str, Any] = {"scale": scale, "max_len": max_len, "silu": silu}
+    options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
     # Groups that share keys sum half of the columns each, not half of the keys.
     key_groups = 1 if portable is not None else key_block // _GROUP
     q_sums, k_sums, v_sums = (
@@ -164,7 +164,7 @@ def backward_keys(
     *,
     scale: float,
     max_len: int,
-    silu: bool,
+    scaled: bool,
 ) -> None:
     """Gradients of k and v from (dout, q, k, v)."""
     dout, q, k, v = inputs
@@ -181,7 +181,7 @@ def backward_keys(
         *dv.stride()[:2],
         K=q.shape[2],
         V=v.shape[2],
-        SILU=silu,
+        SCALED=scaled,
         **_options(mask, plan, num_targets, ring),
     )
 
@@ -197,7 +197,7 @@ def backward_rows(
     *,
     scale: float,
     max_len: int,
-    silu: bool,
+    scaled: bool,
 ) -> None:
     """Gradient of q from (dout, q, k, v)."""
     dout, q, k, v = inputs
@@ -208,7 +208,7 @@ def backward_rows(
         *(dq, sums, plan.table, _partials(plan, q, q), plan.counters, q.shape[1], scale / 2, scale / (2 * max_len)),
         *dq.stride()[:2],
         K=q.shape[2],
-        SILU=silu,
+        SCALED=scaled,
         **_options(mask, plan, num_targets, ring),
     )
 

@@ -50,7 +50,7 @@ def score_slopes(
 @gluon.jit
 def compute_dq(
     work, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
     rings, order, output, table, H, half_scale, dq_scale = work
@@ -128,7 +128,7 @@ def compute_dq(
         i_use += hi - lo
         store_group(
             dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, K, SPLIT, SILU,
+            partials, counters, GROUP, K, SPLIT, SCALED,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
@@ -137,7 +137,7 @@ def compute_dq(
 @gluon.jit(do_not_specialize=["H", "half_scale", "dq_scale"])
 def hopper_dq_kernel(
     dout, q, k, v, dq, sums, table, partials, counters, H, half_scale, dq_scale, stride_dt, stride_dh, K: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
     HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k].  Grid: one program a processor."""
@@ -154,8 +154,8 @@ def hopper_dq_kernel(
     work = (rings, order, output, table, H, half_scale, dq_scale)
     gl.warp_specialize(
         [
-            (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
-            (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
+            (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
+            (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
             (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((q, dout), held_rings, order, table, H)),
         ],
@@ -167,7 +167,7 @@ def hopper_dq_kernel(
 @gluon.jit
 def compute_dkdv(
     work, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """A group: its keys of every item of this program.  Scores are transposed, keys by rows."""
     rings, order, output, table, H, half_scale, dk_scale, dv_scale = work
@@ -233,11 +233,11 @@ def compute_dkdv(
         i_use += hi - lo
         store_group(
             dv, b_dv * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, key, last, part, parts, home,
-            v_partials, v_counters, GROUP, V, SPLIT, SILU,
+            v_partials, v_counters, GROUP, V, SPLIT, SCALED,
         )  # fmt: skip
         store_group(
             dk, b_dk * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, key, last, part, parts, home,
-            k_partials, k_counters, GROUP, K, SPLIT, SILU,
+            k_partials, k_counters, GROUP, K, SPLIT, SCALED,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
@@ -248,7 +248,7 @@ def hopper_dkdv_kernel(
     dout, q, k, v, dk, dv, k_sums, v_sums, table, k_partials, v_partials, k_counters, v_counters,
     H, half_scale, dk_scale, dv_scale,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh, K: gl.constexpr, V: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
     HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise.  Grid: one program a processor."""
@@ -266,8 +266,8 @@ def hopper_dkdv_kernel(
     work = (rings, order, output, table, H, half_scale, dk_scale, dv_scale)
     gl.warp_specialize(
         [
-            (compute_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
-            (compute_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
+            (compute_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
+            (compute_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
             (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((k, v), held_rings, order, table, H)),
         ],

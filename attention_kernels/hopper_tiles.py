@@ -64,9 +64,7 @@ def load_block(ring, descriptor, i_use, i_h, position):
     stage = i_use % STAGES
     mbarrier.wait(ring.empty.index(stage), (i_use // STAGES + 1) & 1)
     mbarrier.expect(ring.full.index(stage), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        descriptor, [i_h, position, 0], ring.full.index(stage), ring.buffers.index(stage)
-    )
+    tma.async_copy_global_to_shared(descriptor, [i_h, position, 0], ring.full.index(stage), ring.buffers.index(stage))
 
 
 @gluon.jit
@@ -223,25 +221,27 @@ def half_scores(
 
 
 @gluon.jit
-def write_group(p_x, m_x, b_x, sums, slot, rows, LAYOUT: gl.constexpr, SILU: gl.constexpr):
-    """Writes the first `rows` of a group's rows, and their sum: see `tiles.store_rows`."""
+def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr):
+    """Writes a group's rows, and their sum: see `tiles.store_rows`."""
+    LAYOUT: gl.constexpr = p_x.type.layout
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
-    X_LAYOUT: gl.constexpr = b_x.type.layout
-    if SILU:
-        b_half = 0.5 * gl.convert_layout(gl.load(p_x, mask=m_x, other=0.0), X_LAYOUT).to(gl.float32)
-        b_tanh = tanh(b_half)
-        b_x *= 0.5 * twice_slope(b_half * b_tanh + b_half, b_tanh)
+    dtype: gl.constexpr = p_x.dtype.element_ty
+    if SCALED:
+        # Asked for before the barriers of the change of layout.
+        b_factor = gl.load(p_x, mask=m_x, other=0.0)
+    b_x = gl.convert_layout(b_x.to(dtype), LAYOUT)
+    if SCALED:
+        b_x = (b_x.to(gl.float32) * b_factor.to(gl.float32)).to(dtype)
+    gl.store(p_x, b_x, mask=m_x)
     if sums is not None:
-        o_tile = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, X_LAYOUT))
-        o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, X_LAYOUT))
-        gl.store(sums + slot * BLOCK_SIZE + o_size, gl.sum(gl.where((o_tile < rows)[:, None], b_x, 0.0), 0))
-    gl.store(p_x, gl.convert_layout(b_x.to(p_x.dtype.element_ty), LAYOUT), mask=m_x)
+        o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
+        gl.store(sums + slot * BLOCK_SIZE + o_size, gl.sum(gl.where(m_x, b_x.to(gl.float32), 0.0), 0))
 
 
 @gluon.jit
 def store_group(
     x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`."""
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
@@ -253,7 +253,7 @@ def store_group(
     slot = ((home * H + i_h) * 2 + GROUP).to(gl.int64)
     if SPLIT:
         if parts == 1:
-            write_group(p_x, m_x, b_x, sums, slot, last - first, LAYOUT, SILU)
+            write_group(p_x, m_x, b_x, sums, slot, SCALED)
         else:
             TILE: gl.constexpr = GROUP_SIZE * BLOCK_SIZE
             # Partial sums stay in the registers' own order: they are only ever added.
@@ -272,6 +272,6 @@ def store_group(
                 for i in range(parts):
                     # Other processors wrote them: read past the first-level cache.
                     b_sum += gl.load(p_part + i * stride_part, cache_modifier=".cg")
-                write_group(p_x, m_x, b_sum, sums, slot, last - first, LAYOUT, SILU)
+                write_group(p_x, m_x, b_sum, sums, slot, SCALED)
     else:
-        write_group(p_x, m_x, b_x, sums, slot, last - first, LAYOUT, SILU)
+        write_group(p_x, m_x, b_x, sums, slot, SCALED)

@@ -42,7 +42,7 @@ def make_exchange(dtype: gl.constexpr, ROWS: gl.constexpr):
 @gluon.jit
 def compute_wide_dkdv(
     work, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """A group: its columns of every item of this program.  Scores are transposed, keys by rows."""
     rings, exchange, order, output, table, H, half_scale, dk_scale, dv_scale = work
@@ -107,11 +107,11 @@ def compute_wide_dkdv(
         release(v_ring, i_item)
         store_group(
             dv + GROUP * HALF_V, b_dv * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, first, last,
-            part, parts, home, v_partials, v_counters, GROUP, V - GROUP * HALF_V, SPLIT, SILU,
+            part, parts, home, v_partials, v_counters, GROUP, V - GROUP * HALF_V, SPLIT, SCALED,
         )  # fmt: skip
         store_group(
             dk + GROUP * HALF_K, b_dk * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, first, last,
-            part, parts, home, k_partials, k_counters, GROUP, K - GROUP * HALF_K, SPLIT, SILU,
+            part, parts, home, k_partials, k_counters, GROUP, K - GROUP * HALF_K, SPLIT, SCALED,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
@@ -122,7 +122,7 @@ def hopper_wide_dkdv_kernel(
     dout, q, k, v, dk, dv, k_sums, v_sums, table, k_partials, v_partials, k_counters, v_counters,
     H, half_scale, dk_scale, dv_scale,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh, K: gl.constexpr, V: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SILU: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
     HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `hopper_backward.hopper_dkdv_kernel`, over tiles of 64 keys."""
@@ -144,8 +144,8 @@ def hopper_wide_dkdv_kernel(
     work = (rings, (weights, slopes, full, empty), order, output, table, H, half_scale, dk_scale, dv_scale)
     gl.warp_specialize(
         [
-            (compute_wide_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
-            (compute_wide_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SILU)),
+            (compute_wide_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
+            (compute_wide_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
             (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((k, v), ((k_ring, v_ring),), order, table, H)),
         ],

@@ -101,18 +101,19 @@ def hstu_projection_backward(
     max_len: int = 16384,
     backend: Backend = "auto",
     *,
-    silu: bool,
+    scaled: bool,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`hstu_attention_backward` with what a projection's own backward needs next, before anything is stored.
 
-    With `silu`, `out` holds x of q = silu(x), likewise for k and v, and the gradients that overwrite it are those of x.
+    With `scaled`, what `out` holds multiplies the gradients that overwrite it: for q = silu(x), likewise k and v, put
+    the slopes of SiLU at x there, and they become the gradients of x.
     Returns the sums of the gradients over positions in float32, [H, K] twice and [H, V]: gradients of biases.
     """
     arguments = _backward_arguments(
         dout_THV, q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend, out
     )
-    q_sum, k_sum, v_sum = torch.ops.longview.hstu_attention_backward_out(*arguments, silu, True, *out)
+    q_sum, k_sum, v_sum = torch.ops.longview.hstu_attention_backward_out(*arguments, scaled, True, *out)
     return q_sum, k_sum, v_sum
 
 
@@ -188,7 +189,7 @@ torch.library.define(_FORWARD, f"({_COMMON_SCHEMA}) -> Tensor")
 torch.library.define(_BACKWARD, f"(Tensor dout, {_COMMON_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     _BACKWARD_OUT,
-    f"(Tensor dout, {_COMMON_SCHEMA}, bool silu, bool sums, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) "
+    f"(Tensor dout, {_COMMON_SCHEMA}, bool scaled, bool sums, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) "
     "-> (Tensor, Tensor, Tensor)",
 )
 
@@ -240,7 +241,7 @@ def _backward_out(
     scale: float,
     max_len: int,
     backend: str,
-    silu: bool,
+    scaled: bool,
     sums: bool,
     dq: Tensor,
     dk: Tensor,
@@ -259,13 +260,13 @@ def _backward_out(
     elif module is reference:
         wide = torch.promote_types(q.dtype, torch.float32)
         gradients = list(reference.backward(dout, q, k, v, offsets, mask, **options))
-        if silu:
-            gradients = [x * reference.silu_slope(raw.to(wide)) for x, raw in zip(gradients, out, strict=True)]
+        if scaled:
+            gradients = [x * factor.to(wide) for x, factor in zip(gradients, out, strict=True)]
         for destination, gradient in zip(out, gradients, strict=True):
             destination.copy_(gradient)
         total = [x.sum(0, dtype=wide) for x in gradients]
     else:
-        total = module.backward(dout, q, k, v, offsets, mask, **options, out=out, silu=silu, sums=sums)
+        total = module.backward(dout, q, k, v, offsets, mask, **options, out=out, scaled=scaled, sums=sums)
     return tuple(total if sums else (q.new_empty(0, dtype=torch.float32) for _ in out))
 
 

@@ -30,6 +30,13 @@ def silu(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide)).to(x.dtype)
 
 
+def silu_slope(x: Tensor) -> Tensor:
+    """The derivative of `silu`."""
+    wide = x.to(_accumulate_dtype(x))
+    sigmoid = torch.sigmoid(wide)
+    return (sigmoid * (1 + wide * (1 - sigmoid))).to(x.dtype)
+
+
 def gated_norm(
     attention_TW: Tensor,
     u_TW: Tensor,

@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
-from attention_kernels import fp8, layer_ops, linear_kernel
+from attention_kernels import fp8, layer_ops, layer_reference, linear_kernel
 from attention_kernels.layer_ops import LayerBackend
 
 logger = logging.getLogger(__name__)
@@ -55,16 +55,18 @@ def linear_silu(
     b: Tensor,
     bias: Tensor,
     *,
-    raw: Tensor | None = None,
+    slopes: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype,
     backend: LayerBackend,
 ) -> Tensor:
-    """silu(`linear`), and `linear` itself into `raw` if given.  SiLU runs in the product's epilogue.
+    """silu(`linear`), and the slope of SiLU there into `slopes` if given.  Both run in the product's epilogue.
 
-    SiLU sees the product as it would be kept, so its values are the same bits with and without `raw`.
+    The values are the same bits with and without `slopes`.
     """
-    if backend == "triton" and _fused("the product of V, Q and K with SiLU", a, b, *(() if raw is None else (raw,))):
+    if backend == "triton" and _fused(
+        "the product of V, Q and K with SiLU", a, b, *(() if slopes is None else (slopes,))
+    ):
         N = b.shape[0] if scales else b.shape[1]
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
         row_scale, column_scale = scales or (None, None)
@@ -72,7 +74,7 @@ def linear_silu(
             a,
             b,
             out,
-            raw=raw,
+            slopes=slopes,
             silu=True,
             bias=bias,
             b_is_nk=scales is not None,
@@ -81,8 +83,8 @@ def linear_silu(
         )
         return out
     product = linear(a, b, bias, scales=scales, dtype=dtype, backend=backend)
-    if raw is not None:
-        raw.copy_(product)
+    if slopes is not None:
+        slopes.copy_(layer_reference.silu_slope(product))
     return layer_ops.silu_(product, backend=backend)
 
 

@@ -1,8 +1,8 @@
 """A matrix product in Triton whose epilogue does what would otherwise be a pass of its own.  Validates nothing.
 
-out = act(A B * scales + bias) + residual, written once, where every part but the product is optional: SiLU, the values
-before SiLU as a second result, a residual tile by tile, and row and column scales for FP8 operands.  Tiles are moved by
-the tensor memory accelerator, so rows must start at multiples of 16 bytes.
+out = act(A B * scales + bias + residual), written once, where every part but the product is optional: SiLU, its slopes
+as a second result, a residual tile by tile, and row and column scales for FP8 operands.  Tiles are moved by the tensor
+memory accelerator, so rows must start at multiples of 16 bytes.
 """
 
 import triton
@@ -18,7 +18,7 @@ from attention_kernels.silu import approximate, sigmoid
 def _store(
     acc,
     out_desc,
-    raw_desc,
+    slopes_desc,
     residual_desc,
     p_bias,
     p_row_scale,
@@ -30,7 +30,7 @@ def _store(
     SILU: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    RAW: tl.constexpr,
+    SLOPES: tl.constexpr,
     SCALED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -47,12 +47,11 @@ def _store(
         acc += tl.load(p_bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
         acc += residual_desc.load([first_m, first_n]).to(tl.float32)
-    if RAW:
-        raw_desc.store([first_m, first_n], acc.to(out_desc.dtype))
     if SILU:
-        # SiLU sees the values as they are kept, so that keeping them changes no bit.
-        rounded = acc.to(out_desc.dtype).to(tl.float32)
-        acc = rounded * sigmoid(rounded, APPROXIMATE)
+        gate = sigmoid(acc, APPROXIMATE)
+        acc *= gate
+        if SLOPES:
+            slopes_desc.store([first_m, first_n], (gate + acc * (1.0 - gate)).to(out_desc.dtype))
     out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
 
 
@@ -62,7 +61,7 @@ def _tile(
     a_desc,
     b_desc,
     out_desc,
-    raw_desc,
+    slopes_desc,
     residual_desc,
     p_bias,
     p_row_scale,
@@ -73,7 +72,7 @@ def _tile(
     SILU: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    RAW: tl.constexpr,
+    SLOPES: tl.constexpr,
     SCALED: tl.constexpr,
     B_IS_NK: tl.constexpr,
     APPROXIMATE: tl.constexpr,
@@ -96,17 +95,17 @@ def _tile(
         # Half the shared memory for what is stored: room for the next tile's loads, or for a second program.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         _store(
-            left, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
-            SILU, BIAS, RESIDUAL, RAW, SCALED, APPROXIMATE, BLOCK_M, HALF,
+            left, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
+            SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, HALF,
         )  # fmt: skip
         _store(
-            right, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n + HALF, M,
-            N, SILU, BIAS, RESIDUAL, RAW, SCALED, APPROXIMATE, BLOCK_M, HALF,
+            right, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n + HALF,
+            M, N, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, HALF,
         )  # fmt: skip
     else:
         _store(
-            acc, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
-            SILU, BIAS, RESIDUAL, RAW, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N,
+            acc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
+            SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -115,7 +114,7 @@ def _matmul_kernel(
     a_desc,
     b_desc,
     out_desc,
-    raw_desc,
+    slopes_desc,
     residual_desc,
     p_bias,
     p_row_scale,
@@ -126,7 +125,7 @@ def _matmul_kernel(
     SILU: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    RAW: tl.constexpr,
+    SLOPES: tl.constexpr,
     SCALED: tl.constexpr,
     B_IS_NK: tl.constexpr,
     APPROXIMATE: tl.constexpr,
@@ -138,16 +137,16 @@ def _matmul_kernel(
 ):
     if PROGRAMS == 0:
         _tile(
-            tl.program_id(0), a_desc, b_desc, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
-            M, N, K, SILU, BIAS, RESIDUAL, RAW, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+            tl.program_id(0), a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
+            M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
         )  # fmt: skip
     else:
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         # Flattened, the loads of a program's next tile are on their way during the epilogue of this one.
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
             _tile(
-                tile, a_desc, b_desc, out_desc, raw_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
-                M, N, K, SILU, BIAS, RESIDUAL, RAW, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+                tile, a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
+                M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
             )  # fmt: skip
 
 
@@ -185,7 +184,7 @@ def product(
     out: Tensor,
     *,
     b_is_nk: bool = False,
-    raw: Tensor | None = None,
+    slopes: Tensor | None = None,
     silu: bool = False,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -193,7 +192,7 @@ def product(
     column_scale: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> None:
-    """Writes `out` [M, N], and the values before SiLU into `raw` if given; accumulates in float32."""
+    """Writes `out` [M, N], and the slopes of SiLU into `slopes` if given; accumulates in float32."""
     M, K = a.shape
     N = b.shape[0] if b_is_nk else b.shape[1]
     chosen = dict(config or tiles(fp8=row_scale is not None, silu=silu))
@@ -217,7 +216,7 @@ def product(
         Blocks(a, [block_m, block_k]),
         Blocks(b, [block_n, block_k] if b_is_nk else [block_k, block_n]),
         out_blocks,
-        blocks(raw),
+        blocks(slopes),
         blocks(residual),
         bias,
         row_scale,
@@ -228,7 +227,7 @@ def product(
         SILU=silu,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
-        RAW=raw is not None,
+        SLOPES=slopes is not None,
         SCALED=row_scale is not None,
         B_IS_NK=b_is_nk,
         APPROXIMATE=approximate(out),

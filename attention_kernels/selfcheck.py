@@ -69,8 +69,8 @@ def _run(
     offsets, targets = (torch.tensor(x, device=device) for x in (bounds, _TARGETS))
     options: dict[str, Any] = {"num_targets": targets, "max_len": max(_LENGTHS), "backend": backend}
     dq, dk, dv = gradients
-    # As a layer trains: random numbers stand for q, k and v before SiLU.
-    sums = hstu_projection_backward(dout, q, k, v, offsets, mask, **options, silu=True, out=(dq, dk, dv))
+    # As a layer trains: random numbers stand for the slopes of SiLU at q, k and v.
+    sums = hstu_projection_backward(dout, q, k, v, offsets, mask, **options, scaled=True, out=(dq, dk, dv))
     return [hstu_attention(q, k, v, offsets, mask, **options), dq, dk, dv, *sums]
 
 

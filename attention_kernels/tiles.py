@@ -157,29 +157,30 @@ def twice_slope(b_half, b_sigmoid2):
 @triton.jit
 def store_rows(
     x, b_x, sums, slot, stride_t, stride_h, i_h, start, first, last,
-    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SILU: tl.constexpr, FAST_TANH: tl.constexpr,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Writes rows first..last-1 of a sequence, one head, and their sum into a slot of `sums` unless that is None.
 
-    With SILU `x` holds the arguments of a SiLU, and its slope there multiplies what is written over them.
+    With SCALED, what `x` holds multiplies what is written over it.
     """
     o_row = first + tl.arange(0, BLOCK)
     o_size = tl.arange(0, BLOCK_SIZE)
     p_x = x + i_h.to(tl.int64) * stride_h + (start + o_row).to(tl.int64)[:, None] * stride_t + o_size[None, :]
     m_x = (o_row < last)[:, None] & (o_size < SIZE)[None, :]
-    if SILU:
-        b_half = 0.5 * tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-        b_x *= 0.5 * twice_slope(b_half, twice_sigmoid(b_half, FAST_TANH))
+    dtype: tl.constexpr = x.dtype.element_ty
+    b_x = b_x.to(dtype)
+    if SCALED:
+        b_factor = tl.load(p_x, mask=m_x, other=0.0)
+        b_x = (b_x.to(tl.float32) * b_factor.to(tl.float32)).to(dtype)
+    tl.store(p_x, b_x, mask=m_x)
     if sums is not None:
-        tl.store(sums + slot.to(tl.int64) * BLOCK_SIZE + o_size, tl.sum(tl.where(m_x, b_x, 0.0), 0))
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
+        tl.store(sums + slot.to(tl.int64) * BLOCK_SIZE + o_size, tl.sum(tl.where(m_x, b_x.to(tl.float32), 0.0), 0))
 
 
 @triton.jit
 def store_or_reduce(
     x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
-    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, SILU: tl.constexpr,
-    FAST_TANH: tl.constexpr,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Writes the tile, or, where it is split, its part: the part that arrives last adds all parts in their order.
 
@@ -190,7 +191,7 @@ def store_or_reduce(
         if parts == 1:
             store_rows(
                 x, b_x, sums, slot, stride_t, stride_h, i_h, start, first, last,
-                BLOCK, SIZE, BLOCK_SIZE, SILU, FAST_TANH,
+                BLOCK, SIZE, BLOCK_SIZE, SCALED,
             )  # fmt: skip
         else:
             o_tile = tl.arange(0, BLOCK)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
@@ -208,12 +209,10 @@ def store_or_reduce(
                     b_sum += tl.load(p_tile + i * stride_part, cache_modifier=".cg")
                 store_rows(
                     x, b_sum, sums, slot, stride_t, stride_h, i_h, start, first, last,
-                    BLOCK, SIZE, BLOCK_SIZE, SILU, FAST_TANH,
+                    BLOCK, SIZE, BLOCK_SIZE, SCALED,
                 )  # fmt: skip
     else:
-        store_rows(
-            x, b_x, sums, slot, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE, SILU, FAST_TANH
-        )
+        store_rows(x, b_x, sums, slot, stride_t, stride_h, i_h, start, first, last, BLOCK, SIZE, BLOCK_SIZE, SCALED)
 
 
 @triton.jit

@@ -67,20 +67,20 @@ def backward(
     scale: float,
     max_len: int,
     out: tuple[Tensor, Tensor, Tensor],
-    silu: bool = False,
+    scaled: bool = False,
     sums: bool = False,
     config: AttentionConfig | None = None,
 ) -> tuple[Tensor, ...] | None:
     """Writes the gradients of q, k and v into `out`.  Grids: row tiles x heads, key tiles x heads; sums in float32.
 
-    There must be a position.  `silu` and `sums` as in `interface.hstu_projection_backward`.
+    There must be a position.  `scaled` and `sums` as in `interface.hstu_projection_backward`.
     """
     dq, dk, dv = out
     tiles = config or _config(mask, q_THK, v_THV)
     rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, tiles.dq.rows, tiles.dkdv.keys)
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
-    options: dict[str, Any] = {"scale": scale, "max_len": max_len, "silu": silu}
+    options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
     q_sums, k_sums, v_sums = (tile_sums(plan, x) if sums else None for plan, x in ((rows, dq), (keys, dk), (keys, dv)))
     backward_keys(inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys, tiles.dkdv, **options)
     backward_rows(inputs, dq, q_sums, mask, num_targets, rows, tiles.dq, **options)
@@ -98,7 +98,7 @@ def backward_keys(
     *,
     scale: float,
     max_len: int,
-    silu: bool,
+    scaled: bool,
 ) -> None:
     """Gradients of k and v from (dout, q, k, v), one program a key tile and head."""
     dout, q, k, v = inputs
@@ -112,7 +112,7 @@ def backward_keys(
         *(plan.counters, plan.counters[plan.split_items * heads :], heads),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
         *_strides(*inputs, *out),
-        SILU=silu,
+        SCALED=scaled,
         **_options(mask, plan, q, v, num_targets, tile, tma),
     )
 
@@ -128,7 +128,7 @@ def backward_rows(
     *,
     scale: float,
     max_len: int,
-    silu: bool,
+    scaled: bool,
 ) -> None:
     """Gradient of q from (dout, q, k, v), one program a row tile and head."""
     dout, q, k, v = inputs
@@ -141,7 +141,7 @@ def backward_rows(
         *(dq, sums, plan.table, _partials(plan, q, tile.rows, q), plan.counters, heads),
         *(scale / 2, scale / (2 * max_len)),
         *_strides(*inputs, dq),
-        SILU=silu,
+        SCALED=scaled,
         **_options(mask, plan, q, v, num_targets, tile, tma),
     )
 

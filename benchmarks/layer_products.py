@@ -49,12 +49,12 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
     w1, w2 = torch.randn(dim, 4 * dim, **bf16) / dim**0.5, torch.randn(dim, dim, **bf16) / dim**0.5
     bias = torch.randn(4 * dim, device="cuda")
     wu, wvqk, bu, bvqk = w1[:, :dim], w1[:, dim:], bias[:dim], bias[dim:]
-    vqk, raw, out = (torch.empty(TOKENS, n * dim, **bf16) for n in (3, 3, 1))
+    vqk, slopes, out = (torch.empty(TOKENS, n * dim, **bf16) for n in (3, 3, 1))
     duvqk = torch.randn(TOKENS, 4 * dim, **bf16)
     runs: dict[str, Callable[[], Any]] = {
         "u cublas": lambda: torch.addmm(bu.to(torch.bfloat16), x, wu),
         "vqk cublas": lambda: torch.addmm(bvqk.to(torch.bfloat16), x, wvqk),
-        "vqk silu kernel, in place": lambda: silu.forward_(raw),
+        "vqk silu kernel, in place": lambda: silu.forward_(slopes),
         "output addmm": lambda: torch.addmm(residual, x, w2),
         "output cublas without residual": lambda: x @ w2,
         "gradient of the gate": lambda: residual @ w2.t(),
@@ -65,8 +65,8 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
     for config in CONFIGS:
         name = "x".join(str(value) for value in config.values())
         runs[f"vqk fused {name}"] = partial(linear_kernel.product, x, wvqk, vqk, silu=True, bias=bvqk, config=config)
-        runs[f"vqk fused keeping raw {name}"] = partial(
-            linear_kernel.product, x, wvqk, vqk, raw=raw, silu=True, bias=bvqk, config=config
+        runs[f"vqk fused keeping slopes {name}"] = partial(
+            linear_kernel.product, x, wvqk, vqk, slopes=slopes, silu=True, bias=bvqk, config=config
         )
         runs[f"output residual kernel {name}"] = partial(
             linear_kernel.product, x, w2, out, residual=residual, config=config

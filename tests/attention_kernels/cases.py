@@ -30,8 +30,9 @@ class Case:
     value_size: int = 32
     dtype: torch.dtype = torch.float32
     strided: bool = False
-    projection: Literal["linear", "silu"] | None = None
-    """What q, k and v come from, if the gradients are that projection's."""
+    projection: Literal["linear", "scaled"] | None = None
+    """Whose gradients are wanted, if not those of q, k and v: of a projection that gives them, after an elementwise
+    function if "scaled"."""
 
     @property
     def lengths(self) -> list[int]:
@@ -73,8 +74,8 @@ def _slices(tensors: list[Tensor]) -> list[Tensor]:
     return views
 
 
-def before_silu(case: Case, device: str, seed: int = 0) -> list[Tensor]:
-    """Stand-ins for what q, k and v are SiLU of: nothing needs them to be."""
+def factors(case: Case, device: str, seed: int = 0) -> list[Tensor]:
+    """What multiplies the gradients of a scaled case."""
     generator = torch.Generator().manual_seed(seed + 1)
     shapes = [(sum(case.lengths), case.heads, size) for size in (case.key_size, case.key_size, case.value_size)]
     return [torch.randn(shape, generator=generator).to(device, case.dtype) for shape in shapes]
@@ -82,9 +83,8 @@ def before_silu(case: Case, device: str, seed: int = 0) -> list[Tensor]:
 
 def through_projection(case: Case, gradients: list[Tensor], device: str, seed: int) -> list[Tensor]:
     """Gradients, and their sums over positions, of the case's projection, computed in the gradients' own dtype."""
-    if case.projection == "silu":
-        raw = before_silu(case, device, seed)
-        gradients = [x * reference.silu_slope(r.to(x.dtype)) for x, r in zip(gradients, raw, strict=True)]
+    if case.projection == "scaled":
+        gradients = [x * f.to(x.dtype) for x, f in zip(gradients, factors(case, device, seed), strict=True)]
     return gradients + [x.sum(0) for x in gradients] if case.projection else gradients
 
 
@@ -95,13 +95,13 @@ def run(case: Case, device: str, backend: str, seed: int = 0) -> list[Tensor]:
     arguments = (offsets, case.mask, targets, None, max([1, *case.lengths]), backend)
     if case.projection:
         out = hstu_attention(q, k, v, *arguments)
-        gradients = before_silu(case, device, seed)
+        gradients = factors(case, device, seed)
         gradients = _slices(gradients) if case.strided else gradients
-        silu = case.projection == "silu"
-        if not silu:
+        scaled = case.projection == "scaled"
+        if not scaled:
             for x in gradients:
                 x.fill_(torch.nan)
-        sums = hstu_projection_backward(dout, q, k, v, *arguments, silu=silu, out=tuple(gradients))
+        sums = hstu_projection_backward(dout, q, k, v, *arguments, scaled=scaled, out=tuple(gradients))
         return [out, *gradients, *sums]
     if case.strided:
         out = hstu_attention(q, k, v, *arguments)

@@ -46,18 +46,18 @@ def test_residual_is_added_in_the_epilogue(shape: tuple[int, int, int], dtype: t
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bias_and_silu_in_the_epilogue(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """With and without the values before SiLU; on columns of a wider weight, as the layer passes them."""
+    """With and without the slopes of SiLU; on columns of a wider weight, as the layer passes them."""
     M, K, N = shape
     a, bias = random(M, K, seed=0, dtype=dtype), random(N, seed=2)
     b = random(K, N + 32, seed=1, dtype=dtype)[:, 32:]
     buffer = torch.full((M, N + 32), torch.nan, dtype=dtype, device=DEVICE)
-    raw = buffer[:, 32:]
-    out = linear.linear_silu(a, b, bias, raw=raw, dtype=dtype, backend="triton")
+    slopes = buffer[:, 32:]
+    out = linear.linear_silu(a, b, bias, slopes=slopes, dtype=dtype, backend="triton")
     assert buffer[:, :32].isnan().all()
     product = torch.addmm(bias.to(dtype), a, b)
     exact = a.double() @ b.double() + bias.double()
     assert_as_good_as_torch(out, layer_reference.silu(product), layer_reference.silu(exact))
-    assert_as_good_as_torch(raw, product, exact)
+    assert_as_good_as_torch(slopes, layer_reference.silu_slope(product), layer_reference.silu_slope(exact))
     assert torch.equal(linear.linear_silu(a, b, bias, dtype=dtype, backend="triton"), out)
 
 
@@ -74,10 +74,10 @@ def test_product_does_not_depend_on_how_it_is_cut(halves: int, resident: int) ->
     for config in (plain, {**plain, "HALVES": halves, "RESIDENT": resident}):
         if not ON_GPU:
             config = {**config, "BLOCK_N": 32}
-        out, raw, sum_ = (torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
-        linear_kernel.product(a, b, out, raw=raw, silu=True, bias=bias, config=config)
+        out, slopes, sum_ = (torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
+        linear_kernel.product(a, b, out, slopes=slopes, silu=True, bias=bias, config=config)
         linear_kernel.product(a, b, sum_, residual=residual, config=config)
-        results.append((out, raw, sum_))
+        results.append((out, slopes, sum_))
     assert not any(x.isnan().any() for x in results[1])
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)

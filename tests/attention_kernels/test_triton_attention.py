@@ -58,12 +58,12 @@ SMALL = {
     ),
     "strided, aligned": Case(mask=SemiLocalMask(num_context=1), histories=(30, 40), heads=2, strided=True),
     "bfloat16": Case(mask=SemiLocalMask(local=17, global_rows=20), histories=(80, 30), dtype=torch.bfloat16),
-    "through SiLU, local": Case(
-        mask=SemiLocalMask(local=17, global_rows=20), histories=(1, 0, 100), heads=2, strided=True, projection="silu"
+    "scaled, local": Case(
+        mask=SemiLocalMask(local=17, global_rows=20), histories=(1, 0, 100), heads=2, strided=True, projection="scaled"
     ),
-    "through SiLU, full": Case(mask=SemiLocalMask(), histories=(65, None, 30), projection="silu"),
-    "through SiLU, split": Case(
-        mask=SemiLocalMask(local=64, global_rows=60, num_context=2), histories=(1090,), projection="silu"
+    "scaled, full": Case(mask=SemiLocalMask(), histories=(65, None, 30), projection="scaled"),
+    "scaled, split": Case(
+        mask=SemiLocalMask(local=64, global_rows=60, num_context=2), histories=(1090,), projection="scaled"
     ),
     "sums": Case(
         mask=SemiLocalMask(local=17), histories=(70, 30), heads=2, key_size=24, value_size=40, projection="linear"
@@ -104,7 +104,7 @@ def cases(max_history: int, max_sequences: int, sizes: tuple[int, ...], dtypes: 
         dtype=st.sampled_from(dtypes),
         strided=st.booleans(),
         # On a GPU each kind is compiled; there the whole matrix covers them.
-        projection=st.sampled_from([None] if CUDA else [None, None, "linear", "silu"]),
+        projection=st.sampled_from([None] if CUDA else [None, None, "linear", "scaled"]),
     )
 
 
@@ -123,7 +123,7 @@ def test_any_case_equals_reference(case: Case) -> None:
 
 def test_repeats_bit_for_bit() -> None:
     case = SMALL["split"] if CUDA else SMALL["everything"]
-    case = replace(case, projection="silu")
+    case = replace(case, projection="scaled")
     first, second = (run(case, DEVICE, "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -174,7 +174,7 @@ class TestWholeMatrix:
             strided=True,
         )
         check(case, DEVICE)
-        check(replace(case, projection="silu"), DEVICE)
+        check(replace(case, projection="scaled"), DEVICE)
 
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

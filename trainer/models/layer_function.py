@@ -7,6 +7,7 @@ numbers either way, because what is rebuilt is rebuilt by the same operations fr
 V, Q and K are rebuilt without quantisation: their gradients are then those of slightly other values.
 
 Gradients of U, V, Q and K are written into slices of one buffer, which is then the right-hand side of two products.
+The slopes of SiLU at V, Q and K lie there before, and attention's backward multiplies by them as it writes.
 
 Shapes as in `layer.py`.
 """
@@ -31,7 +32,11 @@ class _FusedLayer(torch.autograd.Function):
     ) -> Tensor:
         backend = layer_ops.layer_backend(x_TD)
         T, W = x_TD.shape[0], spec.gate_width
-        (u, vqk, raw), normed_TD, mean, rstd = _project(parameters[:4], x_TD, spec, backend)
+        # What is kept of V, Q and K's SiLU lies where their gradients will.
+        keeps_slopes = not spec.recompute_uvqk and not spec.production
+        duvqk = _gradient_buffer(x_TD, spec) if keeps_slopes else None
+        slopes = None if duvqk is None else duvqk[:, W:]
+        (u, vqk), normed_TD, mean, rstd = _project(parameters[:4], x_TD, slopes, spec, backend)
         attention = _attend(vqk, spec, batch).view(T, W)
         out, gated = _output(attention, u, x_TD, parameters[4:], spec, batch, backend)
         ctx.spec, ctx.batch, ctx.backend = spec, batch, backend
@@ -43,7 +48,7 @@ class _FusedLayer(torch.autograd.Function):
             None if spec.recompute_normed else mean,
             None if spec.recompute_normed else rstd,
             None if spec.recompute_normed else normed_TD,
-            raw,
+            duvqk,
             None if spec.recompute_uvqk else vqk,
             None if spec.recompute_gated else gated,
             *parameters,
@@ -52,14 +57,18 @@ class _FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, u, attention, mean, rstd, normed_TD, raw, vqk, gated, *parameters = ctx.saved_tensors
+        x_TD, u, attention, mean, rstd, normed_TD, duvqk, vqk, gated, *parameters = ctx.saved_tensors
         norm_weight, norm_bias, uvqk_weight, uvqk_bias, gate_weight, gate_bias, output_weight = parameters
         spec: LayerSpec = ctx.spec
         batch: LayerBatch = ctx.batch
         backend = ctx.backend
         T, dtype, W = x_TD.shape[0], x_TD.dtype, spec.gate_width
         dout_TD = dout_TD.contiguous()
-        duvqk = torch.empty(T, spec.uvqk_width, dtype=dtype, device=x_TD.device)
+        if duvqk is None:
+            duvqk = _gradient_buffer(x_TD, spec)
+        else:
+            # Written over: PyTorch then refuses a second backward through this layer.
+            torch.autograd.graph.increment_version(duvqk)
 
         dgated = dout_TD @ output_weight.to(dtype).t()
         dattention, residual_TD, rebuilt, dgate_weight, dgate_bias, du_bias = layer_ops.gated_norm_backward(
@@ -81,14 +90,11 @@ class _FusedLayer(torch.autograd.Function):
         norm = (norm_weight, norm_bias, spec.norm_eps)
         if normed_TD is None:
             normed_TD, mean, rstd = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
-        # V, Q and K before SiLU lie where their gradients will: attention's backward takes SiLU's slope there.
         if vqk is None:
-            vqk = _vqk(normed_TD, uvqk_weight, uvqk_bias, spec, duvqk[:, W:], dtype=dtype, backend=backend)
-        elif raw is not None:
-            duvqk[:, W:] = raw
+            vqk = _vqk(normed_TD, uvqk_weight, uvqk_bias, duvqk[:, W:], spec, dtype=dtype, backend=backend)
         dattention_THV = dattention.view(T, spec.num_heads, spec.value_dim)
         duvqk_bias = torch.cat([du_bias, *_attend_backward(dattention_THV, vqk, duvqk[:, W:], spec, batch)])
-        del dattention, dattention_THV, vqk, raw
+        del dattention, dattention_THV, vqk
         duvqk_weight = normed_TD.t() @ duvqk
         del normed_TD
         dnormed_TD = duvqk @ uvqk_weight.to(dtype).t()
@@ -110,46 +116,47 @@ class _FusedLayer(torch.autograd.Function):
 
 
 def _project(
-    parameters: tuple[Tensor, ...], x_TD: Tensor, spec: LayerSpec, backend: layer_ops.LayerBackend
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None, Tensor, Tensor]:
-    """(U before SiLU; V, Q and K; the same before SiLU if kept), the normed input (None in FP8), its statistics."""
+    parameters: tuple[Tensor, ...],
+    x_TD: Tensor,
+    slopes: Tensor | None,
+    spec: LayerSpec,
+    backend: layer_ops.LayerBackend,
+) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor, Tensor]:
+    """(U before SiLU; V, Q and K), the normed input (None in FP8), its statistics; `slopes` as in `_vqk`."""
     norm_weight, norm_bias, weight, bias = parameters
     norm = (x_TD, norm_weight, norm_bias, spec.norm_eps)
     W, dtype = spec.gate_width, x_TD.dtype
-    raw = None
-    if not spec.recompute_uvqk and not spec.production:
-        raw = torch.empty(x_TD.shape[0], spec.uvqk_width - W, dtype=dtype, device=x_TD.device)
     if not spec.fp8:
         normed_TD, mean, rstd = layer_ops.layer_norm_forward(*norm, backend=backend)
         u = linear.linear(normed_TD, weight[:, :W].to(dtype), bias[:W], dtype=dtype, backend=backend)
-        vqk = _vqk(normed_TD, weight, bias, spec, raw, dtype=dtype, backend=backend)
-        return (u, vqk, raw), normed_TD, mean, rstd
+        vqk = _vqk(normed_TD, weight, bias, slopes, spec, dtype=dtype, backend=backend)
+        return (u, vqk), normed_TD, mean, rstd
     rows, row_scale, mean, rstd = linear.layer_norm_fp8(*norm, backend=backend)
     columns, column_scale = linear.quantise_columns(weight, backend=backend)
     scales = (row_scale, column_scale[:W])
     u = linear.linear(rows, columns[:W], bias[:W], scales=scales, dtype=dtype, backend=backend)
     scales = (row_scale, column_scale[W:])
-    vqk = _vqk(rows, columns, bias, spec, raw, scales=scales, dtype=dtype, backend=backend)
-    return (u, vqk, raw), None, mean, rstd
+    vqk = _vqk(rows, columns, bias, slopes, spec, scales=scales, dtype=dtype, backend=backend)
+    return (u, vqk), None, mean, rstd
 
 
 def _vqk(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor,
+    slopes: Tensor | None,
     spec: LayerSpec,
-    raw: Tensor | None,
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype,
     backend: layer_ops.LayerBackend,
 ) -> Tensor:
-    """V, Q and K; the same before SiLU, where the layer has one there, into `raw` if given."""
+    """V, Q and K; the slopes of their SiLU, where the layer has one there, into `slopes` if given."""
     W = spec.gate_width
     columns = weight[W:] if scales else weight[:, W:].to(dtype)
     if spec.production:
         return linear.linear(rows, columns, bias[W:], scales=scales, dtype=dtype, backend=backend)
-    return linear.linear_silu(rows, columns, bias[W:], raw=raw, scales=scales, dtype=dtype, backend=backend)
+    return linear.linear_silu(rows, columns, bias[W:], slopes=slopes, scales=scales, dtype=dtype, backend=backend)
 
 
 def _output(
@@ -190,7 +197,7 @@ def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
 def _attend_backward(
     dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpec, batch: LayerBatch
 ) -> tuple[Tensor, ...]:
-    """Writes the gradients of the product of V, Q and K into `dvqk`, which holds it if it has a SiLU; their sums."""
+    """Writes the gradients of the product of V, Q and K over the slopes of its SiLU in `dvqk`; their sums."""
     q_THK, k_THK, v_THV = spec.split_heads(vqk)
     q_sum, k_sum, v_sum = hstu_projection_backward(
         dout_THV,
@@ -202,10 +209,14 @@ def _attend_backward(
         num_targets=batch.num_candidates,
         scale=spec.scale,
         max_len=spec.max_len,
-        silu=not spec.production,
+        scaled=not spec.production,
         out=spec.split_heads(dvqk),
     )
     return v_sum.flatten(), q_sum.flatten(), k_sum.flatten()
+
+
+def _gradient_buffer(x_TD: Tensor, spec: LayerSpec) -> Tensor:
+    return torch.empty(x_TD.shape[0], spec.uvqk_width, dtype=x_TD.dtype, device=x_TD.device)
 
 
 def _gate_options(spec: LayerSpec, batch: LayerBatch, x_TD: Tensor) -> dict[str, Any]:
