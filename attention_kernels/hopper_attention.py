@@ -18,7 +18,7 @@ from attention_kernels.hopper_tiles import GROUP_SIZE
 from attention_kernels.hopper_wide import hopper_wide_dkdv_kernel
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
-from attention_kernels.rows import multiprocessors
+from attention_kernels.rows import is_hopper, multiprocessors
 from attention_kernels.schedule import Schedule
 from attention_kernels.triton_attention import add_tiles, build_schedule, head_rows, pad_size, tile_sums, tma_aligned
 from attention_kernels.tuning import choose_config
@@ -73,7 +73,7 @@ def takes(*tensors: Tensor) -> bool:
     """Whether these kernels run on q, k, v (and dout): a Hopper GPU, 16 bits, sizes that fit, aligned for TMA."""
     q = tensors[0]
     return (
-        _is_hopper(q.device)
+        is_hopper(q.device)
         and q.dtype != torch.float32
         and all(pad_size(x.shape[2]) in RINGS for x in tensors)
         and tma_aligned(*tensors)
@@ -220,11 +220,6 @@ def _size(q_THK: Tensor, v_THV: Tensor) -> int:
 def _is_wide(q_THK: Tensor, v_THV: Tensor) -> bool:
     """Whether both groups of the dk and dv kernel share 64 keys."""
     return _size(q_THK, v_THV) > 128
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _split_programs(q: Tensor) -> int:

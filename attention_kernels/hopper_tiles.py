@@ -58,13 +58,13 @@ def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
-def load_block(ring, descriptor, i_use, i_h, position):
-    """Loader: the i_use-th filling of a ring, rows of head i_h from `position` on."""
+def load_block(ring, descriptor, i_use, start):
+    """Loader: the i_use-th filling of a ring, the descriptor's block that starts at `start`."""
     STAGES: gl.constexpr = ring.full.shape[0]
     stage = i_use % STAGES
     mbarrier.wait(ring.empty.index(stage), (i_use // STAGES + 1) & 1)
     mbarrier.expect(ring.full.index(stage), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [i_h, position, 0], ring.full.index(stage), ring.buffers.index(stage))
+    tma.async_copy_global_to_shared(descriptor, start, ring.full.index(stage), ring.buffers.index(stage))
 
 
 @gluon.jit
@@ -140,7 +140,7 @@ def load_held_tiles(descriptors, rings, order, table, H):
         for group in gl.static_range(len(rings)):
             for i in gl.static_range(len(rings[group])):
                 position = start + first + group * GROUP_SIZE
-                load_block(rings[group][i], descriptors[i], i_item, number % H, position)
+                load_block(rings[group][i], descriptors[i], i_item, [number % H, position, 0])
         number = next_number(order, i_item)
         i_item += 1
 
@@ -170,7 +170,7 @@ def load_partner_tiles(
         for j in range(lo, hi):
             position = start + partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK)
             for i in gl.static_range(len(rings)):
-                load_block(rings[i], descriptors[i], i_use, number % H, position)
+                load_block(rings[i], descriptors[i], i_use, [number % H, position, 0])
             i_use += 1
         number = next_item
         i_item += 1

@@ -12,8 +12,9 @@ import logging
 import torch
 from torch import Tensor
 
-from attention_kernels import fp8, layer_ops, layer_reference, linear_kernel
+from attention_kernels import fp8, hopper_linear, layer_ops, layer_reference, linear_kernel
 from attention_kernels.layer_ops import LayerBackend
+from attention_kernels.rows import is_hopper
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,9 @@ def linear_silu(
     ):
         N = b.shape[0] if scales else b.shape[1]
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
+        if scales is None and is_hopper(a.device):
+            hopper_linear.silu_product(a, b, out, bias=bias, slopes=slopes)
+            return out
         row_scale, column_scale = scales or (None, None)
         linear_kernel.product(
             a,

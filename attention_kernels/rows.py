@@ -59,3 +59,9 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels may use what only Hopper GPUs have."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

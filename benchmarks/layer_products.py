@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import triton
 
-from attention_kernels import fp8, gated_norm, layer_norm, linear, linear_kernel, silu
+from attention_kernels import fp8, gated_norm, hopper_linear, layer_norm, linear, linear_kernel, silu
+from attention_kernels.rows import is_hopper
 
 TOKENS = 131072
 KEYS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "HALVES", "RESIDENT", "num_warps", "num_stages")
@@ -62,6 +63,9 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
         "gradient of the uvqk weight": lambda: x.t() @ duvqk,
         "gradient of the output weight": lambda: x.t() @ residual,
     }
+    if is_hopper(x.device):
+        runs["vqk hopper"] = partial(hopper_linear.silu_product, x, wvqk, vqk, bias=bvqk, slopes=None)
+        runs["vqk hopper keeping slopes"] = partial(hopper_linear.silu_product, x, wvqk, vqk, bias=bvqk, slopes=slopes)
     for config in CONFIGS:
         name = "x".join(str(value) for value in config.values())
         runs[f"vqk fused {name}"] = partial(linear_kernel.product, x, wvqk, vqk, silu=True, bias=bvqk, config=config)
