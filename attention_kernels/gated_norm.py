@@ -291,7 +291,7 @@ def backward(
     residual = residual_TD if x_TD is None else torch.empty_like(x_TD)
     programs, rows, columns, warps = serial_blocks(attention_TW.shape[1] // num_groups, dout.device, _BACKWARD_WARPS)
     shape = (programs, attention_TW.shape[1])
-    sums = [torch.empty(shape, dtype=torch.float32, device=dout.device) for _ in range(3)]
+    sums = torch.empty(3, *shape, dtype=torch.float32, device=dout.device)
     launch(
         _backward_kernel,
         (programs, num_groups),
@@ -320,5 +320,5 @@ def backward(
         num_warps=warps,
         maxnreg=_BACKWARD_REGISTERS,
     )
-    dweight, dbias, du_sum = (partials.sum(0) for partials in sums)
+    dweight, dbias, du_sum = sums.sum(1)
     return dattention, residual, gated, dweight, dbias, du_sum

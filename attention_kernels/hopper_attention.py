@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from attention_kernels import triton_attention
+from attention_kernels import tile_sums, triton_attention
 from attention_kernels.hopper_backward import hopper_dkdv_kernel, hopper_dq_kernel
 from attention_kernels.hopper_forward import hopper_forward_kernel
 from attention_kernels.hopper_tiles import GROUP_SIZE
@@ -20,7 +20,7 @@ from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
 from attention_kernels.rows import is_hopper, multiprocessors
 from attention_kernels.schedule import Schedule
-from attention_kernels.triton_attention import add_tiles, build_schedule, head_rows, pad_size, tile_sums, tma_aligned
+from attention_kernels.triton_attention import build_schedule, head_rows, pad_size, tma_aligned
 from attention_kernels.tuning import choose_config
 
 _GROUP = GROUP_SIZE.value
@@ -140,17 +140,21 @@ def backward(
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
     # Groups that share keys sum half of the columns each, not half of the keys.
     key_groups = 1 if portable is not None else key_block // _GROUP
-    q_sums, k_sums, v_sums = (
-        tile_sums(plan, x, groups) if sums else None
-        for plan, x, groups in ((rows, dq, 2), (keys, dk, key_groups), (keys, dv, key_groups))
-    )
+    total = None
+    if sums:
+        total = (
+            tile_sums.allocate(rows, dq, 2),
+            tile_sums.allocate(keys, dk, key_groups),
+            tile_sums.allocate(keys, dv, key_groups),
+        )
+    q_sums, k_sums, v_sums = total or (None, None, None)
     key_arguments = (inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys)
     if portable is None:
         backward_keys(*key_arguments, rings.dkdv, **options)
     else:
         triton_attention.backward_keys(*key_arguments, portable, **options)
     backward_rows(inputs, dq, q_sums, mask, num_targets, rows, rings.dq, **options)
-    return add_tiles((q_sums, dq), (k_sums, dk), (v_sums, dv))
+    return total and tile_sums.add(rows, keys, total, out)
 
 
 def backward_keys(

@@ -132,7 +132,7 @@ def backward(
     num_rows, width = x_TD.shape
     dx = torch.empty_like(x_TD)
     programs, rows, columns, warps = serial_blocks(width, x_TD.device)
-    dweight, dbias = (torch.empty(programs, width, dtype=torch.float32, device=x_TD.device) for _ in range(2))
+    sums = torch.empty(2, programs, width, dtype=torch.float32, device=x_TD.device)
     launch(
         _backward_kernel,
         (programs,),
@@ -143,8 +143,7 @@ def backward(
         rstd,
         residual_TD,
         dx,
-        dweight,
-        dbias,
+        *sums,
         num_rows,
         D=width,
         ROWS=rows,
@@ -152,4 +151,5 @@ def backward(
         PROGRAMS=programs,
         num_warps=warps,
     )
-    return dx, dweight.sum(0), dbias.sum(0)
+    dweight, dbias = sums.sum(1)
+    return dx, dweight, dbias

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from attention_kernels import schedule
+from attention_kernels import schedule, tile_sums
 from attention_kernels.backward import dkdv_kernel, dq_kernel
 from attention_kernels.forward import forward_kernel
 from attention_kernels.launcher import Blocks, launch
@@ -81,10 +81,13 @@ def backward(
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
-    q_sums, k_sums, v_sums = (tile_sums(plan, x) if sums else None for plan, x in ((rows, dq), (keys, dk), (keys, dv)))
+    total = None
+    if sums:
+        total = tile_sums.allocate(rows, dq), tile_sums.allocate(keys, dk), tile_sums.allocate(keys, dv)
+    q_sums, k_sums, v_sums = total or (None, None, None)
     backward_keys(inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys, tiles.dkdv, **options)
     backward_rows(inputs, dq, q_sums, mask, num_targets, rows, tiles.dq, **options)
-    return add_tiles((q_sums, dq), (k_sums, dk), (v_sums, dv))
+    return total and tile_sums.add(rows, keys, total, out)
 
 
 def backward_keys(
@@ -144,17 +147,6 @@ def backward_rows(
         SCALED=scaled,
         **_options(mask, plan, q, v, num_targets, tile, tma),
     )
-
-
-def tile_sums(plan: Schedule, x_THK: Tensor, groups: int = 1) -> Tensor:
-    """Zeros for each tile's sums over its rows, in `groups` parts of them: [items, H, groups, padded size]."""
-    shape = (plan.max_items, x_THK.shape[1], groups, pad_size(x_THK.shape[2]))
-    return torch.zeros(shape, dtype=torch.float32, device=x_THK.device)
-
-
-def add_tiles(*sums: tuple[Tensor | None, Tensor]) -> tuple[Tensor, ...] | None:
-    """The sums of all tiles, [H, size] for each tensor; None where there are none."""
-    return tuple(x.sum((0, 2))[:, : model.shape[2]] for x, model in sums if x is not None) or None
 
 
 def build_schedule(

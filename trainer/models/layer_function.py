@@ -90,14 +90,15 @@ class _FusedLayer(torch.autograd.Function):
         norm = (norm_weight, norm_bias, spec.norm_eps)
         if normed_TD is None:
             normed_TD, mean, rstd = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
+        weight = uvqk_weight.to(dtype)
         if vqk is None:
-            vqk = _vqk(normed_TD, uvqk_weight, uvqk_bias, duvqk[:, W:], spec, dtype=dtype, backend=backend)
+            vqk = _vqk(normed_TD, weight, uvqk_bias, duvqk[:, W:], spec, dtype=dtype, backend=backend)
         dattention_THV = dattention.view(T, spec.num_heads, spec.value_dim)
         duvqk_bias = torch.cat([du_bias, *_attend_backward(dattention_THV, vqk, duvqk[:, W:], spec, batch)])
         del dattention, dattention_THV, vqk
         duvqk_weight = normed_TD.t() @ duvqk
         del normed_TD
-        dnormed_TD = duvqk @ uvqk_weight.to(dtype).t()
+        dnormed_TD = duvqk @ weight.t()
         del duvqk
         dx_TD, dnorm_weight, dnorm_bias = layer_ops.layer_norm_backward(
             dnormed_TD,
@@ -128,7 +129,8 @@ def _project(
     W, dtype = spec.gate_width, x_TD.dtype
     if not spec.fp8:
         normed_TD, mean, rstd = layer_ops.layer_norm_forward(*norm, backend=backend)
-        u = linear.linear(normed_TD, weight[:, :W].to(dtype), bias[:W], dtype=dtype, backend=backend)
+        weight = weight.to(dtype)
+        u = linear.linear(normed_TD, weight[:, :W], bias[:W], dtype=dtype, backend=backend)
         vqk = _vqk(normed_TD, weight, bias, slopes, spec, dtype=dtype, backend=backend)
         return (u, vqk), normed_TD, mean, rstd
     rows, row_scale, mean, rstd = linear.layer_norm_fp8(*norm, backend=backend)
@@ -153,7 +155,7 @@ def _vqk(
 ) -> Tensor:
     """V, Q and K; the slopes of their SiLU, where the layer has one there, into `slopes` if given."""
     W = spec.gate_width
-    columns = weight[W:] if scales else weight[:, W:].to(dtype)
+    columns = weight[W:] if scales else weight[:, W:]
     if spec.production:
         return linear.linear(rows, columns, bias[W:], scales=scales, dtype=dtype, backend=backend)
     return linear.linear_silu(rows, columns, bias[W:], slopes=slopes, scales=scales, dtype=dtype, backend=backend)
