@@ -66,5 +66,5 @@ def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int) -> At
     return AttentionConfig(
         forward=TileConfig(rows=64, keys=64, warps=4, stages=3),
         dq=TileConfig(rows=64, keys=64, warps=4, stages=2),
-        dkdv=TileConfig(rows=64, keys=64, warps=4, stages=2),
+        dkdv=TileConfig(rows=32, keys=64, warps=4, stages=3),
     )
