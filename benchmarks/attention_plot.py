@@ -12,7 +12,7 @@ from typing import Any
 COLOURS = {"full causal": "#444444", "local 256": "#1b9e77", "semi-local 256 + 256": "#d95f02"}
 DASHES = {"ours": "", "cudnn": "2 3", "flex": "7 4"}
 NAMES = {"ours": "Longview (SiLU)", "cudnn": "cuDNN (softmax)", "flex": "FlexAttention (softmax)"}
-PANELS = (("forward_ms", "forward"), ("backward_ms", "backward"))
+PANELS = ("forward", "backward")
 WIDTH, HEIGHT, LEFT, TOP, SIDE, TALL = 900, 420, 60, 40, 340, 300
 
 
@@ -28,19 +28,21 @@ def draw(result: dict[str, Any]) -> str:
     """The picture: both axes logarithmic, one panel a direction."""
     rows = [row for row in result["rows"] if row["mask"] in COLOURS and row["kernel"] in DASHES]
     lengths = sorted({row["length"] for row in rows})
-    times = [row[key] for row in rows for key, _ in PANELS]
+    times = [time_of(row, direction) for row in rows for direction in PANELS]
     low, high = math.floor(math.log10(min(times)) * 2) / 2, math.ceil(math.log10(max(times)) * 2) / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
         'font-size="12"><rect width="100%" height="100%" fill="white"/>'
     ]
-    for i, (key, title) in enumerate(PANELS):
+    for i, direction in enumerate(PANELS):
         left = LEFT + i * (SIDE + 80)
-        parts.append(axes(left, title, lengths, low, high))
+        parts.append(axes(left, direction, lengths, low, high))
         for mask in COLOURS:
             for kernel in DASHES:
                 line = sorted(
-                    (row["length"], row[key]) for row in rows if row["mask"] == mask and row["kernel"] == kernel
+                    (row["length"], time_of(row, direction))
+                    for row in rows
+                    if row["mask"] == mask and row["kernel"] == kernel
                 )
                 points = " ".join(f"{x_of(left, n, lengths):.1f},{y_of(ms, low, high):.1f}" for n, ms in line)
                 parts.append(
@@ -54,6 +56,11 @@ def draw(result: dict[str, Any]) -> str:
         f"one length, {shape['heads']} heads of {shape['size']}, bfloat16, {hardware['date']}</text></svg>\n"
     )
     return "\n".join(parts)
+
+
+def time_of(row: dict[str, Any], direction: str) -> float:
+    """Milliseconds: the GPU's alone where they were measured, else of `do_bench`."""
+    return float(row[f"{direction}_gpu_ms"] or row[f"{direction}_ms"])
 
 
 def x_of(left: int, length: int, lengths: list[int]) -> float:

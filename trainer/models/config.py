@@ -30,7 +30,8 @@ class LayerConfig:
     recompute_normed: bool = True
     """Rebuild the normed input in the backward pass from the layer's input instead of keeping it."""
     recompute_uvqk: bool = True
-    """Rebuild V, Q and K (and what SiLU made them from) in the backward pass by one product instead of keeping them."""
+    """Rebuild V, Q and K (and the slopes of their SiLU) in the backward pass by one product instead of keeping them.
+    What is kept is used up by the backward: a second one through the same forward is refused."""
     recompute_gated: bool = True
     """Rebuild norm(attention) * silu(U) in the backward pass instead of keeping it."""
     fp8: bool = False

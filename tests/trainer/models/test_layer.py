@@ -136,6 +136,17 @@ def test_rematerialisation_gives_identical_gradients(
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+def test_kept_slopes_are_used_up_by_the_backward() -> None:
+    """Gradients overwrite them, so a second backward is refused; a layer that rebuilds them allows it."""
+    x, parameters, batch = make(SPECS["paper"], torch.float32)
+    rebuilt = fused_layer(x, parameters, SPECS["paper"], batch).sum()
+    kept = fused_layer(x, parameters, replace(SPECS["paper"], recompute_uvqk=False), batch).sum()
+    for loss in (rebuilt, rebuilt, kept):
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_fused_kernels_equal_the_plain_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton path in float32, against the plain float64 layer; dropout included."""
