@@ -67,14 +67,16 @@ def runner(kernel: str, mask: SemiLocalMask, tile: TileConfig, data: tuple[Any, 
         return lambda: (triton_attention.forward(q, k, v, offsets, mask, num_targets=None, config=config, **scales),)
     dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
     by_rows = kernel == "dq"
+    inputs = (dout, q, k, v)
+    scales["scaled"] = False
 
     def run() -> tuple[torch.Tensor, ...]:
         blocks = (tile.rows, None) if by_rows else (None, tile.keys)
         rows, keys = triton_attention.build_schedule(mask, offsets, None, q, v, *blocks)
         if rows is not None:
-            triton_attention.backward_rows((dout, q, k, v), dq, mask, None, rows, tile, **scales)
+            triton_attention.backward_rows(inputs, dq, None, mask, None, rows, tile, **scales)
         if keys is not None:
-            triton_attention.backward_keys((dout, q, k, v), (dk, dv), mask, None, keys, tile, **scales)
+            triton_attention.backward_keys(inputs, (dk, dv), (None, None), mask, None, keys, tile, **scales)
         return (dq,) if by_rows else (dk, dv)
 
     return run

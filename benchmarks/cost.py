@@ -135,7 +135,7 @@ def time_step(model: ParallelModel, batch: Batch, mesh: Mesh) -> float:
         start = time.perf_counter()
         model.optimizers.zero_grad()
         loss, _ = model.forward(batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's method
         model.optimizers.step()
         if mesh.device.type == "cuda":
             torch.cuda.synchronize(mesh.device)

@@ -84,7 +84,7 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
     for config in CONFIGS:
         config = {**config, "BLOCK_K": 2 * config["BLOCK_K"]}
         name = "x".join(str(value) for value in config.values())
-        scaled = {"b_is_nk": True, "row_scale": x8[1], "config": config}
+        scaled: dict[str, Any] = {"b_is_nk": True, "row_scale": x8[1], "config": config}
         runs[f"vqk fp8 fused {name}"] = partial(
             linear_kernel.product, x8[0], vqk8[0], vqk, silu=True, bias=bvqk, column_scale=vqk8[1], **scaled
         )
