@@ -161,12 +161,12 @@ def training_flops(
 
 
 def retriever_flops(config: ModelConfig, num_events: Lengths, *, embedding_dim: int) -> FlopCount:
-    """The retriever on sequences of so many events; every event is scored against the negatives and a true item."""
+    """The retriever on sequences of so many events; all but the last are scored against negatives and the next item."""
     assert config.retrieval is not None
     events = np.asarray(num_events, dtype=np.int64)
     maps = 2 * config.dim if embedding_dim != config.dim else 0
-    per_event = 2 * embedding_dim * (maps + config.retrieval.num_negatives + 1)
-    ends = _no_flops(events.shape, ends=np.asarray(per_event * events, dtype=np.float64))
+    scores = (config.retrieval.num_negatives + 1) * np.maximum(events - 1, 0)
+    ends = _no_flops(events.shape, ends=np.asarray(2 * embedding_dim * (maps * events + scores), dtype=np.float64))
     return _add(ends, _tower_flops(config.dim, config.layer, config.stages, events, np.zeros_like(events), 0))
 
 

@@ -110,11 +110,12 @@ def test_counts_take_arrays_of_lengths() -> None:
     assert both.tolist() == single
 
 
-def test_a_retriever_scores_every_event_against_negatives_and_a_true_item() -> None:
+def test_a_retriever_scores_all_events_but_the_last_against_negatives_and_the_next_item() -> None:
     config = ModelConfig(
         dim=64, max_len=100, stages=(StageConfig(num_layers=2),), retrieval=RetrievalConfig(num_negatives=31)
     )
     layer = layer_flops(config.layer, dim=64, num_tokens=10, pairs=55).forward
-    assert retriever_flops(config, 10, embedding_dim=64).forward == 2 * layer + 10 * 2 * 64 * 32
+    assert retriever_flops(config, 10, embedding_dim=64).forward == 2 * layer + 9 * 2 * 64 * 32
+    assert retriever_flops(config, 0, embedding_dim=64).forward == 0
     mapped = retriever_flops(config, 10, embedding_dim=16).forward
-    assert mapped == 2 * layer + 10 * 2 * 16 * 32 + 10 * 2 * (2 * 16 * 64)
+    assert mapped == 2 * layer + 9 * 2 * 16 * 32 + 10 * 2 * (2 * 16 * 64)
