@@ -88,7 +88,8 @@ def _load(edition: Edition, connection: duckdb.DuckDBPyConnection, source: Path,
         plain = plain_file(path, scratch)
         reader, first_line = _reader(plain, edition)
         check_rows(connection, reader, path, RULES, first_line)
-        _check_columns_order(connection, reader, path)
+        if plain.suffix == ".csv" and not edition.csv_header:
+            _check_columns_order(connection, reader, path)
         execute(
             connection,
             f"INSERT INTO raw SELECT user_key, item_key, time // {edition.time_divisor}, time, "
@@ -111,7 +112,10 @@ def _load(edition: Edition, connection: duckdb.DuckDBPyConnection, source: Path,
 
 
 def _check_columns_order(connection: duckdb.DuckDBPyConnection, reader: str, path: Path) -> None:
-    """Raise ValueError if the items look like users: the CSV files of 2014 and 2018 differ in nothing else."""
+    """Raise ValueError if the items look like users: the CSV files of 2014 and 2018 differ in nothing else.
+
+    Reads the file once more, for which only files that name no columns give reason.
+    """
     share = f"SELECT avg((length(item_key) = {ASIN_LEN})::INTEGER) FROM {reader}"
     if (execute(connection, share, path)[0][0] or 0) < 0.5:
         raise ValueError(
