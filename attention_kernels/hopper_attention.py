@@ -42,6 +42,10 @@ class RingConfig:
     stages: int
     """Streamed tiles in shared memory; at least two, as a group releases a tile only when it has the next."""
 
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: a group would wait for ever for the next tile; take at least 2")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rings:

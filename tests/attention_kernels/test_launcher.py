@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attention_kernels import launcher
+from attention_kernels.hopper_attention import RingConfig
 from attention_kernels.launcher import Blocks, launch
 
 BUFFER = torch.zeros(1024, dtype=torch.bfloat16)
@@ -82,3 +83,9 @@ def test_blocks_are_told_apart_by_their_shape() -> None:
         launch(kernel, (1,), Blocks(matrix, (rows, 16)), 32, SIZE=16)
     assert [call[1].block_shape for call in kernel.bound] == [[16, 16], [32, 16]]
     assert [call[1].block_shape for call in kernel.direct] == [(16, 16)]
+
+
+def test_a_ring_of_one_stage_is_refused() -> None:
+    """A kernel with one would hang."""
+    with pytest.raises(ValueError, match="at least 2"):
+        RingConfig(block=64, held_stages=1, stages=1)
