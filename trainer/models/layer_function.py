@@ -199,7 +199,7 @@ def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
 def _attend_backward(
     dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpec, batch: LayerBatch
 ) -> tuple[Tensor, ...]:
-    """Writes the gradients of the product of V, Q and K over the slopes of its SiLU in `dvqk`; their sums."""
+    """Writes the gradients of the product of V, Q and K into `dvqk`, over the slopes of its SiLU if any; their sums."""
     q_THK, k_THK, v_THV = spec.split_heads(vqk)
     q_sum, k_sum, v_sum = hstu_projection_backward(
         dout_THV,
