@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import launch
-from attention_kernels.rows import cdiv, power_of_two, row_blocks, serial_blocks
+from attention_kernels.rows import cdiv, pad_size, row_blocks, serial_blocks
 from attention_kernels.silu import approximate, sigmoid
 
 _BACKWARD_WARPS = 12
@@ -212,7 +212,7 @@ def _sizes(attention_TW: Tensor, x_TD: Tensor | None, num_groups: int, dropout: 
         "W": width,
         "C": width // num_groups,
         "D": x_width,
-        "X_COLS": power_of_two(max(16, x_width)),
+        "X_COLS": pad_size(x_width),
         "CONCAT": x_TD is not None,
         "DROPOUT": dropout > 0,
         "APPROXIMATE": approximate(attention_TW),
@@ -290,8 +290,7 @@ def backward(
     gated = _new_result(attention_TW, x_TD)
     residual = residual_TD if x_TD is None else torch.empty_like(x_TD)
     programs, rows, columns, warps = serial_blocks(attention_TW.shape[1] // num_groups, dout.device, _BACKWARD_WARPS)
-    shape = (programs, attention_TW.shape[1])
-    sums = torch.empty(3, *shape, dtype=torch.float32, device=dout.device)
+    sums = torch.empty(3, programs, attention_TW.shape[1], dtype=torch.float32, device=dout.device)
     launch(
         _backward_kernel,
         (programs, num_groups),

@@ -3,30 +3,25 @@
 Grids are one program a multiprocessor; nothing waits for a length on the device.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 
 from attention_kernels import tile_sums, triton_attention
 from attention_kernels.hopper_backward import hopper_dkdv_kernel, hopper_dq_kernel
 from attention_kernels.hopper_forward import hopper_forward_kernel
-from attention_kernels.hopper_tiles import GROUP_SIZE
-from attention_kernels.hopper_wide import hopper_wide_dkdv_kernel
+from attention_kernels.hopper_tiles import GROUP_SIZE, REGISTERS, block_layout
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
-from attention_kernels.rows import is_hopper, multiprocessors
+from attention_kernels.rows import is_hopper, multiprocessors, pad_size
 from attention_kernels.schedule import Schedule
-from attention_kernels.triton_attention import build_schedule, head_rows, pad_size, tma_aligned
+from attention_kernels.triton_attention import block_size, build_schedule, head_rows, partials, tma_aligned
 from attention_kernels.tuning import choose_config
 
 _GROUP = GROUP_SIZE.value
 _HELD = 2 * _GROUP
-# Registers a thread that the three groups of four warps have on average: 65,536 over 384 threads.
-_REGISTERS = 168
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,14 +94,14 @@ def forward(
     out = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if out.numel() == 0:
         return out
-    ring = RINGS[_size(q_THK, v_THV)].forward
+    ring = RINGS[block_size(q_THK, v_THV)].forward
     plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, None, _split_programs(q_THK))
     assert plan is not None
     launch(
         hopper_forward_kernel,
         _grid(plan, q_THK),
         *(_rows(q_THK, _GROUP), _rows(k_THK, ring.block), _rows(v_THV, ring.block)),
-        *(out, plan.table, _partials(plan, q_THK, v_THV), plan.counters, q_THK.shape[1], scale / 2, 1 / max_len),
+        *(out, plan.table, partials(plan, q_THK, _HELD, v_THV), plan.counters, q_THK.shape[1], scale / 2, 1 / max_len),
         *out.stride()[:2],
         V=v_THV.shape[2],
         **_options(mask, plan, num_targets, ring),
@@ -134,7 +129,7 @@ def backward(
     With a window, keys have few rows and two results each to store: there the portable kernel is faster.
     """
     dq, dk, dv = out
-    size = _size(q_THK, v_THV)
+    size = block_size(q_THK, v_THV)
     rings = RINGS[size]
     portable = None if mask.local is None else choose_config(mask, q_THK.dtype, size).dkdv
     key_block = portable.keys if portable is not None else _GROUP if _is_wide(q_THK, v_THV) else _HELD
@@ -144,13 +139,7 @@ def backward(
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
     # Groups that share keys sum half of the columns each, not half of the keys.
     key_groups = 1 if portable is not None else key_block // _GROUP
-    total = None
-    if sums:
-        total = (
-            tile_sums.allocate(rows, dq, 2),
-            tile_sums.allocate(keys, dk, key_groups),
-            tile_sums.allocate(keys, dv, key_groups),
-        )
+    total = tile_sums.allocate(rows, keys, out, row_groups=2, key_groups=key_groups) if sums else None
     q_sums, k_sums, v_sums = total or (None, None, None)
     key_arguments = (inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys)
     if portable is None:
@@ -179,10 +168,10 @@ def backward_keys(
     dk, dv = out
     heads = q.shape[1]
     launch(
-        hopper_wide_dkdv_kernel if _is_wide(q, v) else hopper_dkdv_kernel,
+        hopper_dkdv_kernel,
         _grid(plan, q),
         *(_rows(dout, ring.block), _rows(q, ring.block), _rows(k, _GROUP), _rows(v, _GROUP)),
-        *(dk, dv, *sums, plan.table, _partials(plan, q, q), _partials(plan, q, v)),
+        *(dk, dv, *sums, plan.table, partials(plan, q, _HELD, q), partials(plan, q, _HELD, v)),
         *(plan.counters, plan.counters[2 * plan.split_items * heads :], heads),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
         *dk.stride()[:2],
@@ -190,6 +179,7 @@ def backward_keys(
         K=q.shape[2],
         V=v.shape[2],
         SCALED=scaled,
+        WIDE=_is_wide(q, v),
         **_options(mask, plan, num_targets, ring),
     )
 
@@ -213,7 +203,16 @@ def backward_rows(
         hopper_dq_kernel,
         _grid(plan, q),
         *(_rows(dout, _GROUP), _rows(q, _GROUP), _rows(k, ring.block), _rows(v, ring.block)),
-        *(dq, sums, plan.table, _partials(plan, q, q), plan.counters, q.shape[1], scale / 2, scale / (2 * max_len)),
+        *(
+            dq,
+            sums,
+            plan.table,
+            partials(plan, q, _HELD, q),
+            plan.counters,
+            q.shape[1],
+            scale / 2,
+            scale / (2 * max_len),
+        ),
         *dq.stride()[:2],
         K=q.shape[2],
         SCALED=scaled,
@@ -221,13 +220,9 @@ def backward_rows(
     )
 
 
-def _size(q_THK: Tensor, v_THV: Tensor) -> int:
-    return max(pad_size(q_THK.shape[2]), pad_size(v_THV.shape[2]))
-
-
 def _is_wide(q_THK: Tensor, v_THV: Tensor) -> bool:
     """Whether both groups of the dk and dv kernel share 64 keys."""
-    return _size(q_THK, v_THV) > 128
+    return block_size(q_THK, v_THV) > 128
 
 
 def _split_programs(q: Tensor) -> int:
@@ -239,14 +234,6 @@ def _grid(plan: Schedule, q: Tensor) -> tuple[int]:
     return (min(multiprocessors(q.device), plan.max_items * q.shape[1]),)
 
 
-def _partials(plan: Schedule, q: Tensor, model: Tensor) -> Tensor | None:
-    """Room for the partial sums of split tiles shaped like `model`'s; None where none is split."""
-    if plan.split_items == 0:
-        return None
-    size = plan.split_items * q.shape[1] * _HELD * pad_size(model.shape[2])
-    return torch.empty(size, dtype=torch.float32, device=q.device)
-
-
 def _options(mask: SemiLocalMask, plan: Schedule, num_targets: Tensor | None, ring: RingConfig) -> dict[str, Any]:
     """Compile-time arguments that the three kernels share."""
     return {
@@ -256,17 +243,10 @@ def _options(mask: SemiLocalMask, plan: Schedule, num_targets: Tensor | None, ri
         "HELD_STAGES": ring.held_stages,
         "STAGES": ring.stages,
         "num_warps": 4,
-        "maxnreg": _REGISTERS,
+        "maxnreg": REGISTERS,
     }
 
 
 def _rows(x: Tensor, block: int) -> Blocks:
     """`head_rows` for a Gluon kernel."""
-    return head_rows(x, block, _layout(block, pad_size(x.shape[2]), x.dtype))
-
-
-@functools.cache
-def _layout(block: int, size: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(
-        [1, block, size], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    )
+    return head_rows(x, block, block_layout(block, pad_size(x.shape[2]), x.dtype))

@@ -12,6 +12,7 @@ from attention_kernels.hopper_tiles import (
     half_scores,
     load_held_tiles,
     load_partner_tiles,
+    make_held_rings,
     make_order,
     make_ring,
     matrix_layout,
@@ -23,6 +24,7 @@ from attention_kernels.hopper_tiles import (
     twice_slope,
     wait_block,
 )
+from attention_kernels.hopper_wide import compute_wide_dkdv, make_exchange
 from attention_kernels.tiles import (
     group_keys,
     group_rows,
@@ -142,10 +144,7 @@ def hopper_dq_kernel(
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k].  Grid: one program a processor."""
     BLOCK_N: gl.constexpr = k.block_shape[1]
-    held_rings = (
-        (make_ring(q, HELD_STAGES, 1), make_ring(dout, HELD_STAGES, 1)),
-        (make_ring(q, HELD_STAGES, 1), make_ring(dout, HELD_STAGES, 1)),
-    )
+    held_rings = make_held_rings(q, dout, HELD_STAGES)
     k_ring = make_ring(k, STAGES, 2)
     v_ring = make_ring(v, STAGES, 2)
     rings = (held_rings, k_ring, v_ring)
@@ -249,25 +248,38 @@ def hopper_dkdv_kernel(
     H, half_scale, dk_scale, dv_scale,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh, K: gl.constexpr, V: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
-    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    WIDE: gl.constexpr, HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise.  Grid: one program a processor."""
+    """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise.  Grid: one program a processor.
+
+    WIDE: head sizes over 128, tiles of 64 keys (`hopper_wide.py`).
+    """
     BLOCK_M: gl.constexpr = q.block_shape[1]
-    held_rings = (
-        (make_ring(k, HELD_STAGES, 1), make_ring(v, HELD_STAGES, 1)),
-        (make_ring(k, HELD_STAGES, 1), make_ring(v, HELD_STAGES, 1)),
-    )
+    if WIDE:
+        # Both groups share the keys.
+        held_rings = ((make_ring(k, HELD_STAGES, 2), make_ring(v, HELD_STAGES, 2)),)
+    else:
+        held_rings = make_held_rings(k, v, HELD_STAGES)
     q_ring = make_ring(q, STAGES, 2)
     dout_ring = make_ring(dout, STAGES, 2)
     rings = (held_rings, q_ring, dout_ring)
+    if WIDE:
+        exchange = make_exchange(k.dtype, BLOCK_M)
+        rings = (held_rings, q_ring, dout_ring, exchange)  # type: ignore[assignment]  # decided at compile time
     order = make_order()
     strides = (stride_dkt, stride_dkh, stride_dvt, stride_dvh)
     output = (dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters)
     work = (rings, order, output, table, H, half_scale, dk_scale, dv_scale)
     gl.warp_specialize(
         [
-            (compute_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
-            (compute_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
+            (
+                compute_wide_dkdv if WIDE else compute_dkdv,
+                (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED),
+            ),
+            (
+                compute_wide_dkdv if WIDE else compute_dkdv,
+                (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED),
+            ),
             (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((k, v), held_rings, order, table, H)),
         ],

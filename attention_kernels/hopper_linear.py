@@ -6,9 +6,6 @@ that waited for a buffer two fillings ahead could not tell it from the one befor
 `linear_kernel.py`, which computes the same on any GPU.
 """
 
-import functools
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,7 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attention_kernels.hopper_tiles import load_block, make_ring, matrix_layout, release, tanh, wait_block
+from attention_kernels.hopper_tiles import (
+    REGISTERS,
+    block_layout,
+    load_block,
+    make_ring,
+    matrix_layout,
+    release,
+    tanh,
+    wait_block,
+)
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.rows import cdiv, multiprocessors
 
@@ -28,8 +34,6 @@ _BLOCK_M = 128
 _BLOCK_N = 128
 _BLOCK_K = 64
 _STAGES = 5
-# As in `hopper_attention.py`.
-_REGISTERS = 168
 
 
 @gluon.jit
@@ -145,7 +149,7 @@ def silu_product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor, slopes: Ten
         SLOPES=slopes is not None,
         STAGES=_STAGES,
         num_warps=4,
-        maxnreg=_REGISTERS,
+        maxnreg=REGISTERS,
     )
 
 
@@ -153,11 +157,5 @@ def _matrix(x: Tensor, rows: int, columns: int) -> Blocks:
     """Blocks of a matrix, seen as one of a batch of one."""
     (height, width), (stride, _) = x.shape, x.stride()
     return Blocks(
-        x, (1, rows, columns), (1, height, width), (height * stride, stride, 1), _layout(rows, columns, x.dtype)
+        x, (1, rows, columns), (1, height, width), (height * stride, stride, 1), block_layout(rows, columns, x.dtype)
     )
-
-
-@functools.cache
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, rows, columns], kind)

@@ -14,8 +14,10 @@ by `tiles.py`, as for the other kernels.
 Letters as in `tiles.py`.
 """
 
+import functools
 from typing import NamedTuple
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -30,10 +32,19 @@ from attention_kernels.tiles import (
     partner_start,
 )
 
+REGISTERS = 168
+"""A thread's on average, with two groups and the loaders' warps: 65,536 over 384 threads."""
 GROUP_SIZE = gl.constexpr(64)
 """Rows (or keys) that a warp group holds: what one Hopper matrix instruction multiplies."""
 _NUMBERS_AHEAD = gl.constexpr(2)
 """Item numbers that may lie between the loader that draws them and those who use them."""
+
+
+@functools.cache
+def block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of blocks [1, rows, columns] in shared memory."""
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, rows, columns], kind)
 
 
 class Ring(NamedTuple):
@@ -55,6 +66,15 @@ def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=READERS)
     return Ring(buffers, full, empty)
+
+
+@gluon.jit
+def make_held_rings(first, second, STAGES: gl.constexpr):
+    """For each group its own rings of what it holds: blocks of two tensors."""
+    return (
+        (make_ring(first, STAGES, 1), make_ring(second, STAGES, 1)),
+        (make_ring(first, STAGES, 1), make_ring(second, STAGES, 1)),
+    )
 
 
 @gluon.jit

@@ -17,10 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attention_kernels.hopper_tiles import (
     GROUP_SIZE,
     half_scores,
-    load_held_tiles,
-    load_partner_tiles,
-    make_order,
-    make_ring,
     matrix_layout,
     next_number,
     release,
@@ -33,10 +29,17 @@ from attention_kernels.tiles import live_rows, load_item, part_range, partner_st
 
 
 @gluon.jit
-def make_exchange(dtype: gl.constexpr, ROWS: gl.constexpr):
-    """Buffers for both groups' [keys, ROWS] of one kind."""
+def make_exchange(dtype: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Buffers for both groups' weights and slopes, [keys, half of the rows] each, and their barriers."""
+    ROWS: gl.constexpr = BLOCK_M // 2
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROWS, element_bitwidth=16, rank=2)
-    return gl.allocate_shared_memory(dtype, [2, GROUP_SIZE, ROWS], LAYOUT)
+    weights = gl.allocate_shared_memory(dtype, [2, GROUP_SIZE, ROWS], LAYOUT)
+    slopes = gl.allocate_shared_memory(dtype, [2, GROUP_SIZE, ROWS], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=2)
+    mbarrier.init(empty, count=2)
+    return weights, slopes, full, empty
 
 
 @gluon.jit
@@ -44,9 +47,10 @@ def compute_wide_dkdv(
     work, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """A group: its columns of every item of this program.  Scores are transposed, keys by rows."""
-    rings, exchange, order, output, table, H, half_scale, dk_scale, dv_scale = work
-    k_ring, v_ring, q_ring, dout_ring = rings
+    """`hopper_backward.compute_dkdv` where both groups hold the same keys: a group's columns of every item."""
+    rings, order, output, table, H, half_scale, dk_scale, dv_scale = work
+    held_rings, q_ring, dout_ring, exchange = rings
+    k_ring, v_ring = held_rings[0]
     weights, slopes, full, empty = exchange
     dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters = output
     stride_dkt, stride_dkh, stride_dvt, stride_dvh = strides
@@ -115,40 +119,3 @@ def compute_wide_dkdv(
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
-
-
-@gluon.jit(do_not_specialize=["H", "half_scale", "dk_scale", "dv_scale"])
-def hopper_wide_dkdv_kernel(
-    dout, q, k, v, dk, dv, k_sums, v_sums, table, k_partials, v_partials, k_counters, v_counters,
-    H, half_scale, dk_scale, dv_scale,
-    stride_dkt, stride_dkh, stride_dvt, stride_dvh, K: gl.constexpr, V: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
-    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """As `hopper_backward.hopper_dkdv_kernel`, over tiles of 64 keys."""
-    BLOCK_M: gl.constexpr = q.block_shape[1]
-    k_ring = make_ring(k, HELD_STAGES, 2)
-    v_ring = make_ring(v, HELD_STAGES, 2)
-    q_ring = make_ring(q, STAGES, 2)
-    dout_ring = make_ring(dout, STAGES, 2)
-    weights = make_exchange(k.dtype, BLOCK_M // 2)
-    slopes = make_exchange(k.dtype, BLOCK_M // 2)
-    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(full, count=2)
-    mbarrier.init(empty, count=2)
-    rings = (k_ring, v_ring, q_ring, dout_ring)
-    order = make_order()
-    strides = (stride_dkt, stride_dkh, stride_dvt, stride_dvh)
-    output = (dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters)
-    work = (rings, (weights, slopes, full, empty), order, output, table, H, half_scale, dk_scale, dv_scale)
-    gl.warp_specialize(
-        [
-            (compute_wide_dkdv, (work, 0, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
-            (compute_wide_dkdv, (work, 1, K, V, BLOCK_M, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
-            (load_partner_tiles, ((q, dout), (q_ring, dout_ring), order, table, H, BLOCK_M, False, HAS_LOCAL, SPLIT)),
-            (load_held_tiles, ((k, v), ((k_ring, v_ring),), order, table, H)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )

@@ -65,9 +65,7 @@ def linear_silu(
 
     The values are the same bits with and without `slopes`.
     """
-    if backend == "triton" and _fused(
-        "the product of V, Q and K with SiLU", a, b, *(() if slopes is None else (slopes,))
-    ):
+    if backend == "triton" and _fused("the product of V, Q and K with SiLU", a, b, slopes):
         N = b.shape[0] if scales else b.shape[1]
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
         if scales is None and is_hopper(a.device):
@@ -192,12 +190,13 @@ def gated_norm_fp8(
     return quantise_rows(gated, backend=backend)
 
 
-def _fused(what: str, *operands: Tensor) -> bool:
-    """Whether the Triton kernel takes the operands; where it does not, the log says why."""
-    if linear_kernel.fits(*operands):
+def _fused(what: str, *operands: Tensor | None) -> bool:
+    """Whether the Triton kernel takes the operands (None: there is none); where it does not, the log says why."""
+    tensors = [x for x in operands if x is not None]
+    if linear_kernel.fits(*tensors):
         return True
-    if all(x.numel() for x in operands):
-        is_wide = any(x.element_size() > 2 for x in operands)
+    if all(x.numel() for x in tensors):
+        is_wide = any(x.element_size() > 2 for x in tensors)
         _log_unfused(what, "float32" if is_wide else "a width whose rows do not start at multiples of 16 bytes")
     return False
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from attention_kernels.layer_reference import silu_slope
 from attention_kernels.mask import SemiLocalMask
 
 # Scores of one block of rows: heads x rows x keys elements, 64 MiB in float32.
@@ -75,12 +76,6 @@ def backward(
         dk[keys] += (dscore_HRN.transpose(1, 2) @ q_HRK).transpose(0, 1)
         dv[keys] += (weight_HRN.transpose(1, 2) @ dout_HRV).transpose(0, 1)
     return dq.to(q_THK.dtype), dk.to(k_THK.dtype), dv.to(v_THV.dtype)
-
-
-def silu_slope(x: Tensor) -> Tensor:
-    """The derivative of x sigmoid(x)."""
-    sigmoid = torch.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 def _blocks(

@@ -24,9 +24,14 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def pad_size(size: int) -> int:
+    """Sizes of blocks are powers of two, and products need at least 16."""
+    return max(16, power_of_two(size))
+
+
 def row_blocks(width: int) -> tuple[int, int, int]:
     """(rows of a block, columns rounded up to a power of two, warps) for rows of `width` elements."""
-    columns = max(16, power_of_two(width))
+    columns = pad_size(width)
     rows = max(1, _ELEMENTS_PER_BLOCK // columns)
     return rows, columns, 8
 
@@ -34,7 +39,7 @@ def row_blocks(width: int) -> tuple[int, int, int]:
 def warp_blocks(width: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a block in which a warp holds whole rows, up to 1,024 elements: sums and maxima along a
     row need no shared memory."""
-    columns = max(16, power_of_two(width))
+    columns = pad_size(width)
     return max(1, 2 * _ELEMENTS_PER_WARP // columns), columns, max(1, columns // (2 * _ELEMENTS_PER_WARP))
 
 
@@ -45,7 +50,7 @@ def serial_blocks(
 
     All programs must fit the device at once: what did not fit would start when the others end.
     """
-    columns = max(16, power_of_two(width))
+    columns = pad_size(width)
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS, 16, columns, 1
     warps = max(1, columns // _ELEMENTS_PER_WARP)

@@ -6,17 +6,28 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import launch
-from attention_kernels.rows import cdiv, power_of_two
+from attention_kernels.rows import cdiv, pad_size
 from attention_kernels.schedule import ITEM_SIZE, Schedule
 
 _COLUMNS = 16
 _ROWS = 512
 
 
-def allocate(plan: Schedule, x_THK: Tensor, groups: int = 1) -> Tensor:
-    """Room for each tile's sums over its rows, in `groups` parts of them: [items, H, groups, padded size]."""
-    shape = (plan.max_items, x_THK.shape[1], groups, max(16, power_of_two(x_THK.shape[2])))
-    return torch.empty(shape, dtype=torch.float32, device=x_THK.device)
+def allocate(
+    rows: Schedule,
+    keys: Schedule,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    *,
+    row_groups: int = 1,
+    key_groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for each tile's sums of q's, k's and v's gradients over its rows, in so many parts of them:
+    [items, H, groups, padded size] each."""
+    q, k, v = (
+        torch.empty(plan.max_items, x.shape[1], groups, pad_size(x.shape[2]), dtype=torch.float32, device=x.device)
+        for x, plan, groups in zip(gradients, (rows, keys, keys), (row_groups, key_groups, key_groups), strict=True)
+    )
+    return q, k, v
 
 
 def add(

@@ -15,7 +15,7 @@ from attention_kernels.backward import dkdv_kernel, dq_kernel
 from attention_kernels.forward import forward_kernel
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
-from attention_kernels.rows import power_of_two
+from attention_kernels.rows import pad_size
 from attention_kernels.schedule import Schedule
 from attention_kernels.tuning import AttentionConfig, TileConfig, choose_config
 
@@ -48,7 +48,7 @@ def forward(
         forward_kernel,
         (plan.max_items * heads,),
         *_rows(tma, (q_THK, tile.rows), (k_THK, tile.keys), (v_THV, tile.keys)),
-        *(out, plan.table, _partials(plan, q_THK, tile.rows, v_THV), plan.counters, heads, scale / 2, 1 / max_len),
+        *(out, plan.table, partials(plan, q_THK, tile.rows, v_THV), plan.counters, heads, scale / 2, 1 / max_len),
         *_strides(q_THK, k_THK, v_THV, out),
         **_options(mask, plan, q_THK, v_THV, num_targets, tile, tma),
     )
@@ -81,9 +81,7 @@ def backward(
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
-    total = None
-    if sums:
-        total = tile_sums.allocate(rows, dq), tile_sums.allocate(keys, dk), tile_sums.allocate(keys, dv)
+    total = tile_sums.allocate(rows, keys, out) if sums else None
     q_sums, k_sums, v_sums = total or (None, None, None)
     backward_keys(inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys, tiles.dkdv, **options)
     backward_rows(inputs, dq, q_sums, mask, num_targets, rows, tiles.dq, **options)
@@ -111,7 +109,7 @@ def backward_keys(
         dkdv_kernel,
         (plan.max_items * heads,),
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
-        *(*out, *sums, plan.table, _partials(plan, q, tile.keys, q), _partials(plan, q, tile.keys, v)),
+        *(*out, *sums, plan.table, partials(plan, q, tile.keys, q), partials(plan, q, tile.keys, v)),
         *(plan.counters, plan.counters[plan.split_items * heads :], heads),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
         *_strides(*inputs, *out),
@@ -141,7 +139,7 @@ def backward_rows(
         dq_kernel,
         (plan.max_items * heads,),
         *_rows(tma, (dout, tile.rows), (q, tile.rows), (k, tile.keys), (v, tile.keys)),
-        *(dq, sums, plan.table, _partials(plan, q, tile.rows, q), plan.counters, heads),
+        *(dq, sums, plan.table, partials(plan, q, tile.rows, q), plan.counters, heads),
         *(scale / 2, scale / (2 * max_len)),
         *_strides(*inputs, dq),
         SCALED=scaled,
@@ -175,14 +173,19 @@ def build_schedule(
 
 
 def _config(mask: SemiLocalMask, q_THK: Tensor, v_THV: Tensor) -> AttentionConfig:
-    return choose_config(mask, q_THK.dtype, max(_block_size(q_THK), _block_size(v_THV)))
+    return choose_config(mask, q_THK.dtype, block_size(q_THK, v_THV))
 
 
-def _partials(plan: Schedule, q_THK: Tensor, block: int, model: Tensor) -> Tensor | None:
+def block_size(*tensors: Tensor) -> int:
+    """The largest of the head sizes, padded."""
+    return max(pad_size(x.shape[2]) for x in tensors)
+
+
+def partials(plan: Schedule, q_THK: Tensor, block: int, model: Tensor) -> Tensor | None:
     """Room for the partial sums of split tiles of `block` positions shaped like `model`'s; None where none is split."""
     if plan.split_items == 0:
         return None
-    shape = (plan.split_items * q_THK.shape[1], block, _block_size(model))
+    shape = (plan.split_items * q_THK.shape[1], block, pad_size(model.shape[2]))
     return torch.empty(shape, dtype=torch.float32, device=q_THK.device)
 
 
@@ -260,12 +263,3 @@ def _has_tma(device: torch.device) -> bool:
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
-
-
-def _block_size(x: Tensor) -> int:
-    return pad_size(x.shape[2])
-
-
-def pad_size(size: int) -> int:
-    """Head sizes are padded to a power of two; products need at least 16."""
-    return max(16, power_of_two(size))

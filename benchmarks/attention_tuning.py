@@ -68,15 +68,16 @@ def runner(kernel: str, mask: SemiLocalMask, tile: TileConfig, data: tuple[Any, 
     dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
     by_rows = kernel == "dq"
     inputs = (dout, q, k, v)
-    scales["scaled"] = False
 
     def run() -> tuple[torch.Tensor, ...]:
         blocks = (tile.rows, None) if by_rows else (None, tile.keys)
         rows, keys = triton_attention.build_schedule(mask, offsets, None, q, v, *blocks)
         if rows is not None:
-            triton_attention.backward_rows(inputs, dq, None, mask, None, rows, tile, **scales)
+            triton_attention.backward_rows(inputs, dq, None, mask, None, rows, tile, scaled=False, **scales)
         if keys is not None:
-            triton_attention.backward_keys(inputs, (dk, dv), (None, None), mask, None, keys, tile, **scales)
+            triton_attention.backward_keys(
+                inputs, (dk, dv), (None, None), mask, None, keys, tile, scaled=False, **scales
+            )
         return (dq,) if by_rows else (dk, dv)
 
     return run
