@@ -39,12 +39,13 @@ GROUP_SIZE = gl.constexpr(64)
 _NUMBERS_AHEAD = gl.constexpr(2)
 """Item numbers that may lie between the loader that draws them and those who use them."""
 
+_GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+
 
 @functools.cache
 def block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Of blocks [1, rows, columns] in shared memory."""
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, rows, columns], kind)
+    return gl.NVMMASharedLayout.get_default_for([1, rows, columns], _GLUON_TYPES[dtype])
 
 
 class Ring(NamedTuple):
@@ -197,9 +198,9 @@ def load_partner_tiles(
 
 
 @gluon.constexpr_function
-def matrix_layout(N):
-    """Registers of a [64, N] result of a group's matrix products."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+def matrix_layout(N, bits=16):
+    """Registers of a [64, N] result of a group's products of matrices whose elements have so many bits."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 256 // bits])
 
 
 @gluon.jit

@@ -8,6 +8,7 @@ Legend: T packed positions, D model width, N columns of a product.
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBac
     """
     if backend == "triton" and _fused("the output product with its residual", a, b, residual):
         out = torch.empty_like(residual)
-        linear_kernel.product(a, b, out, residual=residual)
+        _product(a)(a, b, out, residual=residual)
         return out
     return torch.addmm(residual, a, b)
 
@@ -68,11 +69,8 @@ def linear_silu(
     if backend == "triton" and _fused("the product of V, Q and K with SiLU", a, b, slopes):
         N = b.shape[0] if scales else b.shape[1]
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
-        if scales is None and is_hopper(a.device):
-            hopper_linear.silu_product(a, b, out, bias=bias, slopes=slopes)
-            return out
         row_scale, column_scale = scales or (None, None)
-        linear_kernel.product(
+        _product(a)(
             a,
             b,
             out,
@@ -148,7 +146,7 @@ def matmul_fp8(
             use_fast_accum=True,
         )
     out = torch.empty_like(residual)
-    linear_kernel.product(a, b_NK, out, b_is_nk=True, row_scale=row_scale, column_scale=column_scale, residual=residual)
+    _product(a)(a, b_NK, out, b_is_nk=True, row_scale=row_scale, column_scale=column_scale, residual=residual)
     return out
 
 
@@ -188,6 +186,11 @@ def gated_norm_fp8(
         backend=backend,
     )
     return quantise_rows(gated, backend=backend)
+
+
+def _product(a: Tensor) -> Callable[..., None]:
+    """The kernel of this GPU whose epilogue does the rest."""
+    return hopper_linear.product if is_hopper(a.device) else linear_kernel.product
 
 
 def _fused(what: str, *operands: Tensor | None) -> bool:

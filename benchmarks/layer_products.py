@@ -63,9 +63,6 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
         "gradient of the uvqk weight": lambda: x.t() @ duvqk,
         "gradient of the output weight": lambda: x.t() @ residual,
     }
-    if is_hopper(x.device):
-        runs["vqk hopper"] = partial(hopper_linear.silu_product, x, wvqk, vqk, bias=bvqk, slopes=None)
-        runs["vqk hopper keeping slopes"] = partial(hopper_linear.silu_product, x, wvqk, vqk, bias=bvqk, slopes=slopes)
     for config in CONFIGS:
         name = "x".join(str(value) for value in config.values())
         runs[f"vqk fused {name}"] = partial(linear_kernel.product, x, wvqk, vqk, silu=True, bias=bvqk, config=config)
@@ -81,6 +78,20 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
     runs["weight to fp8"] = lambda: linear.quantise_columns(w1.float(), backend="triton")
     runs["u fp8 scaled_mm"] = lambda: linear.matmul_fp8(*x8, *u8, bias=bu, **bf16_result)
     runs["vqk fp8 scaled_mm"] = lambda: linear.matmul_fp8(*x8, *vqk8, bias=bvqk, **bf16_result)
+    if is_hopper(x.device):
+        hopper = hopper_linear.product
+        fp8_scales: dict[str, Any] = {"b_is_nk": True, "row_scale": x8[1]}
+        runs |= {
+            "vqk hopper": partial(hopper, x, wvqk, vqk, silu=True, bias=bvqk),
+            "vqk hopper keeping slopes": partial(hopper, x, wvqk, vqk, silu=True, bias=bvqk, slopes=slopes),
+            "output residual hopper": partial(hopper, x, w2, out, residual=residual),
+            "vqk fp8 hopper": partial(
+                hopper, x8[0], vqk8[0], vqk, silu=True, bias=bvqk, column_scale=vqk8[1], **fp8_scales
+            ),
+            "output fp8 residual hopper": partial(
+                hopper, x8[0], w28[0], out, residual=residual, column_scale=w28[1], **fp8_scales
+            ),
+        }
     for config in CONFIGS:
         config = {**config, "BLOCK_K": 2 * config["BLOCK_K"]}
         name = "x".join(str(value) for value in config.values())
