@@ -12,7 +12,7 @@ from torch import Tensor
 from attention_kernels import tile_sums, triton_attention
 from attention_kernels.hopper_backward import hopper_dkdv_kernel, hopper_dq_kernel
 from attention_kernels.hopper_forward import hopper_forward_kernel
-from attention_kernels.hopper_tiles import GROUP_SIZE, REGISTERS, block_layout
+from attention_kernels.hopper_tiles import GROUP_SIZE, block_layout, thread_registers
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.mask import SemiLocalMask
 from attention_kernels.rows import is_hopper, multiprocessors, pad_size
@@ -26,7 +26,10 @@ _HELD = 2 * _GROUP
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RingConfig:
-    """The buffers of one kernel."""
+    """The groups and buffers of one kernel."""
+
+    groups: int = 2
+    """Compute groups of 64 rows (or keys)."""
 
     block: int
     """Positions of a streamed tile."""
@@ -47,12 +50,16 @@ class Rings:
     """The buffers of the three kernels."""
 
     forward: RingConfig
+    full_forward: RingConfig
+    """Without a window."""
+
     dq: RingConfig
     dkdv: RingConfig
 
 
 _SMALL = Rings(
     forward=RingConfig(block=64, held_stages=2, stages=4),
+    full_forward=RingConfig(groups=3, block=64, held_stages=2, stages=3),
     dq=RingConfig(block=64, held_stages=1, stages=4),
     dkdv=RingConfig(block=64, held_stages=1, stages=4),
 )
@@ -61,6 +68,7 @@ RINGS = {
     128: _SMALL,
     256: Rings(
         forward=RingConfig(block=64, held_stages=1, stages=2),
+        full_forward=RingConfig(block=64, held_stages=1, stages=2),
         dq=RingConfig(block=32, held_stages=1, stages=2),
         dkdv=RingConfig(block=64, held_stages=1, stages=2),
     ),
@@ -94,16 +102,19 @@ def forward(
     out = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
     if out.numel() == 0:
         return out
-    ring = RINGS[block_size(q_THK, v_THV)].forward
-    plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, None, _split_programs(q_THK))
+    rings = RINGS[block_size(q_THK, v_THV)]
+    ring = rings.full_forward if mask.local is None else rings.forward
+    rows = ring.groups * _GROUP
+    plan, _ = build_schedule(mask, offsets, num_targets, q_THK, v_THV, rows, None, _split_programs(q_THK))
     assert plan is not None
     launch(
         hopper_forward_kernel,
         _grid(plan, q_THK),
         *(_rows(q_THK, _GROUP), _rows(k_THK, ring.block), _rows(v_THV, ring.block)),
-        *(out, plan.table, partials(plan, q_THK, _HELD, v_THV), plan.counters, q_THK.shape[1], scale / 2, 1 / max_len),
+        *(out, plan.table, partials(plan, q_THK, rows, v_THV), plan.counters, q_THK.shape[1], scale / 2, 1 / max_len),
         *out.stride()[:2],
         V=v_THV.shape[2],
+        GROUPS=ring.groups,
         **_options(mask, plan, num_targets, ring),
     )
     return out
@@ -243,7 +254,7 @@ def _options(mask: SemiLocalMask, plan: Schedule, num_targets: Tensor | None, ri
         "HELD_STAGES": ring.held_stages,
         "STAGES": ring.stages,
         "num_warps": 4,
-        "maxnreg": REGISTERS,
+        "maxnreg": thread_registers(ring.groups),
     }
 
 

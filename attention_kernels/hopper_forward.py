@@ -1,4 +1,6 @@
-"""Forward kernel for Hopper GPUs: two groups of 64 query rows share the key and value tiles that a loader streams.
+"""Forward kernel for Hopper GPUs: groups of 64 query rows share the key and value tiles that a loader streams.
+
+Two groups where there is a window or the head is wide; three, which read a third less a row, everywhere else.
 
 The scores of the next tile are multiplied before the weighted sum of this one, so that a group computes SiLU while the
 matrix unit works on its sum.  The definition is `forward.py`, which computes the same on any GPU.
@@ -39,7 +41,7 @@ def tile_weights(
 
 @gluon.jit
 def compute_forward(
-    work, GROUP: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr,
+    work, GROUP: gl.constexpr, GROUPS: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
@@ -110,7 +112,7 @@ def compute_forward(
         i_use += hi - lo
         store_group(
             out, b_out * out_scale, None, stride_ot, stride_oh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, V, SPLIT, False,
+            partials, counters, GROUP, V, SPLIT, False, GROUPS,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
@@ -120,24 +122,41 @@ def compute_forward(
 def hopper_forward_kernel(
     q, k, v, out, table, partials, counters, H, half_scale, out_scale, stride_ot, stride_oh, V: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr,
-    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out[q] = out_scale sum_k silu(2 half_scale <q, k>) v[k], summed in float32.  Grid: one program a processor."""
     BLOCK_N: gl.constexpr = k.block_shape[1]
-    q_rings = ((make_ring(q, HELD_STAGES, 1),), (make_ring(q, HELD_STAGES, 1),))
-    k_ring = make_ring(k, STAGES, 2)
-    v_ring = make_ring(v, STAGES, 2)
-    rings = (q_rings, k_ring, v_ring)
-    order = make_order()
-    output = (out, stride_ot, stride_oh, partials, counters)
-    work = (rings, order, output, table, H, half_scale, out_scale)
-    gl.warp_specialize(
-        [
-            (compute_forward, (work, 0, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
-            (compute_forward, (work, 1, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
-            (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
-            (load_held_tiles, ((q,), q_rings, order, table, H)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
+    q_rings = (
+        ((make_ring(q, HELD_STAGES, 1),), (make_ring(q, HELD_STAGES, 1),))
+        if GROUPS == 2
+        else ((make_ring(q, HELD_STAGES, 1),), (make_ring(q, HELD_STAGES, 1),), (make_ring(q, HELD_STAGES, 1),))
     )
+    k_ring = make_ring(k, STAGES, GROUPS)
+    v_ring = make_ring(v, STAGES, GROUPS)
+    order = make_order(GROUPS)
+    output = (out, stride_ot, stride_oh, partials, counters)
+    work = ((q_rings, k_ring, v_ring), order, output, table, H, half_scale, out_scale)
+    partners = ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (compute_forward, (work, 0, GROUPS, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+                (compute_forward, (work, 1, GROUPS, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+                (load_partner_tiles, partners),
+                (load_held_tiles, ((q,), q_rings, order, table, H)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (compute_forward, (work, 0, GROUPS, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+                (compute_forward, (work, 1, GROUPS, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+                (compute_forward, (work, 2, GROUPS, V, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT)),
+                (load_partner_tiles, partners),
+                (load_held_tiles, ((q,), q_rings, order, table, H)),
+            ],
+            [4, 4, 1, 1],
+            [160, 160, 24, 24],
+        )

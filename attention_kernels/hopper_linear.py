@@ -16,13 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attention_kernels.hopper_tiles import (
-    REGISTERS,
     block_layout,
     load_block,
     make_ring,
     matrix_layout,
     release,
     tanh,
+    thread_registers,
     wait_block,
 )
 from attention_kernels.launcher import Blocks, launch
@@ -218,7 +218,7 @@ def product(
         SCALED=row_scale is not None,
         STAGES=4 if residual is None else 3,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=thread_registers(groups=2),
     )
 
 

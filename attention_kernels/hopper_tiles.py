@@ -1,10 +1,11 @@
 """What the warp-specialised kernels share: rings of tiles in shared memory, loaders, the order of items.
 
-A program holds a tile of 128 rows (or keys), 64 a warp group, and streams its live partner tiles.  Loaders, a warp
-each, walk the same loops as the two compute groups and fill rings of buffers ahead of them:
+A program holds a tile of 128 rows (or keys), 64 a warp group, and streams its live partner tiles.  (The forward without
+a window has three groups, 192 rows.)  Loaders, a warp each, walk the same loops as the groups and fill rings of buffers
+ahead of them:
 
     loader   wait until a buffer is free -> start the TMA load, which announces its own arrival
-    groups   wait until the buffer is full -> multiply -> release it (streamed: free when both groups released it)
+    groups   wait until the buffer is full -> multiply -> release it (streamed: free when all groups released it)
 
 One loader streams the partner tiles and another fetches what is held, so that neither waits for the other.  Programs
 persist, one a multiprocessor: the streaming loader draws the next item from a counter on the device and passes its
@@ -32,8 +33,6 @@ from attention_kernels.tiles import (
     partner_start,
 )
 
-REGISTERS = 168
-"""A thread's on average, with two groups and the loaders' warps: 65,536 over 384 threads."""
 GROUP_SIZE = gl.constexpr(64)
 """Rows (or keys) that a warp group holds: what one Hopper matrix instruction multiplies."""
 _NUMBERS_AHEAD = gl.constexpr(2)
@@ -48,8 +47,13 @@ def block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedL
     return gl.NVMMASharedLayout.get_default_for([1, rows, columns], _GLUON_TYPES[dtype])
 
 
+def thread_registers(groups: int) -> int:
+    """A thread's on average: 65,536 over the groups' threads and as many for the loaders as a group has."""
+    return 65536 // (128 * (groups + 1)) // 8 * 8
+
+
 class Ring(NamedTuple):
-    """Buffers that a loader fills and one or both groups empty, in turn."""
+    """Buffers that a loader fills and one or all groups empty, in turn."""
 
     buffers: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -105,7 +109,7 @@ def release(ring, i_use):
 
 @gluon.jit
 def pass_by(rings, first, last):
-    """Group: leaves the fillings first..last-1 of streaming rings to the other group."""
+    """Group: leaves the fillings first..last-1 of streaming rings to the other groups."""
     for i_use in range(first, last):
         for i in gl.static_range(len(rings)):
             wait_block(rings[i], i_use)
@@ -113,15 +117,15 @@ def pass_by(rings, first, last):
 
 
 @gluon.jit
-def make_order():
-    """The ring that carries item numbers from the loader that draws them to the other loader and the two groups."""
+def make_order(GROUPS: gl.constexpr = 2):
+    """The ring that carries item numbers from the loader that draws them to the other loader and the groups."""
     NUMBER_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     buffers = gl.allocate_shared_memory(gl.int32, [_NUMBERS_AHEAD, 1], NUMBER_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [_NUMBERS_AHEAD, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [_NUMBERS_AHEAD, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_NUMBERS_AHEAD):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=3)
+        mbarrier.init(empty.index(i), count=GROUPS + 1)
     return Ring(buffers, full, empty)
 
 
@@ -262,7 +266,7 @@ def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr):
 @gluon.jit
 def store_group(
     x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr, GROUPS: gl.constexpr = 2,
 ):  # fmt: skip
     """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`."""
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
@@ -271,7 +275,7 @@ def store_group(
     o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
     p_x = x + i_h.to(gl.int64) * stride_h + (start + first + o_tile).to(gl.int64)[:, None] * stride_t + o_size[None, :]
     m_x = (first + o_tile < last)[:, None] & (o_size < SIZE)[None, :]
-    slot = ((home * H + i_h) * 2 + GROUP).to(gl.int64)
+    slot = ((home * H + i_h) * GROUPS + GROUP).to(gl.int64)
     if SPLIT:
         if parts == 1:
             write_group(p_x, m_x, b_x, sums, slot, SCALED)
@@ -282,7 +286,7 @@ def store_group(
             o_row = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, S_LAYOUT))
             o_column = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, S_LAYOUT))
             p_part = partials + slot * TILE + o_row[:, None] * BLOCK_SIZE + o_column[None, :]
-            stride_part = H.to(gl.int64) * (2 * TILE)
+            stride_part = H.to(gl.int64) * (GROUPS * TILE)
             gl.store(p_part + part * stride_part, b_x)
             # All threads' partial sums must be written before one thread announces them.
             gl.thread_barrier()
