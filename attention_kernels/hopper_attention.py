@@ -58,7 +58,7 @@ class Rings:
 
 
 _SMALL = Rings(
-    forward=RingConfig(block=64, held_stages=2, stages=4),
+    forward=RingConfig(block=64, held_stages=1, stages=5),
     full_forward=RingConfig(groups=3, block=64, held_stages=2, stages=3),
     dq=RingConfig(block=64, held_stages=1, stages=4),
     dkdv=RingConfig(block=64, held_stages=1, stages=4),
@@ -148,8 +148,9 @@ def backward(
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
-    # Groups that share keys sum half of the columns each, not half of the keys.
-    key_groups = 1 if portable is not None else key_block // _GROUP
+    # Where groups hold keys of their own, each of their four warps sums its keys; where they share keys, half of the
+    # columns each.
+    key_groups = 1 if portable is not None or _is_wide(q_THK, v_THV) else 8
     total = tile_sums.allocate(rows, keys, out, row_groups=2, key_groups=key_groups) if sums else None
     q_sums, k_sums, v_sums = total or (None, None, None)
     key_arguments = (inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys)

@@ -232,11 +232,11 @@ def compute_dkdv(
         i_use += hi - lo
         store_group(
             dv, b_dv * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, key, last, part, parts, home,
-            v_partials, v_counters, GROUP, V, SPLIT, SCALED,
+            v_partials, v_counters, GROUP, V, SPLIT, SCALED, SUMS=4,
         )  # fmt: skip
         store_group(
             dk, b_dk * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, key, last, part, parts, home,
-            k_partials, k_counters, GROUP, K, SPLIT, SCALED,
+            k_partials, k_counters, GROUP, K, SPLIT, SCALED, SUMS=4,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1

@@ -246,8 +246,8 @@ def half_scores(
 
 
 @gluon.jit
-def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr):
-    """Writes a group's rows, and their sum: see `tiles.store_rows`."""
+def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.constexpr):
+    """Writes a group's rows, and their sum, or with SUMS = 4 the sum of each warp's: see `tiles.store_rows`."""
     LAYOUT: gl.constexpr = p_x.type.layout
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
     dtype: gl.constexpr = p_x.dtype.element_ty
@@ -259,14 +259,24 @@ def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr):
         b_x = (b_x.to(gl.float32) * b_factor.to(gl.float32)).to(dtype)
     gl.store(p_x, b_x, mask=m_x)
     if sums is not None:
-        o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
-        gl.store(sums + slot * BLOCK_SIZE + o_size, gl.sum(gl.where(m_x, b_x.to(gl.float32), 0.0), 0))
+        b_row = gl.where(m_x, b_x.to(gl.float32), 0.0)
+        if SUMS == 1:
+            o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
+            gl.store(sums + slot * BLOCK_SIZE + o_size, gl.sum(b_row, 0))
+        else:
+            # A warp holds every fourth bundle of so many rows: its sums need no shared memory.
+            BUNDLE: gl.constexpr = 256 // BLOCK_SIZE
+            b_sum = gl.sum(gl.sum(b_row.reshape([GROUP_SIZE // (4 * BUNDLE), 4, BUNDLE, BLOCK_SIZE]), 0), 1)
+            o_warp = gl.arange(0, 4, gl.SliceLayout(1, b_sum.type.layout))
+            o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, b_sum.type.layout))
+            gl.store(sums + (slot * 4 + o_warp)[:, None] * BLOCK_SIZE + o_size[None, :], b_sum)
 
 
 @gluon.jit
 def store_group(
     x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr, GROUPS: gl.constexpr = 2,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
+    GROUPS: gl.constexpr = 2, SUMS: gl.constexpr = 1,
 ):  # fmt: skip
     """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`."""
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
@@ -278,7 +288,7 @@ def store_group(
     slot = ((home * H + i_h) * GROUPS + GROUP).to(gl.int64)
     if SPLIT:
         if parts == 1:
-            write_group(p_x, m_x, b_x, sums, slot, SCALED)
+            write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS)
         else:
             TILE: gl.constexpr = GROUP_SIZE * BLOCK_SIZE
             # Partial sums stay in the registers' own order: they are only ever added.
@@ -297,6 +307,6 @@ def store_group(
                 for i in range(parts):
                     # Other processors wrote them: read past the first-level cache.
                     b_sum += gl.load(p_part + i * stride_part, cache_modifier=".cg")
-                write_group(p_x, m_x, b_sum, sums, slot, SCALED)
+                write_group(p_x, m_x, b_sum, sums, slot, SCALED, SUMS)
     else:
-        write_group(p_x, m_x, b_x, sums, slot, SCALED)
+        write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS)
