@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from attention_kernels.tiles import (
+    count_partners,
     element_mask,
     is_full,
     live_keys,
@@ -38,27 +39,25 @@ def dq_kernel(
     i_item = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
-    start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
+    start, bounds, first, last, part, parts, home = load_item(table, i_item)
     if i_item < tl.load(table):
-        b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, n, BLOCK_M, K, BLOCK_K, TMA)
-        b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, first, n, BLOCK_M, V, BLOCK_V, TMA)
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
-            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
-        )
-        num_tiles = num_0 + num_1 + num_2
+        b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
+        b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, first, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
+        partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
+        num_tiles = count_partners(partners)
         o_row = first + tl.arange(0, BLOCK_M)
         b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for i in tl.range(num_tiles * part // parts, num_tiles * (part + 1) // parts, num_stages=STAGES):
-            key = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
-            b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, n, BLOCK_N, K, BLOCK_K, TMA)
-            b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, n, BLOCK_N, V, BLOCK_V, TMA)
+            key = partner_start(i, partners, BLOCK_N)
+            b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
+            b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
             b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
             b_dweight = product(b_dout, tl.trans(b_v), None, PRECISION)
             b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
             b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
-            if not is_full(first, last, key, key + BLOCK_N, n, u, c, g, s, local, HAS_LOCAL):
+            if not is_full(first, last, key, key + BLOCK_N, bounds, HAS_LOCAL):
                 o_key = key + tl.arange(0, BLOCK_N)
-                m = element_mask(o_row[:, None], o_key[None, :], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+                m = element_mask(o_row[:, None], o_key[None, :], bounds, HAS_LOCAL, HAS_TARGETS)
                 b_dscore = tl.where(m, b_dscore, 0.0)
             b_dq = product(b_dscore.to(b_k.dtype), b_k, b_dq, PRECISION)
         store_or_reduce(
@@ -85,29 +84,27 @@ def dkdv_kernel(
     i_item = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
-    start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
+    start, bounds, first, last, part, parts, home = load_item(table, i_item)
     if i_item < tl.load(table):
-        b_k = load_rows(k, stride_kt, stride_kh, i_h, start, first, n, BLOCK_N, K, BLOCK_K, TMA)
-        b_v = load_rows(v, stride_vt, stride_vh, i_h, start, first, n, BLOCK_N, V, BLOCK_V, TMA)
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
-            first, last, n, u, c, g, s, local, BLOCK_M, HAS_LOCAL
-        )
-        num_tiles = num_0 + num_1 + num_2
+        b_k = load_rows(k, stride_kt, stride_kh, i_h, start, first, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
+        b_v = load_rows(v, stride_vt, stride_vh, i_h, start, first, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
+        partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)
+        num_tiles = count_partners(partners)
         o_key = first + tl.arange(0, BLOCK_N)
         b_dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for i in tl.range(num_tiles * part // parts, num_tiles * (part + 1) // parts, num_stages=STAGES):
-            row = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_M)
-            b_q = load_rows(q, stride_qt, stride_qh, i_h, start, row, n, BLOCK_M, K, BLOCK_K, TMA)
-            b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, row, n, BLOCK_M, V, BLOCK_V, TMA)
+            row = partner_start(i, partners, BLOCK_M)
+            b_q = load_rows(q, stride_qt, stride_qh, i_h, start, row, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
+            b_dout = load_rows(dout, stride_gt, stride_gh, i_h, start, row, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
             b_half = product(b_k, tl.trans(b_q), None, PRECISION) * half_scale
             b_dweight = product(b_v, tl.trans(b_dout), None, PRECISION)
             b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
             b_weight = b_half * b_sigmoid2
             b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
-            if not is_full(row, row + BLOCK_M, first, last, n, u, c, g, s, local, HAS_LOCAL):
+            if not is_full(row, row + BLOCK_M, first, last, bounds, HAS_LOCAL):
                 o_row = row + tl.arange(0, BLOCK_M)
-                m = element_mask(o_row[None, :], o_key[:, None], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+                m = element_mask(o_row[None, :], o_key[:, None], bounds, HAS_LOCAL, HAS_TARGETS)
                 b_weight = tl.where(m, b_weight, 0.0)
                 b_dscore = tl.where(m, b_dscore, 0.0)
             b_dv = product(b_weight.to(b_dout.dtype), b_dout, b_dv, PRECISION)

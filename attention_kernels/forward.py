@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from attention_kernels.tiles import (
+    count_partners,
     element_mask,
     is_full,
     live_keys,
@@ -31,25 +32,23 @@ def forward_kernel(
     i_item = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
-    start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, i_item)
+    start, bounds, first, last, part, parts, home = load_item(table, i_item)
     if i_item < tl.load(table):
-        b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, n, BLOCK_M, K, BLOCK_K, TMA)
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
-            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
-        )
-        num_tiles = num_0 + num_1 + num_2
+        b_q = load_rows(q, stride_qt, stride_qh, i_h, start, first, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
+        partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
+        num_tiles = count_partners(partners)
         o_row = first + tl.arange(0, BLOCK_M)
         b_out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         for i in tl.range(num_tiles * part // parts, num_tiles * (part + 1) // parts, num_stages=STAGES):
-            key = partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
-            b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, n, BLOCK_N, K, BLOCK_K, TMA)
+            key = partner_start(i, partners, BLOCK_N)
+            b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
             b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
             b_weight = b_half * twice_sigmoid(b_half, FAST_TANH)
-            if not is_full(first, last, key, key + BLOCK_N, n, u, c, g, s, local, HAS_LOCAL):
+            if not is_full(first, last, key, key + BLOCK_N, bounds, HAS_LOCAL):
                 o_key = key + tl.arange(0, BLOCK_N)
-                m = element_mask(o_row[:, None], o_key[None, :], n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+                m = element_mask(o_row[:, None], o_key[None, :], bounds, HAS_LOCAL, HAS_TARGETS)
                 b_weight = tl.where(m, b_weight, 0.0)
-            b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, n, BLOCK_N, V, BLOCK_V, TMA)
+            b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
             b_out = product(b_weight.to(b_v.dtype), b_v, b_out, PRECISION)
         store_or_reduce(
             out, b_out * out_scale, None, stride_ot, stride_oh, i_h, H, start, first, last, part, parts, home,

@@ -38,11 +38,11 @@ from attention_kernels.tiles import (
 
 @gluon.jit
 def score_slopes(
-    b_score, b_dweight, half_scale, row, key, n, u, c, g, s, local, LAYOUT: gl.constexpr, dtype: gl.constexpr,
+    b_score, b_dweight, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
     """Twice the gradient of a group's scores, as the left operand of the sum over keys."""
-    b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, False, HAS_LOCAL, HAS_TARGETS)
+    b_half = half_scores(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
     b_tanh = tanh(b_half)
     b_weight = b_half * b_tanh + b_half
     b_dscore = b_dweight * twice_slope(b_weight, b_tanh)
@@ -70,16 +70,11 @@ def compute_dq(
     i_use = 0
     while number < num_items:
         i_h = number % H
-        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
-            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
-        )
-        num_tiles = num_0 + num_1 + num_2
-        lo, hi = part_range(num_tiles, part, parts, SPLIT)
+        start, bounds, first, last, part, parts, home = load_item(table, number // H)
+        partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
+        lo, hi = part_range(partners, part, parts, SPLIT)
         row = first + GROUP * GROUP_SIZE
-        front, back = group_keys(
-            row, gl.minimum(row + GROUP_SIZE, last), num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK_N, HAS_LOCAL
-        )
+        front, back = group_keys(row, gl.minimum(row + GROUP_SIZE, last), partners, bounds, BLOCK_N, HAS_LOCAL)
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
         pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
@@ -95,14 +90,14 @@ def compute_dq(
             b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
             release(v_ring, i_tile)
-            key = partner_start(begin, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+            key = partner_start(begin, partners, BLOCK_N)
             b_dscore = score_slopes(
-                b_score, b_dweight, half_scale, row, key, n, u, c, g, s, local, DS_LAYOUT, dtype,
+                b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
                 HAS_LOCAL, HAS_TARGETS,
             )  # fmt: skip
             for j in range(begin + 1, end):
                 i_tile = i_use + j - lo
-                key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+                key = partner_start(j, partners, BLOCK_N)
                 b_k = wait_block(k_ring, i_tile)
                 b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
                 b_v = wait_block(v_ring, i_tile)
@@ -112,7 +107,7 @@ def compute_dq(
                 b_score, b_dweight = warpgroup_mma_wait(1, deps=(b_score, b_dweight))
                 release(v_ring, i_tile)
                 b_next = score_slopes(
-                    b_score, b_dweight, half_scale, row, key, n, u, c, g, s, local, DS_LAYOUT, dtype,
+                    b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
                     HAS_LOCAL, HAS_TARGETS,
                 )  # fmt: skip
                 # The sum's left operand stays in its registers until the sum is done.
@@ -186,17 +181,11 @@ def compute_dkdv(
     i_use = 0
     while number < num_items:
         i_h = number % H
-        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
-            first, last, n, u, c, g, s, local, BLOCK_M, HAS_LOCAL
-        )
-        num_tiles = num_0 + num_1 + num_2
-        lo, hi = part_range(num_tiles, part, parts, SPLIT)
+        start, bounds, first, last, part, parts, home = load_item(table, number // H)
+        partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)
+        lo, hi = part_range(partners, part, parts, SPLIT)
         key = first + GROUP * GROUP_SIZE
-        front, back = group_rows(
-            key, gl.minimum(key + GROUP_SIZE, last), num_0, num_1, num_2, start_1, n, u, c, g, s, local,
-            BLOCK_M, HAS_LOCAL,
-        )  # fmt: skip
+        front, back = group_rows(key, gl.minimum(key + GROUP_SIZE, last), partners, bounds, BLOCK_M, HAS_LOCAL)
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
         pass_by((q_ring, dout_ring), i_use, i_use + begin - lo)
@@ -207,13 +196,13 @@ def compute_dkdv(
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
         for j in range(begin, end):
             i_tile = i_use + j - lo
-            row = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_M)
+            row = partner_start(j, partners, BLOCK_M)
             b_q = wait_block(q_ring, i_tile)
             b_score = warpgroup_mma(b_k, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_dout = wait_block(dout_ring, i_tile)
             b_dweight = warpgroup_mma(b_v, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(1, deps=(b_score,))
-            b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
+            b_half = half_scores(b_score, half_scale, row, key, bounds, True, HAS_LOCAL, HAS_TARGETS)
             b_tanh = tanh(b_half)
             b_weight = b_half * b_tanh + b_half
             b_slope = twice_slope(b_weight, b_tanh)

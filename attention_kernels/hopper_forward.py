@@ -30,11 +30,11 @@ from attention_kernels.tiles import group_keys, live_keys, load_item, part_range
 
 @gluon.jit
 def tile_weights(
-    b_score, half_scale, row, key, n, u, c, g, s, local, LAYOUT: gl.constexpr, dtype: gl.constexpr,
+    b_score, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
     """silu of a group's scores, as the left operand of the weighted sum."""
-    b_half = half_scores(b_score, half_scale, row, key, n, u, c, g, s, local, False, HAS_LOCAL, HAS_TARGETS)
+    b_half = half_scores(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
     b_weight = b_half * tanh(b_half) + b_half
     return gl.convert_layout(b_weight.to(dtype), LAYOUT)
 
@@ -62,16 +62,11 @@ def compute_forward(
     i_use = 0
     while number < num_items:
         i_h = number % H
-        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
-            first, last, n, u, c, g, s, local, BLOCK_N, HAS_LOCAL
-        )
-        num_tiles = num_0 + num_1 + num_2
-        lo, hi = part_range(num_tiles, part, parts, SPLIT)
+        start, bounds, first, last, part, parts, home = load_item(table, number // H)
+        partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
+        lo, hi = part_range(partners, part, parts, SPLIT)
         row = first + GROUP * GROUP_SIZE
-        front, back = group_keys(
-            row, gl.minimum(row + GROUP_SIZE, last), num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK_N, HAS_LOCAL
-        )
+        front, back = group_keys(row, gl.minimum(row + GROUP_SIZE, last), partners, bounds, BLOCK_N, HAS_LOCAL)
         begin = gl.minimum(gl.maximum(lo, front), hi)
         end = gl.maximum(gl.minimum(hi, back), begin)
         pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
@@ -87,22 +82,18 @@ def compute_forward(
             b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(0, deps=(b_score,))
             release(k_ring, i_tile)
-            key = partner_start(begin, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
-            b_weight = tile_weights(
-                b_score, half_scale, row, key, n, u, c, g, s, local, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
-            )
+            key = partner_start(begin, partners, BLOCK_N)
+            b_weight = tile_weights(b_score, half_scale, row, key, bounds, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS)
             for j in range(begin + 1, end):
                 i_tile = i_use + j - lo
-                key = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_N)
+                key = partner_start(j, partners, BLOCK_N)
                 b_k = wait_block(k_ring, i_tile)
                 b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
                 b_v = wait_block(v_ring, i_tile - 1)
                 b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
                 b_score = warpgroup_mma_wait(1, deps=(b_score,))
                 release(k_ring, i_tile)
-                b_next = tile_weights(
-                    b_score, half_scale, row, key, n, u, c, g, s, local, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
-                )
+                b_next = tile_weights(b_score, half_scale, row, key, bounds, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS)
                 # The sum's left operand stays in its registers until the sum is done.
                 b_out, b_weight = warpgroup_mma_wait(0, deps=(b_out, b_weight))
                 release(v_ring, i_tile - 1)

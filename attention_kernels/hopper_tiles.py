@@ -159,9 +159,7 @@ def load_held_tiles(descriptors, rings, order, table, H):
     number = gl.program_id(0)
     i_item = 0
     while number < num_items:
-        item = load_item(table, number // H)
-        start = item[0]
-        first = item[6]
+        start, _, first, _, _, _, _ = load_item(table, number // H)
         for group in gl.static_range(len(rings)):
             for i in gl.static_range(len(rings[group])):
                 position = start + first + group * GROUP_SIZE
@@ -181,19 +179,15 @@ def load_partner_tiles(
     i_item = 0
     i_use = 0
     while number < num_items:
-        start, n, u, c, g, s, first, last, part, parts, _, local = load_item(table, number // H)
+        start, bounds, first, last, part, parts, _ = load_item(table, number // H)
         next_item = draw_number(order, table, i_item)
         if BY_ROWS:
-            num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(
-                first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL
-            )
+            partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
         else:
-            num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
-                first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL
-            )
-        lo, hi = part_range(num_0 + num_1 + num_2, part, parts, SPLIT)
+            partners = live_rows(first, last, bounds, BLOCK, HAS_LOCAL)
+        lo, hi = part_range(partners, part, parts, SPLIT)
         for j in range(lo, hi):
-            position = start + partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK)
+            position = start + partner_start(j, partners, BLOCK)
             for i in gl.static_range(len(rings)):
                 load_block(rings[i], descriptors[i], i_use, [number % H, position, 0])
             i_use += 1
@@ -223,7 +217,7 @@ def twice_slope(b_weight, b_tanh):
 
 @gluon.jit
 def half_scores(
-    b_score, half_scale, row, key, n, u, c, g, s, local,
+    b_score, half_scale, row, key, bounds,
     KEYS_FIRST: gl.constexpr, HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
     """Half of each allowed score; of a forbidden one, a number so low that SiLU and its slope are exactly 0.
@@ -233,14 +227,14 @@ def half_scores(
     ROWS: gl.constexpr = b_score.shape[1 if KEYS_FIRST else 0]
     KEYS: gl.constexpr = b_score.shape[0 if KEYS_FIRST else 1]
     b_half = b_score * half_scale
-    if not is_full(row, row + ROWS, key, key + KEYS, n, u, c, g, s, local, HAS_LOCAL):
+    if not is_full(row, row + ROWS, key, key + KEYS, bounds, HAS_LOCAL):
         if KEYS_FIRST:
             o_row = row + gl.arange(0, ROWS, gl.SliceLayout(0, b_score.type.layout))[None, :]
             o_key = key + gl.arange(0, KEYS, gl.SliceLayout(1, b_score.type.layout))[:, None]
         else:
             o_row = row + gl.arange(0, ROWS, gl.SliceLayout(1, b_score.type.layout))[:, None]
             o_key = key + gl.arange(0, KEYS, gl.SliceLayout(0, b_score.type.layout))[None, :]
-        m = element_mask(o_row, o_key, n, u, c, g, s, local, HAS_LOCAL, HAS_TARGETS)
+        m = element_mask(o_row, o_key, bounds, HAS_LOCAL, HAS_TARGETS)
         b_half = gl.where(m, b_half, -32.0)
     return b_half
 

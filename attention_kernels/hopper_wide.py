@@ -65,18 +65,16 @@ def compute_wide_dkdv(
     i_use = 0
     while number < num_items:
         i_h = number % H
-        start, n, u, c, g, s, first, last, part, parts, home, local = load_item(table, number // H)
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(
-            first, last, n, u, c, g, s, local, BLOCK_M, HAS_LOCAL
-        )
-        lo, hi = part_range(num_0 + num_1 + num_2, part, parts, SPLIT)
+        start, bounds, first, last, part, parts, home = load_item(table, number // H)
+        partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)
+        lo, hi = part_range(partners, part, parts, SPLIT)
         b_k = wait_block(k_ring, i_item)
         b_v = wait_block(v_ring, i_item)
         b_dk = gl.zeros([GROUP_SIZE, HALF_K], gl.float32, matrix_layout(HALF_K))
         b_dv = gl.zeros([GROUP_SIZE, HALF_V], gl.float32, matrix_layout(HALF_V))
         b_zero = gl.zeros([GROUP_SIZE, ROWS], gl.float32, S_LAYOUT)
         for j in range(lo, hi):
-            row = partner_start(j, num_0, num_1, start_0, start_1, start_2, BLOCK_M) + GROUP * ROWS
+            row = partner_start(j, partners, BLOCK_M) + GROUP * ROWS
             b_q = wait_block(q_ring, i_use)
             own_q = b_q.slice(GROUP * ROWS, ROWS, dim=0)
             b_score = warpgroup_mma(b_k, own_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
@@ -84,7 +82,7 @@ def compute_wide_dkdv(
             own_dout = b_dout.slice(GROUP * ROWS, ROWS, dim=0)
             b_dweight = warpgroup_mma(b_v, own_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(1, deps=(b_score,))
-            b_half = half_scores(b_score, half_scale, row, first, n, u, c, g, s, local, True, HAS_LOCAL, HAS_TARGETS)
+            b_half = half_scores(b_score, half_scale, row, first, bounds, True, HAS_LOCAL, HAS_TARGETS)
             b_tanh = tanh(b_half)
             b_weight = b_half * b_tanh + b_half
             b_slope = twice_slope(b_weight, b_tanh)

@@ -7,25 +7,53 @@ stay disjoint when they are rounded up to whole blocks: whatever a block covers 
 Letters: i_ index, o_ offsets, p_ pointer, b_ block, m_ mask.  Sequence bounds u, c, g, s as in `schedule.py`.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from attention_kernels.schedule import ITEM_SIZE
 
 
+class Bounds(NamedTuple):
+    """Where the parts of a sequence end, from its first token on, and its window."""
+
+    n: tl.tensor
+    u: tl.tensor
+    c: tl.tensor
+    g: tl.tensor
+    s: tl.tensor
+    local: tl.tensor
+
+
+class Partners(NamedTuple):
+    """The live partner tiles of a tile: up to three segments, so many tiles from a start on each."""
+
+    num_0: tl.tensor
+    num_1: tl.tensor
+    num_2: tl.tensor
+    start_0: tl.tensor
+    start_1: tl.tensor
+    start_2: tl.tensor
+
+
 @triton.jit
 def load_item(table, i_item):
-    """(start, n, u, c, g, s, first, last, part, parts, home, local) of an item of the schedule."""
+    """(start, bounds, first, last, part, parts, home) of an item of the schedule."""
     p_i = table + (1 + i_item) * ITEM_SIZE
-    return (
+    start, n, u, c, g, s = (
         tl.load(p_i), tl.load(p_i + 1), tl.load(p_i + 2), tl.load(p_i + 3), tl.load(p_i + 4), tl.load(p_i + 5),
-        tl.load(p_i + 6), tl.load(p_i + 7), tl.load(p_i + 8), tl.load(p_i + 9), tl.load(p_i + 10), tl.load(table + 1),
     )  # fmt: skip
+    first, last, part, parts, home = (
+        tl.load(p_i + 6), tl.load(p_i + 7), tl.load(p_i + 8), tl.load(p_i + 9), tl.load(p_i + 10),
+    )  # fmt: skip
+    return start, Bounds(n, u, c, g, s, tl.load(table + 1)), first, last, part, parts, home
 
 
 @triton.jit
-def live_keys(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
-    """Key segments of a row tile: columns (from 0), main, own targets.  Returns (tiles, start) of each."""
+def live_keys(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
+    """Key segments of a row tile: columns (from 0), main, own targets."""
+    _, u, c, g, s, local = bounds
     main_start = 0
     num_columns = 0
     if HAS_LOCAL:
@@ -45,12 +73,13 @@ def live_keys(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL:
             main_end = last
         else:
             num_own = tl.cdiv(last - first, BLOCK)
-    return num_columns, tl.cdiv(main_end - main_start, BLOCK), num_own, 0, main_start, first
+    return Partners(num_columns, tl.cdiv(main_end - main_start, BLOCK), num_own, 0, main_start, first)
 
 
 @triton.jit
-def live_rows(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
-    """Row segments of a key tile: context (from 0), band, unrestricted rows.  Returns (tiles, start) of each."""
+def live_rows(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
+    """Row segments of a key tile: context (from 0), band, unrestricted rows."""
+    n, u, c, g, s, local = bounds
     num_context = tl.cdiv(c, BLOCK)
     band_start = tl.maximum(first, c)
     band_end = n
@@ -75,22 +104,30 @@ def live_rows(first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL:
     elif num_context * BLOCK > wide_start:
         num_context = 0
         wide_start = 0
-    return (
+    return Partners(
         num_context, tl.cdiv(band_end - band_start, BLOCK), tl.cdiv(n - wide_start, BLOCK),
         0, band_start, wide_start,
     )  # fmt: skip
 
 
 @triton.jit
-def partner_start(i, num_0, num_1, start_0, start_1, start_2, BLOCK: tl.constexpr):
+def count_partners(partners):
+    """Live partner tiles of a tile."""
+    return partners.num_0 + partners.num_1 + partners.num_2
+
+
+@triton.jit
+def partner_start(i, partners, BLOCK: tl.constexpr):
     """Where the i-th live partner tile begins."""
+    num_0, num_1, _, start_0, start_1, start_2 = partners
     start = tl.where(i < num_0, start_0 + i * BLOCK, start_1 + (i - num_0) * BLOCK)
     return tl.where(i < num_0 + num_1, start, start_2 + (i - num_0 - num_1) * BLOCK)
 
 
 @triton.jit
-def is_full(row_first, row_last, key_first, key_last, n, u, c, g, s, local, HAS_LOCAL: tl.constexpr):
+def is_full(row_first, row_last, key_first, key_last, bounds, HAS_LOCAL: tl.constexpr):
     """Whether every row row_first..row_last-1 sees every key key_first..key_last-1."""
+    n, u, c, g, s, local = bounds
     full = (row_first >= c) & (row_first >= key_last - 1) & (row_last <= n)
     if HAS_LOCAL:
         full = full & ((row_first >= g) | (key_last <= s) | (row_last - 1 - key_first <= local))
@@ -98,8 +135,9 @@ def is_full(row_first, row_last, key_first, key_last, n, u, c, g, s, local, HAS_
 
 
 @triton.jit
-def element_mask(o_row, o_key, n, u, c, g, s, local, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
+def element_mask(o_row, o_key, bounds, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
     """The mask of `mask.py`, element by element; `o_row` and `o_key` broadcast against each other."""
+    n, u, c, g, s, local = bounds
     is_history = (o_row >= c) & (o_row < u)
     end = tl.where(is_history, o_row + 1, tl.where(o_row < n, u, 0))
     seen = o_key < end
@@ -226,10 +264,10 @@ def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def group_keys(
-    row, row_last, num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr
-):
+def group_keys(row, row_last, partners, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
     """(begin, end): of a tile's live key tiles, those that its rows row..row_last-1 need; none where it has no rows."""
+    num_0, num_1, num_2, _, start_1, _ = partners
+    _, u, c, g, s, local = bounds
     num_tiles = num_0 + num_1 + num_2
     begin = 0
     end = num_tiles
@@ -244,10 +282,10 @@ def group_keys(
 
 
 @triton.jit
-def group_rows(
-    key, key_last, num_0, num_1, num_2, start_1, n, u, c, g, s, local, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr
-):
+def group_rows(key, key_last, partners, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
     """(begin, end): of a tile's live row tiles, those that its keys key..key_last-1 need; none where it has no keys."""
+    num_0, num_1, num_2, _, start_1, _ = partners
+    _, u, c, g, s, local = bounds
     num_tiles = num_0 + num_1 + num_2
     begin = 0
     end = num_tiles
@@ -264,8 +302,9 @@ def group_rows(
 
 
 @triton.jit
-def part_range(num_tiles, part, parts, SPLIT: tl.constexpr):
+def part_range(partners, part, parts, SPLIT: tl.constexpr):
     """(begin, end): which of a tile's live partners this item walks."""
+    num_tiles = count_partners(partners)
     begin = 0
     end = num_tiles
     if SPLIT:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from attention_kernels import SemiLocalMask
 from attention_kernels.reference import dense_mask
-from attention_kernels.tiles import group_keys, group_rows, is_full, live_keys, live_rows
+from attention_kernels.tiles import Bounds, group_keys, group_rows, is_full, live_keys, live_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 16
@@ -20,16 +20,13 @@ GROUP = 8
 def segments_kernel(
     out, first, last, n, u, c, g, s, local, BLOCK: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr
 ):
+    bounds = Bounds(n, u, c, g, s, local)
     if BY_ROWS:
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_keys(first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
+        partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
     else:
-        num_0, num_1, num_2, start_0, start_1, start_2 = live_rows(first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
-    tl.store(out, num_0)
-    tl.store(out + 1, num_1)
-    tl.store(out + 2, num_2)
-    tl.store(out + 3, start_0)
-    tl.store(out + 4, start_1)
-    tl.store(out + 5, start_2)
+        partners = live_rows(first, last, bounds, BLOCK, HAS_LOCAL)
+    for i in tl.static_range(6):
+        tl.store(out + i, partners[i])
 
 
 @triton.jit
@@ -38,22 +35,23 @@ def groups_kernel(
     BLOCK: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr,
 ):  # fmt: skip
     """(begin, end) of each group of a tile, among the tile's live partners."""
+    bounds = Bounds(n, u, c, g, s, local)
     for i in range(BLOCK // GROUP):
         own = first + i * GROUP
         own_last = tl.minimum(own + GROUP, last)
         if BY_ROWS:
-            num_0, num_1, num_2, _, start_1, _ = live_keys(first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
-            begin, end = group_keys(own, own_last, num_0, num_1, num_2, start_1, u, c, g, s, local, BLOCK, HAS_LOCAL)
+            partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
+            begin, end = group_keys(own, own_last, partners, bounds, BLOCK, HAS_LOCAL)
         else:
-            num_0, num_1, num_2, _, start_1, _ = live_rows(first, last, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
-            begin, end = group_rows(own, own_last, num_0, num_1, num_2, start_1, n, u, c, g, s, local, BLOCK, HAS_LOCAL)
+            partners = live_rows(first, last, bounds, BLOCK, HAS_LOCAL)
+            begin, end = group_rows(own, own_last, partners, bounds, BLOCK, HAS_LOCAL)
         tl.store(out + 2 * i, begin)
         tl.store(out + 2 * i + 1, end)
 
 
 @triton.jit
 def full_kernel(out, row, row_last, key, key_last, n, u, c, g, s, local, HAS_LOCAL: tl.constexpr):
-    tl.store(out, is_full(row, row_last, key, key_last, n, u, c, g, s, local, HAS_LOCAL).to(tl.int32))
+    tl.store(out, is_full(row, row_last, key, key_last, Bounds(n, u, c, g, s, local), HAS_LOCAL).to(tl.int32))
 
 
 def draw(generator: random.Random) -> tuple[SemiLocalMask, int, int]:
