@@ -28,12 +28,13 @@ class _FusedLayer(torch.autograd.Function):
         x_TD: Tensor,
         spec: LayerSpec,
         batch: LayerBatch,
+        has_backward: bool,
         *parameters: Tensor,
     ) -> Tensor:
         backend = layer_ops.layer_backend(x_TD)
         T, W = x_TD.shape[0], spec.gate_width
         # What is kept of V, Q and K's SiLU lies where their gradients will.
-        keeps_slopes = not spec.recompute_uvqk and not spec.production
+        keeps_slopes = has_backward and not spec.recompute_uvqk and not spec.production
         duvqk = _gradient_buffer(x_TD, spec) if keeps_slopes else None
         slopes = None if duvqk is None else duvqk[:, W:]
         (u, vqk), normed_TD, mean, rstd = _project(parameters[:4], x_TD, slopes, spec, backend)
@@ -113,7 +114,7 @@ class _FusedLayer(torch.autograd.Function):
         )
         gradients = (dnorm_weight, dnorm_bias, duvqk_weight, duvqk_bias, dgate_weight, dgate_bias, doutput_weight)
         typed = (gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True))
-        return (dx_TD, None, None, *typed)
+        return (dx_TD, None, None, None, *typed)
 
 
 def _project(
@@ -240,6 +241,7 @@ def fused_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batc
         x_TD,
         spec,
         batch,
+        torch.is_grad_enabled(),
         p.input_norm_weight,
         p.input_norm_bias,
         p.uvqk_weight,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention_kernels import SemiLocalMask, layer_ops
 from attention_kernels.reference import dense_mask
+from trainer.models import layer_function
 from trainer.models.hstu import HstuLayer
 from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, plain_layer
 from trainer.models.layer_function import fused_layer
@@ -145,6 +146,15 @@ def test_kept_slopes_are_used_up_by_the_backward() -> None:
         loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
+
+
+def test_slopes_are_kept_only_for_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, parameters, batch = make(SPECS["paper"], torch.float32)
+    spec = replace(SPECS["paper"], recompute_uvqk=False)
+    expected = fused_layer(x, parameters, spec, batch)
+    monkeypatch.setattr(layer_function, "_gradient_buffer", lambda *_: pytest.fail("room for gradients"))
+    with torch.no_grad():
+        assert torch.equal(fused_layer(x, parameters, spec, batch), expected)
 
 
 @pytest.mark.parametrize("name", SPECS)
