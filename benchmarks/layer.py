@@ -222,7 +222,7 @@ def kernel_times(function: Callable[[], Any], steps: int = 4) -> dict[str, dict[
 def _kernel_class(name: str) -> str:
     if name.removeprefix("hopper_") in ("forward_kernel", "dq_kernel", "dkdv_kernel"):
         return "attention"
-    if any(part in name for part in ("gemm", "nvjet", "cutlass", "_matmul_kernel", "hopper_silu_kernel", "xmma")):
+    if any(part in name for part in ("gemm", "nvjet", "cutlass", "_matmul_kernel", "xmma")):
         return "products"
     return "elementwise and the rest"
 
