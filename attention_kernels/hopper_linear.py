@@ -26,6 +26,7 @@ from attention_kernels.hopper_tiles import (
     wait_block,
 )
 from attention_kernels.launcher import Blocks, launch
+from attention_kernels.linear_kernel import Epilogue
 from attention_kernels.rows import cdiv, multiprocessors
 
 _ROWS = 128
@@ -39,7 +40,7 @@ _STEP_BYTES = 128
 @gluon.jit
 def load_operands(
     a, b, residual, a_rings, b_ring, results, num_tiles,
-    TILES_N: gl.constexpr, STEPS: gl.constexpr, B_IS_NK: gl.constexpr, RESIDUAL: gl.constexpr,
+    TILES_N: gl.constexpr, STEPS: gl.constexpr, RESIDUAL: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Loader: blocks of both operands for every tile of this program, in the order in which they are multiplied."""
     ROWS: gl.constexpr = a.block_shape[1]
@@ -52,7 +53,7 @@ def load_operands(
         first_n = tile % TILES_N * _COLUMNS
         for k in range(STEPS):
             load_block(a_rings[0], a, i_use, [0, first_m, k * STEP])
-            if B_IS_NK:
+            if SCALED:
                 load_block(b_ring, b, i_use, [0, first_n, k * STEP])
             else:
                 load_block(b_ring, b, i_use, [0, k * STEP, first_n])
@@ -84,7 +85,7 @@ def split_columns(b_x):
 
 @gluon.jit
 def multiply_tiles(
-    work, GROUP: gl.constexpr, N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr, B_IS_NK: gl.constexpr,
+    work, GROUP: gl.constexpr, N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr,
     SILU: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, SLOPES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """A group: its rows of every tile of this program."""
@@ -107,7 +108,7 @@ def multiply_tiles(
         for k in range(STEPS):
             b_a = wait_block(a_ring, i_use + k)
             b_b = wait_block(b_ring, i_use + k)
-            b_x = warpgroup_mma(b_a, b_b.permute([1, 0]) if B_IS_NK else b_b, b_x, is_async=True)
+            b_x = warpgroup_mma(b_a, b_b.permute([1, 0]) if SCALED else b_b, b_x, is_async=True)
             b_x = warpgroup_mma_wait(1, deps=(b_x,))
             if k > 0:
                 release(a_ring, i_use + k - 1)
@@ -142,7 +143,7 @@ def multiply_tiles(
 @gluon.jit(do_not_specialize=["M", "num_tiles"])
 def hopper_matmul_kernel(
     a, b, out, slopes, residual, bias, row_scale, column_scale, M, num_tiles,
-    N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr, B_IS_NK: gl.constexpr, SILU: gl.constexpr,
+    N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr, SILU: gl.constexpr,
     BIAS: gl.constexpr, RESIDUAL: gl.constexpr, SLOPES: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """See `product`.  Grid: one program a processor."""
@@ -153,28 +154,16 @@ def hopper_matmul_kernel(
     work = (a_rings, b_ring, results, out, slopes, bias, row_scale, column_scale, M, num_tiles)
     gl.warp_specialize(
         [
-            (multiply_tiles, (work, 0, N, TILES_N, STEPS, B_IS_NK, SILU, BIAS, RESIDUAL, SLOPES, SCALED)),
-            (multiply_tiles, (work, 1, N, TILES_N, STEPS, B_IS_NK, SILU, BIAS, RESIDUAL, SLOPES, SCALED)),
-            (load_operands, (a, b, residual, a_rings, b_ring, results, num_tiles, TILES_N, STEPS, B_IS_NK, RESIDUAL)),
+            (multiply_tiles, (work, 0, N, TILES_N, STEPS, SILU, BIAS, RESIDUAL, SLOPES, SCALED)),
+            (multiply_tiles, (work, 1, N, TILES_N, STEPS, SILU, BIAS, RESIDUAL, SLOPES, SCALED)),
+            (load_operands, (a, b, residual, a_rings, b_ring, results, num_tiles, TILES_N, STEPS, RESIDUAL, SCALED)),
         ],
         [4, 1],
         [240, 24],
     )
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    *,
-    b_is_nk: bool = False,
-    slopes: Tensor | None = None,
-    silu: bool = False,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue) -> None:
     """`linear_kernel.product`.
 
     Tiles are stored in halves, which leaves room for a fourth stage of operands and needs fewer registers; with a
@@ -183,42 +172,27 @@ def product(
     (M, K), N = a.shape, out.shape[1]
     if M == 0:
         return
+    fp8, whole = epilogue.row_scale is not None, epilogue.residual is not None
     step = _STEP_BYTES // a.element_size()
     columns = _COLUMNS.value
-    width = columns // 2 if residual is None else columns
+    width = columns if whole else columns // 2
     tiles_n = cdiv(N, columns)
     num_tiles = cdiv(M, 2 * _ROWS) * tiles_n
-    out_blocks = _matrix(out, _ROWS, width)
-
-    def blocks(x: Tensor | None) -> Blocks:
-        # What the kernel does not touch needs some blocks all the same.
-        return out_blocks if x is None else _matrix(x, _ROWS, width)
-
     launch(
         hopper_matmul_kernel,
         (min(multiprocessors(a.device), num_tiles),),
         _matrix(a, _ROWS, step),
-        _matrix(b, columns, step) if b_is_nk else _matrix(b, step, columns),
-        out_blocks,
-        blocks(slopes),
-        blocks(residual),
-        bias,
-        row_scale,
-        column_scale,
+        _matrix(b, columns, step) if fp8 else _matrix(b, step, columns),
+        *epilogue.arguments(out, lambda x: _matrix(x, _ROWS, width)),
         M,
         num_tiles,
         N=N,
         TILES_N=tiles_n,
         STEPS=cdiv(K, step),
-        B_IS_NK=b_is_nk,
-        SILU=silu,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        SLOPES=slopes is not None,
-        SCALED=row_scale is not None,
-        STAGES=4 if residual is None else 3,
+        STAGES=3 if whole else 4,
         num_warps=4,
         maxnreg=thread_registers(groups=2),
+        **epilogue.flags(),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attention_kernels import fp8, hopper_linear, layer_ops, layer_reference, linear_kernel
 from attention_kernels.layer_ops import LayerBackend
+from attention_kernels.linear_kernel import Epilogue
 from attention_kernels.rows import is_hopper
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def matmul_residual(a: Tensor, b: Tensor, residual: Tensor, *, backend: LayerBac
     """
     if backend == "triton" and _fused("the output product with its residual", a, b, residual):
         out = torch.empty_like(residual)
-        _product(a)(a, b, out, residual=residual)
+        _product(a)(a, b, out, Epilogue(residual=residual))
         return out
     return torch.addmm(residual, a, b)
 
@@ -70,17 +71,8 @@ def linear_silu(
         N = b.shape[0] if scales else b.shape[1]
         out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
         row_scale, column_scale = scales or (None, None)
-        _product(a)(
-            a,
-            b,
-            out,
-            slopes=slopes,
-            silu=True,
-            bias=bias,
-            b_is_nk=scales is not None,
-            row_scale=row_scale,
-            column_scale=column_scale,
-        )
+        epilogue = Epilogue(silu=True, slopes=slopes, bias=bias, row_scale=row_scale, column_scale=column_scale)
+        _product(a)(a, b, out, epilogue)
         return out
     product = linear(a, b, bias, scales=scales, dtype=dtype, backend=backend)
     if slopes is not None:
@@ -146,7 +138,7 @@ def matmul_fp8(
             use_fast_accum=True,
         )
     out = torch.empty_like(residual)
-    _product(a)(a, b_NK, out, b_is_nk=True, row_scale=row_scale, column_scale=column_scale, residual=residual)
+    _product(a)(a, b_NK, out, Epilogue(row_scale=row_scale, column_scale=column_scale, residual=residual))
     return out
 
 
@@ -188,7 +180,7 @@ def gated_norm_fp8(
     return quantise_rows(gated, backend=backend)
 
 
-def _product(a: Tensor) -> Callable[..., None]:
+def _product(a: Tensor) -> Callable[[Tensor, Tensor, Tensor, Epilogue], None]:
     """The kernel of this GPU whose epilogue does the rest."""
     return hopper_linear.product if is_hopper(a.device) else linear_kernel.product
 

@@ -5,6 +5,10 @@ as a second result, a residual tile by tile, and row and column scales for FP8 o
 memory accelerator, so rows must start at multiples of 16 bytes.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,7 +78,6 @@ def _tile(
     RESIDUAL: tl.constexpr,
     SLOPES: tl.constexpr,
     SCALED: tl.constexpr,
-    B_IS_NK: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -88,7 +91,7 @@ def _tile(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         a = a_desc.load([first_m, k])
-        b = b_desc.load([first_n, k]).T if B_IS_NK else b_desc.load([k, first_n])
+        b = b_desc.load([first_n, k]).T if SCALED else b_desc.load([k, first_n])
         acc = tl.dot(a, b, acc)
     HALF: tl.constexpr = BLOCK_N // 2
     if HALVES:
@@ -127,7 +130,6 @@ def _matmul_kernel(
     RESIDUAL: tl.constexpr,
     SLOPES: tl.constexpr,
     SCALED: tl.constexpr,
-    B_IS_NK: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,7 +140,7 @@ def _matmul_kernel(
     if PROGRAMS == 0:
         _tile(
             tl.program_id(0), a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
-            M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+            M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
         )  # fmt: skip
     else:
         tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
@@ -146,7 +148,7 @@ def _matmul_kernel(
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
             _tile(
                 tile, a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
-                M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, B_IS_NK, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+                M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
             )  # fmt: skip
 
 
@@ -178,35 +180,47 @@ def tiles(*, fp8: bool, silu: bool) -> dict[str, int]:
     }
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    *,
-    b_is_nk: bool = False,
-    slopes: Tensor | None = None,
-    silu: bool = False,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    config: dict[str, int] | None = None,
-) -> None:
-    """Writes `out` [M, N], and the slopes of SiLU into `slopes` if given; accumulates in float32."""
-    M, K = a.shape
-    N = b.shape[0] if b_is_nk else b.shape[1]
-    chosen = dict(config or tiles(fp8=row_scale is not None, silu=silu))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epilogue:
+    """What happens to a product before it is stored; every part is optional."""
+
+    silu: bool = False
+    slopes: Tensor | None = None
+    """Where the slopes of SiLU are written."""
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    row_scale: Tensor | None = None
+    """Of FP8 operands, with `column_scale`; B is [N, K] then, as FP8 tensor cores read it."""
+    column_scale: Tensor | None = None
+
+    def arguments(self, out: Tensor, blocks: Callable[[Tensor], Blocks]) -> tuple[Any, ...]:
+        """A kernel's arguments from the result on; `blocks` are those in which it stores."""
+        out_blocks = blocks(out)
+        # What the kernel does not touch needs some blocks all the same.
+        tiles = (out_blocks if x is None else blocks(x) for x in (self.slopes, self.residual))
+        return (out_blocks, *tiles, self.bias, self.row_scale, self.column_scale)
+
+    def flags(self) -> dict[str, bool]:
+        """The kernel's compile-time arguments that say which parts there are."""
+        return {
+            "SILU": self.silu,
+            "BIAS": self.bias is not None,
+            "RESIDUAL": self.residual is not None,
+            "SLOPES": self.slopes is not None,
+            "SCALED": self.row_scale is not None,
+        }
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, *, config: dict[str, int] | None = None) -> None:
+    """Writes `out` [M, N], and the slopes of SiLU if the epilogue has any; accumulates in float32."""
+    (M, K), N = a.shape, out.shape[1]
+    fp8 = epilogue.row_scale is not None
+    chosen = dict(config or tiles(fp8=fp8, silu=epilogue.silu))
     resident = chosen.pop("RESIDENT")
     block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
     stored = [block_m, block_n // 2 if chosen["HALVES"] else block_n]
     if M == 0:
         return
-
-    out_blocks = Blocks(out, stored)
-
-    def blocks(x: Tensor | None) -> Blocks:
-        # What the kernel does not touch needs some blocks all the same.
-        return out_blocks if x is None else Blocks(x, stored)
 
     count = cdiv(M, block_m) * cdiv(N, block_n)
     programs = min(count, resident * multiprocessors(a.device)) if resident else 0
@@ -214,24 +228,14 @@ def product(
         _matmul_kernel,
         (programs or count,),
         Blocks(a, [block_m, block_k]),
-        Blocks(b, [block_n, block_k] if b_is_nk else [block_k, block_n]),
-        out_blocks,
-        blocks(slopes),
-        blocks(residual),
-        bias,
-        row_scale,
-        column_scale,
+        Blocks(b, [block_n, block_k] if fp8 else [block_k, block_n]),
+        *epilogue.arguments(out, lambda x: Blocks(x, stored)),
         M,
         N=N,
         K=K,
-        SILU=silu,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        SLOPES=slopes is not None,
-        SCALED=row_scale is not None,
-        B_IS_NK=b_is_nk,
         APPROXIMATE=approximate(out),
         PROGRAMS=programs,
+        **epilogue.flags(),
         **chosen,
     )
 

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from attention_kernels import fp8, gated_norm, hopper_linear, layer_norm, linear, linear_kernel, silu
+from attention_kernels.linear_kernel import Epilogue
 from attention_kernels.rows import is_hopper
 
 TOKENS = 131072
@@ -63,45 +64,33 @@ def products(dim: int) -> dict[str, Callable[[], Any]]:
         "gradient of the uvqk weight": lambda: x.t() @ duvqk,
         "gradient of the output weight": lambda: x.t() @ residual,
     }
-    for config in CONFIGS:
-        name = "x".join(str(value) for value in config.values())
-        runs[f"vqk fused {name}"] = partial(linear_kernel.product, x, wvqk, vqk, silu=True, bias=bvqk, config=config)
-        runs[f"vqk fused keeping slopes {name}"] = partial(
-            linear_kernel.product, x, wvqk, vqk, slopes=slopes, silu=True, bias=bvqk, config=config
-        )
-        runs[f"output residual kernel {name}"] = partial(
-            linear_kernel.product, x, w2, out, residual=residual, config=config
-        )
     x8, w18, w28 = (linear.quantise_rows(t, backend="triton") for t in (x, w1.t(), w2.t()))
     u8, vqk8 = ((w18[0][part], w18[1][part]) for part in (slice(0, dim), slice(dim, None)))
     bf16_result: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "triton"}
     runs["weight to fp8"] = lambda: linear.quantise_columns(w1.float(), backend="triton")
     runs["u fp8 scaled_mm"] = lambda: linear.matmul_fp8(*x8, *u8, bias=bu, **bf16_result)
     runs["vqk fp8 scaled_mm"] = lambda: linear.matmul_fp8(*x8, *vqk8, bias=bvqk, **bf16_result)
-    if is_hopper(x.device):
-        hopper = hopper_linear.product
-        fp8_scales: dict[str, Any] = {"b_is_nk": True, "row_scale": x8[1]}
-        runs |= {
-            "vqk hopper": partial(hopper, x, wvqk, vqk, silu=True, bias=bvqk),
-            "vqk hopper keeping slopes": partial(hopper, x, wvqk, vqk, silu=True, bias=bvqk, slopes=slopes),
-            "output residual hopper": partial(hopper, x, w2, out, residual=residual),
-            "vqk fp8 hopper": partial(
-                hopper, x8[0], vqk8[0], vqk, silu=True, bias=bvqk, column_scale=vqk8[1], **fp8_scales
-            ),
-            "output fp8 residual hopper": partial(
-                hopper, x8[0], w28[0], out, residual=residual, column_scale=w28[1], **fp8_scales
-            ),
-        }
-    for config in CONFIGS:
-        config = {**config, "BLOCK_K": 2 * config["BLOCK_K"]}
-        name = "x".join(str(value) for value in config.values())
-        scaled: dict[str, Any] = {"b_is_nk": True, "row_scale": x8[1], "config": config}
-        runs[f"vqk fp8 fused {name}"] = partial(
-            linear_kernel.product, x8[0], vqk8[0], vqk, silu=True, bias=bvqk, column_scale=vqk8[1], **scaled
-        )
-        runs[f"output fp8 residual kernel {name}"] = partial(
-            linear_kernel.product, x8[0], w28[0], out, residual=residual, column_scale=w28[1], **scaled
-        )
+    fused: dict[str, tuple[Any, ...]] = {
+        "vqk fused": (x, wvqk, vqk, Epilogue(silu=True, bias=bvqk)),
+        "vqk fused keeping slopes": (x, wvqk, vqk, Epilogue(silu=True, bias=bvqk, slopes=slopes)),
+        "output residual kernel": (x, w2, out, Epilogue(residual=residual)),
+        "vqk fp8 fused": (
+            *(x8[0], vqk8[0], vqk),
+            Epilogue(silu=True, bias=bvqk, row_scale=x8[1], column_scale=vqk8[1]),
+        ),
+        "output fp8 residual kernel": (
+            *(x8[0], w28[0], out),
+            Epilogue(residual=residual, row_scale=x8[1], column_scale=w28[1]),
+        ),
+    }
+    for what, arguments in fused.items():
+        if is_hopper(x.device):
+            runs[f"{what} hopper"] = partial(hopper_linear.product, *arguments)
+        for config in CONFIGS:
+            if "fp8" in what:
+                config = {**config, "BLOCK_K": 2 * config["BLOCK_K"]}
+            name = "x".join(str(value) for value in config.values())
+            runs[f"{what} {name}"] = partial(linear_kernel.product, *arguments, config=config)
     return runs
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import layer_reference, linear, linear_kernel
+from attention_kernels.linear_kernel import Epilogue
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -76,8 +77,8 @@ def test_product_does_not_depend_on_how_it_is_cut(halves: int, resident: int) ->
         if not ON_GPU:
             config = {**config, "BLOCK_N": 32}
         out, slopes, sum_ = (torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
-        linear_kernel.product(a, b, out, slopes=slopes, silu=True, bias=bias, config=config)
-        linear_kernel.product(a, b, sum_, residual=residual, config=config)
+        linear_kernel.product(a, b, out, Epilogue(slopes=slopes, silu=True, bias=bias), config=config)
+        linear_kernel.product(a, b, sum_, Epilogue(residual=residual), config=config)
         results.append((out, slopes, sum_))
     assert not any(x.isnan().any() for x in results[1])
     for x, y in zip(*results, strict=True):
