@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from attention_kernels.hopper_tiles import (
     GROUP_SIZE,
     half_scores,
+    keys_of_group,
     load_held_tiles,
     load_partner_tiles,
     make_held_rings,
@@ -26,9 +27,7 @@ from attention_kernels.hopper_tiles import (
 )
 from attention_kernels.hopper_wide import compute_wide_dkdv, make_exchange
 from attention_kernels.tiles import (
-    group_keys,
     group_rows,
-    live_keys,
     live_rows,
     load_item,
     part_range,
@@ -71,12 +70,9 @@ def compute_dq(
     while number < num_items:
         i_h = number % H
         start, bounds, first, last, part, parts, home = load_item(table, number // H)
-        partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
-        lo, hi = part_range(partners, part, parts, SPLIT)
-        row = first + GROUP * GROUP_SIZE
-        front, back = group_keys(row, gl.minimum(row + GROUP_SIZE, last), partners, bounds, BLOCK_N, HAS_LOCAL)
-        begin = gl.minimum(gl.maximum(lo, front), hi)
-        end = gl.maximum(gl.minimum(hi, back), begin)
+        row, partners, lo, begin, end, hi = keys_of_group(
+            first, last, part, parts, bounds, GROUP, BLOCK_N, HAS_LOCAL, SPLIT
+        )
         pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
         b_q = wait_block(q_ring, i_item)
         b_dout = wait_block(dout_ring, i_item)

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from attention_kernels.tiles import (
     element_mask,
+    group_keys,
     is_full,
     live_keys,
     live_rows,
@@ -193,6 +194,24 @@ def load_partner_tiles(
             i_use += 1
         number = next_item
         i_item += 1
+
+
+@gluon.jit
+def keys_of_group(
+    first, last, part, parts, bounds,
+    GROUP: gl.constexpr, BLOCK: gl.constexpr, HAS_LOCAL: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """A group's first row of a tile first..last-1, the tile's partners, and (lo, begin, end, hi).
+
+    Of the partners lo..hi-1 stream past for this item, and the group needs begin..end-1.
+    """
+    partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
+    lo, hi = part_range(partners, part, parts, SPLIT)
+    row = first + GROUP * GROUP_SIZE
+    front, back = group_keys(row, gl.minimum(row + GROUP_SIZE, last), partners, bounds, BLOCK, HAS_LOCAL)
+    begin = gl.minimum(gl.maximum(lo, front), hi)
+    end = gl.maximum(gl.minimum(hi, back), begin)
+    return row, partners, lo, begin, end, hi
 
 
 @gluon.constexpr_function
