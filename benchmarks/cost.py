@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.loader import hardware
 from pipelines.batch import Batch
 from pipelines.loader import dataset_info
-from pipelines.packed import Contents, pack
+from pipelines.packed import Contents, bag_lens, pack
 from pipelines.position import DataPosition
 from pipelines.schema import DatasetInfo
 from trainer.config import TrainConfig
@@ -105,9 +106,10 @@ def measure(config: TrainConfig, mesh: Mesh, tokens: int) -> list[Measurement]:
     for history_len in sorted({max(longest // divisor, 1) for divisor in (1, 2, 4, 8, 16)}):
         for total in (tokens, tokens // 2):
             samples = max(total // history_len, 1)
+            lens = np.full(samples, history_len)
             flops = model_flops(
                 config.model,
-                np.full(samples, history_len),
+                lens,
                 np.ones(samples, dtype=np.int64),
                 embedding_dim=config.embedding_dim,
                 num_context=len(info.context_features),
@@ -121,7 +123,7 @@ def measure(config: TrainConfig, mesh: Mesh, tokens: int) -> list[Measurement]:
                     samples=samples,
                     dense_flops=factor * (float(flops.forward.sum()) - attention),
                     attention_flops=factor * attention,
-                    step_ms=time_step(model, made_up_batch(info, config, samples, history_len).to(mesh.device), mesh),
+                    step_ms=time_step(model, made_up_batch(info, config, lens).to(mesh.device), mesh),
                 )
             )
     return measurements
@@ -143,23 +145,24 @@ def time_step(model: ParallelModel, batch: Batch, mesh: Mesh) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def made_up_batch(info: DatasetInfo, config: TrainConfig, samples: int, history_len: int) -> Batch:
-    """Random histories of one length with a candidate each."""
+def made_up_batch(info: DatasetInfo, config: TrainConfig, history_lens: npt.NDArray[np.int64]) -> Batch:
+    """Random histories of these lengths with a candidate each."""
     generator = np.random.default_rng(0)
-    events = samples * (history_len + 1)
+    samples, lens = len(history_lens), history_lens + 1
+    events, ends = int(lens.sum()), np.cumsum(lens)
     context = [generator.integers(0, size, samples) for size in info.context_features.values()]
     action = generator.integers(0, 1 << len(info.actions), events, dtype=np.int32)
-    action[history_len :: history_len + 1] = 0
+    action[ends - 1] = 0
     side = {f"side/{name}": (np.int64, [np.zeros(events, np.int64)]) for name in config.data.history_features}
     memory, places = pack(
         {
             "ids": (np.int64, [*context, generator.integers(0, info.num_items, events)]),
-            "id_lens": (np.int64, [np.ones(samples * len(context), np.int64), np.full(samples, history_len + 1)]),
+            "bag_lens": (np.int64, [bag_lens([samples] * len(context) + [events])]),
             "user_id": (np.int64, [np.arange(samples)]),
-            "history_lens": (np.int64, [np.full(samples, history_len)]),
+            "history_lens": (np.int64, [history_lens]),
             "num_candidates": (np.int64, [np.ones(samples, np.int64)]),
             "action": (np.int32, [action]),
-            "timestamp": (np.int64, [np.tile(np.arange(history_len + 1), samples)]),
+            "timestamp": (np.int64, [np.arange(events) - np.repeat(ends - lens, lens)]),
             "candidate_action": (np.int32, [generator.integers(0, 1 << len(info.actions), samples, dtype=np.int32)]),
             "loss_denominator": (np.float32, [np.array([samples], np.float32)]),
             **side,

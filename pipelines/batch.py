@@ -35,13 +35,12 @@ class Batch(Pipelineable):
 
     @cached_property
     def features(self) -> KeyedJaggedTensor:
-        """Keys: the context features, one id a sample, then `item_id`, a sample's history and candidates."""
-        return KeyedJaggedTensor(
-            keys=[*self._contents.context_names, ITEM_FEATURE],
-            values=self._array("ids"),
-            lengths=self._array("id_lens"),
-            stride=self.user_id.numel(),
-        )
+        """Keys: the context features, one id a sample, then `item_id`, a sample's history and candidates.
+
+        Their bags are not samples (`packed.bag_lens`).
+        """
+        keys, lens = [*self._contents.context_names, ITEM_FEATURE], self._array("bag_lens")
+        return KeyedJaggedTensor(keys, self._array("ids"), lengths=lens, stride=lens.numel() // len(keys))
 
     @cached_property
     def user_id(self) -> Tensor:

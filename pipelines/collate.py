@@ -7,7 +7,7 @@ import numpy as np
 from pipelines.columns import AnyArray, IntArray, Samples
 from pipelines.config import DataConfig
 from pipelines.global_batches import BatchPlan
-from pipelines.packed import SIDE_PREFIX, Contents, Packed, pack
+from pipelines.packed import SIDE_PREFIX, Contents, Packed, bag_lens, pack
 from pipelines.schema import DatasetInfo
 from pipelines.stochastic_length import choose_events
 
@@ -22,8 +22,8 @@ def collate(
 ) -> Packed:
     """The batch of a plan whose units were read.
 
-    A rank without samples gets one sample with zero ids, no history and no candidates, because TorchRec's jagged
-    tensors need at least one: it adds nothing to any gradient.
+    A rank without samples gets one sample with zero ids, no history and no candidates, so that every rank has something
+    to look up: it adds nothing to any gradient.
     """
     rows = [units[key] for key in zip(plan.samples.source.tolist(), plan.samples.unit.tolist(), strict=True)]
     places = plan.samples.row.tolist()
@@ -36,10 +36,11 @@ def collate(
     # Of a rank without samples, the stand-in's lengths remain.
     future = [slice(start, start + kept) for start, kept in zip(first, candidates.tolist(), strict=False)]
     items = _merge(rows, past, future, "item_id")
+    num_ids = [len(user)] * len(context) + [int((history + candidates).sum())]
     memory, memory_places = pack(
         {
             "ids": (np.int64, [*context, *items]),
-            "id_lens": (np.int64, [np.ones(len(user) * len(context), dtype=np.int64), history + candidates]),
+            "bag_lens": (np.int64, [bag_lens(num_ids)]),
             "user_id": (np.int64, [user]),
             "history_lens": (np.int64, [history]),
             "num_candidates": (np.int64, [candidates]),

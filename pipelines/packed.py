@@ -6,7 +6,7 @@ B samples, C candidates in all, T = history events and candidates in all, packed
 history, oldest first, then its candidates.  The arrays by name:
 
     ids                 int64    [B x context features + T] context features one after another, then items
-    id_lens             int64    [B x (context features + 1)] ids of each sample, likewise
+    bag_lens            int64    [(context features + 1) x bags] ids of each bag, likewise: see `bag_lens`
     user_id             int64    [B]
     history_lens        int64    [B]
     num_candidates      int64    [B]
@@ -26,10 +26,12 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from pipelines.columns import AnyArray
+from pipelines.columns import AnyArray, IntArray
 from pipelines.position import DataPosition
 
 SIDE_PREFIX = "side/"
+BAG_IDS = 32
+"""Ids of a bag: a warp's lanes, which is how many the lookup kernels load at a time."""
 ALIGNMENT = 128
 """Arrays start at multiples of this many bytes, as if each had been allocated alone: kernels compile for alignments."""
 
@@ -82,6 +84,18 @@ class Packed:
     def pin_memory(self) -> "Packed":
         """A copy in page-locked memory, from which a device copies asynchronously."""
         return Packed(self.memory.pin_memory(), self.contents)
+
+
+def bag_lens(counts: Sequence[int]) -> IntArray:
+    """[features x bags] lengths of the bags that the ids of jagged features are looked up in, so many ids of each.
+
+    TorchRec takes a sample's ids for a bag, and FBGEMM's kernels go through a bag id by id, a warp a bag: 16 users with
+    16,384 events each would keep 16 warps of a GPU busy.  As every id has its own row in the output, bags need not be
+    samples.  Every feature has as many bags, at least one.
+    """
+    bags = max(1, -(-max(counts) // BAG_IDS))
+    lens: IntArray = np.clip(np.array(counts)[:, None] - BAG_IDS * np.arange(bags), 0, BAG_IDS)
+    return lens.ravel()
 
 
 def pack(arrays: Mapping[str, tuple[DTypeLike, Sequence[AnyArray]]]) -> tuple[Tensor, dict[str, Place]]:

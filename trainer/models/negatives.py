@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from pipelines.batch import ITEM_FEATURE, Batch
+from pipelines.packed import bag_lens
 from pipelines.randomness import random_bits
 
 NEGATIVE_FEATURE = "negative_item_id"
@@ -29,7 +30,7 @@ class RetrievalBatch(Pipelineable):
     """One rank's share of a global batch for the retriever."""
 
     features: KeyedJaggedTensor
-    """Keys: `item_id`, a user's events, and `negative_item_id`."""
+    """Keys: `item_id`, all users' events, and `negative_item_id`."""
     item_ids: Tensor
     """[S] int64: history and candidates of each user, oldest first."""
     negative_ids: Tensor
@@ -72,13 +73,10 @@ def retrieval_batch(
     """The retriever's form of a batch in host memory; with `num_negatives` 0, as evaluation needs it."""
     lens = batch.history_lens_host + batch.num_candidates_host
     item_ids = _values_of(batch, ITEM_FEATURE)
-    lookups = torch.zeros_like(lens)
     negative_ids = torch.zeros(0, dtype=torch.long)
     key = (seed, _PURPOSE, batch.position.batches)
     if num_negatives and shared:
         negative_ids = torch.from_numpy(_draw(key, np.arange(num_negatives), num_items))
-        # The jagged tensor wants an owner: the first user, of whom every rank has one.
-        lookups[0] = num_negatives
     elif num_negatives:
         predictions = (lens - 1).clamp(min=0)
         sample = np.repeat(np.arange(lens.numel()), predictions.numpy())
@@ -86,17 +84,10 @@ def retrieval_batch(
         per_prediction = random_bits(key, batch.user_id.numpy()).astype(np.int64)[sample] + place
         index = per_prediction[:, None] * num_negatives + np.arange(num_negatives)
         negative_ids = torch.from_numpy(_draw(key, index, num_items))
-        lookups = predictions * num_negatives
-    features = KeyedJaggedTensor(
-        keys=[ITEM_FEATURE, NEGATIVE_FEATURE],
-        values=torch.cat([item_ids, negative_ids.flatten()]),
-        lengths=torch.cat([lens, lookups]),
-        stride=lens.numel(),
-    )
     # Every sample has an event, so that all but one of its events are predicted.
     predictions_of_all = max(1, batch.global_tokens - batch.global_samples)
     return RetrievalBatch(
-        features=features,
+        features=retrieval_features(item_ids, negative_ids),
         item_ids=item_ids,
         negative_ids=negative_ids,
         lens=lens,
@@ -104,6 +95,17 @@ def retrieval_batch(
         num_evaluated=batch.num_candidates_host,
         num_evaluated_host=batch.num_candidates_host,
         loss_denominator=torch.tensor(predictions_of_all / world_size, dtype=torch.float32),
+    )
+
+
+def retrieval_features(item_ids: Tensor, negative_ids: Tensor) -> KeyedJaggedTensor:
+    """The lookups of these ids, int64 of any shape; their bags are not samples (`packed.bag_lens`)."""
+    lens = torch.from_numpy(bag_lens([item_ids.numel(), negative_ids.numel()])).to(item_ids.device)
+    return KeyedJaggedTensor(
+        [ITEM_FEATURE, NEGATIVE_FEATURE],
+        torch.cat([item_ids, negative_ids.flatten()]),
+        lengths=lens,
+        stride=lens.numel() // 2,
     )
 
 

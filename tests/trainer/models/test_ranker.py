@@ -170,7 +170,7 @@ def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
     # The same candidate third of three: the others get items, actions and times of their own.
     others = {
         "ids": insert("ids", [11, 12]),
-        "id_lens": torch.tensor([1, 1, 10]),
+        "bag_lens": torch.tensor([1, 1, 10]),
         "num_candidates": torch.tensor([3]),
         "action": insert("action", [3, 5]),
         "timestamp": insert("timestamp", [1_800_000_000, -1]),
