@@ -1,0 +1,162 @@
+"""A whole training step on one device: its model FLOPs against the peak (MFU), and what recomputation is of it.
+
+Run on a GPU: python -m benchmarks.step [--json FILE]; anywhere: python -m benchmarks.step --small
+
+The trainer's own step through TorchRec's overlapped pipeline (lookup, encoder, layers, heads, backward, both
+optimizers) over and over on one batch of random ids; no data is read.  FLOPs are the model's, without recomputation
+(`trainer.models.flops`).  HSTU has the shape of NVIDIA recsys-examples' published figures: 8 layers of width 1,024, 4
+heads of 256, a table of 50M rows of 128, 32 histories of 4,096 events, or as many events in histories whose lengths
+follow Zipf's law.  ULTRA is the model of the recipe yambda_ultra with a table of 10M rows and 16 histories of 16,384
+events.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.cost import made_up_batch
+from benchmarks.loader import hardware
+from pipelines.batch import Batch
+from pipelines.config import DataConfig, SyntheticConfig
+from pipelines.loader import dataset_info
+from pipelines.overlap import StepPipeline
+from trainer.assemble import training_cost
+from trainer.config import TrainConfig
+from trainer.job import build_parallel, machine_of, make_plan
+from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.recipes import load_recipe
+from trainer.recorder import peak_flops
+
+WARM_UP, STEPS, TURNS = 8, 10, 3
+KEPT = ", nothing recomputed"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model and the batch that it trains on."""
+
+    config: TrainConfig
+    history_lens: npt.NDArray[np.int64]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time whole training steps.")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
+    parser.add_argument("--small", action="store_true", help="short histories, narrow models, small tables")
+    arguments = parser.parse_args()
+    mesh = discover_mesh()
+    rows: dict[str, dict[str, float]] = {}
+    with joined(mesh):
+        for name, case in make_cases(small=arguments.small).items():
+            rows[name] = measure(case, mesh)
+            print(name, json.dumps({key: round(value, 4) for key, value in rows[name].items()}), flush=True)
+            if arguments.json is not None:
+                device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+                result = {"hardware": {**hardware(), "device": device}, "small": arguments.small, "rows": rows}
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    for name in ("HSTU", "ULTRA"):
+        rebuilt, kept = (rows[f"{name}{rest}"]["step_ms"] for rest in ("", KEPT))
+        print(f"{name}: recomputation is {100 * (1 - kept / rebuilt):.1f}% of the step")
+
+
+def make_cases(*, small: bool) -> dict[str, Case]:
+    """The cases by name."""
+    longest, users, rows = (64, 4, 1000) if small else (4096, 32, 50_000_000)
+    width, head = (16, 8) if small else (1024, 256)
+    model = ModelConfig(
+        dim=width,
+        max_len=longest + 64,
+        layer=LayerConfig(num_heads=width // head, qk_dim=head, value_dim=head),
+        stages=(StageConfig(num_layers=8),),
+    )
+    ultra = load_recipe("yambda_ultra").model
+    events, samples = 16384, 16
+    if small:
+        events, samples = 96, 2
+        layer = replace(ultra.layer, num_heads=2, qk_dim=8, value_dim=8)
+        ultra = replace(ultra, dim=16, layer=layer, stages=tuple(replace(each, num_layers=1) for each in ultra.stages))
+    hstu = Case(_config("hstu", model, rows, 16 if small else 128), np.full(users, longest))
+    ultra_case = Case(_config("ultra", ultra, rows // 5, ultra.dim), np.full(samples, events))
+    return {
+        "HSTU": hstu,
+        f"HSTU{KEPT}": keep_everything(hstu),
+        "HSTU, Zipf lengths": replace(hstu, history_lens=zipf_lens(longest, users * longest)),
+        "ULTRA": ultra_case,
+        f"ULTRA{KEPT}": keep_everything(ultra_case),
+    }
+
+
+def _config(name: str, model: ModelConfig, num_items: int, embedding_dim: int) -> TrainConfig:
+    synthetic = SyntheticConfig(num_items=num_items)
+    data = DataConfig(path="synthetic", global_batch_size=1, max_history_len=model.max_len - 64, synthetic=synthetic)
+    return TrainConfig(name=name, data=data, model=model, embedding_dim=embedding_dim)
+
+
+def zipf_lens(longest: int, total: int) -> npt.NDArray[np.int64]:
+    """Lengths from longest / 16 to longest, as likely as they are short, that add up to `total`."""
+    lens = (longest * 16 ** -np.random.default_rng(0).random(total)).astype(np.int64)
+    count = int(np.searchsorted(np.cumsum(lens), total)) + 1
+    lens = lens[:count]
+    lens[-1] -= lens.sum() - total
+    return lens
+
+
+def keep_everything(case: Case) -> Case:
+    """The same without recomputation."""
+    model = case.config.model
+    layer = replace(model.layer, recompute_normed=False, recompute_uvqk=False, recompute_gated=False)
+    return replace(case, config=replace(case.config, model=replace(model, layer=layer)))
+
+
+def measure(case: Case, mesh: Mesh) -> dict[str, float]:
+    """Milliseconds of a step (median of turns), tokens a second, MFU and peak memory."""
+    config, info = case.config, dataset_info(case.config.data)
+    is_cuda = mesh.device.type == "cuda"
+    if is_cuda:
+        # The model before hangs in reference cycles.
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(mesh.device)
+    torch.manual_seed(0)
+    model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
+
+    def forward(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, _ = model.forward(batch)
+        return loss, loss.detach()
+
+    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
+    model.module.train()
+    batches = repeat(made_up_batch(info, config, case.history_lens).to(mesh.device))
+    times = []
+    for turn in range(1 + TURNS):
+        start, steps = time.perf_counter(), STEPS if turn else WARM_UP
+        for step in range(steps):
+            model.optimizers.set_step(turn * STEPS + step + 1)
+            pipeline.step(batches)
+        if is_cuda:
+            torch.cuda.synchronize(mesh.device)
+        times.append(1e3 * (time.perf_counter() - start) / steps)
+    ms = statistics.median(times[1:])
+    lens = case.history_lens
+    row = {"samples": len(lens), "events": int(lens.sum()), "step_ms": ms, "events_per_s": lens.sum() / ms * 1e3}
+    peak = peak_flops(mesh.device)
+    if peak is not None:
+        flops = training_cost(config, info)(lens, np.ones_like(lens)).sum()
+        row["mfu"] = flops / ms * 1e3 / peak
+    if is_cuda:
+        row["peak_gib"] = torch.cuda.max_memory_allocated(mesh.device) / 2**30
+    return row
+
+
+if __name__ == "__main__":
+    main()
