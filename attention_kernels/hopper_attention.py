@@ -47,21 +47,21 @@ class RingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rings:
-    """The buffers of the three kernels."""
+    """The buffers of the three kernels.  `full_`: without a window."""
 
     forward: RingConfig
     full_forward: RingConfig
-    """Without a window."""
-
     dq: RingConfig
-    dkdv: RingConfig
+    full_dq: RingConfig
+    full_dkdv: RingConfig
 
 
 _SMALL = Rings(
     forward=RingConfig(block=64, held_stages=1, stages=5),
     full_forward=RingConfig(groups=3, block=64, held_stages=2, stages=3),
     dq=RingConfig(block=64, held_stages=1, stages=4),
-    dkdv=RingConfig(block=64, held_stages=1, stages=4),
+    full_dq=RingConfig(block=64, held_stages=1, stages=4),
+    full_dkdv=RingConfig(block=64, held_stages=1, stages=4),
 )
 RINGS = {
     64: _SMALL,
@@ -70,7 +70,8 @@ RINGS = {
         forward=RingConfig(block=64, held_stages=1, stages=2),
         full_forward=RingConfig(block=64, held_stages=1, stages=2),
         dq=RingConfig(block=32, held_stages=1, stages=2),
-        dkdv=RingConfig(block=64, held_stages=1, stages=2),
+        full_dq=RingConfig(block=64, held_stages=1, stages=2),
+        full_dkdv=RingConfig(block=64, held_stages=1, stages=2),
     ),
 }
 """By the larger head size, padded to a power of two."""
@@ -148,17 +149,19 @@ def backward(
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
-    # Where groups hold keys of their own, each of their four warps sums its keys; where they share keys, half of the
-    # columns each.
-    key_groups = 1 if portable is not None or _is_wide(q_THK, v_THV) else 8
-    total = tile_sums.allocate(rows, keys, out, row_groups=2, key_groups=key_groups) if sums else None
+    # Sums a tile: of each group of rows and of all keys; without a window of each warp that holds keys, or wide rows.
+    row_groups, key_groups = 2, 1
+    if mask.local is None:
+        row_groups, key_groups = (8, 4) if _is_wide(q_THK, v_THV) else (2, 8)
+    total = tile_sums.allocate(rows, keys, out, row_groups=row_groups, key_groups=key_groups) if sums else None
     q_sums, k_sums, v_sums = total or (None, None, None)
     key_arguments = (inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys)
     if portable is None:
-        backward_keys(*key_arguments, rings.dkdv, **options)
+        backward_keys(*key_arguments, rings.full_dkdv, **options)
     else:
         triton_attention.backward_keys(*key_arguments, portable, **options)
-    backward_rows(inputs, dq, q_sums, mask, num_targets, rows, rings.dq, **options)
+    row_ring = rings.full_dq if mask.local is None else rings.dq
+    backward_rows(inputs, dq, q_sums, mask, num_targets, rows, row_ring, **options)
     return total and tile_sums.add(rows, keys, total, out)
 
 
@@ -228,6 +231,7 @@ def backward_rows(
         *dq.stride()[:2],
         K=q.shape[2],
         SCALED=scaled,
+        WIDE=mask.local is None and _is_wide(q, v),
         **_options(mask, plan, num_targets, ring),
     )
 

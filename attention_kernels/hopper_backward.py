@@ -20,32 +20,14 @@ from attention_kernels.hopper_tiles import (
     next_number,
     pass_by,
     release,
+    score_slopes,
     store_group,
     tanh,
     twice_slope,
     wait_block,
 )
-from attention_kernels.hopper_wide import compute_wide_dkdv, make_exchange
-from attention_kernels.tiles import (
-    group_rows,
-    live_rows,
-    load_item,
-    part_range,
-    partner_start,
-)
-
-
-@gluon.jit
-def score_slopes(
-    b_score, b_dweight, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
-):  # fmt: skip
-    """Twice the gradient of a group's scores, as the left operand of the sum over keys."""
-    b_half = half_scores(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
-    b_tanh = tanh(b_half)
-    b_weight = b_half * b_tanh + b_half
-    b_dscore = b_dweight * twice_slope(b_weight, b_tanh)
-    return gl.convert_layout(b_dscore.to(dtype), LAYOUT)
+from attention_kernels.hopper_wide import compute_wide_dkdv, compute_wide_dq, make_exchange
+from attention_kernels.tiles import group_rows, live_rows, load_item, part_range, partner_start
 
 
 @gluon.jit
@@ -131,22 +113,27 @@ def compute_dq(
 def hopper_dq_kernel(
     dout, q, k, v, dq, sums, table, partials, counters, H, half_scale, dq_scale, stride_dt, stride_dh, K: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
-    HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
+    WIDE: gl.constexpr, HELD_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k].  Grid: one program a processor."""
+    """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k].  Grid: one program a processor.
+
+    WIDE: head sizes over 128, without a window (`hopper_wide.py`).
+    """
     BLOCK_N: gl.constexpr = k.block_shape[1]
     held_rings = make_held_rings(q, dout, HELD_STAGES)
     k_ring = make_ring(k, STAGES, 2)
-    v_ring = make_ring(v, STAGES, 2)
+    v_ring = make_ring(v, 1 if WIDE else STAGES, 2)
     rings = (held_rings, k_ring, v_ring)
+    # A loader waits for the values' only buffer before it goes on to the keys that are needed after them.
+    streamed = ((v, k), (v_ring, k_ring)) if WIDE else ((k, v), (k_ring, v_ring))
     order = make_order()
     output = (dq, sums, stride_dt, stride_dh, partials, counters)
     work = (rings, order, output, table, H, half_scale, dq_scale)
     gl.warp_specialize(
         [
-            (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
-            (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
-            (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
+            (compute_wide_dq if WIDE else compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
+            (compute_wide_dq if WIDE else compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
+            (load_partner_tiles, (streamed[0], streamed[1], order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((q, dout), held_rings, order, table, H)),
         ],
         [4, 1, 1],
@@ -237,19 +224,19 @@ def hopper_dkdv_kernel(
 ):  # fmt: skip
     """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise.  Grid: one program a processor.
 
-    WIDE: head sizes over 128, tiles of 64 keys (`hopper_wide.py`).
+    WIDE: head sizes over 128 (`hopper_wide.py`).
     """
     BLOCK_M: gl.constexpr = q.block_shape[1]
     if WIDE:
-        # Both groups share the keys.
-        held_rings = ((make_ring(k, HELD_STAGES, 2), make_ring(v, HELD_STAGES, 2)),)
+        # Both groups share the keys: the first multiplies by k, the second by v.
+        held_rings = ((make_ring(k, HELD_STAGES, 1), make_ring(v, HELD_STAGES, 1)),)
     else:
         held_rings = make_held_rings(k, v, HELD_STAGES)
     q_ring = make_ring(q, STAGES, 2)
     dout_ring = make_ring(dout, STAGES, 2)
     rings = (held_rings, q_ring, dout_ring)
     if WIDE:
-        exchange = make_exchange(k.dtype, BLOCK_M)
+        exchange = make_exchange(BLOCK_M)
         rings = (held_rings, q_ring, dout_ring, exchange)  # type: ignore[assignment]  # decided at compile time
     order = make_order()
     strides = (stride_dkt, stride_dkh, stride_dvt, stride_dvh)

@@ -259,8 +259,24 @@ def half_scores(
 
 
 @gluon.jit
-def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.constexpr):
-    """Writes a group's rows, and their sum, or with SUMS = 4 the sum of each warp's: see `tiles.store_rows`."""
+def score_slopes(
+    b_score, b_dweight, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
+):  # fmt: skip
+    """Twice the gradient of a group's scores, as the left operand of the sum over keys."""
+    b_half = half_scores(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
+    b_tanh = tanh(b_half)
+    b_weight = b_half * b_tanh + b_half
+    b_dscore = b_dweight * twice_slope(b_weight, b_tanh)
+    return gl.convert_layout(b_dscore.to(dtype), LAYOUT)
+
+
+@gluon.jit
+def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.constexpr, DIRECT: gl.constexpr = False):
+    """Writes a group's rows, and their sum, or with SUMS = 4 the sum of each warp's: see `tiles.store_rows`.
+
+    DIRECT: from the registers' own layout, in which a warp holds 16 rows.
+    """
     LAYOUT: gl.constexpr = p_x.type.layout
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
     dtype: gl.constexpr = p_x.dtype.element_ty
@@ -277,9 +293,13 @@ def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.conste
             o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
             gl.store(sums + slot * BLOCK_SIZE + o_size, gl.sum(b_row, 0))
         else:
-            # A warp holds every fourth bundle of so many rows: its sums need no shared memory.
-            BUNDLE: gl.constexpr = 256 // BLOCK_SIZE
-            b_sum = gl.sum(gl.sum(b_row.reshape([GROUP_SIZE // (4 * BUNDLE), 4, BUNDLE, BLOCK_SIZE]), 0), 1)
+            # A warp's sums need no shared memory.
+            if DIRECT:
+                b_sum = gl.sum(b_row.reshape([4, GROUP_SIZE // 4, BLOCK_SIZE]), 1)
+            else:
+                # It holds every fourth bundle of so many rows.
+                BUNDLE: gl.constexpr = 256 // BLOCK_SIZE
+                b_sum = gl.sum(gl.sum(b_row.reshape([GROUP_SIZE // (4 * BUNDLE), 4, BUNDLE, BLOCK_SIZE]), 0), 1)
             o_warp = gl.arange(0, 4, gl.SliceLayout(1, b_sum.type.layout))
             o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, b_sum.type.layout))
             gl.store(sums + (slot * 4 + o_warp)[:, None] * BLOCK_SIZE + o_size[None, :], b_sum)
@@ -289,11 +309,16 @@ def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.conste
 def store_group(
     x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
     GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
-    GROUPS: gl.constexpr = 2, SUMS: gl.constexpr = 1,
+    GROUPS: gl.constexpr = 2, SUMS: gl.constexpr = 1, DIRECT: gl.constexpr = False,
 ):  # fmt: skip
-    """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`."""
+    """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`.
+
+    DIRECT: without shared memory, which is slower, but large heads leave no room.
+    """
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_SIZE, BLOCK_SIZE // 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = (
+        b_x.type.layout if DIRECT else gl.BlockedLayout([1, 8], [256 // BLOCK_SIZE, BLOCK_SIZE // 8], [4, 1], [1, 0])
+    )
     o_tile = gl.arange(0, GROUP_SIZE, gl.SliceLayout(1, LAYOUT))
     o_size = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LAYOUT))
     p_x = x + i_h.to(gl.int64) * stride_h + (start + first + o_tile).to(gl.int64)[:, None] * stride_t + o_size[None, :]
@@ -301,7 +326,7 @@ def store_group(
     slot = ((home * H + i_h) * GROUPS + GROUP).to(gl.int64)
     if SPLIT:
         if parts == 1:
-            write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS)
+            write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS, DIRECT)
         else:
             TILE: gl.constexpr = GROUP_SIZE * BLOCK_SIZE
             # Partial sums stay in the registers' own order: they are only ever added.
@@ -320,6 +345,6 @@ def store_group(
                 for i in range(parts):
                     # Other processors wrote them: read past the first-level cache.
                     b_sum += gl.load(p_part + i * stride_part, cache_modifier=".cg")
-                write_group(p_x, m_x, b_sum, sums, slot, SCALED, SUMS)
+                write_group(p_x, m_x, b_sum, sums, slot, SCALED, SUMS, DIRECT)
     else:
-        write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS)
+        write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS, DIRECT)

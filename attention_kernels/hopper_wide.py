@@ -1,25 +1,26 @@
-"""dk and dv for head sizes of 129 to 256 on Hopper: two groups share 64 keys, and each sums half of the head.
+"""The backward for head sizes of 129 to 256 on Hopper, where a sum of 64 x 256 takes half of a group's registers.
 
-A group multiplies the scores of half of the streamed rows, passes their weights and slopes on through shared memory,
-and adds the products of all rows to its own columns of dk and dv.  So no score is computed twice, and a sum of 64 x 128
-fits the registers where one of 64 x 256 does not.
+dk and dv: both groups share 64 keys.  The first computes scores and sums dv, the second computes gradients of weights
+and sums dk; all that passes between them is the slope of SiLU, through shared memory.
+
+dq: groups hold 64 rows each, as for smaller heads, but a tile of 64 values has a single buffer, which is all the room
+there is.  So its product comes first, and the next values arrive during the rest of the tile.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from attention_kernels.hopper_tiles import (
     GROUP_SIZE,
+    Ring,
     half_scores,
+    keys_of_group,
     matrix_layout,
     next_number,
+    pass_by,
     release,
+    score_slopes,
     store_group,
     tanh,
     twice_slope,
@@ -27,19 +28,21 @@ from attention_kernels.hopper_tiles import (
 )
 from attention_kernels.tiles import live_rows, load_item, part_range, partner_start
 
+_SLOPES = gl.constexpr(2)
+"""Tiles of slopes between the groups: the first may be so many ahead."""
+
 
 @gluon.jit
-def make_exchange(dtype: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Buffers for both groups' weights and slopes, [keys, half of the rows] each, and their barriers."""
-    ROWS: gl.constexpr = BLOCK_M // 2
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * ROWS, element_bitwidth=16, rank=2)
-    weights = gl.allocate_shared_memory(dtype, [2, GROUP_SIZE, ROWS], LAYOUT)
-    slopes = gl.allocate_shared_memory(dtype, [2, GROUP_SIZE, ROWS], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(full, count=2)
-    mbarrier.init(empty, count=2)
-    return weights, slopes, full, empty
+def make_exchange(BLOCK_M: gl.constexpr):
+    """The ring of slopes that the first group hands to the second, [keys, rows] each."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * BLOCK_M, element_bitwidth=16, rank=2)
+    buffers = gl.allocate_shared_memory(gl.float16, [_SLOPES, GROUP_SIZE, BLOCK_M], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [_SLOPES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [_SLOPES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(_SLOPES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    return Ring(buffers, full, empty)
 
 
 @gluon.jit
@@ -47,18 +50,17 @@ def compute_wide_dkdv(
     work, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """`hopper_backward.compute_dkdv` where both groups hold the same keys: a group's columns of every item."""
+    """`hopper_backward.compute_dkdv` where both groups hold the same keys."""
     rings, order, output, table, H, half_scale, dk_scale, dv_scale = work
     held_rings, q_ring, dout_ring, exchange = rings
     k_ring, v_ring = held_rings[0]
-    weights, slopes, full, empty = exchange
     dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters = output
     stride_dkt, stride_dkh, stride_dvt, stride_dvh = strides
-    HALF_K: gl.constexpr = k_ring.buffers.shape[3] // 2
-    HALF_V: gl.constexpr = v_ring.buffers.shape[3] // 2
-    ROWS: gl.constexpr = BLOCK_M // 2
+    SIZE: gl.constexpr = v_ring.buffers.shape[3] if GROUP == 0 else k_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
-    S_LAYOUT: gl.constexpr = matrix_layout(ROWS)
+    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_M)
+    SUM_LAYOUT: gl.constexpr = matrix_layout(SIZE)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUM_LAYOUT, 2)
     num_items = gl.load(table) * H
     number = gl.program_id(0)
     i_item = 0
@@ -68,52 +70,110 @@ def compute_wide_dkdv(
         start, bounds, first, last, part, parts, home = load_item(table, number // H)
         partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)
         lo, hi = part_range(partners, part, parts, SPLIT)
-        b_k = wait_block(k_ring, i_item)
-        b_v = wait_block(v_ring, i_item)
-        b_dk = gl.zeros([GROUP_SIZE, HALF_K], gl.float32, matrix_layout(HALF_K))
-        b_dv = gl.zeros([GROUP_SIZE, HALF_V], gl.float32, matrix_layout(HALF_V))
-        b_zero = gl.zeros([GROUP_SIZE, ROWS], gl.float32, S_LAYOUT)
+        b_held = wait_block(k_ring if GROUP == 0 else v_ring, i_item)
+        b_sum = gl.zeros([GROUP_SIZE, SIZE], gl.float32, SUM_LAYOUT)
+        b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
         for j in range(lo, hi):
-            row = partner_start(j, partners, BLOCK_M) + GROUP * ROWS
-            b_q = wait_block(q_ring, i_use)
-            own_q = b_q.slice(GROUP * ROWS, ROWS, dim=0)
-            b_score = warpgroup_mma(b_k, own_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_dout = wait_block(dout_ring, i_use)
-            own_dout = b_dout.slice(GROUP * ROWS, ROWS, dim=0)
-            b_dweight = warpgroup_mma(b_v, own_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_score = warpgroup_mma_wait(1, deps=(b_score,))
-            b_half = half_scores(b_score, half_scale, row, first, bounds, True, HAS_LOCAL, HAS_TARGETS)
-            b_tanh = tanh(b_half)
-            b_weight = b_half * b_tanh + b_half
-            b_slope = twice_slope(b_weight, b_tanh)
-            mbarrier.wait(empty, (i_use + 1) & 1)
-            weights.index(GROUP).store(b_weight.to(dtype))
-            b_dweight = warpgroup_mma_wait(0, deps=(b_dweight,))
-            slopes.index(GROUP).store((b_dweight * b_slope).to(dtype))
-            # Every thread's stores must be seen by the matrix unit before one thread announces them.
-            fence_async_shared()
-            gl.thread_barrier()
-            mbarrier.arrive(full)
-            mbarrier.wait(full, i_use & 1)
-            for i in gl.static_range(2):
-                dout_part = b_dout.slice(i * ROWS, ROWS, dim=0).slice(GROUP * HALF_V, HALF_V, dim=1)
-                b_dv = warpgroup_mma(weights.index(i), dout_part, b_dv, is_async=True)
-                q_part = b_q.slice(i * ROWS, ROWS, dim=0).slice(GROUP * HALF_K, HALF_K, dim=1)
-                b_dk = warpgroup_mma(slopes.index(i), q_part, b_dk, is_async=True)
-            b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
-            mbarrier.arrive(empty)
-            release(dout_ring, i_use)
-            release(q_ring, i_use)
+            stage = i_use % _SLOPES
+            turn = i_use // _SLOPES & 1
+            if GROUP == 0:
+                row = partner_start(j, partners, BLOCK_M)
+                b_q = wait_block(q_ring, i_use)
+                b_score = warpgroup_mma(b_held, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_score = warpgroup_mma_wait(0, deps=(b_score,))
+                release(q_ring, i_use)
+                b_half = half_scores(b_score, half_scale, row, first, bounds, True, HAS_LOCAL, HAS_TARGETS)
+                b_tanh = tanh(b_half)
+                b_weight = b_half * b_tanh + b_half
+                mbarrier.wait(exchange.empty.index(stage), turn ^ 1)
+                exchange.buffers.index(stage).store(twice_slope(b_weight, b_tanh).to(gl.float16))
+                gl.thread_barrier()
+                mbarrier.arrive(exchange.full.index(stage))
+                b_left = gl.convert_layout(b_weight.to(dtype), LEFT)
+                b_right = wait_block(dout_ring, i_use)
+            else:
+                b_dout = wait_block(dout_ring, i_use)
+                b_dweight = warpgroup_mma(b_held, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_dweight = warpgroup_mma_wait(0, deps=(b_dweight,))
+                release(dout_ring, i_use)
+                mbarrier.wait(exchange.full.index(stage), turn)
+                b_slope = exchange.buffers.index(stage).load(S_LAYOUT)
+                gl.thread_barrier()
+                mbarrier.arrive(exchange.empty.index(stage))
+                b_left = gl.convert_layout((b_dweight * b_slope.to(gl.float32)).to(dtype), LEFT)
+                b_right = wait_block(q_ring, i_use)
+            b_sum = warpgroup_mma(b_left, b_right, b_sum, is_async=True)
+            b_sum, b_left = warpgroup_mma_wait(0, deps=(b_sum, b_left))
+            release(dout_ring if GROUP == 0 else q_ring, i_use)
             i_use += 1
-        release(k_ring, i_item)
-        release(v_ring, i_item)
+        release(k_ring if GROUP == 0 else v_ring, i_item)
+        if GROUP == 0:
+            store_group(
+                dv, b_sum * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
+                v_partials, v_counters, 0, V, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=True,
+            )  # fmt: skip
+        else:
+            store_group(
+                dk, b_sum * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
+                k_partials, k_counters, 0, K, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=True,
+            )  # fmt: skip
+        number = next_number(order, i_item)
+        i_item += 1
+
+
+@gluon.jit
+def compute_wide_dq(
+    work, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    """`hopper_backward.compute_dq` with one buffer of values."""
+    rings, order, output, table, H, half_scale, dq_scale = work
+    held_rings, k_ring, v_ring = rings
+    q_ring, dout_ring = held_rings[GROUP]
+    dq, sums, stride_dt, stride_dh, partials, counters = output
+    BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
+    dtype: gl.constexpr = k_ring.buffers.dtype
+    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
+    DQ_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
+    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
+    num_items = gl.load(table) * H
+    number = gl.program_id(0)
+    i_item = 0
+    i_use = 0
+    while number < num_items:
+        i_h = number % H
+        start, bounds, first, last, part, parts, home = load_item(table, number // H)
+        row, partners, lo, begin, end, hi = keys_of_group(
+            first, last, part, parts, bounds, GROUP, BLOCK_N, HAS_LOCAL, SPLIT
+        )
+        pass_by((v_ring, k_ring), i_use, i_use + begin - lo)
+        b_q = wait_block(q_ring, i_item)
+        b_dout = wait_block(dout_ring, i_item)
+        b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
+        b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+        for j in range(begin, end):
+            i_tile = i_use + j - lo
+            key = partner_start(j, partners, BLOCK_N)
+            b_v = wait_block(v_ring, i_tile)
+            b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_k = wait_block(k_ring, i_tile)
+            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))
+            release(v_ring, i_tile)
+            b_score = warpgroup_mma_wait(0, deps=(b_score,))
+            b_dscore = score_slopes(
+                b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
+            )
+            b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
+            b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
+            release(k_ring, i_tile)
+        release(q_ring, i_item)
+        release(dout_ring, i_item)
+        pass_by((v_ring, k_ring), i_use + end - lo, i_use + hi - lo)
+        i_use += hi - lo
         store_group(
-            dv + GROUP * HALF_V, b_dv * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, first, last,
-            part, parts, home, v_partials, v_counters, GROUP, V - GROUP * HALF_V, SPLIT, SCALED,
-        )  # fmt: skip
-        store_group(
-            dk + GROUP * HALF_K, b_dk * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, first, last,
-            part, parts, home, k_partials, k_counters, GROUP, K - GROUP * HALF_K, SPLIT, SCALED,
+            dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
+            partials, counters, GROUP, K, SPLIT, SCALED, SUMS=4, DIRECT=True,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
