@@ -40,6 +40,9 @@ class RingConfig:
     stages: int
     """Streamed tiles in shared memory; at least two, as a group releases a tile only when it has the next."""
 
+    wide: bool = False
+    """Of the backward for large heads (`hopper_wide.py`), in which both groups of dk and dv share 64 keys."""
+
     def __post_init__(self) -> None:
         if self.stages < 2:
             raise ValueError(f"stages={self.stages}: a group would wait for ever for the next tile; take at least 2")
@@ -70,8 +73,8 @@ RINGS = {
         forward=RingConfig(block=64, held_stages=1, stages=2),
         full_forward=RingConfig(block=64, held_stages=1, stages=2),
         dq=RingConfig(block=32, held_stages=1, stages=2),
-        full_dq=RingConfig(block=64, held_stages=1, stages=2),
-        full_dkdv=RingConfig(block=64, held_stages=1, stages=2),
+        full_dq=RingConfig(block=64, held_stages=1, stages=2, wide=True),
+        full_dkdv=RingConfig(block=64, held_stages=1, stages=2, wide=True),
     ),
 }
 """By the larger head size, padded to a power of two."""
@@ -144,23 +147,24 @@ def backward(
     size = block_size(q_THK, v_THV)
     rings = RINGS[size]
     portable = None if mask.local is None else choose_config(mask, q_THK.dtype, size).dkdv
-    key_block = portable.keys if portable is not None else _GROUP if _is_wide(q_THK, v_THV) else _HELD
+    row_ring = rings.full_dq if mask.local is None else rings.dq
+    key_ring = rings.full_dkdv
+    key_block = portable.keys if portable is not None else _GROUP if key_ring.wide else _HELD
     rows, keys = build_schedule(mask, offsets, num_targets, q_THK, v_THV, _HELD, key_block, _split_programs(q_THK))
     assert rows is not None and keys is not None
     inputs = (dout_THV, q_THK, k_THK, v_THV)
     options: dict[str, Any] = {"scale": scale, "max_len": max_len, "scaled": scaled}
-    # Sums a tile: of each group of rows and of all keys; without a window of each warp that holds keys, or wide rows.
-    row_groups, key_groups = 2, 1
-    if mask.local is None:
-        row_groups, key_groups = (8, 4) if _is_wide(q_THK, v_THV) else (2, 8)
+    # Sums a tile: the portable kernel adds up all keys, ours a warp's, four a group that holds its own; rows a group's,
+    # or with large heads a warp's.
+    row_groups = 8 if row_ring.wide else 2
+    key_groups = 1 if portable is not None else 4 if key_ring.wide else 8
     total = tile_sums.allocate(rows, keys, out, row_groups=row_groups, key_groups=key_groups) if sums else None
     q_sums, k_sums, v_sums = total or (None, None, None)
     key_arguments = (inputs, (dk, dv), (k_sums, v_sums), mask, num_targets, keys)
     if portable is None:
-        backward_keys(*key_arguments, rings.full_dkdv, **options)
+        backward_keys(*key_arguments, key_ring, **options)
     else:
         triton_attention.backward_keys(*key_arguments, portable, **options)
-    row_ring = rings.full_dq if mask.local is None else rings.dq
     backward_rows(inputs, dq, q_sums, mask, num_targets, rows, row_ring, **options)
     return total and tile_sums.add(rows, keys, total, out)
 
@@ -194,7 +198,7 @@ def backward_keys(
         K=q.shape[2],
         V=v.shape[2],
         SCALED=scaled,
-        WIDE=_is_wide(q, v),
+        WIDE=ring.wide,
         **_options(mask, plan, num_targets, ring),
     )
 
@@ -231,14 +235,9 @@ def backward_rows(
         *dq.stride()[:2],
         K=q.shape[2],
         SCALED=scaled,
-        WIDE=mask.local is None and _is_wide(q, v),
+        WIDE=ring.wide,
         **_options(mask, plan, num_targets, ring),
     )
-
-
-def _is_wide(q_THK: Tensor, v_THV: Tensor) -> bool:
-    """Whether both groups of the dk and dv kernel share 64 keys."""
-    return block_size(q_THK, v_THV) > 128
 
 
 def _split_programs(q: Tensor) -> int:

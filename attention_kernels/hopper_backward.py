@@ -9,8 +9,6 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from attention_kernels.hopper_tiles import (
     GROUP_SIZE,
-    half_scores,
-    keys_of_group,
     load_held_tiles,
     load_partner_tiles,
     make_held_rings,
@@ -18,33 +16,85 @@ from attention_kernels.hopper_tiles import (
     make_ring,
     matrix_layout,
     next_number,
+    partners_of_group,
     pass_by,
     release,
     score_slopes,
     store_group,
-    tanh,
-    twice_slope,
     wait_block,
+    weights_and_slopes,
 )
-from attention_kernels.hopper_wide import compute_wide_dkdv, compute_wide_dq, make_exchange
-from attention_kernels.tiles import group_rows, live_rows, load_item, part_range, partner_start
+from attention_kernels.hopper_wide import compute_wide_dkdv, make_exchange, sum_wide_dq
+from attention_kernels.tiles import load_item, partner_start
 
 
 @gluon.jit
-def compute_dq(
-    work, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
+def sum_dq(
+    b_q, b_dout, k_ring, v_ring, i_use, lo, begin, end, row, partners, bounds, half_scale,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
-    """A group: its rows of every item of this program."""
-    rings, order, output, table, H, half_scale, dq_scale = work
-    held_rings, k_ring, v_ring = rings
-    q_ring, dout_ring = held_rings[GROUP]
-    dq, sums, stride_dt, stride_dh, partials, counters = output
+    """A group's sum over the tiles begin..end-1 of those that stream past from lo on, the i_use-th fillings.
+
+    The scores of the next tile are multiplied before the sum of this one.
+    """
+    BLOCK_N: gl.constexpr = k_ring.buffers.shape[2]
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
     S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
     DQ_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
+    b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
+    b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+    if begin < end:
+        i_tile = i_use + begin - lo
+        b_k = wait_block(k_ring, i_tile)
+        b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+        b_v = wait_block(v_ring, i_tile)
+        b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+        b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
+        release(v_ring, i_tile)
+        key = partner_start(begin, partners, BLOCK_N)
+        b_dscore = score_slopes(
+            b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
+            HAS_LOCAL, HAS_TARGETS,
+        )  # fmt: skip
+        for j in range(begin + 1, end):
+            i_tile = i_use + j - lo
+            key = partner_start(j, partners, BLOCK_N)
+            b_k = wait_block(k_ring, i_tile)
+            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_v = wait_block(v_ring, i_tile)
+            b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_before = wait_block(k_ring, i_tile - 1)
+            b_dq = warpgroup_mma(b_dscore, b_before, b_dq, is_async=True)
+            b_score, b_dweight = warpgroup_mma_wait(1, deps=(b_score, b_dweight))
+            release(v_ring, i_tile)
+            b_next = score_slopes(
+                b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
+                HAS_LOCAL, HAS_TARGETS,
+            )  # fmt: skip
+            # The sum's left operand stays in its registers until the sum is done.
+            b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
+            release(k_ring, i_tile - 1)
+            b_dscore = b_next
+        i_tile = i_use + end - 1 - lo
+        b_k = wait_block(k_ring, i_tile)
+        b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
+        b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
+        release(k_ring, i_tile)
+    return b_dq
+
+
+@gluon.jit
+def compute_dq(
+    work, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """A group: its rows of every item of this program."""
+    rings, order, output, table, H, half_scale, dq_scale = work
+    held_rings, k_ring, v_ring, streamed_rings = rings
+    q_ring, dout_ring = held_rings[GROUP]
+    dq, sums, stride_dt, stride_dh, partials, counters = output
     num_items = gl.load(table) * H
     number = gl.program_id(0)
     i_item = 0
@@ -52,58 +102,29 @@ def compute_dq(
     while number < num_items:
         i_h = number % H
         start, bounds, first, last, part, parts, home = load_item(table, number // H)
-        row, partners, lo, begin, end, hi = keys_of_group(
-            first, last, part, parts, bounds, GROUP, BLOCK_N, HAS_LOCAL, SPLIT
+        row, partners, lo, begin, end, hi = partners_of_group(
+            first, last, part, parts, bounds, GROUP, BLOCK_N, True, HAS_LOCAL, SPLIT
         )
-        pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
+        pass_by(streamed_rings, i_use, i_use + begin - lo)
         b_q = wait_block(q_ring, i_item)
         b_dout = wait_block(dout_ring, i_item)
-        b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
-        b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
-        if begin < end:
-            i_tile = i_use + begin - lo
-            b_k = wait_block(k_ring, i_tile)
-            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_v = wait_block(v_ring, i_tile)
-            b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
-            release(v_ring, i_tile)
-            key = partner_start(begin, partners, BLOCK_N)
-            b_dscore = score_slopes(
-                b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
+        if WIDE:
+            b_dq = sum_wide_dq(
+                b_q, b_dout, k_ring, v_ring, i_use, lo, begin, end, row, partners, bounds, half_scale,
                 HAS_LOCAL, HAS_TARGETS,
             )  # fmt: skip
-            for j in range(begin + 1, end):
-                i_tile = i_use + j - lo
-                key = partner_start(j, partners, BLOCK_N)
-                b_k = wait_block(k_ring, i_tile)
-                b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_v = wait_block(v_ring, i_tile)
-                b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-                b_before = wait_block(k_ring, i_tile - 1)
-                b_dq = warpgroup_mma(b_dscore, b_before, b_dq, is_async=True)
-                b_score, b_dweight = warpgroup_mma_wait(1, deps=(b_score, b_dweight))
-                release(v_ring, i_tile)
-                b_next = score_slopes(
-                    b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
-                    HAS_LOCAL, HAS_TARGETS,
-                )  # fmt: skip
-                # The sum's left operand stays in its registers until the sum is done.
-                b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
-                release(k_ring, i_tile - 1)
-                b_dscore = b_next
-            i_tile = i_use + end - 1 - lo
-            b_k = wait_block(k_ring, i_tile)
-            b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
-            b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
-            release(k_ring, i_tile)
+        else:
+            b_dq = sum_dq(
+                b_q, b_dout, k_ring, v_ring, i_use, lo, begin, end, row, partners, bounds, half_scale,
+                HAS_LOCAL, HAS_TARGETS,
+            )  # fmt: skip
         release(q_ring, i_item)
         release(dout_ring, i_item)
-        pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
+        pass_by(streamed_rings, i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
             dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, K, SPLIT, SCALED,
+            partials, counters, GROUP, K, SPLIT, SCALED, SUMS=4 if WIDE else 1, DIRECT=WIDE,
         )  # fmt: skip
         number = next_number(order, i_item)
         i_item += 1
@@ -123,16 +144,16 @@ def hopper_dq_kernel(
     held_rings = make_held_rings(q, dout, HELD_STAGES)
     k_ring = make_ring(k, STAGES, 2)
     v_ring = make_ring(v, 1 if WIDE else STAGES, 2)
-    rings = (held_rings, k_ring, v_ring)
     # A loader waits for the values' only buffer before it goes on to the keys that are needed after them.
     streamed = ((v, k), (v_ring, k_ring)) if WIDE else ((k, v), (k_ring, v_ring))
+    rings = (held_rings, k_ring, v_ring, streamed[1])
     order = make_order()
     output = (dq, sums, stride_dt, stride_dh, partials, counters)
     work = (rings, order, output, table, H, half_scale, dq_scale)
     gl.warp_specialize(
         [
-            (compute_wide_dq if WIDE else compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
-            (compute_wide_dq if WIDE else compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED)),
+            (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED, WIDE)),
+            (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED, WIDE)),
             (load_partner_tiles, (streamed[0], streamed[1], order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((q, dout), held_rings, order, table, H)),
         ],
@@ -165,12 +186,9 @@ def compute_dkdv(
     while number < num_items:
         i_h = number % H
         start, bounds, first, last, part, parts, home = load_item(table, number // H)
-        partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)
-        lo, hi = part_range(partners, part, parts, SPLIT)
-        key = first + GROUP * GROUP_SIZE
-        front, back = group_rows(key, gl.minimum(key + GROUP_SIZE, last), partners, bounds, BLOCK_M, HAS_LOCAL)
-        begin = gl.minimum(gl.maximum(lo, front), hi)
-        end = gl.maximum(gl.minimum(hi, back), begin)
+        key, partners, lo, begin, end, hi = partners_of_group(
+            first, last, part, parts, bounds, GROUP, BLOCK_M, False, HAS_LOCAL, SPLIT
+        )
         pass_by((q_ring, dout_ring), i_use, i_use + begin - lo)
         b_k = wait_block(k_ring, i_item)
         b_v = wait_block(v_ring, i_item)
@@ -185,10 +203,7 @@ def compute_dkdv(
             b_dout = wait_block(dout_ring, i_tile)
             b_dweight = warpgroup_mma(b_v, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_score = warpgroup_mma_wait(1, deps=(b_score,))
-            b_half = half_scores(b_score, half_scale, row, key, bounds, True, HAS_LOCAL, HAS_TARGETS)
-            b_tanh = tanh(b_half)
-            b_weight = b_half * b_tanh + b_half
-            b_slope = twice_slope(b_weight, b_tanh)
+            b_weight, b_slope = weights_and_slopes(b_score, half_scale, row, key, bounds, True, HAS_LOCAL, HAS_TARGETS)
             b_w = gl.convert_layout(b_weight.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
             b_dv = warpgroup_mma(b_w, b_dout, b_dv, is_async=True)
             b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))

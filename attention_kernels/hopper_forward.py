@@ -13,13 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from attention_kernels.hopper_tiles import (
     GROUP_SIZE,
     half_scores,
-    keys_of_group,
     load_held_tiles,
     load_partner_tiles,
     make_order,
     make_ring,
     matrix_layout,
     next_number,
+    partners_of_group,
     pass_by,
     release,
     store_group,
@@ -64,8 +64,8 @@ def compute_forward(
     while number < num_items:
         i_h = number % H
         start, bounds, first, last, part, parts, home = load_item(table, number // H)
-        row, partners, lo, begin, end, hi = keys_of_group(
-            first, last, part, parts, bounds, GROUP, BLOCK_N, HAS_LOCAL, SPLIT
+        row, partners, lo, begin, end, hi = partners_of_group(
+            first, last, part, parts, bounds, GROUP, BLOCK_N, True, HAS_LOCAL, SPLIT
         )
         pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
         b_q = wait_block(q_ring, i_item)

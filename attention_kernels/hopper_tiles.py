@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from attention_kernels.tiles import (
     element_mask,
     group_keys,
+    group_rows,
     is_full,
     live_keys,
     live_rows,
@@ -62,15 +63,22 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """A ring of STAGES blocks of the descriptor's, each read by READERS groups."""
-    shape: gl.constexpr = descriptor.block_shape
-    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES, 1, shape[1], shape[2]], descriptor.layout)
+def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
+    """(full, empty) of a ring: announced by its one writer, and by each of its readers."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=READERS)
+    return full, empty
+
+
+@gluon.jit
+def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of STAGES blocks of the descriptor's, each read by READERS groups."""
+    shape: gl.constexpr = descriptor.block_shape
+    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES, 1, shape[1], shape[2]], descriptor.layout)
+    full, empty = make_barriers(STAGES, READERS)
     return Ring(buffers, full, empty)
 
 
@@ -122,11 +130,7 @@ def make_order(GROUPS: gl.constexpr = 2):
     """The ring that carries item numbers from the loader that draws them to the other loader and the groups."""
     NUMBER_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     buffers = gl.allocate_shared_memory(gl.int32, [_NUMBERS_AHEAD, 1], NUMBER_LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [_NUMBERS_AHEAD, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [_NUMBERS_AHEAD, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(_NUMBERS_AHEAD):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=GROUPS + 1)
+    full, empty = make_barriers(_NUMBERS_AHEAD, GROUPS + 1)
     return Ring(buffers, full, empty)
 
 
@@ -170,6 +174,16 @@ def load_held_tiles(descriptors, rings, order, table, H):
 
 
 @gluon.jit
+def live_partners(first, last, bounds, BLOCK: gl.constexpr, BY_ROWS: gl.constexpr, HAS_LOCAL: gl.constexpr):
+    """The live tiles of keys of a row tile first..last-1 (BY_ROWS), or of rows of a key tile."""
+    if BY_ROWS:
+        partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
+    else:
+        partners = live_rows(first, last, bounds, BLOCK, HAS_LOCAL)
+    return partners
+
+
+@gluon.jit
 def load_partner_tiles(
     descriptors, rings, order, table, H,
     BLOCK: gl.constexpr, BY_ROWS: gl.constexpr, HAS_LOCAL: gl.constexpr, SPLIT: gl.constexpr,
@@ -182,10 +196,7 @@ def load_partner_tiles(
     while number < num_items:
         start, bounds, first, last, part, parts, _ = load_item(table, number // H)
         next_item = draw_number(order, table, i_item)
-        if BY_ROWS:
-            partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
-        else:
-            partners = live_rows(first, last, bounds, BLOCK, HAS_LOCAL)
+        partners = live_partners(first, last, bounds, BLOCK, BY_ROWS, HAS_LOCAL)
         lo, hi = part_range(partners, part, parts, SPLIT)
         for j in range(lo, hi):
             position = start + partner_start(j, partners, BLOCK)
@@ -197,21 +208,25 @@ def load_partner_tiles(
 
 
 @gluon.jit
-def keys_of_group(
+def partners_of_group(
     first, last, part, parts, bounds,
-    GROUP: gl.constexpr, BLOCK: gl.constexpr, HAS_LOCAL: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK: gl.constexpr, BY_ROWS: gl.constexpr, HAS_LOCAL: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """A group's first row of a tile first..last-1, the tile's partners, and (lo, begin, end, hi).
+    """A group's first row (or key) of a tile first..last-1, the tile's partners, and (lo, begin, end, hi).
 
     Of the partners lo..hi-1 stream past for this item, and the group needs begin..end-1.
     """
-    partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
+    partners = live_partners(first, last, bounds, BLOCK, BY_ROWS, HAS_LOCAL)
     lo, hi = part_range(partners, part, parts, SPLIT)
-    row = first + GROUP * GROUP_SIZE
-    front, back = group_keys(row, gl.minimum(row + GROUP_SIZE, last), partners, bounds, BLOCK, HAS_LOCAL)
+    own = first + GROUP * GROUP_SIZE
+    own_last = gl.minimum(own + GROUP_SIZE, last)
+    if BY_ROWS:
+        front, back = group_keys(own, own_last, partners, bounds, BLOCK, HAS_LOCAL)
+    else:
+        front, back = group_rows(own, own_last, partners, bounds, BLOCK, HAS_LOCAL)
     begin = gl.minimum(gl.maximum(lo, front), hi)
     end = gl.maximum(gl.minimum(hi, back), begin)
-    return row, partners, lo, begin, end, hi
+    return own, partners, lo, begin, end, hi
 
 
 @gluon.constexpr_function
@@ -259,20 +274,29 @@ def half_scores(
 
 
 @gluon.jit
+def weights_and_slopes(
+    b_score, half_scale, row, key, bounds,
+    KEYS_FIRST: gl.constexpr, HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
+):  # fmt: skip
+    """SiLU of a group's scores and twice its slopes there, laid out as `half_scores` takes them."""
+    b_half = half_scores(b_score, half_scale, row, key, bounds, KEYS_FIRST, HAS_LOCAL, HAS_TARGETS)
+    b_tanh = tanh(b_half)
+    b_weight = b_half * b_tanh + b_half
+    return b_weight, twice_slope(b_weight, b_tanh)
+
+
+@gluon.jit
 def score_slopes(
     b_score, b_dweight, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
     """Twice the gradient of a group's scores, as the left operand of the sum over keys."""
-    b_half = half_scores(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
-    b_tanh = tanh(b_half)
-    b_weight = b_half * b_tanh + b_half
-    b_dscore = b_dweight * twice_slope(b_weight, b_tanh)
-    return gl.convert_layout(b_dscore.to(dtype), LAYOUT)
+    _, b_slope = weights_and_slopes(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
+    return gl.convert_layout((b_dweight * b_slope).to(dtype), LAYOUT)
 
 
 @gluon.jit
-def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.constexpr, DIRECT: gl.constexpr = False):
+def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.constexpr, DIRECT: gl.constexpr):
     """Writes a group's rows, and their sum, or with SUMS = 4 the sum of each warp's: see `tiles.store_rows`.
 
     DIRECT: from the registers' own layout, in which a warp holds 16 rows.

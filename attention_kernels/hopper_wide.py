@@ -14,17 +14,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from attention_kernels.hopper_tiles import (
     GROUP_SIZE,
     Ring,
-    half_scores,
-    keys_of_group,
+    make_barriers,
     matrix_layout,
     next_number,
-    pass_by,
     release,
     score_slopes,
     store_group,
-    tanh,
-    twice_slope,
     wait_block,
+    weights_and_slopes,
 )
 from attention_kernels.tiles import live_rows, load_item, part_range, partner_start
 
@@ -35,13 +32,9 @@ _SLOPES = gl.constexpr(2)
 @gluon.jit
 def make_exchange(BLOCK_M: gl.constexpr):
     """The ring of slopes that the first group hands to the second, [keys, rows] each."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * BLOCK_M, element_bitwidth=16, rank=2)
-    buffers = gl.allocate_shared_memory(gl.float16, [_SLOPES, GROUP_SIZE, BLOCK_M], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [_SLOPES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [_SLOPES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(_SLOPES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * BLOCK_M, element_bitwidth=16, rank=3)
+    buffers = gl.allocate_shared_memory(gl.float16, [_SLOPES, 1, GROUP_SIZE, BLOCK_M], LAYOUT)
+    full, empty = make_barriers(_SLOPES, 1)
     return Ring(buffers, full, empty)
 
 
@@ -74,19 +67,18 @@ def compute_wide_dkdv(
         b_sum = gl.zeros([GROUP_SIZE, SIZE], gl.float32, SUM_LAYOUT)
         b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
         for j in range(lo, hi):
-            stage = i_use % _SLOPES
-            turn = i_use // _SLOPES & 1
             if GROUP == 0:
                 row = partner_start(j, partners, BLOCK_M)
                 b_q = wait_block(q_ring, i_use)
                 b_score = warpgroup_mma(b_held, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
                 b_score = warpgroup_mma_wait(0, deps=(b_score,))
                 release(q_ring, i_use)
-                b_half = half_scores(b_score, half_scale, row, first, bounds, True, HAS_LOCAL, HAS_TARGETS)
-                b_tanh = tanh(b_half)
-                b_weight = b_half * b_tanh + b_half
-                mbarrier.wait(exchange.empty.index(stage), turn ^ 1)
-                exchange.buffers.index(stage).store(twice_slope(b_weight, b_tanh).to(gl.float16))
+                b_weight, b_slope = weights_and_slopes(
+                    b_score, half_scale, row, first, bounds, True, HAS_LOCAL, HAS_TARGETS
+                )
+                stage = i_use % _SLOPES
+                mbarrier.wait(exchange.empty.index(stage), (i_use // _SLOPES + 1) & 1)
+                exchange.buffers.index(stage).reshape([GROUP_SIZE, BLOCK_M]).store(b_slope.to(gl.float16))
                 gl.thread_barrier()
                 mbarrier.arrive(exchange.full.index(stage))
                 b_left = gl.convert_layout(b_weight.to(dtype), LEFT)
@@ -96,10 +88,9 @@ def compute_wide_dkdv(
                 b_dweight = warpgroup_mma(b_held, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
                 b_dweight = warpgroup_mma_wait(0, deps=(b_dweight,))
                 release(dout_ring, i_use)
-                mbarrier.wait(exchange.full.index(stage), turn)
-                b_slope = exchange.buffers.index(stage).load(S_LAYOUT)
+                b_slope = wait_block(exchange, i_use).load(S_LAYOUT)
                 gl.thread_barrier()
-                mbarrier.arrive(exchange.empty.index(stage))
+                release(exchange, i_use)
                 b_left = gl.convert_layout((b_dweight * b_slope.to(gl.float32)).to(dtype), LEFT)
                 b_right = wait_block(q_ring, i_use)
             b_sum = warpgroup_mma(b_left, b_right, b_sum, is_async=True)
@@ -122,58 +113,33 @@ def compute_wide_dkdv(
 
 
 @gluon.jit
-def compute_wide_dq(
-    work, GROUP: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
+def sum_wide_dq(
+    b_q, b_dout, k_ring, v_ring, i_use, lo, begin, end, row, partners, bounds, half_scale,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
-    """`hopper_backward.compute_dq` with one buffer of values."""
-    rings, order, output, table, H, half_scale, dq_scale = work
-    held_rings, k_ring, v_ring = rings
-    q_ring, dout_ring = held_rings[GROUP]
-    dq, sums, stride_dt, stride_dh, partials, counters = output
+    """`hopper_backward.sum_dq` with one buffer of values."""
+    BLOCK_N: gl.constexpr = k_ring.buffers.shape[2]
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
     S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
     DQ_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
-    num_items = gl.load(table) * H
-    number = gl.program_id(0)
-    i_item = 0
-    i_use = 0
-    while number < num_items:
-        i_h = number % H
-        start, bounds, first, last, part, parts, home = load_item(table, number // H)
-        row, partners, lo, begin, end, hi = keys_of_group(
-            first, last, part, parts, bounds, GROUP, BLOCK_N, HAS_LOCAL, SPLIT
+    b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
+    b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+    for j in range(begin, end):
+        i_tile = i_use + j - lo
+        key = partner_start(j, partners, BLOCK_N)
+        b_v = wait_block(v_ring, i_tile)
+        b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+        b_k = wait_block(k_ring, i_tile)
+        b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+        b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))
+        release(v_ring, i_tile)
+        b_score = warpgroup_mma_wait(0, deps=(b_score,))
+        b_dscore = score_slopes(
+            b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
         )
-        pass_by((v_ring, k_ring), i_use, i_use + begin - lo)
-        b_q = wait_block(q_ring, i_item)
-        b_dout = wait_block(dout_ring, i_item)
-        b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
-        b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
-        for j in range(begin, end):
-            i_tile = i_use + j - lo
-            key = partner_start(j, partners, BLOCK_N)
-            b_v = wait_block(v_ring, i_tile)
-            b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_k = wait_block(k_ring, i_tile)
-            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))
-            release(v_ring, i_tile)
-            b_score = warpgroup_mma_wait(0, deps=(b_score,))
-            b_dscore = score_slopes(
-                b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
-            )
-            b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
-            b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
-            release(k_ring, i_tile)
-        release(q_ring, i_item)
-        release(dout_ring, i_item)
-        pass_by((v_ring, k_ring), i_use + end - lo, i_use + hi - lo)
-        i_use += hi - lo
-        store_group(
-            dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, K, SPLIT, SCALED, SUMS=4, DIRECT=True,
-        )  # fmt: skip
-        number = next_number(order, i_item)
-        i_item += 1
+        b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
+        b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
+        release(k_ring, i_tile)
+    return b_dq
