@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
 from pipelines.batch import Batch
 from pipelines.loader import dataset_info
@@ -139,8 +139,7 @@ def time_step(model: ParallelModel, batch: Batch, mesh: Mesh) -> float:
         loss, _ = model.forward(batch)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's method
         model.optimizers.step()
-        if mesh.device.type == "cuda":
-            torch.cuda.synchronize(mesh.device)
+        synchronize(mesh)
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times[WARM_UP:])
 

@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.loader import hardware, write_data
 from pipelines.batch import Batch
@@ -34,6 +33,7 @@ from trainer.job import build_parallel, consumption, machine_of, make_plan
 from trainer.loop import Feed
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, StageConfig
+from trainer.preflight import device_name
 from trainer.recipes import load_recipe
 
 SETTLE = 6
@@ -64,9 +64,12 @@ def main() -> None:
         print(f"{name:8s} {step_ms[name]:8.2f} ms a step, turns: {' '.join(f'{each:.2f}' for each in times)}")
     ratio = step_ms["loader"] / step_ms["cached"]
     print(f"the loader costs {100 * (ratio - 1):+.1f}% of a step")
-    device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     values = {name: value for name, value in vars(arguments).items() if name != "json"}
-    result: dict[str, Any] = {"hardware": {**hardware(), "device": device}, "arguments": values, "turns_ms": turns}
+    result: dict[str, Any] = {
+        "hardware": {**hardware(), "device": device_name(mesh.device)},
+        "arguments": values,
+        "turns_ms": turns,
+    }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({**result, "step_ms": step_ms, "ratio": ratio}, indent=1) + "\n")
 
@@ -101,10 +104,6 @@ def time_turns(
     torch.manual_seed(0)
     model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
 
-    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, _ = model.forward(batch)
-        return loss, loss.detach()
-
     cached = next(batches)
     short = max(steps // 3, 1)
     plan = [("cached", short), *(("loader", steps), ("cached", short)) * rounds]
@@ -114,7 +113,7 @@ def time_turns(
         for name, count in plan
     )
     feed = Feed(chain(repeat(cached, WARM_UP), sequence), consumption(config, info))
-    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
+    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     step = 0
 

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.cost import made_up_batch
+from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
-from pipelines.batch import Batch
 from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
@@ -34,6 +34,7 @@ from trainer.config import TrainConfig
 from trainer.job import build_parallel, machine_of, make_plan
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.preflight import device_name
 from trainer.recipes import load_recipe
 from trainer.recorder import peak_flops
 
@@ -61,8 +62,8 @@ def main() -> None:
             rows[name] = measure(case, mesh)
             print(name, json.dumps({key: round(value, 4) for key, value in rows[name].items()}), flush=True)
             if arguments.json is not None:
-                device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-                result = {"hardware": {**hardware(), "device": device}, "small": arguments.small, "rows": rows}
+                where = {**hardware(), "device": device_name(mesh.device)}
+                result = {"hardware": where, "small": arguments.small, "rows": rows}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("HSTU", "ULTRA"):
         rebuilt, kept = (rows[f"{name}{rest}"]["step_ms"] for rest in ("", KEPT))
@@ -130,11 +131,7 @@ def measure(case: Case, mesh: Mesh) -> dict[str, float]:
     torch.manual_seed(0)
     model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
 
-    def forward(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, _ = model.forward(batch)
-        return loss, loss.detach()
-
-    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
+    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     batches = repeat(made_up_batch(info, config, case.history_lens).to(mesh.device))
     times = []
@@ -143,8 +140,7 @@ def measure(case: Case, mesh: Mesh) -> dict[str, float]:
         for step in range(steps):
             model.optimizers.set_step(turn * STEPS + step + 1)
             pipeline.step(batches)
-        if is_cuda:
-            torch.cuda.synchronize(mesh.device)
+        synchronize(mesh)
         times.append(1e3 * (time.perf_counter() - start) / steps)
     ms = statistics.median(times[1:])
     lens = case.history_lens

@@ -39,8 +39,8 @@ class Batch(Pipelineable):
 
         Their bags are not samples (`packed.bag_lens`).
         """
-        keys, lens = [*self._contents.context_names, ITEM_FEATURE], self._array("bag_lens")
-        return KeyedJaggedTensor(keys, self._array("ids"), lengths=lens, stride=lens.numel() // len(keys))
+        keys = [*self._contents.context_names, ITEM_FEATURE]
+        return KeyedJaggedTensor(keys, self._array("ids"), lengths=self._array("bag_lens"))
 
     @cached_property
     def user_id(self) -> Tensor:

@@ -96,14 +96,10 @@ def run_steps(
         StoppedEarly: SIGTERM came; the state of the last step is saved.
     """
 
-    def forward(batch: ModelBatch) -> tuple[Tensor, Tensor]:
-        loss, _ = model.forward(batch)
-        return loss, loss.detach()
-
     def save() -> None:
         save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
 
-    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
+    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     stop = StopSignal()
     saved_step, evaluated_step = progress.step, -1

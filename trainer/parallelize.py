@@ -50,6 +50,11 @@ class ParallelModel:
             result: tuple[Tensor, Any] = self.module(batch)
         return result
 
+    def loss(self, batch: Batch | RetrievalBatch) -> tuple[Tensor, Tensor]:
+        """(loss to differentiate, what a step returns of it): the forward of a `StepPipeline`."""
+        loss, _ = self.forward(batch)
+        return loss, loss.detach()
+
     def tensors(self) -> Tensors:
         """The whole state of model and optimizers under names that do not depend on the plan; shares their memory."""
         parts = {

@@ -15,6 +15,7 @@ from pipelines.batch import Batch
 from pipelines.columns import Samples
 from pipelines.config import DataConfig, StochasticLengthConfig
 from pipelines.loader import build_loader
+from pipelines.packed import bag_lens
 from pipelines.position import DataPosition, position_from_dict
 from pipelines.source import ParquetSource
 from tests.pipelines.made_up import dataset_json, made_up_rows, table_of, write_dataset
@@ -152,7 +153,9 @@ def test_batches_equal_a_naive_reading(config: DataConfig, data: tuple[str, Any]
             expected["labels"] += row["candidate_action"][:2]
         assert batch.features["item_id"].values().tolist() == expected["item_id"]
         assert batch.features["country"].values().tolist() == [row["country"] for row in chosen]
-        assert batch.features["item_id"].lengths().sum() == (batch.history_lens + batch.num_candidates).sum()
+        lens = [len(row["history_item_id"][-24:]) + len(row["candidate_item_id"][:2]) for row in chosen]
+        assert (batch.history_lens + batch.num_candidates).tolist() == lens
+        assert batch.features.lengths().tolist() == bag_lens([len(chosen), sum(lens)]).tolist()
         assert batch.action.tolist() == batch.action_host.tolist() == expected["action"]
         assert batch.timestamp.tolist() == expected["timestamp"]
         assert batch.side["watch_time"].tolist() == expected["watch_time"]

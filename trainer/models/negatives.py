@@ -99,14 +99,10 @@ def retrieval_batch(
 
 
 def retrieval_features(item_ids: Tensor, negative_ids: Tensor) -> KeyedJaggedTensor:
-    """The lookups of these ids, int64 of any shape; their bags are not samples (`packed.bag_lens`)."""
+    """The lookups of these ids, int64, `negative_ids` of any shape; their bags are not samples (`packed.bag_lens`)."""
     lens = torch.from_numpy(bag_lens([item_ids.numel(), negative_ids.numel()])).to(item_ids.device)
-    return KeyedJaggedTensor(
-        [ITEM_FEATURE, NEGATIVE_FEATURE],
-        torch.cat([item_ids, negative_ids.flatten()]),
-        lengths=lens,
-        stride=lens.numel() // 2,
-    )
+    ids = torch.cat([item_ids, negative_ids.flatten()])
+    return KeyedJaggedTensor([ITEM_FEATURE, NEGATIVE_FEATURE], ids, lengths=lens)
 
 
 def _values_of(batch: Batch, feature: str) -> Tensor:
