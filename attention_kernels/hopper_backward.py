@@ -92,7 +92,7 @@ def compute_dq(
 ):  # fmt: skip
     """A group: its rows of every item of this program."""
     rings, order, output, table, H, half_scale, dq_scale = work
-    held_rings, k_ring, v_ring, streamed_rings = rings
+    held_rings, k_ring, v_ring = rings
     q_ring, dout_ring = held_rings[GROUP]
     dq, sums, stride_dt, stride_dh, partials, counters = output
     num_items = gl.load(table) * H
@@ -105,7 +105,7 @@ def compute_dq(
         row, partners, lo, begin, end, hi = partners_of_group(
             first, last, part, parts, bounds, GROUP, BLOCK_N, True, HAS_LOCAL, SPLIT
         )
-        pass_by(streamed_rings, i_use, i_use + begin - lo)
+        pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
         b_q = wait_block(q_ring, i_item)
         b_dout = wait_block(dout_ring, i_item)
         if WIDE:
@@ -120,7 +120,7 @@ def compute_dq(
             )  # fmt: skip
         release(q_ring, i_item)
         release(dout_ring, i_item)
-        pass_by(streamed_rings, i_use + end - lo, i_use + hi - lo)
+        pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
             dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
@@ -144,9 +144,7 @@ def hopper_dq_kernel(
     held_rings = make_held_rings(q, dout, HELD_STAGES)
     k_ring = make_ring(k, STAGES, 2)
     v_ring = make_ring(v, 1 if WIDE else STAGES, 2)
-    # A loader waits for the values' only buffer before it goes on to the keys that are needed after them.
-    streamed = ((v, k), (v_ring, k_ring)) if WIDE else ((k, v), (k_ring, v_ring))
-    rings = (held_rings, k_ring, v_ring, streamed[1])
+    rings = (held_rings, k_ring, v_ring)
     order = make_order()
     output = (dq, sums, stride_dt, stride_dh, partials, counters)
     work = (rings, order, output, table, H, half_scale, dq_scale)
@@ -154,7 +152,7 @@ def hopper_dq_kernel(
         [
             (compute_dq, (work, 0, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED, WIDE)),
             (compute_dq, (work, 1, K, BLOCK_N, HAS_LOCAL, HAS_TARGETS, SPLIT, SCALED, WIDE)),
-            (load_partner_tiles, (streamed[0], streamed[1], order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
+            (load_partner_tiles, ((k, v), (k_ring, v_ring), order, table, H, BLOCK_N, True, HAS_LOCAL, SPLIT)),
             (load_held_tiles, ((q, dout), held_rings, order, table, H)),
         ],
         [4, 1, 1],

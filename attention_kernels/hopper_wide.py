@@ -4,7 +4,8 @@ dk and dv: both groups share 64 keys.  The first computes scores and sums dv, th
 and sums dk; all that passes between them is the slope of SiLU, through shared memory.
 
 dq: groups hold 64 rows each, as for smaller heads, but a tile of 64 values has a single buffer, which is all the room
-there is.  So its product comes first, and the next values arrive during the rest of the tile.
+there is.  So its product comes as late and its release as early as can be: the next tile's scores are multiplied
+behind this tile's sum, before the next values are waited for.
 """
 
 from triton.experimental import gluon
@@ -113,11 +114,26 @@ def compute_wide_dkdv(
 
 
 @gluon.jit
+def wide_slopes(
+    b_score, b_dout, v_ring, i_tile, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
+    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
+):  # fmt: skip
+    """`score_slopes` of scores that are being multiplied; multiplies the gradients of weights, and frees the values."""
+    BLOCK_N: gl.constexpr = v_ring.buffers.shape[2]
+    b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, matrix_layout(BLOCK_N))
+    b_v = wait_block(v_ring, i_tile)
+    b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+    b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
+    release(v_ring, i_tile)
+    return score_slopes(b_score, b_dweight, half_scale, row, key, bounds, LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS)
+
+
+@gluon.jit
 def sum_wide_dq(
     b_q, b_dout, k_ring, v_ring, i_use, lo, begin, end, row, partners, bounds, half_scale,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
-    """`hopper_backward.sum_dq` with one buffer of values."""
+    """`hopper_backward.sum_dq` with one buffer of values, which arrive while a tile is summed and the next scored."""
     BLOCK_N: gl.constexpr = k_ring.buffers.shape[2]
     BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
@@ -126,19 +142,28 @@ def sum_wide_dq(
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
     b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
     b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
-    for j in range(begin, end):
-        i_tile = i_use + j - lo
-        key = partner_start(j, partners, BLOCK_N)
-        b_v = wait_block(v_ring, i_tile)
-        b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+    if begin < end:
+        i_tile = i_use + begin - lo
         b_k = wait_block(k_ring, i_tile)
         b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-        b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))
-        release(v_ring, i_tile)
-        b_score = warpgroup_mma_wait(0, deps=(b_score,))
-        b_dscore = score_slopes(
-            b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
+        for j in range(begin, end - 1):
+            i_tile = i_use + j - lo
+            key = partner_start(j, partners, BLOCK_N)
+            b_dscore = wide_slopes(
+                b_score, b_dout, v_ring, i_tile, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
+            )
+            b_k = wait_block(k_ring, i_tile)
+            b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
+            b_next = wait_block(k_ring, i_tile + 1)
+            b_score = warpgroup_mma(b_q, b_next.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dq, b_dscore = warpgroup_mma_wait(1, deps=(b_dq, b_dscore))
+            release(k_ring, i_tile)
+        i_tile = i_use + end - 1 - lo
+        key = partner_start(end - 1, partners, BLOCK_N)
+        b_dscore = wide_slopes(
+            b_score, b_dout, v_ring, i_tile, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
         )
+        b_k = wait_block(k_ring, i_tile)
         b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
         b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
         release(k_ring, i_tile)

@@ -32,7 +32,7 @@ ITEM_SIZE = tl.constexpr(16)
 # Bytes of partner tiles that stay in the second-level cache while a section is worked on: half of a Hopper GPU's.
 _SECTION_BYTES = 24 * 2**20
 # Sequences times heads of a section whose sequences do not fit the cache.
-_MAX_SHARING = tl.constexpr(64)
+_MAX_SHARING = tl.constexpr(16)
 # Tiles that a program of the schedule's kernel writes at once, and most programs for one sequence.
 _WRITER_TILES = 64
 _MAX_WRITERS = 16
