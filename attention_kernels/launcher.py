@@ -1,7 +1,8 @@
 """How every kernel is launched, in about a fifth of the host's time that Triton takes.
 
 Triton binds and examines all arguments on each call, which takes the host longer than a short kernel takes the GPU.
-`launch` remembers what Triton compiled for arguments of the same kind (types, alignment, divisibility) and calls that.
+`launch` remembers what Triton compiled for arguments of the same kind (types, alignment, divisibility) and calls that,
+past the hooks by which a profiler may follow Triton's launches (PyTorch's profiler and Nsight need none).
 """
 
 import os
@@ -13,11 +14,13 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs its interpreter, which has no inline assembly."""
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[None, ...]]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[None, ...], Any]] = {}
+"""What Triton compiled, what its launcher takes besides the arguments, and the kernel, which must outlive its id."""
 
 
 class Blocks:
@@ -61,15 +64,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if INTERPRETED:
         _call(kernel, grid, arguments, constants)
         return
-    key = (kernel, torch.cuda.current_device(), *map(_kind, arguments), *constants, *constants.values())
+    device = torch.cuda.current_device()
+    key = (id(kernel), device, *map(_kind, arguments), *constants, *constants.values())
     found = _compiled.get(key)
     if found is None:
         compiled = _call(kernel, grid, arguments, constants)
         # The launcher that Triton generates takes compile-time arguments too, and ignores them.
-        _compiled[key] = (compiled, (None,) * (len(kernel.arg_names) - len(arguments)))
+        _compiled[key] = (compiled, (None,) * (len(kernel.arg_names) - len(arguments)), kernel)
         return
-    compiled, ignored = found
-    compiled[(*grid, 1, 1)](*arguments, *ignored)
+    compiled, ignored, _ = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = driver.active.get_current_stream(device)
+    no_hooks = (None, None, None)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *arguments, *ignored)
 
 
 def _call(kernel: triton.JITFunction[Any], grid: tuple[int, ...], arguments: Sequence[Any], constants: Any) -> Any:
@@ -79,10 +86,11 @@ def _call(kernel: triton.JITFunction[Any], grid: tuple[int, ...], arguments: Seq
 
 def _kind(x: Any) -> Any:
     """At least what Triton compiles anew for."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
+    kind = type(x)
+    if kind is int:
         return x == 1, x % 16 == 0, x.bit_length() > 31
-    if isinstance(x, Blocks):
+    if kind is Blocks:
         return x.base.dtype, *x.block_shape, x.layout is None
-    return type(x)
+    if issubclass(kind, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    return kind

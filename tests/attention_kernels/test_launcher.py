@@ -1,6 +1,7 @@
 """Which launches go through Triton's binding, and what the compiled kernel receives.  GPU tests launch for real."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,16 @@ BUFFER = torch.zeros(1024, dtype=torch.bfloat16)
 
 
 class Compiled:
+    """What `launch` needs of a compiled kernel: Triton's launcher takes a grid and six values before the arguments."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, calls: list[tuple[Any, ...]]) -> None:
         self.calls = calls
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: self.calls.append((grid, *arguments))
+    def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        assert (stream, *rest[:5]) == (7, "function", "metadata", None, None, None)
+        self.calls.append(((x, y, z), *rest[5:]))
 
 
 class Kernel:
@@ -42,6 +48,7 @@ class Kernel:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 7)))
 
 
 def test_same_kinds_are_bound_once_and_then_launched_directly() -> None:
@@ -51,7 +58,7 @@ def test_same_kinds_are_bound_once_and_then_launched_directly() -> None:
     launch(kernel, (5, 2), same, 48, SIZE=16, num_warps=4)
     assert kernel.bound == [((3,), aligned, 32, {"SIZE": 16, "num_warps": 4})]
     [(grid, x, n, size)] = kernel.direct
-    assert grid[:3] == (5, 2, 1) and x is same and n == 48 and size is None
+    assert grid == (5, 2, 1) and x is same and n == 48 and size is None
 
 
 @pytest.mark.parametrize(
