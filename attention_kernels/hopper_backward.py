@@ -94,6 +94,8 @@ def compute_dq(
     rings, order, output, table, H, half_scale, dq_scale = work
     held_rings, k_ring, v_ring = rings
     q_ring, dout_ring = held_rings[GROUP]
+    # Whether dq goes to memory by way of the buffer of dout, which the next item needs later than its queries.
+    TURNED: gl.constexpr = WIDE and q_ring.buffers.shape[3] == dout_ring.buffers.shape[3]
     dq, sums, stride_dt, stride_dh, partials, counters = output
     num_items = gl.load(table) * H
     number = gl.program_id(0)
@@ -119,13 +121,17 @@ def compute_dq(
                 HAS_LOCAL, HAS_TARGETS,
             )  # fmt: skip
         release(q_ring, i_item)
-        release(dout_ring, i_item)
+        if not TURNED:
+            release(dout_ring, i_item)
         pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
             dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, K, SPLIT, SCALED, SUMS=4 if WIDE else 1, DIRECT=WIDE,
+            partials, counters, GROUP, K, SPLIT, SCALED, SUMS=4 if WIDE else 1, DIRECT=WIDE and not TURNED,
+            buffer=b_dout if TURNED else None,
         )  # fmt: skip
+        if TURNED:
+            release(dout_ring, i_item)
         number = next_number(order, i_item)
         i_item += 1
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from attention_kernels.tiles import (
     element_mask,
@@ -296,7 +296,7 @@ def score_slopes(
 
 
 @gluon.jit
-def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.constexpr, DIRECT: gl.constexpr):
+def write_group(p_x, m_x, b_x, sums, slot, buffer, SCALED: gl.constexpr, SUMS: gl.constexpr, DIRECT: gl.constexpr):
     """Writes a group's rows, and their sum, or with SUMS = 4 the sum of each warp's: see `tiles.store_rows`.
 
     DIRECT: from the registers' own layout, in which a warp holds 16 rows.
@@ -304,10 +304,19 @@ def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.conste
     LAYOUT: gl.constexpr = p_x.type.layout
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
     dtype: gl.constexpr = p_x.dtype.element_ty
+    if buffer is not None:
+        gl.thread_barrier()
+        buffer.store(b_x.to(dtype))
     if SCALED:
         # Asked for before the barriers of the change of layout.
         b_factor = gl.load(p_x, mask=m_x, other=0.0)
-    b_x = gl.convert_layout(b_x.to(dtype), LAYOUT)
+    if buffer is None:
+        b_x = gl.convert_layout(b_x.to(dtype), LAYOUT)
+    else:
+        gl.thread_barrier()
+        b_x = buffer.load(LAYOUT)
+        # The TMA writes here next.
+        fence_async_shared()
     if SCALED:
         b_x = (b_x.to(gl.float32) * b_factor.to(gl.float32)).to(dtype)
     gl.store(p_x, b_x, mask=m_x)
@@ -333,11 +342,12 @@ def write_group(p_x, m_x, b_x, sums, slot, SCALED: gl.constexpr, SUMS: gl.conste
 def store_group(
     x, b_x, sums, stride_t, stride_h, i_h, H, start, first, last, part, parts, home, partials, counters,
     GROUP: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, SCALED: gl.constexpr,
-    GROUPS: gl.constexpr = 2, SUMS: gl.constexpr = 1, DIRECT: gl.constexpr = False,
+    GROUPS: gl.constexpr = 2, SUMS: gl.constexpr = 1, DIRECT: gl.constexpr = False, buffer=None,
 ):  # fmt: skip
     """Writes a group's rows first..last-1, or its part of them: see `tiles.store_or_reduce`.
 
-    DIRECT: without shared memory, which is slower, but large heads leave no room.
+    Whole rows are written by way of shared memory: `buffer`, where large heads leave no room for another.
+    DIRECT: without, which is slower.
     """
     BLOCK_SIZE: gl.constexpr = b_x.shape[1]
     LAYOUT: gl.constexpr = (
@@ -350,7 +360,7 @@ def store_group(
     slot = ((home * H + i_h) * GROUPS + GROUP).to(gl.int64)
     if SPLIT:
         if parts == 1:
-            write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS, DIRECT)
+            write_group(p_x, m_x, b_x, sums, slot, buffer, SCALED, SUMS, DIRECT)
         else:
             TILE: gl.constexpr = GROUP_SIZE * BLOCK_SIZE
             # Partial sums stay in the registers' own order: they are only ever added.
@@ -369,6 +379,6 @@ def store_group(
                 for i in range(parts):
                     # Other processors wrote them: read past the first-level cache.
                     b_sum += gl.load(p_part + i * stride_part, cache_modifier=".cg")
-                write_group(p_x, m_x, b_sum, sums, slot, SCALED, SUMS, DIRECT)
+                write_group(p_x, m_x, b_sum, sums, slot, buffer, SCALED, SUMS, DIRECT)
     else:
-        write_group(p_x, m_x, b_x, sums, slot, SCALED, SUMS, DIRECT)
+        write_group(p_x, m_x, b_x, sums, slot, buffer, SCALED, SUMS, DIRECT)

@@ -51,6 +51,7 @@ def compute_wide_dkdv(
     dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters = output
     stride_dkt, stride_dkh, stride_dvt, stride_dvh = strides
     SIZE: gl.constexpr = v_ring.buffers.shape[3] if GROUP == 0 else k_ring.buffers.shape[3]
+    SAME: gl.constexpr = k_ring.buffers.shape[3] == v_ring.buffers.shape[3]
     dtype: gl.constexpr = k_ring.buffers.dtype
     S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_M)
     SUM_LAYOUT: gl.constexpr = matrix_layout(SIZE)
@@ -98,17 +99,20 @@ def compute_wide_dkdv(
             b_sum, b_left = warpgroup_mma_wait(0, deps=(b_sum, b_left))
             release(dout_ring if GROUP == 0 else q_ring, i_use)
             i_use += 1
-        release(k_ring if GROUP == 0 else v_ring, i_item)
+        # What a group holds has the shape of what it sums if keys and values have one size.
         if GROUP == 0:
             store_group(
                 dv, b_sum * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
-                v_partials, v_counters, 0, V, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=True,
+                v_partials, v_counters, 0, V, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=not SAME,
+                buffer=b_held if SAME else None,
             )  # fmt: skip
         else:
             store_group(
                 dk, b_sum * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
-                k_partials, k_counters, 0, K, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=True,
+                k_partials, k_counters, 0, K, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=not SAME,
+                buffer=b_held if SAME else None,
             )  # fmt: skip
+        release(k_ring if GROUP == 0 else v_ring, i_item)
         number = next_number(order, i_item)
         i_item += 1
 

@@ -38,7 +38,7 @@ from trainer.preflight import device_name
 from trainer.recipes import load_recipe
 from trainer.recorder import peak_flops
 
-WARM_UP, STEPS, TURNS = 8, 10, 3
+WARM_UP, STEPS, TURNS = 8, 20, 3
 KEPT = ", nothing recomputed"
 
 
