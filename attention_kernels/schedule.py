@@ -11,9 +11,8 @@ forward and the dq kernel walk the table of row tiles, the dk/dv kernel the tabl
 
 Long tiles (rows that see everything, keys that everyone sees) come first and are split into parts whose partial
 sums are added in a fixed order; short tiles of the band follow.  Full causal: by falling length, in sections of as many
-sequences as the second-level cache holds the partners of.  Where a sequence fills half of the cache, its long tiles are
-busy enough to read their partners from memory, and sections are only so short that programs share partners: about 64
-sequences times heads, so that two programs of a large GPU work on each.
+sequences as the second-level cache holds the partners of.  Where a sequence fills half of the cache, a section is about
+16 sequences times heads, so that about eight programs of a large GPU read each partner at the same time.
 """
 
 from dataclasses import dataclass

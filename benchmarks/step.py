@@ -1,6 +1,7 @@
-"""A whole training step on one device: its model FLOPs against the peak (MFU), and what recomputation is of it.
+"""A whole training step on a device: its model FLOPs against the peak (MFU), and what recomputation is of it.
 
-Run on a GPU: python -m benchmarks.step [--json FILE]; anywhere: python -m benchmarks.step --small
+Run on a GPU: python -m benchmarks.step [--json FILE]; on several: torchrun --nproc-per-node N -m benchmarks.step
+(each has a batch; figures are of one); anywhere: python -m benchmarks.step --small
 
 The trainer's own step through TorchRec's overlapped pipeline (lookup, encoder, layers, heads, backward, both
 optimizers) over and over on one batch of random ids; no data is read.  FLOPs are the model's, without recomputation
@@ -60,12 +61,14 @@ def main() -> None:
     with joined(mesh):
         for name, case in make_cases(small=arguments.small).items():
             rows[name] = measure(case, mesh)
+            if not mesh.is_first:
+                continue
             print(name, json.dumps({key: round(value, 4) for key, value in rows[name].items()}), flush=True)
             if arguments.json is not None:
                 where = {**hardware(), "device": device_name(mesh.device)}
                 result = {"hardware": where, "small": arguments.small, "rows": rows}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    for name in ("HSTU", "ULTRA"):
+    for name in ("HSTU", "ULTRA") if mesh.is_first else ():
         rebuilt, kept = (rows[f"{name}{rest}"]["step_ms"] for rest in ("", KEPT))
         print(f"{name}: recomputation is {100 * (1 - kept / rebuilt):.1f}% of the step")
 

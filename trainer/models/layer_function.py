@@ -37,13 +37,10 @@ class _FusedLayer(torch.autograd.Function):
         keeps_slopes = has_backward and not spec.recompute_uvqk and not spec.production
         duvqk = _gradient_buffer(x_TD, spec) if keeps_slopes else None
         slopes = None if duvqk is None else duvqk[:, W:]
-        # Weights are rounded once for forward and backward; FP8 quantises them as they are.
-        used = parameters if spec.fp8 else tuple(p.to(x_TD.dtype) if p.dim() == 2 else p for p in parameters)
-        (u, vqk), normed_TD, mean, rstd = _project(used[:4], x_TD, slopes, spec, backend)
+        (u, vqk), normed_TD, mean, rstd = _project(parameters[:4], x_TD, slopes, spec, backend)
         attention = _attend(vqk, spec, batch).view(T, W)
-        out, gated = _output(attention, u, x_TD, used[4:], spec, batch, backend)
+        out, gated = _output(attention, u, x_TD, parameters[4:], spec, batch, backend)
         ctx.spec, ctx.batch, ctx.backend = spec, batch, backend
-        ctx.types = [p.dtype for p in parameters]
         ctx.save_for_backward(
             x_TD,
             u,
@@ -55,14 +52,14 @@ class _FusedLayer(torch.autograd.Function):
             duvqk,
             None if spec.recompute_uvqk else vqk,
             None if spec.recompute_gated else gated,
-            *used,
+            *parameters,
         )
         return out
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, u, attention, mean, rstd, normed_TD, duvqk, vqk, gated, *used = ctx.saved_tensors
-        norm_weight, norm_bias, uvqk_weight, uvqk_bias, gate_weight, gate_bias, output_weight = used
+        x_TD, u, attention, mean, rstd, normed_TD, duvqk, vqk, gated, *parameters = ctx.saved_tensors
+        norm_weight, norm_bias, uvqk_weight, uvqk_bias, gate_weight, gate_bias, output_weight = parameters
         spec: LayerSpec = ctx.spec
         batch: LayerBatch = ctx.batch
         backend = ctx.backend
@@ -88,7 +85,7 @@ class _FusedLayer(torch.autograd.Function):
             backend=backend,
         )
         del dgated
-        doutput_weight = _weight_gradient(rebuilt if gated is None else gated, dout_TD, ctx.types[6])
+        doutput_weight = _weight_gradient(rebuilt if gated is None else gated, dout_TD, output_weight.dtype)
         del rebuilt, gated
 
         norm = (norm_weight, norm_bias, spec.norm_eps)
@@ -100,7 +97,7 @@ class _FusedLayer(torch.autograd.Function):
         dattention_THV = dattention.view(T, spec.num_heads, spec.value_dim)
         duvqk_bias = torch.cat([du_bias, *_attend_backward(dattention_THV, vqk, duvqk[:, W:], spec, batch)])
         del dattention, dattention_THV, vqk
-        duvqk_weight = _weight_gradient(normed_TD, duvqk, ctx.types[2])
+        duvqk_weight = _weight_gradient(normed_TD, duvqk, uvqk_weight.dtype)
         del normed_TD
         dnormed_TD = duvqk @ weight.t()
         del duvqk
@@ -116,7 +113,7 @@ class _FusedLayer(torch.autograd.Function):
             backend=backend,
         )
         gradients = (dnorm_weight, dnorm_bias, duvqk_weight, duvqk_bias, dgate_weight, dgate_bias, doutput_weight)
-        typed = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.types, strict=True))
+        typed = (gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True))
         return (dx_TD, None, None, None, *typed)
 
 
@@ -133,6 +130,7 @@ def _project(
     W, dtype = spec.gate_width, x_TD.dtype
     if not spec.fp8:
         normed_TD, mean, rstd = layer_ops.layer_norm_forward(*norm, backend=backend)
+        weight = weight.to(dtype)
         u = linear.linear(normed_TD, weight[:, :W], bias[:W], dtype=dtype, backend=backend)
         vqk = _vqk(normed_TD, weight, bias, slopes, spec, dtype=dtype, backend=backend)
         return (u, vqk), normed_TD, mean, rstd
@@ -179,7 +177,7 @@ def _output(
     options = _gate_options(spec, batch, x_TD)
     if not spec.fp8:
         gated = layer_ops.gated_norm_forward(*gate, **options, backend=backend)
-        return linear.matmul_residual(gated, weight, x_TD, backend=backend), gated
+        return linear.matmul_residual(gated, weight.to(x_TD.dtype), x_TD, backend=backend), gated
     rows, scale = linear.gated_norm_fp8(*gate, **options, backend=backend)
     columns = linear.quantise_columns(weight, backend=backend)
     return linear.matmul_fp8(rows, scale, *columns, residual=x_TD, dtype=x_TD.dtype, backend=backend), None
