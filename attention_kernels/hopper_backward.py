@@ -7,22 +7,25 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from attention_kernels.hopper_groups import (
+    left_operand,
+    score_slopes,
+    start_products,
+    store_group,
+    weights_and_slopes,
+    zero_sum,
+)
 from attention_kernels.hopper_tiles import (
-    GROUP_SIZE,
     load_held_tiles,
     load_partner_tiles,
     make_held_rings,
     make_order,
     make_ring,
-    matrix_layout,
     next_number,
     partners_of_group,
     pass_by,
     release,
-    score_slopes,
-    store_group,
     wait_block,
-    weights_and_slopes,
 )
 from attention_kernels.hopper_wide import compute_wide_dkdv, make_exchange, sum_wide_dq
 from attention_kernels.tiles import load_item, partner_start
@@ -38,41 +41,25 @@ def sum_dq(
     The scores of the next tile are multiplied before the sum of this one.
     """
     BLOCK_N: gl.constexpr = k_ring.buffers.shape[2]
-    BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
-    dtype: gl.constexpr = k_ring.buffers.dtype
-    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
-    DQ_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
-    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
-    b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
-    b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+    b_dq = zero_sum(k_ring.buffers.shape[3])
     if begin < end:
         i_tile = i_use + begin - lo
-        b_k = wait_block(k_ring, i_tile)
-        b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-        b_v = wait_block(v_ring, i_tile)
-        b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+        b_score = start_products(b_q, wait_block(k_ring, i_tile))
+        b_dweight = start_products(b_dout, wait_block(v_ring, i_tile))
         b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
         release(v_ring, i_tile)
         key = partner_start(begin, partners, BLOCK_N)
-        b_dscore = score_slopes(
-            b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
-            HAS_LOCAL, HAS_TARGETS,
-        )  # fmt: skip
+        b_dscore = score_slopes(b_score, b_dweight, k_ring, half_scale, row, key, bounds, HAS_LOCAL, HAS_TARGETS)
         for j in range(begin + 1, end):
             i_tile = i_use + j - lo
             key = partner_start(j, partners, BLOCK_N)
-            b_k = wait_block(k_ring, i_tile)
-            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
-            b_v = wait_block(v_ring, i_tile)
-            b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_score = start_products(b_q, wait_block(k_ring, i_tile))
+            b_dweight = start_products(b_dout, wait_block(v_ring, i_tile))
             b_before = wait_block(k_ring, i_tile - 1)
             b_dq = warpgroup_mma(b_dscore, b_before, b_dq, is_async=True)
             b_score, b_dweight = warpgroup_mma_wait(1, deps=(b_score, b_dweight))
             release(v_ring, i_tile)
-            b_next = score_slopes(
-                b_score, b_dweight, half_scale, row, key, bounds, DS_LAYOUT, dtype,
-                HAS_LOCAL, HAS_TARGETS,
-            )  # fmt: skip
+            b_next = score_slopes(b_score, b_dweight, k_ring, half_scale, row, key, bounds, HAS_LOCAL, HAS_TARGETS)
             # The sum's left operand stays in its registers until the sum is done.
             b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
             release(k_ring, i_tile - 1)
@@ -94,8 +81,6 @@ def compute_dq(
     rings, order, output, table, H, half_scale, dq_scale = work
     held_rings, k_ring, v_ring = rings
     q_ring, dout_ring = held_rings[GROUP]
-    # Whether dq goes to memory by way of the buffer of dout, which the next item needs later than its queries.
-    TURNED: gl.constexpr = WIDE and q_ring.buffers.shape[3] == dout_ring.buffers.shape[3]
     dq, sums, stride_dt, stride_dh, partials, counters = output
     num_items = gl.load(table) * H
     number = gl.program_id(0)
@@ -121,16 +106,16 @@ def compute_dq(
                 HAS_LOCAL, HAS_TARGETS,
             )  # fmt: skip
         release(q_ring, i_item)
-        if not TURNED:
+        if not WIDE:
             release(dout_ring, i_item)
         pass_by((k_ring, v_ring), i_use + end - lo, i_use + hi - lo)
         i_use += hi - lo
         store_group(
             dq, b_dq * dq_scale, sums, stride_dt, stride_dh, i_h, H, start, row, last, part, parts, home,
-            partials, counters, GROUP, K, SPLIT, SCALED, SUMS=4 if WIDE else 1, DIRECT=WIDE and not TURNED,
-            buffer=b_dout if TURNED else None,
+            partials, counters, GROUP, K, SPLIT, SCALED, SUMS=4 if WIDE else 1, buffer=b_dout if WIDE else None,
         )  # fmt: skip
-        if TURNED:
+        if WIDE:
+            # It lent its buffer, as the next item needs it later than its queries.
             release(dout_ring, i_item)
         number = next_number(order, i_item)
         i_item += 1
@@ -177,12 +162,6 @@ def compute_dkdv(
     k_ring, v_ring = held_rings[GROUP]
     dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters = output
     stride_dkt, stride_dkh, stride_dvt, stride_dvh = strides
-    BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
-    BLOCK_V: gl.constexpr = v_ring.buffers.shape[3]
-    dtype: gl.constexpr = k_ring.buffers.dtype
-    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_M)
-    DK_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
-    DV_LAYOUT: gl.constexpr = matrix_layout(BLOCK_V)
     num_items = gl.load(table) * H
     number = gl.program_id(0)
     i_item = 0
@@ -196,22 +175,21 @@ def compute_dkdv(
         pass_by((q_ring, dout_ring), i_use, i_use + begin - lo)
         b_k = wait_block(k_ring, i_item)
         b_v = wait_block(v_ring, i_item)
-        b_dk = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DK_LAYOUT)
-        b_dv = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, DV_LAYOUT)
-        b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
+        b_dk = zero_sum(k_ring.buffers.shape[3])
+        b_dv = zero_sum(v_ring.buffers.shape[3])
         for j in range(begin, end):
             i_tile = i_use + j - lo
             row = partner_start(j, partners, BLOCK_M)
             b_q = wait_block(q_ring, i_tile)
-            b_score = warpgroup_mma(b_k, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_score = start_products(b_k, b_q)
             b_dout = wait_block(dout_ring, i_tile)
-            b_dweight = warpgroup_mma(b_v, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dweight = start_products(b_v, b_dout)
             b_score = warpgroup_mma_wait(1, deps=(b_score,))
             b_weight, b_slope = weights_and_slopes(b_score, half_scale, row, key, bounds, True, HAS_LOCAL, HAS_TARGETS)
-            b_w = gl.convert_layout(b_weight.to(dtype), gl.DotOperandLayout(0, DV_LAYOUT, 2))
+            b_w = left_operand(b_weight, dout_ring)
             b_dv = warpgroup_mma(b_w, b_dout, b_dv, is_async=True)
             b_dweight = warpgroup_mma_wait(1, deps=(b_dweight,))
-            b_ds = gl.convert_layout((b_dweight * b_slope).to(dtype), gl.DotOperandLayout(0, DK_LAYOUT, 2))
+            b_ds = left_operand(b_dweight * b_slope, q_ring)
             b_dk = warpgroup_mma(b_ds, b_q, b_dk, is_async=True)
             b_dv, b_w = warpgroup_mma_wait(1, deps=(b_dv, b_w))
             release(dout_ring, i_tile)

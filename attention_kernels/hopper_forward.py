@@ -10,34 +10,33 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from attention_kernels.hopper_groups import (
+    left_operand,
+    matrix_layout,
+    start_products,
+    store_group,
+    weights_and_slopes,
+    zero_sum,
+)
 from attention_kernels.hopper_tiles import (
-    GROUP_SIZE,
-    half_scores,
     load_held_tiles,
     load_partner_tiles,
     make_order,
     make_ring,
-    matrix_layout,
     next_number,
     partners_of_group,
     pass_by,
     release,
-    store_group,
-    tanh,
     wait_block,
 )
 from attention_kernels.tiles import load_item, partner_start
 
 
 @gluon.jit
-def tile_weights(
-    b_score, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
-    HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
-):  # fmt: skip
+def tile_weights(b_score, v_ring, half_scale, row, key, bounds, HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr):
     """silu of a group's scores, as the left operand of the weighted sum."""
-    b_half = half_scores(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
-    b_weight = b_half * tanh(b_half) + b_half
-    return gl.convert_layout(b_weight.to(dtype), LAYOUT)
+    b_weight, _ = weights_and_slopes(b_score, half_scale, row, key, bounds, False, HAS_LOCAL, HAS_TARGETS)
+    return left_operand(b_weight, v_ring)
 
 
 @gluon.jit
@@ -50,11 +49,6 @@ def compute_forward(
     q_rings, k_ring, v_ring = rings
     q_ring = q_rings[GROUP][0]
     out, stride_ot, stride_oh, partials, counters = output
-    BLOCK_V: gl.constexpr = v_ring.buffers.shape[3]
-    dtype: gl.constexpr = k_ring.buffers.dtype
-    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
-    O_LAYOUT: gl.constexpr = matrix_layout(BLOCK_V)
-    W_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     # The next item's queries are loaded while this one's are in use, and the matrix unit reads half as much.
     IN_REGISTERS: gl.constexpr = GROUPS == 2 and q_ring.buffers.shape[3] <= 128
     num_items = gl.load(table) * H
@@ -70,28 +64,25 @@ def compute_forward(
         pass_by((k_ring, v_ring), i_use, i_use + begin - lo)
         b_q = wait_block(q_ring, i_item)
         if IN_REGISTERS:
-            b_q = b_q.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            b_q = b_q.load(gl.DotOperandLayout(0, matrix_layout(BLOCK_N), 2))
             release(q_ring, i_item)
-        b_out = gl.zeros([GROUP_SIZE, BLOCK_V], gl.float32, O_LAYOUT)
-        b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+        b_out = zero_sum(v_ring.buffers.shape[3])
         if begin < end:
             i_tile = i_use + begin - lo
-            b_k = wait_block(k_ring, i_tile)
-            b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_score = start_products(b_q, wait_block(k_ring, i_tile))
             b_score = warpgroup_mma_wait(0, deps=(b_score,))
             release(k_ring, i_tile)
             key = partner_start(begin, partners, BLOCK_N)
-            b_weight = tile_weights(b_score, half_scale, row, key, bounds, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS)
+            b_weight = tile_weights(b_score, v_ring, half_scale, row, key, bounds, HAS_LOCAL, HAS_TARGETS)
             for j in range(begin + 1, end):
                 i_tile = i_use + j - lo
                 key = partner_start(j, partners, BLOCK_N)
-                b_k = wait_block(k_ring, i_tile)
-                b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_score = start_products(b_q, wait_block(k_ring, i_tile))
                 b_v = wait_block(v_ring, i_tile - 1)
                 b_out = warpgroup_mma(b_weight, b_v, b_out, is_async=True)
                 b_score = warpgroup_mma_wait(1, deps=(b_score,))
                 release(k_ring, i_tile)
-                b_next = tile_weights(b_score, half_scale, row, key, bounds, W_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS)
+                b_next = tile_weights(b_score, v_ring, half_scale, row, key, bounds, HAS_LOCAL, HAS_TARGETS)
                 # The sum's left operand stays in its registers until the sum is done.
                 b_out, b_weight = warpgroup_mma_wait(0, deps=(b_out, b_weight))
                 release(v_ring, i_tile - 1)

@@ -15,13 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attention_kernels.hopper_groups import (
+    matrix_layout,
+    tanh,
+)
 from attention_kernels.hopper_tiles import (
     block_layout,
     load_block,
     make_ring,
-    matrix_layout,
     release,
-    tanh,
     thread_registers,
     wait_block,
 )

@@ -12,17 +12,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from attention_kernels.hopper_groups import (
+    left_operand,
+    matrix_layout,
+    score_slopes,
+    start_products,
+    store_group,
+    weights_and_slopes,
+    zero_sum,
+)
 from attention_kernels.hopper_tiles import (
     GROUP_SIZE,
     Ring,
     make_barriers,
-    matrix_layout,
     next_number,
     release,
-    score_slopes,
-    store_group,
     wait_block,
-    weights_and_slopes,
+    wait_empty,
 )
 from attention_kernels.tiles import live_rows, load_item, part_range, partner_start
 
@@ -50,12 +56,9 @@ def compute_wide_dkdv(
     k_ring, v_ring = held_rings[0]
     dk, dv, k_sums, v_sums, strides, k_partials, v_partials, k_counters, v_counters = output
     stride_dkt, stride_dkh, stride_dvt, stride_dvh = strides
-    SIZE: gl.constexpr = v_ring.buffers.shape[3] if GROUP == 0 else k_ring.buffers.shape[3]
-    SAME: gl.constexpr = k_ring.buffers.shape[3] == v_ring.buffers.shape[3]
-    dtype: gl.constexpr = k_ring.buffers.dtype
-    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_M)
-    SUM_LAYOUT: gl.constexpr = matrix_layout(SIZE)
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUM_LAYOUT, 2)
+    # What is held and multiplied by the one, and what the left operand is summed over.
+    held_ring = k_ring if GROUP == 0 else v_ring
+    summed_ring = dout_ring if GROUP == 0 else q_ring
     num_items = gl.load(table) * H
     number = gl.program_id(0)
     i_item = 0
@@ -65,71 +68,59 @@ def compute_wide_dkdv(
         start, bounds, first, last, part, parts, home = load_item(table, number // H)
         partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)
         lo, hi = part_range(partners, part, parts, SPLIT)
-        b_held = wait_block(k_ring if GROUP == 0 else v_ring, i_item)
-        b_sum = gl.zeros([GROUP_SIZE, SIZE], gl.float32, SUM_LAYOUT)
-        b_zero = gl.zeros([GROUP_SIZE, BLOCK_M], gl.float32, S_LAYOUT)
+        b_held = wait_block(held_ring, i_item)
+        b_sum = zero_sum(summed_ring.buffers.shape[3])
         for j in range(lo, hi):
             if GROUP == 0:
                 row = partner_start(j, partners, BLOCK_M)
-                b_q = wait_block(q_ring, i_use)
-                b_score = warpgroup_mma(b_held, b_q.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_score = start_products(b_held, wait_block(q_ring, i_use))
                 b_score = warpgroup_mma_wait(0, deps=(b_score,))
                 release(q_ring, i_use)
                 b_weight, b_slope = weights_and_slopes(
                     b_score, half_scale, row, first, bounds, True, HAS_LOCAL, HAS_TARGETS
                 )
-                stage = i_use % _SLOPES
-                mbarrier.wait(exchange.empty.index(stage), (i_use // _SLOPES + 1) & 1)
+                stage = wait_empty(exchange, i_use)
                 exchange.buffers.index(stage).reshape([GROUP_SIZE, BLOCK_M]).store(b_slope.to(gl.float16))
                 gl.thread_barrier()
                 mbarrier.arrive(exchange.full.index(stage))
-                b_left = gl.convert_layout(b_weight.to(dtype), LEFT)
-                b_right = wait_block(dout_ring, i_use)
+                b_left = left_operand(b_weight, summed_ring)
             else:
-                b_dout = wait_block(dout_ring, i_use)
-                b_dweight = warpgroup_mma(b_held, b_dout.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+                b_dweight = start_products(b_held, wait_block(dout_ring, i_use))
                 b_dweight = warpgroup_mma_wait(0, deps=(b_dweight,))
                 release(dout_ring, i_use)
-                b_slope = wait_block(exchange, i_use).load(S_LAYOUT)
+                b_slope = wait_block(exchange, i_use).load(matrix_layout(BLOCK_M))
                 gl.thread_barrier()
                 release(exchange, i_use)
-                b_left = gl.convert_layout((b_dweight * b_slope.to(gl.float32)).to(dtype), LEFT)
-                b_right = wait_block(q_ring, i_use)
-            b_sum = warpgroup_mma(b_left, b_right, b_sum, is_async=True)
+                b_left = left_operand(b_dweight * b_slope.to(gl.float32), summed_ring)
+            b_sum = warpgroup_mma(b_left, wait_block(summed_ring, i_use), b_sum, is_async=True)
             b_sum, b_left = warpgroup_mma_wait(0, deps=(b_sum, b_left))
-            release(dout_ring if GROUP == 0 else q_ring, i_use)
+            release(summed_ring, i_use)
             i_use += 1
-        # What a group holds has the shape of what it sums if keys and values have one size.
         if GROUP == 0:
             store_group(
                 dv, b_sum * dv_scale, v_sums, stride_dvt, stride_dvh, i_h, H, start, first, last, part, parts, home,
-                v_partials, v_counters, 0, V, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=not SAME,
-                buffer=b_held if SAME else None,
+                v_partials, v_counters, 0, V, SPLIT, SCALED, GROUPS=1, SUMS=4, buffer=b_held,
             )  # fmt: skip
         else:
             store_group(
                 dk, b_sum * dk_scale, k_sums, stride_dkt, stride_dkh, i_h, H, start, first, last, part, parts, home,
-                k_partials, k_counters, 0, K, SPLIT, SCALED, GROUPS=1, SUMS=4, DIRECT=not SAME,
-                buffer=b_held if SAME else None,
+                k_partials, k_counters, 0, K, SPLIT, SCALED, GROUPS=1, SUMS=4, buffer=b_held,
             )  # fmt: skip
-        release(k_ring if GROUP == 0 else v_ring, i_item)
+        release(held_ring, i_item)
         number = next_number(order, i_item)
         i_item += 1
 
 
 @gluon.jit
 def wide_slopes(
-    b_score, b_dout, v_ring, i_tile, half_scale, row, key, bounds, LAYOUT: gl.constexpr, dtype: gl.constexpr,
+    b_score, b_dout, k_ring, v_ring, i_tile, half_scale, row, key, bounds,
     HAS_LOCAL: gl.constexpr, HAS_TARGETS: gl.constexpr,
 ):  # fmt: skip
     """`score_slopes` of scores that are being multiplied; multiplies the gradients of weights, and frees the values."""
-    BLOCK_N: gl.constexpr = v_ring.buffers.shape[2]
-    b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, matrix_layout(BLOCK_N))
-    b_v = wait_block(v_ring, i_tile)
-    b_dweight = warpgroup_mma(b_dout, b_v.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+    b_dweight = start_products(b_dout, wait_block(v_ring, i_tile))
     b_score, b_dweight = warpgroup_mma_wait(0, deps=(b_score, b_dweight))
     release(v_ring, i_tile)
-    return score_slopes(b_score, b_dweight, half_scale, row, key, bounds, LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS)
+    return score_slopes(b_score, b_dweight, k_ring, half_scale, row, key, bounds, HAS_LOCAL, HAS_TARGETS)
 
 
 @gluon.jit
@@ -139,36 +130,25 @@ def sum_wide_dq(
 ):  # fmt: skip
     """`hopper_backward.sum_dq` with one buffer of values, which arrive while a tile is summed and the next scored."""
     BLOCK_N: gl.constexpr = k_ring.buffers.shape[2]
-    BLOCK_K: gl.constexpr = k_ring.buffers.shape[3]
-    dtype: gl.constexpr = k_ring.buffers.dtype
-    S_LAYOUT: gl.constexpr = matrix_layout(BLOCK_N)
-    DQ_LAYOUT: gl.constexpr = matrix_layout(BLOCK_K)
-    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
-    b_dq = gl.zeros([GROUP_SIZE, BLOCK_K], gl.float32, DQ_LAYOUT)
-    b_zero = gl.zeros([GROUP_SIZE, BLOCK_N], gl.float32, S_LAYOUT)
+    b_dq = zero_sum(k_ring.buffers.shape[3])
     if begin < end:
-        i_tile = i_use + begin - lo
-        b_k = wait_block(k_ring, i_tile)
-        b_score = warpgroup_mma(b_q, b_k.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+        b_score = start_products(b_q, wait_block(k_ring, i_use + begin - lo))
         for j in range(begin, end - 1):
             i_tile = i_use + j - lo
             key = partner_start(j, partners, BLOCK_N)
             b_dscore = wide_slopes(
-                b_score, b_dout, v_ring, i_tile, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
+                b_score, b_dout, k_ring, v_ring, i_tile, half_scale, row, key, bounds, HAS_LOCAL, HAS_TARGETS
             )
-            b_k = wait_block(k_ring, i_tile)
-            b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
-            b_next = wait_block(k_ring, i_tile + 1)
-            b_score = warpgroup_mma(b_q, b_next.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dq = warpgroup_mma(b_dscore, wait_block(k_ring, i_tile), b_dq, is_async=True)
+            b_score = start_products(b_q, wait_block(k_ring, i_tile + 1))
             b_dq, b_dscore = warpgroup_mma_wait(1, deps=(b_dq, b_dscore))
             release(k_ring, i_tile)
         i_tile = i_use + end - 1 - lo
         key = partner_start(end - 1, partners, BLOCK_N)
         b_dscore = wide_slopes(
-            b_score, b_dout, v_ring, i_tile, half_scale, row, key, bounds, DS_LAYOUT, dtype, HAS_LOCAL, HAS_TARGETS
+            b_score, b_dout, k_ring, v_ring, i_tile, half_scale, row, key, bounds, HAS_LOCAL, HAS_TARGETS
         )
-        b_k = wait_block(k_ring, i_tile)
-        b_dq = warpgroup_mma(b_dscore, b_k, b_dq, is_async=True)
+        b_dq = warpgroup_mma(b_dscore, wait_block(k_ring, i_tile), b_dq, is_async=True)
         b_dq, b_dscore = warpgroup_mma_wait(0, deps=(b_dq, b_dscore))
         release(k_ring, i_tile)
     return b_dq

@@ -85,7 +85,7 @@ class _FusedLayer(torch.autograd.Function):
             backend=backend,
         )
         del dgated
-        doutput_weight = _weight_gradient(rebuilt if gated is None else gated, dout_TD, output_weight.dtype)
+        doutput_weight = _weight_gradient(rebuilt if gated is None else gated, dout_TD)
         del rebuilt, gated
 
         norm = (norm_weight, norm_bias, spec.norm_eps)
@@ -97,7 +97,7 @@ class _FusedLayer(torch.autograd.Function):
         dattention_THV = dattention.view(T, spec.num_heads, spec.value_dim)
         duvqk_bias = torch.cat([du_bias, *_attend_backward(dattention_THV, vqk, duvqk[:, W:], spec, batch)])
         del dattention, dattention_THV, vqk
-        duvqk_weight = _weight_gradient(normed_TD, duvqk, uvqk_weight.dtype)
+        duvqk_weight = _weight_gradient(normed_TD, duvqk)
         del normed_TD
         dnormed_TD = duvqk @ weight.t()
         del duvqk
@@ -218,11 +218,11 @@ def _attend_backward(
     return v_sum.flatten(), q_sum.flatten(), k_sum.flatten()
 
 
-def _weight_gradient(rows_TX: Tensor, gradient_TY: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient [X, Y] of a weight in its own `dtype`: on a GPU the product's float32 sums are not rounded first."""
-    if rows_TX.is_cuda and rows_TX.dtype != dtype == torch.float32:
-        return torch.mm(rows_TX.t(), gradient_TY, out_dtype=dtype)
-    return (rows_TX.t() @ gradient_TY).to(dtype)
+def _weight_gradient(rows_TX: Tensor, gradient_TY: Tensor) -> Tensor:
+    """The gradient [X, Y] of a weight; a GPU need not round the product's float32 sums to the type of its operands."""
+    if rows_TX.is_cuda and rows_TX.itemsize == 2:
+        return torch.mm(rows_TX.t(), gradient_TY, out_dtype=torch.float32)
+    return rows_TX.t() @ gradient_TY
 
 
 def _gradient_buffer(x_TD: Tensor, spec: LayerSpec) -> Tensor:
