@@ -1,10 +1,11 @@
 """Compares the attention kernels with the reference on a few small batches, and stops where they differ.
 
 A miscompiling driver or compiler gives wrong numbers without an error; it has happened on this kind of kernel
-(ptxas 12.8.93 on Hopper).  Run: python -m attention_kernels.selfcheck.  A trainer calls `check_attention` at its start.
-It is not a test suite: it takes seconds, and looks only for gross faults.
+(ptxas 12.8.93 on Hopper).  Run: python -m attention_kernels.selfcheck.  A trainer calls `check_attention` at its start,
+for the head sizes and the type of its model.  It is not a test suite: it looks only for gross faults.
 """
 
+import itertools
 import sys
 import time
 from typing import Any
@@ -17,11 +18,12 @@ from attention_kernels.checks import Backend
 from attention_kernels.interface import hstu_attention, hstu_projection_backward
 from attention_kernels.mask import SemiLocalMask
 
-_CASES = (
-    (SemiLocalMask(num_context=2), torch.bfloat16),
-    (SemiLocalMask(local=40, global_rows=30, global_columns=5, num_context=2), torch.bfloat16),
-    (SemiLocalMask(local=40, global_rows=30), torch.float32),
+_MASKS = (
+    SemiLocalMask(num_context=2),
+    SemiLocalMask(local=40, global_rows=30, global_columns=5, num_context=2),
 )
+_SIZES = (64, 128, 256)
+"""Of heads, that a call from the command line checks in both types."""
 _NAMES = ("output", "dq", "dk", "dv", "sum of dq", "sum of dk", "sum of dv")
 _LENGTHS = (0, 3, 64, 129, 700)
 _TARGETS = (0, 1, 3, 17, 60)
@@ -33,18 +35,18 @@ class KernelMismatchError(RuntimeError):
     """The kernels disagree with the reference on this machine."""
 
 
-def check_attention(device: torch.device | str, *, head_size: int = 64) -> None:
-    """Runs every case forward and backward; raises KernelMismatchError naming the versions if one is wrong."""
-    for mask, dtype in _CASES:
-        actual = _run(mask, dtype, device, head_size, "triton")
-        expected = _run(mask, dtype, device, head_size, "reference")
+def check_attention(device: torch.device | str, dtype: torch.dtype, key_size: int, value_size: int) -> None:
+    """Runs every mask forward and backward; raises KernelMismatchError naming the versions if one is wrong."""
+    for mask in _MASKS:
+        actual, expected = (_run(mask, dtype, device, key_size, value_size, x) for x in ("triton", "reference"))
         for name, a, b in zip(_NAMES, actual, expected, strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             if not error <= _TOLERANCE[dtype]:
                 raise KernelMismatchError(
-                    f"attention kernel self-check failed: {name} of {mask} in {dtype} differs from the reference by "
-                    f"{error:.1e}, more than {_TOLERANCE[dtype]:.0e}. Training would give wrong results. {versions()}. "
-                    "Try other versions of the driver or of Triton, or attention backend='reference'"
+                    f"attention kernel self-check failed: {name} of {mask} in {dtype}, heads of {key_size} and "
+                    f"{value_size}, differs from the reference by {error:.1e}, more than {_TOLERANCE[dtype]:.0e}. "
+                    f"Training would give wrong results. {versions()}. Try other versions of the driver or of Triton, "
+                    "or attention backend='reference'"
                 )
 
 
@@ -58,17 +60,23 @@ def versions() -> str:
 
 
 def _run(
-    mask: SemiLocalMask, dtype: torch.dtype, device: torch.device | str, head_size: int, backend: Backend
+    mask: SemiLocalMask,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    key_size: int,
+    value_size: int,
+    backend: Backend,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     bounds = [0]
     for length in _LENGTHS:
         bounds.append(bounds[-1] + length)
-    shape = (bounds[-1], 2, head_size)
-    q, k, v, dout, *gradients = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(7))
+    q, k, dq, dk, v, dv, dout = (
+        torch.randn(bounds[-1], 2, size, generator=generator).to(device, dtype)
+        for size in (key_size,) * 4 + (value_size,) * 3
+    )
     offsets, targets = (torch.tensor(x, device=device) for x in (bounds, _TARGETS))
     options: dict[str, Any] = {"num_targets": targets, "max_len": max(_LENGTHS), "backend": backend}
-    dq, dk, dv = gradients
     # As a layer trains: random numbers stand for the slopes of SiLU at q, k and v.
     sums = hstu_projection_backward(dout, q, k, v, offsets, mask, **options, scaled=True, out=(dq, dk, dv))
     return [hstu_attention(q, k, v, offsets, mask, **options), dq, dk, dv, *sums]
@@ -76,13 +84,15 @@ def _run(
 
 def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    start = time.perf_counter()
-    try:
-        check_attention(device)
-    except KernelMismatchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"attention kernels agree with the reference ({time.perf_counter() - start:.1f} s). {versions()}")
+    print(versions())
+    for dtype, size in itertools.product(_TOLERANCE, _SIZES):
+        start = time.perf_counter()
+        try:
+            check_attention(device, dtype, size, size)
+        except (KernelMismatchError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(f"{dtype}, heads of {size}: the reference's numbers ({time.perf_counter() - start:.1f} s)", flush=True)
     return 0
 
 

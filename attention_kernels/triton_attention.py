@@ -241,8 +241,12 @@ def head_rows(x: Tensor, block: int, layout: NVMMASharedLayout | None = None) ->
 
 
 def _use_tma(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read all of these."""
-    return _has_tma(tensors[0].device) and tma_aligned(*tensors)
+    """Whether the tensor memory accelerator reads these: all or none.
+
+    Not float32 wider than 64: products in three parts, of blocks as it leaves them, overflow the registers.
+    """
+    wide = tensors[0].dtype == torch.float32 and block_size(*tensors) > 64
+    return not wide and _has_tma(tensors[0].device) and tma_aligned(*tensors)
 
 
 def tma_aligned(*tensors: Tensor) -> bool:

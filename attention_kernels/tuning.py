@@ -47,8 +47,11 @@ def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int) -> At
     """The tiles for a mask, a dtype and the larger padded head size."""
     if dtype == torch.float32:
         # Split into three tf32 products: registers, not speed, decide.
-        keys = 32 if head_size <= 128 else 16
-        tile = TileConfig(rows=64, keys=keys, warps=4, stages=2)
+        if head_size > 64:
+            # Tiles too small for wgmma: where its operands overflow the registers, ptxas 12.8 compiles it wrongly.
+            tile = TileConfig(rows=16, keys=32, warps=8, stages=1)
+            return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=16, warps=8, stages=1))
+        tile = TileConfig(rows=64, keys=32, warps=4, stages=2)
         return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=32, warps=4, stages=1))
     if head_size > 128:
         return AttentionConfig(

@@ -60,7 +60,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     # Reading begins while the model is being built.
     with logged(run, mesh), joined(mesh), closing(iter(loader)) as batches:
-        check_kernels(mesh.device)
+        check_kernels(mesh.device, config.model.layers, getattr(torch, config.precision))
         model = build_parallel(config, info, plan, mesh)
         if steps:
             load_tensors(run.checkpoint(progress.step), model.tensors())

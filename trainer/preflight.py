@@ -3,11 +3,13 @@
 import importlib.metadata
 import importlib.util
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from attention_kernels.selfcheck import check_attention
+from trainer.models.config import LayerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +39,19 @@ def check_packages() -> None:
             )
 
 
-def check_kernels(device: torch.device) -> None:
-    """On a GPU, compare the attention kernels with their reference: a compiler or driver may miscompile them.
+def check_kernels(device: torch.device, layers: Collection[LayerConfig], dtype: torch.dtype) -> None:
+    """On a GPU, compare the attention kernels with their reference, for the heads and the type of these layers: a
+    compiler or driver may miscompile them.
 
     Raises:
         KernelMismatchError: they differ; the message names the versions.
     """
     if device.type == "cuda":
-        check_attention(device)
-        logger.info("attention kernels agree with their reference")
+        for key_size, value_size in sorted({(layer.qk_dim, layer.value_dim) for layer in layers}):
+            check_attention(device, dtype, key_size, value_size)
+            logger.info(
+                "attention kernels agree with their reference: %s, heads of %d, %d", dtype, key_size, value_size
+            )
 
 
 def check_fp8(device: torch.device) -> None:

@@ -12,11 +12,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "_LENGTHS", (0, 3, 70))
     monkeypatch.setattr(selfcheck, "_TARGETS", (0, 1, 3))
-    monkeypatch.setattr(selfcheck, "_CASES", ((SemiLocalMask(local=9, num_context=2), torch.bfloat16),))
+    monkeypatch.setattr(selfcheck, "_MASKS", (SemiLocalMask(local=9, num_context=2),))
+    monkeypatch.setattr(selfcheck, "_SIZES", (16,))
 
 
-def test_passes_here() -> None:
-    selfcheck.check_attention(DEVICE, head_size=16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_passes_here(dtype: torch.dtype) -> None:
+    selfcheck.check_attention(DEVICE, dtype, 16, 24)
 
 
 def test_names_versions_when_a_kernel_is_wrong(
@@ -24,7 +26,7 @@ def test_names_versions_when_a_kernel_is_wrong(
 ) -> None:
     for module in (triton_attention, hopper_attention):
         monkeypatch.setattr(module, "forward", lambda *x, right=module.forward, **y: right(*x, **y) * 1.1)
-    with pytest.raises(selfcheck.KernelMismatchError, match=r"output of .* Triton 3"):
-        selfcheck.check_attention(DEVICE, head_size=16)
+    with pytest.raises(selfcheck.KernelMismatchError, match=r"output of .* heads of 16 and 24, .* Triton 3"):
+        selfcheck.check_attention(DEVICE, torch.bfloat16, 16, 24)
     assert selfcheck.main() == 1
     assert capsys.readouterr().err.startswith("error: ")

@@ -56,6 +56,7 @@ SMALL = {
     "strided, unaligned": Case(
         mask=SemiLocalMask(local=9, global_rows=4), histories=(30, 40), key_size=17, value_size=33, strided=True
     ),
+    "wide float32": Case(mask=SemiLocalMask(local=9, global_rows=4), histories=(30, 40), key_size=255, value_size=130),
     "strided, aligned": Case(mask=SemiLocalMask(num_context=1), histories=(30, 40), heads=2, strided=True),
     "bfloat16": Case(mask=SemiLocalMask(local=17, global_rows=20), histories=(80, 30), dtype=torch.bfloat16),
     "scaled, local": Case(
@@ -176,11 +177,14 @@ class TestWholeMatrix:
         check(case, DEVICE)
         check(replace(case, projection="scaled"), DEVICE)
 
-    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("size", [*SIZES, 255])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     def test_dtypes(self, size: int, dtype: torch.dtype) -> None:
+        """With rows that the TMA reads, and of 255 that it does not."""
         mask = SemiLocalMask(local=64, global_rows=17, num_context=3)
-        check(Case(mask=mask, histories=AWKWARD, key_size=size, value_size=size, dtype=dtype), DEVICE)
+        case = Case(mask=mask, histories=AWKWARD, key_size=size, value_size=size, dtype=dtype)
+        check(case, DEVICE)
+        check(replace(case, projection="scaled"), DEVICE)
 
     def test_more_than_2_31_elements(self) -> None:
         """The last sequence of a batch whose tensors pass 2**31 elements, as slices of a fused buffer that does."""
