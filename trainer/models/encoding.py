@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from attention_kernels.gather import Gather, gather_sum
 from pipelines.batch import Batch
 from trainer.models.config import SideFeatureConfig
-from trainer.models.layout import SequenceLayout, candidate_mask, history_mask, make_layout, take_rows
+from trainer.models.layout import SequenceLayout, candidate_mask, history_mask, make_layout
 from trainer.models.precision import compute_dtype
 
 UNKNOWN_TIME = -1
@@ -85,18 +86,27 @@ class InputEncoder(nn.Module):
         events = make_layout(
             batch.history_lens, batch.num_candidates, batch.history_lens_host, batch.num_candidates_host
         )
-        is_history_S1 = history_mask(events)[:, None]
-        items_SD = self.item_projection(embedded["item_id"].values().to(dtype))
-        items_SD = items_SD + self._positions_and_times(batch, events, dtype)
-        actions_SD = self._actions(batch, is_history_S1, dtype)
-        layout, rows_T = _pack(events, len(self.context_names), interleave=self.interleave)
-        parts = [items_SD, actions_SD] if self.interleave else [items_SD + actions_SD]
+        layout, item_rows_T, action_rows_T, context_rows_T = _pack(
+            events, len(self.context_names), interleave=self.interleave
+        )
+        position_S, bucket_S = self._positions_and_times(batch, events)
+        gathers = [
+            Gather(source=self.item_projection(embedded["item_id"].values().to(dtype)), rows=item_rows_T, once=True),
+            Gather(source=self._actions(batch, events, dtype), rows=action_rows_T, once=True),
+            Gather(source=self.position_vectors, rows=_of_tokens(position_S, item_rows_T), once=False),
+            # One table of both kinds of distance: rows of candidates follow those of events.
+            Gather(
+                source=torch.cat([self.age_vectors, self.candidate_gap_vectors]),
+                rows=_of_tokens(bucket_S, item_rows_T),
+                once=False,
+            ),
+        ]
         if self.context_projection is not None:
-            parts.insert(0, self._context(embedded, dtype))
-        tokens_TD = take_rows(torch.cat(parts) if len(parts) > 1 else parts[0], rows_T)
-        return F.dropout(tokens_TD, self.dropout, self.training), layout
+            gathers.append(Gather(source=self._context(embedded, dtype), rows=context_rows_T, once=True))
+        return F.dropout(gather_sum(gathers, dtype), self.dropout, self.training), layout
 
-    def _positions_and_times(self, batch: Batch, events: SequenceLayout, dtype: torch.dtype) -> Tensor:
+    def _positions_and_times(self, batch: Batch, events: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Row of every item token in the tables of positions and of times, [S] twice."""
         history_lens_S = events.history_lens[events.user_T]
         is_candidate_S = candidate_mask(events)
         last_position = self.position_vectors.shape[0] - 1
@@ -106,14 +116,12 @@ class InputEncoder(nn.Module):
         distance_S = torch.where(is_candidate_S, batch.timestamp - newest_S, newest_S - batch.timestamp)
         bucket_S = time_bucket(distance_S, self.age_vectors.shape[0] - 1)
         bucket_S = torch.where(known_S, 1 + bucket_S, 0)
-        # One table of both kinds of distance: rows of candidates follow those of events.
-        bucket_S = bucket_S + is_candidate_S * self.age_vectors.shape[0]
-        time_vectors = torch.cat([self.age_vectors, self.candidate_gap_vectors])
-        return F.embedding(position_S, self.position_vectors.to(dtype)) + F.embedding(bucket_S, time_vectors.to(dtype))
+        return position_S, bucket_S + is_candidate_S * self.age_vectors.shape[0]
 
-    def _actions(self, batch: Batch, is_history_S1: Tensor, dtype: torch.dtype) -> Tensor:
+    def _actions(self, batch: Batch, events: SequenceLayout, dtype: torch.dtype) -> Tensor:
         """The action part of every item token: the vectors of the bits that are on and of the categories, added up;
         nothing of a candidate."""
+        is_history_S1 = history_mask(events)[:, None]
         bits = [torch.ones_like(is_history_S1), (batch.action[:, None] >> self.action_bits & 1).bool()]
         counts = [len(feature.thresholds) for feature in self.quantities]
         for feature, thresholds in zip(self.quantities, torch.split(self.thresholds, counts), strict=True):
@@ -153,11 +161,18 @@ def _newest_time(timestamp_S: Tensor, events: SequenceLayout) -> Tensor:
     return newest_B.scatter_reduce(0, events.user_T, seen_S, "amax")
 
 
-def _pack(events: SequenceLayout, num_context: int, *, interleave: bool) -> tuple[SequenceLayout, Tensor]:
+def _of_tokens(values_S: Tensor, item_rows_T: Tensor) -> Tensor:
+    """The item tokens' values, [T]; -1 where a token is none."""
+    return F.pad(values_S, (0, 1), value=-1)[item_rows_T]
+
+
+def _pack(
+    events: SequenceLayout, num_context: int, *, interleave: bool
+) -> tuple[SequenceLayout, Tensor, Tensor, Tensor]:
     """Put context in front and, interleaving, an action token behind every event's item token.
 
-    Returns the layout of the tokens, and each token's row in the concatenation of context rows (user by user), item
-    rows and action rows.
+    Returns the layout of the tokens, and of each token its row among item rows, action rows and context rows (user by
+    user), -1 where it has none of them.  Merged, an item token is its action token too.
     """
     factor = 2 if interleave else 1
     layout = make_layout(
@@ -168,13 +183,13 @@ def _pack(events: SequenceLayout, num_context: int, *, interleave: bool) -> tupl
         num_context=num_context,
     )
     index_T = layout.index_T - num_context
-    first_item_T = layout.num_users * num_context + events.offsets[layout.user_T]
-    if interleave:
-        event_T = torch.where(index_T < layout.history_lens[layout.user_T], index_T // 2, 0)
-        event_T = torch.where(candidate_mask(layout), index_T - events.history_lens[layout.user_T], event_T)
-        is_action_T = history_mask(layout) & (index_T % 2 == 1)
-        item_rows_T = first_item_T + event_T + is_action_T * events.num_tokens
-    else:
-        item_rows_T = first_item_T + index_T
-    context_rows_T = layout.user_T * num_context + layout.index_T
-    return layout, torch.where(index_T < 0, context_rows_T, item_rows_T)
+    context_rows_T = torch.where(index_T < 0, layout.user_T * num_context + layout.index_T, -1)
+    first_item_T = events.offsets[layout.user_T]
+    if not interleave:
+        item_rows_T = torch.where(index_T < 0, -1, first_item_T + index_T)
+        return layout, item_rows_T, item_rows_T, context_rows_T
+    is_history_T = history_mask(layout)
+    event_T = torch.where(is_history_T, index_T // 2, index_T - events.history_lens[layout.user_T])
+    is_action_T = is_history_T & (index_T % 2 == 1)
+    rows_T = torch.where(index_T < 0, -1, first_item_T + event_T)
+    return layout, torch.where(is_action_T, -1, rows_T), torch.where(is_action_T, rows_T, -1), context_rows_T

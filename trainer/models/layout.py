@@ -7,10 +7,11 @@ Shapes: B users, T packed tokens, C candidates of all users, D any width.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from attention_kernels.gather import Gather, gather_sum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,22 +161,7 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device)
 
 
-class _TakeRows(torch.autograd.Function):
-    """Row gather whose backward is a plain scatter: rows are taken at most once, so no sum and no atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.num_rows = x_TD.shape[0]
-        return x_TD.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return grad.new_zeros((ctx.num_rows, *grad.shape[1:])).index_copy_(0, rows, grad), None
-
-
 def take_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
-    """`x_TD[rows]` for rows that are all different; deterministic, and cheaper backward than `index_select`."""
-    taken: Tensor = _TakeRows.apply(x_TD, rows)  # type: ignore[no-untyped-call]  # torch.autograd has no types
+    """`x_TD[rows]` for rows that are all different."""
+    taken: Tensor = gather_sum([Gather(source=x_TD, rows=rows, once=True)], x_TD.dtype)
     return taken
