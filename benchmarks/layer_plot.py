@@ -18,7 +18,7 @@ LEFTS = (60, 400, 750)
 
 def main() -> None:
     """Reads both results and writes the picture."""
-    layer, tower = (json.loads((RESULTS / name).read_text()) for name in ("layer.json", "tower.json"))
+    layer, tower = (json.loads((RESULTS / name).read_text()) for name in ("layer_h100.json", "tower_h100.json"))
     (RESULTS / "layer.svg").write_text(draw(layer, tower))
 
 
