@@ -88,12 +88,20 @@ def check_like(name: str, x: Tensor, model: Tensor) -> None:
         raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1")
 
 
+def check_first_order(what: str) -> None:
+    """Called in a backward: refuses `create_graph`, by which this backward would have to be differentiable itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} has no second derivatives: call backward or grad without create_graph=True")
+
+
 def _describe(x: object) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
 def check_values(q: Tensor, offsets: Tensor, num_targets: Tensor | None, num_context: int, max_len: int) -> None:
-    """Checks the values of offsets and num_targets where they lie in host memory."""
+    """Checks the number of positions, and the values of offsets and num_targets where they lie in host memory."""
+    if q.shape[0] >= 2**31:
+        raise ValueError(f"q_THK holds {q.shape[0]} positions, and kernels count to 2**31 - 1: take a smaller batch")
     if offsets.device.type != "cpu":
         return
     bounds = offsets.tolist()

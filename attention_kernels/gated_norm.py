@@ -50,7 +50,7 @@ def normalise(p_attention, rows, columns, mask, W: tl.constexpr, C: tl.constexpr
     return centred * rstd[:, None], mean, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def _forward_kernel(
     p_attention,
     p_u,
@@ -103,7 +103,7 @@ def _forward_kernel(
             tl.store(p_rows + W + x_columns[None, :], x.to(p_out.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def _backward_kernel(
     p_dout,
     p_attention,

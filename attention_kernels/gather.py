@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_kernels.checks import check_first_order
 from attention_kernels.launcher import launch
 from attention_kernels.layer_ops import LayerBackend, layer_backend
 from attention_kernels.rows import cdiv, power_of_two, row_blocks
@@ -46,24 +47,26 @@ class Gather:
 # Opaque to torch.compile, which cannot look into launches.
 @torch.compiler.disable
 def gather_sum(gathers: Sequence[Gather], dtype: torch.dtype, *, backend: LayerBackend | None = None) -> Tensor:
-    """The sum [T, D], added in float32 (float64 for float64) and rounded to `dtype`; differentiable in the sources.
+    """The sum [T, D], added in float32 (float64 for float64) and rounded to `dtype`; differentiable (once) in the sources.
 
-    `backend` None: by device.  At most MAX_GATHERS.
+    `backend` None: by device.  One to MAX_GATHERS.
     """
+    if not 1 <= len(gathers) <= MAX_GATHERS:
+        raise ValueError(f"{len(gathers)} gathers, expected 1 to {MAX_GATHERS}: add up smaller ones before")
     first = gathers[0]
     for gather in gathers:
+        if gather.rows.dtype != torch.int64:
+            raise ValueError(f"rows are {gather.rows.dtype}, expected int64")
         if gather.source.shape[1:] != first.source.shape[1:] or gather.rows.shape != first.rows.shape:
             raise ValueError(
                 f"a source {tuple(gather.source.shape)} with rows {tuple(gather.rows.shape)} cannot be added to one "
                 f"{tuple(first.source.shape)} with rows {tuple(first.rows.shape)}: expected [N, D] and [T] of all"
             )
-    if len(gathers) > MAX_GATHERS:
-        raise ValueError(f"{len(gathers)} gathers, at most {MAX_GATHERS} are summed: add up the smaller ones before")
     out: Tensor = _GatherSum.apply(
         dtype,
         backend or layer_backend(first.source),
         tuple(gather.rows for gather in gathers),
-        tuple(gather.once for gather in gathers),
+        tuple((id(gather.rows), gather.once, gather.source.shape[0], gather.source.dtype) for gather in gathers),
         *(gather.source for gather in gathers),
     )
     return out
@@ -76,30 +79,29 @@ class _GatherSum(torch.autograd.Function):
         dtype: torch.dtype,
         backend: LayerBackend,
         rows: tuple[Tensor, ...],
-        once: tuple[bool, ...],
+        kinds: tuple[tuple[Any, ...], ...],
         *sources: Tensor,
     ) -> Tensor:
+        """`kinds`: (which rows, once, N, type) of each source."""
         ctx.save_for_backward(*rows)
-        ctx.backend, ctx.once = backend, once
-        ctx.sources = [(x.shape[0], x.dtype) for x in sources]
+        ctx.backend, ctx.kinds = backend, kinds
         return _sum_rows(sources, rows, dtype, backend)
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("gather_sum")
         gradients: list[Tensor | None] = []
         dout_TD = dout_TD.contiguous()
-        # Sources of one size that are gathered by the same rows have the same gradient.
+        # Sources of one kind have the same gradient.
         done: dict[tuple[Any, ...], Tensor] = {}
-        for needed, rows_T, once, (count, dtype) in zip(
-            ctx.needs_input_grad[4:], ctx.saved_tensors, ctx.once, ctx.sources, strict=True
-        ):
-            key = (rows_T.data_ptr(), once, count, dtype)
-            if needed and key not in done:
+        for needed, rows_T, kind in zip(ctx.needs_input_grad[4:], ctx.saved_tensors, ctx.kinds, strict=True):
+            if needed and kind not in done:
+                _, once, count, dtype = kind
                 if once:
-                    done[key] = _sum_rows((dout_TD,), (_inverse(rows_T, count),), dtype, ctx.backend)
+                    done[kind] = _sum_rows((dout_TD,), (_inverse(rows_T, count),), dtype, ctx.backend)
                 else:
-                    done[key] = _sum_by_row(dout_TD, rows_T, count, dtype, ctx.backend)
-            gradients.append(done[key] if needed else None)
+                    done[kind] = _sum_by_row(dout_TD, rows_T, count, dtype, ctx.backend)
+            gradients.append(done[kind] if needed else None)
         return (None, None, None, None, *gradients)
 
 

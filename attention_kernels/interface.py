@@ -1,21 +1,21 @@
 """The public attention functions, the choice of backend, and the registered operators.
 
 Arguments are checked here (`checks.py`) and nowhere below.  The operators (`longview::hstu_attention_forward` and
-`..._backward`) carry a fake implementation and autograd, so torch.compile and torch.export pass through them.
+`..._backward`) carry fake implementations, and the forward autograd, so torch.compile and torch.export pass through them.
 
 Legend: T packed positions, H heads, K query-key size, V value size, B users.
 """
 
 import functools
 import logging
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention_kernels import hopper_attention, reference, triton_attention
-from attention_kernels.checks import TRITON_DTYPES, Backend, check_inputs, check_like, check_values
+from attention_kernels.checks import TRITON_DTYPES, Backend, check_first_order, check_inputs, check_like, check_values
+from attention_kernels.launcher import INTERPRETED, check_device
 from attention_kernels.mask import SemiLocalMask
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def hstu_attention(
 ) -> Tensor:
     """SiLU attention of packed sequences: out[q] = sum over allowed k of silu(scale <q, k>) / max_len v[k].
 
-    Differentiable in q, k and v, which may be strided views (slices of one fused projection) with a contiguous last
+    Differentiable (once) in q, k and v, which may be strided views (slices of one fused projection) with a contiguous last
     dimension.  Accumulates in float32; the result [T, H, V] is contiguous and has v's dtype.  Output and gradients are
     the same bits every time.
 
@@ -108,7 +108,8 @@ def hstu_projection_backward(
 
     With `scaled`, what `out` holds multiplies the gradients that overwrite it: for q = silu(x), likewise k and v, put
     the slopes of SiLU at x there, and they become the gradients of x.
-    Returns the sums of the gradients over positions in float32, [H, K] twice and [H, V]: gradients of biases.
+    Returns the sums of the gradients over positions in float32 (float64 for float64), [H, K] twice and [H, V]:
+    gradients of biases.
     """
     arguments = _backward_arguments(
         dout_THV, q_THK, k_THK, v_THV, offsets, mask, num_targets, scale, max_len, backend, out
@@ -162,11 +163,16 @@ def _choose_backend(backend: str, *tensors: Tensor) -> Any:
     if chosen == "reference":
         _log_backend(chosen, q.device.type, reason)
         return reference
-    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if on_cuda and INTERPRETED:
+        raise ValueError(
+            "TRITON_INTERPRET=1 runs the kernels on CPU tensors, got CUDA tensors: start Python without it, or move them"
+        )
+    if not on_cuda and not INTERPRETED:
         raise ValueError(
             f"backend='triton' needs CUDA tensors, got {q.device.type}; "
             "set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
         )
+    check_device(q)
     if q.dtype not in TRITON_DTYPES:
         raise ValueError(f"q_THK is {q.dtype}; backend='triton' takes bfloat16, float16 and float32")
     if hopper_attention.takes(*tensors):
@@ -208,7 +214,7 @@ def _forward(
     max_len: int,
     backend: str,
 ) -> Tensor:
-    check_values(q, offsets, num_targets, num_context, max_len)
+    offsets, num_targets = _indices(q, offsets, num_targets, num_context, max_len)
     mask = _mask_of(local, global_rows, global_columns, num_context)
     module = _choose_backend(backend, q, k, v)
     out: Tensor = module.forward(q, k, v, offsets, mask, num_targets=num_targets, scale=scale, max_len=max_len)
@@ -248,17 +254,17 @@ def _backward_out(
     dv: Tensor,
 ) -> tuple[Tensor, ...]:
     """Returns the sums over positions, or three tensors of nothing."""
-    check_values(q, offsets, num_targets, num_context, max_len)
+    offsets, num_targets = _indices(q, offsets, num_targets, num_context, max_len)
     mask = _mask_of(local, global_rows, global_columns, num_context)
-    # A gradient that arrives expanded or transposed has no contiguous last dimension.
-    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    # A gradient may arrive transposed or expanded.
+    dout = dout if dout.stride(2) == 1 and 0 not in dout.stride() else dout.contiguous()
     module = _choose_backend(backend, q, k, v, dout)
     out = (dq, dk, dv)
     options: dict[str, Any] = {"num_targets": num_targets, "scale": scale, "max_len": max_len}
+    wide = _sum_dtype(q)
     if q.numel() == 0:
-        total = [x.new_zeros(x.shape[1:], dtype=torch.float32) for x in out]
+        total = [x.new_zeros(x.shape[1:], dtype=wide) for x in out]
     elif module is reference:
-        wide = torch.promote_types(q.dtype, torch.float32)
         gradients = list(reference.backward(dout, q, k, v, offsets, mask, **options))
         if scaled:
             gradients = [x * factor.to(wide) for x, factor in zip(gradients, out, strict=True)]
@@ -267,7 +273,19 @@ def _backward_out(
         total = [x.sum(0, dtype=wide) for x in gradients]
     else:
         total = module.backward(dout, q, k, v, offsets, mask, **options, out=out, scaled=scaled, sums=sums)
-    return tuple(total if sums else (q.new_empty(0, dtype=torch.float32) for _ in out))
+    return tuple(total if sums else (q.new_empty(0, dtype=wide) for _ in out))
+
+
+def _indices(
+    q: Tensor, offsets: Tensor, num_targets: Tensor | None, num_context: int, max_len: int
+) -> tuple[Tensor, Tensor | None]:
+    """Offsets and numbers of targets as kernels read them, their values checked where that costs nothing."""
+    check_values(q, offsets, num_targets, num_context, max_len)
+    return offsets.contiguous(), None if num_targets is None else num_targets.contiguous()
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 torch.library.impl(_FORWARD, ("cpu", "cuda"), _forward)
@@ -288,7 +306,7 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: An
 @torch.library.register_fake(_BACKWARD_OUT)
 def _backward_out_fake(*arguments: Any) -> tuple[Tensor, ...]:
     sums, *out = arguments[-4:]
-    return tuple(x.new_empty(x.shape[1:] if sums else 0, dtype=torch.float32) for x in out)
+    return tuple(x.new_empty(x.shape[1:] if sums else 0, dtype=_sum_dtype(x)) for x in out)
 
 
 class _Attention(torch.autograd.Function):
@@ -304,6 +322,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("hstu_attention")
         (dout,) = gradients
         dq, dk, dv = torch.ops.longview.hstu_attention_backward(dout, *ctx.saved_tensors, *ctx.arguments)
         return dq, dk, dv, *([None] * (2 + len(ctx.arguments)))

@@ -55,6 +55,15 @@ class Blocks:
         return GluonDescriptor(self.base, *lists, self.layout)
 
 
+def check_device(x: Tensor) -> None:
+    """Kernels run on the current device: tensors must lie there."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        raise ValueError(
+            f"tensors are on {x.device}, but kernels run on the current device, cuda:{torch.cuda.current_device()}: "
+            f"call torch.cuda.set_device({x.get_device()}) first, or use torch.cuda.device as a context"
+        )
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """`kernel[grid](*arguments, **constants)`, on the current stream.
 

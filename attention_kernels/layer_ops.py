@@ -7,6 +7,7 @@ or on CPU tensors in the interpreter.
 Legend: T packed positions, D model width, W gate width (heads x value size).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 from attention_kernels import gated_norm as gated_norm_kernels
 from attention_kernels import layer_norm as layer_norm_kernels
 from attention_kernels import layer_reference, silu
+from attention_kernels.launcher import check_device
 
 LayerBackend = Literal["triton", "reference"]
 
 
 def layer_backend(x: Tensor) -> LayerBackend:
-    """The backend for tensors like `x`: Triton on a GPU, the reference elsewhere."""
+    """The backend for tensors like `x`: Triton on a GPU, which must be the current one, the reference elsewhere."""
+    check_device(x)
     return "triton" if x.device.type == "cuda" else "reference"
 
 
@@ -28,7 +31,7 @@ def layer_norm_forward(
     x_TD: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: LayerBackend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normed x in its type; mean and 1 / deviation of each row in float32 (float64 for float64)."""
-    _check_rows("x_TD", x_TD, {"weight": weight, "bias": bias})
+    _check_rows(x_TD.shape, {"x_TD": x_TD}, {"weight": weight, "bias": bias})
     if backend == "triton":
         return layer_norm_kernels.forward(x_TD, weight, bias, eps)
     wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
@@ -50,6 +53,8 @@ def layer_norm_backward(
     backend: LayerBackend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx + residual_TD in x's type, dweight, dbias)."""
+    rows = {"x_TD": x_TD, "dnormed_TD": dnormed_TD, "residual_TD": residual_TD}
+    _check_rows(x_TD.shape, rows, {"weight": weight, "bias": bias})
     if backend == "triton":
         return layer_norm_kernels.backward(dnormed_TD, x_TD, weight, mean, rstd, residual_TD)
     with torch.enable_grad():
@@ -61,6 +66,7 @@ def layer_norm_backward(
 
 def silu_(x: Tensor, *, backend: LayerBackend) -> Tensor:
     """SiLU of `x` [T, width], written over it."""
+    _check_columns("x", x, x.shape)
     if backend == "triton":
         silu.forward_(x)
         return x
@@ -81,10 +87,7 @@ def gated_norm_forward(
     backend: LayerBackend,
 ) -> Tensor:
     """`layer_reference.gated_norm`."""
-    _check_rows("attention_TW", attention_TW, {"weight": weight, "bias": bias})
-    _check_rows("u_TW", u_TW, {})
-    if attention_TW.shape[1] % num_groups:
-        raise ValueError(f"num_groups={num_groups} does not divide the width {attention_TW.shape[1]}")
+    _check_gated_norm(attention_TW, u_TW, weight, bias, num_groups, x_TD, dropout)
     function = gated_norm_kernels.forward if backend == "triton" else layer_reference.gated_norm
     return function(attention_TW, u_TW, weight, bias, eps, num_groups=num_groups, x_TD=x_TD, dropout=dropout, seed=seed)
 
@@ -110,6 +113,11 @@ def gated_norm_backward(
     Returns (dattention, residual_TD plus the gradient of the concatenated x, the forward's result, dweight, dbias, the
     sum of du over rows).
     """
+    _check_gated_norm(attention_TW, u_TW, weight, bias, num_groups, x_TD, dropout)
+    _check_rows(residual_TD.shape if x_TD is None else x_TD.shape, {"residual_TD": residual_TD}, {})
+    width = attention_TW.shape[1] if x_TD is None else 2 * attention_TW.shape[1] + x_TD.shape[1]
+    _check_rows((attention_TW.shape[0], width), {"dout": dout}, {})
+    _check_columns("du", du, attention_TW.shape)
     if backend == "triton":
         return gated_norm_kernels.backward(
             dout,
@@ -147,9 +155,42 @@ def gated_norm_backward(
     return gradients[0], residual, gated.detach(), gradients[2], gradients[3], du_sum
 
 
-def _check_rows(name: str, x: Tensor, vectors: dict[str, Tensor]) -> None:
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"{name} is {tuple(x.shape)} with strides {x.stride()}, expected contiguous rows [T, width]")
-    for vector_name, vector in vectors.items():
-        if vector.shape != x.shape[1:]:
-            raise ValueError(f"{vector_name} is {tuple(vector.shape)}, expected [{x.shape[1]}] as the rows of {name}")
+def _check_gated_norm(
+    attention_TW: Tensor,
+    u_TW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    x_TD: Tensor | None,
+    dropout: float,
+) -> None:
+    rows = {"attention_TW": attention_TW, "u_TW": u_TW}
+    _check_rows(attention_TW.shape, rows, {"weight": weight, "bias": bias})
+    if x_TD is not None:
+        _check_rows((attention_TW.shape[0], x_TD.shape[-1]), {"x_TD": x_TD}, {})
+    if attention_TW.shape[1] % num_groups:
+        raise ValueError(f"num_groups={num_groups} does not divide the width {attention_TW.shape[1]}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+
+
+def _check_rows(shape: Sequence[int], rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+    """Rows are contiguous and of one shape [T, width], vectors [width]."""
+    for name, x in rows.items():
+        if x.dim() != 2 or x.shape != tuple(shape) or not x.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} with strides {x.stride()}, expected contiguous rows {list(shape)}"
+            )
+    for name, vector in vectors.items():
+        if vector.shape != tuple(shape[1:]):
+            raise ValueError(
+                f"{name} is {tuple(vector.shape)}, expected [{shape[1]}] as the rows of {next(iter(rows))}"
+            )
+
+
+def _check_columns(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """Rows of `shape` that may be a slice of wider ones."""
+    if x.dim() != 2 or x.shape != tuple(shape) or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(
+            f"{name} is {tuple(x.shape)} with strides {x.stride()}, expected rows {list(shape)} of stride 1"
+        )

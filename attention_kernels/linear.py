@@ -67,9 +67,9 @@ def linear_silu(
 
     The values are the same bits with and without `slopes`.
     """
-    if backend == "triton" and _fused("the product of V, Q and K with SiLU", a, b, slopes):
-        N = b.shape[0] if scales else b.shape[1]
-        out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
+    N = b.shape[0] if scales else b.shape[1]
+    out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device) if backend == "triton" else None
+    if out is not None and _fused("the product of V, Q and K with SiLU", a, b, slopes, out):
         row_scale, column_scale = scales or (None, None)
         epilogue = Epilogue(silu=True, slopes=slopes, bias=bias, row_scale=row_scale, column_scale=column_scale)
         _product(a)(a, b, out, epilogue)
@@ -93,6 +93,8 @@ def quantise_rows(x: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:
 def quantise_columns(weight: Tensor, *, backend: LayerBackend) -> tuple[Tensor, Tensor]:
     """The weight [K, N] transposed to [N, K] in E4M3, as FP8 tensor cores read it, and its scale a column [N]."""
     if backend == "triton":
+        if weight.stride(1) != 1:
+            raise ValueError(f"the weight has strides {weight.stride()}, expected rows of stride 1; call contiguous()")
         return fp8.quantise_columns(weight)
     return quantise_rows(weight.t(), backend=backend)
 
@@ -138,6 +140,11 @@ def matmul_fp8(
             use_fast_accum=True,
         )
     out = torch.empty_like(residual)
+    if not linear_kernel.aligned(a, b_NK, residual):
+        raise ValueError(
+            f"FP8 operands {list(a.shape)} and {list(b_NK.shape)} with a residual {list(residual.shape)}: rows must "
+            "start at multiples of 16 bytes, so widths must be multiples of 16"
+        )
     _product(a)(a, b_NK, out, Epilogue(row_scale=row_scale, column_scale=column_scale, residual=residual))
     return out
 

@@ -242,12 +242,12 @@ def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, *, config: di
 
 def fits(*tensors: Tensor) -> bool:
     """Whether the kernel takes these: 16-bit values (float32 would lose bits to TF32) in rows that the tensor memory
-    accelerator can move, contiguous and starting at multiples of 16 bytes."""
+    accelerator can move."""
+    return aligned(*tensors) and all(x.element_size() <= 2 and x.numel() > 0 for x in tensors)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 bytes."""
     return all(
-        x.element_size() <= 2
-        and x.stride(1) == 1
-        and x.stride(0) * x.element_size() % 16 == 0
-        and x.data_ptr() % 16 == 0
-        and x.numel() > 0
-        for x in tensors
+        x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in tensors
     )

@@ -77,5 +77,17 @@ def test_wrong_shapes_are_refused() -> None:
     good = Gather(source=torch.zeros(2, 4), rows=rows, once=False)
     with pytest.raises(ValueError, match=r"a source \(2, 5\)"):
         gather_sum([good, Gather(source=torch.zeros(2, 5), rows=rows, once=False)], torch.float32)
-    with pytest.raises(ValueError, match="at most 5"):
+    with pytest.raises(ValueError, match="6 gathers, expected 1 to 5"):
         gather_sum([good] * 6, torch.float32)
+    with pytest.raises(ValueError, match="0 gathers"):
+        gather_sum([], torch.float32)
+    with pytest.raises(ValueError, match=r"rows are torch\.int32"):
+        gather_sum([Gather(source=torch.zeros(2, 4), rows=rows.int(), once=False)], torch.float32)
+
+
+def test_views_of_one_index_are_different_rows() -> None:
+    index = torch.arange(5, device=DEVICE)
+    sources = [torch.zeros(5, 16, device=DEVICE, requires_grad=True) for _ in range(2)]
+    gathers = [Gather(source=x, rows=rows, once=True) for x, rows in zip(sources, (index[:3], index[::2]), strict=True)]
+    gather_sum(gathers, torch.float32).sum().backward()
+    assert [x.grad[:, 0].tolist() for x in sources if x.grad is not None] == [[1, 1, 1, 0, 0], [1, 0, 1, 0, 1]]

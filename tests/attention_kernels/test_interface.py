@@ -8,6 +8,8 @@ import torch
 
 from attention_kernels import SemiLocalMask, hstu_attention, hstu_attention_backward, interface
 
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 MASK = SemiLocalMask(local=4, global_rows=2, num_context=1)
 
 
@@ -61,9 +63,31 @@ def test_wrong_gradient_buffers_are_named() -> None:
 
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(interface, "INTERPRETED", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         hstu_attention(**arguments(backend="triton"))
+
+
+def test_indices_may_be_strided_and_gradients_expanded() -> None:
+    q, k, v = (torch.randn(20, 2, 16, device=DEVICE) for _ in range(3))
+    options: dict[str, Any] = {"max_len": 16, "mask": SemiLocalMask(num_context=1)}
+    offsets, targets = (torch.tensor(x, device=DEVICE) for x in ([0, 8, 20], [3, 3]))
+    wide_offsets, wide_targets = torch.stack([offsets, offsets + 7], 1)[:, 0], targets[:1].expand(2)
+    dout = torch.randn(2, 16, device=DEVICE).expand(20, 2, 16)
+    for function, first in ((hstu_attention, ()), (hstu_attention_backward, (dout,))):
+        found, wanted = (
+            function(*first, q, k, v, offsets=o, num_targets=t, backend=backend, **options)
+            for o, t, backend in ((wide_offsets, wide_targets, "triton"), (offsets, targets, "reference"))
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_second_derivatives_are_refused(backend: Any) -> None:
+    q, k, v = (torch.randn(10, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    out = hstu_attention(q, k, v, torch.tensor([0, 10], device=DEVICE), MASK, backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
 
 
 def test_choice_of_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -74,15 +98,21 @@ def test_choice_of_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
     assert caplog.messages == ["attention backend on cpu tensors: reference (chosen by device)"]
 
 
-@pytest.mark.parametrize("targets", [None, torch.tensor([1, 0], dtype=torch.int32)])
-def test_operator_is_registered_properly(targets: torch.Tensor | None) -> None:
-    given = arguments()
-    q, k, v = (given[name].requires_grad_() for name in ("q_THK", "k_THK", "v_THV"))
-    fields = (given["offsets"], targets, 4, 2, 0, 1, 0.25, 16, "auto")
-    torch.library.opcheck(torch.ops.longview.hstu_attention_forward, (q, k, v, *fields))
-    plain = [x.detach() for x in (torch.randn(10, 2, 16), q, k, v)]
+@pytest.mark.parametrize("with_targets", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    # The interpreter would take minutes.
+    [("reference", torch.float32), ("reference", torch.float64), *([("triton", torch.float32)] if CUDA else [])],
+)
+def test_operator_is_registered_properly(backend: Any, dtype: torch.dtype, with_targets: bool) -> None:
+    targets = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE) if with_targets else None
+    dout, q, k, v = (torch.randn(10, 2, 16, dtype=dtype, device=DEVICE) for _ in range(4))
+    fields = (torch.tensor([0, 4, 10], device=DEVICE), targets, 4, 2, 0, 1, 0.25, 16, backend)
+    plain = (dout, q, k, v)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.longview.hstu_attention_forward, (*leaves, *fields))
     torch.library.opcheck(torch.ops.longview.hstu_attention_backward, (*plain, *fields))
-    slices = [torch.randn(10, 2, 48)[:, :, 16 * i : 16 * i + 16] for i in range(3)]
+    slices = [torch.randn(10, 2, 48, dtype=dtype, device=DEVICE)[:, :, 16 * i : 16 * i + 16] for i in range(3)]
     for flags in ((False, False), (False, True), (True, True)):
         torch.library.opcheck(torch.ops.longview.hstu_attention_backward_out, (*plain, *fields, *flags, *slices))
 

@@ -66,17 +66,19 @@ def test_silu_equals_reference(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "seed"), [(0.0, 0), (0.3, 1), (0.3, 12345)])
 @pytest.mark.parametrize("concat", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("rows", (0, 1, 70))
-def test_gated_norm_equals_reference(rows: int, groups: int, concat: bool, dropout: float, dtype: torch.dtype) -> None:
+def test_gated_norm_equals_reference(
+    rows: int, groups: int, concat: bool, dropout: float, seed: int, dtype: torch.dtype
+) -> None:
     width, x_width = 80, 48
     attention, u = (random(rows, width, dtype=dtype, seed=seed) for seed in range(2))
     weight, bias = random(width, dtype=torch.float32, seed=3), random(width, dtype=torch.float32, seed=4)
     x = random(rows, x_width, dtype=dtype, seed=5)
     residual = random(rows, x_width, dtype=dtype, seed=6)
-    options = {"num_groups": groups, "dropout": dropout, "seed": 12345}
+    options = {"num_groups": groups, "dropout": dropout, "seed": seed}
 
     def function(a: Tensor, u: Tensor, w: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return layer_reference.gated_norm(a, u, w, b, EPS, x_TD=x if concat else None, **options) + 0 * x.sum()
@@ -157,3 +159,17 @@ def test_wrong_shapes_are_refused_with_the_arguments_name() -> None:
         layer_ops.layer_norm_forward(x.T, torch.ones(4), torch.ones(4), EPS, backend="reference")
     with pytest.raises(ValueError, match="num_groups=3"):
         layer_ops.gated_norm_forward(x, x, torch.ones(8), torch.ones(8), EPS, num_groups=3, backend="reference")
+    with pytest.raises(ValueError, match="u_TW is"):
+        layer_ops.gated_norm_forward(x, x[:, :4], torch.ones(8), torch.ones(8), EPS, backend="reference")
+    with pytest.raises(ValueError, match="dropout=1"):
+        layer_ops.gated_norm_forward(x, x, torch.ones(8), torch.ones(8), EPS, dropout=1.0, backend="reference")
+    with pytest.raises(ValueError, match="x is"):
+        layer_ops.silu_(x.T, backend="reference")
+    norm = (torch.ones(8), torch.ones(8))
+    turned = torch.zeros(8, 4, device=DEVICE).T
+    with pytest.raises(ValueError, match="dnormed_TD is"):
+        layer_ops.layer_norm_backward(
+            turned, x, *norm, torch.zeros(4), torch.zeros(4), EPS, residual_TD=x, backend="reference"
+        )
+    with pytest.raises(ValueError, match="dout is"):
+        layer_ops.gated_norm_backward(turned, x, x, *norm, EPS, residual_TD=x, du=x.clone(), backend="reference")

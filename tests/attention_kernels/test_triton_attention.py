@@ -9,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attention_kernels import SemiLocalMask, hstu_attention
-from tests.attention_kernels.cases import Case, check, run
+from attention_kernels import SemiLocalMask, hopper_attention, hstu_attention
+from attention_kernels.rows import is_hopper
+from tests.attention_kernels.cases import Case, check, random_inputs, run
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -122,11 +123,13 @@ def test_any_case_equals_reference(case: Case) -> None:
     check(case, DEVICE)
 
 
-def test_repeats_bit_for_bit() -> None:
-    case = SMALL["split"] if CUDA else SMALL["everything"]
-    case = replace(case, projection="scaled")
+def check_repeats(case: Case) -> None:
     first, second = (run(case, DEVICE, "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_repeats_bit_for_bit() -> None:
+    check_repeats(replace(SMALL["split"] if CUDA else SMALL["everything"], projection="scaled"))
 
 
 @pytest.mark.parametrize("mask", [SemiLocalMask(num_context=2), SemiLocalMask(local=2, global_rows=1)])
@@ -143,23 +146,45 @@ def test_empty_batch_and_empty_sequences(mask: SemiLocalMask) -> None:
 class TestWholeMatrix:
     """Every value of every list; pairs of windows in full, the other fields cycled through all their combinations."""
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    @pytest.mark.parametrize(("local", "rows"), list(itertools.product((None, *WINDOWS), WINDOWS)))
-    def test_masks(self, local: int | None, rows: int, dtype: torch.dtype) -> None:
-        if local is None and rows > 0:
-            pytest.skip("global rows need a window")
-        index = 0 if local is None else WINDOWS.index(local) * len(WINDOWS) + WINDOWS.index(rows)
-        combinations = list(itertools.product(COUNTS, COUNTS, COUNTS))
-        # 64 combinations over 36 pairs of windows: two each cover all of them.
-        for columns, context, targets in (combinations[index], combinations[(index + 36) % 64]):
-            mask = SemiLocalMask(
-                local=local,
-                global_rows=rows,
-                global_columns=0 if local is None else columns,
-                num_context=context,
-            )
+    # Heads of 32 are the portable kernels', in 16 bits the larger ones those for Hopper, where the GPU is one.
+    @pytest.mark.parametrize(
+        ("dtype", "size"), [(torch.float32, 32), (torch.bfloat16, 32), (torch.bfloat16, 128), (torch.bfloat16, 256)]
+    )
+    @pytest.mark.parametrize(("local", "rows"), [(None, 0), *itertools.product(WINDOWS, WINDOWS)])
+    def test_masks(self, local: int | None, rows: int, dtype: torch.dtype, size: int) -> None:
+        if local is None:
+            combinations = list(itertools.product((0,), COUNTS, COUNTS))
+        else:
+            index = WINDOWS.index(local) * len(WINDOWS) + WINDOWS.index(rows)
+            every = list(itertools.product(COUNTS, COUNTS, COUNTS))
+            # 64 combinations over 36 pairs of windows: two each cover all of them.
+            combinations = [every[index], every[(index + 36) % 64]]
+        for columns, context, targets in combinations:
+            mask = SemiLocalMask(local=local, global_rows=rows, global_columns=columns, num_context=context)
             number = (targets,) * (len(AWKWARD) + 1) if targets else None
-            check(Case(mask=mask, histories=(*AWKWARD, None), targets=number, heads=2, dtype=dtype), DEVICE)
+            sizes = {"key_size": size, "value_size": size}
+            check(Case(mask=mask, histories=(*AWKWARD, None), targets=number, heads=2, dtype=dtype, **sizes), DEVICE)
+
+    @pytest.mark.parametrize("size", [64, 128, 256])
+    @pytest.mark.parametrize(
+        "mask", [SemiLocalMask(num_context=2), SemiLocalMask(local=64, global_rows=100, num_context=2)]
+    )
+    def test_long_sequences(self, mask: SemiLocalMask, size: int) -> None:
+        """Rows that see everything are split over keys; the same bits every time."""
+        case = Case(
+            mask=mask,
+            histories=(4100, 700),
+            targets=(3, 0),
+            heads=2,
+            key_size=size,
+            value_size=size,
+            dtype=torch.bfloat16,
+            projection="scaled",
+        )
+        inputs = random_inputs(case, DEVICE)
+        assert hopper_attention.takes(*inputs) == is_hopper(inputs[0].device)
+        check(case, DEVICE)
+        check_repeats(case)
 
     @pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product(SIZES, SIZES)))
     @pytest.mark.parametrize("local", [None, 64])

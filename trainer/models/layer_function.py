@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import hstu_attention, hstu_projection_backward, layer_ops, linear
+from attention_kernels.checks import check_first_order
 from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec
 
 
@@ -58,6 +59,7 @@ class _FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("an HSTU layer")
         x_TD, u, attention, mean, rstd, normed_TD, duvqk, vqk, gated, *parameters = ctx.saved_tensors
         norm_weight, norm_bias, uvqk_weight, uvqk_bias, gate_weight, gate_bias, output_weight = parameters
         spec: LayerSpec = ctx.spec
