@@ -1,17 +1,15 @@
 """Quality over all ranks: for ranking normalised entropy (NE), AUC, and AUC averaged over users (GAUC), one a task; for
 retrieval hit rate, NDCG and mean reciprocal rank.
 
-Candidates are collected on every rank and joined when the result is asked for; the formulas are torchmetrics' and
-TorchRec's own.
+Candidates are collected on every rank and joined when the result is asked for.  NE's and AUC's formulas are TorchRec's
+and torchmetrics'; GAUC is ours, because TorchRec's orders equal scores by chance.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities.data import dim_zero_cat
-from torchrec.metrics.gauc import compute_gauc_3d
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
 CUTOFFS = (10, 50)
@@ -24,8 +22,10 @@ class RankingMetrics(Metric):
     """NE, AUC and GAUC of several binary tasks.
 
     NE is the mean cross entropy divided by the entropy of the task's base rate (He et al., 2014); 1 is what always
-    predicting the base rate scores.  GAUC is the AUC within each user, averaged over users whose labels differ.
-    A metric that the labels leave undefined (one class only) is reported as NaN.
+    predicting the base rate scores.  GAUC is the AUC within each user, averaged over users whose labels differ;
+    in both, a positive and a negative with equal scores count half.
+    A metric that the labels leave undefined (one class only) is reported as NaN, and so is all of a task whose scores
+    hold a NaN.
     """
 
     full_state_update = False
@@ -53,13 +53,12 @@ class RankingMetrics(Metric):
 
 def score(scores: Tensor, labels: Tensor, user_ids: Tensor, tasks: tuple[str, ...]) -> dict[str, float]:
     """`ne/TASK`, `auc/TASK` and `gauc/TASK` of these candidates; arguments as `RankingMetrics.update`'s."""
-    gauc = _gauc(scores.T, labels.T, user_ids)
     result = {}
-    for task, s, y, user_auc in zip(tasks, scores.T, labels.T, gauc, strict=True):
-        both_classes = bool(0 < y.mean() < 1)
-        result[f"ne/{task}"] = _ne(s, y) if both_classes else float("nan")
-        result[f"auc/{task}"] = binary_auroc(s, y.long()).item() if both_classes else float("nan")
-        result[f"gauc/{task}"] = user_auc
+    for task, s, y in zip(tasks, scores.T, labels.T, strict=True):
+        defined = bool(0 < y.mean() < 1) and not bool(s.isnan().any())
+        result[f"ne/{task}"] = _ne(s, y) if defined else float("nan")
+        result[f"auc/{task}"] = binary_auroc(s, y.long()).item() if defined else float("nan")
+        result[f"gauc/{task}"] = _gauc(s, y, user_ids) if defined else float("nan")
     return result
 
 
@@ -70,18 +69,28 @@ def _ne(scores: Tensor, labels: Tensor) -> float:
     return float(compute_ne(cross_entropy, weights.sum(), positives, weights.sum() - positives, ETA))
 
 
-def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> list[float]:
-    """Group candidates by user; `scores` and `labels` are [tasks, C]."""
-    order = torch.argsort(user_ids, stable=True)
-    group_sizes = torch.unique_consecutive(user_ids[order], return_counts=True)[1].tolist()
+def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
+    """Mean AUC of the users of one task, all [C]; NaN where no user's labels differ.
 
-    def by_user(values: Tensor) -> Tensor:
-        """[tasks, users, longest], padded with zeros."""
-        return pad_sequence(list(torch.split(values.T[order], group_sizes)), batch_first=True).permute(2, 0, 1)
-
-    sums = compute_gauc_3d(by_user(scores), by_user(labels), by_user(torch.ones_like(labels)))
-    totals, counts = sums["auc_sum"].tolist(), sums["num_samples"].tolist()
-    return [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
+    A user's AUC is (R - p (p + 1) / 2) / (p n) for p positives, n negatives and R the sum of the positives' ranks,
+    where equal scores share their mean rank (Mann and Whitney, 1947).
+    """
+    user = torch.unique(user_ids, return_inverse=True)[1]
+    order = torch.argsort(scores, stable=True)
+    order = order[torch.argsort(user[order], stable=True)]
+    user, scores, labels = user[order], scores[order], labels[order]
+    # Runs of one user's equal scores, in the order of users and scores.
+    changes = (user[1:] != user[:-1]) | (scores[1:] != scores[:-1])
+    run = torch.cat([changes.new_zeros(1), changes]).long().cumsum(0)
+    run_ends = torch.bincount(run).cumsum(0)
+    mean_place = (run_ends - 0.5 * (torch.bincount(run) - 1)).double()[run]
+    count = torch.bincount(user)
+    rank = mean_place - (count.cumsum(0) - count)[user]
+    positives = torch.bincount(user, weights=labels.double())
+    negatives = count - positives
+    rank_sum = torch.bincount(user, weights=rank * labels)
+    auc = (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+    return float(auc[(positives > 0) & (negatives > 0)].mean())
 
 
 def retrieval_scores(ranks: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ TASKS = ("click", "follow")
 
 
 def _candidates(seed: int, count: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores of which many are equal."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(count, len(TASKS), generator=generator)
+    scores = torch.randint(1, 9, (count, len(TASKS)), generator=generator) / 9
     labels = (torch.rand(count, len(TASKS), generator=generator) < 0.4).float()
     return scores, labels, torch.randint(0, 7, (count,), generator=generator)
 
@@ -61,6 +62,24 @@ def test_one_class_is_reported_as_undefined() -> None:
     metrics = RankingMetrics(TASKS, torch.device("cpu"))
     metrics.update(scores, torch.zeros_like(labels), users)
     assert all(math.isnan(value) for value in metrics.compute().values())
+
+
+def test_scores_that_are_no_numbers_leave_their_task_undefined() -> None:
+    scores, labels, users = _candidates(2)
+    scores[5, 0] = torch.nan
+    metrics = RankingMetrics(TASKS, torch.device("cpu"))
+    metrics.update(scores, labels, users)
+    result, expected = metrics.compute(), _expected(*_candidates(2))
+    assert all(math.isnan(result[f"{name}/click"]) for name in ("ne", "auc", "gauc"))
+    assert all(result[f"{name}/follow"] == pytest.approx(expected[f"{name}/follow"]) for name in ("ne", "auc", "gauc"))
+
+
+def test_users_whose_scores_are_all_equal_count_half() -> None:
+    labels, users = torch.tensor([[1.0], [0.0], [1.0], [0.0]]), torch.tensor([3, 3, 8, 8])
+    scores = torch.tensor([[0.5], [0.5], [0.9], [0.1]])
+    metrics = RankingMetrics(("click",), torch.device("cpu"))
+    metrics.update(scores, labels, users)
+    assert metrics.compute()["gauc/click"] == 0.75
 
 
 def _metrics_of_a_rank(sizes: list[int]) -> dict[str, float]:

@@ -78,7 +78,10 @@ class RankerTower(nn.Module):
                 f"a sequence has {layout.longest} tokens, more than model.max_len={self.max_len}: raise max_len, or "
                 "lower data.max_history_len or data.max_candidates"
             )
-        logits_CM: Tensor = self.head(self.tower(tokens_TD, layout, batch))
+        hidden_CD: Tensor = self.head[:-1](self.tower(tokens_TD, layout, batch))
+        # In bfloat16 many candidates would have the same score.
+        with torch.autocast(hidden_CD.device.type, enabled=False):
+            logits_CM: Tensor = self.head[-1](hidden_CD.float())
         return logits_CM.float()
 
 
