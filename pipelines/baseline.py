@@ -36,34 +36,48 @@ class Baseline:
     """[C]"""
 
 
-def baseline_scores(config: DataConfig, tasks: Sequence[str]) -> Baseline:
-    """Count rates on the training split of `config.path` and score its evaluation split.
+def count_rates(config: DataConfig, tasks: Sequence[str], part: int = 0, parts: int = 1) -> "TrainingRates":
+    """Count a share of the training split of `config.path`: units `part`, `part + parts`, ...
 
-    Reads the whole training split once; memory grows with the numbers of items and users only.
+    Memory grows with the numbers of items and users only.
     """
     info = open_source(config.path, config, "train").info
-    bits = np.array([info.action_bit(task) for task in tasks])
+    bits = _bits(config, tasks)
     items = _Rates(num_ids=info.num_items, num_tasks=len(tasks))
-    users, user_parts = np.zeros(0, dtype=np.int64), []
-    for user_id, item_id, labels in _candidates(config, "train", bits):
+    users = _UserRates(np.zeros(0, dtype=np.int64), _Rates(num_ids=0, num_tasks=len(tasks)))
+    found = []
+    for user_id, item_id, labels in _candidates(config, "train", bits, part, parts):
         items.add(item_id, labels)
         ids, place = np.unique(user_id, return_inverse=True)
-        part = _Rates(num_ids=len(ids), num_tasks=len(tasks))
-        part.add(place, labels)
-        user_parts.append((ids, part))
-    users = np.unique(np.concatenate([ids for ids, _ in user_parts]))
-    by_user = _Rates(num_ids=len(users) + 1, num_tasks=len(tasks))
-    for ids, part in user_parts:
-        by_user.merge(np.searchsorted(users, ids), part)
+        rates = _Rates(num_ids=len(ids), num_tasks=len(tasks))
+        rates.add(place, labels)
+        found.append(_UserRates(ids, rates))
+    return TrainingRates(items, _join_users([users, *found]))
+
+
+def join_rates(parts: Sequence["TrainingRates"]) -> "TrainingRates":
+    """The counts of several shares together."""
+    items = parts[0].items
+    for part in parts[1:]:
+        items.merge(np.arange(len(items.count)), part.items)
+    return TrainingRates(items, _join_users([part.users for part in parts]))
+
+
+def baseline_scores(config: DataConfig, tasks: Sequence[str], rates: "TrainingRates | None" = None) -> Baseline:
+    """Score the evaluation split of `config.path` by the `rates` of its training split, counted here if None."""
+    rates = rates or count_rates(config, tasks)
+    items, users = rates.items, rates.users.ids
     overall = (items.positive.sum(axis=0) + 1) / (items.count.sum() + 2)
     item_logit = _logit(items.smoothed(overall, ITEM_PRIOR))
+    # Users without training candidates share the last, empty entry.
+    by_user = _Rates(num_ids=len(users) + 1, num_tasks=len(tasks))
+    by_user.merge(np.arange(len(users)), rates.users.rates)
     user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
 
-    found = list(_candidates(config, "eval", bits))
+    found = list(_candidates(config, "eval", _bits(config, tasks)))
     user_id = np.concatenate([part[0] for part in found])
     place = np.searchsorted(users, user_id)
     known = np.append(users, -1)[place] == user_id
-    # Users without training candidates share the last, empty entry.
     place = np.where(known, place, len(users))
     logit = item_logit[np.concatenate([part[1] for part in found])] + user_logit[place] - _logit(overall)
     return Baseline(
@@ -71,11 +85,12 @@ def baseline_scores(config: DataConfig, tasks: Sequence[str]) -> Baseline:
     )
 
 
-def item_counts(config: DataConfig) -> IntArray:
-    """How often each item stands in the histories and candidates of the training split of `config.path`, [items]."""
+def item_counts(config: DataConfig, part: int = 0, parts: int = 1) -> IntArray:
+    """How often each item stands in the histories and candidates of a share of the training split of `config.path`,
+    [items]; shares as in `count_rates`."""
     source = open_source(config.path, config, "train")
     counts = np.zeros(source.info.num_items, dtype=np.int64)
-    for unit in range(len(source.unit_rows)):
+    for unit in range(part, len(source.unit_rows), parts):
         samples: Samples = source.read(unit)
         for column in (samples.history["item_id"], samples.candidate["item_id"]):
             counts += np.bincount(column.values, minlength=len(counts))
@@ -105,10 +120,42 @@ class _Rates:
         return (self.positive + prior * overall) / (self.count + prior)
 
 
-def _candidates(config: DataConfig, split: Split, bits: IntArray) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
+@dataclass(frozen=True, slots=True)
+class _UserRates:
+    """Counts of some users."""
+
+    ids: IntArray
+    """Distinct, in order."""
+    rates: _Rates
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRates:
+    """What the training split, or a share of it, says of items and users."""
+
+    items: _Rates
+    users: _UserRates
+
+
+def _join_users(parts: Sequence[_UserRates]) -> _UserRates:
+    ids = np.unique(np.concatenate([part.ids for part in parts]))
+    rates = _Rates(num_ids=len(ids), num_tasks=parts[0].rates.positive.shape[1])
+    for part in parts:
+        rates.merge(np.searchsorted(ids, part.ids), part.rates)
+    return _UserRates(ids, rates)
+
+
+def _bits(config: DataConfig, tasks: Sequence[str]) -> IntArray:
+    info = open_source(config.path, config, "train").info
+    return np.array([info.action_bit(task) for task in tasks])
+
+
+def _candidates(
+    config: DataConfig, split: Split, bits: IntArray, part: int = 0, parts: int = 1
+) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
     """User, item and labels of each candidate that `config` keeps, unit by unit in stored order."""
     source = open_source(config.path, config, split)
-    for unit in range(len(source.unit_rows)):
+    for unit in range(part, len(source.unit_rows), parts):
         samples: Samples = source.read(unit)
         column = samples.candidate["item_id"]
         lens = column.lens()

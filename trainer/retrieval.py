@@ -48,7 +48,7 @@ def evaluate_retrieval(
         ]
         outputs, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
         seen = _join_seen([part[2] for part in parts], [part[0].shape[0] for part in parts])
-        counts = _popularity(config.data, num_items, mesh)
+        counts = _popularity(config.data, mesh)
         ranks = _count_better(model, outputs, targets, seen, counts, config.model.retrieval.corpus_chunk)
     finally:
         model.module.train(was_training)
@@ -147,7 +147,8 @@ def _count_better(
             if seen.numel():
                 mine = (prediction >= block.start) & (prediction < block.stop)
                 counted[prediction[mine] - block.start, item[mine] - first] = False
-            better[block] += ((outputs[block] @ items.t() >= wanted[block][:, None]) & counted).sum(1)
+            # Not ">=", which a score that is not a number would pass as the best.
+            better[block] += (~(outputs[block] @ items.t() < wanted[block][:, None]) & counted).sum(1)
             more_popular[block] += ((counts[first:last] >= popularity[block][:, None]) & counted).sum(1)
     return better + 1, more_popular + 1
 
@@ -164,19 +165,17 @@ def _item_vectors(model: ParallelModel, first: int, last: int, device: torch.dev
     return model.dense.unit(rows)
 
 
-def _popularity(data: DataConfig, num_items: int, mesh: Mesh) -> Tensor:
-    """How often each item stands in the training split; the first rank reads it for all."""
-    counts = torch.zeros(num_items, dtype=torch.long, device=mesh.device)
-    if mesh.is_first:
-        counts += _item_counts(data).to(mesh.device)
-    dist.broadcast(counts, 0)  # every rank
+def _popularity(data: DataConfig, mesh: Mesh) -> Tensor:
+    """How often each item stands in the training split, of which every rank reads its share."""
+    counts = _item_counts(data, mesh.rank, mesh.world_size).to(mesh.device, copy=True)
+    dist.all_reduce(counts)  # every rank
     return counts
 
 
 @functools.cache
-def _item_counts(data: DataConfig) -> Tensor:
+def _item_counts(data: DataConfig, rank: int, world_size: int) -> Tensor:
     """The same at every evaluation of a run."""
-    return torch.from_numpy(item_counts(data))
+    return torch.from_numpy(item_counts(data, rank, world_size))
 
 
 def _means(sums: Tensor) -> dict[str, float]:
