@@ -16,6 +16,7 @@ from trainer.models.flops import Count, training_flops
 from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.ranker import Ranker, build_ranker
 from trainer.models.retriever import Retriever, build_retriever
+from trainer.recorder import TokenCount
 
 
 def table_configs(config: TrainConfig, info: DatasetInfo) -> list[TableConfig]:
@@ -74,9 +75,8 @@ def check_lengths(config: TrainConfig, info: DatasetInfo) -> None:
     Raises:
         ValueError: context, history and candidates may be longer than `model.max_len`.
     """
-    tokens_an_event = 2 if config.model.input.merge == "interleave" else 1
+    tokens_an_event, num_context = _tokens(config, info)
     candidates = most_candidates(config, info)
-    num_context = 0 if config.model.retrieval is not None else len(info.context_features)
     longest = num_context + tokens_an_event * config.data.max_history_len + candidates
     if longest > config.model.max_len:
         raise ValueError(
@@ -84,6 +84,19 @@ def check_lengths(config: TrainConfig, info: DatasetInfo) -> None:
             f"({num_context} context, {tokens_an_event} x {config.data.max_history_len} history, "
             f"{candidates} candidates): raise model.max_len, or lower data.max_history_len or data.max_candidates"
         )
+
+
+def token_count(config: TrainConfig, info: DatasetInfo) -> TokenCount:
+    """How many tokens the model makes of samples, by their history lengths and numbers of candidates."""
+    tokens_an_event, num_context = _tokens(config, info)
+    return lambda history_lens, num_candidates: tokens_an_event * history_lens + num_candidates + num_context
+
+
+def _tokens(config: TrainConfig, info: DatasetInfo) -> tuple[int, int]:
+    """(tokens of an event of the history, context tokens of a sample)."""
+    if config.model.retrieval is not None:
+        return 1, 0
+    return 2 if config.model.input.merge == "interleave" else 1, len(info.context_features)
 
 
 def most_candidates(config: TrainConfig, info: DatasetInfo) -> int:

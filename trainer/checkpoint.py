@@ -51,7 +51,12 @@ class Progress:
 
 
 def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mesh, *, keep: int) -> None:
-    """Write the checkpoint of `progress.step`, then delete all but the newest `keep`.  Called by every rank."""
+    """Write the checkpoint of `progress.step`, then delete all but the newest `keep`.  Called by every rank.
+
+    Raises:
+        FloatingPointError: a tensor holds a number that is not finite; nothing is written or deleted.
+    """
+    _check_finite(run, tensors, progress.step)
     final = run.checkpoint(progress.step)
     partial = final.with_name(f".{final.name}.partial")
     if mesh.is_first:
@@ -105,6 +110,30 @@ def load_tensors(folder: Path, tensors: Tensors) -> None:
         if stored[name] != shape:
             raise ValueError(f"checkpoint {folder} holds {name!r} of shape {stored[name]}, the model's is {shape}")
     load(tensors, checkpoint_id=folder)
+
+
+def _check_finite(run: RunDir, tensors: Tensors, step: int) -> None:
+    names = [name for name, value in tensors.items() if not all(map(_is_finite, _local(value)))]
+    names_per_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names_per_rank, names)  # every rank
+    broken = [name for names in names_per_rank for name in names]
+    if broken:
+        steps = run.complete_steps()
+        newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"{broken[0]} is not finite after step {step}, which is not saved; {newest}: "
+            "lower the learning rates or raise schedule.warmup_steps"
+        )
+
+
+def _local(value: torch.Tensor | ShardedTensor) -> list[torch.Tensor]:
+    """What this rank holds of it."""
+    return [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """By the sum, which takes no memory; in float64 that of finite float32 numbers is finite."""
+    return not x.is_floating_point() or bool(x.sum(dtype=torch.float64).isfinite())
 
 
 def _shape(value: torch.Tensor | ShardedTensor) -> tuple[int, ...]:

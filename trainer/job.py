@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from embeddings.machine import Machine
 from embeddings.plan import Plan
@@ -18,12 +19,20 @@ from embeddings.plan_file import read_plan, write_plan
 from embeddings.planner import plan_tables
 from embeddings.report import plan_report
 from embeddings.sharding import to_sharding_plan
-from pipelines.baseline import baseline_scores
+from pipelines.baseline import baseline_scores, count_rates, join_rates
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
-from pipelines.loader import Loader, build_loader, dataset_info
+from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.schema import DatasetInfo
-from trainer.assemble import build_model, check_lengths, lookup_load, table_configs, tasks_of, training_cost
+from trainer.assemble import (
+    build_model,
+    check_lengths,
+    lookup_load,
+    table_configs,
+    tasks_of,
+    token_count,
+    training_cost,
+)
 from trainer.checkpoint import Progress, load_tensors, read_progress
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
@@ -53,6 +62,8 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     check_lengths(config, info)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
+    # Where the evaluation split is missing, one would know after the training otherwise.
+    open_source(config.data.path, config.data, "eval")
     plan = make_plan(config, info, machine_of(mesh), plan_file)
     steps = run.complete_steps()
     progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()
@@ -74,6 +85,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
             progress,
             total_samples=_total_samples(config, loader),
             training_flops=training_cost(config, info),
+            token_count=token_count(config, info),
         )
         # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
         remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
@@ -205,7 +217,6 @@ def _total_samples(config: TrainConfig, loader: Loader) -> int | None:
 
 def consumption(config: TrainConfig, info: DatasetInfo) -> Callable[[Batch], Consumed]:
     """What the loop notes of a batch: little, for it delays the launch of a step."""
-    num_context = len(info.context_features)
     choices = event_choices(config.model, info.actions)
     selective = {name: choice for name, choice in choices.items() if not choice.selects_all}
 
@@ -213,7 +224,6 @@ def consumption(config: TrainConfig, info: DatasetInfo) -> Callable[[Batch], Con
         return Consumed(
             position=batch.position,
             samples=batch.global_samples,
-            tokens=batch.global_tokens + num_context * batch.global_samples,
             # Copies: views would keep the whole batch's memory.
             history_lens=batch.history_lens_host.numpy().copy(),
             num_candidates=batch.num_candidates_host.numpy().copy(),
@@ -241,17 +251,27 @@ def evaluate_and_show(
         table = retrieval_table(metrics, popularity)
     else:
         metrics = evaluate(model, batches, tasks, mesh)
-        table = comparison_table(metrics, baseline_metrics(config.data, tasks), tasks) if mesh.is_first else ""
+        baseline = baseline_metrics(config.data, tasks, mesh)
+        table = comparison_table(metrics, baseline, tasks) if mesh.is_first else ""
     if mesh.is_first:
-        JsonLines(run.eval_file).append({"step": step, **metrics})
+        if not JsonLines(run.eval_file).append({"step": step, **metrics}):
+            logger.info("%s has a line of step %d already; it stays as it is", run.eval_file, step)
         logger.info("evaluation at step %d:\n%s", step, table)
     return metrics
 
 
 @functools.cache
-def baseline_metrics(config: DataConfig, tasks: tuple[str, ...]) -> dict[str, float]:
-    """What the rates of items and users in the training split predict; the same at every evaluation of a run."""
-    baseline = baseline_scores(config, tasks)
+def baseline_metrics(config: DataConfig, tasks: tuple[str, ...], mesh: Mesh) -> dict[str, float]:
+    """What the rates of items and users in the training split predict, on the first rank; nothing on the others.
+
+    Every rank reads its share of the split, once: the result is the same at every evaluation of a run.
+    """
+    mine = count_rates(config, tasks, mesh.rank, mesh.world_size)
+    parts = [mine] * mesh.world_size if mesh.is_first else None
+    dist.gather_object(mine, parts)  # every rank
+    if parts is None:
+        return {}
+    baseline = baseline_scores(config, tasks, join_rates(parts))
     scores, labels, users = (torch.from_numpy(x) for x in (baseline.scores, baseline.labels, baseline.user_id))
     return score(scores.double(), labels.double(), users, tasks)
 

@@ -1,12 +1,13 @@
 """The training loop.
 
-    next global batch -> learning rates, random numbers -> one step of the pipeline -> count -> log -> evaluate -> save
+    next global batch -> learning rates, random numbers -> one step of the pipeline -> count -> log -> save -> evaluate
 
 The pipeline (TorchRec's) pulls batches ahead of the step that trains on them, so what a step consumed is recorded when
 a batch is pulled and taken from the record when its step is done: that position, not the reader's, is checkpointed.
 """
 
 import logging
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -62,14 +63,19 @@ class StoppedEarly(InterruptedError):
 
 
 class StopSignal:
-    """Notes SIGTERM, which schedulers send before they take a machine back; ranks then stop at the next logged step."""
+    """Notes SIGTERM, which schedulers send before they take a machine back, and Ctrl-C: ranks then stop at the next
+    logged step.  A second Ctrl-C stops a single process at once."""
 
     def __init__(self) -> None:
         self.requested = False
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
 
     def _note(self, signum: int, frame: object) -> None:
         self.requested = True
+        # torchrun passes Ctrl-C on to processes that the terminal has told already.
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -93,11 +99,17 @@ def run_steps(
     Every `evaluation.every_steps` and `checkpoint.every_steps` the model is evaluated and saved, and at the end.
 
     Raises:
-        StoppedEarly: SIGTERM came; the state of the last step is saved.
+        StoppedEarly: SIGTERM or Ctrl-C came; the state of the last step is saved.
+        FloatingPointError: the loss of a logged step or the state to save is not finite.
     """
 
     def save() -> None:
-        save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+        with recorder.paused():
+            save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+
+    def evaluate_now() -> None:
+        with recorder.paused():
+            pipeline.outside(lambda: evaluate(progress.step))
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
@@ -118,17 +130,17 @@ def run_steps(
         recorder.count(consumed)
         if progress.step % config.log_every == 0 and recorder.log(progress, loss, factor, stop=stop.requested):
             save()
-            raise StoppedEarly(f"SIGTERM after step {progress.step}, which is saved: start the same command to go on")
-        if config.evaluation.every_steps and progress.step % config.evaluation.every_steps == 0:
-            pipeline.outside(lambda: evaluate(progress.step))
-            evaluated_step = progress.step
+            raise StoppedEarly(f"stopped after step {progress.step}, which is saved: start the same command to go on")
         if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
             save()
             saved_step = progress.step
+        if config.evaluation.every_steps and progress.step % config.evaluation.every_steps == 0:
+            evaluate_now()
+            evaluated_step = progress.step
     # A run's last step is logged whatever its number, so that a short run has a metric too.
     if loss is not None and progress.step % config.log_every:
         recorder.log(progress, loss, factor, stop=False)
     if saved_step != progress.step:
         save()
     if evaluated_step != progress.step:
-        pipeline.outside(lambda: evaluate(progress.step))
+        evaluate_now()

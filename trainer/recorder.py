@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from trainer.run_dir import JsonLines, RunDir
 
 TrainingFlops = Callable[..., npt.NDArray[np.float64]]
 """FLOPs by sample from history lengths, numbers of candidates, and by keyword `channel_history_lens`."""
+TokenCount = Callable[[IntArray, IntArray], IntArray]
+"""Tokens by sample from history lengths and numbers of candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,6 @@ class Consumed:
     """Where the data goes on after this batch."""
     samples: int
     """Samples of the global batch."""
-    tokens: int
-    """Tokens of the global batch."""
     history_lens: IntArray
     """[B] of this rank's samples."""
     num_candidates: IntArray
@@ -48,10 +49,18 @@ class Recorder:
     """Writes the logged steps: metrics.jsonl, TensorBoard and the progress bar."""
 
     def __init__(
-        self, run: RunDir, mesh: Mesh, start: Progress, *, total_samples: int | None, training_flops: TrainingFlops
+        self,
+        run: RunDir,
+        mesh: Mesh,
+        start: Progress,
+        *,
+        total_samples: int | None,
+        training_flops: TrainingFlops,
+        token_count: TokenCount,
     ) -> None:
         self._mesh = mesh
         self._training_flops = training_flops
+        self._token_count = token_count
         self._peak_flops = peak_flops(mesh.device)
         self._interval = _Interval()
         self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
@@ -65,6 +74,18 @@ class Recorder:
         self._interval.add(consumed)
         self._bar.update(consumed.samples)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens here takes no time of the steps."""
+        if self._mesh.device.type == "cuda":
+            # Steps that still run are theirs.
+            torch.cuda.synchronize(self._mesh.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._interval.start += time.perf_counter() - start
+
     def log(self, progress: Progress, loss: Tensor, learning_rate_factor: float, *, stop: bool) -> bool:
         """Log the interval that ends with this step; `loss` is this rank's, of this step only.
 
@@ -74,15 +95,15 @@ class Recorder:
             FloatingPointError: the loss is not finite.
         """
         interval, self._interval = self._interval, _Interval()
-        local = [0.0, interval.flops(self._training_flops), float(stop)]
+        local = [0.0, interval.flops(self._training_flops), interval.tokens(self._token_count), float(stop)]
         sums = torch.tensor(local, dtype=torch.float64, device=loss.device)
         sums[0] = loss / self._mesh.world_size
         dist.all_reduce(sums)  # every rank, on the default group and stream
         # The step's one host-device synchronisation, besides the exchange sizes that TorchRec reads.
-        mean_loss, flops, num_stopped = sums.tolist()
+        mean_loss, flops, tokens, num_stopped = sums.tolist()
         if not math.isfinite(mean_loss):
             raise FloatingPointError(
-                f"the loss of step {progress.step} is {mean_loss}; the newest checkpoint is from before: "
+                f"the loss of step {progress.step} is {mean_loss}; what is saved is from before: "
                 "lower the learning rates or raise schedule.warmup_steps"
             )
         seconds = time.perf_counter() - interval.start
@@ -91,7 +112,7 @@ class Recorder:
             "samples": progress.samples,
             "loss": mean_loss,
             "samples_per_s": interval.samples / seconds,
-            "tokens_per_s": interval.tokens / seconds,
+            "tokens_per_s": tokens / seconds,
             "step_ms": 1e3 * seconds / interval.steps,
             "imbalance": sum(interval.imbalances) / interval.steps,
             "imbalance_by_step": interval.imbalances,
@@ -129,11 +150,11 @@ class Recorder:
 
 
 class _Interval:
-    """Work since the last logged step: of all ranks, but for the lengths."""
+    """Work since the last logged step: samples of all ranks, lengths of this one."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.steps = self.samples = self.tokens = 0
+        self.steps = self.samples = 0
         self.imbalances: list[float] = []
         self._history_lens: list[IntArray] = []
         self._num_candidates: list[IntArray] = []
@@ -142,7 +163,6 @@ class _Interval:
     def add(self, consumed: Consumed) -> None:
         self.steps += 1
         self.samples += consumed.samples
-        self.tokens += consumed.tokens
         self.imbalances.append(consumed.imbalance)
         self._history_lens.append(consumed.history_lens)
         self._num_candidates.append(consumed.num_candidates)
@@ -152,8 +172,14 @@ class _Interval:
     def flops(self, training_flops: TrainingFlops) -> float:
         """Model FLOPs of this rank's part, counted for all steps at once, because a count takes as long as a launch."""
         channels = {name: np.concatenate(lens) for name, lens in self._channel_history_lens.items()}
-        lens = np.concatenate(self._history_lens), np.concatenate(self._num_candidates)
-        return float(training_flops(*lens, channel_history_lens=channels).sum())
+        return float(training_flops(*self._lens(), channel_history_lens=channels).sum())
+
+    def tokens(self, token_count: TokenCount) -> float:
+        """Tokens of this rank's part."""
+        return float(token_count(*self._lens()).sum())
+
+    def _lens(self) -> tuple[IntArray, IntArray]:
+        return np.concatenate(self._history_lens), np.concatenate(self._num_candidates)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,5 +1,6 @@
 """A run that stops and goes on equals one that never stopped: on the same ranks bit for bit, on others to rounding."""
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.small_data import small_dataset
 from tests.support.training import kill_job, losses, read_checkpoint, read_lines, start_training, train
 
 STEPS = 8
@@ -67,6 +69,33 @@ def test_run_goes_on_with_another_number_of_ranks(
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE)
+
+
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """The loss is looked at only where it is logged; what is saved is looked at itself, on all ranks."""
+    run = tmp_path / "run"
+    settings = ("max_steps=20", "checkpoint.every_steps=1", "log_every=20", "optimizer.learning_rate=1e38")
+    process = start_training(run, 2, *settings)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    found = re.search(
+        r"is not finite after step (\d+), which is not saved; the newest checkpoint is of step (\d+)", output
+    )
+    assert found, output[-3000:]
+    step, newest = map(int, found.groups())
+    assert newest == step - 1
+    tensors = read_checkpoint(run / "checkpoints" / f"step-{newest:08d}")
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_a_missing_evaluation_split_is_found_before_the_training(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(small_dataset(), data)
+    shutil.rmtree(data / "eval")
+    process = start_training(tmp_path / "run", 1, f"data.path={data}", "max_steps=2")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "eval" in output.splitlines()[-1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_two_ranks_train_like_one(uninterrupted: Path, tmp_path: Path) -> None:

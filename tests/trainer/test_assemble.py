@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.schema import DatasetInfo, SplitInfo
-from trainer.assemble import check_lengths, most_candidates
+from trainer.assemble import check_lengths, most_candidates, token_count
 from trainer.recipes import load_recipe
 
 OPTIONS = {"candidates": 8, "eval_candidates": 100, "leave_last": None}
@@ -54,3 +55,17 @@ def test_lengths_beyond_the_models_are_refused_before_the_start(merge: Any, long
         ValueError, match=f"below the {longest} tokens.* or lower data.max_history_len or data.max_cand"
     ):
         check_lengths(replace(recipe, model=replace(model, max_len=longest - 1)), info)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "merge", "expected"),
+    [
+        ("kuairand_sample", "add", [5 + 2 + 1, 0 + 3 + 1]),
+        ("kuairand_sample", "interleave", [10 + 2 + 1, 0 + 3 + 1]),
+        ("kuairand_retrieval", "add", [5 + 2, 0 + 3]),
+    ],
+)
+def test_tokens_are_counted_as_the_model_makes_them(recipe: str, merge: Any, expected: list[int]) -> None:
+    config = load_recipe(recipe)
+    config = replace(config, model=replace(config.model, input=replace(config.model.input, merge=merge), max_len=8192))
+    assert token_count(config, INFO)(np.array([5, 0]), np.array([2, 3])).tolist() == expected

@@ -1,17 +1,23 @@
-"""What is counted of a step."""
+"""What is counted of a step, and what is not."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from pipelines.schema import DatasetInfo
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays
 from trainer.assemble import training_cost
+from trainer.checkpoint import Progress
 from trainer.job import consumption
+from trainer.mesh import Mesh
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
 from trainer.models.flops import model_flops
 from trainer.recipes import load_recipe
-from trainer.recorder import _Interval
+from trainer.recorder import Recorder, _Interval
+from trainer.run_dir import RunDir
 
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
 INFO = DatasetInfo(
@@ -59,3 +65,16 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
         )
         expected += count.training.sum()
     assert interval.flops(training_cost(config, INFO)) == expected
+
+
+def test_saving_and_evaluating_take_no_time_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = [100.0]
+    monkeypatch.setattr("trainer.recorder.time.perf_counter", lambda: now[0])
+    mesh = Mesh(rank=1, world_size=2, local_world_size=2, device=torch.device("cpu"))
+    recorder = Recorder(
+        RunDir(tmp_path), mesh, Progress(), total_samples=None, training_flops=np.add, token_count=np.add
+    )
+    now[0] += 5.0
+    with recorder.paused():
+        now[0] += 60.0
+    assert now[0] - recorder._interval.start == 5.0
