@@ -47,9 +47,9 @@ class Gather:
 # Opaque to torch.compile, which cannot look into launches.
 @torch.compiler.disable
 def gather_sum(gathers: Sequence[Gather], dtype: torch.dtype, *, backend: LayerBackend | None = None) -> Tensor:
-    """The sum [T, D], added in float32 (float64 for float64) and rounded to `dtype`; differentiable (once) in the sources.
+    """The sum [T, D], added in float32 (on the reference, float64 for float64) and rounded to `dtype`.
 
-    `backend` None: by device.  One to MAX_GATHERS.
+    Differentiable (once) in the sources.  `backend` None: by device.  One to MAX_GATHERS.
     """
     if not 1 <= len(gathers) <= MAX_GATHERS:
         raise ValueError(f"{len(gathers)} gathers, expected 1 to {MAX_GATHERS}: add up smaller ones before")

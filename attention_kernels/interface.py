@@ -1,7 +1,7 @@
 """The public attention functions, the choice of backend, and the registered operators.
 
 Arguments are checked here (`checks.py`) and nowhere below.  The operators (`longview::hstu_attention_forward` and
-`..._backward`) carry fake implementations, and the forward autograd, so torch.compile and torch.export pass through them.
+`..._backward`) carry fake implementations, and the forward autograd, so torch.compile and torch.export pass through.
 
 Legend: T packed positions, H heads, K query-key size, V value size, B users.
 """
@@ -34,9 +34,9 @@ def hstu_attention(
 ) -> Tensor:
     """SiLU attention of packed sequences: out[q] = sum over allowed k of silu(scale <q, k>) / max_len v[k].
 
-    Differentiable (once) in q, k and v, which may be strided views (slices of one fused projection) with a contiguous last
-    dimension.  Accumulates in float32; the result [T, H, V] is contiguous and has v's dtype.  Output and gradients are
-    the same bits every time.
+    Differentiable (once) in q, k and v, which may be strided views (slices of one fused projection) with a contiguous
+    last dimension.  Accumulates in float32; the result [T, H, V] is contiguous and has v's dtype.  Output and gradients
+    are the same bits every time.
 
     Args:
         q_THK, k_THK: [T, H, K], bfloat16, float16 or float32, K up to 256.
@@ -165,7 +165,7 @@ def _choose_backend(backend: str, *tensors: Tensor) -> Any:
         return reference
     if on_cuda and INTERPRETED:
         raise ValueError(
-            "TRITON_INTERPRET=1 runs the kernels on CPU tensors, got CUDA tensors: start Python without it, or move them"
+            "TRITON_INTERPRET=1 runs the kernels on CPU tensors, got CUDA tensors: start Python without it"
         )
     if not on_cuda and not INTERPRETED:
         raise ValueError(

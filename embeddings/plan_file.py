@@ -32,6 +32,8 @@ from embeddings.plan import (
     size_text,
 )
 
+_VALUE_BYTES = 4
+"""Of a float32 in a table."""
 VERSION = 1
 """Raised when an older reader could misread a newer file."""
 
@@ -124,6 +126,7 @@ def check_plan(plan: Plan, *, tables: Sequence[TableConfig], machine: Machine) -
         _check_table(table, plan.tables[table.name], machine)
     if len(plan.ranks) != machine.world_size:
         raise ValueError(f"estimates {len(plan.ranks)} ranks of {machine.world_size}: plan again")
+    _check_weights(plan)
     fullest = max(rank.memory_bytes for rank in plan.ranks)
     if fullest > machine.memory_gib * GIB:
         raise ValueError(
@@ -136,6 +139,21 @@ def check_plan(plan: Plan, *, tables: Sequence[TableConfig], machine: Machine) -
             f"needs {size_text(host)} of host memory a rank, but {machine.ddr_gib:g} GiB are there: "
             "plan again for this machine"
         )
+
+
+def _check_weights(plan: Plan) -> None:
+    """Shards that somebody moved by hand take their estimate along."""
+    held = [0] * len(plan.ranks)
+    for table in plan.tables.values():
+        if table.kernel == "fused":
+            for shard in table.shards:
+                held[shard.rank] += shard.num_rows * table.embedding_dim * _VALUE_BYTES
+    for rank, (needed, estimate) in enumerate(zip(held, plan.ranks, strict=True)):
+        if needed > estimate.weight_bytes:
+            raise ValueError(
+                f"puts {size_text(needed)} of rows on rank {rank}, but its weight_bytes say "
+                f"{size_text(estimate.weight_bytes)}: set them to {needed}, or plan again"
+            )
 
 
 def _check_table(table: TableConfig, placed: TablePlacement, machine: Machine) -> None:

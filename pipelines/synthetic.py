@@ -5,6 +5,8 @@ events since then, liked or not, come from all clusters alike.  A candidate's la
 favourite cluster.  So a model that sees fewer than `lag` events can do no better than the base rate.
 """
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,8 @@ ROWS_PER_UNIT = 64
 UNITS_PER_FILE = 64
 START_TIME, SECONDS_BETWEEN_EVENTS = 1_600_000_000, 60
 LENGTHS, CONTENT = 31, 32
+SPLITS: tuple[Split, Split] = ("train", "eval")
+COUNTED_SAMPLES = 65_536
 
 
 class SyntheticSource:
@@ -33,7 +37,7 @@ class SyntheticSource:
         if config.num_items < 2 * NUM_CLUSTERS:
             raise ValueError(f"data.synthetic.num_items must be at least {2 * NUM_CLUSTERS}, got {config.num_items}")
         self._config = config
-        self._part = ("train", "eval").index(split)
+        self._part = SPLITS.index(split)
         self._first_user = config.num_users * self._part
         self._rows = num_samples(config, split)
         starts = np.arange(0, self._rows, ROWS_PER_UNIT)
@@ -93,19 +97,8 @@ class SyntheticSource:
 
     def _lengths(self, rows: IntArray) -> Lengths:
         """History lengths and candidate counts."""
-        config = self._config
-        draws = random_uniform((config.seed, LENGTHS, self._part), rows)
-        low, high = config.min_len, config.max_len
-        if config.lengths == "constant":
-            lens = np.full(len(rows), high)
-        elif config.lengths == "zipf":
-            lens = (low * (high / low) ** draws).astype(np.int64)
-        else:
-            # Log-normal by Box and Muller, its median at the geometric middle of the bounds.
-            angle = random_uniform((config.seed, LENGTHS + 1, self._part), rows)
-            normal = np.sqrt(-2 * np.log(draws)) * np.cos(2 * np.pi * angle)
-            lens = np.exp(np.log(low * high) / 2 + 0.2 * np.log(high / low) * normal).astype(np.int64)
-        return Lengths(history=np.clip(lens, low, high), candidates=np.full(len(rows), config.num_candidates))
+        lens = history_lens(self._config, self._part, rows)
+        return Lengths(history=lens, candidates=np.full(len(rows), self._config.num_candidates))
 
     def _items(self, generator: np.random.Generator, count: int) -> IntArray:
         """Items with probability about proportional to (id + 1) ** -exponent."""
@@ -140,8 +133,7 @@ def num_samples(config: SyntheticConfig, split: Split) -> int:
 
 
 def synthetic_info(config: SyntheticConfig) -> DatasetInfo:
-    """The description that a `dataset.json` would give; the events of random histories are not counted."""
-    splits: tuple[Split, Split] = ("train", "eval")
+    """The description that a `dataset.json` would give; events are estimated from the first histories."""
     return DatasetInfo(
         name="synthetic",
         num_items=config.num_items,
@@ -151,14 +143,39 @@ def synthetic_info(config: SyntheticConfig) -> DatasetInfo:
         splits={
             split: SplitInfo(
                 samples=num_samples(config, split),
-                history_events=0,
+                history_events=_history_events(config, split),
                 candidates=num_samples(config, split) * config.num_candidates,
             )
-            for split in splits
+            for split in SPLITS
         },
         source="generated",
         licence="none needed",
     )
+
+
+@functools.cache
+def _history_events(config: SyntheticConfig, split: Split) -> int:
+    """Events of a split's histories, estimated from the first samples where there are many."""
+    rows = num_samples(config, split)
+    lens = history_lens(config, SPLITS.index(split), np.arange(min(rows, COUNTED_SAMPLES)))
+    return round(rows * float(lens.mean()))
+
+
+def history_lens(config: SyntheticConfig, part: int, rows: IntArray) -> IntArray:
+    """Lengths of the histories of these samples of `SPLITS[part]`."""
+    draws = random_uniform((config.seed, LENGTHS, part), rows)
+    low, high = config.min_len, config.max_len
+    if config.lengths == "constant":
+        lens = np.full(len(rows), high)
+    elif config.lengths == "zipf":
+        lens = (low * (high / low) ** draws).astype(np.int64)
+    else:
+        # Log-normal by Box and Muller, its median at the geometric middle of the bounds.
+        angle = random_uniform((config.seed, LENGTHS + 1, part), rows)
+        normal = np.sqrt(-2 * np.log(draws)) * np.cos(2 * np.pi * angle)
+        lens = np.exp(np.log(low * high) / 2 + 0.2 * np.log(high / low) * normal).astype(np.int64)
+    clipped: IntArray = np.clip(lens, low, high)
+    return clipped
 
 
 def _in_cluster(items: IntArray, cluster: IntArray, num_items: int) -> IntArray:

@@ -26,6 +26,9 @@ class DenseOptimizerConfig:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise ValueError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("eps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name} must be at least 0, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
         if self.max_gradient_norm is not None and self.max_gradient_norm <= 0:
@@ -50,6 +53,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
+        if not 0 <= self.final_factor <= 1:
+            raise ValueError(f"schedule.final_factor must lie in [0, 1], got {self.final_factor}")
         if (self.kind == "constant") != (self.decay_steps is None):
             raise ValueError(
                 f"schedule.kind={self.kind} with schedule.decay_steps={self.decay_steps}: "

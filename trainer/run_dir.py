@@ -169,24 +169,24 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._last_step = -1
+        self._steps: set[int] = set()
         if path.is_file():
             text = path.read_text()
             whole = text[: text.rfind("\n") + 1]
             if whole != text:
                 logger.warning("%s ended in the middle of a line, which is dropped", path)
                 path.write_text(whole)
-            self._last_step = max((json.loads(line)["step"] for line in whole.splitlines()), default=-1)
+            self._steps = {json.loads(line)["step"] for line in whole.splitlines()}
 
     def append(self, record: dict[str, Any]) -> bool:
         """Write `record` and flush, unless its step is in the file; returns whether it was written.
 
         An undefined number (NaN) becomes null, for JSON has no other word for it.
         """
-        if record["step"] <= self._last_step:
+        if record["step"] in self._steps:
             return False
         values = {key: None if value != value else value for key, value in record.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
-        self._last_step = record["step"]
+        self._steps.add(record["step"])
         return True

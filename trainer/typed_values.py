@@ -6,6 +6,7 @@ particular configuration, and imports the standard library only.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union
@@ -131,6 +132,8 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         return float(value)
     if kind is type(None) and value is None:
         return None
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"key {key!r} must be a finite number, got {value}")
     if kind in (int, float, str, bool) and type(value) is kind:
         return value
     raise ValueError(f"key {key!r} must be {_describe(kind)}, got {json.dumps(value)}")

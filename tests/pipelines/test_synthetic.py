@@ -18,6 +18,7 @@ def test_lengths_stay_in_their_bounds_and_match_the_content(lengths: str) -> Non
     told = source.file_lengths(0).history
     found = np.concatenate([source.read(unit).history["item_id"].lens() for unit in range(len(source.unit_rows))])
     assert (told == found).all()
+    assert source.info.splits["train"].history_events == told.sum()
     assert len(told) == 500
     assert told.min() >= 100
     assert told.max() <= 900

@@ -68,6 +68,11 @@ def test_json_lines_never_repeat_a_step_and_drop_a_torn_line(tmp_path: Path) -> 
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
+def test_an_older_step_that_is_not_there_is_added(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "eval.jsonl")
+    assert lines.append({"step": 8}) and lines.append({"step": 4}) and not lines.append({"step": 8})
+
+
 def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
     JsonLines(path).append({"step": 1, "auc/click": float("nan"), "ne/click": 0.5})

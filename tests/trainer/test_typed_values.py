@@ -65,6 +65,8 @@ def test_text_needs_no_quotes_and_may_hold_an_equals_sign() -> None:
         ("inner=1", "names a group"),
         ("maybe.rate=1", "maybe is null here"),
         ("inner.rate=fast", "'inner.rate' must be a number"),
+        ("inner.rate=NaN", "'inner.rate' must be a finite number"),
+        ("inner.rate=Infinity", "'inner.rate' must be a finite number"),
         ("inner.window=1.5", "'inner.window' must be an integer or null"),
         ("inner.kind=c", "'inner.kind' must be one of a, b"),
         ("inner.sizes=[1, true]", r"'inner.sizes\[1\]' must be an integer"),
