@@ -1,8 +1,8 @@
 """What the warp-specialised kernels share: rings of tiles in shared memory, loaders, the order of items.
 
 A program holds a tile of 128 rows (or keys), 64 a warp group, and streams its live partner tiles.  (The forward without
-a window has three groups, 192 rows.)  Loaders, a warp each, walk the same loops as the groups and fill rings of buffers
-ahead of them:
+a window has three groups, 192 rows, at head sizes up to 128.)  Loaders, a warp each, walk the same loops as the groups
+and fill rings of buffers ahead of them:
 
     loader   wait until a buffer is free -> start the TMA load, which announces its own arrival
     groups   wait until the buffer is full -> multiply -> release it (streamed: free when all groups released it)

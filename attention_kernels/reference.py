@@ -86,7 +86,7 @@ def _blocks(
     targets = [0] * (len(bounds) - 1) if num_targets is None else num_targets.tolist()
     for start, end, t in zip(bounds[:-1], bounds[1:], targets, strict=True):
         n = end - start
-        # An empty sequence, or one of targets only, holds fewer context tokens than the model has.
+        # An empty sequence holds fewer context tokens than the model has.
         c = min(mask.num_context, n - t)
         step = max(1, _MAX_BLOCK_ELEMENTS // max(1, n * q_THK.shape[1]))
         for first in range(0, n, step):

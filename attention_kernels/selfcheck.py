@@ -37,7 +37,11 @@ class KernelMismatchError(RuntimeError):
 
 
 def check_attention(device: torch.device | str, dtype: torch.dtype, key_size: int, value_size: int) -> None:
-    """Runs every mask forward and backward; raises KernelMismatchError naming the versions if one is wrong."""
+    """Runs every mask forward and backward, in bfloat16 or float32.
+
+    Raises:
+        KernelMismatchError: one is wrong; names the versions.
+    """
     for mask in _MASKS:
         actual, expected = (_run(mask, dtype, device, key_size, value_size, x) for x in ("triton", "reference"))
         for name, a, b in zip(_NAMES, actual, expected, strict=True):

@@ -254,7 +254,7 @@ PARTS: dict[str, Callable[[], Any]] = {
 def main() -> None:
     """Runs the parts, prints each as it is done, and writes JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/layer.json"))
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "tokens": TOKENS, "torch": torch.__version__}
@@ -262,8 +262,7 @@ def main() -> None:
         torch.manual_seed(0)
         results[part] = PARTS[part]()
         print(part, json.dumps(results[part], indent=1, default=str), flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1))
         torch.cuda.empty_cache()
 
 

@@ -1,9 +1,10 @@
 """Draws benchmarks/results/layer.svg: time of a layer by length, where it goes, and whole towers.
 
-Run: python -m benchmarks.layer_plot, after `benchmarks.layer` and `benchmarks.tower` have saved their figures there.
-Needs nothing but the standard library.
+Run: python -m benchmarks.layer_plot [--layer FILE] [--tower FILE] [--svg FILE] on what `benchmarks.layer` and
+`benchmarks.tower` saved.  Needs nothing but the standard library.
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -18,8 +19,13 @@ LEFTS = (60, 400, 750)
 
 def main() -> None:
     """Reads both results and writes the picture."""
-    layer, tower = (json.loads((RESULTS / name).read_text()) for name in ("layer_h100.json", "tower_h100.json"))
-    (RESULTS / "layer.svg").write_text(draw(layer, tower))
+    parser = argparse.ArgumentParser(description="Draw a layer's time, its parts, and towers.")
+    parser.add_argument("--layer", type=Path, default=RESULTS / "layer_h100.json")
+    parser.add_argument("--tower", type=Path, default=RESULTS / "tower_h100.json")
+    parser.add_argument("--svg", type=Path, default=RESULTS / "layer.svg")
+    arguments = parser.parse_args()
+    layer, tower = (json.loads(path.read_text()) for path in (arguments.layer, arguments.tower))
+    arguments.svg.write_text(draw(layer, tower))
 
 
 def draw(layer: dict[str, Any], tower: dict[str, Any]) -> str:

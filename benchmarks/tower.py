@@ -111,8 +111,8 @@ def milliseconds(function: Callable[[], None]) -> float:
 def main() -> None:
     """Prints the table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    json_path: Path | None = parser.parse_args().json
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tower.json"))
+    json_path: Path = parser.parse_args().json
     rows: dict[str, Any] = {}
     for name, case in CASES.items():
         torch.manual_seed(0)
@@ -122,8 +122,7 @@ def main() -> None:
             rows[name][f"{kind}_ratio"] = rows[name][f"{kind}_samples_per_s"] / first[f"{kind}_samples_per_s"]
         print(name, json.dumps({key: round(value, 4) for key, value in rows[name].items()}), flush=True)
         torch.cuda.empty_cache()
-    if json_path:
-        json_path.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    json_path.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.overlap import StepPipeline
@@ -94,9 +93,9 @@ def run_steps(
     recorder: Recorder,
     evaluate: Callable[[int], object],
 ) -> None:
-    """Train until the feed ends; `progress` counts on from where it stands.  Called by every rank.
+    """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
 
-    Every `evaluation.every_steps` and `checkpoint.every_steps` the model is evaluated and saved, and at the end.
+    `progress` counts on from where it stands.
 
     Raises:
         StoppedEarly: SIGTERM or Ctrl-C came; the state of the last step is saved.
@@ -114,8 +113,7 @@ def run_steps(
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     stop = StopSignal()
-    saved_step, evaluated_step = progress.step, -1
-    loss: Tensor | None = None
+    saved_step, evaluated_step, loss = progress.step, -1, None
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(config.seed, progress.step + 1, mesh.rank)
@@ -128,19 +126,23 @@ def run_steps(
         progress.samples += consumed.samples
         progress.position = consumed.position
         recorder.count(consumed)
-        if progress.step % config.log_every == 0 and recorder.log(progress, loss, factor, stop=stop.requested):
+        if _due(progress.step, config.log_every) and recorder.log(progress, loss, factor, stop=stop.requested):
             save()
             raise StoppedEarly(f"stopped after step {progress.step}, which is saved: start the same command to go on")
-        if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
+        if _due(progress.step, config.checkpoint.every_steps):
             save()
             saved_step = progress.step
-        if config.evaluation.every_steps and progress.step % config.evaluation.every_steps == 0:
+        if _due(progress.step, config.evaluation.every_steps):
             evaluate_now()
             evaluated_step = progress.step
     # A run's last step is logged whatever its number, so that a short run has a metric too.
-    if loss is not None and progress.step % config.log_every:
+    if loss is not None and not _due(progress.step, config.log_every):
         recorder.log(progress, loss, factor, stop=False)
     if saved_step != progress.step:
         save()
     if evaluated_step != progress.step:
         evaluate_now()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

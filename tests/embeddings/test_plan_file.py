@@ -101,7 +101,10 @@ def item(values: dict[str, Any]) -> dict[str, Any]:
         (lambda v: item(v).update(sharding_type="table_wise"), "table_wise, which means one shard"),
         (lambda v: item(v).update(shards=[{"rank": 0}]), "misses the key 'offset'"),
         (lambda v: v["ranks"].pop(), "estimates 3 ranks of 4"),
-        (lambda v: v["ranks"][0].update(weight_bytes=8), "puts 96 B of rows on rank 0, but its weight_bytes say 8 B: set them to 96"),
+        (
+            lambda v: v["ranks"][0].update(weight_bytes=8),
+            "puts 96 B of rows on rank 0, but its weight_bytes say 8 B: set them to 96",
+        ),
         (lambda v: v["ranks"][0].update(weight_bytes=2**40), "needs 1024.00 GiB on one rank"),
         (lambda v: v["ranks"][0].update(host_bytes=2**40), "needs 1024.00 GiB of host memory"),
         (lambda v: v.update(tables=[]), "malformed"),
