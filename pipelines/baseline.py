@@ -43,24 +43,16 @@ def count_rates(config: DataConfig, tasks: Sequence[str], part: int = 0, parts: 
     """
     info = open_source(config.path, config, "train").info
     bits = _bits(config, tasks)
-    items = _Rates(num_ids=info.num_items, num_tasks=len(tasks))
-    users = _UserRates(np.zeros(0, dtype=np.int64), _Rates(num_ids=0, num_tasks=len(tasks)))
+    items = Rates(num_ids=info.num_items, num_tasks=len(tasks))
+    users = UserRates(np.zeros(0, dtype=np.int64), Rates(num_ids=0, num_tasks=len(tasks)))
     found = []
     for user_id, item_id, labels in _candidates(config, "train", bits, part, parts):
         items.add(item_id, labels)
         ids, place = np.unique(user_id, return_inverse=True)
-        rates = _Rates(num_ids=len(ids), num_tasks=len(tasks))
+        rates = Rates(num_ids=len(ids), num_tasks=len(tasks))
         rates.add(place, labels)
-        found.append(_UserRates(ids, rates))
-    return TrainingRates(items, _join_users([users, *found]))
-
-
-def join_rates(parts: Sequence["TrainingRates"]) -> "TrainingRates":
-    """The counts of several shares together."""
-    items = parts[0].items
-    for part in parts[1:]:
-        items.merge(np.arange(len(items.count)), part.items)
-    return TrainingRates(items, _join_users([part.users for part in parts]))
+        found.append(UserRates(ids, rates))
+    return TrainingRates(items, join_users([users, *found]))
 
 
 def baseline_scores(config: DataConfig, tasks: Sequence[str], rates: "TrainingRates | None" = None) -> Baseline:
@@ -70,7 +62,7 @@ def baseline_scores(config: DataConfig, tasks: Sequence[str], rates: "TrainingRa
     overall = (items.positive.sum(axis=0) + 1) / (items.count.sum() + 2)
     item_logit = _logit(items.smoothed(overall, ITEM_PRIOR))
     # Users without training candidates share the last, empty entry.
-    by_user = _Rates(num_ids=len(users) + 1, num_tasks=len(tasks))
+    by_user = Rates(num_ids=len(users) + 1, num_tasks=len(tasks))
     by_user.merge(np.arange(len(users)), rates.users.rates)
     user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
 
@@ -97,7 +89,7 @@ def item_counts(config: DataConfig, part: int = 0, parts: int = 1) -> IntArray:
     return counts
 
 
-class _Rates:
+class Rates:
     """Positive labels and observations of each id."""
 
     def __init__(self, *, num_ids: int, num_tasks: int) -> None:
@@ -110,7 +102,7 @@ class _Rates:
         for task in range(labels.shape[1]):
             self.positive[:, task] += np.bincount(ids, weights=labels[:, task], minlength=len(self.count))
 
-    def merge(self, ids: IntArray, other: "_Rates") -> None:
+    def merge(self, ids: IntArray, other: "Rates") -> None:
         """Add another count, whose entries have these distinct ids."""
         self.count[ids] += other.count
         self.positive[ids] += other.positive
@@ -121,28 +113,29 @@ class _Rates:
 
 
 @dataclass(frozen=True, slots=True)
-class _UserRates:
+class UserRates:
     """Counts of some users."""
 
     ids: IntArray
     """Distinct, in order."""
-    rates: _Rates
+    rates: Rates
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRates:
     """What the training split, or a share of it, says of items and users."""
 
-    items: _Rates
-    users: _UserRates
+    items: Rates
+    users: UserRates
 
 
-def _join_users(parts: Sequence[_UserRates]) -> _UserRates:
+def join_users(parts: Sequence[UserRates]) -> UserRates:
+    """The counts of several shares together."""
     ids = np.unique(np.concatenate([part.ids for part in parts]))
-    rates = _Rates(num_ids=len(ids), num_tasks=parts[0].rates.positive.shape[1])
+    rates = Rates(num_ids=len(ids), num_tasks=parts[0].rates.positive.shape[1])
     for part in parts:
         rates.merge(np.searchsorted(ids, part.ids), part.rates)
-    return _UserRates(ids, rates)
+    return UserRates(ids, rates)
 
 
 def _bits(config: DataConfig, tasks: Sequence[str]) -> IntArray:

@@ -10,6 +10,8 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -19,7 +21,7 @@ from embeddings.plan_file import read_plan, write_plan
 from embeddings.planner import plan_tables
 from embeddings.report import plan_report
 from embeddings.sharding import to_sharding_plan
-from pipelines.baseline import baseline_scores, count_rates, join_rates
+from pipelines.baseline import TrainingRates, baseline_scores, count_rates, join_users
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
@@ -50,6 +52,9 @@ from trainer.run_log import logged
 from trainer.typed_values import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
+
+ROWS_AT_A_TIME = 2**20
+"""Items whose counts are added up over ranks in one piece, so that they need little of a GPU's memory."""
 
 
 def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> None:
@@ -267,13 +272,23 @@ def baseline_metrics(config: DataConfig, tasks: tuple[str, ...], mesh: Mesh) -> 
     Every rank reads its share of the split, once: the result is the same at every evaluation of a run.
     """
     mine = count_rates(config, tasks, mesh.rank, mesh.world_size)
-    parts = [mine] * mesh.world_size if mesh.is_first else None
-    dist.gather_object(mine, parts)  # every rank
+    for values in (mine.items.positive, mine.items.count):
+        _add_on_first(values, mesh)
+    parts = [mine.users] * mesh.world_size if mesh.is_first else None
+    dist.gather_object(mine.users, parts)  # every rank
     if parts is None:
         return {}
-    baseline = baseline_scores(config, tasks, join_rates(parts))
+    baseline = baseline_scores(config, tasks, TrainingRates(mine.items, join_users(parts)))
     scores, labels, users = (torch.from_numpy(x) for x in (baseline.scores, baseline.labels, baseline.user_id))
     return score(scores.double(), labels.double(), users, tasks)
+
+
+def _add_on_first(values: npt.NDArray[np.float64], mesh: Mesh) -> None:
+    """Add up all ranks' arrays in the first one's, by way of the device that they communicate through, in pieces."""
+    for first in range(0, len(values), ROWS_AT_A_TIME):
+        piece = torch.from_numpy(values[first : first + ROWS_AT_A_TIME]).to(mesh.device, copy=True)
+        dist.reduce(piece, 0)  # every rank
+        values[first : first + ROWS_AT_A_TIME] = piece.cpu().numpy()
 
 
 def announce(

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.baseline import ITEM_PRIOR, USER_PRIOR, baseline_scores, count_rates, item_counts, join_rates
+from pipelines.baseline import (
+    ITEM_PRIOR,
+    USER_PRIOR,
+    TrainingRates,
+    baseline_scores,
+    count_rates,
+    item_counts,
+    join_users,
+)
 from pipelines.config import DataConfig
 from pipelines.loader import build_loader
 from tests.pipelines.made_up import ACTIONS, write_dataset
@@ -43,8 +51,11 @@ def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path) -> No
             users.append(row["user_id"])
             labels.append(action >> 1 & 1)
     assert result.scores[:, 0].tolist() == pytest.approx(expected)
-    shares = join_rates([count_rates(config, ["like"], part, 3) for part in range(3)])
-    assert (baseline_scores(config, ["like"], shares).scores == result.scores).all()
+    shares = [count_rates(config, ["like"], part, 3) for part in range(3)]
+    for share in shares[1:]:
+        shares[0].items.merge(np.arange(len(share.items.count)), share.items)
+    together = TrainingRates(shares[0].items, join_users([share.users for share in shares]))
+    assert (baseline_scores(config, ["like"], together).scores == result.scores).all()
     assert (sum(item_counts(config, part, 3) for part in range(3)) == item_counts(config)).all()
     assert result.user_id.tolist() == users
     assert result.labels[:, 0].tolist() == labels
