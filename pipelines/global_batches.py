@@ -73,17 +73,21 @@ class GlobalBatches:
         )
 
     def plans(self, position: DataPosition | None = None) -> Iterator[BatchPlan]:
-        """Plans from `position` on.  Raises ValueError if the position belongs to another order of samples."""
+        """Plans from `position` on; see `check`."""
         position = position or self.start
+        self.check(position)
+        while position.samples < self.total_samples:
+            plan = self._plan(position)
+            yield plan
+            position = plan.position
+
+    def check(self, position: DataPosition) -> None:
+        """Raises ValueError if the position belongs to another order of samples."""
         if position.order != self.start.order:
             raise ValueError(
                 "the saved data position belongs to other data or another order of samples: keep the data set, "
                 "data.seed, data.order, data.window_samples, data.shuffle_run and the mix, or start a new run"
             )
-        while position.samples < self.total_samples:
-            plan = self._plan(position)
-            yield plan
-            position = plan.position
 
     def _total(self) -> int:
         """Samples of the whole stream."""

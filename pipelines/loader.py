@@ -75,6 +75,8 @@ def build_loader(
     batches = GlobalBatches(
         config, orders, split=split, rank=rank, world_size=world_size, cost=cost if cost is not None else default_cost
     )
+    if position is not None:
+        batches.check(position)
     # A batch may reach into the next window, and reading ahead does.
     kept = 2 * sum(order.units_in_window() for order in orders) + 1
     reader = Reader(config, batches, sources, position=position, world_size=world_size, kept_units=kept)

@@ -29,6 +29,13 @@ class StepOptimizer(Protocol):
         """After backward."""
 
 
+def check_overlap(overlap: Overlap, device: torch.device) -> None:
+    """Raises ValueError where the device cannot do it."""
+    if overlap == "prefetch" and device.type != "cuda":
+        # TorchRec skips the prefetch without streams and then misses its result in forward.
+        raise ValueError(f"overlap=prefetch needs a GPU, this run computes on {device.type}; use sparse_dist")
+
+
 class StepPipeline:
     """Takes training steps, pulling batches ahead where the overlap asks for it."""
 
@@ -42,9 +49,7 @@ class StepPipeline:
     ) -> None:
         self._optimizer, self._device, self._forward = optimizer, device, forward
         self._torchrec: TrainPipelineSparseDist | None = None
-        if overlap == "prefetch" and device.type != "cuda":
-            # TorchRec skips the prefetch without streams and then misses its result in forward.
-            raise ValueError(f"overlap=prefetch needs a GPU, this run computes on {device.type}; use sparse_dist")
+        check_overlap(overlap, device)
         if overlap != "plain":
             kinds = {"sparse_dist": TrainPipelineSparseDist, "prefetch": PrefetchTrainPipelineSparseDist}
             self._torchrec = kinds[overlap](model, optimizer, device, custom_model_fwd=forward)

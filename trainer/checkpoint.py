@@ -18,11 +18,13 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -49,6 +51,12 @@ class Progress:
     position: DataPosition | None = None
     """Where the data goes on; None at the start."""
 
+    def advance(self, samples: int, position: DataPosition) -> None:
+        """One step further."""
+        self.step += 1
+        self.samples += samples
+        self.position = position
+
 
 def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mesh, *, keep: int) -> None:
     """Write the checkpoint of `progress.step`, then delete all but the newest `keep`.  Called by every rank.
@@ -64,7 +72,10 @@ def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mes
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()  # no rank writes before the folder is there
-    save(tensors, checkpoint_id=partial)
+    try:
+        save(tensors, checkpoint_id=partial)
+    except CheckpointException as error:
+        raise OSError(f"the checkpoint of step {progress.step} cannot be written: {_reason(error)}") from None
     if mesh.is_first:
         write_json(
             partial / "progress.json", asdict(progress) | {"world_size": mesh.world_size, "torch": torch.__version__}
@@ -83,18 +94,29 @@ def save_checkpoint(run: RunDir, tensors: Tensors, progress: Progress, mesh: Mes
 
 
 def read_progress(folder: Path) -> Progress:
-    """The plain numbers of a complete checkpoint."""
-    values = json.loads((folder / "progress.json").read_text())
-    return Progress(step=values["step"], samples=values["samples"], position=position_from_dict(values["position"]))
+    """The plain numbers of a complete checkpoint.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    try:
+        values = json.loads((folder / "progress.json").read_text())
+        return Progress(step=values["step"], samples=values["samples"], position=position_from_dict(values["position"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(_damaged(folder, error)) from None
 
 
 def load_tensors(folder: Path, tensors: Tensors) -> None:
     """Fill `tensors` in place from a checkpoint that any number of ranks wrote.  Called by every rank.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor of the model, holds one that the model lacks, or one of another shape.
+        ValueError: the checkpoint lacks a tensor of the model, holds one that the model lacks, or one of another shape,
+            or it cannot be read.
     """
-    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    try:
+        metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, ValueError, EOFError, UnpicklingError) as error:
+        raise ValueError(_damaged(folder, error)) from None
     stored = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     # A rank has no name for a table of which it holds no shard, so the names of all ranks are compared.
     shapes_per_rank: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
@@ -109,7 +131,20 @@ def load_tensors(folder: Path, tensors: Tensors) -> None:
     for name, shape in needed.items():
         if stored[name] != shape:
             raise ValueError(f"checkpoint {folder} holds {name!r} of shape {stored[name]}, the model's is {shape}")
-    load(tensors, checkpoint_id=folder)
+    try:
+        load(tensors, checkpoint_id=folder)
+    except CheckpointException as error:
+        raise ValueError(_damaged(folder, _reason(error))) from None
+
+
+def _reason(error: CheckpointException) -> str:
+    """What went wrong on the first rank on which something did; DCP shows every rank's traceback."""
+    first, _ = next(iter(error.failures.values()))
+    return f"{type(first).__name__}: {' '.join(str(first).split()) or 'no more is known'}"
+
+
+def _damaged(folder: Path, reason: object) -> str:
+    return f"checkpoint {folder} cannot be read ({reason}): remove that folder to go on from the one before it"
 
 
 def _check_finite(run: RunDir, tensors: Tensors, step: int) -> None:
@@ -122,7 +157,7 @@ def _check_finite(run: RunDir, tensors: Tensors, step: int) -> None:
         newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
         raise FloatingPointError(
             f"{broken[0]} is not finite after step {step}, which is not saved; {newest}: "
-            "lower the learning rates or raise schedule.warmup_steps"
+            "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
         )
 
 

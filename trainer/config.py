@@ -121,7 +121,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps after which training ends; null trains on all of `data.num_epochs`."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl; each line costs one device synchronisation."""
+    """Steps between lines of metrics.jsonl; each line costs one device synchronisation.  SIGTERM is obeyed at the next
+    step that is logged, saved or evaluated."""
     seed: int = 0
     """Seeds the initial values and dropout; the order of samples has its own seed in `data`."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"

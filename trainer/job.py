@@ -25,6 +25,7 @@ from pipelines.baseline import TrainingRates, baseline_scores, count_rates, join
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
+from pipelines.overlap import check_overlap
 from pipelines.schema import DatasetInfo
 from trainer.assemble import (
     build_model,
@@ -64,11 +65,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     run.check_same_run(to_dict(config))
     info = dataset_info(config.data)
     tasks = tasks_of(config, info)
-    check_lengths(config, info)
-    if any(layer.fp8 for layer in config.model.layers):
-        check_fp8(mesh.device)
-    # Where the evaluation split is missing, one would know after the training otherwise.
-    open_source(config.data.path, config.data, "eval")
+    check_settings(config, info, mesh)
     plan = make_plan(config, info, machine_of(mesh), plan_file)
     steps = run.complete_steps()
     progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()
@@ -83,12 +80,13 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         if mesh.is_first:
             write_json(run.config_file, to_dict(config))
             write_plan(run.plan_file, plan)
-        announce(config, info, plan, mesh, progress, model)
+        total_samples = _total_samples(config, loader)
+        announce(config, info, plan, mesh, progress, model, total_samples)
         recorder = Recorder(
             run,
             mesh,
             progress,
-            total_samples=_total_samples(config, loader),
+            total_samples=total_samples,
             training_flops=training_cost(config, info),
             token_count=token_count(config, info),
         )
@@ -116,6 +114,16 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
         logger.info("next: python -m trainer evaluate %s", run.path)
         logger.info("      tensorboard --logdir %s", run.tensorboard)
+
+
+def check_settings(config: TrainConfig, info: DatasetInfo, mesh: Mesh) -> None:
+    """Refuse with a ValueError what data or machine do not serve, before anything is written."""
+    check_lengths(config, info)
+    check_overlap(config.overlap, mesh.device)
+    if any(layer.fp8 for layer in config.model.layers):
+        check_fp8(mesh.device)
+    # Read at the end only, when it would be late to miss it.
+    open_source(config.data.path, config.data, "eval")
 
 
 def evaluate_job(run_dir: Path, step: int | None) -> None:
@@ -292,7 +300,13 @@ def _add_on_first(values: npt.NDArray[np.float64], mesh: Mesh) -> None:
 
 
 def announce(
-    config: TrainConfig, info: DatasetInfo, plan: Plan, mesh: Mesh, progress: Progress, model: ParallelModel
+    config: TrainConfig,
+    info: DatasetInfo,
+    plan: Plan,
+    mesh: Mesh,
+    progress: Progress,
+    model: ParallelModel,
+    total_samples: int | None,
 ) -> None:
     """Log what this run is made of."""
     logger.info("recipe %s on %d x %s", config.name, mesh.world_size, device_name(mesh.device))
@@ -302,3 +316,5 @@ def announce(
     logger.info("%s", plan_report(plan))
     if progress.step:
         logger.info("resuming after step %d and %d samples", progress.step, progress.samples)
+        if total_samples is not None and progress.samples >= total_samples:
+            logger.info("nothing is left to train: to go on, raise data.num_epochs, data.max_samples or max_steps")

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 
 from pipelines.batch import Batch
 from pipelines.overlap import StepPipeline
@@ -63,7 +64,7 @@ class StoppedEarly(InterruptedError):
 
 class StopSignal:
     """Notes SIGTERM, which schedulers send before they take a machine back, and Ctrl-C: ranks then stop at the next
-    logged step.  A second Ctrl-C stops a single process at once."""
+    step that is logged, saved or evaluated.  A second Ctrl-C stops a single process at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -75,6 +76,12 @@ class StopSignal:
         # torchrun passes Ctrl-C on to processes that the terminal has told already.
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, mesh: Mesh) -> bool:
+        """Whether any rank was asked to stop.  Called by every rank."""
+        asked = torch.tensor(float(self.requested), device=mesh.device)
+        dist.all_reduce(asked)  # every rank
+        return bool(asked)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -95,8 +102,6 @@ def run_steps(
 ) -> None:
     """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
 
-    `progress` counts on from where it stands.
-
     Raises:
         StoppedEarly: SIGTERM or Ctrl-C came; the state of the last step is saved.
         FloatingPointError: the loss of a logged step or the state to save is not finite.
@@ -113,7 +118,8 @@ def run_steps(
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     stop = StopSignal()
-    saved_step, evaluated_step, loss = progress.step, -1, None
+    # Of the newest step; before the first, what was loaded is saved.
+    saves, evaluates, loss = True, False, None
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(config.seed, progress.step + 1, mesh.rank)
@@ -122,25 +128,26 @@ def run_steps(
         except StopIteration:
             break
         consumed = feed.done()
-        progress.step += 1
-        progress.samples += consumed.samples
-        progress.position = consumed.position
+        progress.advance(consumed.samples, consumed.position)
         recorder.count(consumed)
-        if _due(progress.step, config.log_every) and recorder.log(progress, loss, factor, stop=stop.requested):
+        saves = _due(progress.step, config.checkpoint.every_steps)
+        evaluates = _due(progress.step, config.evaluation.every_steps)
+        if _due(progress.step, config.log_every):
+            stops = recorder.log(progress, loss, factor, stop=stop.requested)
+        else:
+            stops = (saves or evaluates) and stop.agreed(mesh)
+        if saves or stops:
             save()
+        if stops:
             raise StoppedEarly(f"stopped after step {progress.step}, which is saved: start the same command to go on")
-        if _due(progress.step, config.checkpoint.every_steps):
-            save()
-            saved_step = progress.step
-        if _due(progress.step, config.evaluation.every_steps):
+        if evaluates:
             evaluate_now()
-            evaluated_step = progress.step
     # A run's last step is logged whatever its number, so that a short run has a metric too.
     if loss is not None and not _due(progress.step, config.log_every):
         recorder.log(progress, loss, factor, stop=False)
-    if saved_step != progress.step:
+    if not saves:
         save()
-    if evaluated_step != progress.step:
+    if not evaluates:
         evaluate_now()
 
 

@@ -104,7 +104,7 @@ class Recorder:
         if not math.isfinite(mean_loss):
             raise FloatingPointError(
                 f"the loss of step {progress.step} is {mean_loss}; what is saved is from before: "
-                "lower the learning rates or raise schedule.warmup_steps"
+                "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
             )
         seconds = time.perf_counter() - interval.start
         record: dict[str, Any] = {

@@ -1,7 +1,10 @@
 """A run that stops and goes on equals one that never stopped: on the same ranks bit for bit, on others to rounding."""
 
+import json
+import os
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -96,6 +99,52 @@ def test_a_missing_evaluation_split_is_found_before_the_training(tmp_path: Path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "eval" in output.splitlines()[-1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("__0_0.distcp", b"cut"), (".metadata", b"cut"), ("progress.json", b'{"step": ')]
+)
+def test_a_damaged_checkpoint_is_named_with_what_to_do(
+    stopped_at_four: Path, name: str, content: bytes, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped_at_four, run)
+    (run / "checkpoints" / "step-00000004" / name).write_bytes(content)
+    process = start_training(run, 1, "max_steps=6", "checkpoint.every_steps=4")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in output
+    assert re.search(r"step-00000004 cannot be read \(.+\): remove that folder to go on", output), output[-3000:]
+
+
+def test_other_data_under_the_same_path_is_refused_and_nothing_is_written(
+    stopped_at_four: Path, tmp_path: Path
+) -> None:
+    """The same rows, but the bits of an action mean other actions."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(stopped_at_four, run)
+    shutil.copytree(small_dataset(), data)
+    description = json.loads((data / "dataset.json").read_text())
+    description["actions"] = [*description["actions"][1:], description["actions"][0]]
+    (data / "dataset.json").write_text(json.dumps(description))
+    before = (run / "config.json").read_text()
+    process = start_training(run, 1, f"data.path={data}", "max_steps=6", "checkpoint.every_steps=4")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "saved data position belongs to other data" in output
+    assert (run / "config.json").read_text() == before
+
+
+def test_a_signal_is_obeyed_where_a_step_is_saved_too(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("data.num_epochs=1000", "log_every=1000000", "checkpoint.every_steps=2")
+    process = start_training(run, 2, *settings)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints").is_dir() or not list((run / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "stopped after step" in output, output[-3000:]
 
 
 def test_two_ranks_train_like_one(uninterrupted: Path, tmp_path: Path) -> None:
