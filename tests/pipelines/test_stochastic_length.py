@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from pipelines.columns import Lengths
-from pipelines.config import DataConfig, StochasticLengthConfig
+from pipelines.config import DataConfig, StochasticLengthConfig, SyntheticConfig
 from pipelines.global_batches import BatchPlan, GlobalBatches
 from pipelines.order import SampleOrder
 from pipelines.position import position_from_dict
 from pipelines.randomness import random_uniform
 from pipelines.stochastic_length import balanced_lens, choose_events, cut_len, keep_probability, load, plain_lens
+from pipelines.synthetic import synthetic_info
 
 
 def draws(count: int, *key: int) -> np.ndarray:
@@ -93,7 +94,10 @@ def batches_of_512_ranks(mode: Any) -> GlobalBatches:
     lens[generator.random(len(lens)) < 0.3] = LONGEST
     lengths = Lengths(history=lens, candidates=np.zeros_like(lens))
     source: Any = SimpleNamespace(
-        unit_rows=rows, unit_file=np.zeros(len(rows), np.int64), file_lengths=lambda file: lengths
+        unit_rows=rows,
+        unit_file=np.zeros(len(rows), np.int64),
+        file_lengths=lambda file: lengths,
+        info=synthetic_info(SyntheticConfig()),
     )
     config = DataConfig(
         path="lengths",
