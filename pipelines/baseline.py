@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pipelines.columns import IntArray, Samples
 from pipelines.config import DataConfig
-from pipelines.loader import open_source
+from pipelines.loader import dataset_info, open_source
+from pipelines.schema import DatasetInfo
 from pipelines.source import Split
 
 ITEM_PRIOR = 20.0
@@ -41,8 +42,8 @@ def count_rates(config: DataConfig, tasks: Sequence[str], part: int = 0, parts: 
 
     Memory grows with the numbers of items and users only.
     """
-    info = open_source(config.path, config, "train").info
-    bits = _bits(config, tasks)
+    info = dataset_info(config)
+    bits = _bits(info, tasks)
     items = Rates(num_ids=info.num_items, num_tasks=len(tasks))
     users = UserRates(np.zeros(0, dtype=np.int64), Rates(num_ids=0, num_tasks=len(tasks)))
     found = []
@@ -66,7 +67,7 @@ def baseline_scores(config: DataConfig, tasks: Sequence[str], rates: "TrainingRa
     by_user.merge(np.arange(len(users)), rates.users.rates)
     user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
 
-    found = list(_candidates(config, "eval", _bits(config, tasks)))
+    found = list(_candidates(config, "eval", _bits(dataset_info(config), tasks)))
     user_id = np.concatenate([part[0] for part in found])
     place = np.searchsorted(users, user_id)
     known = np.append(users, -1)[place] == user_id
@@ -138,8 +139,7 @@ def join_users(parts: Sequence[UserRates]) -> UserRates:
     return UserRates(ids, rates)
 
 
-def _bits(config: DataConfig, tasks: Sequence[str]) -> IntArray:
-    info = open_source(config.path, config, "train").info
+def _bits(info: DatasetInfo, tasks: Sequence[str]) -> IntArray:
     return np.array([info.action_bit(task) for task in tasks])
 
 
