@@ -67,13 +67,16 @@ def linear_silu(
 
     The values are the same bits with and without `slopes`.
     """
-    N = b.shape[0] if scales else b.shape[1]
-    out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device) if backend == "triton" else None
-    if out is not None and _fused("the product of V, Q and K with SiLU", a, b, slopes, out):
-        row_scale, column_scale = scales or (None, None)
-        epilogue = Epilogue(silu=True, slopes=slopes, bias=bias, row_scale=row_scale, column_scale=column_scale)
-        _product(a)(a, b, out, epilogue)
-        return out
+    if backend == "triton":
+        N = b.shape[0] if scales else b.shape[1]
+        out = torch.empty(a.shape[0], N, dtype=dtype, device=a.device)
+        if _fused("the product of V, Q and K with SiLU", a, b, slopes, out):
+            row_scale, column_scale = scales or (None, None)
+            epilogue = Epilogue(silu=True, slopes=slopes, bias=bias, row_scale=row_scale, column_scale=column_scale)
+            _product(a)(a, b, out, epilogue)
+            return out
+        # What follows makes its own: both at once would be the peak of a layer's memory.
+        del out
     product = linear(a, b, bias, scales=scales, dtype=dtype, backend=backend)
     if slopes is not None:
         slopes.copy_(layer_reference.silu_slope(product))
