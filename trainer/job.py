@@ -6,7 +6,7 @@ Each checks everything it can before it changes anything on disk.
 import functools
 import logging
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from trainer.parallelize import ParallelModel, parallelize
 from trainer.preflight import check_fp8, check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Consumed, Recorder
 from trainer.retrieval import evaluate_retrieval, retrieval_table, retriever_batch
-from trainer.run_dir import JsonLines, RunDir, write_json
+from trainer.run_dir import JsonLines, RunDir, locked, write_json
 from trainer.run_log import logged
 from trainer.typed_values import from_dict, to_dict
 
@@ -72,7 +72,8 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     loader = training_loader(config, info, mesh, progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     # Reading begins while the model is being built.
-    with logged(run, mesh), joined(mesh), closing(iter(loader)) as batches:
+    sole = locked(run) if mesh.is_first else nullcontext()
+    with sole, logged(run, mesh), joined(mesh), closing(iter(loader)) as batches:
         check_kernels(mesh.device, config.model.layers, getattr(torch, config.precision))
         model = build_parallel(config, info, plan, mesh)
         if steps:

@@ -3,10 +3,14 @@
 Opening an existing directory checks that it belongs to the same run before anything in it is touched.
 """
 
+import fcntl
 import json
 import logging
 import os
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +79,11 @@ class RunDir:
         return self.path / "logs" / f"rank-{rank}.log"
 
     @property
+    def lock_file(self) -> Path:
+        """Locked by the process that trains the run, for as long as it lives."""
+        return self.path / "lock"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
         return self.path / "checkpoints"
@@ -134,8 +143,8 @@ class RunDir:
             raise WrongUse(f"--run-dir {self.path} is a file: name a directory")
         saved = self.saved_config()
         if saved is None:
-            # The launcher's folder and the logs come into being before the run does.
-            if self.path.is_dir() and any(entry.name not in ("jobs", "logs") for entry in self.path.iterdir()):
+            # These come into being before the run does.
+            if self.path.is_dir() and any(entry.name not in ("jobs", "lock", "logs") for entry in self.path.iterdir()):
                 raise WrongUse(
                     f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one"
                 )
@@ -151,6 +160,31 @@ class RunDir:
                     f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
                     f"resume with the old value or use another run directory"
                 )
+
+
+@contextmanager
+def locked(run: RunDir) -> Iterator[None]:
+    """Keep other trainers out of the run directory; the system ends the lock with this process, however it ends.
+
+    Raises:
+        WrongUse: another process is training the run.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock_file.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WrongUse(
+                f"--run-dir {run.path} is being trained by another job ({file.read().strip()}): cancel that one or use "
+                f"another directory; if it is gone for certain, remove {run.lock_file}"
+            ) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): nothing keeps a second job out", run.lock_file, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from tests.support.small_data import small_dataset
 from tests.support.training import kill_job, losses, read_checkpoint, read_lines, start_training, train
+from trainer.run_dir import RunDir, locked
 
 STEPS = 8
 # Float32 sums in another order; after 8 steps the largest difference measured is 1.2e-7, in losses and in tensors.
@@ -145,6 +146,16 @@ def test_a_signal_is_obeyed_where_a_step_is_saved_too(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "stopped after step" in output, output[-3000:]
+
+
+def test_a_second_job_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with locked(run):
+        process = start_training(run.path, 2, "max_steps=2")
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"error: --run-dir {run.path} is being trained by another job (process {os.getpid()} on" in output
+    assert run.saved_config() is None
 
 
 def test_two_ranks_train_like_one(uninterrupted: Path, tmp_path: Path) -> None:

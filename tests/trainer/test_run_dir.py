@@ -1,11 +1,13 @@
 """A run directory refuses another run's configuration, and its metric files never repeat a step."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from trainer.run_dir import COMPLETE, JsonLines, RunDir, write_json
+from trainer.run_dir import COMPLETE, JsonLines, RunDir, locked, write_json
 
 CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every": 5}}
 
@@ -77,3 +79,30 @@ def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
     JsonLines(path).append({"step": 1, "auc/click": float("nan"), "ne/click": 0.5})
     assert path.read_text() == '{"step": 1, "auc/click": null, "ne/click": 0.5}\n'
+
+
+HOLD_THE_LOCK = """
+import pathlib, sys, time
+from trainer.run_dir import RunDir, locked
+with locked(RunDir(pathlib.Path(sys.argv[1]))):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    other = subprocess.Popen([sys.executable, "-c", HOLD_THE_LOCK, str(run.path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"is being trained by another job .process {other.pid} on "), locked(run):
+        pytest.fail("locked twice")
+    # However it ends.
+    other.kill()
+    other.communicate()
+    with locked(run):
+        pass
+    with locked(run):
+        pass
+    # A new run, as far as its configuration goes.
+    run.check_same_run(CONFIG)
