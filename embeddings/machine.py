@@ -1,5 +1,6 @@
 """The machines a plan is made for: ranks, memory and bandwidths.  Nothing here looks at the machine it runs on."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -64,8 +65,10 @@ class Machine:
             raise ValueError(f"compute_device must be cuda or cpu, got {self.compute_device!r}")
         if (self.compute_device == "cuda") != (self.hbm_gib is not None):
             raise ValueError(f"hbm_gib={self.hbm_gib} on {self.compute_device}: cuda needs it, and a cpu has none")
-        if self.memory_gib <= 0 or self.ddr_gib <= 0:
-            raise ValueError(f"memory must be above 0 GiB, got hbm_gib={self.hbm_gib}, ddr_gib={self.ddr_gib}")
+        if not (0 < self.memory_gib < math.inf and 0 < self.ddr_gib < math.inf):
+            raise ValueError(
+                f"memory must be a number of GiB above 0, got hbm_gib={self.hbm_gib}, ddr_gib={self.ddr_gib}"
+            )
 
     @property
     def memory_gib(self) -> float:

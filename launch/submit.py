@@ -4,8 +4,10 @@ Supported are local_cwd (this machine, in the foreground), slurm, kubernetes (Vo
 """
 
 import importlib.util
+import json
 import logging
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -122,19 +124,22 @@ def runner(scheduler: str) -> Iterator[Runner]:
     with Runner(SESSION, factories | ours) as torchx:
         try:
             yield torchx
+        except DockerException as error:
+            use = " (it adds the code to the job's image)" if scheduler == "kubernetes" else ""
+            raise ConnectionError(f"Docker does not answer: {' '.join(str(error).split())}{use}") from None
         except _service_errors(scheduler) as error:
             raise ConnectionError(f"{scheduler} does not answer: {' '.join(str(error).split())}") from None
 
 
 def _service_errors(scheduler: str) -> tuple[type[Exception], ...]:
-    """What the clients of container services raise when the service is not there or says no."""
-    if scheduler == "kubernetes":
-        # An optional package: imported only where it is used.
-        from kubernetes.client import ApiException
-        from kubernetes.config import ConfigException
+    """What the scheduler's client raises when the service is not there or says no."""
+    if scheduler != "kubernetes":
+        return ()
+    # An optional package: imported only where it is used.
+    from kubernetes.client import ApiException
+    from kubernetes.config import ConfigException
 
-        return (ApiException, ConfigException, HTTPError)
-    return (DockerException,) if scheduler == "local_docker" else ()
+    return (ApiException, ConfigException, HTTPError)
 
 
 def dry_run(torchx: Runner, request: Request, app: AppDef) -> AppDryRunInfo:
@@ -158,7 +163,13 @@ def submit(torchx: Runner, request: Request, app: AppDef) -> str:
     if request.scheduler == "local_cwd":
         local.show_on_terminal(info)
         job_dir = Path(info.request.log_dir)
-    handle: str = torchx.schedule(info)
+    try:
+        handle: str = torchx.schedule(info)
+    except Exception:
+        if request.scheduler == "slurm":
+            # The copy of the code.
+            shutil.rmtree(job_dir, ignore_errors=True)
+        raise
     record = records.JobRecord(
         handle=handle,
         recipe=request.recipe,
@@ -169,6 +180,25 @@ def submit(torchx: Runner, request: Request, app: AppDef) -> str:
     )
     records.save(record)
     return handle
+
+
+def check_plan(request: Request) -> None:
+    """Check what of the request's plan can be checked without torch; the workers check it against the tables.
+
+    Raises:
+        ValueError: the file cannot be read or is for another number of processes.
+    """
+    if request.plan is None or request.scheduler in IN_CONTAINERS:
+        return
+    try:
+        ranks = json.loads(request.plan.read_text())["machine"]["world_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--plan {request.plan} is not a plan ({error}): write it with `trainer plan --out`") from None
+    if ranks != request.nodes * request.procs_per_node:
+        raise ValueError(
+            f"--plan {request.plan} is for {ranks} processes, this job has {request.nodes * request.procs_per_node}: "
+            f"plan again with --world-size {request.nodes * request.procs_per_node}"
+        )
 
 
 def check_options(torchx: Runner, request: Request) -> None:

@@ -72,6 +72,11 @@ class EventLogOptions:
 
     def _check_names(self) -> None:
         """Context and history columns keep their names, so these must be free."""
+        key = [self.user_column, self.item_column, self.time_column]
+        if len(set(key)) < len(key):
+            raise ValueError(
+                f"--user-column, --item-column and --time-column name {', '.join(key)}: these must be three columns"
+            )
         chosen = [*names(self.context_columns), *names(self.history_columns)]
         for name in chosen:
             if name in TAKEN or name.startswith(("history_", "candidate_")):

@@ -1,5 +1,6 @@
 """Table, optimizer, placement and machine settings refuse what cannot work, in one line that says the fix."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,9 @@ def cuda(**changes: Any) -> Machine:
         (lambda: cuda(compute_device="tpu"), "cuda or cpu"),
         (lambda: cuda(hbm_gib=None), "cuda needs it"),
         (lambda: cuda(compute_device="cpu"), "a cpu has none"),
-        (lambda: cuda(hbm_gib=-1.0), "above 0 GiB"),
+        (lambda: cuda(hbm_gib=-1.0), "above 0"),
+        (lambda: cuda(hbm_gib=math.nan), "above 0"),
+        (lambda: cuda(hbm_gib=math.inf), "above 0"),
         (lambda: BatchLoad(samples_per_rank=0), "at least 1"),
         (lambda: BatchLoad(ids_per_sample={"item": 0}), "above 0"),
     ],

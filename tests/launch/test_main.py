@@ -83,7 +83,7 @@ def test_wrong_use_is_one_line_and_status_2(arguments: tuple[str, ...], message:
     [
         (("status", "local_cwd://longview/never"), "no local job local_cwd://longview/never"),
         (("cancel", "local_cwd://longview/never"), "no local job local_cwd://longview/never"),
-        (("list", "--scheduler", "local_docker"), "local_docker does not answer"),
+        (("list", "--scheduler", "local_docker"), "Docker does not answer"),
     ],
 )
 def test_failures_are_one_line_and_status_1(arguments: tuple[str, ...], message: str) -> None:
@@ -91,6 +91,24 @@ def test_failures_are_one_line_and_status_1(arguments: tuple[str, ...], message:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_a_plan_is_read_before_anything_is_sent(tmp_path: Path) -> None:
+    def error_of(plan: Path) -> str:
+        done = _launch(*SUBMIT, "--plan", str(plan), folder=tmp_path)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        return line
+
+    plan = tmp_path / "plan.json"
+    assert error_of(plan).startswith(f"error: --plan {plan} is not a plan ([Errno 2] No such file")
+    plan.write_text("[]")
+    assert error_of(plan).startswith(f"error: --plan {plan} is not a plan (list indices")
+    plan.write_text('{"machine": {"world_size": 16}}')
+    assert error_of(plan) == (
+        f"error: --plan {plan} is for 16 processes, this job has 2: plan again with --world-size 2"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_directory_that_is_no_run_of_this_recipe_is_left_alone(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from launch.submit import Request, check_options, dry_run, runner
+from launch.slurm import SlurmError
+from launch.submit import Request, check_options, dry_run, runner, submit
 
 
 def _request(scheduler: str, **changes: Any) -> Request:
@@ -115,3 +116,17 @@ def test_docker_containers_share_a_network_and_know_the_first() -> None:
 def test_impossible_requests_are_refused(scheduler: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _built(_request(scheduler, **changes))
+
+
+def test_a_job_that_slurm_refuses_leaves_no_copy_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        '#!/bin/sh\ntest -f "${0%/bin/sbatch}"/run/jobs/*/launch/node.py && echo no partition gpu >&2\nexit 1\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    request = _request("slurm", run_dir=tmp_path / "run")
+    with runner("slurm") as torchx, pytest.raises(SlurmError, match="sbatch failed: no partition gpu"):
+        submit(torchx, request, request.app())
+    assert list((tmp_path / "run" / "jobs").iterdir()) == []

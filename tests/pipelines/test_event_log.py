@@ -201,6 +201,7 @@ def test_a_malformed_csv_file_is_one_clear_error(
         (["--context-columns", "land", "--history-columns", "land"], "column land is named twice"),
         (["--action-columns", ",".join(f"a{bit}" for bit in range(32))], "at most 31 actions fit into a bit mask"),
         (["--action-columns", "like,like"], "each action must be named once, got like, like"),
+        (["--item-column", "u"], "--user-column, --item-column and --time-column name u, u, t"),
         (["--time-unit", "min"], "--time-unit must be one of s, ms, us, ns, timestamp, got min"),
     ],
 )
