@@ -27,6 +27,8 @@ LOG_BUCKET_WIDTH = 0.301
 class InputEncoder(nn.Module):
     """Tokens of a batch: `forward` returns them packed, with their layout.
 
+    Interleaved, both tokens of an event carry its position and its time.
+
     Args:
         dim: D.
         embedding_dim: E; equal to `dim`, rows enter as they are, otherwise through one linear map.
@@ -86,18 +88,18 @@ class InputEncoder(nn.Module):
         events = make_layout(
             batch.history_lens, batch.num_candidates, batch.history_lens_host, batch.num_candidates_host
         )
-        layout, item_rows_T, action_rows_T, context_rows_T = _pack(
+        layout, event_rows_T, item_rows_T, action_rows_T, context_rows_T = _pack(
             events, len(self.context_names), interleave=self.interleave
         )
         position_S, bucket_S = self._positions_and_times(batch, events)
         gathers = [
             Gather(source=self.item_projection(embedded["item_id"].values().to(dtype)), rows=item_rows_T, once=True),
             Gather(source=self._actions(batch, events, dtype), rows=action_rows_T, once=True),
-            Gather(source=self.position_vectors, rows=_of_tokens(position_S, item_rows_T), once=False),
+            Gather(source=self.position_vectors, rows=_of_tokens(position_S, event_rows_T), once=False),
             # One table of both kinds of distance: rows of candidates follow those of events.
             Gather(
                 source=torch.cat([self.age_vectors, self.candidate_gap_vectors]),
-                rows=_of_tokens(bucket_S, item_rows_T),
+                rows=_of_tokens(bucket_S, event_rows_T),
                 once=False,
             ),
         ]
@@ -161,18 +163,18 @@ def _newest_time(timestamp_S: Tensor, events: SequenceLayout) -> Tensor:
     return newest_B.scatter_reduce(0, events.user_T, seen_S, "amax")
 
 
-def _of_tokens(values_S: Tensor, item_rows_T: Tensor) -> Tensor:
-    """The item tokens' values, [T]; -1 where a token is none."""
-    return F.pad(values_S, (0, 1), value=-1)[item_rows_T]
+def _of_tokens(values_S: Tensor, event_rows_T: Tensor) -> Tensor:
+    """Each token's value of its event, [T]; -1 where it has none."""
+    return F.pad(values_S, (0, 1), value=-1)[event_rows_T]
 
 
 def _pack(
     events: SequenceLayout, num_context: int, *, interleave: bool
-) -> tuple[SequenceLayout, Tensor, Tensor, Tensor]:
+) -> tuple[SequenceLayout, Tensor, Tensor, Tensor, Tensor]:
     """Put context in front and, interleaving, an action token behind every event's item token.
 
-    Returns the layout of the tokens, and of each token its row among item rows, action rows and context rows (user by
-    user), -1 where it has none of them.  Merged, an item token is its action token too.
+    Returns the layout of the tokens, and of each token the row of its event or candidate, and its rows among item rows,
+    action rows and context rows (user by user), -1 where it has none of them.  Merged, they are the event's.
     """
     factor = 2 if interleave else 1
     layout = make_layout(
@@ -186,10 +188,11 @@ def _pack(
     context_rows_T = torch.where(index_T < 0, layout.user_T * num_context + layout.index_T, -1)
     first_item_T = events.offsets[layout.user_T]
     if not interleave:
-        item_rows_T = torch.where(index_T < 0, -1, first_item_T + index_T)
-        return layout, item_rows_T, item_rows_T, context_rows_T
+        rows_T = torch.where(index_T < 0, -1, first_item_T + index_T)
+        return layout, rows_T, rows_T, rows_T, context_rows_T
     is_history_T = history_mask(layout)
     event_T = torch.where(is_history_T, index_T // 2, index_T - events.history_lens[layout.user_T])
     is_action_T = is_history_T & (index_T % 2 == 1)
     rows_T = torch.where(index_T < 0, -1, first_item_T + event_T)
-    return layout, torch.where(is_action_T, -1, rows_T), torch.where(is_action_T, rows_T, -1), context_rows_T
+    item_rows_T, action_rows_T = torch.where(is_action_T, -1, rows_T), torch.where(is_action_T, rows_T, -1)
+    return layout, rows_T, item_rows_T, action_rows_T, context_rows_T

@@ -65,11 +65,11 @@ def test_tokens_are_the_sums_of_item_action_position_and_time(interleave: bool, 
         for place, (stamp, bits) in enumerate(zip(stamps, actions, strict=True)):
             item = encoder.item_projection(rows["item_id"][first + place])
             if place < h:
-                item = item + encoder.position_vectors[min(h - place, NUM_POSITIONS)]
-                item = item + encoder.age_vectors[time_row(stamp, newest, forward=False)]
+                when = encoder.position_vectors[min(h - place, NUM_POSITIONS)]
+                when = when + encoder.age_vectors[time_row(stamp, newest, forward=False)]
                 on = [bit for bit in range(NUM_ACTIONS) if bits >> bit & 1]
                 action = encoder.action_vectors[0] + sum(encoder.action_vectors[1 + bit] for bit in on)
-                expected += [item, action] if interleave else [item + action]
+                expected += [item + when, action + when] if interleave else [item + action + when]
             else:
                 item = item + encoder.position_vectors[0]
                 item = item + encoder.candidate_gap_vectors[time_row(stamp, newest, forward=True)]
