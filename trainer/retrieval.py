@@ -124,32 +124,35 @@ def _count_better(
     """Rank of each true item by the model and by popularity, [P], 1 for the best; ties count against it."""
     device = outputs.device
     num_items = counts.numel()
-    chunks = [(first, min(first + chunk, num_items)) for first in range(0, num_items, chunk)]
+    # All of one width, which rounding depends on, so that equal items tie: the last may begin in the one before.
+    width = min(chunk, num_items)
+    chunks = [(min(first, num_items - width), first) for first in range(0, num_items, width)]
     blocks = [slice(first, first + PREDICTIONS) for first in range(0, targets.numel(), PREDICTIONS)]
     wanted = torch.full((targets.numel(),), -torch.inf, device=device)
-    for first, last in chunks:
+    for start, first in chunks:
         # A pass of its own: a score must be the same number here and where it is compared.
-        items = _item_vectors(model, first, last, device)
+        items = _item_vectors(model, start, start + width, device)
         for block in blocks:
-            here = (targets[block] >= first) & (targets[block] < last)
-            place = (targets[block] - first).clamp(0, last - first - 1)
+            here = (targets[block] >= first) & (targets[block] < start + width)
+            place = (targets[block] - start).clamp(0, width - 1)
             mine = (outputs[block] @ items.t()).gather(1, place[:, None])[:, 0]
             wanted[block] = torch.where(here, mine, wanted[block])
     better, more_popular = (torch.zeros_like(targets) for _ in range(2))
     popularity = counts[targets]
-    for first, last in chunks:
-        items = _item_vectors(model, first, last, device)
+    for start, first in chunks:
+        items, last = _item_vectors(model, start, start + width, device), start + width
         if seen.numel():
             bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=device))
             prediction, item = seen[:, bounds[0] : bounds[1]]
         for block in blocks:
-            counted = torch.arange(first, last, device=device) != targets[block][:, None]
+            item_ids = torch.arange(start, last, device=device)
+            counted = (item_ids >= first) & (item_ids != targets[block][:, None])
             if seen.numel():
                 mine = (prediction >= block.start) & (prediction < block.stop)
-                counted[prediction[mine] - block.start, item[mine] - first] = False
+                counted[prediction[mine] - block.start, item[mine] - start] = False
             # Not ">=", which a score that is not a number would pass as the best.
             better[block] += (~(outputs[block] @ items.t() < wanted[block][:, None]) & counted).sum(1)
-            more_popular[block] += ((counts[first:last] >= popularity[block][:, None]) & counted).sum(1)
+            more_popular[block] += ((counts[start:last] >= popularity[block][:, None]) & counted).sum(1)
     return better + 1, more_popular + 1
 
 
