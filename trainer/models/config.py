@@ -1,5 +1,6 @@
 """What a model is made of.  Standard library only; `build_*` functions elsewhere turn these values into modules."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -153,7 +154,7 @@ class ChannelConfig:
     """One transducer of a mixture: its own choice of events, width, depth and masks."""
 
     name: str
-    """The channel's name, unique in the model."""
+    """The channel's name, unique in the model: letters, digits and underscores."""
     dim: int
     """Width of the channel's tokens."""
     stages: tuple[StageConfig, ...]
@@ -171,6 +172,12 @@ class ChannelConfig:
             raise ValueError(f"channels.dim must be at least 1, got {self.dim}")
         if not self.stages:
             raise ValueError(f"channels: channel {self.name!r} has no stages, give it at least one")
+        if not re.fullmatch(r"\w+", self.name, re.ASCII):
+            raise ValueError(f"channels: name {self.name!r} must be letters, digits and underscores")
+        if len(set(self.actions)) != len(self.actions):
+            raise ValueError(
+                f"channels: actions of channel {self.name!r} must not repeat one, got {', '.join(self.actions)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +193,8 @@ class RetrievalConfig:
     normalise: bool = True
     """L2-normalise outputs and item vectors: scores are then cosines."""
     exclude_seen: bool = False
-    """Leave a user's earlier items out of the ranking, for data in which nobody takes an item twice."""
+    """Leave the items of a user's history, as far as data.max_history_len reads it, out of the ranking: for data in
+    which nobody takes an item twice."""
     corpus_chunk: int = 65536
     """Items that evaluation scores at a time."""
 
@@ -297,6 +305,11 @@ class ModelConfig:
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")
         if any(stage.keep_newest is not None for stage in self.stages):
             raise ValueError("model.retrieval predicts behind every event: stages.keep_newest must be null")
+        if any(stage.global_rows for stage in self.stages):
+            raise ValueError(
+                "model.retrieval predicts behind every event, and which events are global rows depends on how many "
+                "follow them: stages.global_rows must be 0"
+            )
 
 
 def _check_truncation(where: str, stages: tuple[StageConfig, ...]) -> None:

@@ -55,7 +55,7 @@ class HstuLayer(nn.Module):
             num_candidates=layout.num_candidates,
             mask=mask,
             dropout=dropout,
-            # Drawn on the host, from the generator whose state checkpoints keep: no wait for the device.
+            # Drawn on the host, from the generator that each step seeds: no wait for the device.
             seed=int(torch.randint(2**31, ())) if dropout > 0 else 0,
         )
         out: Tensor = fused_layer(x_TD.to(compute_dtype(x_TD)), self.parameter_set(), self.spec, batch)
@@ -117,8 +117,9 @@ class HstuTower(nn.Module):
 def _skip_users(x_TD: Tensor, output_TD: Tensor, layout: SequenceLayout, probability: float) -> Tensor:
     """Let each user skip the layer with this probability, and scale the others' change so that its mean stays."""
     kept_B = torch.rand(layout.num_users, device=x_TD.device) >= probability
-    factor_T1 = (kept_B / (1 - probability)).to(x_TD.dtype)[layout.user_T][:, None]
-    return torch.lerp(x_TD, output_TD, factor_T1)
+    # In float32: rounded to bfloat16, the factor itself would shift the mean.
+    factor_T1 = (kept_B / (1 - probability))[layout.user_T][:, None]
+    return torch.lerp(x_TD.float(), output_TD.float(), factor_T1).to(x_TD.dtype)
 
 
 def build_tower(

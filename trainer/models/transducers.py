@@ -70,7 +70,7 @@ class MixtureOfTransducers(nn.Module):
 
     def __init__(self, channels: Mapping[str, Transducer]) -> None:
         super().__init__()
-        self.channels = nn.ModuleDict(channels)
+        self.channels = nn.ModuleDict({_key(name): channel for name, channel in channels.items()})
         self._streams: list[torch.cuda.Stream] = []
 
     def forward(self, tokens_TD: Tensor, layout: SequenceLayout, batch: Batch) -> Tensor:
@@ -100,6 +100,11 @@ class MixtureOfTransducers(nn.Module):
             for tensor in (tokens_TD, layout.offsets, layout.user_T, layout.index_T):
                 tensor.record_stream(stream)
         return torch.cat(outputs, dim=1)
+
+
+def _key(name: str) -> str:
+    """Of a channel's parameters.  Some words (items, keys, ...) are PyTorch's own; no channel's name has a dash."""
+    return f"{name}-" if hasattr(nn.ModuleDict(), name) else name
 
 
 def event_choices(config: ModelConfig, action_names: tuple[str, ...]) -> dict[str, EventChoice]:

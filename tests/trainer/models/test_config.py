@@ -45,6 +45,20 @@ def test_a_learned_action_of_interleaved_candidates_is_refused() -> None:
         InputConfig(merge="interleave", candidate_action="learned")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a.b"}, "name 'a.b' must be letters, digits and underscores"),
+        ({"name": ""}, "name '' must be letters"),
+        ({"actions": ("like", "click", "like")}, "'clicks' must not repeat one, got like, click, like"),
+        ({"stages": ()}, "'clicks' has no stages"),
+    ],
+)
+def test_a_channel_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CHANNEL, **changes)
+
+
 @pytest.mark.parametrize("changes", [{"layer": LayerConfig(fp8=True)}, None])
 def test_fp8_beside_float32_is_refused(changes: dict[str, Any] | None) -> None:
     recipe = load_recipe("kuairand_sample")

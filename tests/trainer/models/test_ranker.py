@@ -267,6 +267,13 @@ def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None
     assert losses[0].item() == losses[1].item()
 
 
+@pytest.mark.parametrize("name", ["items", "keys", "type", "forward", "training"])
+def test_a_channel_may_have_a_name_that_pytorch_uses(name: str) -> None:
+    channels = tuple(ChannelConfig(name=each, dim=16, stages=STAGES) for each in (name, "other"))
+    ranker = small_ranker(model_config(stages=(), channels=channels))
+    assert ranker(random_batch([2], [1], context_names=CONTEXT))[0].isfinite()
+
+
 def test_unknown_action_of_a_channel_is_refused() -> None:
     channel = ChannelConfig(name="swipes", dim=16, stages=STAGES, actions=("swipe",))
     with pytest.raises(ValueError, match="channel 'swipes' selects by 'swipe', which is none of the data's actions"):
@@ -292,6 +299,16 @@ def test_a_skipped_layer_is_the_identity_and_the_others_make_up_for_it() -> None
     torch.testing.assert_close(change[kept], (added / 0.75).view(400, -1)[kept], rtol=1e-4, atol=1e-5)
     assert float(kept.double().mean()) == pytest.approx(0.75, abs=0.07)
     assert float(change[~kept].abs().max()) == 0
+
+
+def test_stochastic_depth_scales_in_float32() -> None:
+    """A factor in bfloat16, 1.0546875 for 1 / 0.95, would be 0.2% too large in every step."""
+    lens, none = torch.full((4000,), 1), torch.zeros(4000, dtype=torch.long)
+    layout = make_layout(lens, none, lens, none)
+    x, output = torch.zeros(4000, 4, dtype=torch.bfloat16), torch.full((4000, 4), 190.0, dtype=torch.bfloat16)
+    skipped = _skip_users(x, output, layout, 0.05)
+    assert skipped.dtype == torch.bfloat16
+    assert skipped.unique().tolist() == [0.0, 200.0]
 
 
 def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:

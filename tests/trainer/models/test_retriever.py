@@ -128,8 +128,9 @@ def test_a_batch_without_a_next_item_gives_zero_loss_and_zero_gradients(share: b
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_a_users_later_events_do_not_change_earlier_outputs() -> None:
-    tower = small(config()).tower.eval()
+@pytest.mark.parametrize("stage", [StageConfig(num_layers=2), StageConfig(num_layers=2, local=1, global_columns=1)])
+def test_a_users_later_events_do_not_change_earlier_outputs(stage: StageConfig) -> None:
+    tower = small(replace(config(), stages=(stage,))).tower.eval()
     rows = torch.randn(6, EMBEDDING_DIM)
 
     def outputs(count: int) -> Tensor:
@@ -161,6 +162,7 @@ def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
         ({"head_hidden": 4}, "model.head_hidden has no effect"),
         ({"input": InputConfig(candidate_action="learned")}, "only num_positions and dropout"),
         ({"stages": (StageConfig(num_layers=1, keep_newest=3),)}, "keep_newest must be null"),
+        ({"stages": (StageConfig(num_layers=1, local=2, global_rows=1),)}, "stages.global_rows must be 0"),
     ],
 )
 def test_settings_without_effect_on_a_retriever_are_refused(changes: dict[str, object], message: str) -> None:
