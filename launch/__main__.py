@@ -20,7 +20,7 @@ from torchx.specs.api import MalformedAppHandleException
 
 from launch import local, records
 from launch.components import ROLE
-from launch.submit import IN_CONTAINERS, SCHEDULERS, Request, check_options, check_plan, dry_run, runner, submit
+from launch.submit import IN_CONTAINERS, SCHEDULERS, Request, check_options, dry_run, runner, submit
 from trainer.command_line import WrongUse, run_command
 from trainer.recipes import load_recipe
 from trainer.run_dir import RunDir
@@ -79,7 +79,6 @@ def submit_(
             options=tuple(option or ()),
         )
         job = request.app()
-        check_plan(request)
     except ValueError as error:
         raise WrongUse(str(error)) from None
     if scheduler not in IN_CONTAINERS:

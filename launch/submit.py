@@ -86,7 +86,7 @@ class Request:
         """The job's description.
 
         Raises:
-            ValueError: the machine is unknown or too small, or a mount is malformed.
+            ValueError: the machine is unknown or too small, a mount is malformed, or the plan cannot be for this job.
         """
         return components.train(
             self.recipe,
@@ -96,11 +96,30 @@ class Request:
             machine=self._machine(),
             python=self.python or ("python" if self.scheduler in IN_CONTAINERS else sys.executable),
             overrides=self.overrides,
-            plan=Path.cwd() / self.plan if self.plan else None,
+            plan=self._plan(),
             image=self.image or "",
             mounts=self.mounts,
             max_retries=self.max_retries,
         )
+
+    def _plan(self) -> Path | None:
+        """The plan's path as every worker sees it; the workers check the plan against the tables, which takes torch."""
+        if self.plan is None:
+            return None
+        if self.scheduler not in IN_CONTAINERS:
+            try:
+                ranks = json.loads(self.plan.read_text())["machine"]["world_size"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"--plan {self.plan} is not a plan ({error}): write it with `trainer plan --out`"
+                ) from None
+            size = self.nodes * self.procs_per_node
+            if ranks != size:
+                raise ValueError(
+                    f"--plan {self.plan} is for {ranks} processes, this job has {size}: "
+                    f"plan again with --world-size {size}"
+                )
+        return Path.cwd() / self.plan
 
     def _machine(self) -> Machine:
         if self.machine:
@@ -180,25 +199,6 @@ def submit(torchx: Runner, request: Request, app: AppDef) -> str:
     )
     records.save(record)
     return handle
-
-
-def check_plan(request: Request) -> None:
-    """Check what of the request's plan can be checked without torch; the workers check it against the tables.
-
-    Raises:
-        ValueError: the file cannot be read or is for another number of processes.
-    """
-    if request.plan is None or request.scheduler in IN_CONTAINERS:
-        return
-    try:
-        ranks = json.loads(request.plan.read_text())["machine"]["world_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--plan {request.plan} is not a plan ({error}): write it with `trainer plan --out`") from None
-    if ranks != request.nodes * request.procs_per_node:
-        raise ValueError(
-            f"--plan {request.plan} is for {ranks} processes, this job has {request.nodes * request.procs_per_node}: "
-            f"plan again with --world-size {request.nodes * request.procs_per_node}"
-        )
 
 
 def check_options(torchx: Runner, request: Request) -> None:
