@@ -11,7 +11,7 @@ event of records of the remaining 10%.
 Both models are the same layers with the same initial values and differ in one line: SiLU of the scores over a
 constant, or their softmax.  Scores are scaled by 1 / sqrt(K), and with `--factors 1.0` also by 1, as inside the SiLU of
 the papers' research code.  After `--minutes` no further seed is begun.  At the paper's scale (20,000 items, length 128,
-1M records) the design prints HR@10 .0893 against .0617; the small scale takes minutes on two CPU cores.
+1M records) the design prints HR@10 .0893 against .0617; the small scale takes two minutes a model on a CPU core.
 """
 
 import argparse
@@ -53,10 +53,23 @@ class Scale:
     layers: int = 2
     heads: int = 2
     learning_rate: float = 2e-3
+    item_deviation: float = 0.02
+    """Of the item vectors' first values: what is an item's own must not be small beside what its category learns."""
+    temperature: float = 0.05
 
 
 SCALES = {
-    "small": Scale(records=160_000, num_items=2000, num_categories=20, length=48, dim=48, num_negatives=128, batch=128),
+    "small": Scale(
+        records=100_000,
+        num_items=2000,
+        num_categories=20,
+        length=48,
+        dim=96,
+        num_negatives=128,
+        batch=32,
+        item_deviation=0.3,
+        temperature=0.1,
+    ),
     "paper": Scale(
         records=1_000_000, num_items=20000, num_categories=100, length=128, dim=128, num_negatives=512, batch=512
     ),
@@ -147,10 +160,10 @@ class NextItem(nn.Module):
             embedding_dim=scale.dim,
             max_len=scale.length,
             num_positions=scale.length,
-            temperature=0.05,
+            temperature=scale.temperature,
         )
         self.items = nn.Embedding(scale.num_items, scale.dim)
-        nn.init.normal_(self.items.weight, std=0.02)
+        nn.init.normal_(self.items.weight, std=scale.item_deviation)
         self.num_negatives = scale.num_negatives
 
     def encode(self, ids_BL: Tensor) -> tuple[Tensor, SequenceLayout]:
