@@ -7,6 +7,7 @@ COMPLETING or "CANCELLED by 0" are unknown to it.  This class asks `sacct` first
 
 import logging
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,14 +112,19 @@ class AnySlurm(SlurmScheduler):
         return info
 
     def schedule(self, dryrun_info: AppDryRunInfo[SlurmBatchRequest]) -> str:
-        """Submit, and return the job's number.  TorchX's own hides why sbatch failed and leaves a file behind."""
+        """Submit, and return the job's number.  TorchX's own hides why sbatch failed and leaves its files behind."""
         request = dryrun_info.request
         assert request.job_dir is not None
         script = Path(request.job_dir, "job.sh")
-        script.write_text(request.materialize())
-        sbatch = _run([*request.cmd, f"--chdir={request.job_dir}", str(script)])
-        if sbatch.returncode != 0:
-            raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
+        try:
+            script.write_text(request.materialize())
+            sbatch = _run([*request.cmd, f"--chdir={request.job_dir}", str(script)])
+            if sbatch.returncode != 0:
+                raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
+        except Exception:
+            # The copy of the code too.
+            shutil.rmtree(request.job_dir, ignore_errors=True)
+            raise
         return sbatch.stdout.strip().split(";")[0]
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 import uuid
@@ -182,13 +181,7 @@ def submit(torchx: Runner, request: Request, app: AppDef) -> str:
     if request.scheduler == "local_cwd":
         local.show_on_terminal(info)
         job_dir = Path(info.request.log_dir)
-    try:
-        handle: str = torchx.schedule(info)
-    except Exception:
-        if request.scheduler == "slurm":
-            # The copy of the code.
-            shutil.rmtree(job_dir, ignore_errors=True)
-        raise
+    handle: str = torchx.schedule(info)
     record = records.JobRecord(
         handle=handle,
         recipe=request.recipe,
