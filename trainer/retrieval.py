@@ -126,26 +126,27 @@ def _count_better(
     num_items = counts.numel()
     # All of one width, which rounding depends on, so that equal items tie: the last may begin in the one before.
     width = min(chunk, num_items)
-    chunks = [(min(first, num_items - width), first) for first in range(0, num_items, width)]
+    chunks = [(first, min(first + width, num_items)) for first in range(0, num_items, width)]
     blocks = [slice(first, first + PREDICTIONS) for first in range(0, targets.numel(), PREDICTIONS)]
     wanted = torch.full((targets.numel(),), -torch.inf, device=device)
-    for start, first in chunks:
+    for first, last in chunks:
+        start = last - width
         # A pass of its own: a score must be the same number here and where it is compared.
-        items = _item_vectors(model, start, start + width, device)
+        items = _item_vectors(model, start, last, device)
         for block in blocks:
-            here = (targets[block] >= first) & (targets[block] < start + width)
+            here = (targets[block] >= first) & (targets[block] < last)
             place = (targets[block] - start).clamp(0, width - 1)
             mine = (outputs[block] @ items.t()).gather(1, place[:, None])[:, 0]
             wanted[block] = torch.where(here, mine, wanted[block])
     better, more_popular = (torch.zeros_like(targets) for _ in range(2))
     popularity = counts[targets]
-    for start, first in chunks:
-        items, last = _item_vectors(model, start, start + width, device), start + width
+    for first, last in chunks:
+        start = last - width
+        items, item_ids = _item_vectors(model, start, last, device), torch.arange(start, last, device=device)
         if seen.numel():
             bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=device))
             prediction, item = seen[:, bounds[0] : bounds[1]]
         for block in blocks:
-            item_ids = torch.arange(start, last, device=device)
             counted = (item_ids >= first) & (item_ids != targets[block][:, None])
             if seen.numel():
                 mine = (prediction >= block.start) & (prediction < block.stop)
