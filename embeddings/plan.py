@@ -10,6 +10,8 @@ from embeddings.config import ComputeKernel, ShardingType, TableConfig
 from embeddings.machine import Machine
 
 GIB = 2**30
+VALUE_BYTES = 4
+"""Of a float32 in a table."""
 
 MAX_COMPARED_TABLES = 128
 """Up to so many tables, a plan holds its time with each alternative for one table and all others in place."""

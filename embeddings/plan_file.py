@@ -21,6 +21,7 @@ from embeddings.config import TableConfig
 from embeddings.machine import Machine
 from embeddings.plan import (
     GIB,
+    VALUE_BYTES,
     BatchLoad,
     Candidate,
     Plan,
@@ -32,8 +33,6 @@ from embeddings.plan import (
     size_text,
 )
 
-_VALUE_BYTES = 4
-"""Of a float32 in a table."""
 VERSION = 1
 """Raised when an older reader could misread a newer file."""
 
@@ -147,7 +146,7 @@ def _check_weights(plan: Plan) -> None:
     for table in plan.tables.values():
         if table.kernel == "fused":
             for shard in table.shards:
-                held[shard.rank] += shard.num_rows * table.embedding_dim * _VALUE_BYTES
+                held[shard.rank] += shard.num_rows * table.embedding_dim * VALUE_BYTES
     for rank, (needed, estimate) in enumerate(zip(held, plan.ranks, strict=True)):
         if needed > estimate.weight_bytes:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
+from embeddings.plan import MAX_COMPARED_TABLES, VALUE_BYTES, Candidate, Plan, RankEstimate, TablePlacement, size_text
 
 MAX_TABLES = 60
 """Tables listed, largest first; the file has them all."""
@@ -35,7 +35,7 @@ def plan_differences(old: Plan, new: Plan) -> str:
         if (before.num_embeddings, before.embedding_dim) != (after.num_embeddings, after.embedding_dim):
             lines.append(f"{name}: {_shape(before)} -> {_shape(after)}")
             continue
-        moved = _moved_rows(before, after) * before.embedding_dim * 4
+        moved = _moved_rows(before, after) * before.embedding_dim * VALUE_BYTES
         moved_total += moved
         if _where(before) != _where(after) or moved:
             lines.append(f"{name}: {_where(before)} -> {_where(after)}, {size_text(moved)} of rows move")
