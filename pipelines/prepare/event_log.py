@@ -71,7 +71,7 @@ class EventLogOptions:
         self._check_names()
 
     def _check_names(self) -> None:
-        """Context and history columns keep their names, so these must be free."""
+        """Who, what and when are three columns; context and history columns keep their names, which must be free."""
         key = [self.user_column, self.item_column, self.time_column]
         if len(set(key)) < len(key):
             raise ValueError(

@@ -82,7 +82,7 @@ class RankerTower(nn.Module):
         # In bfloat16 many candidates would have the same score.
         with torch.autocast(hidden_CD.device.type, enabled=False):
             logits_CM: Tensor = self.head[-1](hidden_CD.float())
-        return logits_CM.float()
+        return logits_CM
 
 
 class Ranker(nn.Module):
