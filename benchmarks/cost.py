@@ -24,10 +24,10 @@ import numpy.typing as npt
 from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
 from pipelines.batch import Batch
+from pipelines.features import DatasetInfo
 from pipelines.loader import dataset_info
 from pipelines.packed import Contents, bag_lens, pack
 from pipelines.position import DataPosition
-from pipelines.schema import DatasetInfo
 from trainer.config import TrainConfig
 from trainer.job import build_parallel, machine_of, make_plan
 from trainer.mesh import Mesh, discover_mesh, joined

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,19 +98,8 @@ def write_data(folder: Path, length: int, samples: int) -> int:
                 columns["history_length"] = pa.array(unit_samples.history["item_id"].lens().astype(np.int32))
                 columns["num_candidates"] = pa.array(unit_samples.candidate["item_id"].lens().astype(np.int32))
                 writer.add(pa.table(columns))
-        sizes[split] = writer.sizes()
-    info = source.info
-    description = {
-        "name": info.name,
-        "num_items": info.num_items,
-        "context_features": dict(info.context_features),
-        "actions": list(info.actions),
-        "history_features": [],
-        "splits": sizes,
-        "source": info.source,
-        "licence": info.licence,
-    }
-    write_dataset_file(folder, description, options)
+        sizes[str(split)] = writer.sizes()
+    write_dataset_file(folder, replace(source.info, splits=sizes), options)
     return sum(path.stat().st_size for path in (folder / "train").iterdir())
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pipelines.columns import IntArray, Samples
 from pipelines.config import DataConfig
+from pipelines.features import DatasetInfo
 from pipelines.loader import dataset_info, open_source
-from pipelines.schema import DatasetInfo
 from pipelines.source import Split
 
 ITEM_PRIOR = 20.0

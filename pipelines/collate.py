@@ -6,9 +6,9 @@ import numpy as np
 
 from pipelines.columns import AnyArray, IntArray, Samples
 from pipelines.config import DataConfig
+from pipelines.features import DatasetInfo
 from pipelines.global_batches import BatchPlan
 from pipelines.packed import SIDE_PREFIX, Contents, Packed, bag_lens, pack
-from pipelines.schema import DatasetInfo
 from pipelines.stochastic_length import choose_events
 
 NO_USER = -1

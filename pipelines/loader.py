@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 from pipelines.balance import Cost, default_cost
 from pipelines.batch import Batch
 from pipelines.config import SYNTHETIC_PATH, DataConfig
+from pipelines.dataset_json import read_dataset_info
+from pipelines.features import DatasetInfo
 from pipelines.global_batches import GlobalBatches
 from pipelines.order import SampleOrder
 from pipelines.packed import Packed
 from pipelines.position import DataPosition
 from pipelines.reader import Failure, Reader, end_with_parent
-from pipelines.schema import DatasetInfo, read_dataset_info
 from pipelines.source import ParquetSource, Source, Split
 from pipelines.synthetic import SyntheticSource, synthetic_info
 
@@ -186,7 +187,7 @@ def open_source(path: str, config: DataConfig, split: Split) -> Source:
 
 def _check_same_features(first: DatasetInfo, other: DatasetInfo, path: str) -> None:
     """Sources of a mix share tables and tasks."""
-    for name in ("num_items", "context_features", "actions"):
+    for name in ("spaces", "columns", "actions"):
         if getattr(first, name) != getattr(other, name):
             raise ValueError(
                 f"data.mix_paths: {name} of {path} is {getattr(other, name)}, but data.path has {getattr(first, name)}"

@@ -83,7 +83,7 @@ class SampleOrder:
     def fingerprint(self) -> str:
         """Changes with anything that decides the order, and with what the data set says of its items and features."""
         info = self._source.info
-        features = f"{info.num_items} {dict(info.context_features)} {info.actions} {info.history_features}"
+        features = f"{dict(info.spaces)} {info.columns} {info.actions}"
         rows = sha256(np.ascontiguousarray(np.stack([self._rows, self._source.unit_file])).tobytes()).hexdigest()
         text = f"{rows} {features} {self._key} {self._shuffled} {self._window_samples} {self._run}"
         return sha256(text.encode()).hexdigest()[:16]

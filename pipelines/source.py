@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipelines.columns import IntArray, Lengths, ListColumn, Samples
-from pipelines.schema import LENGTH_COLUMNS, DatasetInfo, open_filesystem
+from pipelines.dataset_json import open_filesystem
+from pipelines.features import LENGTH_COLUMNS, DatasetInfo
 from pipelines.validate import check_samples, check_schema
 
 Split = Literal["train", "eval"]

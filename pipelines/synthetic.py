@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pipelines.columns import AnyArray, IntArray, Lengths, ListColumn, Samples
 from pipelines.config import SyntheticConfig
+from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
 from pipelines.randomness import random_uniform
-from pipelines.schema import DatasetInfo, SplitInfo
 from pipelines.source import Split
 
 NUM_CLUSTERS = 8
@@ -136,10 +136,16 @@ def synthetic_info(config: SyntheticConfig) -> DatasetInfo:
     """The description that a `dataset.json` would give; events are estimated from the first histories."""
     return DatasetInfo(
         name="synthetic",
-        num_items=config.num_items,
-        context_features={"segment": NUM_SEGMENTS},
+        spaces={
+            name: Space(name=name, rows=rows, used=rows)
+            for name, rows in ((ITEM_SPACE, config.num_items), ("segment", NUM_SEGMENTS))
+        },
+        columns=(
+            Column(name="segment", part="sample", kind="id", space="segment"),
+            Column(name=ITEM_ID, part="event", kind="id", space=ITEM_SPACE),
+            Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
+        ),
         actions=("match", "like"),
-        history_features=(),
         splits={
             split: SplitInfo(
                 samples=num_samples(config, split),

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.columns import AnyArray, IntArray, Samples
-from pipelines.schema import LENGTH_COLUMNS, UNKNOWN_TIME, DatasetInfo
+from pipelines.features import LENGTH_COLUMNS, UNKNOWN_TIME, DatasetInfo
 
 
 def check_schema(schema: pa.Schema, file: str, info: DatasetInfo, history_features: Sequence[str]) -> None:

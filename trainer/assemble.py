@@ -10,7 +10,7 @@ from embeddings.config import TableConfig
 from embeddings.plan import BatchLoad
 from embeddings.tables import build_embedding_collection
 from pipelines.batch import ITEM_FEATURE
-from pipelines.schema import DatasetInfo
+from pipelines.features import DatasetInfo
 from trainer.config import TrainConfig
 from trainer.models.flops import Count, training_flops
 from trainer.models.negatives import NEGATIVE_FEATURE

@@ -24,9 +24,9 @@ from embeddings.sharding import to_sharding_plan
 from pipelines.baseline import TrainingRates, baseline_scores, count_rates, join_users
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
+from pipelines.features import DatasetInfo
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import check_overlap
-from pipelines.schema import DatasetInfo
 from trainer.assemble import (
     build_model,
     check_lengths,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import duckdb
 
+from pipelines.features import MAX_ACTIONS
 from pipelines.prepare.engine import (
     check_rows,
     csv_reader,
@@ -23,7 +24,6 @@ from pipelines.prepare.engine import (
 from pipelines.prepare.raw_log import number_context, number_ids
 from pipelines.prepare.source import Description
 from pipelines.prepare.stages import Load
-from pipelines.schema import MAX_ACTIONS
 
 TIMESTAMP = "timestamp"
 PER_SECOND: Mapping[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000, TIMESTAMP: 1_000_000}

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Space, SplitInfo
 from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import UserEvents, cut
@@ -70,43 +71,53 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
     sizes, of_samples = _write_samples(connection, about, folder, split_time, options)
     for split, size in sizes.items():
-        if not size["samples"]:
+        if not size.samples:
             raise ValueError(
                 f"no {split} samples: the events span {statistics['first_time']} to {statistics['last_time']} and the "
                 f"split time is {split_time}; change --split-time, --min-history or --min-candidates"
             )
-        logger.info("%s: %d samples, %d candidates", split, size["samples"], size["candidates"])
+        logger.info("%s: %d samples, %d candidates", split, size.samples, size.candidates)
     left_out = {
         "users_in_no_sample": statistics["users"] - of_samples.pop("users"),
-        "events_not_candidates": statistics["events"] - sum(size["candidates"] for size in sizes.values()),
+        "events_not_candidates": statistics["events"] - sum(size.candidates for size in sizes.values()),
     }
     logger.info(
         "%d of the users are in no sample, %d of the events are candidates of none (--min-history, --min-candidates, "
         "--samples-per-user, --eval-candidates, --max-users)",
         *left_out.values(),
     )
-    description = {
-        "name": about.name,
-        "num_items": about.num_items,
-        "context_features": dict(about.context_features),
-        "actions": list(about.actions),
-        "history_features": list(about.history_features),
-        "splits": sizes,
-        "source": about.source,
-        "licence": about.licence,
+    details = {
         "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, **left_out, **of_samples},
         "context_values": {name: list(values) for name, values in about.context_values.items()},
     }
-    for name in ("item_ids", "user_ids"):
+    keys = {}
+    for name, space in (("item_ids", ITEM_SPACE), ("user_ids", USER_ID)):
         if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
-            connection.execute(f"COPY {name} TO {literal(str(folder / f'{name}.parquet'))} (FORMAT parquet)")
-    write_dataset_file(folder, description, options)
+            keys[space] = f"{name}.parquet"
+            connection.execute(f"COPY {name} TO {literal(str(folder / keys[space]))} (FORMAT parquet)")
+    rows = {ITEM_SPACE: about.num_items, **about.context_features}
+    info = DatasetInfo(
+        name=about.name,
+        spaces={name: Space(name=name, rows=size, used=size, keys=keys.get(name)) for name, size in rows.items()},
+        columns=(
+            *(Column(name=name, part="sample", kind="id", space=name) for name in about.context_features),
+            Column(name=ITEM_ID, part="event", kind="id", space=ITEM_SPACE),
+            *(Column(name=name, part="event", kind="number") for name in about.history_features),
+            Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
+        ),
+        actions=about.actions,
+        splits=sizes,
+        source=about.source,
+        licence=about.licence,
+        details=details,
+    )
+    write_dataset_file(folder, info, options)
 
 
 def _write_samples(
     connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, split_time: int, options: SampleOptions
-) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
+) -> tuple[dict[str, SplitInfo], dict[str, Any]]:
     """Cut and write both splits; returns their sizes, and the number of users and the history lengths in them."""
     lengths = {split: LengthCounter() for split in ("train", "eval")}
     users = 0

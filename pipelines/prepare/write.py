@@ -1,18 +1,17 @@
 """Writes samples as Parquet files whose row groups hold about the same number of events, whatever the lengths."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.dataset_json import DATASET_FILE
+from pipelines.features import DatasetInfo, SplitInfo
 from pipelines.prepare.options import SampleOptions
-from pipelines.schema import DATASET_FILE, FORMAT_VERSION
 
 
 class SplitWriter:
@@ -63,9 +62,9 @@ class SplitWriter:
             self._writer.close()
             self._writer = None
 
-    def sizes(self) -> dict[str, int]:
-        """The split's entry in `dataset.json`."""
-        return {"samples": self.samples, "history_events": self.history_events, "candidates": self.candidates}
+    def sizes(self) -> SplitInfo:
+        """What was written."""
+        return SplitInfo(samples=self.samples, history_events=self.history_events, candidates=self.candidates)
 
     def _write_waiting(self) -> None:
         """Write the waiting samples, in row groups that end where their share of the events is full."""
@@ -94,8 +93,8 @@ class SplitWriter:
         self._events_in_file += num_events
 
 
-def write_dataset_file(folder: Path, description: Mapping[str, Any], options: SampleOptions) -> None:
+def write_dataset_file(folder: Path, info: DatasetInfo, options: SampleOptions) -> None:
     """Write `dataset.json`, which makes the folder a prepared data set."""
     chosen = {name: getattr(options, name) for name in SampleOptions.__dataclass_fields__}
-    values = {"format_version": FORMAT_VERSION, **description, "options": chosen}
+    values = {**info.as_dict(), "options": chosen}
     (folder / DATASET_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

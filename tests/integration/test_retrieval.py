@@ -1,6 +1,5 @@
 """The retriever in real jobs: the same on one rank and on two, resumed or not, evaluated apart, against plain numpy."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from pipelines.dataset_json import read_dataset_info
 from tests.support.small_data import small_dataset
 from tests.support.training import ROOT, losses, read_checkpoint, read_lines, train
 
@@ -86,7 +86,7 @@ def test_evaluate_repeats_the_metrics_of_the_checkpoint(two_ranks: Path) -> None
 def popularity_ranks() -> np.ndarray:
     """Of every evaluation candidate with an event in front of it, earlier items left out; user by user."""
     data, longest = small_dataset(), 24
-    num_items = json.loads((data / "dataset.json").read_text())["num_items"]
+    num_items = read_dataset_info(str(data)).num_items
     tables = {split: parquet.read_table(data / split).to_pydict() for split in ("train", "eval")}
     counts = np.zeros(num_items, dtype=int)
     for column in ("history_item_id", "candidate_item_id"):

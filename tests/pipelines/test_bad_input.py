@@ -193,8 +193,8 @@ def test_missing_or_malformed_description(tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         ("[]", "must hold a JSON object"),
         (json.dumps({**good, "actions": []}), "'actions' must name at least one action"),
-        (json.dumps({**good, "num_items": 0}), "'num_items' must be a whole number above 0"),
-        (json.dumps({**good, "format_version": 9}), "format_version is 9"),
+        (json.dumps({**good, "num_items": 0}), "space 'item': rows and used must be whole numbers above 0"),
+        (json.dumps({**good, "format_version": 9}), "format_version is 9, this version reads 1 and 2"),
         (json.dumps({**good, "splits": {"train": {}}}), "must give samples"),
     ):
         file.write_text(content)

@@ -55,7 +55,7 @@ def test_the_documented_command_prepares_a_log_of_that_form(tmp_path: Path, docu
     write_lines(tmp_path / "in" / "log.csv", ["customer,sku" + header, *rows])
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert (info["actions"], info["history_features"]) == (["view", "cart", "buy"], ["dwell_s"])
+    assert (info["actions"], info["event"]) == (["view", "cart", "buy"], {"item_id": "item", "dwell_s": "number"})
     assert (info["statistics"]["events"], info["statistics"]["users"]) == (50, 5)
     assert read_back(tmp_path / "out") == 10
 
@@ -223,5 +223,5 @@ def test_a_context_feature_may_have_very_many_values(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "in" / "log.parquet")
     options = [*COLUMNS, "--context-columns", "device", "--split-time", "3600", "--min-history", "0"]
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
-    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["context_features"] == {"device": 30_001}
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["spaces"]["device"]["rows"] == 30_001
     assert all(row["device"] == row["user_id"] + 1 for row in rows_of(tmp_path / "out", "eval"))

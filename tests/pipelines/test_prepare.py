@@ -90,8 +90,8 @@ def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
     assert prepare("kuairand", tmp_path / "in", tmp_path / "out", *options) == 0
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     split_ms = info["split_time"] * 1000
-    assert info["num_items"] == 100
-    assert info["context_features"]["user_active_degree"] == 3
+    assert info["spaces"]["item"]["rows"] == 100
+    assert info["spaces"]["user_active_degree"]["rows"] == 3
     before = sum(row["time_ms"] < split_ms for row in log) / len(log)
     assert 0.85 <= before < 0.9
 

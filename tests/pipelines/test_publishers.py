@@ -88,8 +88,8 @@ def check_ratings(out: Path, num_context: int) -> None:
     info = json.loads((out / "dataset.json").read_text())
     keys = {row["item_id"]: row["item_key"] for row in pq.read_table(out / "item_ids.parquet").to_pylist()}
     users = {row["user_id"]: row["user_key"] for row in pq.read_table(out / "user_ids.parquet").to_pylist()}
-    assert info["num_items"] == len(keys) + 1
-    assert len(info["context_features"]) == num_context
+    assert info["spaces"]["item"]["rows"] == len(keys) + 1
+    assert len(info["sample"]) == num_context
     known = {(str(user), str(item), time): rating for user, item, rating, time in ratings()}
     for row in rows_of(out, "train") + rows_of(out, "eval"):
         for item, action, time in zip(
@@ -172,4 +172,4 @@ def test_movielens_1m_itself(tmp_path: Path) -> None:
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert info["statistics"]["events"] == 1_000_209
     assert info["statistics"]["users"] == 6_040
-    assert info["num_items"] == 3_706 + 1
+    assert info["spaces"]["item"]["rows"] == 3_706 + 1

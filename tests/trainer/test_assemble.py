@@ -6,23 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.schema import DatasetInfo, SplitInfo
+from pipelines.features import SplitInfo
+from tests.support.datasets import made_up_info
 from trainer.assemble import check_lengths, most_candidates, token_count
 from trainer.recipes import load_recipe
 
 OPTIONS = {"candidates": 8, "eval_candidates": 100, "leave_last": None}
-INFO = DatasetInfo(
-    name="made up",
+INFO = made_up_info(
     num_items=9,
-    context_features={"country": 3},
+    context={"country": 3},
     actions=("click",),
-    history_features=(),
     splits={
         "train": SplitInfo(samples=10, history_events=200, candidates=41),
         "eval": SplitInfo(samples=4, history_events=80, candidates=10),
     },
-    source="",
-    licence="",
 )
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.schema import DatasetInfo
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays
+from tests.support.datasets import made_up_info
 from trainer.assemble import training_cost
 from trainer.checkpoint import Progress
 from trainer.job import consumption
@@ -20,16 +20,7 @@ from trainer.recorder import Recorder, _Interval
 from trainer.run_dir import RunDir
 
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
-INFO = DatasetInfo(
-    name="made up",
-    num_items=NUM_ITEMS,
-    context_features={},
-    actions=ACTIONS,
-    history_features=("play_s",),
-    splits={},
-    source="",
-    licence="",
-)
+INFO = made_up_info(num_items=NUM_ITEMS, actions=ACTIONS, numbers=("play_s",))
 
 
 def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:

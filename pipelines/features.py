@@ -1,0 +1,388 @@
+"""What a data set holds: spaces of ids and the columns of samples, events, candidates, items and labels.
+
+`dataset.json` states it once; storage, validation, batches, tables, encoder and costs all follow it.  Standard library
+only.
+
+    space    a set of ids, [0, rows): a vocabulary that is only ever appended to, or a hash.  Id 0 is the unknown one:
+             missing, too rare, or not seen before; its row is trained like any other.  A space becomes one table.
+    column   one value an event, candidate, sample, item or label: an id of a space, many ids, or a number.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+FORMAT_VERSION = 2
+ITEM_ID = "item_id"
+"""The column that every event and candidate has: what it is about."""
+USER_ID = "user_id"
+"""The column that every sample has: whose it is.  A feature only where `sample` lists it with a space."""
+ITEM_SPACE = "item"
+"""The space of `item_id`."""
+UNKNOWN_ID = 0
+"""The id of what is missing, too rare or new, in every space."""
+UNKNOWN_TIME = -1
+"""Timestamp of an event whose time is not known; such events come first in a history."""
+MAX_ACTIONS = 31
+"""Bits of an action mask, a positive int32."""
+LENGTH_COLUMNS = ("history_length", "num_candidates")
+"""Optional int32 columns with the lengths of a row's lists: with them, ranks balance without reading the lists."""
+TAKEN = ("action", "timestamp", "length")
+"""Names that every event and candidate uses already, so that no column may have them."""
+NUMBER = "number"
+"""The word for a column of numbers in `dataset.json`, so no space may be called so."""
+
+Part = Literal["sample", "event", "candidate", "item", "label"]
+"""What a column's values belong to."""
+Kind = Literal["id", "ids", "number"]
+"""One id of a space; any number of them; a number, NaN where it is missing."""
+
+PREFIXES: Mapping[str, str] = {
+    "sample": "",
+    "event": "history_",
+    "candidate": "candidate_",
+    "item": "",
+    "label": "label_",
+}
+"""What stands before a column's name in Parquet, by part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """A set of ids, and the table that they are looked up in."""
+
+    name: str
+    """Unique name; also the table's, so it holds no dot or slash."""
+    rows: int
+    """Ids lie in [0, rows); rows above `used` are room to grow."""
+    used: int
+    """Ids in [0, used) have been given; equal to `rows` for a hash."""
+    keys: str | None = None
+    """Parquet file within the data set: the key behind each id, in order of ids."""
+    digest: str | None = None
+    """Of the keys in order of ids: two data sets with one digest mean the same by an id."""
+    hash: str | None = None
+    """The function from keys to ids, in place of a file of keys."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NumberStatistics:
+    """What the training part of the data says of a column of numbers."""
+
+    count: int
+    """Values that are not missing."""
+    missing: int
+    """Values that are."""
+    mean: float
+    """Mean of the known values."""
+    std: float
+    """Their standard deviation."""
+    quantiles: tuple[float, ...]
+    """Their quantiles at equal steps of probability, smallest and largest value included, not falling."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One value of every sample, event, candidate, item or label."""
+
+    name: str
+    """Name, unique within its part."""
+    part: Part
+    """What the values belong to."""
+    kind: Kind
+    """What a value is."""
+    space: str | None = None
+    """The ids' space; None for numbers."""
+    statistics: NumberStatistics | None = None
+    """Of numbers, where the preparation counted them."""
+
+    @property
+    def stored(self) -> str:
+        """The column's name in Parquet."""
+        return PREFIXES[self.part] + self.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitInfo:
+    """Sizes of one split."""
+
+    samples: int
+    """Rows."""
+    history_events: int
+    """Events in all histories."""
+    candidates: int
+    """Labelled candidates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetInfo:
+    """What a model and a reader must know of a prepared data set."""
+
+    name: str
+    """Short name of the data set."""
+    spaces: Mapping[str, Space]
+    """Spaces of ids by name."""
+    columns: tuple[Column, ...]
+    """All columns, those of a part in the order of `dataset.json`; `item_id` of events and candidates included."""
+    actions: tuple[str, ...]
+    """Name of each bit of an action mask, lowest bit first."""
+    weight: str | None = None
+    """The label column of numbers that multiplies a candidate's loss; None weighs all alike."""
+    keep_rate: str | None = None
+    """The label column with the part of candidates like this one that downsampling kept; None for all of them."""
+    parts: tuple[str, ...] = ()
+    """Deliveries of the data, oldest first: folders within a split.  Empty where the files lie in the split itself."""
+    splits: Mapping[str, SplitInfo]
+    """Sizes of `train` and `eval`."""
+    source: str
+    """Where the data comes from, with its attribution."""
+    licence: str
+    """Terms under which the data may be used."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Everything else that the preparation wrote down: split times, statistics, its own options."""
+
+    def of(self, part: Part) -> tuple[Column, ...]:
+        """The columns of a part."""
+        return tuple(column for column in self.columns if column.part == part)
+
+    @property
+    def num_items(self) -> int:
+        """Item ids lie in [0, num_items)."""
+        return self.spaces[ITEM_SPACE].rows
+
+    @property
+    def context_features(self) -> Mapping[str, int]:
+        """Rows of the space of each id column of samples, in the order of the context tokens."""
+        return {
+            each.name: self.spaces[each.space].rows for each in self.of("sample") if each.space and each.kind == "id"
+        }
+
+    @property
+    def history_features(self) -> tuple[str, ...]:
+        """The events' columns of numbers."""
+        return tuple(each.name for each in self.of("event") if each.kind == "number")
+
+    def action_bit(self, action: str) -> int:
+        """Position of an action's bit.  Raises ValueError if there is no such action."""
+        if action not in self.actions:
+            raise ValueError(f"unknown action {action!r}; {self.name} has {', '.join(self.actions)}")
+        return self.actions.index(action)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `dataset.json`, which `parse_dataset_info` reads back."""
+        spaces = {
+            space.name: {
+                key: value
+                for key in ("rows", "used", "keys", "digest", "hash")
+                if (value := getattr(space, key)) is not None
+            }
+            for space in self.spaces.values()
+        }
+        numbers = {
+            f"{column.part}.{column.name}": {key: getattr(known, key) for key in _STATISTICS}
+            | {"quantiles": list(known.quantiles)}
+            for column in self.columns
+            if (known := column.statistics) is not None
+        }
+        return {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "spaces": spaces,
+            **{part: {each.name: _word(each) for each in self.of(part)} for part in get_args(Part)},
+            "numbers": numbers,
+            "actions": list(self.actions),
+            "weight": self.weight,
+            "keep_rate": self.keep_rate,
+            "parts": list(self.parts),
+            "splits": {
+                split: {key: getattr(sizes, key) for key in SplitInfo.__dataclass_fields__}
+                for split, sizes in self.splits.items()
+            },
+            "source": self.source,
+            "licence": self.licence,
+            **self.details,
+        }
+
+
+def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
+    """Check the content of a `dataset.json` of this format version or of version 1; `name` is the file's.
+
+    Raises:
+        ValueError: a field is missing, of another type, or contradicts another one; the message names file and field.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must hold a JSON object, got {type(values).__name__}")
+    version = values.get("format_version")
+    if version == 1:
+        values = _from_version_1(values, name)
+    elif version != FORMAT_VERSION:
+        raise ValueError(f"{name}: format_version is {version!r}, this version reads 1 and {FORMAT_VERSION}")
+    _check_types(values, {"name": str, "spaces": dict, "actions": list, "splits": dict}, name)
+    _check_types(values, {"source": str, "licence": str}, name)
+    optional: dict[str, type] = dict.fromkeys((*get_args(Part), "numbers"), dict) | {"parts": list}
+    _check_types({key: values.get(key, kind()) for key, kind in optional.items()}, optional, name)
+    spaces = {key: _parse_space(key, entry, name) for key, entry in values["spaces"].items()}
+    statistics = {
+        key: _parse_statistics(entry, f"{name}: numbers of {key!r}") for key, entry in values.get("numbers", {}).items()
+    }
+    columns = tuple(_parse_columns(values, spaces, statistics, name))
+    unknown = sorted(set(statistics) - {f"{each.part}.{each.name}" for each in columns if each.kind == "number"})
+    if unknown:
+        raise ValueError(f"{name}: 'numbers' describes {unknown[0]!r}, which is no column of numbers")
+    _check_names(values["actions"], "actions", MAX_ACTIONS, name)
+    if not values["actions"]:
+        raise ValueError(f"{name}: 'actions' must name at least one action")
+    _check_names(values.get("parts", []), "parts", 1 << 20, name)
+    for key in ("weight", "keep_rate"):
+        if values.get(key) is not None and values[key] not in {
+            each.name for each in columns if each.part == "label" and each.kind == "number"
+        }:
+            raise ValueError(f"{name}: {key!r} must name a label column of numbers, got {values[key]!r}")
+    return DatasetInfo(
+        name=values["name"],
+        spaces=spaces,
+        columns=columns,
+        actions=tuple(values["actions"]),
+        weight=values.get("weight"),
+        keep_rate=values.get("keep_rate"),
+        parts=tuple(values.get("parts", [])),
+        splits={split: _parse_split(sizes, f"{name}: split {split!r}") for split, sizes in values["splits"].items()},
+        source=values["source"],
+        licence=values["licence"],
+        details={key: value for key, value in values.items() if key not in _FIELDS},
+    )
+
+
+_STATISTICS = ("count", "missing", "mean", "std")
+_FIELDS = {
+    *("format_version", "name", "spaces", "numbers", "actions", "weight", "keep_rate", "parts", "splits"),
+    *("source", "licence"),
+    *get_args(Part),
+}
+
+
+def _word(column: Column) -> str | list[str]:
+    """A column's value in `dataset.json`."""
+    if column.kind == "number":
+        return NUMBER
+    assert column.space is not None
+    return [column.space] if column.kind == "ids" else column.space
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, type], name: str) -> None:
+    for key, kind in types.items():
+        if not isinstance(values.get(key), kind):
+            raise ValueError(f"{name}: field {key!r} must be present and of type {kind.__name__}")
+
+
+def _check_names(names: Any, key: str, limit: int, where: str) -> None:
+    """A list of distinct strings, not too long."""
+    if not all(isinstance(item, str) and item for item in names) or len(set(names)) != len(names):
+        raise ValueError(f"{where}: {key!r} must hold distinct names, got {names}")
+    if len(names) > limit:
+        raise ValueError(f"{where}: {key!r} may hold at most {limit} names, got {len(names)}")
+
+
+def _parse_space(key: str, entry: Any, name: str) -> Space:
+    where = f"{name}: space {key!r}"
+    if not re.fullmatch(r"[^./]+", key) or key == NUMBER:
+        raise ValueError(f"{where} must have a name without dot and slash, other than {NUMBER!r}")
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be an object with its number of rows, got {entry!r}")
+    unknown = sorted(set(entry) - set(Space.__dataclass_fields__) | ({"name"} & set(entry)))
+    if unknown:
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r}")
+    rows: Any = entry.get("rows")
+    used: Any = entry.get("used", rows)
+    for size in (rows, used):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{where}: rows and used must be whole numbers above 0, got rows={rows!r}, used={used!r}")
+    if used > rows:
+        raise ValueError(f"{where}: {used} ids are used, but there are {rows} rows")
+    for field_name in ("keys", "digest", "hash"):
+        if not isinstance(entry.get(field_name, ""), str):
+            raise ValueError(f"{where}: {field_name} must be text, got {entry[field_name]!r}")
+    if entry.get("keys") is not None and entry.get("hash") is not None:
+        raise ValueError(f"{where} has keys and a hash: ids come from a file of keys or from a hash, not from both")
+    return Space(
+        name=key, rows=rows, used=used, keys=entry.get("keys"), digest=entry.get("digest"), hash=entry.get("hash")
+    )
+
+
+def _parse_columns(
+    values: Mapping[str, Any], spaces: Mapping[str, Space], statistics: Mapping[str, NumberStatistics], name: str
+) -> Iterator[Column]:
+    """The columns of all parts, checked."""
+    for part in get_args(Part):
+        columns = values.get(part, {})
+        if part in ("event", "candidate") and columns.get(ITEM_ID) != ITEM_SPACE:
+            raise ValueError(f"{name}: {part!r} must hold the column {ITEM_ID!r} of the space {ITEM_SPACE!r}")
+        for key, word in columns.items():
+            where = f"{name}: column {key!r} of {part!r}"
+            if not key or "." in key or "/" in key or key in TAKEN:
+                raise ValueError(f"{where} must have a name without dot and slash, none of {', '.join(TAKEN)}")
+            if key == ITEM_ID and part not in ("event", "candidate"):
+                raise ValueError(f"{where} cannot be called {ITEM_ID!r}, which names events' and candidates' items")
+            if (
+                key in (*LENGTH_COLUMNS, *(PREFIXES[each] + TAKEN[0] for each in ("event", "candidate")))
+                and part == "sample"
+            ):
+                raise ValueError(f"{where} cannot be called {key!r}, which is a column that every data set has")
+            many = isinstance(word, list)
+            space = word[0] if many and len(word) == 1 else word
+            if space == NUMBER and not many:
+                yield Column(name=key, part=part, kind="number", statistics=statistics.get(f"{part}.{key}"))
+            elif isinstance(space, str) and space in spaces and not (many and part == "label"):
+                yield Column(name=key, part=part, kind="ids" if many else "id", space=space)
+            else:
+                raise ValueError(
+                    f"{where} is {word!r}, expected {NUMBER!r}, a space"
+                    f"{'' if part == 'label' else ' or [space]'}; spaces are {', '.join(spaces)}"
+                )
+
+
+def _parse_statistics(entry: Any, where: str) -> NumberStatistics:
+    """What is known of a column of numbers."""
+    try:
+        quantiles = tuple(float(value) for value in entry["quantiles"])
+        known = NumberStatistics(
+            count=int(entry["count"]),
+            missing=int(entry["missing"]),
+            mean=float(entry["mean"]),
+            std=float(entry["std"]),
+            quantiles=quantiles,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} must give count, missing, mean, std and quantiles as numbers: {error!r}") from None
+    if any(right < left for left, right in itertools.pairwise(quantiles)) or known.std < 0:
+        raise ValueError(f"{where}: quantiles must not fall and std must not be negative")
+    return known
+
+
+def _parse_split(sizes: Any, where: str) -> SplitInfo:
+    """Check one entry of `splits`."""
+    fields = tuple(SplitInfo.__dataclass_fields__)
+    if not isinstance(sizes, dict) or any(not isinstance(sizes.get(key), int) or sizes[key] < 0 for key in fields):
+        raise ValueError(f"{where} must give {', '.join(fields)} as whole numbers, got {sizes!r}")
+    return SplitInfo(**{key: sizes[key] for key in fields})
+
+
+def _from_version_1(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Version 1 had one item column, context features with a table each, and history lists of numbers."""
+    types: dict[str, type] = {"num_items": int, "context_features": dict, "history_features": list}
+    _check_types(values, types, name)
+    context = values["context_features"]
+    if ITEM_SPACE in context:
+        raise ValueError(f"{name}: a context feature must not be called {ITEM_SPACE!r}, which names the items' table")
+    _check_names(values["history_features"], "history_features", 64, name)
+    sizes = {ITEM_SPACE: values["num_items"], **context}
+    return {
+        **{key: value for key, value in values.items() if key not in types},
+        "format_version": FORMAT_VERSION,
+        "spaces": {key: {"rows": size} for key, size in sizes.items()},
+        "sample": {key: key for key in context},
+        "event": {ITEM_ID: ITEM_SPACE, **dict.fromkeys(values["history_features"], NUMBER)},
+        "candidate": {ITEM_ID: ITEM_SPACE},
+    }
