@@ -1,4 +1,7 @@
-"""Every allowed pair lies in exactly one live tile, and a tile called full holds allowed pairs only."""
+"""Every allowed pair lies in exactly one live tile, and a tile called full holds allowed pairs only.
+
+How many tiles are live and how many full: `test_tile_counts.py`.
+"""
 
 import random
 
@@ -136,6 +139,7 @@ def needed(allowed: torch.Tensor, by_rows: bool, first: int, last: int) -> torch
 
 @pytest.mark.parametrize("seed", range(12))
 def test_full_tiles_hold_allowed_pairs_only(seed: int) -> None:
+    """And a tile of one class of rows and one of keys is called full wherever it could be."""
     generator = random.Random(seed)
     mask, h, t = draw(generator)
     allowed = dense_mask(mask, h, t)
@@ -148,5 +152,13 @@ def test_full_tiles_hold_allowed_pairs_only(seed: int) -> None:
         row, key = generator.randrange(n), generator.randrange(n)
         tile = allowed[row : row + BLOCK, key : key + BLOCK]
         full_kernel[(1,)](out, row, row + BLOCK, key, key + BLOCK, *bounds, HAS_LOCAL=has_local)
+        allowed_only = tile.shape == (BLOCK, BLOCK) and bool(tile.all())
         if out.item():
-            assert tile.shape == (BLOCK, BLOCK) and tile.all(), (mask, h, t, row, key)
+            assert allowed_only, (mask, h, t, row, key)
+        elif not crosses(row, (c, g, u)) and not crosses(key, (c, bounds[4], u)):
+            assert not allowed_only, (mask, h, t, row, key)
+
+
+def crosses(first: int, boundaries: tuple[int, ...]) -> bool:
+    """Whether a block that starts there holds positions of two classes."""
+    return any(first < boundary < first + BLOCK for boundary in boundaries)
