@@ -31,9 +31,10 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.costs import torchrec_topology
 from embeddings.machine import Machine
+from embeddings.optimizers import attach_optimizers
 from embeddings.plan import BatchLoad
 from embeddings.planner import plan_tables
-from embeddings.tables import apply_sparse_optimizer, build_embedding_collection
+from embeddings.tables import build_tables
 
 MAX_TORCHREC_WORK = 3_000_000
 """Tables squared times ranks: TorchRec tries about two proposals a table, each with every shard of every table."""
@@ -112,8 +113,8 @@ def _ours(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) -> t
 
 def _torchrec(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) -> tuple[float, float]:
     """(ms of the busiest rank and the lookup groups, seconds to plan)."""
-    collection = build_embedding_collection(tables, device=torch.device("meta"))
-    apply_sparse_optimizer(collection, SparseOptimizerConfig())
+    built = build_tables(tables, device=torch.device("meta"))
+    attach_optimizers(built, SparseOptimizerConfig())
     topology = torchrec_topology(machine)
     planner = EmbeddingShardingPlanner(
         topology=topology,
@@ -131,7 +132,7 @@ def _torchrec(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) 
         debug=False,
     )
     start = time.monotonic()
-    planner.plan(collection, [EmbeddingCollectionSharder()])
+    planner.plan(built, [EmbeddingCollectionSharder()])
     seconds = time.monotonic() - start
     best = planner._best_plan
     fixed_ms = machine.lookup_group_ms * len({option.sharding_type for option in best})

@@ -15,6 +15,40 @@ ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
 fused_uvm: rows in host memory.  All three apply the optimizer inside the backward pass; a CPU has only fused."""
 
 
+RowType = Literal["float32", "float16"]
+"""Type of a table's rows.  Lookups, gradients and optimizer state are float32 with either; bfloat16 rows have no CPU
+kernel in FBGEMM."""
+
+VALUE_BYTES: dict[RowType, int] = {"float32": 4, "float16": 2}
+"""Bytes of a value of a row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseOptimizerConfig:
+    """An optimizer of tables; it changes the rows of a batch only, as part of the backward pass."""
+
+    kind: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
+    """rowwise_adagrad keeps one number a row, adagrad one an element, adam two an element and the number of its steps,
+    sgd none.  FBGEMM has no adam for a CPU."""
+    learning_rate: float = 0.02
+    """Base learning rate, scaled by the schedule."""
+    eps: float | None = None
+    """Added to the denominator; null takes 1e-8.  sgd has none."""
+    betas: tuple[float, float] | None = None
+    """Decay of adam's first and second moment; null takes (0.9, 0.999).  The others have none."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"sparse_optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        if self.eps is not None and (self.kind == "sgd" or not self.eps > 0):
+            raise ValueError(f"sparse_optimizer.eps must be above 0, and null for sgd, got {self.eps} for {self.kind}")
+        if self.betas is not None and (self.kind != "adam" or not all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(
+                f"sparse_optimizer.betas must lie in [0, 1), and be null for all but adam, "
+                f"got {self.betas} for {self.kind}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableConfig:
     """One logical table, whatever ranks its rows end up on."""
@@ -24,9 +58,14 @@ class TableConfig:
     num_embeddings: int
     """Rows; ids must lie in [0, num_embeddings)."""
     embedding_dim: int
-    """Columns; all tables of one collection share it.  FBGEMM needs a multiple of 4."""
+    """Columns.  FBGEMM needs a multiple of 4."""
     features: tuple[str, ...]
     """Input features whose ids are looked up here."""
+    dtype: RowType = "float32"
+    """Type of the rows.  float16 halves their memory and traffic; a step smaller than half the distance to the next
+    float16 is then lost, or on a GPU taken with a probability in proportion (FBGEMM's stochastic rounding)."""
+    optimizer: SparseOptimizerConfig | None = None
+    """An optimizer of its own; null takes the run's."""
 
     def __post_init__(self) -> None:
         if not self.name or "." in self.name or "/" in self.name:
@@ -40,25 +79,18 @@ class TableConfig:
             )
         if not self.features:
             raise ValueError(f"table {self.name!r} has no features: name at least one, or drop the table")
+        if self.dtype not in VALUE_BYTES:
+            raise ValueError(f"table {self.name!r}: dtype must be one of {', '.join(VALUE_BYTES)}, got {self.dtype!r}")
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.embedding_dim * VALUE_BYTES[self.dtype]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SparseOptimizerConfig:
-    """The tables' optimizer; it runs inside the backward pass, on the rows of the batch only."""
-
-    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    """rowwise_adagrad keeps one number a row, adagrad one an element, sgd none.  FBGEMM's Adam is left out: it has no
-    CPU kernel, and its step counter is not among the state that TorchRec hands to checkpoints."""
-    learning_rate: float = 0.02
-    """Base learning rate, scaled by the schedule."""
-    eps: float | None = None
-    """Added to the denominator; null takes 1e-8.  sgd has none."""
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"sparse_optimizer.learning_rate must be above 0, got {self.learning_rate}")
-        if self.eps is not None and (self.kind == "sgd" or self.eps <= 0):
-            raise ValueError(f"sparse_optimizer.eps must be above 0, and null for sgd, got {self.eps} for {self.kind}")
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_embeddings * self.row_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,8 +29,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from embeddings.config import ComputeKernel, PlacementConfig, ShardingType, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
+from embeddings.optimizers import attach_optimizers, check_optimizers, optimizer_of, state_bytes_per_row
 from embeddings.plan import GIB, BatchLoad, row_blocks
-from embeddings.tables import apply_sparse_optimizer, build_embedding_collection
+from embeddings.tables import build_tables
 
 BYTES_PER_MS = 1e6
 """One GB/s in TorchRec's unit of bandwidth."""
@@ -61,6 +62,8 @@ class ShardCost:
 class Option:
     """One way to place one table."""
 
+    embedding_dim: int
+    """Its width: tables of another one are looked up by themselves."""
     sharding_type: ShardingType
     """How it is cut."""
     kernel: ComputeKernel
@@ -91,12 +94,15 @@ def table_options(
     if unknown:
         names = sorted(table.name for table in tables)
         raise ValueError(f"placement.tables names {unknown[0]!r}, which is no table: known are {names}")
-    collection = build_embedding_collection(tables, device=torch.device("meta"))
-    apply_sparse_optimizer(collection, optimizer)
-    estimator = _Estimator(collection, machine, optimizer.kind, load)
+    check_optimizers(tables, optimizer, machine.compute_device)
+    built = build_tables(tables, device=torch.device("meta"))
+    attach_optimizers(built, optimizer)
+    estimators = {
+        collection.embedding_dim(): _Estimator(collection, machine, optimizer, load) for collection in built.collections
+    }
     return [
         [
-            estimator.option(table, sharding_type, kernel)
+            estimators[table.embedding_dim].option(table, sharding_type, kernel)
             for sharding_type in _allowed_types(table, placement)
             for kernel in _allowed_kernels(table, placement, machine)
         ]
@@ -122,7 +128,9 @@ def _allowed_kernels(table: TableConfig, placement: PlacementConfig, machine: Ma
 class _Estimator:
     """TorchRec's performance and storage estimators, asked for single shards."""
 
-    def __init__(self, collection: EmbeddingCollection, machine: Machine, optimizer: str, load: BatchLoad) -> None:
+    def __init__(
+        self, collection: EmbeddingCollection, machine: Machine, optimizer: SparseOptimizerConfig, load: BatchLoad
+    ) -> None:
         self._collection = collection
         self._machine = machine
         self._optimizer = optimizer
@@ -161,6 +169,7 @@ class _Estimator:
         sizes = list(counts)
         costs = self._shard_costs(table, sharding_type, kernel, sizes)
         return Option(
+            embedding_dim=table.embedding_dim,
             sharding_type=sharding_type,
             kernel=kernel,
             blocks=tuple((counts[rows], cost) for rows, cost in zip(sizes, costs, strict=True)),
@@ -171,12 +180,11 @@ class _Estimator:
     ) -> list[ShardCost]:
         shards = self._estimated(table, sharding_type, kernel, sizes)
         on_device = shards if kernel == "fused" else self._estimated(table, sharding_type, "fused", sizes)
-        parameter = self._collection.embeddings[table.name].weight
-        optimizer_per_row = _optimizer_bytes_per_row(self._optimizer, table.embedding_dim)
+        optimizer_per_row = state_bytes_per_row(optimizer_of(table, self._optimizer).kind, table.embedding_dim)
         num_blocks = 1 if sharding_type == "table_wise" else self._machine.world_size
         costs = []
         for shard, reference, rows in zip(shards, on_device, sizes, strict=True):
-            weights, state = rows * table.embedding_dim * parameter.element_size(), rows * optimizer_per_row
+            weights, state = rows * table.row_bytes, rows * optimizer_per_row
             # TorchRec lets every rank take an equal part of the lookups; a table of few rows spreads them less.
             share = rows * num_blocks / table.num_embeddings
             # Buffers do not depend on the kernel: what the fused kernel needs beyond rows and optimizer state.
@@ -235,8 +243,3 @@ def torchrec_topology(machine: Machine) -> Topology:
 
 def _lookups(features: Sequence[str], load: BatchLoad) -> list[float]:
     return [float(load.ids_per_sample.get(feature, 1.0)) for feature in features]
-
-
-def _optimizer_bytes_per_row(kind: str, embedding_dim: int) -> int:
-    """Bytes of fused float32 state a row: one number for row-wise Adagrad, one an element for Adagrad, none for SGD."""
-    return {"rowwise_adagrad": 4, "adagrad": 4 * embedding_dim, "sgd": 0}[kind]

@@ -6,13 +6,10 @@ Plain values only; `planner` makes a plan, `plan_file` stores it, `sharding` han
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from embeddings.config import ComputeKernel, ShardingType, TableConfig
+from embeddings.config import VALUE_BYTES, ComputeKernel, RowType, ShardingType, TableConfig
 from embeddings.machine import Machine
 
 GIB = 2**30
-VALUE_BYTES = 4
-"""Of a float32 in a table."""
-
 MAX_COMPARED_TABLES = 128
 """Up to so many tables, a plan holds its time with each alternative for one table and all others in place."""
 
@@ -88,6 +85,10 @@ class TablePlacement:
     """Rows of the whole table."""
     embedding_dim: int
     """Columns."""
+    dtype: RowType
+    """Type of the rows."""
+    optimizer: str
+    """Kind of the optimizer, which decides the size of its state."""
     sharding_type: ShardingType
     """How it is cut."""
     kernel: ComputeKernel
@@ -96,6 +97,16 @@ class TablePlacement:
     """Every row exactly once, in order."""
     candidates: tuple[Candidate, ...] = ()
     """What was considered, the choice first; empty in a plan written by hand."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.embedding_dim * VALUE_BYTES[self.dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_embeddings * self.row_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,8 +136,6 @@ class Plan:
 
     machine: Machine
     """What it was made for."""
-    optimizer: str
-    """Kind of the tables' optimizer, which decides the size of its state."""
     load: BatchLoad
     """The lookups it was made for."""
     reservation: Reservation
@@ -138,8 +147,8 @@ class Plan:
 
     @property
     def lookup_groups(self) -> int:
-        """Pairs of sharding type and kernel in use; each costs `machine.lookup_group_ms`."""
-        return len({(table.sharding_type, table.kernel) for table in self.tables.values()})
+        """Widths, sharding types and kernels in use together; each costs `machine.lookup_group_ms`."""
+        return len({(table.embedding_dim, table.sharding_type, table.kernel) for table in self.tables.values()})
 
     @property
     def step_ms(self) -> float:

@@ -1,8 +1,9 @@
 """Sharding plans as files: readable, versioned JSON with one shard a line.
 
     {"version": 1,
-     "machine": {...}, "optimizer": "rowwise_adagrad", "load": {...}, "reservation": {...},
-     "tables": {"item": {"num_embeddings": 1000, "embedding_dim": 64, "sharding_type": "row_wise", "kernel": "fused",
+     "machine": {...}, "load": {...}, "reservation": {...},
+     "tables": {"item": {"num_embeddings": 1000, "embedding_dim": 64, "dtype": "float32",
+                         "optimizer": "rowwise_adagrad", "sharding_type": "row_wise", "kernel": "fused",
                          "shards": [{"rank": 0, "offset": [0, 0], "size": [500, 64]}, ...],
                          "candidates": [...]}},
      "ranks": [{"rank": 0, "weight_bytes": ..., "optimizer_bytes": ..., "step_ms": ...}, ...]}
@@ -21,7 +22,6 @@ from embeddings.config import TableConfig
 from embeddings.machine import Machine
 from embeddings.plan import (
     GIB,
-    VALUE_BYTES,
     BatchLoad,
     Candidate,
     Plan,
@@ -33,7 +33,7 @@ from embeddings.plan import (
     size_text,
 )
 
-VERSION = 1
+VERSION = 2
 """Raised when an older reader could misread a newer file."""
 
 SHARDING_TYPES = ("table_wise", "row_wise")
@@ -51,7 +51,6 @@ def write_plan(path: Path, plan: Plan) -> None:
     head = {
         "version": VERSION,
         "machine": dataclasses.asdict(plan.machine),
-        "optimizer": plan.optimizer,
         "load": dataclasses.asdict(plan.load),
         "reservation": dataclasses.asdict(plan.reservation),
     }
@@ -146,7 +145,7 @@ def _check_weights(plan: Plan) -> None:
     for table in plan.tables.values():
         if table.kernel == "fused":
             for shard in table.shards:
-                held[shard.rank] += shard.num_rows * table.embedding_dim * VALUE_BYTES
+                held[shard.rank] += shard.num_rows * table.row_bytes
     for rank, (needed, estimate) in enumerate(zip(held, plan.ranks, strict=True)):
         if needed > estimate.weight_bytes:
             raise ValueError(
@@ -193,6 +192,8 @@ def _table_text(table: TablePlacement) -> str:
     facts = {
         "num_embeddings": table.num_embeddings,
         "embedding_dim": table.embedding_dim,
+        "dtype": table.dtype,
+        "optimizer": table.optimizer,
         "sharding_type": table.sharding_type,
         "kernel": table.kernel,
     }
@@ -214,7 +215,6 @@ def _table_text(table: TablePlacement) -> str:
 def _plan(values: dict[str, Any]) -> Plan:
     return Plan(
         machine=_record(Machine, values["machine"]),
-        optimizer=str(values["optimizer"]),
         load=_record(BatchLoad, values["load"]),
         reservation=_record(Reservation, values["reservation"]),
         tables={name: _table(name, table) for name, table in values["tables"].items()},
@@ -236,6 +236,8 @@ def _table(name: str, values: dict[str, Any]) -> TablePlacement:
     return TablePlacement(
         num_embeddings=int(values["num_embeddings"]),
         embedding_dim=dim,
+        dtype=values["dtype"],
+        optimizer=values["optimizer"],
         sharding_type=values["sharding_type"],
         kernel=values["kernel"],
         shards=tuple(

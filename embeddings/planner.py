@@ -13,6 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.costs import Option, table_options
 from embeddings.machine import Machine
+from embeddings.optimizers import optimizer_of
 from embeddings.plan import (
     GIB,
     MAX_COMPARED_TABLES,
@@ -71,6 +72,8 @@ def plan_tables(
         placements[table.name] = TablePlacement(
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
+            dtype=table.dtype,
+            optimizer=optimizer_of(table, optimizer).kind,
             sharding_type=option.sharding_type,
             kernel=option.kernel,
             shards=shards_of(table, option.sharding_type, ranks),
@@ -78,7 +81,6 @@ def plan_tables(
         )
     return Plan(
         machine=machine,
-        optimizer=optimizer.kind,
         load=load,
         reservation=reservation,
         tables=placements,

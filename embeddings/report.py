@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from embeddings.plan import MAX_COMPARED_TABLES, VALUE_BYTES, Candidate, Plan, RankEstimate, TablePlacement, size_text
+from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
 
 MAX_TABLES = 60
 """Tables listed, largest first; the file has them all."""
@@ -14,7 +14,7 @@ MAX_RANK_GROUPS = 20
 def plan_report(plan: Plan) -> str:
     """The plan as text for people: placement, reasons, memory of each rank, totals and balance."""
     parts = [
-        f"sharding plan for {plan.machine.describe()}; {plan.load.samples_per_rank} samples a rank; {plan.optimizer}",
+        f"sharding plan for {plan.machine.describe()}; {plan.load.samples_per_rank} samples a rank",
         _placement_table(plan),
         _reasons(plan),
         _rank_table(plan),
@@ -35,7 +35,7 @@ def plan_differences(old: Plan, new: Plan) -> str:
         if (before.num_embeddings, before.embedding_dim) != (after.num_embeddings, after.embedding_dim):
             lines.append(f"{name}: {_shape(before)} -> {_shape(after)}")
             continue
-        moved = _moved_rows(before, after) * before.embedding_dim * VALUE_BYTES
+        moved = _moved_rows(before, after) * before.row_bytes
         moved_total += moved
         if _where(before) != _where(after) or moved:
             lines.append(f"{name}: {_where(before)} -> {_where(after)}, {size_text(moved)} of rows move")
@@ -48,18 +48,18 @@ def plan_differences(old: Plan, new: Plan) -> str:
 
 
 def _placement_table(plan: Plan) -> str:
-    names = sorted(plan.tables, key=lambda name: (-_weight_bytes(plan.tables[name]), name))
+    names = sorted(plan.tables, key=lambda name: (-plan.tables[name].weight_bytes, name))
     rows = [["table", "rows x dim", "size", "sharding", "kernel", "ranks", "ms a step"]]
     for name in names[:MAX_TABLES]:
         table = plan.tables[name]
         time = f"{table.candidates[0].table_ms:.3g}" if table.candidates else "-"
-        size = size_text(_weight_bytes(table))
+        size = size_text(table.weight_bytes)
         rows.append([name, _shape(table), size, table.sharding_type, table.kernel, _ranks(table), time])
     return _columns(rows) + _left_out(len(names) - MAX_TABLES, "tables")
 
 
 def _reasons(plan: Plan) -> str:
-    names = sorted(plan.tables, key=lambda name: (-_weight_bytes(plan.tables[name]), name))
+    names = sorted(plan.tables, key=lambda name: (-plan.tables[name].weight_bytes, name))
     lines = [f"  {name}: {_why(plan.tables[name].candidates, plan)}" for name in names[:MAX_TABLES]]
     text = "why (estimated time of all tables on the busiest rank, a step, with everything else in place):\n"
     return text + "\n".join(lines) + _left_out(len(names) - MAX_TABLES, "tables")
@@ -168,11 +168,7 @@ def _ranks(table: TablePlacement) -> str:
 
 
 def _shape(table: TablePlacement) -> str:
-    return f"{table.num_embeddings:,} x {table.embedding_dim}"
-
-
-def _weight_bytes(table: TablePlacement) -> int:
-    return 4 * table.num_embeddings * table.embedding_dim
+    return f"{table.num_embeddings:,} x {table.embedding_dim}" + (" float16" if table.dtype == "float16" else "")
 
 
 def _imbalance(values: Sequence[float]) -> float:

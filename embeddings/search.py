@@ -128,7 +128,7 @@ class Packer:
             for entry in passed:
                 heapq.heappush(heap, entry)
         excess = np.maximum(memory - self._memory_bytes, 0).sum() + np.maximum(host - self._host_bytes, 0).sum()
-        groups = {(option.sharding_type, option.kernel) for option in self._chosen(choice)}
+        groups = {(option.embedding_dim, option.sharding_type, option.kernel) for option in self._chosen(choice)}
         busiest = float(ms.max()) + len(groups) * self._lookup_group_ms
         return Packing(choice, rank_of, (int(excess), busiest, float(ms.sum()), int(memory.max())))
 

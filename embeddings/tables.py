@@ -1,106 +1,126 @@
-"""From table configs to TorchRec collections: structure, fused optimizer and initial values.
+"""From table configs to TorchRec collections: structure and initial values.
 
-The collection is an ordinary single-process module; sharding happens outside, from a plan.  Initial values are a pure
+`Tables` is an ordinary single-process module; sharding happens outside, from a plan.  Initial values are a pure
 function of (seed, table name, row, column), so they depend neither on the plan, nor on the number of ranks, nor on the
 device.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from embeddings.config import SparseOptimizerConfig, TableConfig
+from embeddings.config import TableConfig
 
-DEFAULT_EPS = 1e-8
 INIT_CHUNK_ELEMENTS = 1 << 17
 
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "rowwise_adagrad": RowWiseAdagrad,
-    "adagrad": torch.optim.Adagrad,
-    "sgd": torch.optim.SGD,
-}
+_DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}
+
+Rows = dict[str, JaggedTensor]
+"""Feature -> the rows of its ids, float32 whatever the table's type; values are [number of ids, embedding_dim]."""
 
 
-def build_embedding_collection(tables: Sequence[TableConfig], *, device: torch.device) -> EmbeddingCollection:
-    """One TorchRec collection of `tables`; on the meta device it has no storage and is ready to be sharded.
+class Tables(nn.Module):
+    """All tables of a model: one TorchRec collection for each width.
+
+    TorchRec's train pipeline traces the model's `forward` up to the collections, so what comes after them, joining
+    their results included, belongs into a module of its own: `self.tower(self.tables(batch.features), batch)`.
+    """
+
+    def __init__(self, configs: Sequence[TableConfig], collections: Iterable[EmbeddingCollection]) -> None:
+        super().__init__()
+        self.configs = tuple(configs)
+        # Any: sharding puts TorchRec's sharded collections in their places.
+        self.collections: Any = nn.ModuleList(collections)
+
+    def forward(self, features: KeyedJaggedTensor) -> list[Rows]:
+        """The rows of every feature, a dictionary a collection (`rows_by_feature` joins them).
+
+        `features` may hold keys that no table looks up.
+        """
+        return [collection(features) for collection in self.collections]
+
+
+def rows_by_feature(looked_up: Sequence[Rows]) -> Rows:
+    """What `Tables` returns as one dictionary."""
+    return {feature: rows for of_collection in looked_up for feature, rows in of_collection.items()}
+
+
+def build_tables(configs: Sequence[TableConfig], *, device: torch.device) -> Tables:
+    """The tables on `device`; on the meta device they have no storage and are ready to be sharded.
 
     Raises:
-        ValueError: no table, a name or feature used twice, or tables of different embedding_dim.
+        ValueError: no table, or a name or feature used twice.
     """
-    _check_tables(tables)
-    configs = [
-        EmbeddingConfig(
-            name=table.name,
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            feature_names=list(table.features),
-        )
-        for table in tables
-    ]
-    return EmbeddingCollection(tables=configs, device=device)
+    _check_tables(configs)
+    by_width: dict[int, list[TableConfig]] = {}
+    for config in configs:
+        by_width.setdefault(config.embedding_dim, []).append(config)
+    return Tables(configs, [build_embedding_collection(group, device=device) for group in by_width.values()])
 
 
-def apply_sparse_optimizer(collection: EmbeddingCollection, config: SparseOptimizerConfig) -> None:
-    """Attach the optimizer to every table.  Sharding turns it into FBGEMM's fused one, which runs in the backward pass.
+def build_embedding_collection(configs: Sequence[TableConfig], *, device: torch.device) -> EmbeddingCollection:
+    """One TorchRec collection of tables of one width."""
+    return EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(
+                name=config.name,
+                num_embeddings=config.num_embeddings,
+                embedding_dim=config.embedding_dim,
+                feature_names=list(config.features),
+                data_type=_DATA_TYPES[config.dtype],
+            )
+            for config in configs
+        ],
+        device=device,
+    )
 
-    Call it before the tables are sharded, once.
-    """
-    kwargs: dict[str, Any] = {"lr": config.learning_rate}
-    if config.kind != "sgd":
-        kwargs["eps"] = DEFAULT_EPS if config.eps is None else config.eps
-    _apply_optimizer_in_backward(_OPTIMIZERS[config.kind], collection.parameters(), kwargs)
 
-
-def init_tables(model: nn.Module, tables: Sequence[TableConfig], seed: int) -> None:
-    """Fill every local shard of `tables` in `model`, sharded or not, with uniform values in +-1/sqrt(embedding_dim).
+def init_tables(tables: Tables, seed: int) -> None:
+    """Fill every local shard of `tables`, sharded or not, with uniform values in +-1/sqrt(embedding_dim).
 
     No communication; each rank writes the rows it holds.  Extra memory is bounded by a few chunks.
-
-    Raises:
-        ValueError: `model` holds a table that `tables` does not list, or no table at all.
     """
-    by_name = {table.name: table for table in tables}
-    num_collections = 0
-    for collection in _collections(model):
-        num_collections += 1
-        for key, value in collection.state_dict().items():
-            name = key.removeprefix("embeddings.").removesuffix(".weight")
-            if name not in by_name:
-                raise ValueError(f"the model holds table {name!r}, which is not among {sorted(by_name)}")
-            for first_row, shard in _local_shards(value):
-                _fill_rows(shard, by_name[name], first_row=first_row, seed=seed)
-    if not num_collections:
-        raise ValueError("the model holds no embedding collection: there is nothing to initialise")
+    by_name = {config.name: config for config in tables.configs}
+    for name, value in table_weights(tables).items():
+        for first_row, shard in _local_shards(value):
+            _fill_rows(shard, by_name[name], first_row=first_row, seed=seed)
 
 
-def _check_tables(tables: Sequence[TableConfig]) -> None:
-    if not tables:
-        raise ValueError("an embedding collection needs at least one table")
+def table_weights(tables: Tables) -> dict[str, Tensor | ShardedTensor]:
+    """The rows of each table of which this rank holds a part, as checkpoints store them: under the table's name.
+
+    That name depends neither on the plan nor on the module, and the values share memory with the live tables, so
+    PyTorch's distributed checkpoint (DCP) saves them on some ranks and loads them on others.  A rank without a shard
+    of a table may lack its name: DCP copes, a loop over the names around a collective hangs.  Rows cached on the device
+    are written back first; there is no communication.
+    """
+    return {
+        table_name(key): value for collection in tables.collections for key, value in collection.state_dict().items()
+    }
+
+
+def table_name(key: str) -> str:
+    """`embeddings.TABLE.weight`, as collections name their tables, -> TABLE; table names hold no dot."""
+    return key.split(".")[-2]
+
+
+def _check_tables(configs: Sequence[TableConfig]) -> None:
+    if not configs:
+        raise ValueError("a model needs at least one table")
     for kind, names in (
-        ("table name", [table.name for table in tables]),
-        ("feature", [feature for table in tables for feature in table.features]),
+        ("table name", [config.name for config in configs]),
+        ("feature", [feature for config in configs for feature in config.features]),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"{kind} {twice[0]!r} is used twice: names and features must be unique in a collection")
-    dims = {table.name: table.embedding_dim for table in tables}
-    if len(set(dims.values())) > 1:
-        raise ValueError(f"all tables of a collection share one embedding_dim, got {dims}")
-
-
-def _collections(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, (EmbeddingCollection, ShardedEmbeddingCollection)):
-            yield module
+            raise ValueError(f"{kind} {twice[0]!r} is used twice: names and features must be unique in a model")
 
 
 def _local_shards(value: Tensor | ShardedTensor) -> Iterator[tuple[int, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 
 from embeddings.config import TableConfig
 from embeddings.plan import BatchLoad
-from embeddings.tables import build_embedding_collection
+from embeddings.tables import Tables, build_tables
 from pipelines.batch import ITEM_FEATURE
 from pipelines.features import DatasetInfo
 from trainer.config import TrainConfig
@@ -117,18 +117,18 @@ def most_candidates(config: TrainConfig, info: DatasetInfo) -> int:
 
 
 def build_model(
-    config: TrainConfig, info: DatasetInfo, tables: Sequence[TableConfig], device: torch.device
+    config: TrainConfig, info: DatasetInfo, configs: Sequence[TableConfig], device: torch.device
 ) -> Ranker | Retriever:
     """The model with its tables on the meta device and its dense parameters, seeded, on `device`."""
     torch.manual_seed(config.seed)
-    embeddings = build_embedding_collection(tables, device=torch.device("meta"))
+    tables: Tables = build_tables(configs, device=torch.device("meta"))
     if config.model.retrieval is not None:
-        retriever = build_retriever(config.model, embeddings=embeddings, embedding_dim=config.embedding_dim)
+        retriever = build_retriever(config.model, tables=tables, embedding_dim=config.embedding_dim)
         retriever.tower.to(device)
         return retriever
     model = build_ranker(
         config.model,
-        embeddings=embeddings,
+        tables=tables,
         embedding_dim=config.embedding_dim,
         context_names=tuple(info.context_features),
         action_names=info.actions,

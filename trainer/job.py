@@ -200,7 +200,7 @@ def build_parallel(config: TrainConfig, info: DatasetInfo, plan: Plan, mesh: Mes
     """The model of `config`, sharded as `plan` says, with initial values.  Called by every rank."""
     tables = table_configs(config, info)
     model = build_model(config, info, tables, mesh.device)
-    return parallelize(model, tables, to_sharding_plan(plan, model), config, mesh)
+    return parallelize(model, to_sharding_plan(plan, model), config, mesh)
 
 
 def training_loader(config: TrainConfig, info: DatasetInfo, mesh: Mesh, progress: Progress) -> Loader:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.optim.keyed import KeyedOptimizer
 
+from embeddings.optimizers import TableOptimizers
 from trainer.config import DenseOptimizerConfig, ScheduleConfig
 
 
@@ -30,7 +30,7 @@ class Optimizers:
     """What the pipeline steps: clips and updates the dense parameters, and sets the tables' learning rate."""
 
     def __init__(
-        self, dense_module: nn.Module, tables: KeyedOptimizer, config: DenseOptimizerConfig, schedule: ScheduleConfig
+        self, dense_module: nn.Module, tables: TableOptimizers, config: DenseOptimizerConfig, schedule: ScheduleConfig
     ) -> None:
         self._names = {parameter: name for name, parameter in dense_module.named_parameters()}
         self._dense = torch.optim.Adam(
@@ -42,13 +42,13 @@ class Optimizers:
             # One kernel for all parameters.
             fused=True,
         )
-        self._tables = tables
+        self.tables = tables
         self._max_norm = config.max_gradient_norm
         self._schedule = schedule
         self._base_rates = [group["lr"] for group in self._groups()]
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [*self._dense.param_groups, *self._tables.param_groups]
+        return [*self._dense.param_groups, *self.tables.param_groups]
 
     def set_step(self, step: int) -> float:
         """Set every learning rate for optimizer step `step`, before its forward pass; returns the factor."""
@@ -60,14 +60,14 @@ class Optimizers:
     def zero_grad(self) -> None:
         """Forget dense gradients; hands the tables' learning rate to FBGEMM, whose update runs in the backward pass."""
         self._dense.zero_grad()
-        self._tables.zero_grad()
+        self.tables.zero_grad()
 
     def step(self) -> None:
         """Clip and apply the dense gradients; they are the same on every rank, so no communication is needed."""
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self._names), self._max_norm)
         self._dense.step()
-        self._tables.step()
+        self.tables.step()
 
     def dense_state(self) -> dict[str, Tensor]:
         """Adam's state, one live tensor a key `parameter/state`; zeros before a first step."""

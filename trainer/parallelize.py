@@ -18,9 +18,8 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from embeddings.config import TableConfig
-from embeddings.state import optimizer_state, tables_state
-from embeddings.tables import apply_sparse_optimizer, init_tables
+from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.tables import Tables, init_tables, table_weights
 from pipelines.batch import Batch
 from trainer.checkpoint import Tensors
 from trainer.config import TrainConfig
@@ -37,6 +36,8 @@ class ParallelModel:
 
     module: DistributedModelParallel
     """The tables sharded, the dense model replicated."""
+    tables: Tables
+    """The sharded tables; part of `module`."""
     dense: nn.Module
     """The dense model, unwrapped; shares its parameters with `module`."""
     optimizers: Optimizers
@@ -58,19 +59,17 @@ class ParallelModel:
     def tensors(self) -> Tensors:
         """The whole state of model and optimizers under names that do not depend on the plan; shares their memory."""
         parts = {
-            "tables": tables_state(self.module),
-            "tables_optimizer": optimizer_state(self.module),
+            "tables": table_weights(self.tables),
+            "tables_optimizer": self.optimizers.tables.state(),
             "dense": self.dense.state_dict(),
             "dense_optimizer": self.optimizers.dense_state(),
         }
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def parallelize(
-    model: Ranker | Retriever, tables: list[TableConfig], plan: ShardingPlan, config: TrainConfig, mesh: Mesh
-) -> ParallelModel:
+def parallelize(model: Ranker | Retriever, plan: ShardingPlan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
     """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
-    apply_sparse_optimizer(model.embeddings, config.sparse_optimizer)
+    attach_optimizers(model.tables, config.sparse_optimizer)
     module = DistributedModelParallel(
         module=model,
         device=mesh.device,
@@ -79,12 +78,13 @@ def parallelize(
         # An empty batch at the end of the data takes another path through autograd: no static graph.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
-    init_tables(module, tables, seed=config.seed)
-    dense = module.module.tower
+    init_tables(model.tables, seed=config.seed)
+    table_optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)
     return ParallelModel(
         module=module,
-        dense=dense,
-        optimizers=Optimizers(dense, module.fused_optimizer, config.optimizer, config.schedule),
+        tables=model.tables,
+        dense=model.tower,
+        optimizers=Optimizers(model.tower, table_optimizers, config.optimizer, config.schedule),
         autocast=functools.partial(
             torch.autocast,
             device_type=mesh.device.type,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from embeddings.tables import rows_by_feature
 from pipelines.baseline import item_counts
 from pipelines.batch import ITEM_FEATURE, Batch
 from pipelines.config import DataConfig
@@ -164,7 +165,7 @@ def _item_vectors(model: ParallelModel, first: int, last: int, device: torch.dev
     """
     item_ids = torch.arange(first, last, device=device)
     features = retrieval_features(item_ids, item_ids[:0])
-    rows = model.module.module.embeddings(features)[ITEM_FEATURE].values()
+    rows = rows_by_feature(model.tables(features))[ITEM_FEATURE].values()
     assert isinstance(model.dense, RetrieverTower)
     return model.dense.unit(rows)
 

@@ -1,6 +1,7 @@
 """The kernels that only a GPU has, on one: values, updates, checkpoints between kernels, and the planned memory."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import torch.distributed.checkpoint as dcp
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
+from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
+from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import BatchLoad, Plan
 from embeddings.planner import plan_tables
 from embeddings.sharding import to_sharding_plan
-from embeddings.tables import apply_sparse_optimizer, build_embedding_collection, init_tables
+from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 from tests.embeddings import sharded
 
 pytestmark = [
@@ -38,10 +40,9 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def shard(
     kernel: ComputeKernel, tables: tuple[TableConfig, ...] = sharded.TABLES
-) -> tuple[Plan, DistributedModelParallel]:
+) -> tuple[Plan, DistributedModelParallel, TableOptimizers]:
     """`tables` on the GPU under `kernel`, with initial values."""
-    model = sharded.Model()
-    model.embeddings = build_embedding_collection(tables, device=torch.device("meta"))
+    model = sharded.Model(tables)
     plan = plan_tables(
         model,
         tables,
@@ -50,77 +51,102 @@ def shard(
         optimizer=sharded.OPTIMIZER,
         load=BatchLoad(),
     )
-    apply_sparse_optimizer(model.embeddings, sharded.OPTIMIZER)
+    attach_optimizers(model.tables, sharded.OPTIMIZER)
     dmp = DistributedModelParallel(
         model,
         device=torch.device("cuda", 0),
         plan=to_sharding_plan(plan, model),
         sharders=[EmbeddingCollectionSharder()],
     )
-    init_tables(dmp, tables, sharded.SEED)
-    return plan, dmp
+    init_tables(model.tables, sharded.SEED)
+    return plan, dmp, TableOptimizers(model.tables, sharded.OPTIMIZER, dmp.fused_optimizer)
 
 
-def train(model: DistributedModelParallel) -> list[dict[str, torch.Tensor]]:
+def train(model: DistributedModelParallel, optimizers: TableOptimizers) -> list[dict[str, torch.Tensor]]:
     """The embeddings of each step, on the CPU."""
     outputs = []
     for step in range(sharded.STEPS):
         batch = sharded.global_batch(step)
-        embedded = {key: value.values() for key, value in model(sharded.jagged(batch).to(torch.device("cuda"))).items()}
+        optimizers.zero_grad()
+        rows = rows_by_feature(model(sharded.jagged(batch).to(torch.device("cuda"))))
+        embedded = {key: value.values() for key, value in rows.items()}
         losses = [
             (values * sharded.weights(feature, sharded.flat(batch[feature]), step).cuda()).sum()
             for feature, values in embedded.items()
         ]
         torch.stack(losses).sum().backward()
+        optimizers.step()
         outputs.append({feature: values.detach().cpu() for feature, values in embedded.items()})
     return outputs
 
 
-def whole(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
+def whole(model: DistributedModelParallel, optimizers: TableOptimizers) -> dict[str, torch.Tensor]:
     """The state as whole tensors; one rank holds them all."""
-    return {name: torch.cat([rows.cpu() for _, rows in parts]) for name, parts in sharded.local_parts(model).items()}
+    parts_by_name = sharded.local_parts(model.module.tables, optimizers)
+    return {name: torch.cat([rows.cpu() for _, rows in parts]) for name, parts in parts_by_name.items()}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_training_equals_the_unsharded_tables_on_a_cpu(kernel: ComputeKernel) -> None:
-    _, model = shard(kernel)
-    tables, sums, outputs = sharded.oracle()
-    for step, embedded in enumerate(train(model)):
+    _, model, optimizers = shard(kernel)
+    expected, outputs = sharded.oracle()
+    for step, embedded in enumerate(train(model, optimizers)):
         for feature, values in outputs[step].items():
-            torch.testing.assert_close(embedded[feature], values, rtol=1e-5, atol=1e-6)
-    expected = {f"tables/{name}": value for name, value in tables.items()}
-    expected |= {f"optimizer/{name}/momentum1": value for name, value in sums.items()}
-    state = whole(model)
+            # FBGEMM rounds float16 rows up or down at random on a GPU.
+            tolerance = 5e-3 if feature == "brand" else 1e-6
+            torch.testing.assert_close(embedded[feature], values, rtol=10 * tolerance, atol=tolerance)
+    state = whole(model, optimizers)
     assert state.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+        tolerance = 5e-3 if "brand" in name else 1e-6
+        torch.testing.assert_close(state[name], value, rtol=10 * tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_initial_values_equal_those_on_a_cpu(kernel: ComputeKernel) -> None:
-    _, model = shard(kernel)
-    collection = build_embedding_collection(sharded.TABLES, device=torch.device("cpu"))
-    init_tables(collection, sharded.TABLES, sharded.SEED)
-    state = whole(model)
-    for name, module in collection.embeddings.items():
-        torch.testing.assert_close(state[f"tables/{name}"], module.weight.detach(), rtol=0, atol=0)
+    _, model, optimizers = shard(kernel)
+    unsharded = build_tables(sharded.TABLES, device=torch.device("cpu"))
+    init_tables(unsharded, sharded.SEED)
+    state = whole(model, optimizers)
+    for name, value in table_weights(unsharded).items():
+        torch.testing.assert_close(state[f"tables/{name}"], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loaded", KERNELS)
 @pytest.mark.parametrize("saved", ["fused", "fused_uvm_caching"])
 def test_checkpoint_carries_over_between_kernels(saved: ComputeKernel, loaded: ComputeKernel, tmp_path: Path) -> None:
-    _, source = shard(saved)
-    train(source)
-    dcp.save(sharded.state(source), checkpoint_id=tmp_path)
-    _, target = shard(loaded)
-    dcp.load(sharded.state(target), checkpoint_id=tmp_path)
-    expected = whole(source)
-    for name, value in whole(target).items():
+    tables = tuple(table for table in sharded.TABLES if table.dtype == "float32")
+    _, source, source_optimizers = shard(saved, tables)
+    train(source, source_optimizers)
+    dcp.save(sharded.state(source.module.tables, source_optimizers), checkpoint_id=tmp_path)
+    _, target, target_optimizers = shard(loaded, tables)
+    dcp.load(sharded.state(target.module.tables, target_optimizers), checkpoint_id=tmp_path)
+    expected = whole(source, source_optimizers)
+    for name, value in whole(target, target_optimizers).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
     # A cache that still held other rows would show in the next lookups.
-    for after, before in zip(train(target), train(source), strict=True):
+    for after, before in zip(train(target, target_optimizers), train(source, source_optimizers), strict=True):
         for feature, values in before.items():
             torch.testing.assert_close(after[feature], values, rtol=1e-6, atol=1e-7)
+
+
+def test_adam_counts_steps_and_not_evaluations_and_resumes_exactly(tmp_path: Path) -> None:
+    adam = SparseOptimizerConfig(kind="adam", learning_rate=0.1)
+    tables = tuple(replace(table, optimizer=adam) for table in sharded.TABLES if table.dtype == "float32")
+    _, model, optimizers = shard("fused", tables)
+    train(model, optimizers)
+    dcp.save(sharded.state(model.module.tables, optimizers), checkpoint_id=tmp_path)
+    assert int(optimizers.state()["item/step"]) == sharded.STEPS
+    _, resumed, resumed_optimizers = shard("fused", tables)
+    dcp.load(sharded.state(resumed.module.tables, resumed_optimizers), checkpoint_id=tmp_path)
+    with torch.no_grad():
+        for step in range(3):
+            resumed(sharded.jagged(sharded.global_batch(step)).to(torch.device("cuda")))
+    train(model, optimizers)
+    train(resumed, resumed_optimizers)
+    expected = whole(model, optimizers)
+    for name, value in whole(resumed, resumed_optimizers).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("kernel", "tolerance"), [("fused", 0.02), ("fused_uvm_caching", 0.05)])
@@ -129,7 +155,7 @@ def test_planned_memory_is_what_is_allocated(kernel: ComputeKernel, tolerance: f
     table = TableConfig(name="item", num_embeddings=4_000_000, embedding_dim=128, features=("item",))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    plan, model = shard(kernel, (table,))
+    plan, model, _ = shard(kernel, (table,))
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated() - before
     planned = plan.ranks[0].weight_bytes + plan.ranks[0].optimizer_bytes

@@ -51,7 +51,7 @@ def test_file_is_readable_with_one_shard_a_line(plan: Plan, tmp_path: Path) -> N
     text = (tmp_path / "plan.json").read_text()
     assert '    {"rank": 1, "offset": [3, 0], "size": [3, 8]},\n' in text
     values = json.loads(text)
-    assert values["version"] == 1
+    assert values["version"] == 2
     assert values["machine"]["world_size"] == 4
     assert values["tables"]["item"]["sharding_type"] == "row_wise"
     assert values["tables"]["item"]["kernel"] == "fused"
@@ -82,7 +82,7 @@ def item(values: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(version=2), "has version 2, this code reads version 1"),
+        (lambda v: v.update(version=1), "has version 1, this code reads version 2"),
         (lambda v: v.pop("version"), "has version None"),
         (lambda v: v.pop("machine"), "misses the key 'machine'"),
         (lambda v: v["machine"].update(gpus=3), "malformed"),

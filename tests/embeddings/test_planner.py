@@ -16,10 +16,11 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.costs import torchrec_topology
 from embeddings.machine import Machine
+from embeddings.optimizers import attach_optimizers
 from embeddings.plan import GIB, BatchLoad, Plan
 from embeddings.planner import DENSE_COPIES, dense_bytes, plan_tables
 from embeddings.sharding import to_sharding_plan
-from embeddings.tables import apply_sparse_optimizer, build_embedding_collection
+from embeddings.tables import build_tables
 
 GPUS_16 = Machine(world_size=16, local_world_size=8, compute_device="cuda", hbm_gib=80.0)
 NO_DENSE = nn.Module()
@@ -42,8 +43,8 @@ def plan(tables: list[TableConfig], *, model: nn.Module = NO_DENSE, machine: Mac
 
 def torchrec_step_ms(tables: list[TableConfig], machine: Machine, load: BatchLoad) -> float:
     """The busiest rank's time in the plan of TorchRec's own planner, for the same choices and memory."""
-    collection = build_embedding_collection(tables, device=torch.device("meta"))
-    apply_sparse_optimizer(collection, SparseOptimizerConfig())
+    built = build_tables(tables, device=torch.device("meta"))
+    attach_optimizers(built, SparseOptimizerConfig())
     topology = torchrec_topology(machine)
     planner = EmbeddingShardingPlanner(
         topology=topology,
@@ -59,7 +60,7 @@ def torchrec_step_ms(tables: list[TableConfig], machine: Machine, load: BatchLoa
         storage_reservation=FixedPercentageStorageReservation(0.15),
         stats=[],
     )
-    planner.plan(collection, [EmbeddingCollectionSharder()])
+    planner.plan(built, [EmbeddingCollectionSharder()])
     best = planner._best_plan
     return float(NoopPerfModel(topology).rate(best)) + machine.lookup_group_ms * len({o.sharding_type for o in best})
 
@@ -114,7 +115,7 @@ def test_hot_table_is_cut_and_cold_ones_stay_whole() -> None:
 def test_memory_is_kept_for_the_dense_model_and_its_activations() -> None:
     model = nn.Module()
     model.tower = nn.Linear(1024, 1024, bias=False)
-    model.embeddings = build_embedding_collection([table("item", 1000)], device=torch.device("meta"))
+    model.tables = build_tables([table("item", 1000)], device=torch.device("meta"))
     assert dense_bytes(model) == DENSE_COPIES * 4 * 1024 * 1024
     placement = PlacementConfig(reserved_fraction=0.25, activation_gib=2.0)
     made = plan([table("item", 1000)], model=model, placement=placement)
@@ -188,9 +189,9 @@ def test_torchrec_plan_has_every_shard_on_its_device(device: str) -> None:
     machine = Machine(world_size=4, local_world_size=2, compute_device=device, hbm_gib=hbm)
     placement = PlacementConfig(tables={"item": TableConstraint(sharding_types=("row_wise",))})
     model = nn.Module()
-    model.embeddings = build_embedding_collection([table("item", 10)], device=torch.device("meta"))
+    model.tables = build_tables([table("item", 10)], device=torch.device("meta"))
     made = plan([table("item", 10)], machine=machine, placement=placement)
-    sharding = to_sharding_plan(made, model).plan["embeddings"]["item"]
+    sharding = to_sharding_plan(made, model).plan["tables.collections.0"]["item"]
     expected = ["cuda:0", "cuda:1", "cuda:0", "cuda:1"] if device == "cuda" else ["cpu"] * 4
     shards = sharding.sharding_spec.shards
     assert [str(shard.placement) for shard in shards] == [f"rank:{rank}/{name}" for rank, name in enumerate(expected)]
@@ -206,6 +207,6 @@ def test_model_with_other_tables_than_the_plan_is_refused() -> None:
     made = plan([table("item", 10)])
     for other, message in ((table("user", 10), "no table 'user'"), (table("item", 11), "11 x 64 in the model")):
         model = nn.Module()
-        model.embeddings = build_embedding_collection([other], device=torch.device("meta"))
+        model.tables = build_tables([other], device=torch.device("meta"))
         with pytest.raises(ValueError, match=message):
             to_sharding_plan(made, model)

@@ -28,9 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def expected() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """The unsharded model's final state, under the checkpoint's names, and its outputs."""
-    tables, sums, outputs = sharded.oracle()
-    state = {f"tables/{name}": value for name, value in tables.items()}
-    return state | {f"optimizer/{name}/momentum1": value for name, value in sums.items()}, outputs
+    return sharded.oracle()
 
 
 def whole(parts_of_ranks: list[dict[str, list[tuple[int, Tensor]]]]) -> dict[str, Tensor]:
@@ -65,7 +63,8 @@ def test_outputs_equal_the_unsharded_tables(results: Results, expected: Any, wor
             samples: list[Tensor] = [torch.empty(0)] * sharded.GLOBAL_SAMPLES
             for rank in range(world_size):
                 samples[rank::world_size] = results[world_size][rank][layout]["outputs"][step][feature]
-            torch.testing.assert_close(torch.cat(samples), values, rtol=1e-5, atol=1e-6)
+            tolerance = 1e-3 if feature == "brand" else 1e-6
+            torch.testing.assert_close(torch.cat(samples), values, rtol=10 * tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("layout", sharded.LAYOUTS)
@@ -74,7 +73,9 @@ def test_updates_equal_the_unsharded_tables(results: Results, expected: Any, wor
     final = whole([rank[layout]["final"] for rank in results[world_size]])
     assert final.keys() == expected[0].keys()
     for name, value in expected[0].items():
-        torch.testing.assert_close(final[name], value, rtol=1e-5, atol=1e-6)
+        # Adding up gradients in another order may round a float16 row to its neighbour.
+        tolerance = 1e-3 if value.dtype == torch.float16 else 1e-6
+        torch.testing.assert_close(final[name], value, rtol=10 * tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("layout", sharded.LAYOUTS)

@@ -1,12 +1,15 @@
 """Collections from table configs, and initial values that are a pure function of seed, table, row and column."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embeddings.tables as tables_module
 from embeddings.config import SparseOptimizerConfig, TableConfig
-from embeddings.tables import apply_sparse_optimizer, build_embedding_collection, init_tables
+from embeddings.optimizers import attach_optimizers, check_optimizers
+from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 
 CPU = torch.device("cpu")
 
@@ -18,16 +21,40 @@ def table(name: str = "item", rows: int = 1000, dim: int = 16, features: tuple[s
 
 def initial(config: TableConfig, seed: int = 0) -> torch.Tensor:
     """The initial values of one table."""
-    collection = build_embedding_collection([config], device=CPU)
-    init_tables(collection, [config], seed)
-    return collection.embeddings[config.name].weight.detach()
+    tables = build_tables([config], device=CPU)
+    init_tables(tables, seed)
+    return table_weights(tables)[config.name]
 
 
-def test_collection_on_meta_has_the_shapes_and_no_storage() -> None:
-    collection = build_embedding_collection([table(), table("user", 7)], device=torch.device("meta"))
-    shapes = {name: tuple(parameter.shape) for name, parameter in collection.named_parameters()}
-    assert shapes == {"embeddings.item.weight": (1000, 16), "embeddings.user.weight": (7, 16)}
-    assert all(parameter.is_meta for parameter in collection.parameters())
+def test_tables_on_meta_have_the_shapes_and_no_storage() -> None:
+    tables = build_tables([table(), table("user", 7), table("tag", 5, dim=8)], device=torch.device("meta"))
+    shapes = {name: tuple(value.shape) for name, value in table_weights(tables).items()}
+    assert shapes == {"item": (1000, 16), "user": (7, 16), "tag": (5, 8)}
+    assert all(parameter.is_meta for parameter in tables.parameters())
+
+
+def test_there_is_one_collection_a_width_and_it_takes_its_own_keys() -> None:
+    configs = [table(features=("a", "b")), table("user", 7), table("tag", 5, dim=8)]
+    tables = build_tables(configs, device=CPU)
+    keys = ["tag", "a", "noise", "b", "user"]
+    features = KeyedJaggedTensor(keys, torch.tensor([4, 1, 9999, 1, 6]), lengths=torch.ones(5, dtype=torch.int64))
+    looked_up = tables(features)
+    assert [sorted(rows) for rows in looked_up] == [["a", "b", "user"], ["tag"]]
+    rows = rows_by_feature(looked_up)
+    weights = table_weights(tables)
+    for feature, name, row in (("a", "item", 1), ("b", "item", 1), ("user", "user", 6), ("tag", "tag", 4)):
+        assert torch.equal(rows[feature].values()[0], weights[name][row])
+
+
+def test_float16_rows_are_looked_up_in_float32() -> None:
+    config = replace(table(rows=100), dtype="float16")
+    tables = build_tables([config], device=CPU)
+    init_tables(tables, 0)
+    weights = table_weights(tables)["item"]
+    assert weights.dtype == torch.float16
+    assert torch.equal(weights, initial(table(rows=100)).half())
+    features = KeyedJaggedTensor(["item"], torch.tensor([7]), lengths=torch.tensor([1]))
+    assert torch.equal(rows_by_feature(tables(features))["item"].values(), weights[7:8].float())
 
 
 @pytest.mark.parametrize(
@@ -37,12 +64,11 @@ def test_collection_on_meta_has_the_shapes_and_no_storage() -> None:
         ([table(), table()], "table name 'item' is used twice"),
         ([table(features=("a", "a"))], "feature 'a' is used twice"),
         ([table(), table("user", features=("item",))], "feature 'item' is used twice"),
-        ([table(), table("user", dim=32)], "share one embedding_dim"),
     ],
 )
-def test_wrong_collection_is_refused(tables: list[TableConfig], message: str) -> None:
+def test_wrong_tables_are_refused(tables: list[TableConfig], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_embedding_collection(tables, device=CPU)
+        build_tables(tables, device=CPU)
 
 
 def test_initial_values_are_uniform_within_the_bound() -> None:
@@ -86,17 +112,17 @@ def test_initial_values_follow_splitmix64() -> None:
     assert [int(value) & mask for value in bits] == [splitmix(position, -12345 & mask) for position in positions]
 
 
-def test_a_table_that_the_configs_do_not_list_is_refused() -> None:
-    collection = build_embedding_collection([table()], device=CPU)
-    with pytest.raises(ValueError, match="holds table 'item'"):
-        init_tables(collection, [table("user")], 0)
-    with pytest.raises(ValueError, match="no embedding collection"):
-        init_tables(nn.Linear(2, 2), [table()], 0)
+def test_every_table_gets_its_optimizer() -> None:
+    own = SparseOptimizerConfig(kind="adam", learning_rate=0.01, betas=(0.8, 0.99))
+    tables = build_tables([table(), replace(table("user", 7), optimizer=own)], device=torch.device("meta"))
+    attach_optimizers(tables, SparseOptimizerConfig(kind="adagrad", learning_rate=0.5))
+    item, user = tables.parameters()
+    assert item._optimizer_kwargs[0] == {"lr": 0.5, "eps": 1e-8}
+    assert user._optimizer_kwargs[0] == {"lr": 0.01, "eps": 1e-8, "beta1": 0.8, "beta2": 0.99}
 
 
-@pytest.mark.parametrize("kind", ["rowwise_adagrad", "adagrad", "sgd"])
-def test_optimizer_is_attached_to_every_table(kind: str) -> None:
-    collection = build_embedding_collection([table(), table("user", 7)], device=torch.device("meta"))
-    apply_sparse_optimizer(collection, SparseOptimizerConfig(kind=kind, learning_rate=0.5))  # type: ignore[arg-type]
-    for parameter in collection.parameters():
-        assert parameter._optimizer_kwargs[0]["lr"] == 0.5
+def test_adam_is_refused_on_a_cpu_which_has_no_kernel() -> None:
+    adam = SparseOptimizerConfig(kind="adam")
+    check_optimizers([table()], adam, "cuda")
+    with pytest.raises(ValueError, match="table 'user' has the optimizer adam, of which FBGEMM has no CPU kernel"):
+        check_optimizers([table(), replace(table("user"), optimizer=adam)], SparseOptimizerConfig(), "cpu")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from embeddings.tables import Rows, Tables, rows_by_feature
 from pipelines.batch import Batch
 from trainer.models.config import InputConfig, ModelConfig
 from trainer.models.encoding import InputEncoder
@@ -51,13 +51,13 @@ class RankerTower(nn.Module):
         weights = torch.tensor(task_weights, dtype=torch.float32)
         self.register_buffer("task_weights", weights / weights.sum(), persistent=False)
 
-    def forward(self, embedded: dict[str, JaggedTensor], batch: Batch) -> tuple[Tensor, RankerOutput]:
+    def forward(self, looked_up: list[Rows], batch: Batch) -> tuple[Tensor, RankerOutput]:
         """Returns this rank's part of the loss and, detached, logits and labels of its candidates.
 
         The loss is the sum over candidates of the weighted mean of the tasks' cross entropies, over
         `batch.loss_denominator`.  An empty batch gives 0, with zero gradients for every parameter.
         """
-        logits_CM = self.score(embedded, batch)
+        logits_CM = self.score(rows_by_feature(looked_up), batch)
         labels_CM = (batch.candidate_action[:, None] >> self.task_bits & 1).float()
         losses_CM = F.binary_cross_entropy_with_logits(logits_CM, labels_CM, reduction="none")
         loss = (losses_CM * self.task_weights).sum() / batch.loss_denominator
@@ -88,14 +88,14 @@ class RankerTower(nn.Module):
 class Ranker(nn.Module):
     """Tables and tower.  TorchRec's pipeline traces `forward` up to the tables, so the tower stays one call."""
 
-    def __init__(self, embeddings: EmbeddingCollection, tower: RankerTower) -> None:
+    def __init__(self, tables: Tables, tower: RankerTower) -> None:
         super().__init__()
-        self.embeddings = embeddings
+        self.tables = tables
         self.tower = tower
 
     def forward(self, batch: Batch) -> tuple[Tensor, RankerOutput]:
         """Returns the loss of this rank and its detached output."""
-        return self.tower(self.embeddings(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
+        return self.tower(self.tables(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
 
 
 def build_encoder(
@@ -119,7 +119,7 @@ def build_encoder(
 def build_ranker(
     config: ModelConfig,
     *,
-    embeddings: EmbeddingCollection,
+    tables: Tables,
     embedding_dim: int,
     context_names: tuple[str, ...],
     action_names: tuple[str, ...],
@@ -143,7 +143,7 @@ def build_ranker(
         num_actions=len(action_names),
     )
     return Ranker(
-        embeddings,
+        tables,
         RankerTower(
             encoder=encoder,
             tower=build_mixture(config, num_context=len(context_names), action_names=action_names),

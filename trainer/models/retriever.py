@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from embeddings.tables import Rows, Tables, rows_by_feature
 from pipelines.batch import ITEM_FEATURE
 from trainer.models.config import ModelConfig
 from trainer.models.hstu import build_tower
@@ -68,13 +67,14 @@ class RetrieverTower(nn.Module):
         # As in the HSTU papers' code, so that items outweigh positions.
         self.item_factor = dim**0.5
 
-    def forward(self, embedded: dict[str, JaggedTensor], batch: RetrievalBatch) -> tuple[Tensor, RetrieverOutput]:
+    def forward(self, looked_up: list[Rows], batch: RetrievalBatch) -> tuple[Tensor, RetrieverOutput]:
         """This rank's part of the loss, and the predictions of the events that the batch evaluates.
 
         In training the loss is the sum of the sampled softmax over every event that has one behind it, over
         `batch.loss_denominator`; 0 where there is none, with zero gradients.  In evaluation there are no negatives, and
         it is 0.
         """
+        embedded = rows_by_feature(looked_up)
         items_SE = embedded[ITEM_FEATURE].values()
         outputs_SE, layout = self.encode(items_SE, batch.lens, batch.lens_host)
         if not self.training:
@@ -138,14 +138,14 @@ class RetrieverTower(nn.Module):
 class Retriever(nn.Module):
     """Item table and tower.  TorchRec's pipeline traces `forward` up to the table, so the tower stays one call."""
 
-    def __init__(self, embeddings: EmbeddingCollection, tower: RetrieverTower) -> None:
+    def __init__(self, tables: Tables, tower: RetrieverTower) -> None:
         super().__init__()
-        self.embeddings = embeddings
+        self.tables = tables
         self.tower = tower
 
     def forward(self, batch: RetrievalBatch) -> tuple[Tensor, RetrieverOutput]:
         """Returns the loss of this rank and its detached output."""
-        return self.tower(self.embeddings(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
+        return self.tower(self.tables(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
 
 
 def rows_with_next(layout: SequenceLayout) -> Tensor:
@@ -169,12 +169,12 @@ def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
     return first[user_P] + index_P
 
 
-def build_retriever(config: ModelConfig, *, embeddings: EmbeddingCollection, embedding_dim: int) -> Retriever:
+def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int) -> Retriever:
     """The retriever that the config describes."""
     assert config.retrieval is not None
     tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, num_context=0, max_len=config.max_len)
     return Retriever(
-        embeddings,
+        tables,
         RetrieverTower(
             tower,
             dim=config.dim,

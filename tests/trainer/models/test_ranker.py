@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
 
+from embeddings.config import TableConfig
+from embeddings.tables import build_tables
 from tests.support.batches import (
     CONTEXT_VOCAB,
     NUM_ACTIONS,
@@ -50,18 +50,18 @@ def model_config(**changes: Any) -> ModelConfig:
 
 def small_ranker(config: ModelConfig, embedding_dim: int = 12, context_names: tuple[str, ...] = CONTEXT) -> Ranker:
     torch.manual_seed(0)
-    tables = [
-        EmbeddingConfig(
+    configs = [
+        TableConfig(
             name=name,
             embedding_dim=embedding_dim,
             num_embeddings=NUM_ITEMS if name == "item_id" else CONTEXT_VOCAB,
-            feature_names=[name],
+            features=(name,),
         )
         for name in (*context_names, "item_id")
     ]
-    embeddings = EmbeddingCollection(tables=tables)
+    tables = build_tables(configs, device=torch.device("cpu"))
     return build_ranker(
-        config, embeddings=embeddings, embedding_dim=embedding_dim, context_names=context_names, action_names=ACTIONS
+        config, tables=tables, embedding_dim=embedding_dim, context_names=context_names, action_names=ACTIONS
     )
 
 
@@ -328,7 +328,7 @@ def test_compiled_model_computes_the_same(name: str) -> None:
     rankers = [small_ranker(CONFIGS[name]) for _ in range(2)]
     towers = [rankers[0].tower, torch.compile(rankers[1].tower, backend="aot_eager")]
     with torch.no_grad():
-        embedded = rankers[0].embeddings(batch.features)
+        embedded = rankers[0].tables(batch.features)
     losses = [tower(embedded, batch)[0] for tower in towers]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-7)
     for loss in losses:
@@ -357,7 +357,7 @@ def pipelined_and_plain_losses() -> tuple[list[float], list[float]]:
         source = plain.state_dict()[name.replace("module.", "")]
         local = parameter.local_shards()[0].tensor if hasattr(parameter, "local_shards") else parameter
         local.detach().copy_(source)
-    optimizer = torch.optim.SGD([p for n, p in sharded.named_parameters() if "embeddings" not in n], lr=0.1)
+    optimizer = torch.optim.SGD([p for n, p in sharded.named_parameters() if "tables" not in n], lr=0.1)
     pipeline = TrainPipelineSparseDist(sharded, optimizer, torch.device("cpu"), execute_all_batches=True)
     iterator = iter(batches)
     pipelined = []
@@ -367,7 +367,7 @@ def pipelined_and_plain_losses() -> tuple[list[float], list[float]]:
     except StopIteration:
         pass
     # The sharded tables' own optimizer, fused into the backward, is SGD with this rate unless told otherwise.
-    tables = {"params": list(plain.embeddings.parameters()), "lr": 0.01}
+    tables = {"params": list(plain.tables.parameters()), "lr": 0.01}
     plain_optimizer = torch.optim.SGD([tables, {"params": list(plain.tower.parameters())}], lr=0.1)
     losses = []
     for batch in batches:

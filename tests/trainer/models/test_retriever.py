@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
 
+from embeddings.config import TableConfig
+from embeddings.tables import build_tables
 from tests.support.batches import NUM_ITEMS, random_batch
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
 from trainer.models.layout import make_layout
@@ -34,13 +34,13 @@ def config(*, share: bool = True, normalise: bool = True, dim: int = 16, max_len
 
 def small(model: ModelConfig) -> Retriever:
     torch.manual_seed(0)
-    table = EmbeddingConfig(
+    table = TableConfig(
         name="item_id",
         embedding_dim=EMBEDDING_DIM,
         num_embeddings=NUM_ITEMS,
-        feature_names=["item_id", NEGATIVE_FEATURE],
+        features=("item_id", NEGATIVE_FEATURE),
     )
-    return build_retriever(model, embeddings=EmbeddingCollection(tables=[table]), embedding_dim=EMBEDDING_DIM)
+    return build_retriever(model, tables=build_tables([table], device=torch.device("cpu")), embedding_dim=EMBEDDING_DIM)
 
 
 def batch_of(*, share: bool = True, negatives: int = NEGATIVES, world_size: int = 1) -> RetrievalBatch:
@@ -55,7 +55,7 @@ def batch_of(*, share: bool = True, negatives: int = NEGATIVES, world_size: int 
 def test_loss_is_the_sampled_softmax_of_each_next_item(share: bool, normalise: bool) -> None:
     model, batch = small(config(share=share, normalise=normalise)), batch_of(share=share)
     loss, _ = model(batch)
-    table = model.embeddings.embeddings["item_id"].weight
+    table = next(model.tables.parameters())
     outputs, layout = model.tower.encode(table[batch.item_ids], batch.lens, batch.lens_host)
     vectors = torch.nn.functional.normalize(table, dim=1) if normalise else table
     drawn = batch.negative_ids.expand(9, NEGATIVES) if share else batch.negative_ids
@@ -145,7 +145,7 @@ def test_evaluation_gives_the_output_in_front_of_each_candidate() -> None:
     batch = batch_of(negatives=0)
     loss, output = model(batch)
     assert loss.item() == 0 and output.rows.tolist() == [2, 5, 11]
-    table = model.embeddings.embeddings["item_id"].weight
+    table = next(model.tables.parameters())
     expected, _ = model.tower.encode(table[batch.item_ids], batch.lens, batch.lens_host)
     torch.testing.assert_close(output.outputs, expected[output.rows])
 
