@@ -86,7 +86,7 @@ def ranker_step(device: torch.device, *, small: bool) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss: Tensor = tower(looked_up, batch)[0]
+            loss: Tensor = tower([looked_up], batch)[0]
         return loss
 
     return step

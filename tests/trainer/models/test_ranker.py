@@ -111,7 +111,7 @@ def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, user
         loss, output = ranker(batch)
     else:
         # TorchRec cannot look up for no samples at all, the tower computes on none.
-        embedded = looked_up(dict.fromkeys(TABLES, torch.zeros(0, 12)))
+        embedded = [looked_up(dict.fromkeys(TABLES, torch.zeros(0, 12)))]
         loss, output = ranker.tower(embedded, batch)
     loss.backward()
     assert loss.item() == 0 and output.logits.shape == (0, NUM_ACTIONS)
@@ -306,7 +306,7 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     device = torch.device("cuda")
     tower = small_ranker(config).tower.to(device)
     batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
-    embedded = looked_up({key: torch.randn(249 if key == "item_id" else 3, 12, device=device) for key in TABLES})
+    embedded = [looked_up({key: torch.randn(249 if key == "item_id" else 3, 12, device=device) for key in TABLES})]
     for mode in ("default", "error"):
         # The first step compiles, which may wait.
         torch.cuda.synchronize()
