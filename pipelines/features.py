@@ -39,6 +39,9 @@ Part = Literal["sample", "event", "candidate", "item", "label"]
 Kind = Literal["id", "ids", "number"]
 """One id of a space; any number of them; a number, NaN where it is missing."""
 
+Cut = Literal["by_time", "by_place"]
+"""Where a sample's history ends: strictly before its first candidate's time, or before its place in the order."""
+
 PREFIXES: Mapping[str, str] = {
     "sample": "",
     "event": "history_",
@@ -132,6 +135,8 @@ class DatasetInfo:
     """The label column of numbers that multiplies a candidate's loss; None weighs all alike."""
     keep_rate: str | None = None
     """The label column with the part of candidates like this one that downsampling kept; None for all of them."""
+    cut: Cut = "by_time"
+    """Where histories end.  Cut by place, a history may reach its candidates' time: for next-item retrieval alone."""
     parts: tuple[str, ...] = ()
     """Deliveries of the data, oldest first: folders within a split.  Empty where the files lie in the split itself."""
     splits: Mapping[str, SplitInfo]
@@ -195,6 +200,7 @@ class DatasetInfo:
             "actions": list(self.actions),
             "weight": self.weight,
             "keep_rate": self.keep_rate,
+            "cut": self.cut,
             "parts": list(self.parts),
             "splits": {
                 split: {key: getattr(sizes, key) for key in SplitInfo.__dataclass_fields__}
@@ -235,6 +241,8 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
     if not values["actions"]:
         raise ValueError(f"{name}: 'actions' must name at least one action")
     _check_names(values.get("parts", []), "parts", 1 << 20, name)
+    if values.get("cut", "by_time") not in get_args(Cut):
+        raise ValueError(f"{name}: 'cut' must be one of {', '.join(get_args(Cut))}, got {values['cut']!r}")
     for key in ("weight", "keep_rate"):
         if values.get(key) is not None and values[key] not in {
             each.name for each in columns if each.part == "label" and each.kind == "number"
@@ -247,6 +255,7 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
         actions=tuple(values["actions"]),
         weight=values.get("weight"),
         keep_rate=values.get("keep_rate"),
+        cut=values.get("cut", "by_time"),
         parts=tuple(values.get("parts", [])),
         splits={split: _parse_split(sizes, f"{name}: split {split!r}") for split, sizes in values["splits"].items()},
         source=values["source"],
@@ -257,7 +266,7 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
 
 _STATISTICS = ("count", "missing", "mean", "std")
 _FIELDS = {
-    *("format_version", "name", "spaces", "numbers", "actions", "weight", "keep_rate", "parts", "splits"),
+    *("format_version", "name", "spaces", "numbers", "actions", "weight", "keep_rate", "cut", "parts", "splits"),
     *("source", "licence"),
     *get_args(Part),
 }

@@ -44,7 +44,7 @@ def check_samples(samples: Samples, stored_lengths: Mapping[str, AnyArray], wher
             if column.values.dtype.kind == "f" and not np.isfinite(column.values).all():
                 row = _row_of(~np.isfinite(column.values), column.offsets)
                 raise ValueError(f"{where}, row {row}: {part}_{name} holds a value that is not a finite number")
-    _check_times(samples, where)
+    _check_times(samples, where, by_place=info.cut == "by_place")
 
 
 def _check_ids(values: AnyArray, size: int, where: str, offsets: IntArray | None) -> None:
@@ -77,8 +77,11 @@ def _check_lens(samples: Samples, stored: Mapping[str, AnyArray], where: str) ->
         raise ValueError(f"{where}, row {row}: user {samples.scalars['user_id'][row]} has no events at all")
 
 
-def _check_times(samples: Samples, where: str) -> None:
-    """Times do not fall within a row's history and then its candidates; unknown ones (-1) come first."""
+def _check_times(samples: Samples, where: str, *, by_place: bool) -> None:
+    """Times do not fall within a row's history nor within its candidates; unknown ones (-1) come first.
+
+    A history ends before the time of its first candidate; at that time at the latest, where data is cut by place.
+    """
     history, candidate = samples.history["timestamp"], samples.candidate["timestamp"]
     for part, column in (("history", history), ("candidate", candidate)):
         values = column.values
@@ -95,10 +98,13 @@ def _check_times(samples: Samples, where: str) -> None:
     both = (history.lens() > 0) & (candidate.lens() > 0)
     last = history.values[history.offsets[1:][both] - 1]
     first = candidate.values[candidate.offsets[:-1][both]]
-    if (first < last).any():
-        row = int(np.flatnonzero(both)[np.argmax(first < last)])
+    leaks = first < last if by_place else first <= last
+    if leaks.any():
+        row = int(np.flatnonzero(both)[np.argmax(leaks)])
         raise ValueError(
-            f"{where}, row {row}: a candidate is older than the end of the history, which leaks the future"
+            f"{where}, row {row}: the history reaches the time of the first candidate, which leaks what came of it; "
+            'end histories before that time (or write "cut": "by_place" into dataset.json of next-item data, in which '
+            "equal times go by their place)"
         )
 
 

@@ -44,10 +44,15 @@ def tasks_of(config: TrainConfig, info: DatasetInfo) -> tuple[str, ...]:
     """The actions that the model predicts; none for a retriever.
 
     Raises:
-        ValueError: a task is no action of the data set.
+        ValueError: a task is no action of the data set, or the data set is for retrieval.
     """
     if config.model.retrieval is not None:
         return ()
+    if info.cut == "by_place":
+        raise ValueError(
+            f"{info.name} is next-item data, cut by place (--leave-last): its histories may reach the time of their "
+            "candidates, which shows a ranker its labels; prepare it without --leave-last, or train retrieval"
+        )
     tasks = info.actions if config.model.tasks is None else config.model.tasks
     for task in tasks:
         info.action_bit(task)
@@ -105,11 +110,9 @@ def most_candidates(config: TrainConfig, info: DatasetInfo) -> int:
     Data that others prepared may not say it: then this is their mean, and the model itself refuses a longer sequence
     when it comes.
     """
-    options = info.details.get("options", {})
-    if {"candidates", "eval_candidates"} <= set(options):
-        of_eval = [options[name] for name in ("eval_candidates", "leave_last") if options.get(name) is not None]
-        prepared: int = max(options["candidates"], min(of_eval))
-    else:
+    counted = info.details.get("statistics", {}).get("num_candidates", {})
+    prepared = max((split["q100"] for split in counted.values() if split), default=None)
+    if prepared is None:
         prepared = max(
             [math.ceil(split.candidates / max(1, split.samples)) for split in info.splits.values()], default=1
         )

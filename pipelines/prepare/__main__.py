@@ -8,16 +8,17 @@ import ast
 import inspect
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import duckdb
 
 from pipelines.prepare import amazon, event_log, kuairand, movielens, yambda
 from pipelines.prepare.event_log import EventLogOptions
+from pipelines.prepare.movielens import MovielensOptions
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.stages import Load, prepare
 
@@ -26,10 +27,14 @@ DATASETS: Mapping[str, Load] = {
     "amazon2018": amazon.load_2018,
     "amazon2023": amazon.load_2023,
     "kuairand": kuairand.load,
-    "movielens": movielens.load,
     "yambda": yambda.load,
 }
-EVENT_LOG = "event_log"
+"""Formats that leave nothing open."""
+FORMATS: Mapping[str, tuple[type, Callable[[Any], Load]]] = {
+    "event_log": (EventLogOptions, event_log.loader),
+    "movielens": (MovielensOptions, movielens.loader),
+}
+"""Formats with options of their own."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -46,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     values = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     dataset, source, out = (values.pop(name) for name in ("dataset", "source", "out"))
-    log_values = {field.name: values.pop(field.name) for field in fields(EventLogOptions)}
+    own = {field.name: values.pop(field.name) for options, _ in FORMATS.values() for field in fields(options)}
     try:
         options = SampleOptions(**values)
-        load = _choose(dataset, {name: value for name, value in log_values.items() if value is not None})
+        load = _choose(dataset, {name: value for name, value in own.items() if value is not None})
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -60,27 +65,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _choose(dataset: str, columns: Mapping[str, str]) -> Load:
-    """The data set's module; the columns' names are for an event log alone."""
-    given = ", ".join(f"--{name.replace('_', '-')}" for name in columns)
-    if dataset != EVENT_LOG:
-        if columns:
-            raise ValueError(f"{given} has no effect on {dataset}, only on {EVENT_LOG}")
+def _choose(dataset: str, given: Mapping[str, str]) -> Load:
+    """The data set's module; options of a format are for that format alone."""
+    if dataset in DATASETS:
+        options, known = None, set()
+    else:
+        options, loader = FORMATS[dataset]
+        known = {field.name for field in fields(options)}
+    foreign = [_flag(name) for name in given if name not in known]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)} has no effect on {dataset}")
+    if options is None:
         return DATASETS[dataset]
-    missing = [
-        f"--{field.name.replace('_', '-')}"
-        for field in fields(EventLogOptions)
-        if field.default is MISSING and field.name not in columns
-    ]
+    missing = [_flag(field.name) for field in fields(options) if field.default is MISSING and field.name not in given]
     if missing:
-        raise ValueError(f"{EVENT_LOG} needs {', '.join(missing)}")
-    return event_log.loader(EventLogOptions(**columns))
+        raise ValueError(f"{dataset} needs {', '.join(missing)}")
+    return loader(options(**given))
+
+
+def _flag(name: str) -> str:
+    """The option of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _parser() -> OneLineParser:
-    """One option for every field of SampleOptions and of EventLogOptions."""
+    """One option for every field of SampleOptions and of the formats' own."""
     parser = OneLineParser(prog="python -m pipelines.prepare", description=__doc__, allow_abbrev=False)
-    parser.add_argument("dataset", choices=sorted([*DATASETS, EVENT_LOG]), help="format of the source")
+    parser.add_argument("dataset", choices=sorted([*DATASETS, *FORMATS]), help="format of the source")
     parser.add_argument("--source", type=Path, required=True, help="folder with the publisher's files")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     hints, texts = get_type_hints(SampleOptions), _explanations(SampleOptions)
@@ -88,10 +99,15 @@ def _parser() -> OneLineParser:
         kind = next((part for part in get_args(hints[field.name]) if part is not type(None)), hints[field.name])
         default = "" if field.default is None else f" Default {field.default}."
         text = texts[field.name] + default
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=text)
-    texts = _explanations(EventLogOptions)
-    for field in fields(EventLogOptions):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", help=f"{EVENT_LOG} only. {texts[field.name]}")
+        name = _flag(field.name)
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        else:
+            parser.add_argument(name, type=kind, default=field.default, help=text)
+    for dataset, (options, _) in FORMATS.items():
+        texts = _explanations(options)
+        for field in fields(options):
+            parser.add_argument(_flag(field.name), help=f"{dataset} only. {texts[field.name]}")
     return parser
 
 

@@ -17,7 +17,9 @@ from pipelines.prepare.engine import (
     execute,
     find_files,
     json_reader,
+    numbered,
     plain_file,
+    shuffled,
 )
 from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
 from pipelines.prepare.source import Description
@@ -79,12 +81,13 @@ TYPES = {"user_key": "VARCHAR", "item_key": "VARCHAR", "rating": "DOUBLE", "time
 def _load(edition: Edition, connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
     """Fill `events` and `users` from all rating or review files under `source`."""
     connection.execute(
-        "CREATE TABLE raw (user_key VARCHAR, item_key VARCHAR, time BIGINT, rank BIGINT, action INTEGER)"
+        "CREATE TABLE raw (user_key VARCHAR, item_key VARCHAR, time BIGINT, rank BIGINT, log_row BIGINT, "
+        "request_key UBIGINT, action INTEGER)"
     )
     files = [path for pattern in ("*.csv", "*.json", "*.jsonl") for path in find_files(source, pattern)]
     if not files:
         raise ValueError(f"--source {source} holds no .csv, .json or .jsonl file (also .gz, .xz, .zip)")
-    for path in files:
+    for number, path in enumerate(files):
         plain = plain_file(path, scratch)
         reader, first_line = _reader(plain, edition)
         check_rows(connection, reader, path, RULES, first_line)
@@ -93,7 +96,9 @@ def _load(edition: Edition, connection: duckdb.DuckDBPyConnection, source: Path,
         execute(
             connection,
             f"INSERT INTO raw SELECT user_key, item_key, time // {edition.time_divisor}, time, "
-            f"({rating_mask('rating')})::INTEGER FROM {reader}",
+            # The files are sorted by item, and most times are days.
+            f"{shuffled('user_key, item_key')}, NULL, ({rating_mask('rating')})::INTEGER "
+            f"FROM {numbered(reader, number)}",
             path,
         )
         if plain != path:

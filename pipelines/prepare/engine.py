@@ -2,8 +2,10 @@
 
 A data set's module fills two tables with it, which the later stages read:
 
-    events  user_id, item_id, time (seconds, -1 if unknown), rank (order within the user), action (bit mask),
-            candidate (false: history only, because its labels are not known), further history columns
+    events  user_id, item_id, time (seconds, -1 if unknown), rank (order within the user: the time as exact as the log
+            has it), log_row (order within one rank, see `numbered` and `shuffled`), request_key (NULL if not known:
+            events of one request become candidates together), action (bit mask), candidate (false: history only,
+            because its labels are not known), further history columns
     users   user_id, one column a context feature
 """
 
@@ -146,6 +148,27 @@ def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: M
         f"{quoted(name)}::{kind} AS {quoted(name)}" if kind else quoted(name) for name, kind in columns.items()
     )
     return f"(SELECT {casts} FROM {file})"
+
+
+ROWS_OF_A_FILE = 1 << 40
+"""More than a file has: so many numbers of rows are set apart for each."""
+
+
+def numbered(reader: str, file: int = 0) -> str:
+    """SQL for the rows of `reader` with `log_row`: their order in the log, where this is the `file`-th of its files.
+
+    The engine reads a file in its order wherever it has to number rows.
+    """
+    return f"(SELECT *, {file * ROWS_OF_A_FILE} + row_number() OVER () AS log_row FROM {reader})"
+
+
+def shuffled(keys: str) -> str:
+    """SQL for an order of rows that tells nothing of what they hold, for files that are sorted by item.
+
+    A hash of the keys, so that it is the same whatever the order of the files; only rows with the same keys keep their
+    own order.
+    """
+    return f"((hash({keys}) >> 24 << 23) + log_row % {1 << 23})::BIGINT"
 
 
 def execute(connection: duckdb.DuckDBPyConnection, sql: str, path: Path | None = None) -> list[tuple[Any, ...]]:

@@ -17,6 +17,7 @@ from pipelines.prepare.engine import (
     execute,
     find_files,
     literal,
+    numbered,
     parquet_reader,
     plain_file,
     quoted,
@@ -30,7 +31,10 @@ PER_SECOND: Mapping[str, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_0
 """Units of time in a second; dates and times are counted in microseconds."""
 YEAR_2100 = 4_102_444_800
 """Later times are in a smaller unit than was said."""
-TAKEN = ("user_id", "item_id", "user_key", "item_key", "time", "timestamp", "rank", "action", "candidate", "place")
+TAKEN = (
+    *("user_id", "item_id", "user_key", "item_key", "time", "timestamp", "rank", "log_row", "request_key"),
+    *("action", "candidate", "place"),
+)
 """Names of the preparation's own columns."""
 
 
@@ -55,6 +59,9 @@ class EventLogOptions:
     """Columns, separated by commas, of which a user's first known value becomes a context feature."""
     history_columns: str = ""
     """Columns of whole numbers, separated by commas, that become further history lists; a missing value becomes 0."""
+    request_column: str = ""
+    """What was shown together: any type.  A user's events of one request become candidates of one sample, as events of
+    one second always do; a missing value is no request."""
 
     def __post_init__(self) -> None:
         if self.time_unit not in PER_SECOND:
@@ -107,6 +114,7 @@ def _load(options: EventLogOptions, connection: duckdb.DuckDBPyConnection, sourc
     actions, mask, rules = _actions(options)
     # CSV files are read as text and Parquet files as stored; the rules see what does not convert.
     columns = [options.user_column, options.item_column, options.time_column, *names(options.action_columns), *history]
+    columns += [options.request_column] * bool(options.request_column)
     types = {**dict.fromkeys(columns), **dict.fromkeys(context, "VARCHAR")}
     further = "".join(f", coalesce({_whole(name)}, 0)::BIGINT AS {quoted(name)}" for name in history)
     further += "".join(f", {quoted(name)}" for name in context)
@@ -125,13 +133,14 @@ def _load(options: EventLogOptions, connection: duckdb.DuckDBPyConnection, sourc
         execute(
             connection,
             f"{'INSERT INTO raw' if number else 'CREATE TABLE raw AS'} SELECT {user} AS user_key, {item} AS item_key, "
-            f"{time} // {PER_SECOND[options.time_unit]} AS time, {time} AS rank, ({mask})::INTEGER AS action{further} "
-            f"FROM {reader}",
+            f"{time} // {PER_SECOND[options.time_unit]} AS time, {time} AS rank, log_row, "
+            f"{_request(options)} AS request_key, ({mask})::INTEGER AS action{further} "
+            f"FROM {numbered(reader, number)}",
             path,
         )
         if plain != path:
             plain.unlink()
-    first = "".join(f", arg_min({quoted(name)}, rank) AS {quoted(name)}" for name in context)
+    first = "".join(f", arg_min({quoted(name)}, (rank, log_row)) AS {quoted(name)}" for name in context)
     connection.execute(f"CREATE TABLE user_columns AS SELECT user_key{first} FROM raw GROUP BY user_key")
     num_items = number_ids(connection, history)
     values = number_context(connection, "user_columns", context)
@@ -164,6 +173,14 @@ def _time(options: EventLogOptions) -> tuple[str, dict[str, str]]:
         f"{name} lies after the year 2100: is --time-unit {unit} right?"
     )
     return f"{count}::BIGINT", rules
+
+
+def _request(options: EventLogOptions) -> str:
+    """SQL that tells requests apart, NULL where none is known."""
+    if not options.request_column:
+        return "NULL::UBIGINT"
+    column = quoted(options.request_column)
+    return f"CASE WHEN {column} IS NOT NULL THEN hash({column}::VARCHAR) END"
 
 
 def _whole(name: str) -> str:

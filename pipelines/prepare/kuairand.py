@@ -13,6 +13,7 @@ from pipelines.prepare.engine import (
     csv_reader,
     execute,
     find_files,
+    numbered,
     parquet_reader,
     plain_file,
     require_files,
@@ -52,8 +53,8 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
 def _load_log(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> None:
     """Every row of the standard-policy logs as an event."""
     connection.execute(
-        "CREATE TABLE events (user_id BIGINT, item_id BIGINT, time BIGINT, rank BIGINT, action INTEGER, "
-        "candidate BOOLEAN, watch_time_ms INTEGER)"
+        "CREATE TABLE events (user_id BIGINT, item_id BIGINT, time BIGINT, rank BIGINT, log_row BIGINT, "
+        "request_key UBIGINT, action INTEGER, candidate BOOLEAN, watch_time_ms INTEGER)"
     )
     types = dict.fromkeys(("user_id", "video_id", "time_ms", "play_time_ms", *ACTIONS), "BIGINT")
     mask = " + ".join(f"({name} << {bit})" for bit, name in enumerate(ACTIONS))
@@ -61,14 +62,14 @@ def _load_log(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path
     rules["video_id >= 0"] = "video_id must not be negative or missing"
     rules["time_ms > 0"] = "time_ms must be above 0"
     rules |= {f"{name} IN (0, 1)": f"label {name} must be 0 or 1" for name in ACTIONS}
-    for path in require_files(source, "log_standard_*.csv", "the log of the standard policy"):
+    for number, path in enumerate(require_files(source, "log_standard_*.csv", "the log of the standard policy")):
         plain = plain_file(path, scratch)
         reader = csv_reader(plain, types)
         check_rows(connection, reader, path, rules)
         execute(
             connection,
-            f"INSERT INTO events SELECT user_id, video_id, time_ms // 1000, time_ms, {mask}, true, "
-            f"least(greatest(coalesce(play_time_ms, 0), 0), 2147483647) FROM {reader}",
+            f"INSERT INTO events SELECT user_id, video_id, time_ms // 1000, time_ms, log_row, NULL, {mask}, true, "
+            f"least(greatest(coalesce(play_time_ms, 0), 0), 2147483647) FROM {numbered(reader, number)}",
             path,
         )
 
@@ -86,7 +87,7 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, source: Path) -> None
             connection,
             f"""
             INSERT INTO events
-            SELECT user_id, item, -1, position - 1000000, action, false, 0 FROM (
+            SELECT user_id, item, -1, position - 1000000, position, NULL, action, false, 0 FROM (
                 SELECT user_id, unnest(watch_seq) AS item, generate_subscripts(watch_seq, 1) AS position,
                     unnest(list_transform(watch_seq, lambda video:
                         (CASE WHEN list_contains(long_watch_seq, video) THEN {LONG_VIEW} ELSE 0 END)

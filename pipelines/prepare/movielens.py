@@ -3,9 +3,13 @@
 F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context", TiiS 5(4), 2015.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import duckdb
+import numpy as np
+import pyarrow as pa
 
 from pipelines.prepare.engine import (
     check_one_row_each,
@@ -14,10 +18,13 @@ from pipelines.prepare.engine import (
     delimited_reader,
     execute,
     find_files,
+    numbered,
     plain_file,
+    shuffled,
 )
 from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
 from pipelines.prepare.source import Description
+from pipelines.prepare.stages import Load
 
 USER_COLUMNS = ("gender", "age", "occupation")
 RULES = {
@@ -29,7 +36,25 @@ RULES = {
 TYPES = {"user_key": "BIGINT", "item_key": "BIGINT", "rating": "DOUBLE", "time": "BIGINT"}
 
 
-def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MovielensOptions:
+    """What is left open by the publisher's files."""
+
+    ties: str = "log"
+    """Order of a user's ratings of one second.  log: that of ratings.dat; ratings.csv, which is sorted by film, has
+    none, so a hash.  gr: as generative-recommenders' preprocessing leaves them, on which published tables rest."""
+
+    def __post_init__(self) -> None:
+        if self.ties not in ("log", "gr"):
+            raise ValueError(f"--ties must be log or gr, got {self.ties}")
+
+
+def loader(options: MovielensOptions) -> Load:
+    """What `prepare` calls for these options."""
+    return partial(_load, options)
+
+
+def _load(options: MovielensOptions, connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
     """Fill `events` and `users` from the publisher's files under `source`."""
     old, new = find_files(source, "ratings.dat"), find_files(source, "ratings.csv")
     if len(old) + len(new) != 1:
@@ -43,10 +68,16 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
         renamed = "userId AS user_key, movieId AS item_key, rating, timestamp AS time"
         reader, first_line = f"(SELECT {renamed} FROM {csv_reader(plain, names)})", 2
     check_rows(connection, reader, path, RULES, first_line)
+    rows, order = numbered(reader), "log_row"
+    if options.ties == "gr":
+        connection.register("gr_places", _gr_places(connection, rows))
+        rows, order = f"({rows} JOIN gr_places USING (log_row))", "gr_place"
+    elif new:
+        order = shuffled("user_key, item_key")
     execute(
         connection,
-        f"CREATE TABLE raw AS SELECT user_key, item_key, time, time AS rank, ({rating_mask('rating')})::INTEGER "
-        f"AS action FROM {reader}",
+        f"CREATE TABLE raw AS SELECT user_key, item_key, time, time AS rank, {order} AS log_row, "
+        f"NULL::UBIGINT AS request_key, ({rating_mask('rating')})::INTEGER AS action FROM {rows}",
         path,
     )
     num_items = number_ids(connection)
@@ -66,6 +97,19 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
         'Datasets: History and Context", ACM TiiS 5(4), 2015',
         licence="research use, no redistribution; see the README of the data set",
     )
+
+
+def _gr_places(connection: duckdb.DuckDBPyConnection, rows: str) -> pa.Table:
+    """Every row's place after generative-recommenders' `ratings.sort_values(by=["unix_timestamp"])`.
+
+    Its sort, NumPy's quicksort, is not stable, so only the same algorithm finds its order of equal times again.  For
+    integers NumPy now has others, by the processor's instructions; for dates it has that one everywhere.
+    """
+    found = connection.execute(f"SELECT log_row, time FROM {rows} ORDER BY log_row").fetchnumpy()
+    order = np.argsort(found["time"].astype("datetime64[s]"), kind="quicksort")
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
+    return pa.table({"log_row": found["log_row"], "gr_place": places})
 
 
 def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> dict[str, list[str]]:

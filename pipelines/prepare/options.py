@@ -8,16 +8,20 @@ class SampleOptions:
     """How a user's events become samples.
 
     Events before the split time are cut, from the newest back, into `samples_per_user` groups of `candidates`; each
-    group with the events before it is a training sample.  Events from the split time on are the candidates of the
-    user's evaluation sample, whose history ends at the split time.
+    group with the events before it is a training sample.  The earliest `eval_candidates` events from the split time on
+    are cut likewise into evaluation samples.  Events of one second or one request stay in one group, even if it then
+    has more than `candidates`.
     """
 
     candidates: int = 16
-    """Labelled events of a training sample."""
+    """Labelled events of a sample at most, except where one second or one request has more."""
     samples_per_user: int = 1
     """Training samples of a user at most; 0 for as many as there are events."""
     eval_candidates: int = 100
-    """Labelled events of an evaluation sample at most, the earliest after the split time."""
+    """Labelled events of a user at most that are for evaluation, the earliest after the split time."""
+    eval_groups: bool = True
+    """Evaluate groups of candidates as training does, each with all events before it, as serving would.  Otherwise a
+    user has one evaluation sample, whose history ends where evaluation begins."""
     max_history: int = 65536
     """Newest events of a history that are kept."""
     min_history: int = 1
@@ -29,8 +33,9 @@ class SampleOptions:
     train_fraction: float = 0.85
     """Share of the events that lie before the split time, to the hour; unused if split_time is given."""
     leave_last: int | None = None
-    """Newest events of each user that are for evaluation, whatever their time, in place of a split in time.
-    Other users' later events then stand in the training split."""
+    """Newest events of each user that are for evaluation, whatever their time, in place of a split in time: the next
+    item by its place in the order, as published tables have it.  Other users' later events then stand in the training
+    split, and a history may end in its candidates' own second, so such data is for retrieval."""
     max_users: int | None = None
     """Users kept, in the order of a hash of their ids; all if not given."""
     order: str = "users"

@@ -2,7 +2,7 @@
 
 A data set's module fills the table
 
-    raw     user_key, item_key (any type), time (seconds), rank (order within the user), action, further columns
+    raw     user_key, item_key (any type), time, rank, log_row, request_key, action and further columns of `events`
 
 and this stage numbers users and items in the order of their keys and makes `events` and `users` of it.  The numbers
 are kept in `item_ids` and `user_ids`, which are stored beside the samples.
@@ -30,8 +30,8 @@ def number_ids(connection: duckdb.DuckDBPyConnection, history: Sequence[str] = (
     )
     columns = "".join(f", {quoted(name)}" for name in history)
     connection.execute(
-        f"CREATE TABLE events AS SELECT user_id, item_id, time, rank, action, true AS candidate{columns} "
-        "FROM raw JOIN item_ids USING (item_key) JOIN user_ids USING (user_key)"
+        f"CREATE TABLE events AS SELECT user_id, item_id, time, rank, log_row, request_key, action, "
+        f"true AS candidate{columns} FROM raw JOIN item_ids USING (item_key) JOIN user_ids USING (user_key)"
     )
     connection.execute("DROP TABLE raw")
     return int(connection.execute("SELECT count(*) FROM item_ids").fetchall()[0][0]) + UNKNOWN_ITEM + 1

@@ -1,11 +1,14 @@
 """Cuts users' ordered events into samples: whole arrays at a time, no loop over users or events.
 
-Train candidates lie before the split time and evaluation candidates do not, and a history always ends before its
-candidates begin, so no sample sees the future.  With `leave_last` each user has a split of their own instead.
+A sample's candidates are neighbouring events, and its history the events before them.  Candidates begin and end only
+where the time changes and no request goes on: a history ends strictly before its candidates begin, and what was shown
+together stays together.  Train candidates lie before the split time and evaluation candidates do not, so no sample
+sees the future.  With `leave_last` each user has a split of their own, and every place in the order may be cut.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,10 @@ from numpy.typing import NDArray
 from pipelines.prepare.options import SampleOptions
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+EXPANDED_EVENTS = 1 << 20
+"""Events of histories and candidates that are written out at once, but for one sample that has more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +32,9 @@ class UserEvents:
     """[E]"""
     time: IntArray
     """[E] seconds, -1 where unknown."""
-    candidate: NDArray[np.bool_]
+    request: NDArray[np.uint64]
+    """[E] equal for a user's events of one request, 0 where none is known."""
+    candidate: BoolArray
     """[E] whether the event's labels are known; within a user, the events without labels come first."""
     columns: Mapping[str, NDArray[Any]]
     """[E] item_id, action, timestamp and further history columns."""
@@ -45,44 +54,130 @@ class Spans:
     """[S] end of the candidates."""
 
 
-def cut(events: UserEvents, split_time: int, options: SampleOptions) -> dict[str, pa.Table]:
-    """The training and the evaluation samples of `events`, as tables in the prepared format."""
-    train, evaluation = spans(events, split_time, options)
-    return {"train": _table(events, train), "eval": _table(events, evaluation)}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cuts:
+    """The places between events where candidates may begin or end: place p lies before event p."""
+
+    before: IntArray
+    """[E + 1] the last cut at or before each place."""
+    after: IntArray
+    """[E + 1] the first cut at or after each place."""
 
 
-def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[Spans, Spans]:
-    """The ranges of events that make the training and the evaluation samples."""
+def cut(events: UserEvents, split_time: int, options: SampleOptions) -> Iterator[tuple[str, pa.Table]]:
+    """The samples of `events` as tables in the prepared format, each with its split, train or eval.
+
+    A table holds few samples where histories are long: memory does not grow with their number.
+    """
+    for split, samples in zip(("train", "eval"), spans(events, split_time, options), strict=True):
+        lens = samples.end - samples.start
+        piece = (np.cumsum(lens) - lens) // EXPANDED_EVENTS
+        bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(lens)]
+        for first, last in pairwise(bounds):
+            part = slice(first, last)
+            yield (
+                split,
+                _table(events, Spans(start=samples.start[part], middle=samples.middle[part], end=samples.end[part])),
+            )
+
+
+def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[Spans, ...]:
+    """The ranges of events that make the training and then the evaluation samples, each in the order of the events."""
     starts = np.flatnonzero(np.diff(events.user_id, prepend=events.user_id[0] - 1))
     ends = np.append(starts[1:], len(events.user_id))
+    cuts = _cuts(events, starts, by_place=options.leave_last is not None)
     unlabelled = np.add.reduceat((~events.candidate).astype(np.int64), starts)
+    first = cuts.after[np.minimum(starts + np.maximum(unlabelled, options.min_history), ends)]
     if options.leave_last is None:
         splits = starts + np.add.reduceat((events.time < split_time).astype(np.int64), starts)
     else:
         splits = np.maximum(starts, ends - options.leave_last)
-    first = starts + np.maximum(unlabelled, options.min_history)
+    # A request that goes on over the split is history of what follows, and nobody's candidates.
+    begin, end = _groups(cuts, first, cuts.before[splits], options.candidates)
+    newest = _newest(np.searchsorted(ends, begin, side="right"), options.samples_per_user)
+    chosen = newest & (end - begin >= options.min_candidates)
+    train = begin[chosen], end[chosen]
 
-    groups = -(-np.maximum(splits - first, 0) // options.candidates)
-    if options.samples_per_user:
-        groups = np.minimum(groups, options.samples_per_user)
-    user = np.repeat(np.arange(len(starts)), groups)
-    # Oldest sample of a user first, so that stored samples of one user are in order of time.
-    age = np.repeat(np.cumsum(groups), groups) - 1 - np.arange(len(user))
-    end = splits[user] - age * options.candidates
-    middle = np.maximum(end - options.candidates, first[user])
-    start = np.maximum(starts[user], middle - options.max_history)
-    enough = end - middle >= options.min_candidates
-    train = Spans(start=start[enough], middle=middle[enough], end=end[enough])
-
-    middle = np.maximum(splits, starts + unlabelled)
-    has = (ends > middle) & (middle - starts >= options.min_history)
-    middle = middle[has]
-    evaluation = Spans(
-        start=np.maximum(starts[has], middle - options.max_history),
-        middle=middle,
-        end=np.minimum(ends[has], middle + options.eval_candidates),
+    begin = np.maximum(cuts.after[splits], first)
+    end = cuts.before[np.minimum(begin + options.eval_candidates, ends)]
+    end = np.where(end > begin, end, cuts.after[np.minimum(begin + 1, ends)])
+    if options.eval_groups:
+        evaluation = _groups(cuts, begin, end, options.candidates)
+    else:
+        evaluation = begin[end > begin], end[end > begin]
+    return tuple(
+        Spans(
+            start=np.maximum(starts[np.searchsorted(ends, begin, side="right")], begin - options.max_history),
+            middle=begin,
+            end=end,
+        )
+        for begin, end in (train, evaluation)
     )
-    return train, evaluation
+
+
+def _cuts(events: UserEvents, starts: IntArray, *, by_place: bool) -> Cuts:
+    """Where candidates may begin and end: between users, and where the time changes within no request."""
+    size = len(events.user_id)
+    allowed = np.ones(size + 1, dtype=np.bool_)
+    if not by_place:
+        allowed[1:size] = events.time[1:] != events.time[:-1]
+        allowed[1:size] &= ~_within_request(events)[1:]
+        allowed[starts] = True
+    places = np.arange(size + 1)
+    return Cuts(
+        before=np.maximum.accumulate(np.where(allowed, places, 0)),
+        after=np.minimum.accumulate(np.where(allowed, places, size)[::-1])[::-1],
+    )
+
+
+def _within_request(events: UserEvents) -> BoolArray:
+    """[E] whether a request of the user has events both before and from this event on."""
+    known = np.flatnonzero(events.request)
+    change = np.zeros(len(events.user_id) + 1, dtype=np.int64)
+    if not len(known):
+        return change[:-1] > 0
+    # Stable, so that events of one request stay in order.
+    known = known[np.lexsort((events.request[known], events.user_id[known]))]
+    user, request = events.user_id[known], events.request[known]
+    begins = np.append(True, (user[1:] != user[:-1]) | (request[1:] != request[:-1]))
+    np.add.at(change, known[begins] + 1, 1)
+    np.add.at(change, known[np.append(begins[1:], True)] + 1, -1)
+    within: BoolArray = np.cumsum(change[:-1]) > 0
+    return within
+
+
+def _groups(cuts: Cuts, first: IntArray, last: IntArray, size: int) -> tuple[IntArray, IntArray]:
+    """(begin, end) of groups of candidates: each user's range [first, last), both cuts, divided from the newest back.
+
+    A group has at most `size` events; only one that no cut divides has more.
+    """
+    has = last > first
+    first, last = first[has], last[has]
+    # From each event that may end a group, the one that ends the group before; where there is none, itself.
+    ending = np.arange(len(cuts.after) - 1)
+    floor = np.append(first, 0)[np.searchsorted(last, ending, side="right")]
+    begin = cuts.after[np.maximum(ending + 1 - size, floor)]
+    begin = np.where(begin <= ending, begin, np.maximum(cuts.before[ending], floor))
+    previous = np.where(begin > floor, begin - 1, ending)
+    # All that can be reached from the newest, in steps that double.
+    reached = np.zeros(len(ending), dtype=np.bool_)
+    reached[last - 1] = True
+    while True:
+        further = reached.copy()
+        further[previous[reached]] = True
+        if (further == reached).all():
+            break
+        reached, previous = further, previous[previous]
+    ends = np.flatnonzero(reached)
+    return begin[ends], ends + 1
+
+
+def _newest(user: IntArray, count: int) -> BoolArray:
+    """Which of the groups of these users, [groups] not falling, are among the `count` newest of theirs; 0 for all."""
+    if not count:
+        return np.ones(len(user), dtype=np.bool_)
+    newest: BoolArray = np.searchsorted(user, user, side="right") - np.arange(len(user)) <= count
+    return newest
 
 
 def _table(events: UserEvents, samples: Spans) -> pa.Table:

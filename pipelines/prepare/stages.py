@@ -107,6 +107,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
             Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
         ),
         actions=about.actions,
+        cut="by_time" if options.leave_last is None else "by_place",
         splits=sizes,
         source=about.source,
         licence=about.licence,
@@ -118,8 +119,8 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
 def _write_samples(
     connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, split_time: int, options: SampleOptions
 ) -> tuple[dict[str, SplitInfo], dict[str, Any]]:
-    """Cut and write both splits; returns their sizes, and the number of users and the history lengths in them."""
-    lengths = {split: LengthCounter() for split in ("train", "eval")}
+    """Cut and write both splits; returns their sizes, and how many users, history events and candidates they hold."""
+    lengths, candidates = ({split: LengthCounter() for split in ("train", "eval")} for _ in range(2))
     users = 0
     with ExitStack() as stack:
         writers = {
@@ -132,18 +133,23 @@ def _write_samples(
         if options.order == "time":
             train = stack.enter_context(SplitWriter(by_user, options.row_group_events, options.file_events))
         for events in _whole_users(connection, about, options):
-            tables = cut(events, split_time, options)
-            for split, table in tables.items():
+            found = [np.zeros(0, dtype=np.int64)]
+            for split, table in cut(events, split_time, options):
                 lengths[split].add(table["history_length"])
-            users += len(np.unique(np.concatenate([table["user_id"].to_numpy() for table in tables.values()])))
-            train.add(tables["train"])
-            writers["eval"].add(tables["eval"])
+                candidates[split].add(table["num_candidates"])
+                found.append(table["user_id"].unique().to_numpy())
+                (train if split == "train" else writers["eval"]).add(table)
+            users += len(np.unique(np.concatenate(found)))
         if options.order == "time":
             train.finish()
             for table in _by_time(connection, by_user, train.samples):
                 writers["train"].add(table)
     sizes = {split: writer.sizes() for split, writer in writers.items()}
-    return sizes, {"users": users, "history_len": {split: each.summary() for split, each in lengths.items()}}
+    counted = {"history_len": lengths, "num_candidates": candidates}
+    return sizes, {
+        "users": users,
+        **{name: {split: each.summary() for split, each in of.items()} for name, of in counted.items()},
+    }
 
 
 def _split_time(connection: duckdb.DuckDBPyConnection, options: SampleOptions) -> int:
@@ -171,10 +177,10 @@ def _whole_users(
         )
     logger.info("sorting")
     reader = connection.sql(
-        "SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate"
+        "SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate, e.request_key"
         f"{features}{context_columns} FROM events AS e {chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
-        # Every column decides, so that the same source always gives the same files.
-        f"ORDER BY place, e.user_id, e.candidate, e.rank, e.item_id, e.action{features}"
+        # In equal times the log's own order: nothing that a model predicts may decide.
+        "ORDER BY place, e.user_id, e.candidate, e.rank, e.log_row"
     ).to_arrow_reader(READ_ROWS)
     rest: pa.Table | None = None
     num_read, reported, last = 0, time.monotonic(), np.zeros(1, dtype=np.uint64)
@@ -199,7 +205,8 @@ def _by_time(connection: duckdb.DuckDBPyConnection, folder: Path, count: int) ->
         return
     logger.info("sorting %d samples by time", count)
     reader = connection.sql(
-        f"SELECT * FROM read_parquet({literal(str(folder / '*.parquet'))}) ORDER BY candidate_timestamp[1], user_id"
+        f"SELECT * EXCLUDE (filename, file_row_number) FROM read_parquet({literal(str(folder / '*.parquet'))}, "
+        "filename = true, file_row_number = true) ORDER BY candidate_timestamp[1], user_id, filename, file_row_number"
     ).to_arrow_reader(READ_SAMPLES)
     for record_batch in reader:
         yield pa.Table.from_batches([record_batch])
@@ -224,6 +231,7 @@ def _user_events(table: pa.Table, about: Description, context: list[str]) -> Use
     return UserEvents(
         user_id=table["user_id"].to_numpy(),
         time=table["time"].to_numpy(),
+        request=pc.fill_null(table["request_key"], 0).to_numpy(),
         candidate=table["candidate"].to_numpy(),
         columns=columns,
         context={name: table[name].to_numpy() for name in context},

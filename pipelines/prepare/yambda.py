@@ -7,7 +7,7 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.prepare.engine import check_rows, execute, find_files, parquet_reader
+from pipelines.prepare.engine import check_rows, execute, find_files, numbered, parquet_reader
 from pipelines.prepare.raw_log import number_context, number_ids
 from pipelines.prepare.source import Description
 
@@ -44,9 +44,10 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
     mask = " + ".join(f"(CASE WHEN {bits[name]} THEN {1 << bit} ELSE 0 END)" for bit, name in enumerate(ACTIONS))
     execute(
         connection,
-        f"CREATE TABLE raw AS SELECT uid AS user_key, item_id AS item_key, timestamp AS time, timestamp AS rank, "
-        f"({mask})::INTEGER AS action, least(greatest(coalesce(played_ratio_pct, 0), 0), 1000)::INTEGER "
-        f"AS played_percent FROM {reader}",
+        "CREATE TABLE raw AS SELECT uid AS user_key, item_id AS item_key, timestamp AS time, timestamp AS rank, "
+        f"log_row, NULL::UBIGINT AS request_key, ({mask})::INTEGER AS action, "
+        "least(greatest(coalesce(played_ratio_pct, 0), 0), 1000)::INTEGER AS played_percent "
+        f"FROM {numbered(reader)}",
         found[0],
     )
     num_items = number_ids(connection, ("played_percent",))

@@ -19,7 +19,7 @@ def made_up_rows(count: int, seed: int = 0, first_user: int = 0, longest: int = 
     rows = []
     for user in range(first_user, first_user + count):
         history, candidates = int(generator.integers(0, longest + 1)), int(generator.integers(1, 5))
-        times = np.sort(generator.integers(0, 10_000, history + candidates))
+        times = np.sort(generator.choice(10_000, history + candidates, replace=False))
         times[: history // 3] = -1
         row: dict[str, Any] = {"user_id": user, "country": int(generator.integers(0, 7))}
         for part, span in (("history", slice(0, history)), ("candidate", slice(history, None))):

@@ -60,6 +60,10 @@ def leak(rows: Rows) -> None:
     rows[3]["history_timestamp"][-1] = 20_000
 
 
+def same_time(rows: Rows) -> None:
+    rows[3]["history_timestamp"][-1] = rows[3]["candidate_timestamp"][0]
+
+
 def negative_time(rows: Rows) -> None:
     rows[3]["history_timestamp"][0] = -2
 
@@ -83,7 +87,8 @@ CASES = {
     label: r"candidate_action of row 3 is 4, outside \[0, 4\)",
     shorter: r"row 3: history_action holds \d+ values, but history_item_id holds \d+",
     unsorted: "row 3: history_timestamp falls",
-    leak: "row 3: a candidate is older than the end of the history",
+    leak: "row 3: the history reaches the time of the first candidate, which leaks",
+    same_time: "row 3: the history reaches the time of the first candidate, which leaks",
     negative_time: "row 3: history_timestamp -2 is negative",
     null_id: "a list holds missing values",
     null_row: r"column\(s\) user_id hold missing values",
@@ -102,6 +107,20 @@ def test_bad_rows_are_named(tmp_path: Path, spoil: Callable[[Rows], None], threa
         read_all(write(tmp_path / "d", rows), threads)
     assert "part-0.parquet" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_equal_times_are_the_order_of_places_where_the_data_says_so(tmp_path: Path) -> None:
+    rows = [row for row in made_up_rows(40) if len(row["history_item_id"]) > 4][:10]
+    same_time(rows)
+    path = write(tmp_path / "d", rows)
+    description = json.loads((tmp_path / "d" / "dataset.json").read_text())
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(description | {"cut": "by_place"}))
+    read_all(path, 0)
+    leak(rows)
+    path = write(tmp_path / "e", rows)
+    (tmp_path / "e" / "dataset.json").write_text(json.dumps(description | {"cut": "by_place"}))
+    with pytest.raises(ValueError, match="row 3: the history reaches"):
+        read_all(path, 0)
 
 
 def test_missing_column(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from pipelines.features import SplitInfo
 from tests.support.datasets import made_up_info
-from trainer.assemble import check_lengths, most_candidates, token_count
+from trainer.assemble import check_lengths, most_candidates, tasks_of, token_count
 from trainer.recipes import load_recipe
 
-OPTIONS = {"candidates": 8, "eval_candidates": 100, "leave_last": None}
+COUNTED = {"num_candidates": {"train": {"mean": 7.1, "q100": 9}, "eval": {"mean": 8.0, "q100": 100}}}
 INFO = made_up_info(
     num_items=9,
     context={"country": 3},
@@ -24,28 +24,34 @@ INFO = made_up_info(
 
 
 @pytest.mark.parametrize(
-    ("options", "max_candidates", "expected"),
+    ("counted", "max_candidates", "expected"),
     [
-        (OPTIONS, None, 100),
-        (OPTIONS, 20, 20),
-        (OPTIONS, 200, 100),
-        (OPTIONS | {"leave_last": 1}, None, 8),
+        (COUNTED, None, 100),
+        (COUNTED, 20, 20),
+        (COUNTED, 200, 100),
         ({}, None, 5),
         ({}, 3, 3),
     ],
 )
 def test_candidates_are_bounded_by_what_the_data_says(
-    options: dict[str, Any], max_candidates: int | None, expected: int
+    counted: dict[str, Any], max_candidates: int | None, expected: int
 ) -> None:
     recipe = load_recipe("kuairand_sample")
     config = replace(recipe, data=replace(recipe.data, max_candidates=max_candidates))
-    assert most_candidates(config, replace(INFO, details={"options": options} if options else {})) == expected
+    assert most_candidates(config, replace(INFO, details={"statistics": counted})) == expected
+
+
+def test_next_item_data_is_for_retrieval_alone() -> None:
+    by_place = replace(INFO, cut="by_place")
+    assert tasks_of(load_recipe("kuairand_retrieval"), by_place) == ()
+    with pytest.raises(ValueError, match="made up is next-item data, cut by place"):
+        tasks_of(load_recipe("kuairand_sample"), by_place)
 
 
 @pytest.mark.parametrize(("merge", "longest"), [("add", 1 + 96 + 100), ("interleave", 1 + 2 * 96 + 100)])
 def test_lengths_beyond_the_models_are_refused_before_the_start(merge: Any, longest: int) -> None:
     recipe = load_recipe("kuairand_sample")
-    info = replace(INFO, details={"options": OPTIONS})
+    info = replace(INFO, details={"statistics": COUNTED})
     model = replace(recipe.model, input=replace(recipe.model.input, merge=merge), max_len=longest)
     check_lengths(replace(recipe, model=model), info)
     with pytest.raises(
