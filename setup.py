@@ -22,6 +22,7 @@ setup(
         "pipelines.prepare",
         "trainer",
         "trainer.models",
+        "trainer.tasks",
     ],
     install_requires=[
         "duckdb>=1.2",

@@ -25,12 +25,13 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from attention_kernels import SemiLocalMask
 from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.loader import build_loader, dataset_info
-from trainer.assemble import build_model, table_configs
+from trainer.build import build_model
 from trainer.config import TrainConfig
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.models.hstu import HstuLayer, build_layer_spec
 from trainer.models.layer import LayerBatch, plain_layer
 from trainer.models.layout import make_layout
+from trainer.resolve import resolve
 
 MASK = SemiLocalMask(local=256, global_rows=256)
 STAGE = StageConfig(num_layers=6, local=256, global_rows=256)
@@ -74,8 +75,7 @@ def ranker_step(device: torch.device, *, small: bool) -> Callable[[], Tensor]:
         model=ModelConfig(dim=dim, max_len=length + 64, layer=layer, stages=(STAGE,)),
         embedding_dim=dim // 2,
     )
-    info = dataset_info(config.data)
-    tower = build_model(config, info, table_configs(config, info), device).tower
+    tower = build_model(resolve(config, dataset_info(config.data)), device).tower
     batch = next(iter(build_loader(config.data, split="train", rank=0, world_size=1))).to(device)
     looked_up = {
         key: JaggedTensor(

@@ -28,12 +28,12 @@ from pipelines.features import DatasetInfo
 from pipelines.loader import dataset_info
 from pipelines.packed import Contents, bag_lens, pack
 from pipelines.position import DataPosition
+from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.job import build_parallel, machine_of, make_plan
 from trainer.mesh import Mesh, discover_mesh, joined
-from trainer.models.flops import model_flops
 from trainer.parallelize import ParallelModel
 from trainer.recipes import load_recipe
+from trainer.resolve import resolve
 from trainer.typed_values import apply_overrides
 
 WARM_UP, REPEATS = 3, 7
@@ -98,8 +98,8 @@ def fit(measurements: list[Measurement]) -> tuple[float, float, float, float]:
 
 def measure(config: TrainConfig, mesh: Mesh, tokens: int) -> list[Measurement]:
     """Step times of batches from short to long histories."""
-    info = dataset_info(config.data)
-    model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
+    resolved = resolve(config, dataset_info(config.data))
+    model = build_parallel(resolved, make_plan(resolved, machine_of(mesh)), mesh)
     model.module.train()
     longest = config.data.max_history_len
     measurements = []
@@ -107,14 +107,7 @@ def measure(config: TrainConfig, mesh: Mesh, tokens: int) -> list[Measurement]:
         for total in (tokens, tokens // 2):
             samples = max(total // history_len, 1)
             lens = np.full(samples, history_len)
-            flops = model_flops(
-                config.model,
-                lens,
-                np.ones(samples, dtype=np.int64),
-                embedding_dim=config.embedding_dim,
-                num_context=len(info.context_features),
-                num_actions=len(info.actions),
-            )
+            flops = resolved.task.flops(lens, np.ones(samples, dtype=np.int64))
             attention = float(flops.attention.sum())
             factor = float(flops.training.sum() / flops.forward.sum())
             measurements.append(
@@ -123,7 +116,7 @@ def measure(config: TrainConfig, mesh: Mesh, tokens: int) -> list[Measurement]:
                     samples=samples,
                     dense_flops=factor * (float(flops.forward.sum()) - attention),
                     attention_flops=factor * attention,
-                    step_ms=time_step(model, made_up_batch(info, config, lens).to(mesh.device), mesh),
+                    step_ms=time_step(model, made_up_batch(resolved.info, config, lens).to(mesh.device), mesh),
                 )
             )
     return measurements

@@ -28,13 +28,14 @@ from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
+from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.job import build_parallel, consumption, machine_of, make_plan
-from trainer.loop import Feed
+from trainer.feed import Feed
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, StageConfig
 from trainer.preflight import device_name
 from trainer.recipes import load_recipe
+from trainer.resolve import resolve
 
 SETTLE = 6
 """Steps at the start of a turn that are not timed: more than the pipeline holds in flight."""
@@ -100,9 +101,8 @@ def time_turns(
     config: TrainConfig, mesh: Mesh, batches: Iterator[Batch], steps: int, rounds: int
 ) -> dict[str, list[float]]:
     """Mean milliseconds of a step, one number a turn; the cached batch has the first turn and the last."""
-    info = dataset_info(config.data)
-    torch.manual_seed(0)
-    model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
+    resolved = resolve(config, dataset_info(config.data))
+    model = build_parallel(resolved, make_plan(resolved, machine_of(mesh)), mesh)
 
     cached = next(batches)
     short = max(steps // 3, 1)
@@ -112,7 +112,7 @@ def time_turns(
         repeat(cached, SETTLE + count) if name == "cached" else (next(batches) for _ in range(SETTLE + count))
         for name, count in plan
     )
-    feed = Feed(chain(repeat(cached, WARM_UP), sequence), consumption(config, info))
+    feed = Feed(chain(repeat(cached, WARM_UP), sequence), resolved, mesh)
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     step = 0

@@ -30,14 +30,14 @@ from benchmarks.loader import hardware
 from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
-from trainer.assemble import training_cost
+from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.job import build_parallel, machine_of, make_plan
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.preflight import device_name
 from trainer.recipes import load_recipe
 from trainer.recorder import peak_flops
+from trainer.resolve import resolve
 
 WARM_UP, STEPS, TURNS = 8, 20, 3
 KEPT = ", nothing recomputed"
@@ -124,19 +124,19 @@ def keep_everything(case: Case) -> Case:
 
 def measure(case: Case, mesh: Mesh) -> dict[str, float]:
     """Milliseconds of a step (median of turns), tokens a second, MFU and peak memory."""
-    config, info = case.config, dataset_info(case.config.data)
+    config = case.config
+    resolved = resolve(config, dataset_info(config.data))
     is_cuda = mesh.device.type == "cuda"
     if is_cuda:
         # The model before hangs in reference cycles.
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(mesh.device)
-    torch.manual_seed(0)
-    model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
+    model = build_parallel(resolved, make_plan(resolved, machine_of(mesh)), mesh)
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
-    batches = repeat(made_up_batch(info, config, case.history_lens).to(mesh.device))
+    batches = repeat(made_up_batch(resolved.info, config, case.history_lens).to(mesh.device))
     times = []
     for turn in range(1 + TURNS):
         start, steps = time.perf_counter(), STEPS if turn else WARM_UP
@@ -150,7 +150,7 @@ def measure(case: Case, mesh: Mesh) -> dict[str, float]:
     row = {"samples": len(lens), "events": int(lens.sum()), "step_ms": ms, "events_per_s": lens.sum() / ms * 1e3}
     peak = peak_flops(mesh.device)
     if peak is not None:
-        flops = training_cost(config, info)(lens, np.ones_like(lens)).sum()
+        flops = resolved.training_flops(lens, np.ones_like(lens)).sum()
         row["mfu"] = flops / ms * 1e3 / peak
     if is_cuda:
         row["peak_gib"] = torch.cuda.max_memory_allocated(mesh.device) / 2**30

@@ -9,53 +9,21 @@ a batch is pulled and taken from the record when its step is done: that position
 import logging
 import os
 import signal
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from pipelines.batch import Batch
 from pipelines.overlap import StepPipeline
 from trainer.checkpoint import Progress, save_checkpoint
 from trainer.config import TrainConfig
+from trainer.feed import Feed
 from trainer.mesh import Mesh
-from trainer.models.negatives import RetrievalBatch
 from trainer.parallelize import ParallelModel
-from trainer.recorder import Consumed, Recorder
+from trainer.recorder import Recorder
 from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
-
-ModelBatch = Batch | RetrievalBatch
-"""What a model reads: the ranker the data's batch, the retriever its own form."""
-
-
-class Feed:
-    """Hands batches to the pipeline, in the form that `prepare` gives them, and remembers what it handed out."""
-
-    def __init__(
-        self,
-        batches: Iterator[Batch],
-        describe: Callable[[Batch], Consumed],
-        prepare: Callable[[Batch], ModelBatch] = lambda batch: batch,
-    ) -> None:
-        self._batches = batches
-        self._describe = describe
-        self._prepare = prepare
-        self._in_flight: deque[Consumed] = deque()
-
-    def __iter__(self) -> Iterator[ModelBatch]:
-        return self
-
-    def __next__(self) -> ModelBatch:
-        batch = next(self._batches)
-        self._in_flight.append(self._describe(batch))
-        return self._prepare(batch)
-
-    def done(self) -> Consumed:
-        """Take the oldest batch off the record: its step has been taken."""
-        return self._in_flight.popleft()
 
 
 class StoppedEarly(InterruptedError):
@@ -132,10 +100,10 @@ def run_steps(
         recorder.count(consumed)
         saves = _due(progress.step, config.checkpoint.every_steps)
         evaluates = _due(progress.step, config.evaluation.every_steps)
-        if _due(progress.step, config.log_every):
-            stops = recorder.log(progress, loss, factor, stop=stop.requested)
-        else:
-            stops = (saves or evaluates) and stop.agreed(mesh)
+        logs = _due(progress.step, config.log_every)
+        if logs:
+            recorder.log(progress, loss, factor)
+        stops = (logs or saves or evaluates) and stop.agreed(mesh)
         if saves or stops:
             save()
         if stops:
@@ -144,7 +112,7 @@ def run_steps(
             evaluate_now()
     # A run's last step is logged whatever its number, so that a short run has a metric too.
     if loss is not None and not _due(progress.step, config.log_every):
-        recorder.log(progress, loss, factor, stop=False)
+        recorder.log(progress, loss, factor)
     if not saves:
         save()
     if not evaluates:

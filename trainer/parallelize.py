@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
+from torchrec.streamable import Pipelineable
 
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.tables import Tables, init_tables, table_weights
-from pipelines.batch import Batch
 from trainer.checkpoint import Tensors
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
-from trainer.models.negatives import RetrievalBatch
-from trainer.models.ranker import Ranker
-from trainer.models.retriever import Retriever
+from trainer.models.model import Model
 from trainer.optim import Optimizers
 
 
@@ -45,13 +43,13 @@ class ParallelModel:
     autocast: functools.partial[Any]
     """Makes the context in which forward runs."""
 
-    def forward(self, batch: Batch | RetrievalBatch) -> tuple[Tensor, Any]:
+    def forward(self, batch: Pipelineable) -> tuple[Tensor, Any]:
         """(loss, output) of this rank's part of a global batch, in the run's precision."""
         with self.autocast():
             result: tuple[Tensor, Any] = self.module(batch)
         return result
 
-    def loss(self, batch: Batch | RetrievalBatch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Pipelineable) -> tuple[Tensor, Tensor]:
         """(loss to differentiate, what a step returns of it): the forward of a `StepPipeline`."""
         loss, _ = self.forward(batch)
         return loss, loss.detach()
@@ -67,7 +65,7 @@ class ParallelModel:
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def parallelize(model: Ranker | Retriever, plan: ShardingPlan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
+def parallelize(model: Model, plan: ShardingPlan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
     """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
     attach_optimizers(model.tables, config.sparse_optimizer)
     module = DistributedModelParallel(

@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,12 +18,8 @@ from pipelines.columns import IntArray
 from pipelines.position import DataPosition
 from trainer.checkpoint import Progress
 from trainer.mesh import Mesh
+from trainer.resolve import Resolved
 from trainer.run_dir import JsonLines, RunDir
-
-TrainingFlops = Callable[..., npt.NDArray[np.float64]]
-"""FLOPs by sample from history lengths, numbers of candidates, and by keyword `channel_history_lens`."""
-TokenCount = Callable[[IntArray, IntArray], IntArray]
-"""Tokens by sample from history lengths and numbers of candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +48,11 @@ class Recorder:
         run: RunDir,
         mesh: Mesh,
         start: Progress,
+        resolved: Resolved,
         *,
         total_samples: int | None,
-        training_flops: TrainingFlops,
-        token_count: TokenCount,
     ) -> None:
-        self._mesh = mesh
-        self._training_flops = training_flops
-        self._token_count = token_count
+        self._mesh, self._resolved = mesh, resolved
         self._peak_flops = peak_flops(mesh.device)
         self._interval = _Interval()
         self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
@@ -86,21 +78,19 @@ class Recorder:
         finally:
             self._interval.start += time.perf_counter() - start
 
-    def log(self, progress: Progress, loss: Tensor, learning_rate_factor: float, *, stop: bool) -> bool:
-        """Log the interval that ends with this step; `loss` is this rank's, of this step only.
-
-        Returns whether any rank was asked to `stop`: the ranks agree on it here, at no cost of its own.
+    def log(self, progress: Progress, loss: Tensor, learning_rate_factor: float) -> None:
+        """Log the interval that ends with this step; `loss` is this rank's, of this step only.  Called by every rank.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
         interval, self._interval = self._interval, _Interval()
-        local = [0.0, interval.flops(self._training_flops), interval.tokens(self._token_count), float(stop)]
+        local = [0.0, interval.flops(self._resolved), interval.tokens(self._resolved)]
         sums = torch.tensor(local, dtype=torch.float64, device=loss.device)
         sums[0] = loss / self._mesh.world_size
         dist.all_reduce(sums)  # every rank, on the default group and stream
-        # The step's one host-device synchronisation, besides the exchange sizes that TorchRec reads.
-        mean_loss, flops, tokens, num_stopped = sums.tolist()
+        # Waits for the device, once for all numbers.
+        mean_loss, flops, tokens = sums.tolist()
         if not math.isfinite(mean_loss):
             raise FloatingPointError(
                 f"the loss of step {progress.step} is {mean_loss}; what is saved is from before: "
@@ -125,7 +115,6 @@ class Recorder:
             if self._peak_flops is not None:
                 record["mfu"] = flops / seconds / self._mesh.world_size / self._peak_flops
         self._write(record)
-        return bool(num_stopped)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_per_s=f"{record['tokens_per_s']:.3g}")
@@ -169,14 +158,14 @@ class _Interval:
         for name, lens in consumed.channel_history_lens.items():
             self._channel_history_lens.setdefault(name, []).append(lens)
 
-    def flops(self, training_flops: TrainingFlops) -> float:
+    def flops(self, resolved: Resolved) -> float:
         """Model FLOPs of this rank's part, counted for all steps at once, because a count takes as long as a launch."""
         channels = {name: np.concatenate(lens) for name, lens in self._channel_history_lens.items()}
-        return float(training_flops(*self._lens(), channel_history_lens=channels).sum())
+        return float(resolved.training_flops(*self._lens(), channel_history_lens=channels).sum())
 
-    def tokens(self, token_count: TokenCount) -> float:
+    def tokens(self, resolved: Resolved) -> float:
         """Tokens of this rank's part."""
-        return float(token_count(*self._lens()).sum())
+        return float(resolved.token_count(*self._lens()).sum())
 
     def _lens(self) -> tuple[IntArray, IntArray]:
         return np.concatenate(self._history_lens), np.concatenate(self._num_candidates)

@@ -1,12 +1,14 @@
 """The fitted cost of attention: what was put in comes out, and nothing is made of noise."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from benchmarks.cost import Measurement, fit
 from pipelines.balance import assign, imbalance
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
-from trainer.models.flops import training_flops
+from trainer.models.flops import ranker_flops, training_flops
 
 
 def measurements(fixed_ms: float, per_dense: float, per_attention: float, noise: float = 0.0) -> list[Measurement]:
@@ -36,9 +38,7 @@ def test_balance_by_the_fitted_cost_evens_out_time_where_flops_do_not() -> None:
     model = ModelConfig(dim=512, max_len=16500, layer=LayerConfig(), stages=(StageConfig(num_layers=2),))
     lens = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(4096), 8 * 8)).astype(np.int64)
     ones = np.ones_like(lens)
-    flops, time = (
-        training_flops(lens, ones, config=model, embedding_dim=512, num_context=1, num_actions=8, attention_cost=cost)
-        for cost in (1.0, 10.0)
-    )
+    count = functools.partial(ranker_flops, model, embedding_dim=512, num_context=1, num_actions=8)
+    flops, time = (training_flops(lens, ones, flops=count, attention_cost=cost) for cost in (1.0, 10.0))
     assert imbalance(time, assign(time, 8, mode="equal"), 8) <= 1.02
     assert imbalance(time, assign(flops, 8, mode="equal"), 8) > 1.1

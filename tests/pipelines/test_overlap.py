@@ -13,10 +13,11 @@ from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
 from tests.pipelines.made_up import write_dataset
 from tests.support.distributed import run_ranks
+from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.job import build_parallel, machine_of, make_plan
 from trainer.mesh import Mesh
 from trainer.recipes import load_recipe
+from trainer.resolve import resolve
 
 SAMPLES = 85
 BATCH = 12
@@ -36,11 +37,10 @@ def make_config(path: str, overlap: Any) -> TrainConfig:
 def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> tuple[list[float], int]:
     """Losses of every step on this rank, and the samples of all ranks' batches that were evaluated."""
     config = make_config(path, overlap)
-    info = dataset_info(config.data)
+    resolved = resolve(config, dataset_info(config.data))
     world_size = dist.get_world_size()
     mesh = Mesh(rank=dist.get_rank(), world_size=world_size, local_world_size=world_size, device=torch.device(device))
-    torch.manual_seed(0)
-    model = build_parallel(config, info, make_plan(config, info, machine_of(mesh), None), mesh)
+    model = build_parallel(resolved, make_plan(resolved, machine_of(mesh)), mesh)
 
     def forward(batch: Any) -> Any:
         loss, _ = model.forward(batch)

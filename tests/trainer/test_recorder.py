@@ -9,14 +9,14 @@ import torch
 
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays
 from tests.support.datasets import made_up_info
-from trainer.assemble import training_cost
 from trainer.checkpoint import Progress
-from trainer.job import consumption
+from trainer.feed import describe
 from trainer.mesh import Mesh
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
-from trainer.models.flops import model_flops
+from trainer.models.flops import ranker_flops
 from trainer.recipes import load_recipe
 from trainer.recorder import Recorder, _Interval
+from trainer.resolve import resolve
 from trainer.run_dir import RunDir
 
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
@@ -31,21 +31,21 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
         ChannelConfig(name="all", dim=16, stages=stages),
     )
     recipe = load_recipe("kuairand_sample")
-    model = ModelConfig(dim=16, max_len=64, channels=channels)
+    model = ModelConfig(dim=16, max_len=128, channels=channels)
     config = replace(recipe, model=model, data=replace(recipe.data, history_features=("play_s",)))
     histories, candidates = [6, 0, 9], [1, 3, 2]
-    describe, interval = consumption(config, INFO), _Interval()
+    resolved, interval = resolve(config, INFO), _Interval()
     expected = 0.0
     for seed in (0, 1):
         arrays = random_arrays(histories, candidates, seed=seed)
-        interval.add(describe(batch_of(arrays)))
+        interval.add(describe(batch_of(arrays), resolved))
         rows = (slice(0, 6), slice(7, 7), slice(10, 19))
         seen = {
             "clicks": np.array([int((arrays["action"][own] >> 1 & 1).sum()) for own in rows]),
             "watched": np.array([int((arrays["side/play_s"][own] != 0).sum()) for own in rows]),
         }
         assert 0 < seen["clicks"].sum() < sum(histories)
-        count = model_flops(
+        count = ranker_flops(
             model,
             np.array(histories),
             np.array(candidates),
@@ -55,16 +55,15 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
             channel_history_lens=seen,
         )
         expected += count.training.sum()
-    assert interval.flops(training_cost(config, INFO)) == expected
+    assert interval.flops(resolved) == expected
 
 
 def test_saving_and_evaluating_take_no_time_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [100.0]
     monkeypatch.setattr("trainer.recorder.time.perf_counter", lambda: now[0])
     mesh = Mesh(rank=1, world_size=2, local_world_size=2, device=torch.device("cpu"))
-    recorder = Recorder(
-        RunDir(tmp_path), mesh, Progress(), total_samples=None, training_flops=np.add, token_count=np.add
-    )
+    resolved = resolve(load_recipe("kuairand_sample"), INFO)
+    recorder = Recorder(RunDir(tmp_path), mesh, Progress(), resolved, total_samples=None)
     now[0] += 5.0
     with recorder.paused():
         now[0] += 60.0

@@ -7,7 +7,7 @@ three forward passes.  This is the count behind every MFU in this project.
 All functions take one length or a numpy array of lengths, one a sequence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +91,7 @@ def layer_flops(layer: LayerConfig, *, dim: int, num_tokens: Count | float, pair
     )
 
 
-def model_flops(
+def ranker_flops(
     config: ModelConfig,
     history_len: Lengths,
     num_candidates: Lengths = 1,
@@ -101,15 +101,13 @@ def model_flops(
     num_actions: int,
     channel_history_lens: Mapping[str, Lengths] | None = None,
 ) -> FlopCount:
-    """The whole dense model on sequences with these lengths.
+    """A whole ranker without its tables on sequences with these lengths.
 
     `history_len` counts events as the model receives them (after stochastic length).  `channel_history_lens` gives, by
     channel, the events that it selects; a channel that is not named is taken to select all.
     """
     history = np.asarray(history_len, dtype=np.int64)
     candidates = np.asarray(num_candidates, dtype=np.int64)
-    if config.retrieval is not None:
-        return retriever_flops(config, history + candidates, embedding_dim=embedding_dim)
     tasks = len(config.tasks) if config.tasks is not None else num_actions
     factor = 2 if config.input.merge == "interleave" else 1
     project = embedding_dim if embedding_dim != config.dim else 0
@@ -140,30 +138,33 @@ def training_flops(
     history_lens: Lengths,
     num_candidates: Lengths,
     *,
-    config: ModelConfig,
-    embedding_dim: int,
-    num_context: int,
-    num_actions: int,
+    flops: Callable[..., FlopCount],
     channel_history_lens: Mapping[str, Lengths] | None = None,
     attention_cost: float = 1.0,
 ) -> Count:
-    """[samples] FLOPs of a training step by sample, those of attention times `attention_cost`; see `model_flops`."""
-    count = model_flops(
-        config,
-        history_lens,
-        num_candidates,
-        embedding_dim=embedding_dim,
-        num_context=num_context,
-        num_actions=num_actions,
-        channel_history_lens=channel_history_lens,
-    )
+    """[samples] FLOPs of a training step by sample, of which those of attention count `attention_cost` times.
+
+    `flops` counts a model's by the lengths, as `ranker_flops` does.  With an `attention_cost` the result measures time
+    rather than work.
+    """
+    count = flops(history_lens, num_candidates, channel_history_lens=channel_history_lens)
     return count.training + TRAINING_FACTOR * (attention_cost - 1) * count.attention
 
 
-def retriever_flops(config: ModelConfig, num_events: Lengths, *, embedding_dim: int) -> FlopCount:
-    """The retriever on sequences of so many events; all but the last are scored against negatives and the next item."""
-    assert config.retrieval is not None
-    events = np.asarray(num_events, dtype=np.int64)
+def retriever_flops(
+    config: ModelConfig,
+    history_len: Lengths,
+    num_candidates: Lengths = 0,
+    *,
+    embedding_dim: int,
+    channel_history_lens: Mapping[str, Lengths] | None = None,
+) -> FlopCount:
+    """A retriever, to which candidates are the newest events and which has no channels.
+
+    All but a sample's last event are scored against negatives and the next item.
+    """
+    assert config.retrieval is not None and not channel_history_lens
+    events = np.asarray(history_len, dtype=np.int64) + np.asarray(num_candidates, dtype=np.int64)
     maps = 2 * config.dim if embedding_dim != config.dim else 0
     scores = (config.retrieval.num_negatives + 1) * np.maximum(events - 1, 0)
     ends = _no_flops(events.shape, ends=np.asarray(2 * embedding_dim * (maps * events + scores), dtype=np.float64))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from embeddings.tables import Rows, Tables, rows_by_feature
+from embeddings.tables import Rows, rows_by_feature
 from pipelines.batch import Batch
 from trainer.models.config import InputConfig, ModelConfig
 from trainer.models.encoding import InputEncoder
@@ -70,7 +69,7 @@ class RankerTower(nn.Module):
         assert isinstance(output, nn.Linear)
         output.bias.copy_(torch.logit(torch.tensor(rates), eps=1e-6))
 
-    def score(self, embedded: dict[str, JaggedTensor], batch: Batch) -> Tensor:
+    def score(self, embedded: Rows, batch: Batch) -> Tensor:
         """The logits of every candidate, [C, M] float32."""
         tokens_TD, layout = self.encoder(embedded, batch)
         if layout.longest > self.max_len:
@@ -83,19 +82,6 @@ class RankerTower(nn.Module):
         with torch.autocast(hidden_CD.device.type, enabled=False):
             logits_CM: Tensor = self.head[-1](hidden_CD.float())
         return logits_CM
-
-
-class Ranker(nn.Module):
-    """Tables and tower.  TorchRec's pipeline traces `forward` up to the tables, so the tower stays one call."""
-
-    def __init__(self, tables: Tables, tower: RankerTower) -> None:
-        super().__init__()
-        self.tables = tables
-        self.tower = tower
-
-    def forward(self, batch: Batch) -> tuple[Tensor, RankerOutput]:
-        """Returns the loss of this rank and its detached output."""
-        return self.tower(self.tables(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
 
 
 def build_encoder(
@@ -116,15 +102,14 @@ def build_encoder(
     )
 
 
-def build_ranker(
+def build_ranker_tower(
     config: ModelConfig,
     *,
-    tables: Tables,
     embedding_dim: int,
     context_names: tuple[str, ...],
     action_names: tuple[str, ...],
-) -> Ranker:
-    """The ranker for a data set with these context features and actions.
+) -> RankerTower:
+    """The ranker's tower for a data set with these context features and actions.
 
     Raises:
         ValueError: a task that is no action of the data set.
@@ -142,18 +127,13 @@ def build_ranker(
         context_names=context_names,
         num_actions=len(action_names),
     )
-    return Ranker(
-        tables,
-        RankerTower(
-            encoder=encoder,
-            tower=build_mixture(config, num_context=len(context_names), action_names=action_names),
-            head=build_head(
-                sum(channel.dim for channel in config.channels) or config.dim, config.head_hidden, len(tasks)
-            ),
-            task_bits=tuple(action_names.index(task) for task in tasks),
-            task_weights=config.task_weights or (1.0,) * len(tasks),
-            max_len=config.max_len,
-        ),
+    return RankerTower(
+        encoder=encoder,
+        tower=build_mixture(config, num_context=len(context_names), action_names=action_names),
+        head=build_head(sum(channel.dim for channel in config.channels) or config.dim, config.head_hidden, len(tasks)),
+        task_bits=tuple(action_names.index(task) for task in tasks),
+        task_weights=config.task_weights or (1.0,) * len(tasks),
+        max_len=config.max_len,
     )
 
 

@@ -1,7 +1,7 @@
 """The retriever: predict the next item of a user's events among all items.
 
 Causal layers over item tokens; the output at each event predicts the event behind it.  Training scores the true item
-against sampled ones (sampled softmax); evaluation ranks it among all items (`trainer.retrieval`).
+against sampled ones (sampled softmax); evaluation ranks it among all items (`trainer.tasks.retrieval`).
 
 Shapes: B users, S events of all users, P predictions, N negatives, D model width, E row width of the item table.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from embeddings.tables import Rows, Tables, rows_by_feature
+from embeddings.tables import Rows, rows_by_feature
 from pipelines.batch import ITEM_FEATURE
 from trainer.models.config import ModelConfig
 from trainer.models.hstu import build_tower
@@ -135,19 +135,6 @@ class RetrieverTower(nn.Module):
             return logits.logsumexp(1) - logits[:, 0]
 
 
-class Retriever(nn.Module):
-    """Item table and tower.  TorchRec's pipeline traces `forward` up to the table, so the tower stays one call."""
-
-    def __init__(self, tables: Tables, tower: RetrieverTower) -> None:
-        super().__init__()
-        self.tables = tables
-        self.tower = tower
-
-    def forward(self, batch: RetrievalBatch) -> tuple[Tensor, RetrieverOutput]:
-        """Returns the loss of this rank and its detached output."""
-        return self.tower(self.tables(batch.features), batch)  # type: ignore[no-any-return]  # nn.Module is untyped
-
-
 def rows_with_next(layout: SequenceLayout) -> Tensor:
     """Every event but each user's last, [P]; for layouts without context and candidates."""
     count, count_host = ((lens - 1).clamp(min=0) for lens in (layout.history_lens, layout.history_lens_host))
@@ -169,20 +156,16 @@ def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
     return first[user_P] + index_P
 
 
-def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int) -> Retriever:
-    """The retriever that the config describes."""
+def build_retriever_tower(config: ModelConfig, *, embedding_dim: int) -> RetrieverTower:
+    """The retriever's tower that the config describes."""
     assert config.retrieval is not None
-    tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, num_context=0, max_len=config.max_len)
-    return Retriever(
-        tables,
-        RetrieverTower(
-            tower,
-            dim=config.dim,
-            embedding_dim=embedding_dim,
-            max_len=config.max_len,
-            num_positions=config.input.num_positions,
-            temperature=config.retrieval.temperature,
-            normalise=config.retrieval.normalise,
-            dropout=config.input.dropout,
-        ),
+    return RetrieverTower(
+        build_tower(dim=config.dim, layer=config.layer, stages=config.stages, num_context=0, max_len=config.max_len),
+        dim=config.dim,
+        embedding_dim=embedding_dim,
+        max_len=config.max_len,
+        num_positions=config.input.num_positions,
+        temperature=config.retrieval.temperature,
+        normalise=config.retrieval.normalise,
+        dropout=config.input.dropout,
     )

@@ -6,7 +6,7 @@ import pytest
 from attention_kernels import SemiLocalMask
 from attention_kernels.reference import dense_mask
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
-from trainer.models.flops import allowed_pairs, layer_flops, model_flops, retriever_flops, scaling_efficiency
+from trainer.models.flops import allowed_pairs, layer_flops, ranker_flops, retriever_flops, scaling_efficiency
 
 PAPER = LayerConfig()
 PRODUCTION = LayerConfig(variant="production")
@@ -95,7 +95,7 @@ def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
     )
     ultra = ModelConfig(dim=512, max_len=40000, stages=stages)
     data = {"embedding_dim": 512, "num_context": 0, "num_actions": 8}
-    counts = [model_flops(c, 16384, 1, **data) for c in (config, interleaved, ultra)]
+    counts = [ranker_flops(c, 16384, 1, **data) for c in (config, interleaved, ultra)]
     assert counts[1].attention / counts[0].attention == pytest.approx(4, rel=0.001)
     assert counts[1].projections / counts[0].projections == pytest.approx(2, rel=0.001)
     assert counts[0].training.item() == 3 * counts[0].forward.item()
@@ -105,8 +105,8 @@ def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
 def test_counts_take_arrays_of_lengths() -> None:
     config = ModelConfig(dim=64, max_len=100, stages=(StageConfig(num_layers=2),))
     data = {"embedding_dim": 32, "num_context": 2, "num_actions": 3}
-    both = model_flops(config, np.array([5, 9]), np.array([1, 4]), **data).forward
-    single = [model_flops(config, h, t, **data).forward.item() for h, t in ((5, 1), (9, 4))]
+    both = ranker_flops(config, np.array([5, 9]), np.array([1, 4]), **data).forward
+    single = [ranker_flops(config, h, t, **data).forward.item() for h, t in ((5, 1), (9, 4))]
     assert both.tolist() == single
 
 

@@ -30,8 +30,9 @@ from trainer.models.config import (
     SideFeatureConfig,
     StageConfig,
 )
-from trainer.models.flops import model_flops
-from trainer.models.ranker import Ranker, build_ranker
+from trainer.models.flops import ranker_flops
+from trainer.models.model import Model
+from trainer.models.ranker import build_ranker_tower
 from trainer.recipes import load_recipe
 
 CONTEXT = ("user_id", "country")
@@ -48,7 +49,7 @@ def model_config(**changes: Any) -> ModelConfig:
     return replace(ModelConfig(dim=16, max_len=32, layer=LAYER, stages=STAGES), **changes)
 
 
-def small_ranker(config: ModelConfig, embedding_dim: int = 12, context_names: tuple[str, ...] = CONTEXT) -> Ranker:
+def small_ranker(config: ModelConfig, embedding_dim: int = 12, context_names: tuple[str, ...] = CONTEXT) -> Model:
     torch.manual_seed(0)
     configs = [
         TableConfig(
@@ -60,9 +61,8 @@ def small_ranker(config: ModelConfig, embedding_dim: int = 12, context_names: tu
         for name in (*context_names, "item_id")
     ]
     tables = build_tables(configs, device=torch.device("cpu"))
-    return build_ranker(
-        config, tables=tables, embedding_dim=embedding_dim, context_names=context_names, action_names=ACTIONS
-    )
+    tower = build_ranker_tower(config, embedding_dim=embedding_dim, context_names=context_names, action_names=ACTIONS)
+    return Model(tables, tower)
 
 
 CONFIGS = {
@@ -126,7 +126,7 @@ def test_counted_flops_are_those_of_the_products_that_run(name: str) -> None:
         small_ranker(CONFIGS[name])(batch_of(arrays, context_names=CONTEXT))
     histories = (slice(0, 5), slice(7, 7), slice(10, 19))
     chosen = {"clicks": arrays["action"] & 0b1001, "watched": arrays["side/play_s"]}
-    counted = model_flops(
+    counted = ranker_flops(
         CONFIGS[name],
         np.array([5, 0, 9]),
         np.array([2, 3, 1]),

@@ -11,8 +11,9 @@ from embeddings.tables import build_tables
 from tests.support.batches import NUM_ITEMS, random_batch
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
 from trainer.models.layout import make_layout
+from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
-from trainer.models.retriever import Retriever, build_retriever, evaluated_rows, rows_with_next
+from trainer.models.retriever import build_retriever_tower, evaluated_rows, rows_with_next
 
 HISTORY, CANDIDATES = [3, 1, 0, 5], [1, 0, 2, 1]
 LENS = [4, 1, 2, 6]
@@ -32,7 +33,7 @@ def config(*, share: bool = True, normalise: bool = True, dim: int = 16, max_len
     )
 
 
-def small(model: ModelConfig) -> Retriever:
+def small(model: ModelConfig) -> Model:
     torch.manual_seed(0)
     table = TableConfig(
         name="item_id",
@@ -40,7 +41,8 @@ def small(model: ModelConfig) -> Retriever:
         num_embeddings=NUM_ITEMS,
         features=("item_id", NEGATIVE_FEATURE),
     )
-    return build_retriever(model, tables=build_tables([table], device=torch.device("cpu")), embedding_dim=EMBEDDING_DIM)
+    tower = build_retriever_tower(model, embedding_dim=EMBEDDING_DIM)
+    return Model(build_tables([table], device=torch.device("cpu")), tower)
 
 
 def batch_of(*, share: bool = True, negatives: int = NEGATIVES, world_size: int = 1) -> RetrievalBatch:

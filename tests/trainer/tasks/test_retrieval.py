@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import retrieval
+from trainer.tasks import retrieval
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 49, 50, 64])

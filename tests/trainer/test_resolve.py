@@ -1,16 +1,20 @@
-"""From a configuration and a data set to a model: lengths that do not fit are refused before the start."""
+"""From a configuration and a data set to what follows from them: lengths that do not fit are refused at once."""
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.features import SplitInfo
 from tests.support.datasets import made_up_info
-from trainer.assemble import check_lengths, most_candidates, tasks_of, token_count
+from trainer.build import build_model
+from trainer.models.config import ChannelConfig, StageConfig
 from trainer.recipes import load_recipe
+from trainer.resolve import resolve
 
+SWIPES = ChannelConfig(name="swipes", dim=16, stages=(StageConfig(num_layers=1),), actions=("swipe",))
 COUNTED = {"num_candidates": {"train": {"mean": 7.1, "q100": 9}, "eval": {"mean": 8.0, "q100": 100}}}
 INFO = made_up_info(
     num_items=9,
@@ -38,14 +42,15 @@ def test_candidates_are_bounded_by_what_the_data_says(
 ) -> None:
     recipe = load_recipe("kuairand_sample")
     config = replace(recipe, data=replace(recipe.data, max_candidates=max_candidates))
-    assert most_candidates(config, replace(INFO, details={"statistics": counted})) == expected
+    resolved = resolve(config, replace(INFO, details={"statistics": counted}))
+    assert resolved.most_candidates == expected
 
 
 def test_next_item_data_is_for_retrieval_alone() -> None:
     by_place = replace(INFO, cut="by_place")
-    assert tasks_of(load_recipe("kuairand_retrieval"), by_place) == ()
+    resolve(load_recipe("kuairand_retrieval"), by_place)
     with pytest.raises(ValueError, match="made up is next-item data, cut by place"):
-        tasks_of(load_recipe("kuairand_sample"), by_place)
+        resolve(load_recipe("kuairand_sample"), by_place)
 
 
 @pytest.mark.parametrize(("merge", "longest"), [("add", 1 + 96 + 100), ("interleave", 1 + 2 * 96 + 100)])
@@ -53,11 +58,11 @@ def test_lengths_beyond_the_models_are_refused_before_the_start(merge: Any, long
     recipe = load_recipe("kuairand_sample")
     info = replace(INFO, details={"statistics": COUNTED})
     model = replace(recipe.model, input=replace(recipe.model.input, merge=merge), max_len=longest)
-    check_lengths(replace(recipe, model=model), info)
+    resolve(replace(recipe, model=model), info)
     with pytest.raises(
         ValueError, match=f"below the {longest} tokens.* or lower data.max_history_len or data.max_cand"
     ):
-        check_lengths(replace(recipe, model=replace(model, max_len=longest - 1)), info)
+        resolve(replace(recipe, model=replace(model, max_len=longest - 1)), info)
 
 
 @pytest.mark.parametrize(
@@ -71,4 +76,24 @@ def test_lengths_beyond_the_models_are_refused_before_the_start(merge: Any, long
 def test_tokens_are_counted_as_the_model_makes_them(recipe: str, merge: Any, expected: list[int]) -> None:
     config = load_recipe(recipe)
     config = replace(config, model=replace(config.model, input=replace(config.model.input, merge=merge), max_len=8192))
-    assert token_count(config, INFO)(np.array([5, 0]), np.array([2, 3])).tolist() == expected
+    assert resolve(config, INFO).token_count(np.array([5, 0]), np.array([2, 3])).tolist() == expected
+
+
+def test_initial_values_follow_from_the_seed_and_leave_the_generator_alone() -> None:
+    resolved = resolve(load_recipe("kuairand_sample"), INFO)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = build_model(resolved, torch.device("cpu")).tower.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    again = build_model(resolved, torch.device("cpu")).tower.state_dict()
+    other = build_model(resolve(replace(resolved.config, seed=1), INFO), torch.device("cpu")).tower.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("changes", [{"tasks": ("swipe",)}, {"channels": (SWIPES,), "stages": ()}])
+def test_an_action_that_the_data_lack_is_refused(changes: dict[str, Any]) -> None:
+    recipe = load_recipe("kuairand_sample")
+    with pytest.raises(ValueError, match="swipe"):
+        resolve(replace(recipe, model=replace(recipe.model, **changes)), INFO)

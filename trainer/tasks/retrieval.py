@@ -1,4 +1,4 @@
-"""Rank the next item among all items, on all ranks, beside popularity.
+"""Retrieve the next item: predict it behind every event, and rank it among all items, on all ranks.
 
 The evaluated events are each sample's candidates: every one is predicted from all events in front of it, earlier
 candidates included.  First every rank predicts for its share of the split, then all ranks walk over the corpus
@@ -9,70 +9,135 @@ Shapes: P predictions of this rank, E row width, I items of a chunk.
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from embeddings.tables import rows_by_feature
-from pipelines.baseline import item_counts
+from embeddings.config import TableConfig
+from embeddings.tables import Tables, rows_by_feature
 from pipelines.batch import ITEM_FEATURE, Batch
-from pipelines.config import DataConfig
+from pipelines.features import DatasetInfo
+from pipelines.loader import build_loader
+from trainer.baseline import popularity
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
 from trainer.metrics import CUTOFFS, retrieval_scores
-from trainer.models.negatives import RetrievalBatch, retrieval_batch, retrieval_features
-from trainer.models.retriever import RetrieverTower
+from trainer.models.config import RetrievalConfig
+from trainer.models.flops import retriever_flops
+from trainer.models.model import Model
+from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch, retrieval_features
+from trainer.models.retriever import RetrieverTower, build_retriever_tower
 from trainer.parallelize import ParallelModel
+from trainer.tasks.task import Evaluation, Flops
 
 PREDICTIONS = 4096
 """Predictions that a rank scores at a time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """The task of a configuration with `model.retrieval`."""
+
+    config: TrainConfig
+    info: DatasetInfo
+
+    @property
+    def settings(self) -> RetrievalConfig:
+        """What the configuration says of retrieval."""
+        assert self.config.model.retrieval is not None
+        return self.config.model.retrieval
+
+    @property
+    def tables(self) -> tuple[TableConfig, ...]:
+        """The items' table, in which negatives are looked up too."""
+        return (
+            TableConfig(
+                name=ITEM_FEATURE,
+                num_embeddings=self.info.num_items,
+                embedding_dim=self.config.embedding_dim,
+                features=(ITEM_FEATURE, NEGATIVE_FEATURE),
+            ),
+        )
+
+    @property
+    def tokens_an_event(self) -> int:
+        """Its item."""
+        return 1
+
+    @property
+    def num_context(self) -> int:
+        """The model reads none."""
+        return 0
+
+    @property
+    def flops(self) -> Flops:
+        """Tower, and scores of each prediction's items."""
+        return functools.partial(retriever_flops, self.config.model, embedding_dim=self.config.embedding_dim)
+
+    def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
+        """Each event's item, and the negatives: of a step, or of every prediction."""
+        sharing = samples_per_rank if self.settings.share_negatives else 1 / events
+        return {ITEM_FEATURE: events, NEGATIVE_FEATURE: self.settings.num_negatives / sharing}
+
+    def build(self, tables: Tables) -> Model:
+        """The retriever."""
+        return Model(tables, build_retriever_tower(self.config.model, embedding_dim=self.config.embedding_dim))
+
+    def prepare(self, batch: Batch, mesh: Mesh) -> RetrievalBatch:
+        """All events in one sequence a sample, with negatives."""
+        return self._form(batch, mesh, self.settings.num_negatives)
+
+    def evaluate(self, model: ParallelModel, mesh: Mesh) -> Evaluation:
+        """Hit rate, NDCG and MRR of each candidate's rank among all items, beside popularity.  Called by every rank.
+
+        Memory of a rank: E floats a prediction, the scores of `PREDICTIONS` predictions for `corpus_chunk` items, and
+        with `exclude_seen` two numbers an earlier event.
+        """
+        data, on_gpu = self.config.data, mesh.device.type == "cuda"
+        batches = build_loader(data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu)
+        prepared = (self._form(batch, mesh, 0) for batch in batches)
+        metrics, by_popularity = evaluate_retrieval(model, prepared, popularity(data, mesh), mesh, self.settings)
+        return Evaluation(metrics, retrieval_table(metrics, by_popularity) if mesh.is_first else "")
+
+    def _form(self, batch: Batch, mesh: Mesh, num_negatives: int) -> RetrievalBatch:
+        made = retrieval_batch(
+            batch,
+            num_items=self.info.num_items,
+            num_negatives=num_negatives,
+            shared=self.settings.share_negatives,
+            seed=self.config.seed,
+            world_size=mesh.world_size,
+        )
+        return made.pin_memory() if mesh.device.type == "cuda" else made
+
+
 @torch.no_grad()
 def evaluate_retrieval(
-    model: ParallelModel, batches: Iterable[Batch], config: TrainConfig, num_items: int, mesh: Mesh
+    model: ParallelModel, batches: Iterable[RetrievalBatch], counts: Tensor, mesh: Mesh, settings: RetrievalConfig
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """`hr@10`, `hr@50`, `ndcg@10`, `ndcg@50` and `mrr` of the model and of popularity.  Called by every rank.
+    """`hr@10`, `hr@50`, `ndcg@10`, `ndcg@50` and `mrr` of the model and of the items' `counts`.
 
-    Every rank must get the same number of batches; a batch may be empty.  Memory of a rank: E floats a prediction, the
-    scores of `PREDICTIONS` predictions for `corpus_chunk` items, and with `exclude_seen` two numbers an earlier event.
+    Called by every rank, each with as many batches as the others; a batch may be empty.
     """
-    assert config.model.retrieval is not None
     was_training = model.module.training
     model.module.eval()
     try:
         parts = [
-            _predict(model, retriever_batch(batch, config, num_items, mesh), config, mesh.device)
+            _predict(model, batch.to(mesh.device, non_blocking=True), exclude_seen=settings.exclude_seen)
             for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first)
         ]
         outputs, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
         seen = _join_seen([part[2] for part in parts], [part[0].shape[0] for part in parts])
-        counts = _popularity(config.data, mesh)
-        ranks = _count_better(model, outputs, targets, seen, counts, config.model.retrieval.corpus_chunk)
+        ranks = _count_better(model, outputs, targets, seen, counts, settings.corpus_chunk)
     finally:
         model.module.train(was_training)
     sums = torch.stack([retrieval_scores(rank) for rank in ranks])
     dist.all_reduce(sums)  # every rank; two rows of sums over predictions
-    return tuple(_means(row) for row in sums)  # type: ignore[return-value]  # two rows
-
-
-def retriever_batch(
-    batch: Batch, config: TrainConfig, num_items: int, mesh: Mesh, *, train: bool = False
-) -> RetrievalBatch:
-    """The retriever's form of a batch, with negatives for training."""
-    retrieval = config.model.retrieval
-    assert retrieval is not None
-    made = retrieval_batch(
-        batch,
-        num_items=num_items,
-        num_negatives=retrieval.num_negatives if train else 0,
-        shared=retrieval.share_negatives,
-        seed=config.seed,
-        world_size=mesh.world_size,
-    )
-    return made.pin_memory() if mesh.device.type == "cuda" else made
+    of_model, of_popularity = (_means(row) for row in sums)
+    return of_model, of_popularity
 
 
 def retrieval_table(model: dict[str, float], popularity: dict[str, float]) -> str:
@@ -85,23 +150,19 @@ def retrieval_table(model: dict[str, float], popularity: dict[str, float]) -> st
     return "\n".join([header, "-" * len(header), *rows])
 
 
-def _predict(
-    model: ParallelModel, batch: RetrievalBatch, config: TrainConfig, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(outputs [P, E], true items [P], pairs (prediction, earlier item) as [2, pairs]) of a batch."""
-    assert config.model.retrieval is not None
-    on_device = batch.to(device, non_blocking=True)
-    _, output = model.forward(on_device)
-    rows = output.rows
+def _predict(model: ParallelModel, batch: RetrievalBatch, *, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(outputs [P, E], true items [P], pairs (prediction, earlier item) as [2, pairs]) of a batch on the device."""
+    _, output = model.forward(batch)
+    rows, device = output.rows, output.rows.device
     seen = torch.zeros(2, 0, dtype=torch.long, device=device)
-    if config.model.retrieval.exclude_seen and rows.numel():
-        ends = torch.cumsum(on_device.lens, 0)
-        starts = (ends - on_device.lens)[torch.searchsorted(ends, rows, right=True)]
+    if exclude_seen and rows.numel():
+        ends = torch.cumsum(batch.lens, 0)
+        starts = (ends - batch.lens)[torch.searchsorted(ends, rows, right=True)]
         lens = rows + 1 - starts
         prediction = torch.repeat_interleave(torch.arange(rows.numel(), device=device), lens)
         place = torch.arange(prediction.numel(), device=device) - (torch.cumsum(lens, 0) - lens)[prediction]
-        seen = torch.stack([prediction, on_device.item_ids[starts[prediction] + place]])
-    return output.outputs, on_device.item_ids[rows + 1], seen
+        seen = torch.stack([prediction, batch.item_ids[starts[prediction] + place]])
+    return output.outputs, batch.item_ids[rows + 1], seen
 
 
 def _join_seen(parts: list[Tensor], sizes: list[int]) -> Tensor:
@@ -168,19 +229,6 @@ def _item_vectors(model: ParallelModel, first: int, last: int, device: torch.dev
     rows = rows_by_feature(model.tables(features))[ITEM_FEATURE].values()
     assert isinstance(model.dense, RetrieverTower)
     return model.dense.unit(rows)
-
-
-def _popularity(data: DataConfig, mesh: Mesh) -> Tensor:
-    """How often each item stands in the training split, of which every rank reads its share."""
-    counts = _item_counts(data, mesh.rank, mesh.world_size).to(mesh.device, copy=True)
-    dist.all_reduce(counts)  # every rank
-    return counts
-
-
-@functools.cache
-def _item_counts(data: DataConfig, rank: int, world_size: int) -> Tensor:
-    """The same at every evaluation of a run."""
-    return torch.from_numpy(item_counts(data, rank, world_size))
 
 
 def _means(sums: Tensor) -> dict[str, float]:

@@ -1,0 +1,65 @@
+"""From a resolved run to its model: the single-process one, where its tables go, and the parallel one."""
+
+from pathlib import Path
+
+import torch
+
+from embeddings.machine import Machine
+from embeddings.plan import Plan
+from embeddings.plan_file import read_plan
+from embeddings.planner import plan_tables
+from embeddings.sharding import to_sharding_plan
+from embeddings.tables import build_tables
+from trainer.command_line import WrongUse
+from trainer.mesh import Mesh
+from trainer.models.model import Model
+from trainer.parallelize import ParallelModel, parallelize
+from trainer.resolve import Resolved
+
+
+def build_model(resolved: Resolved, device: torch.device) -> Model:
+    """The model with its tables on the meta device and its dense parameters on `device`.
+
+    Their values are a function of the run's seed, drawn on the CPU: equal on every rank and every kind of device.
+    """
+    tables = build_tables(resolved.tables, device=torch.device("meta"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(resolved.config.seed)
+        model = resolved.task.build(tables)
+    model.tower.to(device)
+    return model
+
+
+def machine_of(mesh: Mesh) -> Machine:
+    """The machines that this job runs on, as the planner sees them."""
+    memory = torch.cuda.get_device_properties(mesh.device).total_memory if mesh.device.type == "cuda" else None
+    return Machine(
+        world_size=mesh.world_size,
+        local_world_size=mesh.local_world_size,
+        compute_device=mesh.device.type,
+        hbm_gib=None if memory is None else memory / 2**30,
+    )
+
+
+def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = None) -> Plan:
+    """Read the plan of `plan_file`, checked against tables and machine, or make one.  Every rank makes the same."""
+    if plan_file is not None:
+        try:
+            return read_plan(plan_file, tables=resolved.tables, machine=machine)
+        except ValueError as error:
+            raise WrongUse(str(error)) from None
+    return plan_tables(
+        # It tells how much memory the dense parameters take.
+        build_model(resolved, torch.device("meta")),
+        resolved.tables,
+        machine=machine,
+        placement=resolved.config.placement,
+        optimizer=resolved.config.sparse_optimizer,
+        load=resolved.lookup_load(machine.world_size),
+    )
+
+
+def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:
+    """The model, sharded as `plan` says, with initial values.  Called by every rank, with the same plan."""
+    model = build_model(resolved, mesh.device)
+    return parallelize(model, to_sharding_plan(plan, model), resolved.config, mesh)

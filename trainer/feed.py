@@ -1,0 +1,49 @@
+"""Hands batches to the pipeline in the form that the task's model reads, and remembers what it handed out.
+
+The pipeline pulls batches ahead of the step that trains on them; the record says what each step consumed.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from torchrec.streamable import Pipelineable
+
+from pipelines.batch import Batch
+from trainer.mesh import Mesh
+from trainer.recorder import Consumed
+from trainer.resolve import Resolved
+
+
+class Feed:
+    """An iterator over prepared batches."""
+
+    def __init__(self, batches: Iterator[Batch], resolved: Resolved, mesh: Mesh) -> None:
+        self._batches, self._resolved, self._mesh = batches, resolved, mesh
+        self._in_flight: deque[Consumed] = deque()
+
+    def __iter__(self) -> Iterator[Pipelineable]:
+        return self
+
+    def __next__(self) -> Pipelineable:
+        batch = next(self._batches)
+        self._in_flight.append(describe(batch, self._resolved))
+        return self._resolved.task.prepare(batch, self._mesh)
+
+    def done(self) -> Consumed:
+        """Take the oldest batch off the record: its step has been taken."""
+        return self._in_flight.popleft()
+
+
+def describe(batch: Batch, resolved: Resolved) -> Consumed:
+    """What is noted of a batch: little, for it delays the launch of a step."""
+    return Consumed(
+        position=batch.position,
+        samples=batch.global_samples,
+        # Copies: views would keep the whole batch's memory.
+        history_lens=batch.history_lens_host.numpy().copy(),
+        num_candidates=batch.num_candidates_host.numpy().copy(),
+        channel_history_lens={
+            name: choice.history_lens(batch).numpy() for name, choice in resolved.selective_channels.items()
+        },
+        imbalance=batch.imbalance,
+    )

@@ -1,0 +1,118 @@
+"""Everything that follows from a configuration and its data, computed once: task, tables, lengths, costs."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from embeddings.config import TableConfig
+from embeddings.plan import BatchLoad
+from pipelines.columns import IntArray
+from pipelines.features import DatasetInfo
+from trainer.config import TrainConfig
+from trainer.models.flops import Count, training_flops
+from trainer.models.transducers import EventChoice, event_choices
+from trainer.tasks.ranking import Ranking
+from trainer.tasks.retrieval import Retrieval
+from trainer.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A run as its parts need it."""
+
+    config: TrainConfig
+    """What the user stated."""
+    info: DatasetInfo
+    """What the data hold."""
+    task: Task
+    """What the model is trained for."""
+    tables: tuple[TableConfig, ...]
+    """The task's tables."""
+    num_context: int
+    """Context tokens of a sample."""
+    tokens_an_event: int
+    """Tokens of an event of the history; a candidate is one."""
+    most_candidates: int
+    """Candidates of a sample at most, as far as the data's description says."""
+    selective_channels: dict[str, EventChoice]
+    """What a channel sees, for channels that do not see all events."""
+    training_flops: functools.partial[Count]
+    """FLOPs of a training step by sample, from history lengths and numbers of candidates and, by keyword,
+    `channel_history_lens`, without which every channel counts as if it saw all events."""
+    balanced_cost: functools.partial[Count]
+    """The same with `data.attention_cost`: how much time a sample takes, by which batches are balanced."""
+
+    def token_count(self, history_lens: IntArray, num_candidates: IntArray) -> IntArray:
+        """Tokens that the model makes of samples."""
+        return np.asarray(self.tokens_an_event * history_lens + num_candidates + self.num_context)
+
+    def lookup_load(self, world_size: int) -> BatchLoad:
+        """How many ids a rank looks up a step, from the sizes of the training split."""
+        split, data = self.info.splits["train"], self.config.data
+        samples = max(1, split.samples)
+        history = min(split.history_events / samples, data.max_history_len)
+        events = max(1.0, history + split.candidates / samples)
+        samples_per_rank = math.ceil(data.global_batch_size / world_size)
+        return BatchLoad(
+            samples_per_rank=samples_per_rank, ids_per_sample=self.task.ids_per_sample(events, samples_per_rank)
+        )
+
+
+def resolve(config: TrainConfig, info: DatasetInfo) -> Resolved:
+    """What follows from this configuration and this data.
+
+    Raises:
+        ValueError: the model predicts or selects by an action that the data set does not have, or context, history and
+            candidates may be longer than `model.max_len`.
+    """
+    task = make_task(config, info)
+    flops = functools.partial(training_flops, flops=task.flops)
+    choices = event_choices(config.model, info.actions)
+    resolved = Resolved(
+        config=config,
+        info=info,
+        task=task,
+        tables=task.tables,
+        num_context=task.num_context,
+        tokens_an_event=task.tokens_an_event,
+        most_candidates=_most_candidates(config, info),
+        selective_channels={name: choice for name, choice in choices.items() if not choice.selects_all},
+        training_flops=flops,
+        balanced_cost=functools.partial(flops, attention_cost=config.data.attention_cost),
+    )
+    _check_lengths(resolved)
+    return resolved
+
+
+def make_task(config: TrainConfig, info: DatasetInfo) -> Task:
+    """What the configuration asks a model to be trained for."""
+    if config.model.retrieval is not None:
+        return Retrieval(config, info)
+    return Ranking(config, info)
+
+
+def _check_lengths(resolved: Resolved) -> None:
+    """The model's constant `max_len` must hold the sequences that the data settings allow."""
+    longest_history, max_len = resolved.config.data.max_history_len, resolved.config.model.max_len
+    num_context, tokens_an_event = resolved.num_context, resolved.tokens_an_event
+    longest = num_context + tokens_an_event * longest_history + resolved.most_candidates
+    if longest > max_len:
+        raise ValueError(
+            f"model.max_len={max_len} is below the {longest} tokens of the longest sequence ({num_context} context, "
+            f"{tokens_an_event} x {longest_history} history, {resolved.most_candidates} candidates): raise "
+            "model.max_len, or lower data.max_history_len or data.max_candidates"
+        )
+
+
+def _most_candidates(config: TrainConfig, info: DatasetInfo) -> int:
+    """Data that others prepared may not say it: then this is their mean, and the model itself refuses a longer sequence
+    when it comes."""
+    counted = info.details.get("statistics", {}).get("num_candidates", {})
+    prepared = max((split["q100"] for split in counted.values() if split), default=None)
+    if prepared is None:
+        prepared = max(
+            [math.ceil(split.candidates / max(1, split.samples)) for split in info.splits.values()], default=1
+        )
+    return max(1, prepared if config.data.max_candidates is None else min(prepared, config.data.max_candidates))

@@ -1,0 +1,101 @@
+"""Rank candidates: one logit for each of a sample's candidates and each action that the model predicts."""
+
+import functools
+from dataclasses import dataclass
+
+from embeddings.config import TableConfig
+from embeddings.tables import Tables
+from pipelines.batch import ITEM_FEATURE, Batch
+from pipelines.features import DatasetInfo
+from pipelines.loader import build_loader
+from trainer.baseline import baseline_metrics
+from trainer.config import TrainConfig
+from trainer.evaluate import comparison_table, evaluate
+from trainer.mesh import Mesh
+from trainer.models.flops import ranker_flops
+from trainer.models.model import Model
+from trainer.models.ranker import build_ranker_tower
+from trainer.parallelize import ParallelModel
+from trainer.tasks.task import Evaluation, Flops
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The task of a configuration without `model.retrieval`."""
+
+    config: TrainConfig
+    info: DatasetInfo
+
+    def __post_init__(self) -> None:
+        if self.info.cut == "by_place":
+            raise ValueError(
+                f"{self.info.name} is next-item data, cut by place (--leave-last): its histories may reach the time of "
+                "their candidates, which shows a ranker its labels; prepare it without --leave-last, or train retrieval"
+            )
+        for action in self.actions:
+            self.info.action_bit(action)
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """The actions that the model predicts.  Making the task raises ValueError if the data set lacks one."""
+        return self.info.actions if self.config.model.tasks is None else self.config.model.tasks
+
+    @property
+    def tables(self) -> tuple[TableConfig, ...]:
+        """One table for the items, shared by history and candidates, and one for each context feature."""
+        sizes = {ITEM_FEATURE: self.info.num_items, **self.info.context_features}
+        return tuple(
+            TableConfig(name=feature, num_embeddings=rows, embedding_dim=self.config.embedding_dim, features=(feature,))
+            for feature, rows in sizes.items()
+        )
+
+    @property
+    def tokens_an_event(self) -> int:
+        """Item and action, apart or added up."""
+        return 2 if self.config.model.input.merge == "interleave" else 1
+
+    @property
+    def num_context(self) -> int:
+        """One a context feature."""
+        return len(self.info.context_features)
+
+    @property
+    def flops(self) -> Flops:
+        """Encoder, towers and head."""
+        return functools.partial(
+            ranker_flops,
+            self.config.model,
+            embedding_dim=self.config.embedding_dim,
+            num_context=self.num_context,
+            num_actions=len(self.info.actions),
+        )
+
+    def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
+        """Each event's and candidate's item."""
+        return {ITEM_FEATURE: events}
+
+    def build(self, tables: Tables) -> Model:
+        """The ranker; untrained, it predicts the rates of the training split, where the data's description has them."""
+        tower = build_ranker_tower(
+            self.config.model,
+            embedding_dim=self.config.embedding_dim,
+            context_names=tuple(self.info.context_features),
+            action_names=self.info.actions,
+        )
+        rates = self.info.details.get("statistics", {}).get("action_rates")
+        if rates is not None:
+            tower.start_at_rates([rates[action] for action in self.actions])
+        return Model(tables, tower)
+
+    def prepare(self, batch: Batch, mesh: Mesh) -> Batch:
+        """The data's batch as it is."""
+        return batch
+
+    def evaluate(self, model: ParallelModel, mesh: Mesh) -> Evaluation:
+        """NE, AUC and GAUC of each action, beside the rates of items and users.  Called by every rank."""
+        data, on_gpu = self.config.data, mesh.device.type == "cuda"
+        batches = build_loader(data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu)
+        metrics = evaluate(model, batches, self.actions, mesh)
+        baseline = baseline_metrics(data, self.actions, mesh)
+        table = comparison_table(metrics, baseline, self.actions) if mesh.is_first else ""
+        return Evaluation(metrics, table)

@@ -1,0 +1,67 @@
+"""What every task is to the rest of the trainer: its tables, its model, its form of a batch, its costs, its evaluation.
+
+A task is made once, in `trainer.resolve`; nothing else asks which one a run has.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torchrec.streamable import Pipelineable
+
+from embeddings.config import TableConfig
+from embeddings.tables import Tables
+from pipelines.batch import Batch
+from trainer.mesh import Mesh
+from trainer.models.flops import FlopCount
+from trainer.models.model import Model
+from trainer.parallelize import ParallelModel
+
+Flops = Callable[..., FlopCount]
+"""The model's FLOPs by sample, from history lengths, numbers of candidates and, by keyword, `channel_history_lens`: the
+events that a channel selects, for channels that do not see all.  It goes to reader processes, so it is no closure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found, on every rank; the first rank shows it."""
+
+    metrics: Mapping[str, float]
+    """The model's numbers by name; NaN where the data leave one undefined."""
+    table: str
+    """The same beside the baseline's, for people; empty on all ranks but the first."""
+
+
+class Task(Protocol):
+    """One thing that a model is trained for."""
+
+    @property
+    def tables(self) -> tuple[TableConfig, ...]:
+        """The tables that its model looks up in."""
+
+    @property
+    def tokens_an_event(self) -> int:
+        """Tokens that the model makes of an event of the history; a candidate is one."""
+
+    @property
+    def num_context(self) -> int:
+        """Context tokens of a sample."""
+
+    @property
+    def flops(self) -> Flops:
+        """What the model computes for samples of given lengths."""
+
+    def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
+        """Ids that a sample of so many events and candidates looks up, by feature; features left out look up one.
+
+        `samples_per_rank` share what a step looks up once.
+        """
+
+    def build(self, tables: Tables) -> Model:
+        """The single-process model over these tables, its dense parameters drawn from the global generator."""
+
+    def prepare(self, batch: Batch, mesh: Mesh) -> Pipelineable:
+        """A training batch of the data in the form that the model reads, still in host memory."""
+
+    def evaluate(self, model: ParallelModel, mesh: Mesh) -> Evaluation:
+        """Score the evaluation split, beside what knows no sequences.  Called by every rank."""
