@@ -107,7 +107,9 @@ def _parser() -> OneLineParser:
     for dataset, (options, _) in FORMATS.items():
         texts = _explanations(options)
         for field in fields(options):
-            parser.add_argument(_flag(field.name), help=f"{dataset} only. {texts[field.name]}")
+            action = "store_true" if field.type is bool else "store"
+            text = f"{dataset} only. {texts[field.name]}"
+            parser.add_argument(_flag(field.name), action=action, default=None, help=text)
     return parser
 
 

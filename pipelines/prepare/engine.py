@@ -52,11 +52,30 @@ def quoted(name: str) -> str:
 
 
 def find_files(source: Path, pattern: str) -> list[Path]:
-    """Files anywhere under `source` whose name, less a compression suffix, matches the glob `pattern`."""
+    """Files of data anywhere under `source` whose name, less a compression suffix, matches the glob `pattern`.
+
+    Left out, as other engines do: names that begin with `_` or `.`, of files and of folders (but folders `key=value`),
+    and compressed copies of a file that lies beside them.
+    """
     if not source.is_dir():
         raise ValueError(f"--source {source} is not a folder")
     found = {path for suffix in ("", *COMPRESSIONS) for path in source.rglob(pattern + suffix) if path.is_file()}
-    return sorted(found)
+    chosen: dict[Path, Path] = {}
+    for path in sorted(found, key=lambda path: (path.suffix in COMPRESSIONS, path)):
+        if not is_data(path.relative_to(source)):
+            continue
+        plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+        if chosen.setdefault(plain, path) != path:
+            logger.info("%s is not read: %s is the same file", path, chosen[plain].name)
+    return sorted(chosen.values())
+
+
+def is_data(path: Path) -> bool:
+    """Whether a path within a source names data: no part of it is hidden, or kept by an engine for itself."""
+    *folders, name = path.parts
+    return not name.startswith(("_", ".")) and not any(
+        folder.startswith(".") or (folder.startswith("_") and "=" not in folder) for folder in folders
+    )
 
 
 def require_files(source: Path, pattern: str, what: str) -> list[Path]:
@@ -78,7 +97,7 @@ def plain_file(path: Path, scratch: Path) -> Path:
     try:
         with opener(path) as compressed, copy.open("wb") as plain:
             shutil.copyfileobj(compressed, plain, 1 << 20)
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} cannot be decompressed: {error}") from error
     return copy
 
@@ -247,5 +266,7 @@ def _open_zip(path: Path) -> BinaryIO:
     return cast(BinaryIO, archive.open(members[0]))
 
 
+DAMAGED = (lzma.LZMAError, EOFError, gzip.BadGzipFile, zipfile.BadZipFile)
+"""What decompressing a file that is not whole ends in."""
 COMPRESSIONS: Mapping[str, Callable[[Path], BinaryIO]] = {".xz": _open_xz, ".gz": _open_gz, ".zip": _open_zip}
 """Openers of compressed text, by the last part of the file's name."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,3 +25,5 @@ class Description:
     """Values behind the ids 1, 2, ... of a context feature."""
     history_features: tuple[str, ...] = ()
     """Further columns of `events` that go into histories."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else `dataset.json` is to say."""

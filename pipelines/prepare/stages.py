@@ -89,10 +89,16 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
     details = {
         "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, **left_out, **of_samples},
-        "context_values": {name: list(values) for name, values in about.context_values.items()},
+        **(
+            {"context_values": {name: list(values) for name, values in about.context_values.items()}}
+            if about.context_values
+            else {}
+        ),
+        **about.details,
     }
     keys = {}
-    for name, space in (("item_ids", ITEM_SPACE), ("user_ids", USER_ID)):
+    for space in (ITEM_SPACE, USER_ID, *about.context_features):
+        name = "user_ids" if space == USER_ID else f"{space}_ids"
         if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
             keys[space] = f"{name}.parquet"
             connection.execute(f"COPY {name} TO {literal(str(folder / keys[space]))} (FORMAT parquet)")

@@ -13,6 +13,14 @@ from pyarrow import csv
 from tests.pipelines.test_prepare import prepare, read_back, rows_of, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
+HOUR = 1_699_999_200
+"""The beginning of an hour in 2023."""
+
+
+def keys_of(out: Path, space: str) -> dict[int, object]:
+    """The key behind each id of a space."""
+    rows = pq.read_table(out / f"{space}_ids.parquet").to_pylist()
+    return {row[f"{space}_id"]: row[f"{space}_key"] for row in rows}
 
 
 def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
@@ -34,7 +42,8 @@ def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
     options += ["--history-columns", "dwell"]
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert info["context_values"] == {"land": ["de", "fr"]}
+    assert keys_of(tmp_path / "out", "land") == {1: "de", 2: "fr"}
+    assert "context_values" not in info
     assert info["actions"] == ["view", "buy"]
     assert {mask for row in rows_of(tmp_path / "out", "eval") for mask in row["candidate_action"]} == {1, 2}
     assert read_back(tmp_path / "out") == sum(split["samples"] for split in info["splits"].values())
@@ -61,7 +70,7 @@ def test_the_documented_command_prepares_a_log_of_that_form(tmp_path: Path, docu
 
 
 def test_event_log_refuses_an_unknown_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,a", "1,2,3,view", "1,2,4,sneeze"])
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,a", f"1,2,{HOUR},view", f"1,2,{HOUR},sneeze"])
     options = ["--user-column", "u", "--item-column", "i", "--time-column", "t"]
     options += ["--action-columns", "a", "--action-values", "view"]
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 1
@@ -72,7 +81,7 @@ def test_event_log_refuses_an_unknown_action(tmp_path: Path, capsys: pytest.Capt
 def test_event_log_refuses_a_label_that_is_not_a_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str
 ) -> None:
-    table = pa.table({"u": [1, 1], "i": [2, 3], "t": [4, 5], "like": [1.0, float("nan")]})
+    table = pa.table({"u": [1, 1], "i": [2, 3], "t": [HOUR, HOUR + 1], "like": [1.0, float("nan")]})
     (tmp_path / "in").mkdir()
     (csv.write_csv if stored == "csv" else pq.write_table)(table, tmp_path / "in" / f"log.{stored}")
     options = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
@@ -84,18 +93,24 @@ def test_event_log_refuses_a_label_that_is_not_a_number(
 
 
 def test_a_context_feature_is_the_first_known_value(tmp_path: Path) -> None:
-    lines = [f"1,{item},{100 + item},1,{land}" for item, land in enumerate(["", "fr", "de", "de"])]
+    lines = [f"1,{item},{HOUR + item},1,{land}" for item, land in enumerate(["", "fr", "de", "de"])]
     write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like,land", *lines])
     options = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
-    options += ["--context-columns", "land", "--split-time", "103"]
+    options += ["--context-columns", "land", "--split-time", str(HOUR + 3)]
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
-    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     [row] = rows_of(tmp_path / "out", "eval")
-    assert info["context_values"]["land"][row["land"] - 1] == "fr"
+    assert keys_of(tmp_path / "out", "land")[row["land"]] == "fr"
 
 
 COLUMNS = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
-LOG = {"u": [1] * 4, "i": [2, 3, 4, 5], "t": [100, 200, 300, 4000], "like": [1, 0, 1, 0], "dwell": [1, 2, 3, 4]}
+SECONDS = (100, 200, 300, 4000)
+LOG = {
+    "u": [1] * 4,
+    "i": [2, 3, 4, 5],
+    "t": [HOUR + second for second in SECONDS],
+    "like": [1, 0, 1, 0],
+    "dwell": [1, 2, 3, 4],
+}
 
 
 @pytest.mark.parametrize("stored", ["csv", "parquet"])
@@ -104,16 +119,17 @@ LOG = {"u": [1] * 4, "i": [2, 3, 4, 5], "t": [100, 200, 300, 4000], "like": [1, 
     [
         ("like", [1.0, 0.0, 0.7, 0.0], "3: label like must be 0 or 1 (1 such row(s))"),
         ("like", [1, 0, None, 0], "3: label like must be 0 or 1"),
-        ("t", [100.0, 200.0, 300.5, 4000.0], "3: t must hold whole numbers of s since 1970"),
-        ("t", [100, 200, -1, 4000], "3: t must hold whole numbers of s since 1970, none negative"),
-        ("t", [100, 200, None, 4000], "3: t must hold whole numbers of s since 1970, none negative or missing"),
+        ("t", [HOUR, HOUR, HOUR + 0.5, HOUR], "3: t must hold whole numbers of s since 1970"),
+        ("t", [HOUR, HOUR, -1, HOUR], "3: t must hold whole numbers of s since 1970, none negative"),
+        ("t", [HOUR, HOUR, None, HOUR], "3: t must hold whole numbers of s since 1970, none negative or missing"),
         ("t", [datetime(2024, 1, day) for day in (1, 2, 3, 4)], "1: t must hold whole numbers of s"),
         (
             "t",
             [1_700_000_000_000 + step for step in range(4)],
             "1: t lies after the year 2100: is --time-unit s right?",
         ),
-        ("dwell", [1.0, 2.0, 3.5, 4.0], "3: dwell must hold whole numbers"),
+        ("dwell", ["1.0", "2.0", "long", "4.0"], "3: dwell must hold finite numbers (1 such row(s)); got 'long'"),
+        ("dwell", [1.0, 2.0, float("inf"), 4.0], "3: dwell must hold finite numbers"),
         ("u", [1, 1, None, 1], "3: u must not be missing"),
         ("i", [1, 1, None, 1], "3: i must not be missing"),
     ],
@@ -133,7 +149,7 @@ def test_a_value_that_would_have_to_be_guessed_is_refused_by_file_and_row(
 @pytest.mark.parametrize("stored", ["csv", "parquet"])
 def test_dates_and_times_are_read_in_utc_or_in_their_zone(tmp_path: Path, stored: str) -> None:
     begin = datetime(2024, 1, 1)
-    naive = [begin + timedelta(seconds=second) for second in LOG["t"]]
+    naive = [begin + timedelta(seconds=second) for second in SECONDS]
     zone = timezone(timedelta(hours=2))
     zoned = [moment.replace(tzinfo=UTC).astimezone(zone) for moment in naive]
     (tmp_path / "in").mkdir()
@@ -151,7 +167,7 @@ def test_dates_and_times_are_read_in_utc_or_in_their_zone(tmp_path: Path, stored
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
     rows = rows_of(tmp_path / "out", "eval")
     assert [row["history_timestamp"] + row["candidate_timestamp"] for row in rows] == [
-        [first + second for second in LOG["t"]]
+        [first + second for second in SECONDS]
     ] * 2
 
 
@@ -159,7 +175,7 @@ def test_dates_and_times_are_read_in_utc_or_in_their_zone(tmp_path: Path, stored
 def test_labels_of_a_parquet_file_may_be_truth_values_or_floats(tmp_path: Path, labels: list[object]) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({**LOG, "like": labels}), tmp_path / "in" / "log.parquet")
-    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--split-time", "3600") == 0
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--split-time", str(HOUR + 3600)) == 0
     [row] = rows_of(tmp_path / "out", "eval")
     assert row["history_action"] + row["candidate_action"] == [1, 0, 1, 0]
 
@@ -176,7 +192,7 @@ def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.Cap
         (b"u,i,t,like,like\n1,2,3,1,1\n", "log.csv: the header names like more than once"),
         (
             b"u;i;t;like\n1;2;3;1\n",
-            "log.csv: the header lacks the column(s) u, i, t, like; divided at commas, it has u;i",
+            "log.csv lacks the column(s) u, i, t, like; divided at commas, it has u;i",
         ),
         (b"u,i,t,like\n1,2,3,1\n\xe9,2,3,1\n", "log.csv, line 3: Invalid unicode"),
         (b"u,i,t,like\n1,2,3,1\n1,2\n", "log.csv, line 3: Expected Number of Columns: 4 Found: 2"),
@@ -195,14 +211,14 @@ def test_a_malformed_csv_file_is_one_clear_error(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--history-columns", "rank"], "column rank cannot be a context or history column under this name"),
-        (["--context-columns", "user_id"], "column user_id cannot be a context or history column"),
-        (["--context-columns", "history_length"], "column history_length cannot be a context or history column"),
-        (["--context-columns", "land", "--history-columns", "land"], "column land is named twice"),
+        (["--context-columns", "user_id"], "the sample column cannot be called user_id, which says whose a sample is"),
+        (["--context-columns", "history_length"], "the sample column cannot be called history_length"),
+        (["--history-columns", "timestamp"], "the event column cannot be called 'timestamp'; rename it"),
+        (["--context-columns", "land,land"], "the sample column land is named twice"),
         (["--action-columns", ",".join(f"a{bit}" for bit in range(32))], "at most 31 actions fit into a bit mask"),
         (["--action-columns", "like,like"], "each action must be named once, got like, like"),
-        (["--item-column", "u"], "--user-column, --item-column and --time-column name u, u, t"),
-        (["--time-unit", "min"], "--time-unit must be one of s, ms, us, ns, timestamp, got min"),
+        (["--item-column", "u"], "user, item and time are the columns u, u, t"),
+        (["--time-unit", "min"], "the time unit must be one of s, ms, us, ns, timestamp, got min"),
     ],
 )
 def test_columns_that_cannot_be_are_wrong_use(
@@ -216,12 +232,14 @@ def test_columns_that_cannot_be_are_wrong_use(
 
 def test_a_context_feature_may_have_very_many_values(tmp_path: Path) -> None:
     users = np.arange(30_000)
-    table = pa.table({"u": np.repeat(users, 2), "i": np.tile([1, 2], 30_000), "t": np.tile([100, 4000], 30_000)})
+    table = pa.table(
+        {"u": np.repeat(users, 2), "i": np.tile([1, 2], 30_000), "t": np.tile([HOUR, HOUR + 4000], 30_000)}
+    )
     table = table.append_column("like", pa.array(np.ones(60_000, np.int64)))
     table = table.append_column("device", pa.array([f"device {user:05d}" for user in np.repeat(users, 2)]))
     (tmp_path / "in").mkdir()
     pq.write_table(table, tmp_path / "in" / "log.parquet")
-    options = [*COLUMNS, "--context-columns", "device", "--split-time", "3600", "--min-history", "0"]
+    options = [*COLUMNS, "--context-columns", "device", "--split-time", str(HOUR + 3600), "--min-history", "0"]
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["spaces"]["device"]["rows"] == 30_001
-    assert all(row["device"] == row["user_id"] + 1 for row in rows_of(tmp_path / "out", "eval"))
+    assert all(row["device"] == row["user_id"] for row in rows_of(tmp_path / "out", "eval"))

@@ -223,10 +223,10 @@ def test_equal_times_without_an_order_are_in_one_that_says_nothing(tmp_path: Pat
 def test_files_of_a_log_are_taken_by_name_not_as_they_were_written(tmp_path: Path, files: tuple[str, str]) -> None:
     halves = {"a.csv": range(0, 10), "b.csv": range(10, 20)}
     for name in files:
-        lines = [f"1,{item},{1000 + item // 5},1" for item in halves[name]]
+        lines = [f"1,{item},{10**9 + item // 5},1" for item in halves[name]]
         write_lines(tmp_path / "in" / name, ["u,i,t,like", *lines])
     options = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
-    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options, "--split-time", "1003") == 0
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options, "--split-time", str(10**9 + 3)) == 0
     [row] = rows_of(tmp_path / "out", "eval")
     assert [item for item, _, _ in events_of(tmp_path / "out", row, "history")] == list(range(15))
 

@@ -1,0 +1,210 @@
+"""Files of a log or of attributes: what each holds is known before any is read.
+
+Parquet files hold typed columns; of CSV files every column is text; of files of JSON lines every field is text or a
+list of texts.  The folders `key=value` that a file lies in are columns of text, too.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+from urllib.parse import unquote
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.prepare.engine import COMPRESSIONS, DAMAGED, execute, find_files, literal, plain_file, quoted
+from pipelines.prepare.readings import TEXT, Stored
+
+FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
+JSON = ".json"
+"""Read where a folder holds no file of FORMATS: a description of the data often ends in it."""
+REJECTED = "longview_rejected"
+"""Table of lines that are no rows."""
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+"""What a folder `key=value` says where the value is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogFile:
+    """One file, and what it holds."""
+
+    path: Path
+    """Where it lies; perhaps compressed."""
+    kind: str
+    """The suffix, less that of a compression."""
+    columns: Sequence[tuple[str, str]]
+    """(name, SQL type) of its columns, in order."""
+    folders: Mapping[str, str | None]
+    """Values of the folders `key=value` that it lies in, of which the file has no column."""
+
+    @property
+    def row_name(self) -> str:
+        """How messages call a row."""
+        return "row" if self.kind == ".parquet" else "line"
+
+    @property
+    def first_row(self) -> int:
+        """The number that messages give to the first row; a CSV file's line 1 is its header."""
+        return 2 if self.kind == ".csv" else 1
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The SQL type of each column, those of the folders included."""
+        return {**dict.fromkeys(self.folders, TEXT), **dict(self.columns)}
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise ValueError if the file lacks one of these columns, or has several of the name."""
+        types, wanted = self.types, list(dict.fromkeys(names))
+        lacking = [name for name in wanted if name not in types]
+        if lacking:
+            divided = "divided at commas, it has" if self.kind == ".csv" else "it has"
+            raise ValueError(f"{self.path} lacks the column(s) {', '.join(lacking)}; {divided} {', '.join(types)}")
+        for name in wanted:
+            if sum(name.lower() == other.lower() for other, _ in self.columns) > 1:
+                raise ValueError(f"{self.path} has several columns {name}, in large or small letters; rename one")
+
+    def stored(self, name: str) -> Stored:
+        """How the file stores a column that it has."""
+        return Stored(path=self.path, name=name, type=self.types[name])
+
+    @contextmanager
+    def reader(self, scratch: Path, *, skip_invalid: bool = False) -> Iterator[str]:
+        """SQL of a table with the file's columns; meanwhile, what is compressed lies unpacked in `scratch`.
+
+        With `skip_invalid`, lines that are no rows are left out of a CSV file (see `rejected`), and are rows without
+        values in a JSON file.
+        """
+        with _plain(self.path, scratch) as plain:
+            further = "".join(
+                f", {literal(value) if value is not None else 'NULL'}::{TEXT} AS {quoted(name)}"
+                for name, value in self.folders.items()
+            )
+            yield f"(SELECT *{further} FROM {_table(plain, self.kind, self.columns, skip_invalid)})"
+
+    def rejected(self, connection: duckdb.DuckDBPyConnection) -> Counter[str]:
+        """How many lines the last reading with `skip_invalid` left out, by what was wrong with them."""
+        if self.kind != ".csv":
+            return Counter()
+        counts = connection.execute(
+            f"SELECT 'line that is no row: ' || lower(error_type::VARCHAR), count(DISTINCT line) FROM {REJECTED} "
+            "GROUP BY error_type"
+        ).fetchall()
+        connection.execute(f"DROP TABLE {REJECTED}; DROP TABLE {REJECTED}_scans")
+        return Counter(dict(counts))
+
+
+def open_files(
+    connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path, leave_out: Iterable[Path] = ()
+) -> list[LogFile]:
+    """All files of data under `source`, in order of their paths, less some.
+
+    Raises ValueError if there is none, or one cannot be read.
+    """
+    found: list[Path] = []
+    for kind in FORMATS:
+        found += find_files(source, f"*{kind}")
+    found = sorted(set(found or find_files(source, f"*{JSON}")) - set(leave_out))
+    if not found:
+        raise ValueError(
+            f"--source {source} holds no .parquet, .csv, .jsonl or .ndjson file (also .csv.gz, .csv.xz, .csv.zip)"
+        )
+    return [_open(connection, path, path.relative_to(source).parent, scratch) for path in found]
+
+
+def _open(connection: duckdb.DuckDBPyConnection, path: Path, folder: Path, scratch: Path) -> LogFile:
+    kind = (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
+    columns = _csv_columns(path) if kind == ".csv" else _described(connection, path, kind, scratch)
+    pairs = [part.split("=", 1) for part in folder.parts if "=" in part]
+    have = {name.lower() for name, _ in columns}
+    folders = {
+        unquote(name): None if value == NO_VALUE else unquote(value)
+        for name, value in pairs
+        if unquote(name).lower() not in have
+    }
+    return LogFile(path=path, kind=kind, columns=columns, folders=folders)
+
+
+@contextmanager
+def _plain(path: Path, scratch: Path) -> Iterator[Path]:
+    """`path`, or its copy without compression as long as it is needed."""
+    plain = plain_file(path, scratch)
+    try:
+        yield plain
+    finally:
+        if plain != path:
+            plain.unlink()
+
+
+def _table(plain: Path, kind: str, columns: Sequence[tuple[str, str]], skip_invalid: bool = False) -> str:
+    """The SQL table function that reads a file as columns of these names and types."""
+    skip = (
+        {
+            ".csv": f", store_rejects = true, rejects_table = '{REJECTED}', rejects_scan = '{REJECTED}_scans'",
+            ".parquet": "",
+        }.get(kind, ", ignore_errors = true")
+        if skip_invalid
+        else ""
+    )
+    file, types = literal(str(plain)), ", ".join(f"{literal(name)}: {literal(each)}" for name, each in columns)
+    if kind == ".parquet":
+        return f"read_parquet({file}, hive_partitioning = false)"
+    if kind == ".csv":
+        return (
+            f"read_csv({file}, header = true, auto_detect = false, delim = ',', quote = '\"', escape = '\"', "
+            f"hive_partitioning = false, columns = {{{types}}}{skip})"
+        )
+    return f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, columns = {{{types}}}{skip})"
+
+
+def _described(
+    connection: duckdb.DuckDBPyConnection, path: Path, kind: str, scratch: Path
+) -> Sequence[tuple[str, str]]:
+    """Columns of a file that says what it holds: a Parquet file's footer, all of a JSON file's rows."""
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    with _plain(path, scratch) as plain:
+        if kind == ".parquet":
+            return _parquet_columns(connection, path, plain)
+        file = literal(str(plain))
+        sql = f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, sample_size = -1)"
+        rows = execute(connection, f"DESCRIBE SELECT * FROM {sql}", path)
+        return [(row[0], TEXT + "[]" * row[1].endswith("[]")) for row in rows]
+
+
+def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, plain: Path) -> Sequence[tuple[str, str]]:
+    """Names as they are stored (the engine numbers those that are alike) and the engine's types."""
+    table = _table(plain, ".parquet", ())
+    try:
+        types = connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()
+        names = pq.read_schema(plain).names
+    except (duckdb.InvalidInputException, duckdb.IOException, pa.ArrowInvalid) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {reason}") from error
+    return [(name, kind[1]) for name, kind in zip(names, types, strict=True)]
+
+
+def _csv_columns(path: Path) -> Sequence[tuple[str, str]]:
+    """The names in a CSV file's header; a name in quotes may hold commas."""
+    opener = COMPRESSIONS.get(path.suffix)
+    try:
+        with opener(path) if opener else path.open("rb") as stream:
+            text = io.TextIOWrapper(cast(io.BufferedReader, stream), encoding="utf-8-sig", errors="replace", newline="")
+            names = next(csv.reader(text), None)
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be decompressed: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: the header is not one of a CSV file: {error}") from error
+    if names is None:
+        raise ValueError(f"{path} is empty: a header line was expected")
+    if not any(name.strip() for name in names):
+        raise ValueError(f"{path}: line 1 is blank, a header line was expected; remove the blank lines before it")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: the header names {', '.join(twice)} more than once; rename or remove one")
+    return [(name, TEXT) for name in names]

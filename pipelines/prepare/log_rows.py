@@ -1,0 +1,115 @@
+"""Rows of files into a table: each read as its file stores it, and checked against the rules of that reading."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from pipelines.prepare.engine import ROWS_OF_A_FILE, execute, quoted
+from pipelines.prepare.log_files import LogFile
+from pipelines.prepare.readings import Reading
+
+logger = logging.getLogger(__name__)
+
+ROW = quoted("longview: row")
+"""Name, beside the files' own, for a row's place in the log."""
+NOT_MET = "where"
+"""What rows that do not meet the condition are counted under."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowOptions:
+    """Which rows are left out."""
+
+    where: str | None = None
+    """An SQL condition on the files' columns that rows must meet."""
+    skip_invalid: bool = False
+    """Whether rows that break a rule are left out and counted, instead of ending the preparation."""
+
+
+def read_rows(
+    connection: duckdb.DuckDBPyConnection,
+    files: Sequence[LogFile],
+    table: str,
+    columns: Mapping[str, tuple[str, Callable[[LogFile], Reading]]],
+    scratch: Path,
+    options: RowOptions,
+) -> dict[str, int]:
+    """Fill a new table with the rows of all files; returns how many were left out, by what was wrong with them.
+
+    Args:
+        columns: (SQL type, how a file's value is read) by name; the table gets `log_row` besides, the row's place in
+            the order of files and rows.
+
+    Raises:
+        ValueError: a row breaks a rule; the message names file, row and rule.
+    """
+    types = "".join(f", {quoted(name)} {kind}" for name, (kind, _) in columns.items())
+    connection.execute(f"CREATE TABLE {table} (log_row BIGINT, broken SMALLINT{types})")
+    # The engine concludes from a Parquet file's statistics, which leave NaN out, that no value is NaN.
+    connection.execute("SET disabled_optimizers = 'statistics_propagation'")
+    left_out: Counter[str] = Counter()
+    for number, file in enumerate(files):
+        readings = {name: read(file) for name, (_, read) in columns.items()}
+        logger.info("reading %s", file.path)
+        with file.reader(scratch, skip_invalid=options.skip_invalid) as rows:
+            place = f"{number * ROWS_OF_A_FILE} + row_number() OVER () AS {ROW}"
+            left_out += _insert(connection, table, f"(SELECT *, {place} FROM {rows})", readings, file, options)
+    connection.execute("RESET disabled_optimizers")
+    for what, count in left_out.items():
+        logger.info("%d row(s) left out: %s", count, what)
+    if set(left_out) - {NOT_MET}:
+        connection.execute(f"DELETE FROM {table} WHERE broken IS NOT NULL")
+    return dict(left_out)
+
+
+def _insert(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    rows: str,
+    readings: Mapping[str, Reading],
+    file: LogFile,
+    options: RowOptions,
+) -> Counter[str]:
+    """One file's rows; returns how many break each rule, which stand in the table with the rule's number."""
+    rules = list(dict.fromkeys(rule for reading in readings.values() for rule in reading.rules))
+    cases = " ".join(f"WHEN ({rule.condition}) IS NOT TRUE THEN {number}" for number, rule in enumerate(rules))
+    broken = f"CASE {cases} END" if rules else "NULL"
+    values = "".join(f", {reading.value}" for reading in readings.values())
+    chosen = ""
+    if options.where:
+        chosen = f"WHERE ({options.where})"
+        _check_where(connection, f"SELECT 1 FROM {rows} {chosen}", options.where, file)
+    [(before,)] = connection.execute(f"SELECT coalesce(max(log_row), -1) FROM {table}").fetchall()
+    execute(connection, f"INSERT INTO {table} SELECT {ROW}, {broken}{values} FROM {rows} {chosen}", file.path)
+    found = connection.execute(
+        f"SELECT broken, count(*), min(log_row) FROM {table} WHERE log_row > {before} AND broken IS NOT NULL "
+        "GROUP BY broken ORDER BY min(log_row)"
+    ).fetchall()
+    if found and not options.skip_invalid:
+        number, count, row = found[0]
+        rule = rules[number]
+        shown = execute(connection, f"SELECT {quoted(rule.column)}::VARCHAR FROM {rows} WHERE {ROW} = {row}")[0][0]
+        place = row % ROWS_OF_A_FILE - 1 + file.first_row
+        got = "nothing" if shown is None else repr(shown[:100])
+        raise ValueError(f"{file.path}, {file.row_name} {place}: {rule.text} ({count} such row(s)); got {got}")
+    counts = file.rejected(connection) if options.skip_invalid else Counter()
+    counts += Counter({rules[number].text: count for number, count, _ in found})
+    if options.where:
+        sql = f"SELECT count(*) FROM {rows} WHERE ({options.where}) IS NOT TRUE"
+        counts[NOT_MET] = execute(connection, sql, file.path)[0][0]
+    return +counts
+
+
+def _check_where(connection: duckdb.DuckDBPyConnection, sql: str, where: str, file: LogFile) -> None:
+    """Raise ValueError if the condition is no condition, or not one on this file's columns."""
+    try:
+        if len(connection.extract_statements(sql)) != 1:
+            raise ValueError(f"--where {where!r} must be one condition")
+        connection.execute(f"EXPLAIN {sql}")
+    except duckdb.Error as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise ValueError(f"--where {where!r} is no condition on the columns of {file.path}: {reason}") from error

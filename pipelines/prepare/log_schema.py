@@ -1,0 +1,173 @@
+"""What a log's columns mean: the description that flags and a schema file give alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import get_args
+
+from pipelines.features import (
+    ITEM_ID,
+    ITEM_SPACE,
+    LENGTH_COLUMNS,
+    MAX_ACTIONS,
+    PREFIXES,
+    TAKEN,
+    USER_ID,
+    Kind,
+    Part,
+)
+from pipelines.prepare.times import PER_SECOND
+
+PARTS: tuple[Part, ...] = get_args(Part)
+USER_SPACE = "user"
+"""The space of the users' ids."""
+STORED_PREFIXES = tuple(prefix for prefix in PREFIXES.values() if prefix)
+MISSING_TEXTS = ("null", "NULL", "Null", "nan", "NaN", "NAN", "NaT", "None", "<NA>", "\\N")
+"""How programs spell a missing value in text; empty text always is one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogColumn:
+    """A column of the data set, and the log's column that it is made of."""
+
+    name: str
+    """Its name in the data set."""
+    column: str
+    """The name in the log or in a file of attributes."""
+    kind: Kind
+    """One id, many ids, or a number."""
+    space: str | None = None
+    """The ids' space."""
+    separator: str | None = None
+    """What divides many ids in text; lists need none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpaceOptions:
+    """How a space comes by its ids."""
+
+    rows: int | None = None
+    """Rows of the table: room to grow beyond the keys of this log, or for hashed ids."""
+    hash: bool = False
+    """Whether an id is a hash of its key, which needs no list of keys and lets keys share an id."""
+    min_count: int = 1
+    """Keys that stand in fewer values of the log get id 0, that of the unknown."""
+
+    def __post_init__(self) -> None:
+        if self.min_count < 1:
+            raise ValueError(f"min_count must be at least 1, got {self.min_count}")
+        if self.rows is not None and self.rows < 2:
+            raise ValueError(f"rows must be at least 2, one is that of the unknown, got {self.rows}")
+        if self.hash and self.rows is None:
+            raise ValueError("a hash needs rows, the number of ids that it gives")
+        if self.hash and self.min_count > 1:
+            raise ValueError("min_count has no effect on a hash, which counts nothing; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attributes:
+    """Files with one row a user or an item."""
+
+    files: str
+    """A folder, a file or a pattern of files, relative to the log's folder."""
+    key: str
+    """The column that says whose."""
+    columns: tuple[LogColumn, ...]
+    """Columns of samples (users) or of items."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogSchema:
+    """The meaning of a log's columns."""
+
+    user: str
+    """Who."""
+    item: str
+    """What."""
+    time: str
+    """When, in time_unit."""
+    time_unit: str = "s"
+    """Of the time column, a key of PER_SECOND."""
+    actions: tuple[str, ...]
+    """Columns of 0 and 1, or one column of words with action_values."""
+    action_values: tuple[str, ...] = ()
+    """The words, each an action."""
+    columns: Mapping[Part, tuple[LogColumn, ...]] = field(default_factory=dict)
+    """Columns that rows of the log hold, by part; of samples, a user's first known value."""
+    users: Attributes | None = None
+    """Files of users, whose columns become columns of samples."""
+    items: Attributes | None = None
+    """Files of items."""
+    request: str | None = None
+    """What was shown together: a user's events of one request become candidates of one sample, as events of one second
+    always do.  A missing value is no request."""
+    weight: str | None = None
+    """The column that multiplies a candidate's loss."""
+    keep_rate: str | None = None
+    """The column that says which part of candidates like this one was kept when the log was thinned out."""
+    spaces: Mapping[str, SpaceOptions] = field(default_factory=dict)
+    """How spaces come by their ids, where not as SpaceOptions() says."""
+    where: str | None = None
+    """An SQL condition on the log's columns; rows that do not meet it are left out."""
+    skip_invalid: bool = False
+    """Whether rows that break a rule are left out and counted, instead of ending the preparation."""
+    drop_duplicates: bool = False
+    """Whether of rows that are equal in all columns read only the first is kept."""
+    missing_texts: tuple[str, ...] = MISSING_TEXTS
+    """Texts that mean a missing value."""
+
+    def __post_init__(self) -> None:
+        if self.time_unit not in PER_SECOND:
+            raise ValueError(f"the time unit must be one of {', '.join(PER_SECOND)}, got {self.time_unit}")
+        if len({self.user, self.item, self.time}) < 3:
+            raise ValueError(
+                f"user, item and time are the columns {self.user}, {self.item}, {self.time}; name three columns"
+            )
+        self._check_actions()
+        for part in PARTS:
+            self._check_columns(part)
+        self._check_spaces()
+
+    def of(self, part: Part) -> tuple[LogColumn, ...]:
+        """The columns of a part, wherever they come from."""
+        files = {"sample": self.users, "item": self.items}.get(part)
+        return (*self.columns.get(part, ()), *(files.columns if files else ()))
+
+    def _check_actions(self) -> None:
+        if not self.actions:
+            raise ValueError("at least one action must be named: the labels that a model learns")
+        if self.action_values and len(self.actions) != 1:
+            raise ValueError(f"action values are words of one column, but the actions are {', '.join(self.actions)}")
+        actions = self.action_values or self.actions
+        if len(set(actions)) != len(actions):
+            raise ValueError(f"each action must be named once, got {', '.join(actions)}")
+        if len(actions) > MAX_ACTIONS:
+            raise ValueError(f"at most {MAX_ACTIONS} actions fit into a bit mask, got {len(actions)}: leave some out")
+
+    def _check_columns(self, part: Part) -> None:
+        """Names that the prepared format can hold, each once."""
+        names = [column.name for column in self.of(part)]
+        for column in self.of(part):
+            name = column.name
+            if names.count(name) > 1:
+                raise ValueError(f"the {part} column {name} is named twice; name it once")
+            if part == "sample" and (name in LENGTH_COLUMNS or name.startswith(STORED_PREFIXES)):
+                raise ValueError(f"the {part} column cannot be called {name}, as the lists of a sample are; rename it")
+            if not name or "." in name or "/" in name or name in (*TAKEN, ITEM_ID):
+                raise ValueError(f"the {part} column cannot be called {name!r}; rename it")
+            if name == USER_ID and (part != "sample" or column.column != self.user or column.kind != "id"):
+                raise ValueError(f"the {part} column cannot be called {name}, which says whose a sample is; rename it")
+
+    def _check_spaces(self) -> None:
+        """Options only of spaces that a column uses; users and items can be told apart."""
+        used = {ITEM_SPACE, USER_SPACE}
+        used |= {column.space for part in PARTS for column in self.of(part) if column.space is not None}
+        unused = sorted(set(self.spaces) - used)
+        if unused:
+            raise ValueError(f"no column is of the space {unused[0]}; spaces are {', '.join(sorted(used))}")
+        users = self.spaces.get(USER_SPACE, SpaceOptions())
+        if users.hash or users.min_count > 1:
+            raise ValueError(f"the space {USER_SPACE} tells users apart: it can have neither a hash nor a min_count")
+        if self.items is not None and self.spaces.get(ITEM_SPACE, SpaceOptions()).hash:
+            raise ValueError(
+                f"the space {ITEM_SPACE} cannot be a hash where items have attributes: ids would share them"
+            )

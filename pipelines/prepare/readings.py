@@ -1,0 +1,245 @@
+"""How a value of a log is read: SQL for it, and the rules that a row must keep, by the type in which a file stores it.
+
+Files of one log may store a column differently.  As what ids are read is found over all files before any is read
+(`id_type`): whole numbers become one type that holds them all, text stays text, and numbers beside text become text.
+Values that would be merged, rounded or reordered by that are refused where they stand.
+
+A value is missing where it is null, NaN (whole numbers with gaps are often stored as floats), empty text, or a text
+that the description of the log names.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipelines.prepare.engine import literal, quoted
+
+TEXT = "VARCHAR"
+"""As what CSV files are read."""
+NULL = '"NULL"'
+"""The engine's type of a column that holds nothing but nulls."""
+SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
+"""Whole numbers that a BIGINT holds."""
+UNSIGNED = ("UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+WIDEST = "HUGEINT"
+EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}
+"""From here on, whole numbers may have been rounded where they are stored in this type."""
+IDS_AS_THEY_ARE = ("BOOLEAN", "UUID", "DATE", "TIMESTAMP", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE", "TIMESTAMPTZ_NS")
+"""Other types whose values serve as ids."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """What every row must keep."""
+
+    condition: str
+    """SQL that is true of a good row."""
+    text: str
+    """What is demanded, beginning with the column's name."""
+    column: str
+    """The column whose value a message shows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One column of one file, read."""
+
+    value: str
+    """SQL of the value, null where it is missing or breaks a rule: no row makes it fail."""
+    rules: tuple[Rule, ...] = ()
+    """What its values must keep."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A column as a file stores it."""
+
+    path: Path
+    """The file, for messages."""
+    name: str
+    """The column's name."""
+    type: str
+    """The SQL type."""
+
+    @property
+    def element(self) -> "Stored":
+        """What its lists hold, if it holds lists."""
+        return replace(self, type=self.type.removesuffix("[]"))
+
+    @property
+    def is_list(self) -> bool:
+        """Whether each value is a list."""
+        return self.type.endswith("[]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdType:
+    """As what the ids of a space are read."""
+
+    name: str
+    """The SQL type."""
+    beside: str | None = None
+    """The type of values in other files that are read as text because text stands beside them."""
+
+
+def id_type(columns: Iterable[Stored]) -> IdType:
+    """As what the ids in these columns are read, whatever the columns' order.
+
+    Raises ValueError if two files store them in types that have none in common, or a file in one that holds no ids.
+    """
+    found: dict[str, dict[str, Stored]] = {}
+    for stored in columns:
+        if stored.type != NULL:
+            found.setdefault(_family(stored), {}).setdefault(stored.type, stored)
+    has_text = found.pop(TEXT, None) is not None
+    if len(found) > 1:
+        one, other = sorted((next(iter(types.values())) for types in found.values()), key=lambda each: str(each.path))
+        raise ValueError(
+            f"{other.path} stores {other.name} as {other.type}, but {one.path} stores {one.name} as {one.type}: write "
+            "it in one type"
+        )
+    family = next(iter(found), None)
+    if has_text or family is None:
+        return IdType(name=TEXT, beside=family)
+    return IdType(name=family if family != WIDEST else _whole_type(found[family]))
+
+
+def _whole_type(types: Iterable[str]) -> str:
+    """The narrowest type of whole numbers that holds all of these."""
+    kinds = set(types)
+    if kinds <= {*SIGNED, *EXACT}:
+        return "BIGINT"
+    return "UBIGINT" if kinds <= set(UNSIGNED) else WIDEST
+
+
+def _family(stored: Stored) -> str:
+    """Types of one family are read as one type."""
+    kind = stored.type
+    if _is_text(kind) or kind == "BLOB":
+        return TEXT
+    if kind in IDS_AS_THEY_ARE:
+        return kind
+    if _is_number(kind):
+        return WIDEST
+    raise ValueError(f"{stored.path} stores {stored.name} as {kind}, which cannot be an id")
+
+
+def _is_text(kind: str) -> bool:
+    return kind == TEXT or kind.startswith("ENUM")
+
+
+def _is_number(kind: str) -> bool:
+    return kind in {*SIGNED, *UNSIGNED, *EXACT, WIDEST, "UHUGEINT"} or kind.startswith("DECIMAL")
+
+
+def missing(value: str, kind: str, texts: Sequence[str]) -> str:
+    """SQL that is true where a value of this type is missing; `texts` are spellings besides empty text."""
+    if kind in EXACT:
+        return f"({value} IS NULL OR isnan({value}))"
+    if _is_text(kind):
+        return f"({value} IS NULL OR trim({value}::VARCHAR) IN ({', '.join(map(literal, ('', *texts)))}))"
+    return f"({value} IS NULL)"
+
+
+def read_id(stored: Stored, target: IdType, texts: Sequence[str], *, required: bool = False) -> Reading:
+    """One id a row, as the type that `id_type` found; with `required`, none may be missing."""
+    if stored.is_list:
+        raise ValueError(
+            f"{stored.path}: column {stored.name} holds lists ({stored.type}), one value a row was expected"
+        )
+    column = quoted(stored.name)
+    absent = missing(column, stored.type, texts)
+    value, wrong = _id(column, stored, target)
+    rules = [Rule(condition=f"NOT {absent}", text=f"{stored.name} must not be missing", column=stored.name)] * required
+    if wrong is not None:
+        condition, text = wrong
+        rules.append(Rule(condition=f"{absent} OR ({condition})", text=text, column=stored.name))
+    return Reading(value=f"CASE WHEN NOT {absent} THEN {value} END", rules=tuple(rules))
+
+
+def read_ids(stored: Stored, target: IdType, texts: Sequence[str], separator: str | None) -> Reading:
+    """Any number of ids a row: a list, or text divided at `separator`; missing lists and parts are left out."""
+    column = quoted(stored.name)
+    if stored.type == NULL:
+        return Reading(value=f"CAST([] AS {target.name}[])")
+    if _is_text(stored.type) and separator:
+        values, part = f"string_split({column}, {literal(separator)})", replace(stored, type=TEXT)
+        values = f"list_transform({values}, lambda part: trim(part))"
+    elif stored.is_list:
+        values, part = column, stored.element
+    else:
+        raise ValueError(
+            f"{stored.path} stores {stored.name} as {stored.type}, but many ids were expected: give lists, or text "
+            "with a separator"
+        )
+    known = f"list_filter({values}, lambda part: NOT {missing('part', part.type, texts)})"
+    value, wrong = _id("part", part, target)
+    rules = []
+    if wrong is not None:
+        condition, text = wrong
+        bad = f"len(list_filter({known}, lambda part: ({condition}) IS NOT TRUE))"
+        rules.append(Rule(condition=f"coalesce({bad}, 0) = 0", text=text, column=stored.name))
+    return Reading(value=f"coalesce(list_transform({known}, lambda part: {value}), [])", rules=tuple(rules))
+
+
+def _id(value: str, stored: Stored, target: IdType) -> tuple[str, tuple[str, str] | None]:
+    """SQL of a known id as the target type, and what must hold of it: (SQL, text)."""
+    name, kind = stored.name, stored.type
+    if kind == "BLOB":
+        text = f"TRY(decode({value}))"
+        return text, (f"{text} IS NOT NULL", f"{name} must hold text in UTF-8")
+    if _is_text(kind):
+        return f"{value}::VARCHAR", _spelling(value, name, target.beside) if target.beside else None
+    if kind in EXACT or kind.startswith("DECIMAL"):
+        condition, text = f"{value} = trunc({value})", f"{name} must hold whole numbers or text, fractions are no ids"
+        if kind in EXACT:
+            condition += f" AND abs({value}) < {EXACT[kind]}"
+            text += f"; numbers from {EXACT[kind]} on may have been rounded to {kind}: write integers"
+        number = f"TRY_CAST({value} AS {WIDEST if target.name == TEXT else target.name})"
+        return (f"{number}::VARCHAR" if target.name == TEXT else number), (condition, text)
+    return f"TRY_CAST({value} AS {target.name})", None
+
+
+def _spelling(value: str, name: str, beside: str) -> tuple[str, str]:
+    """Beside values of another type, text that means one must be spelt as it is: is 007 the id 7, or another?"""
+    means = f"TRY_CAST({value} AS {'DOUBLE' if beside == WIDEST else beside})"
+    text = (
+        f"{name} is stored as {'numbers' if beside == WIDEST else beside} in other files: spell it in the same way here"
+    )
+    return f"{means} IS NULL OR TRY_CAST({value} AS {beside})::VARCHAR = {value}", text
+
+
+def read_number(stored: Stored, texts: Sequence[str]) -> Reading:
+    """A number a row as DOUBLE."""
+    column, kind = quoted(stored.name), stored.type
+    if kind == NULL:
+        return Reading(value="NULL::DOUBLE")
+    if not (_is_text(kind) or _is_number(kind) or kind == "BOOLEAN"):
+        raise ValueError(f"{stored.path} stores {stored.name} as {kind}, but numbers were expected")
+    absent = missing(column, kind, texts)
+    number = f"TRY_CAST({column} AS DOUBLE)"
+    # Text may spell NaN in ways that are not listed.
+    value = f"CASE WHEN NOT {absent} AND isfinite({number}) THEN {number} END"
+    known = f"{absent} OR isnan({number}) OR isfinite({number})"
+    rule = Rule(condition=known, text=f"{stored.name} must hold finite numbers", column=stored.name)
+    return Reading(value=value, rules=(rule,))
+
+
+def read_flag(stored: Stored) -> Reading:
+    """A label of 0 and 1 a row, as INTEGER."""
+    column = quoted(stored.name)
+    flag = f"TRY_CAST({column} AS DOUBLE)"
+    if _is_text(stored.type):
+        flag = f"CASE lower(trim({column})) WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE {flag} END"
+    rule = Rule(condition=f"{flag} IN (0, 1)", text=f"label {stored.name} must be 0 or 1", column=stored.name)
+    return Reading(value=f"CASE WHEN {flag} = 1 THEN 1 ELSE 0 END", rules=(rule,))
+
+
+def read_word(stored: Stored, target: IdType, words: Sequence[str]) -> Reading:
+    """The place of a row's word among `words`; any other is refused."""
+    reading = read_id(stored, target, ())
+    value = f"({reading.value})::VARCHAR"
+    place = " ".join(f"WHEN {literal(word)} THEN {place}" for place, word in enumerate(words))
+    known = f"{value} IN ({', '.join(map(literal, words))})"
+    rule = Rule(condition=known, text=f"{stored.name} must be one of {', '.join(words)}", column=stored.name)
+    return Reading(value=f"CASE {value} {place} ELSE 0 END", rules=(*reading.rules, rule))

@@ -1,0 +1,121 @@
+"""Spaces of ids: every key of a log gets a number, by a dictionary that only grows or by a hash.
+
+A dictionary is the table `SPACE_ids` (SPACE_key, SPACE_id), stored beside the samples; ids count from 1 in the order of
+the keys, and 0 is the unknown: missing, too rare, or new.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import duckdb
+
+from pipelines.features import UNKNOWN_ID, Space
+from pipelines.prepare.engine import quoted
+from pipelines.prepare.log_schema import SpaceOptions
+from pipelines.prepare.readings import WIDEST
+
+HASH = "md5"
+"""The hash of a key: the last eight bytes of the MD5 of its text in UTF-8, as a little-endian number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keys:
+    """Where keys of a space stand."""
+
+    table: str
+    """A table."""
+    column: str
+    """Its column."""
+    many: bool
+    """Whether each value is a list of keys."""
+
+
+def number_keys(
+    connection: duckdb.DuckDBPyConnection, name: str, sources: Sequence[Keys], options: SpaceOptions
+) -> Space:
+    """Make the dictionary of a space, unless it is a hash.
+
+    Raises ValueError if there are more keys than the stated rows have room for.
+    """
+    if options.hash:
+        assert options.rows is not None
+        return Space(name=name, rows=options.rows, used=options.rows, hash=HASH)
+    keys = " UNION ALL ".join(
+        f"SELECT {'unnest' * source.many}({quoted(source.column)}) AS key FROM {source.table}" for source in sources
+    )
+    table, key, identifier = (quoted(f"{name}_{part}") for part in ("ids", "key", "id"))
+    connection.execute(
+        f"CREATE TABLE {table} AS SELECT key AS {key}, row_number() OVER (ORDER BY key) AS {identifier} FROM "
+        f"(SELECT key FROM ({keys}) WHERE key IS NOT NULL GROUP BY key HAVING count(*) >= {options.min_count})"
+    )
+    _narrow(connection, table, key)
+    used = int(connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]) + 1
+    rows = used if options.rows is None else options.rows
+    if used > rows:
+        raise ValueError(f"space {name}: {used - 1} keys and the unknown need {used} rows, but rows is {rows}")
+    return Space(name=name, rows=rows, used=used, keys=f"{name}_ids.parquet")
+
+
+def _narrow(connection: duckdb.DuckDBPyConnection, table: str, key: str) -> None:
+    """Store keys that were read as the widest whole numbers in what holds them: Parquet has nothing so wide."""
+    kind, low, high = connection.execute(
+        f"SELECT any_value(typeof({key})), min({key}), max({key}) FROM {table}"
+    ).fetchall()[0]
+    if kind != WIDEST:
+        return
+    narrow = "DECIMAL(38, 0)"
+    if low >= 0 and high < 1 << 64:
+        narrow = "UBIGINT"
+    if low >= -(1 << 63) and high < 1 << 63:
+        narrow = "BIGINT"
+    connection.execute(f"ALTER TABLE {table} ALTER {key} TYPE {narrow}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lookup:
+    """Keys of a table that become ids."""
+
+    space: Space
+    """The ids' space."""
+    column: str
+    """The column with the keys."""
+    many: bool = False
+    """Whether each value is a list of keys."""
+
+
+def look_up(connection: duckdb.DuckDBPyConnection, table: str, lookups: Sequence[Lookup]) -> tuple[list[str], str]:
+    """(SQL of the ids for each lookup, SQL of the joins that it takes behind `table AS t`)."""
+    ids, joins = [], ""
+    for number, lookup in enumerate(lookups):
+        key, joined = f"t.{quoted(lookup.column)}", f"j{number}"
+        if lookup.space.hash:
+            hashed = (
+                f"list_transform({key}, lambda key: {_hash('key', lookup.space)})"
+                if lookup.many
+                else _hash(key, lookup.space)
+            )
+            ids.append(f"coalesce({hashed}, {'[]' if lookup.many else UNKNOWN_ID})::BIGINT{'[]' * lookup.many}")
+            continue
+        dictionary, name, identifier = (quoted(f"{lookup.space.name}_{part}") for part in ("ids", "key", "id"))
+        if lookup.many:
+            dictionary, name, identifier = _lists(connection, table, lookup), "keys", "ids"
+        joins += f" LEFT JOIN {dictionary} AS {joined} ON {key} = {joined}.{name}"
+        ids.append(f"coalesce({joined}.{identifier}, {'[]' if lookup.many else UNKNOWN_ID})")
+    return ids, joins
+
+
+def _hash(key: str, space: Space) -> str:
+    return f"{UNKNOWN_ID + 1} + (md5_number_lower({key}::VARCHAR) % {space.rows - 1})::BIGINT"
+
+
+def _lists(connection: duckdb.DuckDBPyConnection, table: str, lookup: Lookup) -> str:
+    """A table (keys, ids) of the lists that occur: the same ones occur again and again, and are looked up once."""
+    name, column = quoted(f"{table}: lists of {lookup.column}"), quoted(lookup.column)
+    dictionary, key, identifier = (quoted(f"{lookup.space.name}_{part}") for part in ("ids", "key", "id"))
+    connection.execute(
+        f"CREATE TABLE {name} AS SELECT keys, list(coalesce({identifier}, {UNKNOWN_ID}) ORDER BY place) AS ids FROM "
+        "(SELECT keys, unnest(keys) AS key, generate_subscripts(keys, 1) AS place FROM "
+        f"(SELECT DISTINCT {column} AS keys FROM {table} WHERE len({column}) > 0)) AS u "
+        f"LEFT JOIN {dictionary} AS d ON u.key = d.{key} GROUP BY keys"
+    )
+    return name
