@@ -22,6 +22,10 @@ class SampleOptions:
     eval_groups: bool = True
     """Evaluate groups of candidates as training does, each with all events before it, as serving would.  Otherwise a
     user has one evaluation sample, whose history ends where evaluation begins."""
+    counts: bool = True
+    """Give each candidate the counts of what the log knew before it: how often its item, its user and both together
+    stood there, and with which actions (columns item_seen, item_taken_0, ...).  A ranker starts from their rates; data
+    that is cut by --leave-last is for retrieval and has none."""
     max_history: int = 65536
     """Newest events of a history that are kept."""
     min_history: int = 1

@@ -38,6 +38,8 @@ class UserEvents:
     """[E] whether the event's labels are known; within a user, the events without labels come first."""
     columns: Mapping[str, NDArray[Any]]
     """[E] item_id, action, timestamp and further history columns."""
+    candidate_columns: Mapping[str, NDArray[Any]]
+    """[E] further columns of candidates."""
     context: Mapping[str, IntArray]
     """[E] context features, constant within a user."""
 
@@ -190,8 +192,8 @@ def _table(events: UserEvents, samples: Spans) -> pa.Table:
     for name, values in events.columns.items():
         columns[f"history_{name}"] = pa.ListArray.from_arrays(history_offsets, pa.array(values[history]))
     candidates, candidate_offsets = _ranges(samples.middle, samples.end)
-    for name in ("item_id", "action", "timestamp"):
-        values = events.columns[name]
+    of_candidates = {name: events.columns[name] for name in ("item_id", "action", "timestamp")}
+    for name, values in {**of_candidates, **events.candidate_columns}.items():
         columns[f"candidate_{name}"] = pa.ListArray.from_arrays(candidate_offsets, pa.array(values[candidates]))
     columns["history_length"] = pa.array((samples.middle - samples.start).astype(np.int32))
     columns["num_candidates"] = pa.array((samples.end - samples.middle).astype(np.int32))

@@ -25,5 +25,7 @@ class Description:
     """Values behind the ids 1, 2, ... of a context feature."""
     history_features: tuple[str, ...] = ()
     """Further columns of `events` that go into histories."""
+    candidate_features: tuple[str, ...] = ()
+    """Further columns of numbers of `events` that go to candidates."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else `dataset.json` is to say."""

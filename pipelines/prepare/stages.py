@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -18,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.counts import counts_as_dict
 from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Space, SplitInfo
+from pipelines.prepare.counts import add_counts, prepared_counts
 from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import UserEvents, cut
@@ -69,6 +72,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
     split_time = options.split_time if options.split_time is not None else _split_time(connection, options)
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
+    about = _with_counts(connection, about, split_time, options)
     sizes, of_samples = _write_samples(connection, about, folder, split_time, options)
     for split, size in sizes.items():
         if not size.samples:
@@ -111,6 +115,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
             Column(name=ITEM_ID, part="event", kind="id", space=ITEM_SPACE),
             *(Column(name=name, part="event", kind="number") for name in about.history_features),
             Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
+            *(Column(name=name, part="candidate", kind="number") for name in about.candidate_features),
         ),
         actions=about.actions,
         cut="by_time" if options.leave_last is None else "by_place",
@@ -120,6 +125,23 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         details=details,
     )
     write_dataset_file(folder, info, options)
+
+
+def _with_counts(
+    connection: duckdb.DuckDBPyConnection, about: Description, split_time: int, options: SampleOptions
+) -> Description:
+    """The description of `events` with columns of counts, if the options ask for them."""
+    if not options.counts or options.leave_last is not None:
+        return about
+    logger.info("counting")
+    counts = prepared_counts(len(about.actions))
+    add_counts(connection, len(about.actions), frozen_at=None if options.eval_groups else split_time)
+    columns = [column for each in counts for column in each.columns]
+    return replace(
+        about,
+        candidate_features=(*about.candidate_features, *columns),
+        details={**about.details, "counts": counts_as_dict(counts)},
+    )
 
 
 def _write_samples(
@@ -174,7 +196,7 @@ def _whole_users(
     """Events of whole users, sorted, in the order of a hash of the users' ids."""
     context = [name for name in about.context_features if name != "user_id"]
     context_columns = "".join(f", coalesce(u.{quoted(name)}, 0)::BIGINT AS {quoted(name)}" for name in context)
-    features = "".join(f", e.{quoted(name)}" for name in about.history_features)
+    features = "".join(f", e.{quoted(name)}" for name in (*about.history_features, *about.candidate_features))
     chosen = ""
     if options.max_users is not None:
         chosen = (
@@ -240,5 +262,6 @@ def _user_events(table: pa.Table, about: Description, context: list[str]) -> Use
         request=pc.fill_null(table["request_key"], 0).to_numpy(),
         candidate=table["candidate"].to_numpy(),
         columns=columns,
+        candidate_columns={name: table[name].to_numpy() for name in about.candidate_features},
         context={name: table[name].to_numpy() for name in context},
     )

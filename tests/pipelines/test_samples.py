@@ -34,6 +34,7 @@ def events_of(users: Sequence[User]) -> UserEvents:
         request=np.array([request for user in users for request in user.requests], dtype=np.uint64),
         candidate=np.concatenate([np.arange(n) >= user.unlabelled for n, user in zip(lens, users, strict=True)]),
         columns={"item_id": np.arange(len(time)), "action": np.zeros(len(time), np.int32), "timestamp": time},
+        candidate_columns={},
         context={},
     )
 

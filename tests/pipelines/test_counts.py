@@ -1,0 +1,134 @@
+"""Counts of what the log knew before a candidate, against a plain count over the raw rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.counts import Counts, counts_as_dict, counts_of
+from pipelines.features import parse_dataset_info
+from tests.pipelines.test_prepare import prepare, rows_of, write_lines
+
+START = 1_600_000_000
+ACTIONS = ("click", "buy")
+GROUPS = ("item", "user", "user_item")
+
+
+def write_log(folder: Path, seed: int) -> list[dict[str, int]]:
+    """Few users and items, many equal times, requests that last several seconds and some events of none."""
+    generator = np.random.default_rng(seed)
+    names = {"user": 6, "item": 9, "at": 400, "request": 120, "click": 2, "buy": 2}
+    rows = [{name: int(generator.integers(size)) for name, size in names.items()} for _ in range(600)]
+    lines = [",".join(names)]
+    for row in rows:
+        # A request is its user's and lasts a few seconds.
+        in_request = row["request"] < 60
+        row["at"] = START + (row["request"] * 4000 + int(generator.integers(4)) if in_request else row["at"] * 1000)
+        row["request"] = row["request"] if in_request else -1
+        values = {**row, "request": row["request"] if row["request"] >= 0 else ""}
+        lines.append(",".join(str(values[name]) for name in names))
+    write_lines(folder / "log.csv", lines)
+    return rows
+
+
+def prepared(tmp_path: Path, *options: str) -> tuple[Path, list[dict[str, int]]]:
+    rows = write_log(tmp_path / "log", seed=3)
+    columns = ("--user-column", "user", "--item-column", "item", "--time-column", "at", "--action-columns", "click,buy")
+    out = tmp_path / "out"
+    assert not prepare("event_log", tmp_path / "log", out, *columns, "--samples-per-user", "0", *options)
+    return out, rows
+
+
+def known_before(row: dict[str, int], rows: list[dict[str, int]]) -> int:
+    together = [x["at"] for x in rows if x["user"] == row["user"] and x["request"] == row["request"]]
+    return min(together) if row["request"] >= 0 else row["at"]
+
+
+def expected(row: dict[str, int], rows: list[dict[str, int]], before: int) -> dict[str, int]:
+    result = {}
+    for group, same in zip(GROUPS, (("item",), ("user",), ("user", "item")), strict=True):
+        earlier = [x for x in rows if x["at"] < before and all(x[name] == row[name] for name in same)]
+        result[f"{group}_seen"] = len(earlier)
+        result |= {f"{group}_taken_{bit}": sum(x[name] for x in earlier) for bit, name in enumerate(ACTIONS)}
+    return result
+
+
+@pytest.mark.parametrize("options", [(), ("--request-column", "request"), ("--no-eval-groups",)], ids=str)
+def test_counts_hold_what_the_log_knew_strictly_before_the_candidate(tmp_path: Path, options: tuple[str, ...]) -> None:
+    out, rows = prepared(tmp_path, *options)
+    info = json.loads((out / "dataset.json").read_text())
+    places: dict[tuple[int, ...], list[dict[str, int]]] = {}
+    for row in rows:
+        places.setdefault((row["user"], row["item"], row["at"]), []).append(row)
+    samples = {split: rows_of(out, split) for split in ("train", "eval")}
+    # Users and items are numbered in the order of their keys, and every one of them is a candidate somewhere.
+    users = np.unique([sample["user_id"] for each in samples.values() for sample in each])
+    items = np.unique([item for each in samples.values() for sample in each for item in sample["candidate_item_id"]])
+    checked = 0
+    for split, of_split in samples.items():
+        for sample in of_split:
+            for place, at in enumerate(sample["candidate_timestamp"]):
+                found = {name: sample[f"candidate_{name}"][place] for name in info["candidate"] if name != "item_id"}
+                item = np.searchsorted(items, sample["candidate_item_id"][place])
+                key = (int(np.searchsorted(users, sample["user_id"])), int(item), at)
+                allowed = []
+                for row in places[key]:
+                    before = known_before(row, rows) if "--request-column" in options else at
+                    if split == "eval" and "--no-eval-groups" in options:
+                        before = info["split_time"]
+                    allowed.append(expected(row, rows, before))
+                assert found in allowed
+                checked += 1
+    assert checked > 300
+
+
+def test_a_log_is_described_with_its_counts(tmp_path: Path) -> None:
+    out, _ = prepared(tmp_path)
+    info = parse_dataset_info(json.loads((out / "dataset.json").read_text()), "log")
+    assert [each.group for each in counts_of(info)] == list(GROUPS)
+    assert counts_of(info)[0] == Counts(group="item", seen="item_seen", taken=("item_taken_0", "item_taken_1"))
+
+
+@pytest.mark.parametrize("options", [("--no-counts",), ("--leave-last", "1")], ids=str)
+def test_counts_are_left_out_where_they_are_not_wanted_or_no_ranker_reads(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    out, _ = prepared(tmp_path, *options)
+    assert set(json.loads((out / "dataset.json").read_text())["candidate"]) == {"item_id"}
+
+
+def described(counts: Any) -> dict[str, Any]:
+    columns = {"item_id": "item", "shown": "number", "clicked": "number"}
+    return {
+        "format_version": 2,
+        "name": "shop",
+        "spaces": {"item": {"rows": 5}},
+        "event": {"item_id": "item"},
+        "candidate": columns,
+        "actions": ["click"],
+        "splits": {},
+        "source": "",
+        "licence": "",
+        "counts": counts,
+    }
+
+
+def test_counts_of_others_are_read_back_as_they_are_written() -> None:
+    counts = (Counts(group="brand", seen="shown", taken=("clicked",)),)
+    assert counts_of(parse_dataset_info(described(counts_as_dict(counts)), "shop")) == counts
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([], "must be an object of groups"),
+        ({"item": {"seen": "shown"}}, "must give 'seen' and the list 'taken'"),
+        ({"item": {"seen": "shown", "taken": []}}, "one column for each of the 1 actions, got 0"),
+        ({"item": {"seen": "shown", "taken": ["bought"]}}, "'bought', which is no column of numbers of candidates"),
+    ],
+)
+def test_counts_that_contradict_the_columns_are_refused(counts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        counts_of(parse_dataset_info(described(counts), "shop"))
