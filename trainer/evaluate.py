@@ -15,10 +15,13 @@ from trainer.parallelize import ParallelModel
 
 logger = logging.getLogger(__name__)
 
+FEW_POSITIVES = 100
+"""With fewer, the AUC's 95% interval is about 0.1 wide."""
+
 
 @torch.no_grad()
 def evaluate(model: ParallelModel, batches: Iterable[Batch], tasks: tuple[str, ...], mesh: Mesh) -> dict[str, float]:
-    """NE, AUC and GAUC of each task over the evaluation split.  Called by every rank, each with its own batches.
+    """`metrics.score` of each task over the evaluation split.  Called by every rank, each with its own batches.
 
     Every rank must get the same number of batches, for each lookup is a collective; a batch may be empty.
     The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
@@ -39,15 +42,29 @@ def evaluate(model: ParallelModel, batches: Iterable[Batch], tasks: tuple[str, .
 
 
 def comparison_table(model: dict[str, float], baseline: dict[str, float], tasks: tuple[str, ...]) -> str:
-    """A table of one row a task: the model's metrics, the baseline's AUC, and their difference."""
-    header = f"{'task':<18}{'NE':>9}{'AUC':>9}{'GAUC':>9}{'baseline AUC':>15}{'difference':>12}"
-    rows = [header, "-" * len(header)]
+    """A table of one row a task: the model's metrics beside the baseline's, and the difference of their AUC.
+
+    The AUC is given with its 95% interval; a task with few positives is marked.
+    """
+    header = (
+        f"{'task':<18}{'positives':>10}{'NE':>9}{'baseline':>10}{'AUC':>9}{'+-':>8}{'baseline':>10}{'difference':>12}"
+    )
+    rows = [header + f"{'GAUC':>9}{'baseline':>10}"]
+    rows.append("-" * len(rows[0]))
+    few = []
     for task in tasks:
-        ne, auc, gauc = (model[f"{name}/{task}"] for name in ("ne", "auc", "gauc"))
-        base = baseline[f"auc/{task}"]
-        rows.append(
-            f"{task:<18}{_cell(ne, 9)}{_cell(auc, 9)}{_cell(gauc, 9)}{_cell(base, 15)}{_cell(auc - base, 12, '+')}"
+        (ne, auc, gauc), (base_ne, base_auc, base_gauc) = (
+            [metrics[f"{name}/{task}"] for name in ("ne", "auc", "gauc")] for metrics in (model, baseline)
         )
+        positives = model[f"positives/{task}"]
+        few += [task] * (positives < FEW_POSITIVES)
+        rows.append(
+            f"{task:<18}{positives:>10,.0f}{_cell(ne, 9)}{_cell(base_ne, 10)}"
+            f"{_cell(auc, 9)}{_cell(model[f'auc_95/{task}'], 8)}{_cell(base_auc, 10)}{_cell(auc - base_auc, 12, '+')}"
+            f"{_cell(gauc, 9)}{_cell(base_gauc, 10)}"
+        )
+    if few:
+        rows.append(f"fewer than {FEW_POSITIVES} positives, too few to say anything: {', '.join(few)}")
     return "\n".join(rows)
 
 

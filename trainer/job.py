@@ -120,6 +120,7 @@ def plan_job(
 def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     """Refuse with a ValueError what the machine does not serve, or data that only the end of the run would miss."""
     config = resolved.config
+    resolved.task.check_training_data()
     check_overlap(config.overlap, mesh.device)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)

@@ -1,5 +1,5 @@
-"""Quality over all ranks: for ranking normalised entropy (NE), AUC, and AUC averaged over users (GAUC), one a task; for
-retrieval hit rate, NDCG and mean reciprocal rank.
+"""Quality over all ranks: for ranking normalised entropy (NE), AUC with its 95% interval, and AUC averaged over users
+(GAUC), one a task; for retrieval hit rate, NDCG and mean reciprocal rank.
 
 Candidates are collected on every rank and joined when the result is asked for.  NE's and AUC's formulas are TorchRec's
 and torchmetrics'; GAUC is ours, because TorchRec's orders equal scores by chance.
@@ -19,7 +19,7 @@ ETA = 1e-12
 
 
 class RankingMetrics(Metric):
-    """NE, AUC and GAUC of several binary tasks.
+    """NE, AUC, half the width of its 95% interval, GAUC, and the number of positives of several binary tasks.
 
     NE is the mean cross entropy divided by the entropy of the task's base rate (He et al., 2014); 1 is what always
     predicting the base rate scores.  GAUC is the AUC within each user, averaged over users whose labels differ;
@@ -47,18 +47,20 @@ class RankingMetrics(Metric):
         self.user_ids.append(user_ids)
 
     def compute(self) -> dict[str, float]:
-        """`ne/TASK`, `auc/TASK` and `gauc/TASK` over everything added on all ranks."""
+        """The metrics of `score` over everything added on all ranks."""
         return score(dim_zero_cat(self.scores), dim_zero_cat(self.labels), dim_zero_cat(self.user_ids), self.tasks)
 
 
 def score(scores: Tensor, labels: Tensor, user_ids: Tensor, tasks: tuple[str, ...]) -> dict[str, float]:
-    """`ne/TASK`, `auc/TASK` and `gauc/TASK` of these candidates; arguments as `RankingMetrics.update`'s."""
+    """`ne/TASK`, `auc/TASK`, `auc_95/TASK`, `gauc/TASK`, `positives/TASK`; arguments as `RankingMetrics.update`'s."""
     result = {}
     for task, s, y in zip(tasks, scores.T, labels.T, strict=True):
         defined = bool(0 < y.mean() < 1) and not bool(s.isnan().any())
         result[f"ne/{task}"] = _ne(s, y) if defined else float("nan")
         result[f"auc/{task}"] = binary_auroc(s, y.long()).item() if defined else float("nan")
+        result[f"auc_95/{task}"] = _auc_95(s, y, user_ids) if defined else float("nan")
         result[f"gauc/{task}"] = _gauc(s, y, user_ids) if defined else float("nan")
+        result[f"positives/{task}"] = float(y.sum())
     return result
 
 
@@ -67,6 +69,25 @@ def _ne(scores: Tensor, labels: Tensor) -> float:
     positives = labels.sum()
     cross_entropy = compute_cross_entropy(labels, scores, weights, ETA).sum()
     return float(compute_ne(cross_entropy, weights.sum(), positives, weights.sum() - positives, ETA))
+
+
+def _auc_95(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
+    """Half the width of the 95% interval of the AUC of one task, all [C]; a user's candidates may depend on each other.
+
+    Each candidate's part in the AUC is its share of pairs won, less the AUC; the variance is the sum over users of the
+    square of their candidates' parts (Obuchowski, Biometrics 1997; DeLong's where every user has one candidate).
+    """
+    positive = labels > 0
+    wins = torch.empty_like(scores)
+    for of, other, sign in ((positive, ~positive, 1), (~positive, positive, -1)):
+        values, sorted_others = scores[of], scores[other].sort().values
+        below = torch.searchsorted(sorted_others, values) + torch.searchsorted(sorted_others, values, right=True)
+        share = below.double() / (2 * len(sorted_others))
+        wins[of] = share if sign > 0 else 1 - share
+    auc = wins[positive].mean()
+    part = (wins - auc) / torch.where(positive, positive.sum(), (~positive).sum())
+    user = torch.unique(user_ids, return_inverse=True)[1]
+    return 1.96 * float(torch.bincount(user, weights=part).square().sum().sqrt())
 
 
 def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:

@@ -109,8 +109,8 @@ def _check_lengths(resolved: Resolved) -> None:
 def _most_candidates(config: TrainConfig, info: DatasetInfo) -> int:
     """Data that others prepared may not say it: then this is their mean, and the model itself refuses a longer sequence
     when it comes."""
-    counted = info.details.get("statistics", {}).get("num_candidates", {})
-    prepared = max((split["q100"] for split in counted.values() if split), default=None)
+    counted = [split["num_candidates"] for split in info.details.get("statistics", {}).get("splits", {}).values()]
+    prepared = max((lens["q100"] for lens in counted if lens), default=None)
     if prepared is None:
         prepared = max(
             [math.ceil(split.candidates / max(1, split.samples)) for split in info.splits.values()], default=1

@@ -73,6 +73,6 @@ def rating_mask(rating: str) -> str:
     return " + ".join(f"(CASE WHEN {rating} >= {least} THEN {1 << bit} ELSE 0 END)" for bit, least in RATING_BITS)
 
 
-RATING_BITS = tuple(enumerate((0, 2, 3, 4, 5)))
-RATING_ACTIONS = ("rated", "rated_2_or_more", "rated_3_or_more", "rated_4_or_more", "rated_5")
+RATING_BITS = tuple(enumerate((2, 3, 4, 5)))
+RATING_ACTIONS = ("rated_2_or_more", "rated_3_or_more", "rated_4_or_more", "rated_5")
 """A rating as ordered bits, so that one model reads and predicts it like any other action."""

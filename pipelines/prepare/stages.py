@@ -26,7 +26,7 @@ from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import UserEvents, cut
 from pipelines.prepare.source import Description
-from pipelines.prepare.summary import LengthCounter, event_statistics
+from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.write import SplitWriter, write_dataset_file
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,13 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         "--samples-per-user, --eval-candidates, --max-users)",
         *left_out.values(),
     )
+    for action, count in of_samples["splits"]["train"]["positives"].items():
+        if count in (0, sizes["train"].candidates):
+            logger.warning(
+                "%s is %s taken in the training samples: a ranker has nothing to learn from it and will refuse it; add "
+                "impressions (rows where it was not taken), or train retrieval",
+                *(action, "always" if count else "never"),
+            )
     details = {
         "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, **left_out, **of_samples},
@@ -147,13 +154,13 @@ def _with_counts(
 def _write_samples(
     connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, split_time: int, options: SampleOptions
 ) -> tuple[dict[str, SplitInfo], dict[str, Any]]:
-    """Cut and write both splits; returns their sizes, and how many users, history events and candidates they hold."""
-    lengths, candidates = ({split: LengthCounter() for split in ("train", "eval")} for _ in range(2))
+    """Cut and write both splits; returns their sizes, and what they hold."""
+    counters = {split: SampleCounter(about.actions) for split in ("train", "eval")}
     users = 0
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(SplitWriter(folder / split, options.row_group_events, options.file_events))
-            for split in lengths
+            for split in counters
         }
         # Samples that must be in order of time are first written by user and then sorted as they are.
         by_user = folder.parent / "by_user"
@@ -163,8 +170,7 @@ def _write_samples(
         for events in _whole_users(connection, about, options):
             found = [np.zeros(0, dtype=np.int64)]
             for split, table in cut(events, split_time, options):
-                lengths[split].add(table["history_length"])
-                candidates[split].add(table["num_candidates"])
+                counters[split].add(table)
                 found.append(table["user_id"].unique().to_numpy())
                 (train if split == "train" else writers["eval"]).add(table)
             users += len(np.unique(np.concatenate(found)))
@@ -173,11 +179,7 @@ def _write_samples(
             for table in _by_time(connection, by_user, train.samples):
                 writers["train"].add(table)
     sizes = {split: writer.sizes() for split, writer in writers.items()}
-    counted = {"history_len": lengths, "num_candidates": candidates}
-    return sizes, {
-        "users": users,
-        **{name: {split: each.summary() for split, each in of.items()} for name, of in counted.items()},
-    }
+    return sizes, {"users": users, "splits": {split: counter.summary() for split, counter in counters.items()}}
 
 
 def _split_time(connection: duckdb.DuckDBPyConnection, options: SampleOptions) -> int:

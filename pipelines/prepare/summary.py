@@ -34,6 +34,31 @@ class LengthCounter:
         return {"mean": float(self._counts @ np.arange(len(self._counts)) / total), **quantiles}
 
 
+class SampleCounter:
+    """What the samples of one split hold."""
+
+    def __init__(self, actions: Sequence[str]) -> None:
+        self._history_len = LengthCounter()
+        self._num_candidates = LengthCounter()
+        self._positives = dict.fromkeys(actions, 0)
+
+    def add(self, table: pa.Table) -> None:
+        """Count one more table of samples."""
+        self._history_len.add(table["history_length"])
+        self._num_candidates.add(table["num_candidates"])
+        taken = table["candidate_action"].combine_chunks().flatten().to_numpy()
+        for bit, name in enumerate(self._positives):
+            self._positives[name] += int(np.count_nonzero(taken >> bit & 1))
+
+    def summary(self) -> dict[str, Any]:
+        """Lengths of histories, numbers of candidates, and how many of these are positive for each action."""
+        return {
+            "history_len": self._history_len.summary(),
+            "num_candidates": self._num_candidates.summary(),
+            "positives": self._positives,
+        }
+
+
 def event_statistics(connection: duckdb.DuckDBPyConnection, actions: Sequence[str]) -> Mapping[str, Any]:
     """Counts, action rates and item popularity over all labelled events."""
     rates = ", ".join(f"avg((action >> {bit}) & 1)" for bit in range(len(actions)))

@@ -129,7 +129,10 @@ def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
     groups = pq.ParquetFile(tmp_path / "out" / "train" / "part-00000.parquet").metadata
     assert groups.num_row_groups > 5
     statistics = info["statistics"]
-    assert statistics["history_len"]["train"]["q100"] == max(row["history_length"] for row in train)
+    counted = statistics["splits"]["train"]
+    assert counted["history_len"]["q100"] == max(row["history_length"] for row in train)
+    assert counted["num_candidates"]["q100"] == max(row["num_candidates"] for row in train)
+    assert counted["positives"]["is_like"] == sum(mask >> 1 & 1 for row in train for mask in row["candidate_action"])
     assert statistics["users_in_no_sample"] == 30 - len({row["user_id"] for row in train + evaluation}) > 0
     candidates = sum(row["num_candidates"] for row in train + evaluation)
     assert statistics["events_not_candidates"] == len(log) - candidates > 0

@@ -97,7 +97,7 @@ def check_ratings(out: Path, num_context: int) -> None:
         ):
             # Amazon's numbers have leading zeros.
             rating = known[str(users[row["user_id"]]), str(int(keys[item])), time]
-            assert action == (1, 3, 7, 15, 31)[rating - 1]
+            assert action == (0, 1, 3, 7, 15)[rating - 1]
     assert read_back(out) == sum(split["samples"] for split in info["splits"].values())
 
 

@@ -127,7 +127,7 @@ def kuairand(folder: Path, rows: list[Row]) -> Sequence[str]:
     return ()
 
 
-RATED = (1, 3, 7, 15, 31)
+RATED = (0, 1, 3, 7, 15)
 FORMATS: dict[str, tuple[str, Write, Sequence[int]]] = {
     "event_log csv": ("event_log", event_log_csv, (1, 2, 4, 8, 16)),
     "event_log parquet": ("event_log", event_log_parquet, (1, 2, 4, 8, 16)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.distributed import run_ranks
-from trainer.metrics import RankingMetrics, retrieval_scores
+from trainer.metrics import RankingMetrics, retrieval_scores, score
 
 TASKS = ("click", "follow")
 
@@ -26,6 +26,16 @@ def _auc(pairs: list[tuple[float, float]]) -> float:
     return sum(wins) / len(wins)
 
 
+def _auc_95(rows: list[tuple[float, float, int]]) -> float:
+    """1.96 times the standard error: users' sums of their candidates' parts in the AUC, squared and added up."""
+    auc, parts = _auc([row[:2] for row in rows]), {user: 0.0 for _, _, user in rows}
+    for mine, label, user in rows:
+        others = [other for other, that, _ in rows if that != label]
+        won = [((mine > other) if label else (mine < other)) + 0.5 * (mine == other) for other in others]
+        parts[user] += (sum(won) / len(won) - auc) / (len(rows) - len(others))
+    return 1.96 * math.sqrt(sum(part**2 for part in parts.values()))
+
+
 def _expected(scores: torch.Tensor, labels: torch.Tensor, users: torch.Tensor) -> dict[str, float]:
     result = {}
     for index, task in enumerate(TASKS):
@@ -38,6 +48,8 @@ def _expected(scores: torch.Tensor, labels: torch.Tensor, users: torch.Tensor) -
         result[f"ne/{task}"] = cross / entropy
         result[f"auc/{task}"] = _auc([(score, label) for score, label, _ in rows])
         result[f"gauc/{task}"] = sum(per_user) / len(per_user)
+        result[f"auc_95/{task}"] = _auc_95(rows)
+        result[f"positives/{task}"] = sum(label for _, label, _ in rows)
     return result
 
 
@@ -61,7 +73,9 @@ def test_one_class_is_reported_as_undefined() -> None:
     scores, labels, users = _candidates(2)
     metrics = RankingMetrics(TASKS, torch.device("cpu"))
     metrics.update(scores, torch.zeros_like(labels), users)
-    assert all(math.isnan(value) for value in metrics.compute().values())
+    result = metrics.compute()
+    assert all(math.isnan(result[f"{name}/click"]) for name in ("ne", "auc", "auc_95", "gauc"))
+    assert result["positives/click"] == 0
 
 
 def test_scores_that_are_no_numbers_leave_their_task_undefined() -> None:
@@ -105,6 +119,22 @@ def test_order_of_candidates_does_not_matter() -> None:
     metrics = RankingMetrics(TASKS, torch.device("cpu"))
     metrics.update(*(x[order] for x in candidates))
     assert metrics.compute() == pytest.approx(_expected(*candidates), rel=1e-5)
+
+
+@pytest.mark.parametrize("per_user", [1, 6])
+def test_the_interval_is_that_of_leaving_users_out(per_user: int) -> None:
+    """Beside the jackknife over users, which needs no theory, where a user's candidates go up and down together."""
+    generator = torch.Generator().manual_seed(per_user)
+    mood = torch.randn(100, generator=generator).repeat_interleave(per_user)
+    users = torch.arange(100).repeat_interleave(per_user)
+    labels = (torch.randn(len(users), generator=generator) + mood > 0.3).double()
+    scores = torch.sigmoid(labels + mood + torch.randn(len(users), generator=generator)).double()
+    rows = list(zip(scores.tolist(), labels.tolist(), users.tolist(), strict=True))
+    left_out = [_auc([row[:2] for row in rows if row[2] != user]) for user in range(100)]
+    mean = sum(left_out) / 100
+    jackknife = math.sqrt(99 / 100 * sum((auc - mean) ** 2 for auc in left_out))
+    found = score(scores[:, None], labels[:, None], users, ("click",))
+    assert found["auc_95/click"] == pytest.approx(1.96 * jackknife, rel=0.05)
 
 
 def test_retrieval_metrics_follow_from_ranks() -> None:

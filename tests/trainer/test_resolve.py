@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.features import SplitInfo
+from pipelines.features import DatasetInfo, SplitInfo
 from tests.support.datasets import made_up_info
 from trainer.build import build_model
 from trainer.models.config import ChannelConfig, StageConfig
 from trainer.recipes import load_recipe
-from trainer.resolve import resolve
+from trainer.resolve import make_task, resolve
 
 SWIPES = ChannelConfig(name="swipes", dim=16, stages=(StageConfig(num_layers=1),), actions=("swipe",))
-COUNTED = {"num_candidates": {"train": {"mean": 7.1, "q100": 9}, "eval": {"mean": 8.0, "q100": 100}}}
+COUNTED = {"splits": {"train": {"num_candidates": {"q100": 9}}, "eval": {"num_candidates": {"q100": 100}}}}
 INFO = made_up_info(
     num_items=9,
     context={"country": 3},
@@ -44,6 +44,27 @@ def test_candidates_are_bounded_by_what_the_data_says(
     config = replace(recipe, data=replace(recipe.data, max_candidates=max_candidates))
     resolved = resolve(config, replace(INFO, details={"statistics": counted}))
     assert resolved.most_candidates == expected
+
+
+@pytest.mark.parametrize(("positives", "how_often"), [(0, "never"), (41, "always")])
+def test_an_action_without_two_outcomes_is_refused_with_the_ways_on(positives: int, how_often: str) -> None:
+    def info(positives: int) -> DatasetInfo:
+        return replace(INFO, details={"statistics": {"splits": {"train": {"positives": {"click": positives}}}}})
+
+    ranker = load_recipe("kuairand_sample")
+    make_task(ranker, info(40)).check_training_data()
+    make_task(ranker, INFO).check_training_data()
+    make_task(load_recipe("kuairand_retrieval"), info(positives)).check_training_data()
+    with pytest.raises(ValueError, match=rf"'click' is {how_often} taken .* add impressions .* or train retrieval"):
+        make_task(ranker, info(positives)).check_training_data()
+
+
+def test_data_without_candidates_is_for_retrieval_alone() -> None:
+    sizes = SplitInfo(samples=10, history_events=200, candidates=0)
+    info = replace(INFO, splits={"train": sizes, "eval": sizes})
+    make_task(load_recipe("kuairand_retrieval"), info).check_training_data()
+    with pytest.raises(ValueError, match=r"holds no candidates, so no labels: add impressions .* or train retrieval"):
+        make_task(load_recipe("kuairand_sample"), info).check_training_data()
 
 
 def test_next_item_data_is_for_retrieval_alone() -> None:

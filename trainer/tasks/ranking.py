@@ -70,6 +70,21 @@ class Ranking:
             num_actions=len(self.info.actions),
         )
 
+    def check_training_data(self) -> None:
+        """There are candidates, and of each action some where it was taken and some where it was not."""
+        path, candidates = self.config.data.path, self.info.splits["train"].candidates
+        ways = "add impressions (rows where it was not taken), or train retrieval, which needs no labels"
+        if not candidates:
+            raise ValueError(f"the training split of {path} holds no candidates, so no labels: {ways}")
+        counted = self.info.details.get("statistics", {}).get("splits", {}).get("train", {}).get("positives", {})
+        for action in self.actions:
+            if counted.get(action) in (0, candidates):
+                how_often = "always" if counted[action] else "never"
+                raise ValueError(
+                    f"{action!r} is {how_often} taken in the training split of {path}, so there is nothing to learn: "
+                    f"{ways}; or leave it out of model.tasks"
+                )
+
     def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
         """Each event's and candidate's item."""
         return {ITEM_FEATURE: events}

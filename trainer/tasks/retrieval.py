@@ -77,6 +77,9 @@ class Retrieval:
         """Tower, and scores of each prediction's items."""
         return functools.partial(retriever_flops, self.config.model, embedding_dim=self.config.embedding_dim)
 
+    def check_training_data(self) -> None:
+        """Any events will do."""
+
     def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
         """Each event's item, and the negatives: of a step, or of every prediction."""
         sharing = samples_per_rank if self.settings.share_negatives else 1 / events

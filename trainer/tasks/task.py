@@ -51,6 +51,9 @@ class Task(Protocol):
     def flops(self) -> Flops:
         """What the model computes for samples of given lengths."""
 
+    def check_training_data(self) -> None:
+        """Raise ValueError if the data's description says that there is nothing to learn from the training split."""
+
     def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
         """Ids that a sample of so many events and candidates looks up, by feature; features left out look up one.
 
