@@ -21,6 +21,7 @@ setup(
         "pipelines",
         "pipelines.prepare",
         "trainer",
+        "trainer.checkpoint",
         "trainer.models",
         "trainer.tasks",
     ],

@@ -3,6 +3,7 @@
     python -m trainer recipes
     python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--set key=value ...]
     python -m trainer evaluate RUN_DIR [--step N]
+    python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
 
 `train` is one process when started plainly and joins the job when started by torchrun.  A run directory that holds a
@@ -15,9 +16,13 @@ from typing import Annotated
 
 import typer
 
+from trainer.checkpoint import listing
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.store import open_store
 from trainer.command_line import WrongUse, run_command
 from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
+from trainer.run_dir import RunDir
 from trainer.typed_values import apply_overrides
 
 app = typer.Typer(
@@ -65,6 +70,27 @@ def evaluate(
     from trainer.job import evaluate_job
 
     evaluate_job(run_dir, step)
+
+
+@app.command()
+def checkpoints(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare it with its checksum.")] = False,
+    pin: Annotated[int | None, typer.Option(metavar="N", help="Keep the checkpoint of step N for good.")] = None,
+    unpin: Annotated[int | None, typer.Option(metavar="N", help="No longer keep it for good.")] = None,
+) -> None:
+    """List the complete checkpoints of a run; exit status 1 if one is damaged."""
+    run = RunDir(run_dir)
+    if run.saved_config() is None:
+        raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
+    catalogue = Catalogue(open_store(str(run.checkpoints)))
+    for step, pinned in ((pin, True), (unpin, False)):
+        if step is not None:
+            listing.pin(catalogue, step, pinned)
+    lines, fine = listing.list_checkpoints(catalogue, verify=verify)
+    print(*lines, sep="\n")
+    if not fine:
+        raise typer.Exit(1)
 
 
 @app.command()

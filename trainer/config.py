@@ -73,13 +73,27 @@ class CheckpointConfig:
     every_steps: int | None = 1000
     """Steps between checkpoints; null keeps only the one at the end of training."""
     keep: int = 2
-    """Complete checkpoints to keep; older ones are deleted after a newer one is complete."""
+    """Newest complete checkpoints that stay; older ones are deleted after a newer one is complete.  Those that
+    `checkpoints --pin` names always stay."""
+    keep_every_steps: int | None = None
+    """Checkpoints of multiples of this step stay too; null for none."""
+    keep_best: str | None = None
+    """The checkpoint with the best metric of eval.jsonl stays too: max:NAME or min:NAME, as max:auc/is_click."""
+    asynchronous: bool = True
+    """Write beside the training from a copy of the state, which takes as much of the machine's memory as the state;
+    false lets the training wait."""
+    strict: bool = False
+    """Refuse to go on where the newest checkpoint is damaged, instead of going on from the one before it."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise ValueError(f"checkpoint.every_steps must be at least 1, or null, got {self.every_steps}")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
+        if self.keep_every_steps is not None and self.keep_every_steps < 1:
+            raise ValueError(f"checkpoint.keep_every_steps must be at least 1, or null, got {self.keep_every_steps}")
+        if self.keep_best is not None and not self.keep_best.startswith(("max:", "min:")):
+            raise ValueError(f"checkpoint.keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

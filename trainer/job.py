@@ -4,11 +4,12 @@ Each checks everything it can before it changes anything on disk.
 """
 
 import logging
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from embeddings.machine import Machine
 from embeddings.plan import Plan
@@ -17,7 +18,11 @@ from embeddings.report import plan_report
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import check_overlap
 from trainer.build import build_parallel, machine_of, make_plan
-from trainer.checkpoint import Progress, load_tensors, read_progress
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.loading import load_checkpoint
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import open_store
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.feed import Feed
@@ -27,7 +32,7 @@ from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved, resolve
-from trainer.run_dir import JsonLines, RunDir, locked, write_json
+from trainer.run_dir import JsonLines, RunDir, forget_after, locked, write_json
 from trainer.run_log import logged
 from trainer.typed_values import from_dict, to_dict
 
@@ -42,18 +47,29 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     resolved = resolve(config, dataset_info(config.data))
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh), plan_file)
-    steps = run.complete_steps()
-    progress = read_progress(run.checkpoint(steps[-1])) if steps else Progress()
+    catalogue = Catalogue(open_store(str(run.checkpoints)))
+    newest = catalogue.newest()
+    progress = newest.progress
     loader = training_loader(resolved, mesh, progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     # Reading begins while the model is being built.
     sole = locked(run) if mesh.is_first else nullcontext()
-    with sole, logged(run, mesh), joined(mesh), closing(iter(loader)) as batches:
+    with sole, logged(run, mesh), joined(mesh), ExitStack() as opened:
+        batches = opened.enter_context(closing(iter(loader)))
         check_kernels(mesh.device, config.model.layers, getattr(torch, config.precision))
         model = build_parallel(resolved, plan, mesh)
-        if steps:
-            load_tensors(run.checkpoint(progress.step), model.tensors())
+        checkpointer = opened.enter_context(
+            closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint))
+        )
+        restored = checkpointer.restore(newest)
+        if restored != progress:
+            # The newest checkpoint turned out to be damaged.
+            progress = restored
+            batches.close()
+            batches = opened.enter_context(closing(iter(training_loader(resolved, mesh, progress))))
         if mesh.is_first:
+            for file in (run.metrics_file, run.eval_file):
+                forget_after(file, progress.step)
             write_json(run.config_file, to_dict(config))
             write_plan(run.plan_file, plan)
         announce(resolved, plan, model, mesh)
@@ -68,9 +84,9 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
                 feed,
                 progress,
                 config=config,
-                run=run,
                 mesh=mesh,
                 recorder=recorder,
+                checkpointer=checkpointer,
                 evaluate=lambda step: recorder.add_evaluation(evaluate(resolved, model, run, mesh, step), step),
             )
         logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
@@ -86,13 +102,14 @@ def evaluate_job(run_dir: Path, step: int | None) -> None:
     if saved is None:
         raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
     config = from_dict(TrainConfig, saved)
-    step = run.step_to_load(step)
+    catalogue = Catalogue(open_store(str(run.checkpoints)))
+    checkpoint = catalogue.choose(step)
     resolved = resolve(config, dataset_info(config.data))
     plan = make_plan(resolved, machine_of(mesh))
     with logged(run, mesh), joined(mesh):
         model = build_parallel(resolved, plan, mesh)
-        load_tensors(run.checkpoint(step), model.tensors())
-        evaluate(resolved, model, run, mesh, step)
+        load_checkpoint(catalogue, checkpoint, model.tensors(), dist.new_group(backend="gloo"))
+        evaluate(resolved, model, run, mesh, checkpoint.step)
 
 
 def plan_job(

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from pipelines.overlap import StepPipeline
-from trainer.checkpoint import Progress, save_checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.progress import Progress
 from trainer.config import TrainConfig
 from trainer.feed import Feed
 from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
 from trainer.recorder import Recorder
-from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +63,21 @@ def run_steps(
     progress: Progress,
     *,
     config: TrainConfig,
-    run: RunDir,
     mesh: Mesh,
     recorder: Recorder,
+    checkpointer: Checkpointer,
     evaluate: Callable[[int], object],
 ) -> None:
     """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
 
     Raises:
         StoppedEarly: SIGTERM or Ctrl-C came; the state of the last step is saved.
-        FloatingPointError: the loss of a logged step or the state to save is not finite.
+        OSError, FloatingPointError: the state cannot be written, or it or the loss of a logged step is not finite.
     """
 
     def save() -> None:
         with recorder.paused():
-            save_checkpoint(run, model.tensors(), progress, mesh, keep=config.checkpoint.keep)
+            checkpointer.save(progress)
 
     def evaluate_now() -> None:
         with recorder.paused():
@@ -86,8 +86,7 @@ def run_steps(
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     stop = StopSignal()
-    # Of the newest step; before the first, what was loaded is saved.
-    saves, evaluates, loss = True, False, None
+    logs, evaluates, loss = False, False, None
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(config.seed, progress.step + 1, mesh.rank)
@@ -107,16 +106,17 @@ def run_steps(
         if saves or stops:
             save()
         if stops:
+            checkpointer.wait()
             raise StoppedEarly(f"stopped after step {progress.step}, which is saved: start the same command to go on")
         if evaluates:
             evaluate_now()
     # A run's last step is logged whatever its number, so that a short run has a metric too.
-    if loss is not None and not _due(progress.step, config.log_every):
+    if loss is not None and not logs:
         recorder.log(progress, loss, factor)
-    if not saves:
-        save()
+    save()
     if not evaluates:
         evaluate_now()
+    checkpointer.wait()
 
 
 def _due(step: int, every: int | None) -> bool:

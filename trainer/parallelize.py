@@ -21,7 +21,7 @@ from torchrec.streamable import Pipelineable
 
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.tables import Tables, init_tables, table_weights
-from trainer.checkpoint import Tensors
+from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
 from trainer.models.model import Model

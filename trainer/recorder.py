@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipelines.columns import IntArray
 from pipelines.position import DataPosition
-from trainer.checkpoint import Progress
+from trainer.checkpoint.progress import Progress
 from trainer.mesh import Mesh
 from trainer.resolve import Resolved
 from trainer.run_dir import JsonLines, RunDir
@@ -56,7 +56,7 @@ class Recorder:
         self._peak_flops = peak_flops(mesh.device)
         self._interval = _Interval()
         self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
-        self._board = SummaryWriter(str(run.tensorboard)) if mesh.is_first else None
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=start.step + 1) if mesh.is_first else None
         self._bar = tqdm(
             total=total_samples, initial=start.samples, unit="sample", desc="training", disable=not mesh.is_first
         )

@@ -7,7 +7,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +18,6 @@ from trainer.command_line import WrongUse
 from trainer.typed_values import differences
 
 logger = logging.getLogger(__name__)
-
-COMPLETE = "COMPLETE"
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 # What may differ between a run's saved configuration and the one that resumes it: how long, how often, where and how
 # fast the work is done.  Everything else decides which numbers the run computes, so changing it asks for another run.
@@ -88,36 +84,13 @@ class RunDir:
         """The folder of all checkpoints."""
         return self.path / "checkpoints"
 
-    def checkpoint(self, step: int) -> Path:
-        """The folder of the checkpoint taken after optimizer step `step`."""
-        return self.checkpoints / f"step-{step:08d}"
-
-    def complete_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        matches = [(_STEP_FOLDER.fullmatch(folder.name), folder) for folder in folders]
-        return sorted(int(match[1]) for match, folder in matches if match and (folder / COMPLETE).is_file())
-
-    def step_to_load(self, step: int | None) -> int:
-        """The newest complete checkpoint's step, or `step` after checking that it is complete.
-
-        Raises:
-            WrongUse: there is no such complete checkpoint.
-        """
-        steps = self.complete_steps()
-        if step is None and steps:
-            return steps[-1]
-        if step in steps:
-            assert step is not None
-            return step
-        listed = ", ".join(map(str, steps)) or "none"
-        if step is None:
-            raise WrongUse(f"{self.checkpoints} holds no complete checkpoint: train the run first")
-        partial = self.checkpoint(step).is_dir()
-        reason = (
-            f"its checkpoint has no file {COMPLETE}, so it was never finished" if partial else "it has no checkpoint"
-        )
-        raise WrongUse(f"{self.path} cannot be loaded at step {step}: {reason} (complete steps: {listed})")
+    def flush(self) -> None:
+        """Let what the first rank has written here so far reach the disk."""
+        for file in (self.config_file, self.plan_file, self.metrics_file, self.eval_file):
+            if file.is_file():
+                sync(file)
+        sync(self.path)
+        sync(self.path.parent)
 
     def saved_config(self) -> dict[str, Any] | None:
         """The configuration that the directory was made with; None where it holds no run yet."""
@@ -189,38 +162,90 @@ def locked(run: RunDir) -> Iterator[None]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Replace the file as a whole: a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, path)
+    _replace_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Let a file, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class JsonLines:
-    """A file of one JSON object a line, appended to, in which no step appears twice.
-
-    A run that resumes from a checkpoint repeats the steps that came after it; their lines already stand in the file
-    and are not written again.
-    """
+    """A file of one JSON object a line, appended to, in which no step appears twice."""
 
     def __init__(self, path: Path) -> None:
+        """Drops the end of the file from the first line on that a crash left torn or empty.
+
+        Raises:
+            ValueError: a line in the middle is no object with a step.
+        """
         self._path = path
-        self._steps: set[int] = set()
-        if path.is_file():
-            text = path.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                logger.warning("%s ended in the middle of a line, which is dropped", path)
-                path.write_text(whole)
-            self._steps = {json.loads(line)["step"] for line in whole.splitlines()}
+        lines, rest = _whole_lines(path)
+        if rest:
+            logger.warning("%s ended in the middle of a line, which is dropped", path)
+            _replace_text(path, "".join(lines))
+        self._steps: set[int] = {json.loads(line)["step"] for line in lines}
 
     def append(self, record: dict[str, Any]) -> bool:
         """Write `record` and flush, unless its step is in the file; returns whether it was written.
 
         An undefined number (NaN) becomes null, for JSON has no other word for it.
         """
-        if record["step"] in self._steps:
+        if record["step"] in self:
             return False
         values = {key: None if value != value else value for key, value in record.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
         self._steps.add(record["step"])
         return True
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._steps
+
+
+def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of steps after `step` from a file of JSON lines, and return their objects.
+
+    A run that goes on from a checkpoint takes those steps again; its lines say what led to its state.
+    """
+    lines, rest = _whole_lines(path)
+    objects = [json.loads(line) for line in lines]
+    if rest or any(values["step"] > step for values in objects):
+        kept = [line for line, values in zip(lines, objects, strict=True) if values["step"] <= step]
+        _replace_text(path, "".join(kept))
+    return [values for values in objects if values["step"] > step]
+
+
+def _whole_lines(path: Path) -> tuple[list[str], list[str]]:
+    """(lines up to the first that is no object with a step, the rest), each with its end.
+
+    Raises:
+        ValueError: a sound line follows an unsound one, which no crash leaves behind.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+    sound = [line.endswith("\n") and _has_step(line) for line in lines]
+    count = sound.index(False) if False in sound else len(lines)
+    if any(sound[count:]):
+        raise ValueError(f"{path}, line {count + 1}, is not a JSON object with a step: mend or remove that line")
+    return lines[:count], lines[count:]
+
+
+def _has_step(line: str) -> bool:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and isinstance(values.get("step"), int)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    # Before the rename: after a power cut there is the old file or the new one, never an empty one.
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)

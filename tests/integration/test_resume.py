@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from tests.support.small_data import small_dataset
-from tests.support.training import kill_job, losses, read_checkpoint, read_lines, start_training, train
+from tests.support.training import (
+    kill_job,
+    losses,
+    read_checkpoint,
+    read_lines,
+    start_command,
+    start_training,
+    train,
+)
 from trainer.run_dir import RunDir, locked
 
 STEPS = 8
@@ -102,19 +110,30 @@ def test_a_missing_evaluation_split_is_found_before_the_training(tmp_path: Path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("__0_0.distcp", b"cut"), (".metadata", b"cut"), ("progress.json", b'{"step": ')]
-)
-def test_a_damaged_checkpoint_is_named_with_what_to_do(
-    stopped_at_four: Path, name: str, content: bytes, tmp_path: Path
+def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before_it(
+    uninterrupted: Path, tmp_path: Path
 ) -> None:
+    """The byte that changed is found as it is loaded, when reading has begun where the newest would go on."""
     run = tmp_path / "run"
-    shutil.copytree(stopped_at_four, run)
-    (run / "checkpoints" / "step-00000004" / name).write_bytes(content)
-    process = start_training(run, 1, "max_steps=6", "checkpoint.every_steps=4")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "Traceback" not in output
-    assert re.search(r"step-00000004 cannot be read \(.+\): remove that folder to go on", output), output[-3000:]
+    shutil.copytree(uninterrupted, run)
+    newest = run / "checkpoints" / f"step-{STEPS:08d}"
+    file = newest / "rank-00001.bin"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    evaluation = start_command("evaluate", str(run))
+    output, _ = evaluation.communicate(timeout=120)
+    assert evaluation.returncode == 1
+    assert f"error: checkpoint {newest} is damaged" in output.splitlines()[-1]
+    assert losses(train(run, 2, f"max_steps={STEPS}", "checkpoint.every_steps=4")) == losses(
+        read_lines(uninterrupted / "metrics.jsonl")
+    )
+    expected, actual = (read_checkpoint(path / "checkpoints" / newest.name) for path in (uninterrupted, run))
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    listing = start_command("checkpoints", str(run), "--verify")
+    output, _ = listing.communicate(timeout=120)
+    assert listing.returncode == 0 and f"damaged-{newest.name} does not count" in output
+    assert [int(line.split()[0]) for line in output.splitlines() if line.endswith("verified")] == [4, STEPS]
 
 
 def test_other_data_under_the_same_path_is_refused_and_nothing_is_written(

@@ -84,7 +84,7 @@ def test_missing_data_is_a_failure_and_leaves_no_run_directory(
 def test_checkpoint_without_complete_cannot_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path)
     write_json(run.config_file, to_dict(load_recipe("kuairand_sample")))
-    run.checkpoint(5).mkdir(parents=True)
+    (run.checkpoints / "step-00000005").mkdir(parents=True)
     assert run_command(app, ["evaluate", str(tmp_path), "--step", "5"]) == 2
     assert "no file COMPLETE" in capsys.readouterr().err
     assert run_command(app, ["evaluate", str(tmp_path)]) == 2

@@ -9,7 +9,7 @@ import torch
 
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays
 from tests.support.datasets import made_up_info
-from trainer.checkpoint import Progress
+from trainer.checkpoint.progress import Progress
 from trainer.feed import describe
 from trainer.mesh import Mesh
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig

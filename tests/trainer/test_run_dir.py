@@ -7,29 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.run_dir import COMPLETE, JsonLines, RunDir, locked, write_json
+from trainer.run_dir import JsonLines, RunDir, forget_after, locked, write_json
 
 CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every": 5}}
-
-
-def test_only_folders_with_the_complete_file_are_checkpoints(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    for step in (5, 10, 15):
-        run.checkpoint(step).mkdir(parents=True)
-    (run.checkpoint(5) / COMPLETE).touch()
-    (run.checkpoint(10) / COMPLETE).touch()
-    assert run.complete_steps() == [5, 10]
-    assert run.step_to_load(None) == 10
-    assert run.step_to_load(5) == 5
-    with pytest.raises(ValueError, match="step 15: its checkpoint has no file COMPLETE"):
-        run.step_to_load(15)
-    with pytest.raises(ValueError, match=r"step 7: it has no checkpoint \(complete steps: 5, 10\)"):
-        run.step_to_load(7)
-
-
-def test_an_empty_run_has_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        RunDir(tmp_path).step_to_load(None)
 
 
 def test_settings_that_do_not_change_the_numbers_may_change(tmp_path: Path) -> None:
@@ -68,6 +48,29 @@ def test_json_lines_never_repeat_a_step_and_drop_a_torn_line(tmp_path: Path) -> 
     assert not lines.append({"step": 2})
     assert lines.append({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("tail", ['{"st', '{"step": 3', "\0\0\0\0", '\0\0\n{"ste', '{"loss": 1}\n', "3\n"])
+def test_what_a_crash_left_at_the_end_of_json_lines_is_dropped(tail: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
+    assert JsonLines(path).append({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_a_line_in_the_middle_that_no_crash_leaves_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        JsonLines(path)
+
+
+def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert forget_after(path, 3) == []
+    path.write_text('{"step": 2, "loss": 5.0}\n{"step": 4, "loss": 6.0}\n{"st')
+    assert forget_after(path, 3) == [{"step": 4, "loss": 6.0}]
+    assert path.read_text() == '{"step": 2, "loss": 5.0}\n'
 
 
 def test_an_older_step_that_is_not_there_is_added(tmp_path: Path) -> None:

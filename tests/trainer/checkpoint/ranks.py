@@ -1,0 +1,138 @@
+"""What the ranks of these tests run: a state of a few tensors, sharded in any of several ways, saved and loaded."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_from_local_shards
+
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.pieces import Tensors
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store, open_store
+from trainer.config import CheckpointConfig
+from trainer.mesh import Mesh
+from trainer.run_dir import RunDir
+
+LAYOUTS = ("row_wise", "column_wise", "table_wise", "grid", "replicated")
+ROWS, COLUMNS = 11, 6
+
+
+def expected(seed: int = 0) -> dict[str, Tensor]:
+    """The whole state."""
+    table = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS) / 7 + seed
+    return {
+        "tables/item": table,
+        "tables_optimizer/item/momentum1": table[:, 0].double(),
+        "dense/weight": table[:3, :2].to(torch.bfloat16),
+        "dense/mask": torch.tensor([True, False, seed == 0]),
+        "dense_optimizer/weight/step": torch.tensor(5 + seed),
+    }
+
+
+def _blocks(layout: str, rank: int, ranks: int) -> list[tuple[slice, slice]]:
+    rows, columns = -(-ROWS // ranks), -(-COLUMNS // ranks)
+    everything = slice(0, None)
+    if layout == "row_wise":
+        return [(slice(rank * rows, (rank + 1) * rows), everything)]
+    if layout == "column_wise":
+        return [(everything, slice(rank * columns, (rank + 1) * columns))]
+    if layout == "table_wise":
+        return [(everything, everything)] if rank == ranks - 1 else []
+    # Quarters, dealt out.
+    quarters = [(r, c) for r in (slice(0, 4), slice(4, None)) for c in (slice(0, 1), slice(1, None))]
+    return quarters[rank::ranks]
+
+
+def sharded(whole: dict[str, Tensor], layout: str) -> Tensors:
+    """This rank's part of the state: the tables as `layout` says, all else on every rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    tensors: Tensors = {name: value.clone() for name, value in whole.items()}
+    for name, value in whole.items():
+        if layout == "replicated" or not name.startswith("tables"):
+            continue
+        shards, seen = [], set()
+        for rows, columns in _blocks(layout, rank, ranks):
+            box = (rows, columns)[: value.dim()]
+            offsets = tuple(part.start for part in box)
+            part = value[box].clone()
+            if part.numel() and offsets not in seen:
+                shards.append(Shard.from_tensor_and_offsets(part, list(offsets), rank))
+                seen.add(offsets)
+        if value.dim() == 1 and layout == "column_wise":
+            shards = [Shard.from_tensor_and_offsets(value.clone(), [0], rank)] if rank == 0 else []
+        if value.dim() == 1 and layout == "grid":
+            shards = [shard for shard in shards if _owns(shard.metadata.shard_offsets[0], rank, ranks)]
+        tensors[name] = init_from_local_shards(shards, *value.shape)
+    return tensors
+
+
+def _owns(row: int, rank: int, ranks: int) -> bool:
+    """Of the two quarters of a row the first's rank holds the rows of a vector."""
+    return (0 if row == 0 else 2) % ranks == rank
+
+
+def checkpointer(store: Store, run: RunDir, tensors: Tensors, **config: Any) -> Checkpointer:
+    """Of this rank."""
+    ranks = dist.get_world_size()
+    mesh = Mesh(rank=dist.get_rank(), world_size=ranks, local_world_size=ranks, device=torch.device("cpu"))
+    return Checkpointer(run, Catalogue(store), mesh, lambda: tensors, replace(CheckpointConfig(), **config))
+
+
+def save(run_dir: str, layout: str, steps: tuple[int, ...] = (1,), **config: Any) -> None:
+    """Save the state of each of `steps`; that of step s has seed s - 1."""
+    run = RunDir(Path(run_dir))
+    run.path.mkdir(exist_ok=True, parents=True)
+    tensors = sharded(expected(), layout)
+    saver = checkpointer(open_store(str(run.checkpoints)), run, tensors, **config)
+    for step in steps:
+        for name, value in sharded(expected(step - 1), layout).items():
+            _assign(tensors[name], value)
+        saver.save(Progress(step=step))
+        # The training goes on while the writing does.
+        for value in tensors.values():
+            _assign(value, None)
+    saver.wait()
+    saver.close()
+
+
+def load(run_dir: str, layout: str, **config: Any) -> tuple[int, list[str]]:
+    """(the step that was restored, what differs from its state)."""
+    run = RunDir(Path(run_dir))
+    tensors = sharded({name: torch.zeros_like(value) for name, value in expected().items()}, layout)
+    store = open_store(str(run.checkpoints))
+    loader = checkpointer(store, run, tensors, **config)
+    progress = loader.restore(Catalogue(store).newest())
+    loader.close()
+    wanted = sharded(expected(progress.step - 1), layout)
+    return progress.step, [name for name in wanted if not _equal(tensors[name], wanted[name])]
+
+
+def _parts(value: Any) -> list[Tensor]:
+    return [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+
+
+def _assign(target: Any, source: Any) -> None:
+    for index, part in enumerate(_parts(target)):
+        part.copy_(torch.zeros_like(part) if source is None else _parts(source)[index])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(_parts(one), _parts(other), strict=True))
+
+
+def save_every_way(folder: str) -> None:
+    """A run a layout; on an even number of ranks asynchronously."""
+    ranks = dist.get_world_size()
+    for layout in LAYOUTS:
+        save(f"{folder}/{layout}-{ranks}", layout, asynchronous=ranks % 2 == 0)
+
+
+def load_every_way(folder: str) -> dict[tuple[str, str], tuple[int, list[str]]]:
+    """(run, layout) -> what `load` says."""
+    runs = sorted(path.name for path in Path(folder).iterdir())
+    return {(run, layout): load(f"{folder}/{run}", layout) for run in runs for layout in LAYOUTS}

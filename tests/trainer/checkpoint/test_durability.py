@@ -1,0 +1,211 @@
+"""Whatever happens while a checkpoint is written, the newest one that counts is whole; whatever happens to one that
+was written, what changes a value is noticed."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.support.distributed import run_ranks
+from tests.support.volatile_store import PowerCut, VolatileStore
+from tests.trainer.checkpoint import ranks
+from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import LocalStore, open_store
+from trainer.run_dir import RunDir
+
+
+def _save_in(store: VolatileStore, run: RunDir, step: int) -> None:
+    saver = ranks.checkpointer(store, run, ranks.sharded(ranks.expected(step), "row_wise"), keep=1, asynchronous=False)
+    try:
+        saver.save(Progress(step=step))
+    finally:
+        saver.close()
+
+
+def _cut_power_everywhere(folder: str) -> list[list[int]]:
+    """For each number of operations before the cut: the steps that are found whole afterwards."""
+    run = RunDir(Path(folder))
+    before = VolatileStore()
+    _save_in(before, run, 1)
+    found = []
+    for lives in range(100):
+        store = VolatileStore(before.survives, lives)
+        done = True
+        try:
+            _save_in(store, run, 2)
+        except PowerCut:
+            done = False
+        after = Catalogue(VolatileStore(store.survives))
+        after.clear_leftovers()
+        found.append([after.verify(step).step for step in after.steps()])
+        if done:
+            return found
+    raise AssertionError("a save has no end")
+
+
+def test_a_power_cut_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _cut_power_everywhere, str(tmp_path))
+    assert len(found) > 8
+    assert found[0] == [1] and found[-1] == [2]
+    assert set(map(tuple, found)) == {(1,), (1, 2), (2,)}
+    assert found == sorted(found), "once the new one counts it stays"
+
+
+def _order_of_events(folder: str) -> list[tuple[str, str]]:
+    """(event, path) of the system calls of a second save, synchronous so that they are this process's."""
+    run = RunDir(Path(folder))
+    events: list[tuple[str, str]] = []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_unlink(path: Path, missing_ok: bool = False) -> None:
+        events.append(("unlink", str(path)))
+        unlink(path, missing_ok)
+
+    store = LocalStore(run.checkpoints)
+    saver = ranks.checkpointer(store, run, ranks.sharded(ranks.expected(), "row_wise"), keep=1, asynchronous=False)
+    saver.save(Progress(step=1))
+    for file in (run.config_file, run.plan_file, run.metrics_file, run.eval_file):
+        file.write_text("{}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noted_fsync)
+        patch.setattr(Path, "unlink", noted_unlink)
+        saver.save(Progress(step=2))
+    saver.close()
+    return events
+
+
+def test_everything_has_reached_the_disk_before_a_checkpoint_counts_and_before_another_goes(tmp_path: Path) -> None:
+    (events,) = run_ranks(1, _order_of_events, str(tmp_path))
+    new = tmp_path / "checkpoints" / "step-00000002"
+    counts = events.index(("fsync", str(new / "COMPLETE")))
+    before = {path for _, path in events[:counts]}
+    files = [new / "rank-00000.bin", new / "manifest.json", new, new.parent, tmp_path]
+    run = RunDir(tmp_path)
+    files += [run.config_file, run.plan_file, run.metrics_file, run.eval_file]
+    assert before >= set(map(str, files))
+    goes = next(index for index, (event, _) in enumerate(events) if event == "unlink")
+    assert ("fsync", str(new)) in events[counts:goes]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of two ranks."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run_ranks(2, ranks.save, str(folder), "row_wise", (1, 2))
+    return folder
+
+
+def _catalogue(run_dir: Path) -> Catalogue:
+    return Catalogue(open_store(str(RunDir(run_dir).checkpoints)))
+
+
+def test_every_flipped_bit_of_every_file_is_noticed(saved: Path) -> None:
+    chance = random.Random(1)
+    catalogue = _catalogue(saved)
+    catalogue.verify(2)
+    files = sorted((saved / "checkpoints" / "step-00000002").iterdir())
+    assert [file.name for file in files] == ["COMPLETE", "manifest.json", "rank-00000.bin", "rank-00001.bin"]
+    for index in range(1000):
+        file = files[index % len(files)]
+        content = file.read_bytes()
+        bit = chance.randrange(8 * len(content))
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        with pytest.raises(DamagedCheckpoint):
+            catalogue.verify(2)
+        file.write_bytes(content)
+    catalogue.verify(2)
+
+
+def _damage_everything(folder: str) -> list[tuple[str, str, list[str], object, list[str]]]:
+    """(what was done, the strict answer, folders after it, the answer otherwise, folders after that)."""
+    found = []
+    for name in ("manifest.json", "rank-00000.bin", "rank-00001.bin"):
+        for damage in ("cut", "flipped", "deleted", "a folder"):
+            run = Path(folder, f"{name}-{damage}")
+            shutil.copytree(Path(folder, "whole"), run)
+            store = LocalStore(RunDir(run).checkpoints)
+            file = run / "checkpoints" / "step-00000002" / name
+            content = file.read_bytes()
+            file.unlink()
+            if damage == "a folder":
+                file.mkdir()
+            elif damage != "deleted":
+                file.write_bytes(content[:-1] if damage == "cut" else bytes([content[0] ^ 1]) + content[1:])
+            with pytest.raises(DamagedCheckpoint) as strict:
+                ranks.load(str(run), "row_wise", strict=True)
+            untouched = store.folders()
+            found.append((name, str(strict.value), untouched, ranks.load(str(run), "row_wise"), store.folders()))
+    return found
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_loaded(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "whole")
+    found = run_ranks(1, _damage_everything, str(tmp_path))[0]
+    assert len(found) == 12
+    for name, strict, untouched, loaded, after in found:
+        assert "checkpoints/step-00000002 is damaged: " in strict and name in strict
+        assert untouched == ["step-00000001", "step-00000002"]
+        assert loaded == (1, [])
+        assert after == ["damaged-step-00000002", "step-00000001"]
+
+
+def test_where_no_other_is_left_the_run_does_not_begin_anew(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    for step in (1, 2):
+        file = run / "checkpoints" / f"step-0000000{step}" / "rank-00000.bin"
+        file.write_bytes(file.read_bytes()[::-1])
+    for message in run_ranks(2, _nothing_left, str(run)):
+        assert "no older checkpoint is left: train anew in another --run-dir" in message
+    # It is found again by the next start.
+    assert _catalogue(run).steps() == [1]
+
+
+def _nothing_left(run_dir: str) -> str:
+    with pytest.raises(DamagedCheckpoint) as caught:
+        ranks.load(run_dir, "row_wise")
+    return str(caught.value)
+
+
+def test_what_was_never_finished_is_cleared_at_the_start(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    unfinished = run / "checkpoints" / "step-00000003"
+    shutil.copytree(run / "checkpoints" / "step-00000002", unfinished)
+    (unfinished / "COMPLETE").unlink()
+    assert run_ranks(1, ranks.load, str(run), "row_wise") == [(2, [])]
+    assert _catalogue(run).store.folders() == ["step-00000001", "step-00000002"]
+
+
+def _full_disk(run_dir: str) -> list[str]:
+    """What every rank says when the first rank's disk takes no more."""
+    run = RunDir(Path(run_dir))
+    run.path.mkdir(exist_ok=True)
+    store = (_FullStore if dist.get_rank() == 0 else LocalStore)(run.checkpoints)
+    saver = ranks.checkpointer(store, run, ranks.sharded(ranks.expected(), "row_wise"), asynchronous=False)
+    with pytest.raises(OSError) as caught:
+        saver.save(Progress(step=7))
+    saver.close()
+    return [str(caught.value), *store.folders()]
+
+
+class _FullStore(LocalStore):
+    def writing(self, path: str):  # type: ignore[no-untyped-def]
+        raise OSError(28, "No space left on device", path)
+
+
+def test_a_full_disk_is_one_line_on_every_rank_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    said = run_ranks(2, _full_disk, str(tmp_path / "run"))
+    assert said[0][0].startswith("the checkpoint of step 7 cannot be written: [Errno 28] No space left on device")
+    assert said[0][0] == said[1][0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())

@@ -1,0 +1,69 @@
+"""A manifest reads back as it was, and anything else is refused before a byte of it is used."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipelines.position import DataPosition
+from trainer.checkpoint.chunks import FileRecord
+from trainer.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, decode
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.region import Region
+
+MANIFEST = Manifest(
+    progress=Progress(step=3, samples=12, position=DataPosition(order="of a test", samples=12)),
+    world_size=2,
+    versions={"torch": "2"},
+    files={"rank-00000.bin": FileRecord(32, (1,)), "rank-00001.bin": FileRecord(12, (2,))},
+    tensors={
+        "tables/item": StoredTensor(
+            "float32",
+            (5, 2),
+            (
+                StoredPiece("rank-00000.bin", 0, Region((0, 0), (4, 2))),
+                StoredPiece("rank-00001.bin", 4, Region((4, 0), (1, 2))),
+            ),
+        ),
+        "dense/step": StoredTensor("float32", (), (StoredPiece("rank-00001.bin", 0, Region((), ())),)),
+    },
+)
+
+
+def test_reads_back_as_it_was() -> None:
+    assert decode(MANIFEST.encode()) == MANIFEST
+
+
+def _item(values: Any) -> Any:
+    return values["tensors"]["tables/item"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(format=2), "of format 2, written by .*: use the code that wrote it"),
+        (lambda v: v.pop("format"), "lacks something"),
+        (lambda v: v["progress"].pop("position"), "lacks something"),
+        (lambda v: v["progress"]["position"].pop("order"), "data position must have the keys"),
+        (lambda v: v["files"].update({"../../home.bin": {"bytes": 0, "crc32": []}}), "no name of a file"),
+        (lambda v: v["files"]["rank-00000.bin"].update(bytes=31), "outside its tensor or file"),
+        (lambda v: v["files"]["rank-00000.bin"].update(crc32=[]), "have 1 chunks, not 0"),
+        (lambda v: _item(v)["pieces"].pop(), "has 10 values, its pieces hold 8"),
+        (lambda v: _item(v)["pieces"][0].update(start=-4), "outside its tensor or file"),
+        (lambda v: _item(v)["pieces"][0].update(offsets=[2, 0]), "outside its tensor or file"),
+        (lambda v: _item(v)["pieces"][0].update(file="rank-00007.bin"), "lacks something"),
+        (lambda v: _item(v).update(dtype="float7"), "lacks something"),
+        (lambda v: v.update(tensors=3), "lacks something"),
+    ],
+)
+def test_another_form_is_refused(change: Any, message: str) -> None:
+    values = json.loads(MANIFEST.encode())
+    change(values)
+    with pytest.raises(ValueError, match=message):
+        decode(json.dumps(values).encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"\x80\x04.", b"3", MANIFEST.encode()[:-20]])
+def test_what_is_no_json_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError):
+        decode(content)

@@ -1,0 +1,181 @@
+"""The checkpoints of a run: which are complete, which are damaged, which is the newest to go on from."""
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+
+from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader
+from trainer.checkpoint.manifest import Manifest, decode, digest
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.store import Store
+from trainer.command_line import WrongUse
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE"
+MANIFEST = "manifest.json"
+PINNED = "PINNED"
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that was complete is so no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint whose manifest and file sizes are in order."""
+
+    step: int
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """Where to go on from."""
+
+    checkpoint: Checkpoint | None
+    """The newest that is in order; None in a run that holds none at all."""
+    damaged: dict[int, DamagedCheckpoint]
+    """What is wrong with newer ones, by step."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run had come there."""
+        return Progress() if self.checkpoint is None else replace(self.checkpoint.manifest.progress)
+
+
+def step_folder(step: int) -> str:
+    """Name of the folder of the checkpoint taken after optimizer step `step`."""
+    return f"step-{step:08d}"
+
+
+class Catalogue:
+    """What a store holds; reads only, but for the methods that say otherwise, which one process calls."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoint holds COMPLETE, oldest first."""
+        return [step for step in self._folders() if self.store.size(f"{step_folder(step)}/{COMPLETE}") is not None]
+
+    def open(self, step: int) -> Checkpoint:
+        """Read and check the manifest, and the size of every file that it names.
+
+        Raises:
+            DamagedCheckpoint: they are not as they were written.
+        """
+        folder = step_folder(step)
+        try:
+            content = bytes(self.store.read(f"{folder}/{MANIFEST}"))
+            noted = bytes(self.store.read(f"{folder}/{COMPLETE}"))
+            if digest(content).encode() != noted:
+                raise ValueError(f"{MANIFEST} is not what {COMPLETE} was written for")
+            manifest = decode(content)
+            for name, record in manifest.files.items():
+                size = self.store.size(f"{folder}/{name}")
+                if size != record.num_bytes:
+                    has = "is missing" if size is None else f"has {size} bytes"
+                    raise ValueError(f"{name} {has}, {record.num_bytes} were written")
+        except (OSError, ValueError) as error:
+            raise self.damaged(step, error) from None
+        return Checkpoint(step, manifest)
+
+    def verify(self, step: int) -> Checkpoint:
+        """As `open`, and read every file.
+
+        Raises:
+            DamagedCheckpoint: something of it is not as it was written.
+        """
+        checkpoint, folder = self.open(step), step_folder(step)
+        try:
+            for name, record in checkpoint.manifest.files.items():
+                reader = ChunkReader(name, record, partial(self.store.read, f"{folder}/{name}"))
+                for start in range(0, record.num_bytes, CHUNK_BYTES):
+                    reader.bytes(start, min(start + CHUNK_BYTES, record.num_bytes))
+        except (OSError, ChunkError) as error:
+            raise self.damaged(step, error) from None
+        return checkpoint
+
+    def newest(self, below: int | None = None) -> "Newest":
+        """The newest that opens, of those of steps under `below`.
+
+        Raises:
+            DamagedCheckpoint: there are some, and every one is damaged.
+        """
+        damaged: dict[int, DamagedCheckpoint] = {}
+        for step in reversed([step for step in self.steps() if below is None or step < below]):
+            try:
+                return Newest(self.open(step), damaged)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+        if damaged:
+            raise self.nothing_left(next(iter(damaged.values())))
+        return Newest(None, damaged)
+
+    def nothing_left(self, damage: DamagedCheckpoint) -> DamagedCheckpoint:
+        """What is said where no other checkpoint is left than damaged ones."""
+        return DamagedCheckpoint(f"{damage}; no older checkpoint is left: train anew in another --run-dir")
+
+    def choose(self, step: int | None) -> Checkpoint:
+        """The newest complete checkpoint, or that of `step`; a damaged one is refused.
+
+        Raises:
+            WrongUse: there is no such complete checkpoint.
+            DamagedCheckpoint: it is damaged.
+        """
+        steps = self.steps()
+        if step is None and not steps:
+            raise WrongUse(f"{self.store.address} holds no complete checkpoint: train the run first")
+        if step is not None and step not in steps:
+            listed = ", ".join(map(str, steps)) or "none"
+            reason = (
+                f"its checkpoint has no file {COMPLETE}, so it was never finished"
+                if step_folder(step) in self.store.folders()
+                else "it has no checkpoint"
+            )
+            raise WrongUse(f"{self.store.address} has nothing of step {step}: {reason} (complete steps: {listed})")
+        return self.open(steps[-1] if step is None else step)
+
+    def damaged(self, step: int, reason: object) -> DamagedCheckpoint:
+        """What is said of a damaged checkpoint."""
+        return DamagedCheckpoint(f"checkpoint {self.store.address}/{step_folder(step)} is damaged: {reason}")
+
+    def clear_leftovers(self) -> None:
+        """Remove checkpoints that were never finished.  Writes."""
+        for step in sorted(set(self._folders()) - set(self.steps())):
+            logger.warning("removing %s, which was never finished", step_folder(step))
+            self.store.remove(step_folder(step))
+
+    def set_aside(self, step: int, word: str) -> str:
+        """Rename a checkpoint so that it counts no longer but can be looked at; returns its new name.  Writes."""
+        taken, name, number = set(self.store.folders()), f"{word}-{step_folder(step)}", 1
+        while name in taken:
+            number += 1
+            name = f"{word}-{step_folder(step)}-{number}"
+        self.store.rename(step_folder(step), name)
+        return name
+
+    def is_pinned(self, step: int) -> bool:
+        """Whether the checkpoint stays whatever retention says."""
+        return self.store.size(f"{step_folder(step)}/{PINNED}") is not None
+
+    def pin(self, step: int, pinned: bool) -> None:
+        """Let a checkpoint stay, or no longer.  Writes."""
+        path = f"{step_folder(step)}/{PINNED}"
+        if not pinned:
+            self.store.remove_file(path)
+            return
+        with self.store.writing(path):
+            pass
+
+    def remove(self, step: int) -> None:
+        """Delete a checkpoint; without COMPLETE first, so that a half-deleted one is never taken for whole.  Writes."""
+        self.store.remove_file(f"{step_folder(step)}/{COMPLETE}")
+        self.store.remove(step_folder(step))
+
+    def _folders(self) -> list[int]:
+        matches = [_STEP_FOLDER.fullmatch(name) for name in self.store.folders()]
+        return sorted(int(match[1]) for match in matches if match)

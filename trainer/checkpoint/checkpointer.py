@@ -1,0 +1,243 @@
+"""The one object that keeps a run's state safe: the loop says `save` and nothing else.
+
+    save: wait for the save before -> finite? -> copy -> [own thread: write -> all ranks agree -> commit -> retention]
+
+The thread of every rank talks to the others by a gloo group of its own, so nothing of it touches the training.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from trainer.checkpoint.catalogue import (
+    COMPLETE,
+    MANIFEST,
+    Catalogue,
+    Checkpoint,
+    DamagedCheckpoint,
+    Newest,
+    step_folder,
+)
+from trainer.checkpoint.chunks import FileRecord, write_chunks
+from trainer.checkpoint.layout import Layout, dtype_name, lay_out
+from trainer.checkpoint.loading import gather, load_checkpoint
+from trainer.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, digest, writing_versions
+from trainer.checkpoint.pieces import Tensors, not_finite, written_pieces
+from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.retention import best_step, superfluous
+from trainer.checkpoint.staging import Staging
+from trainer.config import CheckpointConfig
+from trainer.mesh import Mesh
+from trainer.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=1)
+"""How long a rank waits for the slowest one's file; ranks that die are noticed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a rank says of its file, or why there is none."""
+
+    record: FileRecord
+    tensors: dict[str, StoredTensor]
+    problem: str | None = None
+
+
+class Checkpointer:
+    """Saves and restores a run.  All methods are called by every rank."""
+
+    def __init__(
+        self, run: RunDir, catalogue: Catalogue, mesh: Mesh, tensors: Callable[[], Tensors], config: CheckpointConfig
+    ) -> None:
+        """`tensors` returns the live state; needs the job's process group."""
+        self._run, self._catalogue, self._mesh = run, catalogue, mesh
+        self._tensors, self._config = tensors, config
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # every rank
+        self._staging: Staging | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._newest_step: int | None = None
+
+    def restore(self, newest: Newest) -> Progress:
+        """Load the newest checkpoint that is whole, and put those that are not out of the way; the run is locked.
+
+        Raises, on every rank alike:
+            DamagedCheckpoint: none is left, or with `checkpoint.strict` the newest is damaged.
+            ValueError: the checkpoint is of another model, or ranks see different files.
+        """
+        if self._config.strict:
+            for damage in newest.damaged.values():
+                raise damage
+        if self._mesh.is_first:
+            self._catalogue.clear_leftovers()
+            self._set_aside(newest.damaged)
+        found = newest.checkpoint
+        self._check_same_view(found.step if found else None)
+        while found is not None:
+            try:
+                load_checkpoint(self._catalogue, found, self._tensors(), self._group)
+                break
+            except DamagedCheckpoint as damage:
+                found = self._one_before(found.step, damage)
+        if found is None:
+            return Progress()
+        self._newest_step = found.step
+        return replace(found.manifest.progress)
+
+    def _check_same_view(self, step: int | None) -> None:
+        views = gather(step, self._group)  # every rank; also waits until the first has cleared up
+        if len(set(views)) > 1:
+            raise ValueError(
+                f"ranks see different newest checkpoints in {self._catalogue.store.address} (steps "
+                f"{', '.join(map(str, views))}): it must lie on a file system that all machines share"
+            )
+
+    def _one_before(self, step: int, damage: DamagedCheckpoint) -> Checkpoint:
+        """The checkpoint before a damaged one, which the first rank puts out of the way; it is kept if none is left,
+        for otherwise the next start would find an empty run."""
+        found = None
+        if self._mesh.is_first and not self._config.strict:
+            try:
+                older = self._catalogue.newest(below=step)
+            except DamagedCheckpoint as another:
+                logger.error("%s", another)
+            else:
+                found = older.checkpoint
+                if found is not None:
+                    self._set_aside({step: damage} | older.damaged)
+        found = gather(found, self._group)[0]  # every rank
+        if found is None:
+            raise damage if self._config.strict else self._catalogue.nothing_left(damage)
+        return found
+
+    def _set_aside(self, damaged: dict[int, DamagedCheckpoint]) -> None:
+        for step, damage in damaged.items():
+            name = self._catalogue.set_aside(step, "damaged")
+            logger.error("%s; it is called %s now, and the run goes on from the one before it", damage, name)
+
+    def save(self, progress: Progress) -> None:
+        """Save the state of `progress.step`; returns when the live tensors may change, while writing goes on.
+
+        A step that is saved already is not saved again.
+
+        Raises, on every rank alike:
+            FloatingPointError: a tensor holds a number that is not finite; nothing is written or deleted.
+            OSError: the save before this one could not be written.
+        """
+        self.wait()
+        if progress.step == self._newest_step:
+            return
+        tensors = self._tensors()
+        self._check_finite(tensors, progress.step)
+        layout = lay_out(written_pieces(tensors, self._mesh.rank, self._mesh.world_size))
+        if self._config.asynchronous:
+            if self._staging is None:
+                self._staging = Staging(layout.num_bytes, self._mesh.device, self._mesh.local_world_size)
+            self._staging.fill(layout)
+        self._pending = self._thread.submit(self._write, layout, replace(progress))
+        if not self._config.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when what was saved is complete.  Raises OSError, on every rank alike, if it cannot be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let a save that is under way come to its end; says what went wrong with it, but does not raise."""
+        self._thread.shutdown(wait=True)
+        if self._staging is not None:
+            self._staging.close()
+
+    def _check_finite(self, tensors: Tensors, step: int) -> None:
+        mine = not_finite(written_pieces(tensors, self._mesh.rank, self._mesh.world_size))
+        broken = [name for names in gather(mine, self._group) for name in names]
+        if broken:
+            saved = self._newest_step
+            newest = "there is no checkpoint yet" if saved is None else f"the newest checkpoint is of step {saved}"
+            raise FloatingPointError(
+                f"{broken[0]} is not finite after step {step}, which is not saved; {newest}: "
+                "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
+            )
+
+    def _write(self, layout: Layout, progress: Progress) -> None:
+        """In the thread: write this rank's file; the first rank commits when every file is there."""
+        problem = None
+        parts = gather(self._write_part(layout, step_folder(progress.step)), self._group)
+        problems = [part.problem for part in parts if part.problem is not None]
+        if problems:
+            problem = problems[0]
+        elif self._mesh.is_first:
+            try:
+                self._commit(parts, progress)
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        problem = gather(problem, self._group)[0]
+        if problem is None:
+            self._newest_step = progress.step
+            return
+        if self._mesh.is_first:
+            self._give_up(progress.step)
+        raise OSError(f"the checkpoint of step {progress.step} cannot be written: {problem}")
+
+    def _write_part(self, layout: Layout, folder: str) -> _Part:
+        name = f"rank-{self._mesh.rank:05d}.bin"
+        tensors: dict[str, StoredTensor] = {}
+        for piece, start in layout.places:
+            known = tensors.setdefault(piece.name, StoredTensor(dtype_name(piece.tensor.dtype), piece.shape, ()))
+            pieces = (*known.pieces, StoredPiece(name, start, piece.region))
+            tensors[piece.name] = replace(known, pieces=pieces)
+        try:
+            if self._staging is not None:
+                record = self._staging.write(self._catalogue.store, f"{folder}/{name}", layout.num_bytes)
+            else:
+                with self._catalogue.store.writing(f"{folder}/{name}") as file:
+                    record = write_chunks(file, layout.blocks())
+        except OSError as error:
+            self._catalogue.store.remove_file(f"{folder}/{name}")
+            return _Part(FileRecord(0, ()), {}, str(error))
+        return _Part(record, tensors)
+
+    def _commit(self, parts: list[_Part], progress: Progress) -> None:
+        """Every file has reached the disk: let the checkpoint count, then delete what it makes superfluous."""
+        store, folder = self._catalogue.store, step_folder(progress.step)
+        tensors: dict[str, StoredTensor] = {}
+        for part in parts:
+            for name, tensor in part.tensors.items():
+                known = tensors.setdefault(name, replace(tensor, pieces=()))
+                tensors[name] = replace(known, pieces=known.pieces + tensor.pieces)
+        content = Manifest(
+            progress=progress,
+            world_size=self._mesh.world_size,
+            versions=writing_versions(),
+            files={f"rank-{rank:05d}.bin": part.record for rank, part in enumerate(parts)},
+            tensors=tensors,
+        ).encode()
+        with store.writing(f"{folder}/{MANIFEST}") as file:
+            file.write(content)
+        # What the run wrote up to this step belongs to the state of this step.
+        self._run.flush()
+        store.settle(folder)
+        with store.writing(f"{folder}/{COMPLETE}") as file:
+            file.write(digest(content).encode())
+        store.settle(folder)
+        logger.info("checkpoint of step %d is complete: %s/%s", progress.step, store.address, folder)
+        steps = self._catalogue.steps()
+        best = best_step(self._run.eval_file, self._config.keep_best, steps)
+        for step in superfluous(steps, self._config, best):
+            if not self._catalogue.is_pinned(step):
+                self._catalogue.remove(step)
+
+    def _give_up(self, step: int) -> None:
+        """Free what an unfinished checkpoint takes; where even that fails, the next start does it."""
+        try:
+            self._catalogue.clear_leftovers()
+        except OSError as error:
+            logger.error("what was written of step %d cannot be removed: %s", step, error)

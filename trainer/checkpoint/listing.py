@@ -1,0 +1,36 @@
+"""The checkpoints of a run as a table for a person; needs no torch."""
+
+from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint, step_folder
+from trainer.command_line import WrongUse
+
+
+def list_checkpoints(catalogue: Catalogue, *, verify: bool) -> tuple[list[str], bool]:
+    """(lines to print, whether all is in order); with `verify` every byte is read, without it sizes are looked at."""
+    lines, fine = [f"{'step':>10}{'GiB':>9}{'ranks':>7}{'samples':>14}  state"], True
+    for step in catalogue.steps():
+        try:
+            manifest = (catalogue.verify if verify else catalogue.open)(step).manifest
+        except DamagedCheckpoint as damage:
+            fine = False
+            lines.append(f"{step:>10}{'-':>9}{'-':>7}{'-':>14}  {damage}")
+            continue
+        state = ("verified" if verify else "complete") + (", pinned" if catalogue.is_pinned(step) else "")
+        gib, samples = manifest.num_bytes / 2**30, manifest.progress.samples
+        lines.append(f"{step:>10}{gib:>9.2f}{manifest.world_size:>7}{samples:>14,}  {state}")
+    counted = set(map(step_folder, catalogue.steps()))
+    lines += [f"{name} does not count as a checkpoint" for name in catalogue.store.folders() if name not in counted]
+    return lines, fine
+
+
+def pin(catalogue: Catalogue, step: int, pinned: bool) -> None:
+    """Let a checkpoint stay whatever retention says, or no longer.
+
+    Raises:
+        WrongUse: there is no complete checkpoint of `step`.
+    """
+    if step not in catalogue.steps():
+        listed = ", ".join(map(str, catalogue.steps())) or "none"
+        raise WrongUse(
+            f"{catalogue.store.address} has no complete checkpoint of step {step} (complete steps: {listed})"
+        )
+    catalogue.pin(step, pinned)

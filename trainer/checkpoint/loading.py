@@ -1,0 +1,163 @@
+"""Fill live tensors from a checkpoint: each rank reads the regions that overlap with its own, whatever wrote them."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.checkpoint.catalogue import Catalogue, Checkpoint, step_folder
+from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader
+from trainer.checkpoint.layout import dtype_name
+from trainer.checkpoint.manifest import DTYPE_BYTES, Manifest
+from trainer.checkpoint.pieces import LivePiece, Tensors, local_pieces, narrowed, whole_shape
+from trainer.checkpoint.region import Region
+from trainer.checkpoint.store import Store
+
+T = TypeVar("T")
+
+GROUP_BYTES = 16 * CHUNK_BYTES
+"""Bytes that one thread reads at a time."""
+MAX_THREADS = 8
+"""Threads of a rank that read; each holds about `GROUP_BYTES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Whole rows of a stored piece, of which `part` goes into `target`."""
+
+    file: str
+    start: int
+    dtype: torch.dtype
+    rows: Region
+    part: Region
+    target: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows.numel * self.dtype.itemsize
+
+
+def load_checkpoint(catalogue: Catalogue, checkpoint: Checkpoint, tensors: Tensors, group: dist.ProcessGroup) -> None:
+    """Fill `tensors` in place from a checkpoint that any number of ranks wrote.  Called by every rank of `group`.
+
+    Raises, on every rank alike:
+        ValueError: the checkpoint lacks a tensor of the model, holds one that the model lacks, or one of another shape.
+        DamagedCheckpoint: some bytes are not what was written, or cannot be read; `tensors` hold nothing of use.
+    """
+    folder = step_folder(checkpoint.step)
+    pieces = local_pieces(tensors)
+    # A rank has no name for a table of which it holds no shard, so the names of all ranks are compared.
+    held = {name: (dtype_name(value.dtype), whole_shape(value)) for name, value in tensors.items()}
+    needed = {name: kind for kinds in gather(held, group) for name, kind in kinds.items()}
+    try:
+        check_fits(checkpoint.manifest, needed)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {catalogue.store.address}/{folder} {error}") from None
+    reason = None
+    try:
+        fill(catalogue.store, folder, checkpoint.manifest, pieces)
+    except (ChunkError, OSError) as error:
+        reason = str(error)
+    reasons = [reason for reason in gather(reason, group) if reason is not None]
+    if reasons:
+        raise catalogue.damaged(checkpoint.step, reasons[0])
+
+
+def gather(value: T, group: dist.ProcessGroup) -> list[T]:
+    """Every rank's value, by rank.  Called by every rank."""
+    values: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)  # every rank
+    return values  # type: ignore[return-value]  # all are filled
+
+
+def check_fits(manifest: Manifest, needed: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model; `needed`: name -> (type, shape), of all ranks.
+
+    Raises:
+        ValueError: naming the first tensor that one lacks or that differs.
+    """
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items()}
+    missing, unknown = sorted(set(needed) - set(stored)), sorted(set(stored) - set(needed))
+    if missing or unknown:
+        problem = (
+            f"lacks {missing[0]!r}, which the model has" if missing else f"holds {unknown[0]!r}, which the model lacks"
+        )
+        raise ValueError(f"{problem}: it is of another model (code or configuration)")
+    for name, (dtype, shape) in needed.items():
+        if stored[name] != (dtype, shape):
+            raise ValueError(
+                f"holds {name!r} of shape {stored[name][1]} and type {stored[name][0]}, the model's is {shape}, {dtype}"
+            )
+
+
+def fill(store: Store, folder: str, manifest: Manifest, pieces: list[LivePiece]) -> None:
+    """Read every value of `pieces` from a checkpoint that `check_fits`.
+
+    Raises:
+        ChunkError: bytes that are needed are not what was written.
+        OSError: they cannot be read.
+    """
+    groups = list(_grouped(sorted(_reads(manifest, pieces), key=lambda read: (read.file, read.start))))
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
+        # The first error ends the load.
+        for _ in pool.map(partial(_fill_group, store, folder, manifest), groups):
+            pass
+
+
+def _reads(manifest: Manifest, pieces: list[LivePiece]) -> Iterator[_Read]:
+    for live in pieces:
+        stored = manifest.tensors[live.name]
+        for piece in stored.pieces:
+            part = piece.region.overlap(live.region)
+            if part is not None:
+                yield from _rows(piece.file, piece.start, stored.dtype, piece.region, part, live)
+
+
+def _rows(file: str, start: int, dtype: str, stored: Region, part: Region, live: LivePiece) -> Iterator[_Read]:
+    """The rows of `stored` that `part` touches, in runs of at most `GROUP_BYTES`."""
+    torch_dtype = getattr(torch, dtype)
+    if not stored.sizes:
+        yield _Read(file, start, torch_dtype, stored, part, live.tensor)
+        return
+    row_bytes = stored.numel // stored.sizes[0] * DTYPE_BYTES[dtype]
+    step = max(1, GROUP_BYTES // row_bytes)
+    end = part.offsets[0] + part.sizes[0]
+    for first in range(part.offsets[0], end, step):
+        count = min(step, end - first)
+        run = Region((first, *part.offsets[1:]), (count, *part.sizes[1:]))
+        yield _Read(
+            file,
+            start + (first - stored.offsets[0]) * row_bytes,
+            torch_dtype,
+            Region((first, *stored.offsets[1:]), (count, *stored.sizes[1:])),
+            run,
+            narrowed(live.tensor, live.region, run),
+        )
+
+
+def _grouped(reads: list[_Read]) -> Iterator[list[_Read]]:
+    """Neighbours in a file together, as many as make `GROUP_BYTES`."""
+    group: list[_Read] = []
+    for read in reads:
+        if group and (group[0].file != read.file or sum(other.num_bytes for other in group) >= GROUP_BYTES):
+            yield group
+            group = []
+        group.append(read)
+    if group:
+        yield group
+
+
+def _fill_group(store: Store, folder: str, manifest: Manifest, reads: list[_Read]) -> None:
+    file = reads[0].file
+    reader = ChunkReader(f"{folder}/{file}", manifest.files[file], partial(store.read, f"{folder}/{file}"))
+    for read in reads:
+        content = reader.bytes(read.start, read.start + read.num_bytes)
+        values = torch.frombuffer(content, dtype=read.dtype).view(read.rows.sizes)
+        read.target.copy_(narrowed(values, read.rows, read.part))

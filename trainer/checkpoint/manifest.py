@@ -1,0 +1,158 @@
+"""manifest.json: what a checkpoint holds and where, as JSON that is checked value by value as it is read."""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from typing import Any
+
+from trainer.checkpoint.chunks import FileRecord
+from trainer.checkpoint.progress import Progress, progress_from_dict
+from trainer.checkpoint.region import Region
+
+FORMAT = 1
+"""Version of the format; a reader refuses a newer one."""
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""torch's names of the types that a tensor may have -> bytes of a value."""
+_FILE_NAME = re.compile(r"rank-\d{5}\.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """Where a region of a tensor lies: row by row, from byte `start` of `file` on."""
+
+    file: str
+    start: int
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as its pieces, which hold each of its values once."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """All that a checkpoint says of itself."""
+
+    progress: Progress
+    """How far the run had come."""
+    world_size: int
+    """Ranks that wrote it."""
+    versions: Mapping[str, str]
+    """Of the packages that wrote it."""
+    files: Mapping[str, FileRecord]
+    """By name: size and checksums."""
+    tensors: Mapping[str, StoredTensor]
+    """By name: type, shape and place."""
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a file")
+        for name, tensor in self.tensors.items():
+            self._check(name, tensor)
+
+    def _check(self, name: str, tensor: StoredTensor) -> None:
+        for piece in tensor.pieces:
+            inside = Region((0,) * len(tensor.shape), tensor.shape).overlap(piece.region) == piece.region
+            end = piece.start + piece.region.numel * DTYPE_BYTES[tensor.dtype]
+            if not inside or piece.start < 0 or end > self.files[piece.file].num_bytes:
+                raise ValueError(f"a piece of {name!r} lies outside its tensor or file")
+        held, needed = sum(piece.region.numel for piece in tensor.pieces), prod(tensor.shape)
+        if held != needed:
+            raise ValueError(f"{name!r} has {needed} values, its pieces hold {held}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files."""
+        return sum(record.num_bytes for record in self.files.values())
+
+    def encode(self) -> bytes:
+        """The file's content."""
+        values = {
+            "format": FORMAT,
+            "versions": dict(self.versions),
+            "progress": self.progress.as_dict(),
+            "world_size": self.world_size,
+            "files": {name: {"bytes": file.num_bytes, "crc32": file.crc32} for name, file in self.files.items()},
+            "tensors": {
+                name: {
+                    "dtype": tensor.dtype,
+                    "shape": tensor.shape,
+                    "pieces": [
+                        {"file": p.file, "start": p.start, "offsets": p.region.offsets, "sizes": p.region.sizes}
+                        for p in tensor.pieces
+                    ],
+                }
+                for name, tensor in self.tensors.items()
+            },
+        }
+        return (json.dumps(values) + "\n").encode()
+
+
+def decode(content: bytes) -> Manifest:
+    """Read what `Manifest.encode` made.
+
+    Raises:
+        ValueError: it is something else, or of a newer format; says what is wrong.
+    """
+    try:
+        values = json.loads(content)
+        if values["format"] != FORMAT:
+            raise ValueError(
+                f"it is of format {values['format']}, written by {values.get('versions')}; this code reads format "
+                f"{FORMAT}: use the code that wrote it"
+            )
+        return Manifest(
+            progress=progress_from_dict(values["progress"]),
+            world_size=values["world_size"],
+            versions=values["versions"],
+            files={name: FileRecord(file["bytes"], tuple(file["crc32"])) for name, file in values["files"].items()},
+            tensors={name: _tensor(tensor) for name, tensor in values["tensors"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its manifest lacks something or has it in another form: {error!r}") from None
+
+
+def _tensor(values: Mapping[str, Any]) -> StoredTensor:
+    pieces = [
+        StoredPiece(piece["file"], piece["start"], Region(tuple(piece["offsets"]), tuple(piece["sizes"])))
+        for piece in values["pieces"]
+    ]
+    return StoredTensor(values["dtype"], tuple(values["shape"]), tuple(pieces))
+
+
+def digest(content: bytes) -> str:
+    """What COMPLETE holds of the manifest's content."""
+    return hashlib.sha256(content).hexdigest() + "\n"
+
+
+def writing_versions(packages: Iterable[str] = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")) -> dict[str, str]:
+    """Versions of what decides the numbers, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

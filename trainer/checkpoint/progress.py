@@ -1,0 +1,43 @@
+"""How far a run has come, as the plain values that a checkpoint's manifest holds."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipelines.position import DataPosition, position_from_dict
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run has come; random numbers are a function of seed, step and rank, so nothing of them is kept."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    samples: int = 0
+    """Training samples consumed, all ranks."""
+    position: DataPosition | None = None
+    """Where the data goes on; None at the start."""
+
+    def advance(self, samples: int, position: DataPosition) -> None:
+        """One step further."""
+        self.step += 1
+        self.samples += samples
+        self.position = position
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-able form that `progress_from_dict` reads back."""
+        return asdict(self)
+
+
+def progress_from_dict(values: Mapping[str, Any]) -> Progress:
+    """Rebuild progress from `Progress.as_dict`.
+
+    Raises:
+        ValueError, KeyError, TypeError: the values are of another form.
+    """
+    position = values["position"]
+    return Progress(
+        step=int(values["step"]),
+        samples=int(values["samples"]),
+        position=None if position is None else position_from_dict(position),
+    )

@@ -1,0 +1,123 @@
+"""A copy of a rank's state in memory that a process of its own writes out while the training goes on.
+
+    live tensors -> staging memory (anonymous, shared; page-locked beside a GPU) -> writer process -> store
+
+Anonymous (memfd_create), because nothing of it must stay behind a SIGKILL, and /dev/shm is small in containers.
+"""
+
+import json
+import mmap
+import os
+import subprocess
+import sys
+from typing import Any, BinaryIO
+
+import torch
+
+from trainer.checkpoint.chunks import FileRecord
+from trainer.checkpoint.layout import Layout
+from trainer.checkpoint.store import Store
+
+
+class WriterGone(OSError):
+    """The writer process has ended by itself."""
+
+
+class Staging:
+    """The memory and the process that writes from it."""
+
+    def __init__(self, num_bytes: int, device: torch.device, ranks_here: int) -> None:
+        """Takes the memory and starts the process; both are needed until `close`.
+
+        Raises:
+            ValueError: this machine has less free memory than its ranks need.
+        """
+        check_memory(num_bytes, ranks_here)
+        self._num_bytes, self._device = num_bytes, device
+        self._file = os.memfd_create("checkpoint")
+        # Now, not page by page during the first save.
+        os.posix_fallocate(self._file, 0, max(1, num_bytes))
+        self._map = mmap.mmap(self._file, max(1, num_bytes))
+        self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        if device.type == "cuda":
+            # Copies from the device run at the link's speed, and beside one another, into page-locked memory only.
+            code = int(_cuda_runtime().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0))
+            if code:
+                raise ValueError(
+                    f"{num_bytes / 2**30:.1f} GiB for copies of the state cannot be page-locked (CUDA error {code}): "
+                    "raise the limit of locked memory (ulimit -l), or set checkpoint.asynchronous=false"
+                )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.checkpoint.writer", str(self._file), str(num_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self._file],
+            # Signals that a terminal or a launcher sends to the ranks are not for it: it ends with its rank.
+            start_new_session=True,
+        )
+
+    def fill(self, layout: Layout) -> None:
+        """Copy the live tensors; when this returns, they may change."""
+        assert layout.num_bytes <= self._num_bytes, "the state has grown since the run began"
+        for piece, start in layout.places:
+            target = self._memory[start : start + piece.num_bytes]
+            source = piece.tensor.contiguous().reshape(-1).view(torch.uint8)
+            target.copy_(source, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def write(self, store: Store, path: str, num_bytes: int) -> FileRecord:
+        """Write the first `num_bytes` as a file; waits until they have reached the disk.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        reply = self._ask({"store": store.address, "path": path, "bytes": num_bytes})
+        if "error" in reply:
+            raise OSError(reply["error"])
+        return FileRecord(reply["bytes"], tuple(reply["crc32"]))
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        requests, replies = self._pipes()
+        try:
+            requests.write(json.dumps(request).encode() + b"\n")
+            requests.flush()
+            line = replies.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            raise WriterGone(f"the process that writes checkpoints ended with status {self._process.wait()}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _pipes(self) -> tuple[BinaryIO, BinaryIO]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        return self._process.stdin, self._process.stdout  # type: ignore[return-value]  # typeshed: IO[bytes]
+
+    def close(self) -> None:
+        """End the process, which has nothing left to write, and give the memory back."""
+        for pipe in self._pipes():
+            pipe.close()
+        self._process.wait()
+        if self._device.type == "cuda":
+            _cuda_runtime().cudaHostUnregister(self._memory.data_ptr())
+        os.close(self._file)
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def check_memory(num_bytes: int, ranks_here: int) -> None:
+    """Refuse copies of the state that this machine's free memory does not hold.
+
+    Raises:
+        ValueError: with both numbers and what to set.
+    """
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    if num_bytes * ranks_here > free:
+        raise ValueError(
+            f"asynchronous checkpoints keep a copy of the state in memory: {ranks_here} x {num_bytes / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free here; set checkpoint.asynchronous=false"
+        )
