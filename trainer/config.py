@@ -46,19 +46,20 @@ class ScheduleConfig:
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: nothing, or a decay to `final_factor` at step `decay_steps`."""
     decay_steps: int | None = None
-    """Step at which the decay ends; required by, and only meaningful with, linear and cosine."""
+    """Step at which a decay ends; null for the run's end, so that its last step is the smallest.  A constant rate has
+    none."""
     final_factor: float = 0.0
-    """Factor at and after `decay_steps`."""
+    """Factor at and after `decay_steps`.  With 0, a run that has further steps is refused: they would learn nothing."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
         if not 0 <= self.final_factor <= 1:
             raise ValueError(f"schedule.final_factor must lie in [0, 1], got {self.final_factor}")
-        if (self.kind == "constant") != (self.decay_steps is None):
+        if self.kind == "constant" and self.decay_steps is not None:
             raise ValueError(
-                f"schedule.kind={self.kind} with schedule.decay_steps={self.decay_steps}: "
-                "a decay needs its last step, and a constant rate must have none"
+                f"schedule.decay_steps={self.decay_steps} has no effect with schedule.kind=constant: "
+                "set kind to linear or cosine, or remove it"
             )
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(

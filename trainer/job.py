@@ -4,7 +4,9 @@ Each checks everything it can before it changes anything on disk.
 """
 
 import logging
+import math
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from trainer.config import TrainConfig
 from trainer.feed import Feed
 from trainer.loop import run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.optim import settle_schedule
 from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
@@ -51,13 +54,14 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     newest = catalogue.newest()
     progress = newest.progress
     loader = training_loader(resolved, mesh, progress)
+    settled = _settle(resolved, loader, progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     # Reading begins while the model is being built.
     sole = locked(run) if mesh.is_first else nullcontext()
     with sole, logged(run, mesh), joined(mesh), ExitStack() as opened:
         batches = opened.enter_context(closing(iter(loader)))
         check_kernels(mesh.device, config.model.layers, getattr(torch, config.precision))
-        model = build_parallel(resolved, plan, mesh)
+        model = build_parallel(settled, plan, mesh)
         checkpointer = opened.enter_context(
             closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint))
         )
@@ -161,6 +165,18 @@ def _total_samples(config: TrainConfig, loader: Loader) -> int | None:
     """Samples of the whole run, for the progress bar; None for a stream without a known end."""
     limits = [loader.total_samples, config.max_steps and config.max_steps * config.data.global_batch_size]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _settle(resolved: Resolved, loader: Loader, progress: Progress) -> Resolved:
+    """The run with a schedule that knows its end.  Raises ValueError if steps are left that would learn nothing."""
+    config = resolved.config
+    last_step = config.max_steps
+    # Batches of so many tokens hold as many samples as fit.
+    if config.data.global_batch_tokens is None:
+        steps = math.ceil(loader.total_samples / config.data.global_batch_size)
+        last_step = steps if last_step is None else min(steps, last_step)
+    schedule = settle_schedule(config.schedule, last_step=last_step, done=progress.step)
+    return replace(resolved, config=replace(config, schedule=schedule))
 
 
 def evaluate(resolved: Resolved, model: ParallelModel, run: RunDir, mesh: Mesh, step: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ The tables' optimizer runs inside the backward pass (FBGEMM), so table gradients
 the dense parameters only.  The learning rate is a pure function of the step; a resumed run needs no schedule state.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,6 +25,36 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
     progress = min(1.0, (step - schedule.warmup_steps) / max(1, schedule.decay_steps - schedule.warmup_steps))
     shape = 1.0 - progress if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return schedule.final_factor + (1.0 - schedule.final_factor) * shape
+
+
+def settle_schedule(schedule: ScheduleConfig, *, last_step: int | None, done: int) -> ScheduleConfig:
+    """The schedule of a run with its end filled in.
+
+    Args:
+        schedule: as stated.
+        last_step: of the run; None if nobody knows.
+        done: steps that the run has behind it.
+
+    Raises:
+        ValueError: the decay is to end with a run whose end is not known, or steps are left that would learn nothing.
+    """
+    if schedule.kind == "constant":
+        return schedule
+    if schedule.decay_steps is None:
+        if last_step is None:
+            raise ValueError(
+                f"schedule.kind={schedule.kind} ends with the run, whose number of steps is not known with "
+                "data.global_batch_tokens: set schedule.decay_steps or max_steps"
+            )
+        return dataclasses.replace(schedule, decay_steps=max(last_step, schedule.warmup_steps) + 1)
+    idle = done >= schedule.decay_steps if last_step is None else last_step > max(done, schedule.decay_steps)
+    if schedule.final_factor == 0 and idle:
+        raise ValueError(
+            f"schedule: the learning rate is 0 after step {schedule.decay_steps}, and the run has "
+            f"{'further steps' if last_step is None else f'{last_step} steps'}, which would learn nothing: raise "
+            "schedule.decay_steps (null for the run's end) or schedule.final_factor, or lower max_steps"
+        )
+    return schedule
 
 
 class Optimizers:

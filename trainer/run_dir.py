@@ -35,6 +35,7 @@ CHANGEABLE = (
     "checkpoint.",
     "evaluation.",
     "placement.",
+    "schedule.",
     "overlap",
 )
 

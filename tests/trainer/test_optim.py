@@ -1,12 +1,15 @@
 """The learning-rate schedule as a function of the step, and the dense optimizer's state."""
 
+from contextlib import nullcontext
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from trainer.config import DenseOptimizerConfig, ScheduleConfig
-from trainer.optim import Optimizers, learning_rate_factor
+from trainer.optim import Optimizers, learning_rate_factor, settle_schedule
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,56 @@ from trainer.optim import Optimizers, learning_rate_factor
 def test_schedule_is_a_function_of_the_step(schedule: ScheduleConfig, expected: dict[int, float]) -> None:
     for step, factor in expected.items():
         assert learning_rate_factor(step, schedule) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_decay_without_a_last_step_ends_with_the_run(kind: Literal["linear", "cosine"]) -> None:
+    schedule = settle_schedule(ScheduleConfig(kind=kind, warmup_steps=5), last_step=20, done=0)
+    factors = [learning_rate_factor(step, schedule) for step in range(1, 22)]
+    assert factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert sorted(factors[4:], reverse=True) == factors[4:]
+    assert 0 < factors[19] < 0.1
+    assert factors[20] == pytest.approx(0)
+
+
+def test_a_run_that_ends_in_its_warm_up_is_all_warm_up() -> None:
+    schedule = settle_schedule(ScheduleConfig(kind="cosine", warmup_steps=5), last_step=3, done=0)
+    assert [learning_rate_factor(step, schedule) for step in (1, 2, 3)] == [0.2, 0.4, 0.6]
+
+
+def test_a_run_with_more_passes_decays_over_all_of_them() -> None:
+    stated = ScheduleConfig(kind="linear")
+    ended = settle_schedule(stated, last_step=10, done=0)
+    resumed = settle_schedule(stated, last_step=30, done=10)
+    assert learning_rate_factor(11, ended) == 0
+    assert learning_rate_factor(11, resumed) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("last_step", "done", "refused"),
+    [
+        (100, 0, False),
+        (101, 0, True),
+        (500, 200, True),
+        # Nothing is left to train.
+        (500, 500, False),
+        (50, 0, False),
+        # The end is not known.
+        (None, 99, False),
+        (None, 100, True),
+    ],
+)
+def test_steps_that_would_learn_nothing_are_refused(last_step: int | None, done: int, refused: bool) -> None:
+    schedule = ScheduleConfig(kind="cosine", decay_steps=100)
+    with pytest.raises(ValueError, match="would learn nothing: raise") if refused else nullcontext():
+        assert settle_schedule(schedule, last_step=last_step, done=done) == schedule
+    kept = ScheduleConfig(kind="cosine", decay_steps=100, final_factor=0.1)
+    assert settle_schedule(kept, last_step=last_step, done=done) == kept
+
+
+def test_a_decay_to_an_end_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not known with data.global_batch_tokens: set schedule.decay_steps"):
+        settle_schedule(ScheduleConfig(kind="linear"), last_step=None, done=0)
 
 
 class _NoTables(KeyedOptimizer):
