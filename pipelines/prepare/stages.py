@@ -107,23 +107,12 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         ),
         **about.details,
     }
-    keys = {}
-    for space in (ITEM_SPACE, USER_ID, *about.context_features):
-        name = "user_ids" if space == USER_ID else f"{space}_ids"
-        if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
-            keys[space] = f"{name}.parquet"
-            connection.execute(f"COPY {name} TO {literal(str(folder / keys[space]))} (FORMAT parquet)")
+    keys = _write_keys(connection, about, folder)
     rows = {ITEM_SPACE: about.num_items, **about.context_features}
     info = DatasetInfo(
         name=about.name,
         spaces={name: Space(name=name, rows=size, used=size, keys=keys.get(name)) for name, size in rows.items()},
-        columns=(
-            *(Column(name=name, part="sample", kind="id", space=name) for name in about.context_features),
-            Column(name=ITEM_ID, part="event", kind="id", space=ITEM_SPACE),
-            *(Column(name=name, part="event", kind="number") for name in about.history_features),
-            Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
-            *(Column(name=name, part="candidate", kind="number") for name in about.candidate_features),
-        ),
+        columns=_columns(about),
         actions=about.actions,
         cut="by_time" if options.leave_last is None else "by_place",
         splits=sizes,
@@ -132,6 +121,28 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         details=details,
     )
     write_dataset_file(folder, info, options)
+
+
+def _write_keys(connection: duckdb.DuckDBPyConnection, about: Description, folder: Path) -> dict[str, str]:
+    """Store the keys behind the ids of each space that has a table of them; returns the files' names."""
+    keys = {}
+    for space in (ITEM_SPACE, USER_ID, *about.context_features):
+        name = "user_ids" if space == USER_ID else f"{space}_ids"
+        if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
+            keys[space] = f"{name}.parquet"
+            connection.execute(f"COPY {name} TO {literal(str(folder / keys[space]))} (FORMAT parquet)")
+    return keys
+
+
+def _columns(about: Description) -> tuple[Column, ...]:
+    """The columns of the prepared data."""
+    return (
+        *(Column(name=name, part="sample", kind="id", space=name) for name in about.context_features),
+        Column(name=ITEM_ID, part="event", kind="id", space=ITEM_SPACE),
+        *(Column(name=name, part="event", kind="number") for name in about.history_features),
+        Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
+        *(Column(name=name, part="candidate", kind="number") for name in about.candidate_features),
+    )
 
 
 def _with_counts(
