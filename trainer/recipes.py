@@ -80,7 +80,8 @@ def movielens_retrieval() -> TrainConfig:
 def yambda_ultra() -> TrainConfig:
     """Rank Yambda's actions with ULTRA-HSTU: 18 semi-local layers on histories of 16,384 events; for GPUs.
 
-    Prepare the data first: python -m pipelines.prepare yambda --source DIR --out data/yambda
+    Prepare the data first: python -m pipelines.prepare yambda --source DIR --out data/yambda --samples-per-user 1
+    --max-history 65536
 
     The paper does not print windows, truncation, batch and rates: these are of public code, or inferred from its
     FLOPs.  The batch is for about eight GPUs.

@@ -15,8 +15,9 @@ class SampleOptions:
 
     candidates: int = 16
     """Labelled events of a sample at most, except where one second or one request has more."""
-    samples_per_user: int = 1
-    """Training samples of a user at most; 0 for as many as there are events."""
+    samples_per_user: int | None = None
+    """Training samples of a user at most, the newest; 0 for as many as the events allow.  If not given, 0, so that
+    every label is learnt from; with leave_last, for retrieval, which learns from every event of a history, 1."""
     eval_candidates: int = 100
     """Labelled events of a user at most that are for evaluation, the earliest after the split time."""
     eval_groups: bool = True
@@ -26,8 +27,9 @@ class SampleOptions:
     """Give each candidate the counts of what the log knew before it: how often its item, its user and both together
     stood there, and with which actions (columns item_seen, item_taken_0, ...).  A ranker starts from their rates; data
     that is cut by --leave-last is for retrieval and has none."""
-    max_history: int = 65536
-    """Newest events of a history that are kept."""
+    max_history: int = 1024
+    """Newest events of a history that are kept.  Each sample stores its own: with all samples of a user, what is stored
+    grows with this number times the number of events over `candidates`."""
     min_history: int = 1
     """Samples with fewer events of history are left out."""
     min_candidates: int = 1
@@ -54,9 +56,11 @@ class SampleOptions:
     """Threads of the engine; all cores if not given."""
 
     def __post_init__(self) -> None:
-        minima = {"candidates": 1, "samples_per_user": 0, "eval_candidates": 1, "max_history": 1, "min_history": 0}
+        minima = {"candidates": 1, "eval_candidates": 1, "max_history": 1, "min_history": 0}
         minima |= {"min_candidates": 1, "row_group_events": 1, "file_events": 1}
         minima |= {name: 1 for name in ("leave_last", "max_users", "threads") if getattr(self, name) is not None}
+        if self.samples_per_user is not None:
+            minima["samples_per_user"] = 0
         for name, minimum in minima.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(self, name)}")
@@ -68,3 +72,10 @@ class SampleOptions:
             raise ValueError(f"--memory-gib must be at least 0.25, got {self.memory_gib}")
         if self.order not in ("users", "time"):
             raise ValueError(f"--order must be users or time, got {self.order}")
+
+    @property
+    def newest_samples(self) -> int:
+        """Training samples of a user at most; 0 for no such limit."""
+        if self.samples_per_user is not None:
+            return self.samples_per_user
+        return 0 if self.leave_last is None else 1

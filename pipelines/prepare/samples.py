@@ -96,7 +96,7 @@ def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[
         splits = np.maximum(starts, ends - options.leave_last)
     # A request that goes on over the split is history of what follows, and nobody's candidates.
     begin, end = _groups(cuts, first, cuts.before[splits], options.candidates)
-    newest = _newest(np.searchsorted(ends, begin, side="right"), options.samples_per_user)
+    newest = _newest(np.searchsorted(ends, begin, side="right"), options.newest_samples)
     chosen = newest & (end - begin >= options.min_candidates)
     train = begin[chosen], end[chosen]
 

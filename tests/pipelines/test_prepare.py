@@ -226,8 +226,8 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for line in (
-        "--samples-per-user SAMPLES_PER_USER Training samples of a user at most; 0 for as many as there are events. "
-        "Default 1.",
+        "--samples-per-user SAMPLES_PER_USER Training samples of a user at most, the newest; 0 for as many as the "
+        "events allow.",
         "--split-time SPLIT_TIME Unix seconds at which evaluation begins;",
         "--user-column USER_COLUMN event_log only. Who: any type.",
     ):

@@ -82,7 +82,10 @@ def expected(users: Sequence[User], split_time: int, options: SampleOptions) -> 
         if options.leave_last is not None:
             split = max(0, size - options.leave_last)
         cut_groups = groups(user, first, max(p for p in places if p <= split), options.candidates, by_place)
-        cut_groups = cut_groups[-options.samples_per_user :]
+        limit = options.samples_per_user
+        if limit is None:
+            limit = 1 if by_place else 0
+        cut_groups = cut_groups[-limit:]
         train += [
             (offset + max(0, b - options.max_history), offset + b, offset + e)
             for b, e in cut_groups
@@ -116,7 +119,7 @@ def logs(draw: st.DrawFn) -> list[User]:
 OPTIONS = st.builds(
     SampleOptions,
     candidates=st.integers(1, 5),
-    samples_per_user=st.integers(0, 3),
+    samples_per_user=st.none() | st.integers(0, 3),
     eval_candidates=st.integers(1, 7),
     eval_groups=st.booleans(),
     max_history=st.sampled_from([3, 100]),
