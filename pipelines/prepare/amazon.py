@@ -22,7 +22,7 @@ from pipelines.prepare.engine import (
     shuffled,
 )
 from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
-from pipelines.prepare.source import Description
+from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 
 RULES = {
     "user_key IS NOT NULL": "the user must not be missing",
@@ -103,13 +103,12 @@ def _load(edition: Edition, connection: duckdb.DuckDBPyConnection, source: Path,
         )
         if plain != path:
             plain.unlink()
-    num_items = number_ids(connection)
+    num_items, num_users = number_ids(connection)
     number_context(connection, "(SELECT user_key FROM user_ids)", ())
-    num_users = connection.execute("SELECT count(*) FROM user_ids").fetchall()[0][0]
     return Description(
         name="amazon",
-        num_items=num_items,
-        context_features={"user_id": num_users},
+        spaces=narrow_spaces(num_items, num_users, {}),
+        columns=narrow_columns({}),
         actions=RATING_ACTIONS,
         source=edition.source,
         licence="the publisher states none; research use",

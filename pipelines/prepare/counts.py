@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import duckdb
 
 from pipelines.counts import ITEM, USER, USER_ITEM, Counts, group_counts
+from pipelines.prepare.engine import quoted
+from pipelines.prepare.source import value_column
 
 GROUPS: Mapping[str, tuple[str, ...]] = {ITEM: ("item_id",), USER: ("user_id",), USER_ITEM: ("user_id", "item_id")}
 """The columns of `events` that the events of a group have in common."""
@@ -33,7 +35,9 @@ def add_counts(connection: duckdb.DuckDBPyConnection, num_actions: int, frozen_a
     if frozen_at is not None:
         known = f"least({known}, {frozen_at})"
     columns = "".join(
-        f", coalesce({each.group}.{column}, 0)::BIGINT AS {column}" for each in counts for column in each.columns
+        f", coalesce({each.group}.{column}, 0)::BIGINT AS {quoted(value_column(column))}"
+        for each in counts
+        for column in each.columns
     )
     joins = "".join(f" ASOF LEFT JOIN {_totals(each)} AS {each.group} ON {_same(each.group)}" for each in counts)
     connection.execute(

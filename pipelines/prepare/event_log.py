@@ -4,29 +4,32 @@ This is the path that a company's own data takes.  Every column's meaning is in 
 """
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
-from pipelines.features import ITEM_SPACE, USER_ID, Space
-from pipelines.prepare.engine import quoted
-from pipelines.prepare.log_files import open_files
-from pipelines.prepare.log_rows import RowOptions, read_rows
-from pipelines.prepare.log_schema import USER_SPACE, LogColumn, LogSchema, SpaceOptions
-from pipelines.prepare.log_tables import LogSources, check_columns, log_columns, raw_columns, raw_name, space_types
-from pipelines.prepare.source import Description
-from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
+from pipelines.features import ITEM_SPACE, USER_ID, Column, Part
+from pipelines.prepare.log_files import attribute_paths, log_paths, open_files
+from pipelines.prepare.log_ids import make_events, make_items, make_users, number_spaces
+from pipelines.prepare.log_rows import RowOptions, check_one_row_a_key, count_duplicates, read_rows
+from pipelines.prepare.log_schema import PARTS, LogColumn, LogSchema
+from pipelines.prepare.log_tables import (
+    ITEMS,
+    RAW,
+    USERS,
+    LogSources,
+    attribute_columns,
+    check_columns,
+    raw_columns,
+    space_types,
+)
+from pipelines.prepare.source import USER_SPACE, Description, item_columns
 from pipelines.prepare.stages import Load
-from pipelines.prepare.times import PER_SECOND, check_end
+from pipelines.prepare.times import check_end
 
 logger = logging.getLogger(__name__)
-
-RAW = "raw"
-"""The table of the log's rows as they are read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,93 +97,57 @@ def loader(options: EventLogOptions) -> Load:
 
 
 def _load(schema: LogSchema, connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
-    """Fill `events` and `users` from the files of data under `source`."""
-    sources = LogSources(log=open_files(connection, source, scratch))
-    check_columns(schema, sources)
-    columns = raw_columns(schema, space_types(schema, sources))
-    options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)
-    left_out = read_rows(connection, sources.log, RAW, columns, scratch, options)
+    """Fill `events`, `users` and `items` from the files of data under `source`."""
+    left_out = _read(schema, connection, source.resolve(), scratch)
     [(rows, last)] = connection.execute(f"SELECT count(*), max(rank) FROM {RAW}").fetchall()
     if not rows:
         reasons = "".join(f"; left out: {what} ({count} rows)" for what, count in left_out.items())
         raise ValueError(f"the source holds no events with labels{reasons}")
     check_end(last, schema.time_unit, schema.time)
-    duplicates = _duplicates(connection, columns, drop=schema.drop_duplicates)
-    spaces = _number_spaces(connection, schema)
-    _make_events(connection, schema, spaces)
-    _make_users(connection, schema, spaces)
+    duplicates = count_duplicates(connection, RAW, drop=schema.drop_duplicates)
+    spaces = number_spaces(connection, schema)
+    make_events(connection, schema, spaces)
+    make_users(connection, schema, spaces)
+    make_items(connection, schema, spaces)
     return Description(
         name="event_log",
-        num_items=spaces[ITEM_SPACE].rows,
-        context_features={column.name: spaces[column.space].rows for column in schema.of("sample") if column.space},
+        spaces=spaces,
+        columns=(*item_columns(), *(_column(column, part) for part in PARTS for column in schema.of(part))),
         actions=schema.action_values or schema.actions,
-        history_features=tuple(column.name for column in schema.of("event")),
+        weight=schema.weight,
+        keep_rate=schema.keep_rate,
         source=f"event log in {source.resolve()}",
         licence="not stated",
         details={"left_out": left_out, "duplicates": duplicates},
     )
 
 
-def _duplicates(connection: duckdb.DuckDBPyConnection, columns: Iterable[str], *, drop: bool) -> dict[str, Any]:
-    """Count rows that are equal to an earlier one in every column, and with `drop` leave them out."""
-    equal = ", ".join(map(quoted, columns))
-    [(count,)] = connection.execute(
-        "SELECT coalesce(sum(n - 1), 0)::BIGINT FROM "
-        f"(SELECT count(*) AS n FROM {RAW} GROUP BY hash({equal}) HAVING n > 1)"
-    ).fetchall()
-    if count:
-        logger.info("%d row(s) are equal to another in every column; %s", count, "left out" if drop else "kept")
-    if count and drop:
-        connection.execute(
-            f"CREATE TABLE kept AS SELECT * FROM {RAW} "
-            f"QUALIFY row_number() OVER (PARTITION BY {equal} ORDER BY log_row) = 1; "
-            f"DROP TABLE {RAW}; ALTER TABLE kept RENAME TO {RAW}"
-        )
-    return {"rows": count, "dropped": drop}
+def _column(column: LogColumn, part: Part) -> Column:
+    return Column(name=column.name, part=part, kind=column.kind, space=column.space)
 
 
-def _number_spaces(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> dict[str, Space]:
-    """The dictionaries of all spaces, from every column that has keys of them."""
-    keys = {
-        USER_SPACE: [Keys(table=RAW, column="user_key", many=False)],
-        ITEM_SPACE: [Keys(table=RAW, column="item_key", many=False)],
+def _read(schema: LogSchema, connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> dict[str, int]:
+    """Fill the tables of the log and of attributes; returns how many rows were left out, by what was wrong."""
+    if not source.is_dir():
+        raise ValueError(f"--source {source} is not a folder")
+    paths = {
+        name: attribute_paths(source, attributes.files) if attributes else []
+        for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))
     }
-    for column in log_columns(schema):
-        if column.space is not None:
-            source = Keys(table=RAW, column=raw_name(column), many=column.kind == "ids")
-            keys.setdefault(column.space, []).append(source)
-    return {
-        name: number_keys(connection, name, sources, schema.spaces.get(name, SpaceOptions()))
-        for name, sources in keys.items()
-    }
-
-
-def _make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
-    """The table `events`, with ids in place of keys."""
-    lookups = [
-        Lookup(space=spaces[USER_SPACE], column="user_key"),
-        Lookup(space=spaces[ITEM_SPACE], column="item_key"),
-    ]
-    (user, item), joins = look_up(connection, RAW, lookups)
-    further = "".join(
-        f", coalesce(t.{quoted(raw_name(column))}, 'nan'::DOUBLE) AS {quoted(column.name)}"
-        for column in schema.of("event")
-    )
-    connection.execute(
-        f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {PER_SECOND[schema.time_unit]} "
-        f"AS time, t.rank, t.log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"
-    )
-
-
-def _make_users(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
-    """The table `users`: a user's first known values."""
-    columns = [column for column in schema.of("sample") if column.name != USER_ID]
-    first = "".join(
-        f", arg_min({quoted(raw_name(column))}, (rank, log_row)) AS {quoted(column.name)}" for column in columns
-    )
-    connection.execute(f"CREATE TABLE user_values AS SELECT user_key{first} FROM {RAW} GROUP BY user_key")
-    lookups = [Lookup(space=spaces[USER_SPACE], column="user_key")]
-    lookups += [Lookup(space=spaces[column.space or ""], column=column.name) for column in columns]
-    (user, *ids), joins = look_up(connection, "user_values", lookups)
-    values = "".join(f", {value} AS {quoted(column.name)}" for value, column in zip(ids, columns, strict=True))
-    connection.execute(f"CREATE TABLE users AS SELECT {user} AS user_id{values} FROM user_values AS t{joins}")
+    users, items = (open_files(connection, found, source, scratch) for found in paths.values())
+    log = log_paths(source, leave_out=[path for found in paths.values() for path in found])
+    sources = LogSources(log=open_files(connection, log, source, scratch), users=users, items=items)
+    check_columns(schema, sources)
+    types = space_types(schema, sources)
+    options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)
+    left_out = read_rows(connection, sources.log, RAW, raw_columns(schema, types), scratch, options)
+    for table, files, attributes, space in (
+        (USERS, sources.users, schema.users, USER_SPACE),
+        (ITEMS, sources.items, schema.items, ITEM_SPACE),
+    ):
+        if attributes is not None:
+            columns = attribute_columns(attributes, space, schema, types)
+            counts = read_rows(connection, files, table, columns, scratch, replace(options, where=None))
+            left_out |= {f"{space}s: {what}": count for what, count in counts.items()}
+            check_one_row_a_key(connection, table, files, attributes.key)
+    return left_out

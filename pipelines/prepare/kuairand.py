@@ -19,7 +19,7 @@ from pipelines.prepare.engine import (
     require_files,
 )
 from pipelines.prepare.raw_log import number_values
-from pipelines.prepare.source import Description
+from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 
 ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
 USER_RANGES = ("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range")
@@ -37,14 +37,12 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
     """Fill `events` and `users` from the publisher's files under `source`."""
     _load_log(connection, source, scratch)
     _load_sequences(connection, source)
-    num_users, values = _load_users(connection, source, scratch)
+    num_users, context = _load_users(connection, source, scratch)
     return Description(
         name="kuairand",
-        num_items=_num_items(connection, source, scratch),
-        context_features={"user_id": num_users, **{name: len(known) + 1 for name, known in values.items()}},
-        context_values=values,
+        spaces=narrow_spaces(_num_items(connection, source, scratch), num_users, context),
+        columns=narrow_columns(context, ("watch_time_ms",)),
         actions=ACTIONS,
-        history_features=("watch_time_ms",),
         source=SOURCE,
         licence="CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)",
     )
@@ -54,7 +52,7 @@ def _load_log(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path
     """Every row of the standard-policy logs as an event."""
     connection.execute(
         "CREATE TABLE events (user_id BIGINT, item_id BIGINT, time BIGINT, rank BIGINT, log_row BIGINT, "
-        "request_key UBIGINT, action INTEGER, candidate BOOLEAN, watch_time_ms INTEGER)"
+        "request_key UBIGINT, action INTEGER, candidate BOOLEAN, value_watch_time_ms INTEGER)"
     )
     types = dict.fromkeys(("user_id", "video_id", "time_ms", "play_time_ms", *ACTIONS), "BIGINT")
     mask = " + ".join(f"({name} << {bit})" for bit, name in enumerate(ACTIONS))
@@ -99,7 +97,7 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, source: Path) -> None
         )
 
 
-def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> tuple[int, dict[str, list[str]]]:
+def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> tuple[int, dict[str, int]]:
     """Context features, each value as its place among the sorted values of the file, from 1 on; 0 is unknown."""
     found = require_files(source, "user_features_*.csv", "the users' features")
     if len(found) != 1:
@@ -111,10 +109,10 @@ def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Pa
     check_rows(connection, reader, path, {"user_id >= 0": "user_id must not be negative or missing"})
     check_one_row_each(connection, reader, path, "user_id")
     execute(connection, f"CREATE TABLE user_columns AS SELECT user_id, {', '.join(CONTEXT)} FROM {reader}", path)
-    values, numbered = number_values(connection, "user_columns", CONTEXT)
+    rows, numbered = number_values(connection, "user_columns", CONTEXT)
     connection.execute(f"CREATE TABLE users AS {numbered}")
     largest = "SELECT max(user_id) FROM (SELECT user_id FROM users UNION ALL SELECT user_id FROM events)"
-    return int(connection.execute(largest).fetchall()[0][0]) + 1, values
+    return int(connection.execute(largest).fetchall()[0][0]) + 1, rows
 
 
 def _num_items(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> int:

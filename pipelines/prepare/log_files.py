@@ -99,25 +99,43 @@ class LogFile:
         return Counter(dict(counts))
 
 
-def open_files(
-    connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path, leave_out: Iterable[Path] = ()
-) -> list[LogFile]:
-    """All files of data under `source`, in order of their paths, less some.
+def log_paths(source: Path, leave_out: Iterable[Path] = ()) -> list[Path]:
+    """Files of data under `source`, by path, less some.  Raises ValueError if there is none."""
+    found = sorted(set(_data_files(source)) - set(leave_out))
+    if not found:
+        formats = ".parquet, .csv, .jsonl or .ndjson file (also .csv.gz, .csv.xz, .csv.zip)"
+        raise ValueError(f"--source {source} holds no {formats}")
+    return found
 
-    Raises ValueError if there is none, or one cannot be read.
+
+def attribute_paths(source: Path, files: str) -> list[Path]:
+    """What a description calls files of attributes: a file, a folder or a pattern, relative to `source`.
+
+    Raises ValueError if there is none.
     """
-    found: list[Path] = []
-    for kind in FORMATS:
-        found += find_files(source, f"*{kind}")
-    found = sorted(set(found or find_files(source, f"*{JSON}")) - set(leave_out))
+    found = sorted({path.resolve() for path in source.parent.glob(str(Path(source.name) / files))})
+    found = [file for path in found for file in (_data_files(path) if path.is_dir() else [path])]
     if not found:
         raise ValueError(
-            f"--source {source} holds no .parquet, .csv, .jsonl or .ndjson file (also .csv.gz, .csv.xz, .csv.zip)"
+            f"there is no file of data {source / files}: files of attributes are named relative to --source"
         )
-    return [_open(connection, path, path.relative_to(source).parent, scratch) for path in found]
+    return found
 
 
-def _open(connection: duckdb.DuckDBPyConnection, path: Path, folder: Path, scratch: Path) -> LogFile:
+def _data_files(folder: Path) -> list[Path]:
+    found = [path for kind in FORMATS for path in find_files(folder, f"*{kind}")]
+    return found or find_files(folder, f"*{JSON}")
+
+
+def open_files(
+    connection: duckdb.DuckDBPyConnection, paths: Iterable[Path], source: Path, scratch: Path
+) -> list[LogFile]:
+    """What files hold.  Raises ValueError if one cannot be read."""
+    return [_open(connection, path, source, scratch) for path in paths]
+
+
+def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scratch: Path) -> LogFile:
+    folder = path.relative_to(source).parent if path.is_relative_to(source) else path.parent
     kind = (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
     columns = _csv_columns(path) if kind == ".csv" else _described(connection, path, kind, scratch)
     pairs = [part.split("=", 1) for part in folder.parts if "=" in part]

@@ -113,3 +113,36 @@ def _check_where(connection: duckdb.DuckDBPyConnection, sql: str, where: str, fi
     except duckdb.Error as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ValueError(f"--where {where!r} is no condition on the columns of {file.path}: {reason}") from error
+
+
+def check_one_row_a_key(
+    connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[LogFile], column: str
+) -> None:
+    """Raise ValueError if a key stands in several rows of attributes: which one would be true of it?"""
+    found = connection.execute(
+        f"SELECT key::VARCHAR, max(log_row) FROM {table} GROUP BY key HAVING count(*) > 1 ORDER BY 2 LIMIT 1"
+    ).fetchall()
+    if found:
+        key, row = found[0]
+        file, place = files[row // ROWS_OF_A_FILE], row % ROWS_OF_A_FILE - 1
+        where = f"{file.path}, {file.row_name} {place + file.first_row}"
+        raise ValueError(f"{where}: {column} {key!r} stands in an earlier row, too; give one row each")
+
+
+def count_duplicates(connection: duckdb.DuckDBPyConnection, table: str, *, drop: bool) -> dict[str, int | bool]:
+    """Count rows that are equal to an earlier one in every column read, and with `drop` leave them out."""
+    names = [row[0] for row in connection.execute(f"DESCRIBE {table}").fetchall()]
+    equal = ", ".join(quoted(name) for name in names if name not in ("log_row", "broken"))
+    [(count,)] = connection.execute(
+        "SELECT coalesce(sum(n - 1), 0)::BIGINT FROM "
+        f"(SELECT count(*) AS n FROM {table} GROUP BY hash({equal}) HAVING n > 1)"
+    ).fetchall()
+    if count:
+        logger.info("%d row(s) are equal to another in every column; %s", count, "left out" if drop else "kept")
+    if count and drop:
+        connection.execute(
+            f"CREATE TABLE kept AS SELECT * FROM {table} "
+            f"QUALIFY row_number() OVER (PARTITION BY {equal} ORDER BY log_row) = 1; "
+            f"DROP TABLE {table}; ALTER TABLE kept RENAME TO {table}"
+        )
+    return {"rows": count, "dropped": drop}

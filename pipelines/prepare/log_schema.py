@@ -15,11 +15,10 @@ from pipelines.features import (
     Kind,
     Part,
 )
+from pipelines.prepare.source import USER_SPACE
 from pipelines.prepare.times import PER_SECOND
 
 PARTS: tuple[Part, ...] = get_args(Part)
-USER_SPACE = "user"
-"""The space of the users' ids."""
 STORED_PREFIXES = tuple(prefix for prefix in PREFIXES.values() if prefix)
 MISSING_TEXTS = ("null", "NULL", "Null", "nan", "NaN", "NAN", "NaT", "None", "<NA>", "\\N")
 """How programs spell a missing value in text; empty text always is one."""

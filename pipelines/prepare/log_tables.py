@@ -1,7 +1,7 @@
 """Tables of a described log: what is read of each file into them, and as which types.
 
 raw     log_row, user_key, item_key, rank (the time in its unit), request_key, action, a column a `raw_name`
-users_attributes, items_attributes    key, a column a `raw_name`
+users_attributes, items_attributes    log_row, key, a column a `raw_name`
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from pipelines.features import ITEM_SPACE
 from pipelines.prepare.log_files import LogFile
-from pipelines.prepare.log_schema import USER_SPACE, Attributes, LogColumn, LogSchema
+from pipelines.prepare.log_schema import Attributes, LogColumn, LogSchema
 from pipelines.prepare.readings import (
     TEXT,
     IdType,
@@ -23,11 +23,14 @@ from pipelines.prepare.readings import (
     read_number,
     read_word,
 )
+from pipelines.prepare.source import USER_SPACE
 from pipelines.prepare.times import read_time
 
 Read = Callable[[LogFile], Reading]
 Columns = Mapping[str, tuple[str, Read]]
 """(SQL type, how a file's value is read) by name."""
+RAW, USERS, ITEMS = "raw", "users_attributes", "items_attributes"
+"""Names of the tables."""
 REQUEST, ACTION = "request.", "action."
 """What the types of requests and of actions' words are found under: with a dot, so no space is called so."""
 

@@ -23,7 +23,7 @@ from pipelines.prepare.engine import (
     shuffled,
 )
 from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
-from pipelines.prepare.source import Description
+from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 from pipelines.prepare.stages import Load
 
 USER_COLUMNS = ("gender", "age", "occupation")
@@ -80,18 +80,16 @@ def _load(options: MovielensOptions, connection: duckdb.DuckDBPyConnection, sour
         f"NULL::UBIGINT AS request_key, ({rating_mask('rating')})::INTEGER AS action FROM {rows}",
         path,
     )
-    num_items = number_ids(connection)
-    values = (
+    num_items, num_users = number_ids(connection)
+    context = (
         _load_users(connection, source, scratch)
         if old
         else number_context(connection, "(SELECT user_key FROM user_ids)", ())
     )
-    num_users = connection.execute("SELECT count(*) FROM user_ids").fetchall()[0][0]
     return Description(
         name="movielens",
-        num_items=num_items,
-        context_features={"user_id": num_users, **{name: len(known) + 1 for name, known in values.items()}},
-        context_values=values,
+        spaces=narrow_spaces(num_items, num_users, context),
+        columns=narrow_columns(context),
         actions=RATING_ACTIONS,
         source='GroupLens, https://grouplens.org/datasets/movielens/: F. M. Harper and J. A. Konstan, "The MovieLens '
         'Datasets: History and Context", ACM TiiS 5(4), 2015',
@@ -112,7 +110,7 @@ def _gr_places(connection: duckdb.DuckDBPyConnection, rows: str) -> pa.Table:
     return pa.table({"log_row": found["log_row"], "gr_place": places})
 
 
-def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> dict[str, list[str]]:
+def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> dict[str, int]:
     """Gender, age group and occupation of MovieLens-1M's users."""
     found = find_files(source, "users.dat")
     if len(found) != 1:

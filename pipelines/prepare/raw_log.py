@@ -13,59 +13,60 @@ from collections.abc import Sequence
 import duckdb
 
 from pipelines.prepare.engine import quoted
-
-UNKNOWN_ITEM = 0
-"""Item id that no event has: room for items that appear after the preparation."""
+from pipelines.prepare.source import value_column
 
 
-def number_ids(connection: duckdb.DuckDBPyConnection, history: Sequence[str] = ()) -> int:
-    """Replace `raw` by `events` with whole numbers for users and items; returns the number of item ids."""
+def number_ids(connection: duckdb.DuckDBPyConnection, numbers: Sequence[str] = ()) -> tuple[int, int]:
+    """Replace `raw` by `events` with whole numbers for users and items; returns the rows that their tables need.
+
+    Both count from 1: 0 is the unknown.
+    """
+    for name in ("item", "user"):
+        connection.execute(
+            f"CREATE TABLE {name}_ids AS SELECT {name}_key, row_number() OVER (ORDER BY {name}_key) AS {name}_id "
+            f"FROM (SELECT DISTINCT {name}_key FROM raw)"
+        )
+    values = "".join(f", {quoted(name)} AS {quoted(value_column(name))}" for name in numbers)
     connection.execute(
-        f"CREATE TABLE item_ids AS SELECT item_key, {UNKNOWN_ITEM} + row_number() OVER (ORDER BY item_key) AS item_id "
-        "FROM (SELECT DISTINCT item_key FROM raw)"
-    )
-    connection.execute(
-        "CREATE TABLE user_ids AS SELECT user_key, row_number() OVER (ORDER BY user_key) - 1 AS user_id "
-        "FROM (SELECT DISTINCT user_key FROM raw)"
-    )
-    columns = "".join(f", {quoted(name)}" for name in history)
-    connection.execute(
-        f"CREATE TABLE events AS SELECT user_id, item_id, time, rank, log_row, request_key, action, "
-        f"true AS candidate{columns} FROM raw JOIN item_ids USING (item_key) JOIN user_ids USING (user_key)"
+        "CREATE TABLE events AS SELECT user_id, item_id, time, rank, log_row, request_key, action, true AS candidate"
+        f"{values} FROM raw JOIN item_ids USING (item_key) JOIN user_ids USING (user_key)"
     )
     connection.execute("DROP TABLE raw")
-    return int(connection.execute("SELECT count(*) FROM item_ids").fetchall()[0][0]) + UNKNOWN_ITEM + 1
+    [(items, users)] = connection.execute(
+        "SELECT (SELECT count(*) FROM item_ids), (SELECT count(*) FROM user_ids)"
+    ).fetchall()
+    return items + 1, users + 1
 
 
-def number_context(connection: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]) -> dict[str, list[str]]:
-    """Make `users` of `table` (user_key and context columns of text); returns the values behind the numbers."""
-    values, numbered = number_values(connection, table, names)
+def number_context(connection: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]) -> dict[str, int]:
+    """Make `users` of `table` (user_key and context columns of text); returns the rows that each one's table needs."""
+    rows, numbered = number_values(connection, table, names)
     columns = "".join(f", {quoted(name)}" for name in names)
     connection.execute(
         f"CREATE TABLE users AS SELECT user_id{columns} FROM ({numbered}) JOIN user_ids USING (user_key)"
     )
-    return values
+    return rows
 
 
 def number_values(
     connection: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]
-) -> tuple[dict[str, list[str]], str]:
-    """(the values of these columns of text, SQL for `table` with numbers in their place).
+) -> tuple[dict[str, int], str]:
+    """(rows that the table of each of these columns of text needs, SQL for `table` with numbers in their place).
 
     A value's number is its place among the sorted values, from 1 on; 0 is unknown.
     """
-    values, numbers, joins = {}, [], ""
-    for place, name in enumerate(names):
+    rows, numbers, joins = {}, [], ""
+    for name in names:
+        ids, key, identifier = (quoted(f"{name}_{part}") for part in ("ids", "key", "id"))
         connection.execute(
-            f"CREATE TABLE context_{place} AS SELECT value, row_number() OVER (ORDER BY value) AS number FROM "
+            f"CREATE TABLE {ids} AS SELECT value AS {key}, row_number() OVER (ORDER BY value) AS {identifier} FROM "
             f"(SELECT DISTINCT {quoted(name)} AS value FROM {table} WHERE {quoted(name)} IS NOT NULL)"
         )
-        rows = connection.execute(f"SELECT value FROM context_{place} ORDER BY number").fetchall()
-        values[name] = [str(row[0]) for row in rows]
-        numbers.append(f"coalesce(context_{place}.number, 0)::BIGINT AS {quoted(name)}")
-        joins += f" LEFT JOIN context_{place} ON t.{quoted(name)} = context_{place}.value"
+        rows[name] = int(connection.execute(f"SELECT count(*) FROM {ids}").fetchall()[0][0]) + 1
+        numbers.append(f"coalesce({ids}.{identifier}, 0)::BIGINT AS {quoted(name)}")
+        joins += f" LEFT JOIN {ids} ON t.{quoted(name)} = {ids}.{key}"
     replaced = f" REPLACE ({', '.join(numbers)})" if numbers else ""
-    return values, f"SELECT t.*{replaced} FROM {table} AS t{joins}"
+    return rows, f"SELECT t.*{replaced} FROM {table} AS t{joins}"
 
 
 def rating_mask(rating: str) -> str:

@@ -9,7 +9,7 @@ sees the future.  With `leave_last` each user has a split of their own, and ever
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from pipelines.prepare.options import SampleOptions
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+Values: TypeAlias = NDArray[Any] | pa.ListArray
+"""One value each, or a list of values each."""
 
 EXPANDED_EVENTS = 1 << 20
 """Events of histories and candidates that are written out at once, but for one sample that has more."""
@@ -36,12 +38,14 @@ class UserEvents:
     """[E] equal for a user's events of one request, 0 where none is known."""
     candidate: BoolArray
     """[E] whether the event's labels are known; within a user, the events without labels come first."""
-    columns: Mapping[str, NDArray[Any]]
-    """[E] item_id, action, timestamp and further history columns."""
-    candidate_columns: Mapping[str, NDArray[Any]]
-    """[E] further columns of candidates."""
-    context: Mapping[str, IntArray]
-    """[E] context features, constant within a user."""
+    columns: Mapping[str, Values]
+    """[E] values of events by name."""
+    history: Mapping[str, str]
+    """Which of the columns become lists of the history, by the list's name in the prepared format."""
+    candidates: Mapping[str, str]
+    """Which become lists of the candidates."""
+    sample: Mapping[str, Values]
+    """[E] columns of samples, constant within a user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,19 +189,24 @@ def _newest(user: IntArray, count: int) -> BoolArray:
 def _table(events: UserEvents, samples: Spans) -> pa.Table:
     """Samples in the prepared format's columns."""
     columns: dict[str, pa.Array] = {"user_id": pa.array(events.user_id[samples.middle])}
-    for name, values in events.context.items():
-        if name != "user_id":
-            columns[name] = pa.array(values[samples.middle])
-    history, history_offsets = _ranges(samples.start, samples.middle)
-    for name, values in events.columns.items():
-        columns[f"history_{name}"] = pa.ListArray.from_arrays(history_offsets, pa.array(values[history]))
-    candidates, candidate_offsets = _ranges(samples.middle, samples.end)
-    of_candidates = {name: events.columns[name] for name in ("item_id", "action", "timestamp")}
-    for name, values in {**of_candidates, **events.candidate_columns}.items():
-        columns[f"candidate_{name}"] = pa.ListArray.from_arrays(candidate_offsets, pa.array(values[candidates]))
+    columns |= {name: _take(values, samples.middle) for name, values in events.sample.items()}
+    for lists, start, end in (
+        (events.history, samples.start, samples.middle),
+        (events.candidates, samples.middle, samples.end),
+    ):
+        places, offsets = _ranges(start, end)
+        columns |= {
+            name: pa.ListArray.from_arrays(offsets, _take(events.columns[column], places))
+            for name, column in lists.items()
+        }
     columns["history_length"] = pa.array((samples.middle - samples.start).astype(np.int32))
     columns["num_candidates"] = pa.array((samples.end - samples.middle).astype(np.int32))
     return pa.table(columns)
+
+
+def _take(values: Values, places: IntArray) -> pa.Array:
+    """The values at these places."""
+    return values.take(pa.array(places)) if isinstance(values, pa.ListArray) else pa.array(values[places])
 
 
 def _ranges(start: IntArray, end: IntArray) -> tuple[IntArray, NDArray[np.int32]]:

@@ -4,6 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, Space
+
+USER_SPACE = "user"
+"""The space of the users' ids."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
@@ -11,21 +16,51 @@ class Description:
 
     name: str
     """Short name."""
-    num_items: int
-    """Item ids lie in [0, num_items)."""
+    spaces: Mapping[str, Space]
+    """Spaces of ids; the keys of one are in the table SPACE_ids, where they are not the ids."""
+    columns: tuple[Column, ...]
+    """All columns, `item_id` of events and candidates included."""
     actions: tuple[str, ...]
     """Names of the bits of `action`."""
+    weight: str | None = None
+    """The label column that multiplies a candidate's loss."""
+    keep_rate: str | None = None
+    """The label column that says which part of candidates like this one was kept."""
     source: str
     """Where the data comes from, with its attribution."""
     licence: str
     """Terms of use."""
-    context_features: Mapping[str, int] = field(default_factory=dict)
-    """Number of values of each column of `users`, user_id included if it serves as a feature."""
-    context_values: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Values behind the ids 1, 2, ... of a context feature."""
-    history_features: tuple[str, ...] = ()
-    """Further columns of `events` that go into histories."""
-    candidate_features: tuple[str, ...] = ()
-    """Further columns of numbers of `events` that go to candidates."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else `dataset.json` is to say."""
+
+
+def value_column(name: str) -> str:
+    """The column of the table `events` with the values of a column of events, candidates or labels.
+
+    A name means one thing in a row of the log: an event's `price` is the price of the candidate that it was.
+    """
+    return f"value_{name}"
+
+
+def item_columns() -> tuple[Column, ...]:
+    """The columns that every data set has."""
+    return (
+        Column(name=ITEM_ID, part="event", kind="id", space=ITEM_SPACE),
+        Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
+    )
+
+
+def narrow_spaces(num_items: int, num_users: int, context: Mapping[str, int]) -> dict[str, Space]:
+    """Spaces of a log whose items are told by their ids alone; `context` gives the rows of each context feature."""
+    rows = {ITEM_SPACE: num_items, USER_SPACE: num_users, **context}
+    return {name: Space(name=name, rows=size, used=size) for name, size in rows.items()}
+
+
+def narrow_columns(context: Mapping[str, int], numbers: Sequence[str] = ()) -> tuple[Column, ...]:
+    """Columns of such a log; `numbers` are further columns of events."""
+    return (
+        Column(name=USER_ID, part="sample", kind="id", space=USER_SPACE),
+        *(Column(name=name, part="sample", kind="id", space=name) for name in context),
+        *item_columns(),
+        *(Column(name=name, part="event", kind="number") for name in numbers),
+    )

@@ -26,7 +26,7 @@ class Keys:
     """A table."""
     column: str
     """Its column."""
-    many: bool
+    many: bool = False
     """Whether each value is a list of keys."""
 
 

@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.counts import counts_as_dict
-from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Space, SplitInfo
+from pipelines.features import ITEM_ID, USER_ID, Column, DatasetInfo, Part, Space, SplitInfo
 from pipelines.prepare.counts import add_counts, prepared_counts
 from pipelines.prepare.engine import connect, literal, quoted
+from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.samples import UserEvents, cut
-from pipelines.prepare.source import Description
+from pipelines.prepare.samples import UserEvents, Values, cut
+from pipelines.prepare.source import Description, value_column
 from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.write import SplitWriter, write_dataset_file
 
@@ -35,6 +36,10 @@ Load = Callable[[duckdb.DuckDBPyConnection, Path, Path], Description]
 READ_ROWS = 1 << 18
 READ_SAMPLES = 1 << 10
 PROGRESS_SECONDS = 10.0
+LISTED: tuple[Part, ...] = ("event", "candidate", "label")
+"""Parts whose columns are lists of a sample, made of the columns of `events`."""
+EVERYWHERE = ("item_id", "action", "timestamp")
+"""What every event and candidate has."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -100,49 +105,25 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
     details = {
         "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, **left_out, **of_samples},
-        **(
-            {"context_values": {name: list(values) for name, values in about.context_values.items()}}
-            if about.context_values
-            else {}
-        ),
         **about.details,
     }
-    keys = _write_keys(connection, about, folder)
-    rows = {ITEM_SPACE: about.num_items, **about.context_features}
     info = DatasetInfo(
         name=about.name,
-        spaces={name: Space(name=name, rows=size, used=size, keys=keys.get(name)) for name, size in rows.items()},
-        columns=_columns(about),
+        spaces={space.name: _write_keys(connection, space, folder) for space in about.spaces.values()},
+        columns=with_statistics(connection, about.columns, details["split_time"]),
         actions=about.actions,
+        weight=about.weight,
+        keep_rate=about.keep_rate,
         cut="by_time" if options.leave_last is None else "by_place",
         splits=sizes,
         source=about.source,
         licence=about.licence,
         details=details,
     )
+    if any(column.part == "item" for column in about.columns):
+        (folder / "items").mkdir()
+        _copy(connection, "items", "item_id", folder / "items" / "part-00000.parquet")
     write_dataset_file(folder, info, options)
-
-
-def _write_keys(connection: duckdb.DuckDBPyConnection, about: Description, folder: Path) -> dict[str, str]:
-    """Store the keys behind the ids of each space that has a table of them; returns the files' names."""
-    keys = {}
-    for space in (ITEM_SPACE, USER_ID, *about.context_features):
-        name = "user_ids" if space == USER_ID else f"{space}_ids"
-        if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall():
-            keys[space] = f"{name}.parquet"
-            connection.execute(f"COPY {name} TO {literal(str(folder / keys[space]))} (FORMAT parquet)")
-    return keys
-
-
-def _columns(about: Description) -> tuple[Column, ...]:
-    """The columns of the prepared data."""
-    return (
-        *(Column(name=name, part="sample", kind="id", space=name) for name in about.context_features),
-        Column(name=ITEM_ID, part="event", kind="id", space=ITEM_SPACE),
-        *(Column(name=name, part="event", kind="number") for name in about.history_features),
-        Column(name=ITEM_ID, part="candidate", kind="id", space=ITEM_SPACE),
-        *(Column(name=name, part="candidate", kind="number") for name in about.candidate_features),
-    )
 
 
 def _with_counts(
@@ -153,13 +134,30 @@ def _with_counts(
         return about
     logger.info("counting")
     counts = prepared_counts(len(about.actions))
+    taken = {column.name for column in about.columns if column.part in LISTED} & {
+        n for each in counts for n in each.columns
+    }
+    if taken:
+        raise ValueError(f"column {min(taken)} has the name of a count; rename it, or prepare with --no-counts")
     add_counts(connection, len(about.actions), frozen_at=None if options.eval_groups else split_time)
-    columns = [column for each in counts for column in each.columns]
-    return replace(
-        about,
-        candidate_features=(*about.candidate_features, *columns),
-        details={**about.details, "counts": counts_as_dict(counts)},
-    )
+    columns = (Column(name=name, part="candidate", kind="number") for each in counts for name in each.columns)
+    details = {**about.details, "counts": counts_as_dict(counts)}
+    return replace(about, columns=(*about.columns, *columns), details=details)
+
+
+def _write_keys(connection: duckdb.DuckDBPyConnection, space: Space, folder: Path) -> Space:
+    """Write the keys behind a space's ids, where they are not the ids themselves."""
+    table = f"{space.name}_ids"
+    if not connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [table]).fetchall():
+        return space
+    _copy(connection, table, f"{space.name}_id", folder / f"{table}.parquet")
+    return replace(space, keys=f"{table}.parquet")
+
+
+def _copy(connection: duckdb.DuckDBPyConnection, table: str, order: str, path: Path) -> None:
+    """Write a table as one Parquet file in the order of a column."""
+    rows = f"SELECT * FROM {quoted(table)} ORDER BY {quoted(order)}"
+    connection.execute(f"COPY ({rows}) TO {literal(str(path))} (FORMAT parquet)")
 
 
 def _write_samples(
@@ -207,9 +205,16 @@ def _whole_users(
     connection: duckdb.DuckDBPyConnection, about: Description, options: SampleOptions
 ) -> Iterator[UserEvents]:
     """Events of whole users, sorted, in the order of a hash of the users' ids."""
-    context = [name for name in about.context_features if name != "user_id"]
-    context_columns = "".join(f", coalesce(u.{quoted(name)}, 0)::BIGINT AS {quoted(name)}" for name in context)
-    features = "".join(f", e.{quoted(name)}" for name in (*about.history_features, *about.candidate_features))
+    lists = [column for column in about.columns if column.part in LISTED and column.name != ITEM_ID]
+    names = sorted({value_column(column.name) for column in lists})
+    context = [column for column in about.columns if column.part == "sample" and column.name != USER_ID]
+    # A user without a row has what is missing.
+    absent = {"id": "0::BIGINT", "ids": "[]::BIGINT[]", "number": "'nan'::DOUBLE"}
+    values = "".join(f", e.{quoted(name)}" for name in names)
+    values += "".join(
+        f", coalesce(u.{quoted(column.name)}, {absent[column.kind]}) AS {quoted(f'sample_{column.name}')}"
+        for column in context
+    )
     chosen = ""
     if options.max_users is not None:
         chosen = (
@@ -219,7 +224,7 @@ def _whole_users(
     logger.info("sorting")
     reader = connection.sql(
         "SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate, e.request_key"
-        f"{features}{context_columns} FROM events AS e {chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
+        f"{values} FROM events AS e {chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
         # In equal times the log's own order: nothing that a model predicts may decide.
         "ORDER BY place, e.user_id, e.candidate, e.rank, e.log_row"
     ).to_arrow_reader(READ_ROWS)
@@ -235,9 +240,9 @@ def _whole_users(
             logger.info("%d events done", num_read)
         rest, complete = _split_last_user(rest, pa.Table.from_batches([record_batch]))
         if complete.num_rows:
-            yield _user_events(complete, about, context)
+            yield _user_events(complete, about)
     if rest is not None and rest.num_rows:
-        yield _user_events(rest, about, context)
+        yield _user_events(rest, about)
 
 
 def _by_time(connection: duckdb.DuckDBPyConnection, folder: Path, count: int) -> Iterator[pa.Table]:
@@ -264,17 +269,28 @@ def _split_last_user(rest: pa.Table | None, table: pa.Table) -> tuple[pa.Table, 
     return table.slice(start), pa.concat_tables([rest, table.slice(0, start)])
 
 
-def _user_events(table: pa.Table, about: Description, context: list[str]) -> UserEvents:
+def _user_events(table: pa.Table, about: Description) -> UserEvents:
     """One piece of the sorted events as arrays."""
-    columns = {"item_id": table["item_id"].to_numpy(), "action": table["action"].to_numpy()}
-    columns["timestamp"] = table["time"].to_numpy()
-    columns |= {name: pc.fill_null(table[name], 0).to_numpy() for name in about.history_features}
+    listed = [column for column in about.columns if column.part in LISTED and column.name != ITEM_ID]
+    names = ("item_id", "action", *(value_column(column.name) for column in listed))
+    history = {column.stored: value_column(column.name) for column in listed if column.part == "event"}
+    candidates = {column.stored: value_column(column.name) for column in listed if column.part != "event"}
     return UserEvents(
         user_id=table["user_id"].to_numpy(),
         time=table["time"].to_numpy(),
         request=pc.fill_null(table["request_key"], 0).to_numpy(),
         candidate=table["candidate"].to_numpy(),
-        columns=columns,
-        candidate_columns={name: table[name].to_numpy() for name in about.candidate_features},
-        context={name: table[name].to_numpy() for name in context},
+        columns={**{name: _values(table[name]) for name in names}, "timestamp": table["time"].to_numpy()},
+        history={**{f"history_{name}": name for name in EVERYWHERE}, **history},
+        candidates={**{f"candidate_{name}": name for name in EVERYWHERE}, **candidates},
+        sample={
+            column.name: _values(table[f"sample_{column.name}"])
+            for column in about.columns
+            if column.part == "sample" and column.name != USER_ID
+        },
     )
+
+
+def _values(column: pa.ChunkedArray) -> Values:
+    """A column in one piece."""
+    return column.combine_chunks() if pa.types.is_list(column.type) else column.to_numpy()

@@ -9,7 +9,7 @@ import duckdb
 
 from pipelines.prepare.engine import check_rows, execute, find_files, numbered, parquet_reader
 from pipelines.prepare.raw_log import number_context, number_ids
-from pipelines.prepare.source import Description
+from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 
 ACTIONS = ("listen", "listen_plus", "like", "dislike", "unlike", "undislike", "organic")
 TYPES = {
@@ -50,15 +50,13 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
         f"FROM {numbered(reader)}",
         found[0],
     )
-    num_items = number_ids(connection, ("played_percent",))
+    num_items, num_users = number_ids(connection, ("played_percent",))
     number_context(connection, "(SELECT user_key FROM user_ids)", ())
-    num_users = connection.execute("SELECT count(*) FROM user_ids").fetchall()[0][0]
     return Description(
         name="yambda",
-        num_items=num_items,
-        context_features={"user_id": num_users},
+        spaces=narrow_spaces(num_items, num_users, {}),
+        columns=narrow_columns({}, ("played_percent",)),
         actions=ACTIONS,
-        history_features=("played_percent",),
         source="Yambda-5B, Yandex: A. Ploshkin et al., arXiv 2505.22238",
         licence="Apache-2.0",
     )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pipelines.prepare import samples
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import UserEvents, cut, spans
+from pipelines.prepare.stages import EVERYWHERE
 
 Range = tuple[int, int, int]
 
@@ -34,8 +35,9 @@ def events_of(users: Sequence[User]) -> UserEvents:
         request=np.array([request for user in users for request in user.requests], dtype=np.uint64),
         candidate=np.concatenate([np.arange(n) >= user.unlabelled for n, user in zip(lens, users, strict=True)]),
         columns={"item_id": np.arange(len(time)), "action": np.zeros(len(time), np.int32), "timestamp": time},
-        candidate_columns={},
-        context={},
+        history={f"history_{name}": name for name in EVERYWHERE},
+        candidates={f"candidate_{name}": name for name in EVERYWHERE},
+        sample={},
     )
 
 
