@@ -142,6 +142,9 @@ class TrainConfig:
     """Seeds the initial values and dropout; the order of samples has its own seed in `data`."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of products and attention on a GPU; on a CPU everything is float32."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time, on a GPU too (a CPU's do); slower.  Losses of steps that are
+    taken again after a failure must then be the same, or the run stops."""
     overlap: Literal["sparse_dist", "prefetch", "plain"] = "sparse_dist"
     """sparse_dist: the copy and input dist of coming batches overlap with a step.  prefetch: the filling of the tables'
     device cache too (for fused_uvm_caching tables).  plain: nothing does."""

@@ -20,13 +20,15 @@ from embeddings.report import plan_report
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import check_overlap
 from trainer.build import build_parallel, machine_of, make_plan
-from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.catalogue import Catalogue, Newest
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.loading import load_checkpoint
+from trainer.checkpoint.manifest import writing_versions
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import open_store
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
+from trainer.determinism import make_deterministic
 from trainer.feed import Feed
 from trainer.loop import run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
@@ -35,9 +37,9 @@ from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved, resolve
-from trainer.run_dir import JsonLines, RunDir, forget_after, locked, write_json
+from trainer.run_dir import JsonLines, RunDir, locked, write_json
 from trainer.run_log import logged
-from trainer.typed_values import from_dict, to_dict
+from trainer.typed_values import differences, from_dict, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> None:
     """Train `config` in `run_dir`, going on from its newest complete checkpoint if it has one."""
     check_packages()
+    if config.deterministic:
+        make_deterministic()
     mesh, run = discover_mesh(), RunDir(run_dir)
     run.check_same_run(to_dict(config))
     resolved = resolve(config, dataset_info(config.data))
@@ -52,6 +56,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     plan = make_plan(resolved, machine_of(mesh), plan_file)
     catalogue = Catalogue(open_store(str(run.checkpoints)))
     newest = catalogue.newest()
+    check_versions(newest, config)
     progress = newest.progress
     loader = training_loader(resolved, mesh, progress)
     settled = _settle(resolved, loader, progress)
@@ -65,15 +70,13 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         checkpointer = opened.enter_context(
             closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint))
         )
-        restored = checkpointer.restore(newest)
-        if restored != progress:
+        restart = checkpointer.restore(newest)
+        if restart.progress != progress:
             # The newest checkpoint turned out to be damaged.
-            progress = restored
+            progress = restart.progress
             batches.close()
             batches = opened.enter_context(closing(iter(training_loader(resolved, mesh, progress))))
         if mesh.is_first:
-            for file in (run.metrics_file, run.eval_file):
-                forget_after(file, progress.step)
             write_json(run.config_file, to_dict(config))
             write_plan(run.plan_file, plan)
         announce(resolved, plan, model, mesh)
@@ -82,7 +85,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
         remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
         feed = Feed(islice(batches, remaining), resolved, mesh)
-        with closing(Recorder(run, mesh, progress, resolved, total_samples=total_samples)) as recorder:
+        with closing(Recorder(run, mesh, restart, resolved, total_samples=total_samples)) as recorder:
             run_steps(
                 model,
                 feed,
@@ -91,6 +94,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
                 mesh=mesh,
                 recorder=recorder,
                 checkpointer=checkpointer,
+                evaluated=restart.evaluated,
                 evaluate=lambda step: recorder.add_evaluation(evaluate(resolved, model, run, mesh, step), step),
             )
         logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
@@ -146,6 +150,17 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
     open_source(config.data.path, config.data, "eval")
+
+
+def check_versions(newest: Newest, config: TrainConfig) -> None:
+    """Refuse to go on under other versions where the run promises the same bits."""
+    if newest.checkpoint is None or not config.deterministic:
+        return
+    for key, old, new in differences(dict(newest.checkpoint.manifest.versions), writing_versions()):
+        raise ValueError(
+            f"deterministic=true, but the checkpoint of step {newest.checkpoint.step} was written with {key} {old} and "
+            f"this is {new}: go on with the versions that wrote it"
+        )
 
 
 def training_loader(resolved: Resolved, mesh: Mesh, progress: Progress) -> Loader:

@@ -9,10 +9,11 @@ a batch is pulled and taken from the record when its step is done: that position
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipelines.overlap import StepPipeline
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -21,7 +22,7 @@ from trainer.config import TrainConfig
 from trainer.feed import Feed
 from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
-from trainer.recorder import Recorder
+from trainer.recorder import Consumed, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,12 @@ def run_steps(
     mesh: Mesh,
     recorder: Recorder,
     checkpointer: Checkpointer,
+    evaluated: bool,
     evaluate: Callable[[int], object],
 ) -> None:
     """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
+
+    An evaluation that was due where the run goes on, and is not `evaluated`, comes first.
 
     Raises:
         StoppedEarly: SIGTERM or Ctrl-C came; the state of the last step is saved.
@@ -86,17 +90,11 @@ def run_steps(
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     stop = StopSignal()
-    logs, evaluates, loss = False, False, None
-    while True:
-        factor = model.optimizers.set_step(progress.step + 1)
-        seed_step(config.seed, progress.step + 1, mesh.rank)
-        try:
-            loss = pipeline.step(feed)
-        except StopIteration:
-            break
-        consumed = feed.done()
-        progress.advance(consumed.samples, consumed.position)
-        recorder.count(consumed)
+    loss, logs = None, False
+    evaluates = progress.step > 0 and not evaluated and _due(progress.step, config.evaluation.every_steps)
+    if evaluates:
+        evaluate(progress.step)
+    for loss, factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.rank, count=recorder.count):
         saves = _due(progress.step, config.checkpoint.every_steps)
         evaluates = _due(progress.step, config.evaluation.every_steps)
         logs = _due(progress.step, config.log_every)
@@ -117,6 +115,30 @@ def run_steps(
     if not evaluates:
         evaluate_now()
     checkpointer.wait()
+
+
+def _steps(
+    model: ParallelModel,
+    feed: Feed,
+    progress: Progress,
+    pipeline: StepPipeline,
+    *,
+    seed: int,
+    rank: int,
+    count: Callable[[Consumed], None],
+) -> Iterator[tuple[Tensor, float]]:
+    """Take one step after another until the feed ends: (this rank's loss, factor of the learning rates)."""
+    while True:
+        factor = model.optimizers.set_step(progress.step + 1)
+        seed_step(seed, progress.step + 1, rank)
+        try:
+            loss = pipeline.step(feed)
+        except StopIteration:
+            return
+        consumed = feed.done()
+        progress.advance(consumed.samples, consumed.position)
+        count(consumed)
+        yield loss, factor
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -74,7 +74,9 @@ def parallelize(model: Model, plan: ShardingPlan, config: TrainConfig, mesh: Mes
         plan=plan,
         sharders=[EmbeddingCollectionSharder()],
         # An empty batch at the end of the data takes another path through autograd: no static graph.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+        # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over
+        # ranks; otherwise it reorders them after the first backward pass of a process, so after a resume too.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
     init_tables(model.tables, seed=config.seed)
     table_optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)

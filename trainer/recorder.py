@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pipelines.columns import IntArray
 from pipelines.position import DataPosition
+from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
 from trainer.mesh import Mesh
 from trainer.resolve import Resolved
@@ -47,18 +48,23 @@ class Recorder:
         self,
         run: RunDir,
         mesh: Mesh,
-        start: Progress,
+        start: Restart,
         resolved: Resolved,
         *,
         total_samples: int | None,
     ) -> None:
         self._mesh, self._resolved = mesh, resolved
+        self._losses = start.losses if resolved.config.deterministic else {}
         self._peak_flops = peak_flops(mesh.device)
         self._interval = _Interval()
         self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=start.step + 1) if mesh.is_first else None
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=start.progress.step + 1) if mesh.is_first else None
         self._bar = tqdm(
-            total=total_samples, initial=start.samples, unit="sample", desc="training", disable=not mesh.is_first
+            total=total_samples,
+            initial=start.progress.samples,
+            unit="sample",
+            desc="training",
+            disable=not mesh.is_first,
         )
 
     def count(self, consumed: Consumed) -> None:
@@ -82,7 +88,7 @@ class Recorder:
         """Log the interval that ends with this step; `loss` is this rank's, of this step only.  Called by every rank.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss is not finite, or not what it was though the run is deterministic.
         """
         interval, self._interval = self._interval, _Interval()
         local = [0.0, interval.flops(self._resolved), interval.tokens(self._resolved)]
@@ -96,6 +102,7 @@ class Recorder:
                 f"the loss of step {progress.step} is {mean_loss}; what is saved is from before: "
                 "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
             )
+        self._check_same(progress.step, mean_loss)
         seconds = time.perf_counter() - interval.start
         record: dict[str, Any] = {
             "step": progress.step,
@@ -115,6 +122,15 @@ class Recorder:
             if self._peak_flops is not None:
                 record["mfu"] = flops / seconds / self._mesh.world_size / self._peak_flops
         self._write(record)
+
+    def _check_same(self, step: int, loss: float) -> None:
+        """On the first rank, under deterministic=true: a step that is taken again has the loss that it had."""
+        before = self._losses.pop(step, loss)
+        if before != loss:
+            raise FloatingPointError(
+                f"deterministic=true, but step {step}, taken again, has the loss {loss!r} where it was {before!r}: "
+                "something in this run depends on chance (another kind of machine, a driver, an operation)"
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         self._bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_per_s=f"{record['tokens_per_s']:.3g}")

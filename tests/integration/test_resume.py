@@ -83,6 +83,28 @@ def test_run_goes_on_with_another_number_of_ranks(
         torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE)
 
 
+def test_three_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """Sums of three depend on their order; the sums of two do not.  The switch compares the steps taken twice."""
+    settings = ("checkpoint.every_steps=4", "deterministic=true", "evaluation.every_steps=4")
+    whole = losses(train(tmp_path / "whole", 3, f"max_steps={STEPS}", *settings))
+    run = tmp_path / "run"
+    assert losses(train(run, 3, "max_steps=6", *settings)) == {step: whole[step] for step in range(1, 7)}
+    # As after a kill past step 5, in the evaluation of step 4.
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    lines = (run / "eval.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines] == [4, 6]
+    (run / "eval.jsonl").unlink()
+    assert losses(train(run, 3, f"max_steps={STEPS}", *settings)) == whole
+    assert (run / "eval.jsonl").read_text() == (tmp_path / "whole" / "eval.jsonl").read_text()
+    # A loss that was another is noticed where it is taken again.
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace(f'"loss": {whole[6]!r}', f'"loss": {whole[6] + 1e-15!r}'))
+    process = start_training(run, 3, f"max_steps={STEPS}", *settings)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "deterministic=true, but step 6, taken again, has the loss" in output
+
+
 def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     """The loss is looked at only where it is logged; what is saved is looked at itself, on all ranks."""
     run = tmp_path / "run"

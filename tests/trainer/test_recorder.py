@@ -9,6 +9,7 @@ import torch
 
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays
 from tests.support.datasets import made_up_info
+from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
 from trainer.feed import describe
 from trainer.mesh import Mesh
@@ -63,7 +64,9 @@ def test_saving_and_evaluating_take_no_time_of_the_steps(monkeypatch: pytest.Mon
     monkeypatch.setattr("trainer.recorder.time.perf_counter", lambda: now[0])
     mesh = Mesh(rank=1, world_size=2, local_world_size=2, device=torch.device("cpu"))
     resolved = resolve(load_recipe("kuairand_sample"), INFO)
-    recorder = Recorder(RunDir(tmp_path), mesh, Progress(), resolved, total_samples=None)
+    recorder = Recorder(
+        RunDir(tmp_path), mesh, Restart(progress=Progress(), evaluated=False, losses={}), resolved, total_samples=None
+    )
     now[0] += 5.0
     with recorder.paused():
         now[0] += 60.0

@@ -32,7 +32,7 @@ from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging
 from trainer.config import CheckpointConfig
 from trainer.mesh import Mesh
-from trainer.run_dir import RunDir
+from trainer.run_dir import JsonLines, RunDir, forget_after
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,19 @@ class _Part:
     record: FileRecord
     tensors: dict[str, StoredTensor]
     problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restart:
+    """Where a run begins, or begins again."""
+
+    progress: Progress
+    """How far it had come."""
+    evaluated: bool
+    """Whether eval.jsonl has a line of that step; the same on every rank."""
+    losses: dict[int, float]
+    """On the first rank: what the steps that are taken again had as losses, as far as they were logged by as many
+    ranks."""
 
 
 class Checkpointer:
@@ -64,8 +77,9 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._newest_step: int | None = None
 
-    def restore(self, newest: Newest) -> Progress:
-        """Load the newest checkpoint that is whole, and put those that are not out of the way; the run is locked.
+    def restore(self, newest: Newest) -> Restart:
+        """Load the newest checkpoint that is whole, put those that are not out of the way, and drop what the run wrote
+        of later steps; the run is locked.
 
         Raises, on every rank alike:
             DamagedCheckpoint: none is left, or with `checkpoint.strict` the newest is damaged.
@@ -85,10 +99,20 @@ class Checkpointer:
                 break
             except DamagedCheckpoint as damage:
                 found = self._one_before(found.step, damage)
-        if found is None:
-            return Progress()
-        self._newest_step = found.step
-        return replace(found.manifest.progress)
+        progress = Progress()
+        if found is not None:
+            self._newest_step = found.step
+            progress = replace(found.manifest.progress)
+        return self._restart(progress)
+
+    def _restart(self, progress: Progress) -> Restart:
+        evaluated, losses = False, {}
+        if self._mesh.is_first:
+            again = forget_after(self._run.metrics_file, progress.step)
+            forget_after(self._run.eval_file, progress.step)
+            evaluated = progress.step in JsonLines(self._run.eval_file)
+            losses = {line["step"]: line["loss"] for line in again if line["world_size"] == self._mesh.world_size}
+        return Restart(progress=progress, evaluated=gather(evaluated, self._group)[0], losses=losses)
 
     def _check_same_view(self, step: int | None) -> None:
         views = gather(step, self._group)  # every rank; also waits until the first has cleared up
