@@ -19,6 +19,7 @@ from pipelines.order import References, SampleOrder, concatenate
 from pipelines.position import DataPosition, SourcePosition
 from pipelines.randomness import random_uniform
 from pipelines.stochastic_length import CUT, FILL, balanced_lens, load, plain_lens
+from pipelines.vocabulary import vocabularies
 
 MIX = 21
 
@@ -67,8 +68,10 @@ class GlobalBatches:
         weights = np.array(config.mix_weights if self._train and config.mix_weights else [1.0])
         self._mix_bounds = np.cumsum(weights / weights.sum())
         self.total_samples = self._total()
+        # Those of all sources of a mix.
+        digests = (f"{name}={digest}" for name, digest in vocabularies(orders[0].info).items())
         self.start = DataPosition(
-            order=" ".join([split, *(order.fingerprint() for order in orders), *map(str, weights)]),
+            order=" ".join([split, *(order.fingerprint() for order in orders), *map(str, weights), *digests]),
             sources=(SourcePosition(),) * len(orders),
         )
 
@@ -86,7 +89,8 @@ class GlobalBatches:
         if position.order != self.start.order:
             raise ValueError(
                 "the saved data position belongs to other data or another order of samples: keep the data set, "
-                "data.seed, data.order, data.window_samples, data.shuffle_run and the mix, or start a new run"
+                "data.seed, data.order, data.window_samples, data.shuffle_run and the mix, or start a new run (saved: "
+                f"{position.order}; now: {self.start.order})"
             )
 
     def _total(self) -> int:

@@ -29,6 +29,7 @@ from pipelines.position import DataPosition
 from pipelines.reader import Failure, Reader, end_with_parent
 from pipelines.source import ParquetSource, Source, Split
 from pipelines.synthetic import SyntheticSource, synthetic_info
+from pipelines.vocabulary import check_same_ids, vocabularies
 
 GROUPS_AHEAD = 2
 """Groups of finished batches that wait outside the reader process, in shared and in page-locked memory."""
@@ -186,7 +187,8 @@ def open_source(path: str, config: DataConfig, split: Split) -> Source:
 
 
 def _check_same_features(first: DatasetInfo, other: DatasetInfo, path: str) -> None:
-    """Sources of a mix share tables and tasks."""
+    """Sources of a mix share tables, what their ids mean, and tasks."""
+    check_same_ids(vocabularies(first), other, data=f"{path} of data.mix_paths", other="data.path")
     for name in ("spaces", "columns", "actions"):
         if getattr(first, name) != getattr(other, name):
             raise ValueError(

@@ -12,6 +12,7 @@ from hashlib import sha256
 import numpy as np
 
 from pipelines.columns import IntArray, Lengths
+from pipelines.features import DatasetInfo
 from pipelines.position import SourcePosition
 from pipelines.randomness import permutation
 from pipelines.source import Source
@@ -79,6 +80,11 @@ class SampleOrder:
         self._windows: OrderedDict[tuple[int, int], References] = OrderedDict()
         self._lengths: OrderedDict[int, Lengths] = OrderedDict()
         self.num_samples = int(self._rows.sum())
+
+    @property
+    def info(self) -> DatasetInfo:
+        """The description of the data."""
+        return self._source.info
 
     def fingerprint(self) -> str:
         """Changes with anything that decides the order, and with what the data set says of its items and features."""

@@ -2,7 +2,7 @@
 
     python -m trainer recipes
     python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--set key=value ...]
-    python -m trainer evaluate RUN_DIR [--step N]
+    python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
 
@@ -65,11 +65,17 @@ def train(
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory with a complete checkpoint.")],
     step: Annotated[int | None, typer.Option(metavar="N", help="Default: the newest complete checkpoint.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE ...", help="Other data of the same vocabularies: data.path=data/today."
+        ),
+    ] = None,
 ) -> None:
-    """Score a checkpoint on the evaluation split."""
+    """Score a checkpoint on the evaluation split, of the run's data or of later data."""
     from trainer.job import evaluate_job
 
-    evaluate_job(run_dir, step)
+    evaluate_job(run_dir, step, set_ or [])
 
 
 @app.command()

@@ -19,6 +19,7 @@ from embeddings.plan_file import write_plan
 from embeddings.report import plan_report
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import check_overlap
+from pipelines.vocabulary import check_same_ids, vocabularies
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Catalogue, Newest
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -37,9 +38,9 @@ from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_kernels, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved, resolve
-from trainer.run_dir import JsonLines, RunDir, locked, write_json
+from trainer.run_dir import CHANGEABLE, JsonLines, RunDir, locked
 from trainer.run_log import logged
-from trainer.typed_values import differences, from_dict, to_dict
+from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     mesh, run = discover_mesh(), RunDir(run_dir)
     run.check_same_run(to_dict(config))
     resolved = resolve(config, dataset_info(config.data))
+    check_same_ids(run.saved_vocabularies(), resolved.info, data=config.data.path, other=f"the run of {run.path}")
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh), plan_file)
     catalogue = Catalogue(open_store(str(run.checkpoints)))
@@ -77,7 +79,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
             batches.close()
             batches = opened.enter_context(closing(iter(training_loader(resolved, mesh, progress))))
         if mesh.is_first:
-            write_json(run.config_file, to_dict(config))
+            run.save_config(to_dict(config), vocabularies(resolved.info))
             write_plan(run.plan_file, plan)
         announce(resolved, plan, model, mesh)
         total_samples = _total_samples(config, loader)
@@ -95,29 +97,49 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
                 recorder=recorder,
                 checkpointer=checkpointer,
                 evaluated=restart.evaluated,
-                evaluate=lambda step: recorder.add_evaluation(evaluate(resolved, model, run, mesh, step), step),
+                evaluate=lambda step: recorder.add_evaluation(
+                    evaluate(resolved, model, run.eval_file, mesh, step), step
+                ),
             )
         logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
         logger.info("next: python -m trainer evaluate %s", run.path)
         logger.info("      tensorboard --logdir %s", run.tensorboard)
 
 
-def evaluate_job(run_dir: Path, step: int | None) -> None:
-    """Score a checkpoint of `run_dir` on the evaluation split, on any number of ranks."""
+def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
+    """Score a checkpoint of `run_dir` on the evaluation split, on any number of ranks.
+
+    `overrides` may name other data of the same vocabularies: what came in after the training.
+    """
     check_packages()
     mesh, run = discover_mesh(), RunDir(run_dir)
     saved = run.saved_config()
     if saved is None:
         raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
-    config = from_dict(TrainConfig, saved)
+    trained = from_dict(TrainConfig, saved)
+    config = _overridden(trained, overrides)
     catalogue = Catalogue(open_store(str(run.checkpoints)))
     checkpoint = catalogue.choose(step)
     resolved = resolve(config, dataset_info(config.data))
+    check_same_ids(run.saved_vocabularies(), resolved.info, data=config.data.path, other=f"the run of {run.path}")
     plan = make_plan(resolved, machine_of(mesh))
+    file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
     with logged(run, mesh), joined(mesh):
         model = build_parallel(resolved, plan, mesh)
         load_checkpoint(catalogue, checkpoint, model.tensors(), dist.new_group(backend="gloo"))
-        evaluate(resolved, model, run, mesh, checkpoint.step)
+        evaluate(resolved, model, file, mesh, checkpoint.step)
+
+
+def _overridden(trained: TrainConfig, overrides: list[str]) -> TrainConfig:
+    """A run's configuration with what an evaluation may change; raises WrongUse for anything else."""
+    try:
+        config = apply_overrides(trained, overrides)
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
+    for key, _, new in differences(to_dict(trained), to_dict(config)):
+        if not key.startswith(CHANGEABLE):
+            raise WrongUse(f"--set {key}={new} would make another model of it: an evaluation may change the data alone")
+    return config
 
 
 def plan_job(
@@ -194,12 +216,12 @@ def _settle(resolved: Resolved, loader: Loader, progress: Progress) -> Resolved:
     return replace(resolved, config=replace(config, schedule=schedule))
 
 
-def evaluate(resolved: Resolved, model: ParallelModel, run: RunDir, mesh: Mesh, step: int) -> dict[str, float]:
-    """Evaluate, append to eval.jsonl unless the step stands there already, and show the result beside the baseline."""
+def evaluate(resolved: Resolved, model: ParallelModel, file: Path, mesh: Mesh, step: int) -> dict[str, float]:
+    """Evaluate, append to `file` unless the step stands there already, and show the result beside the baseline."""
     found = resolved.task.evaluate(model, mesh)
     if mesh.is_first:
-        if not JsonLines(run.eval_file).append({"step": step, **found.metrics}):
-            logger.info("%s has a line of step %d already; it stays as it is", run.eval_file, step)
+        if not JsonLines(file).append({"step": step, **found.metrics}):
+            logger.info("%s has a line of step %d already; it stays as it is", file, step)
         logger.info("evaluation at step %d:\n%s", step, found.table)
     return dict(found.metrics)
 

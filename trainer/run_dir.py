@@ -11,13 +11,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.command_line import WrongUse
 from trainer.typed_values import differences
 
 logger = logging.getLogger(__name__)
+
+VOCABULARIES = "vocabularies"
+"""Key of `config.json` that is no part of the configuration: what the ids mean in the data that the run learnt from."""
 
 # What may differ between a run's saved configuration and the one that resumes it: how long, how often, where and how
 # fast the work is done.  Everything else decides which numbers the run computes, so changing it asks for another run.
@@ -66,6 +69,10 @@ class RunDir:
         """One object an evaluation."""
         return self.path / "eval.jsonl"
 
+    def eval_file_of(self, data_path: str) -> Path:
+        """One object an evaluation on other data than the run's own."""
+        return self.path / f"eval_{PurePosixPath(data_path).name}.jsonl"
+
     @property
     def tensorboard(self) -> Path:
         """The same numbers for TensorBoard."""
@@ -105,7 +112,19 @@ class RunDir:
             ) from None
         if not isinstance(values, dict):
             raise WrongUse(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
+        values.pop(VOCABULARIES, None)
         return values
+
+    def saved_vocabularies(self) -> dict[str, str]:
+        """The digest of the keys behind the ids of each space, as the run was trained with; after `saved_config`."""
+        if not self.config_file.is_file():
+            return {}
+        known: dict[str, str] = json.loads(self.config_file.read_text()).get(VOCABULARIES, {})
+        return known
+
+    def save_config(self, config: dict[str, Any], known: dict[str, str]) -> None:
+        """Write the configuration, and the digests beside it."""
+        write_json(self.config_file, {**config, VOCABULARIES: known})
 
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuse a directory that another run made; reads only.

@@ -18,7 +18,7 @@ from pipelines.prepare.engine import (
     plain_file,
     require_files,
 )
-from pipelines.prepare.raw_log import number_values
+from pipelines.prepare.raw_log import number_context, number_ids
 from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 
 ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
@@ -37,10 +37,11 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
     """Fill `events` and `users` from the publisher's files under `source`."""
     _load_log(connection, source, scratch)
     _load_sequences(connection, source)
-    num_users, context = _load_users(connection, source, scratch)
+    num_items, num_users = number_ids(connection, ("watch_time_ms",), candidate="candidate")
+    context = _load_users(connection, source, scratch)
     return Description(
         name="kuairand",
-        spaces=narrow_spaces(_num_items(connection, source, scratch), num_users, context),
+        spaces=narrow_spaces(num_items, num_users, context),
         columns=narrow_columns(context, ("watch_time_ms",)),
         actions=ACTIONS,
         source=SOURCE,
@@ -51,8 +52,8 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
 def _load_log(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> None:
     """Every row of the standard-policy logs as an event."""
     connection.execute(
-        "CREATE TABLE events (user_id BIGINT, item_id BIGINT, time BIGINT, rank BIGINT, log_row BIGINT, "
-        "request_key UBIGINT, action INTEGER, candidate BOOLEAN, value_watch_time_ms INTEGER)"
+        "CREATE TABLE raw (user_key BIGINT, item_key BIGINT, time BIGINT, rank BIGINT, log_row BIGINT, "
+        "request_key UBIGINT, action INTEGER, candidate BOOLEAN, watch_time_ms INTEGER)"
     )
     types = dict.fromkeys(("user_id", "video_id", "time_ms", "play_time_ms", *ACTIONS), "BIGINT")
     mask = " + ".join(f"({name} << {bit})" for bit, name in enumerate(ACTIONS))
@@ -66,7 +67,7 @@ def _load_log(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path
         check_rows(connection, reader, path, rules)
         execute(
             connection,
-            f"INSERT INTO events SELECT user_id, video_id, time_ms // 1000, time_ms, log_row, NULL, {mask}, true, "
+            f"INSERT INTO raw SELECT user_id, video_id, time_ms // 1000, time_ms, log_row, NULL, {mask}, true, "
             f"least(greatest(coalesce(play_time_ms, 0), 0), 2147483647) FROM {numbered(reader, number)}",
             path,
         )
@@ -84,20 +85,21 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, source: Path) -> None
         execute(
             connection,
             f"""
-            INSERT INTO events
+            INSERT INTO raw
             SELECT user_id, item, -1, position - 1000000, position, NULL, action, false, 0 FROM (
                 SELECT user_id, unnest(watch_seq) AS item, generate_subscripts(watch_seq, 1) AS position,
                     unnest(list_transform(watch_seq, lambda video:
                         (CASE WHEN list_contains(long_watch_seq, video) THEN {LONG_VIEW} ELSE 0 END)
                         + (CASE WHEN list_contains(like_seq, video) THEN {LIKE} ELSE 0 END))) AS action
-                FROM {file} JOIN (SELECT user_id, min(rank) AS first_ms FROM events WHERE candidate GROUP BY user_id)
+                FROM {file} JOIN
+                (SELECT user_key AS user_id, min(rank) AS first_ms FROM raw WHERE candidate GROUP BY ALL)
                 USING (user_id) WHERE last_time_ms < first_ms)
             """,
             path,
         )
 
 
-def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> tuple[int, dict[str, int]]:
+def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> dict[str, int]:
     """Context features, each value as its place among the sorted values of the file, from 1 on; 0 is unknown."""
     found = require_files(source, "user_features_*.csv", "the users' features")
     if len(found) != 1:
@@ -108,17 +110,6 @@ def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Pa
     reader = csv_reader(plain_file(path, scratch), types)
     check_rows(connection, reader, path, {"user_id >= 0": "user_id must not be negative or missing"})
     check_one_row_each(connection, reader, path, "user_id")
-    execute(connection, f"CREATE TABLE user_columns AS SELECT user_id, {', '.join(CONTEXT)} FROM {reader}", path)
-    rows, numbered = number_values(connection, "user_columns", CONTEXT)
-    connection.execute(f"CREATE TABLE users AS {numbered}")
-    largest = "SELECT max(user_id) FROM (SELECT user_id FROM users UNION ALL SELECT user_id FROM events)"
-    return int(connection.execute(largest).fetchall()[0][0]) + 1, rows
-
-
-def _num_items(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> int:
-    """One more than the largest video id of the video files and the events: the publisher's ids are dense."""
-    largest = [connection.execute("SELECT max(item_id) FROM events").fetchall()[0][0]]
-    for path in find_files(source, "video_features_basic_*.csv"):
-        reader = csv_reader(plain_file(path, scratch), {"video_id": "BIGINT"})
-        largest.append(execute(connection, f"SELECT max(video_id) FROM {reader}", path)[0][0])
-    return int(max(value for value in largest if value is not None)) + 1
+    columns = f"user_id AS user_key, {', '.join(CONTEXT)}"
+    execute(connection, f"CREATE TABLE user_columns AS SELECT {columns} FROM {reader}", path)
+    return number_context(connection, "user_columns", CONTEXT)

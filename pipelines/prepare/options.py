@@ -44,6 +44,9 @@ class SampleOptions:
     split, and a history may end in its candidates' own second, so such data is for retrieval."""
     max_users: int | None = None
     """Users kept, in the order of a hash of their ids; all if not given."""
+    min_count: int = 1
+    """Events before the split time that an item needs for an id of its own; rarer ones, and those that are new after
+    it, share id 0, which then is trained as they would be.  With leave_last, all events count."""
     order: str = "users"
     """Order of the stored training samples: users (pseudo-random by user) or time (by their first candidate)."""
     row_group_events: int = 131_072
@@ -57,7 +60,7 @@ class SampleOptions:
 
     def __post_init__(self) -> None:
         minima = {"candidates": 1, "eval_candidates": 1, "max_history": 1, "min_history": 0}
-        minima |= {"min_candidates": 1, "row_group_events": 1, "file_events": 1}
+        minima |= {"min_candidates": 1, "min_count": 1, "row_group_events": 1, "file_events": 1}
         minima |= {name: 1 for name in ("leave_last", "max_users", "threads") if getattr(self, name) is not None}
         if self.samples_per_user is not None:
             minima["samples_per_user"] = 0

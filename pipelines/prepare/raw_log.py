@@ -16,10 +16,12 @@ from pipelines.prepare.engine import quoted
 from pipelines.prepare.source import value_column
 
 
-def number_ids(connection: duckdb.DuckDBPyConnection, numbers: Sequence[str] = ()) -> tuple[int, int]:
+def number_ids(
+    connection: duckdb.DuckDBPyConnection, numbers: Sequence[str] = (), *, candidate: str = "true"
+) -> tuple[int, int]:
     """Replace `raw` by `events` with whole numbers for users and items; returns the rows that their tables need.
 
-    Both count from 1: 0 is the unknown.
+    Both count from 1: 0 is the unknown.  `candidate` is SQL that tells which events have labels.
     """
     for name in ("item", "user"):
         connection.execute(
@@ -28,8 +30,8 @@ def number_ids(connection: duckdb.DuckDBPyConnection, numbers: Sequence[str] = (
         )
     values = "".join(f", {quoted(name)} AS {quoted(value_column(name))}" for name in numbers)
     connection.execute(
-        "CREATE TABLE events AS SELECT user_id, item_id, time, rank, log_row, request_key, action, true AS candidate"
-        f"{values} FROM raw JOIN item_ids USING (item_key) JOIN user_ids USING (user_key)"
+        f"CREATE TABLE events AS SELECT user_id, item_id, time, rank, log_row, request_key, action, {candidate} AS "
+        f"candidate{values} FROM raw JOIN item_ids USING (item_key) JOIN user_ids USING (user_key)"
     )
     connection.execute("DROP TABLE raw")
     [(items, users)] = connection.execute(

@@ -7,7 +7,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +18,20 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines.counts import counts_as_dict
-from pipelines.features import ITEM_ID, USER_ID, Column, DatasetInfo, Part, Space, SplitInfo
+from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Part, Space, SplitInfo
 from pipelines.prepare.counts import add_counts, prepared_counts
 from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.rare_items import merge_rare_items
 from pipelines.prepare.samples import UserEvents, Values, cut
 from pipelines.prepare.source import Description, value_column
 from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.write import SplitWriter, write_dataset_file
+from pipelines.vocabulary import keys_digest
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
     if not connection.execute("SELECT count(*) FROM events WHERE candidate").fetchall()[0][0]:
         raise ValueError("the source holds no events with labels")
     split_time = options.split_time if options.split_time is not None else _split_time(connection, options)
+    about = _with_rare_items_merged(connection, about, split_time, options)
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
     about = _with_counts(connection, about, split_time, options)
@@ -95,13 +99,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         "--samples-per-user, --eval-candidates, --max-users)",
         *left_out.values(),
     )
-    for action, count in of_samples["splits"]["train"]["positives"].items():
-        if count in (0, sizes["train"].candidates):
-            logger.warning(
-                "%s is %s taken in the training samples: a ranker has nothing to learn from it and will refuse it; add "
-                "impressions (rows where it was not taken), or train retrieval",
-                *(action, "always" if count else "never"),
-            )
+    _warn_of_constant_actions(of_samples["splits"]["train"]["positives"], sizes["train"].candidates)
     details = {
         "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, **left_out, **of_samples},
@@ -124,6 +122,32 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         (folder / "items").mkdir()
         _copy(connection, "items", "item_id", folder / "items" / "part-00000.parquet")
     write_dataset_file(folder, info, options)
+
+
+def _warn_of_constant_actions(positives: Mapping[str, int], candidates: int) -> None:
+    """Say early what training a ranker will refuse."""
+    for action, count in positives.items():
+        if count in (0, candidates):
+            logger.warning(
+                "%s is %s taken in the training samples: a ranker has nothing to learn from it and will refuse it; add "
+                "impressions (rows where it was not taken), or train retrieval",
+                *(action, "always" if count else "never"),
+            )
+
+
+def _with_rare_items_merged(
+    connection: duckdb.DuckDBPyConnection, about: Description, split_time: int, options: SampleOptions
+) -> Description:
+    """The description of `events` after rare items have lost their ids, if the options ask for it."""
+    if options.min_count == 1:
+        return about
+    before = split_time if options.leave_last is None else None
+    items = merge_rare_items(connection, about.spaces[ITEM_SPACE], options.min_count, before)
+    logger.info(
+        "%d of %d items have fewer than --min-count=%d events and share id 0",
+        *(about.spaces[ITEM_SPACE].used - items.used, about.spaces[ITEM_SPACE].used - 1, options.min_count),
+    )
+    return replace(about, spaces={**about.spaces, ITEM_SPACE: items})
 
 
 def _with_counts(
@@ -150,8 +174,10 @@ def _write_keys(connection: duckdb.DuckDBPyConnection, space: Space, folder: Pat
     table = f"{space.name}_ids"
     if not connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [table]).fetchall():
         return space
-    _copy(connection, table, f"{space.name}_id", folder / f"{table}.parquet")
-    return replace(space, keys=f"{table}.parquet")
+    path = folder / f"{table}.parquet"
+    _copy(connection, table, f"{space.name}_id", path)
+    keys = (batch.column(0) for batch in pq.ParquetFile(path).iter_batches(columns=[f"{space.name}_key"]))
+    return replace(space, keys=path.name, digest=keys_digest(keys))
 
 
 def _copy(connection: duckdb.DuckDBPyConnection, table: str, order: str, path: Path) -> None:

@@ -90,7 +90,11 @@ def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
     assert prepare("kuairand", tmp_path / "in", tmp_path / "out", *options) == 0
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     split_ms = info["split_time"] * 1000
-    assert info["spaces"]["item"]["rows"] == 100
+    videos = sorted({row["video_id"] for row in log} | {80, 81, 82})
+    table = pq.read_table(tmp_path / "out" / "item_ids.parquet").to_pylist()
+    item = {row["item_key"]: row["item_id"] for row in table}
+    assert item == {video: place for place, video in enumerate(videos, 1)}
+    assert info["spaces"]["item"]["rows"] == len(videos) + 1
     assert info["spaces"]["user_active_degree"]["rows"] == 3
     before = sum(row["time_ms"] < split_ms for row in log) / len(log)
     assert 0.85 <= before < 0.9
@@ -98,14 +102,14 @@ def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
     events = defaultdict(list)
     for row in log:
         mask = sum(row[name] << bit for bit, name in enumerate(ACTIONS))
-        events[row["user_id"]].append((row["video_id"], mask, row["time_ms"] // 1000, row["play_time_ms"]))
+        events[row["user_id"]].append((item[row["video_id"]], mask, row["time_ms"] // 1000, row["play_time_ms"]))
     for user in range(0, 30, 2):
         if user != 4:  # whose sequence reaches into the log
-            events[user][:0] = [(80, 64, -1, 0), (81, 0, -1, 0), (82, 66, -1, 0)]
+            events[user][:0] = [(item[80], 64, -1, 0), (item[81], 0, -1, 0), (item[82], 66, -1, 0)]
     train, evaluation = rows_of(tmp_path / "out", "train"), rows_of(tmp_path / "out", "eval")
     taught = 0
     for row in train + evaluation:
-        ours = events[row["user_id"]]
+        ours = events[row["user_id"] - 1]  # users count from 1
         first = (row["candidate_item_id"][0], row["candidate_action"][0], row["candidate_timestamp"][0])
         place = next(i for i, event in enumerate(ours) if event[:3] == first)
         size = len(row["candidate_item_id"])
@@ -116,7 +120,7 @@ def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
         assert future == [event[:3] for event in ours[place : place + size]]
         assert row["history_length"] == len(past) >= 1
         assert row["num_candidates"] == size
-        assert row["user_active_degree"] == {0: 1, 1: 2, 2: 0}[row["user_id"] % 3]
+        assert row["user_active_degree"] == {0: 1, 1: 2, 2: 0}[(row["user_id"] - 1) % 3]
         taught += size * (row in train)
     assert all(max(row["candidate_timestamp"]) * 1000 < split_ms for row in train)
     assert all(min(row["candidate_timestamp"]) * 1000 >= split_ms for row in evaluation)

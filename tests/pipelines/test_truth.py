@@ -1,9 +1,9 @@
 """Every publisher's format against a plain reading of its rows: order, strictness and labels of each sample."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,33 @@ def test_a_request_stays_in_one_sample(tmp_path: Path) -> None:
         for row in rows
     ]
     assert 0 < max(unknown) <= 2
+
+
+@pytest.mark.parametrize("name", ["event_log csv", "kuairand", "amazon2018"])
+def test_rare_and_new_items_share_the_id_that_is_trained_for_them(tmp_path: Path, name: str) -> None:
+    dataset, write, _ = FORMATS[name]
+    # A few items come in nearly every basket, the others once or twice in all.
+    rows = [replace(row, item=row.item if row.item % 5 else row.item % 7 + 1) for row in made_up(11)]
+    options = ("--min-count", "3", "--samples-per-user", "0")
+    assert prepare(dataset, tmp_path / "in", tmp_path / "out", *write(tmp_path / "in", rows), *options) == 0
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    count = Counter(row.item for row in rows if row.time < info["split_time"])
+    kept = {item for item, number in count.items() if number >= 3}
+    table = pq.read_table(tmp_path / "out" / "item_ids.parquet").to_pylist()
+    assert {int(str(row["item_key"]).lstrip("i")) for row in table} == kept
+    assert sorted(row["item_id"] for row in table) == list(range(1, len(kept) + 1))
+    assert info["spaces"]["item"]["rows"] == len(kept) + 1
+    keys = {row["item_id"]: int(str(row["item_key"]).lstrip("i")) for row in table} | {0: None}
+    truth = {(row.user, row.time): set() for row in rows}
+    for row in rows:
+        truth[row.user, row.time].add(row.item if row.item in kept else None)
+    user, unknown = user_of(tmp_path / "out"), 0
+    for row in rows_of(tmp_path / "out", "train") + rows_of(tmp_path / "out", "eval"):
+        for item, time in zip(row["candidate_item_id"], row["candidate_timestamp"], strict=True):
+            assert keys[item] in truth[user(row["user_id"]), time]
+            unknown += item == 0
+    assert unknown > 100
+    assert any(0 in row["candidate_item_id"] for row in rows_of(tmp_path / "out", "train"))
 
 
 def quicksort(values: list[int]) -> list[int]:

@@ -1,0 +1,47 @@
+"""What ids mean: a digest of the keys behind them, by which data and runs tell whether they speak of the same items."""
+
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.features import DatasetInfo
+
+DIGEST_LEN = 16
+"""Characters of a digest, each 4 bits."""
+
+
+def keys_digest(parts: Iterable[pa.Array]) -> str:
+    """The digest of keys in the order of their ids, in any number of parts.
+
+    Of the keys as text, so that it does not depend on how a file stores them, nor on its row groups.
+    """
+    lens, texts = sha256(), sha256()
+    for keys in parts:
+        values = (keys if pa.types.is_large_binary(keys.type) else keys.cast(pa.large_string())).cast(pa.large_binary())
+        # Lengths apart from the text: "a", "bc" is not "ab", "c".
+        offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+        lens.update(np.diff(offsets).astype("<i8").tobytes())
+        text = values.buffers()[2]
+        if text is not None:
+            texts.update(memoryview(text)[offsets[0] : offsets[-1]])
+    return sha256(lens.digest() + texts.digest()).hexdigest()[:DIGEST_LEN]
+
+
+def vocabularies(info: DatasetInfo) -> dict[str, str]:
+    """The digest of each space that has one."""
+    return {name: space.digest for name, space in info.spaces.items() if space.digest is not None}
+
+
+def check_same_ids(known: Mapping[str, str], info: DatasetInfo, *, data: str, other: str) -> None:
+    """Raise ValueError if ids of `data`, which `info` describes, mean something else than `other` took them for.
+
+    `known` holds the digests of `other`; spaces of which one side has no digest cannot be compared.
+    """
+    for name, digest in vocabularies(info).items():
+        if name in known and known[name] != digest:
+            raise ValueError(
+                f"ids of the space {name!r} mean something else in {data} (digest {digest}) than in {other} (digest "
+                f"{known[name]}): the keys were numbered anew; use data with the old numbers, or start a new run"
+            )

@@ -1,0 +1,62 @@
+"""A trained run beside data that came later: scored on it where ids mean the same, refused with both digests else."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.small_data import small_dataset
+from tests.support.training import TIMEOUT_S, read_lines, start_command, start_training, train
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and last line."""
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output.strip().splitlines()[-1]
+
+
+def data_like_the_runs(folder: Path, **item: Any) -> Path:
+    """A copy of the small data set, whose space of items is changed so."""
+    shutil.copytree(small_dataset(), folder)
+    description = json.loads((folder / "dataset.json").read_text())
+    description["spaces"]["item"] |= item
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other") / "run"
+    train(folder, 1, "max_steps=2")
+    return folder
+
+
+def test_yesterdays_model_scores_todays_data(run_dir: Path, tmp_path: Path) -> None:
+    today = data_like_the_runs(tmp_path / "today")
+    assert ended(start_command("evaluate", str(run_dir), "--set", f"data.path={today}"))[0] == 0
+    [found], [own] = read_lines(run_dir / "eval_today.jsonl"), read_lines(run_dir / "eval.jsonl")
+    assert found == own
+
+
+def test_renumbered_items_are_refused_with_both_digests(run_dir: Path, tmp_path: Path) -> None:
+    digest = json.loads((small_dataset() / "dataset.json").read_text())["spaces"]["item"]["digest"]
+    assert json.loads((run_dir / "config.json").read_text())["vocabularies"]["item"] == digest
+    renumbered = data_like_the_runs(tmp_path / "renumbered", digest="0123456789abcdef")
+    for process in (
+        start_command("evaluate", str(run_dir), "--set", f"data.path={renumbered}"),
+        start_training(run_dir, 1, "max_steps=3", f"data.path={renumbered}"),
+    ):
+        status, line = ended(process)
+        assert status != 0
+        assert "ids of the space 'item' mean something else" in line
+        assert "0123456789abcdef" in line
+        assert digest in line
+
+
+def test_an_evaluation_cannot_change_the_model(run_dir: Path) -> None:
+    status, line = ended(start_command("evaluate", str(run_dir), "--set", "model.dim=32"))
+    assert status == 2
+    assert "--set model.dim=32 would make another model of it" in line
