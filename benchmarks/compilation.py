@@ -75,13 +75,15 @@ def ranker_step(device: torch.device, *, small: bool) -> Callable[[], Tensor]:
         model=ModelConfig(dim=dim, max_len=length + 64, layer=layer, stages=(STAGE,)),
         embedding_dim=dim // 2,
     )
-    tower = build_model(resolve(config, dataset_info(config.data)), device).tower
-    batch = next(iter(build_loader(config.data, split="train", rank=0, world_size=1))).to(device)
+    resolved = resolve(config, dataset_info(config.data))
+    tower = build_model(resolved, device).tower
+    loader = build_loader(config.data, split="train", rank=0, world_size=1, selection=resolved.task.selection)
+    batch = next(iter(loader)).to(device)
     looked_up = {
         key: JaggedTensor(
             values=torch.randn(jagged.values().numel(), dim // 2, device=device), lengths=jagged.lengths()
         )
-        for key, jagged in batch.features.to_dict().items()
+        for key, jagged in batch.inputs.features.to_dict().items()
     }
 
     def step() -> Tensor:

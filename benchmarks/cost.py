@@ -24,16 +24,15 @@ import numpy.typing as npt
 from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
 from pipelines.batch import Batch
-from pipelines.features import DatasetInfo
 from pipelines.loader import dataset_info
-from pipelines.packed import Contents, bag_lens, pack
+from pipelines.packed import NUMBER_PREFIX, Contents, bag_lens, pack
 from pipelines.position import DataPosition
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.parallelize import ParallelModel
 from trainer.recipes import load_recipe
-from trainer.resolve import resolve
+from trainer.resolve import Resolved, resolve
 from trainer.typed_values import apply_overrides
 
 WARM_UP, REPEATS = 3, 7
@@ -116,7 +115,7 @@ def measure(config: TrainConfig, mesh: Mesh, tokens: int) -> list[Measurement]:
                     samples=samples,
                     dense_flops=factor * (float(flops.forward.sum()) - attention),
                     attention_flops=factor * attention,
-                    step_ms=time_step(model, made_up_batch(resolved.info, config, lens).to(mesh.device), mesh),
+                    step_ms=time_step(model, made_up_batch(resolved, lens).to(mesh.device), mesh),
                 )
             )
     return measurements
@@ -137,36 +136,41 @@ def time_step(model: ParallelModel, batch: Batch, mesh: Mesh) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def made_up_batch(info: DatasetInfo, config: TrainConfig, history_lens: npt.NDArray[np.int64]) -> Batch:
-    """Random histories of these lengths with a candidate each."""
-    generator = np.random.default_rng(0)
-    samples, lens = len(history_lens), history_lens + 1
-    events, ends = int(lens.sum()), np.cumsum(lens)
-    context = [generator.integers(0, size, samples) for size in info.context_features.values()]
-    action = generator.integers(0, 1 << len(info.actions), events, dtype=np.int32)
-    action[ends - 1] = 0
-    side = {f"side/{name}": (np.int64, [np.zeros(events, np.int64)]) for name in config.data.history_features}
+def made_up_batch(resolved: Resolved, history_lens: npt.NDArray[np.int64]) -> Batch:
+    """Random histories of these lengths with a candidate each, of the columns that the model reads."""
+    info, generator = resolved.info, np.random.default_rng(0)
+    samples, events = len(history_lens), int(history_lens.sum())
+    sizes = {"event": events, "candidate": samples, "sample": samples}
+    ids, numbers = {}, {}
+    for feature in resolved.task.selection.features:
+        rows = sum(sizes[part] for part in feature.parts)
+        if feature.space is None:
+            numbers[NUMBER_PREFIX + feature.name] = (np.float32, [generator.random(rows)])
+        else:
+            assert feature.kind == "id", "made-up data has no columns of many ids"
+            ids[feature.name] = generator.integers(0, info.spaces[feature.space].rows, rows)
+    ends = np.cumsum(history_lens)
     memory, places = pack(
         {
-            "ids": (np.int64, [*context, generator.integers(0, info.num_items, events)]),
-            "bag_lens": (np.int64, [bag_lens([samples] * len(context) + [events])]),
+            "ids": (np.int64, list(ids.values())),
+            "bag_lens": (np.int64, [bag_lens([len(each) for each in ids.values()])]),
             "user_id": (np.int64, [np.arange(samples)]),
             "history_lens": (np.int64, [history_lens]),
             "num_candidates": (np.int64, [np.ones(samples, np.int64)]),
-            "action": (np.int32, [action]),
-            "timestamp": (np.int64, [np.arange(events) - np.repeat(ends - lens, lens)]),
+            "action": (np.int32, [generator.integers(0, 1 << len(info.actions), events, dtype=np.int32)]),
+            "timestamp": (np.int64, [np.arange(events) - np.repeat(ends - history_lens, history_lens), history_lens]),
             "candidate_action": (np.int32, [generator.integers(0, 1 << len(info.actions), samples, dtype=np.int32)]),
             "loss_denominator": (np.float32, [np.array([samples], np.float32)]),
-            **side,
+            **numbers,
         }
     )
     contents = Contents(
         size_bytes=memory.numel(),
         places=places,
-        context_names=tuple(info.context_features),
+        lookups=tuple(ids),
         position=DataPosition(order="made up"),
         global_samples=samples,
-        global_tokens=events,
+        global_tokens=events + samples,
         imbalance=1.0,
     )
     return Batch(contents, memory)

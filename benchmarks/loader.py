@@ -145,7 +145,7 @@ def ours(folder: str, length: int, threads: int) -> Iterator[int]:
         path=folder, global_batch_size=BATCH, max_history_len=length, window_samples=256, reader_threads=threads
     )
     for batch in build_loader(config, split="train", rank=0, world_size=1):
-        yield batch.action.numel()
+        yield batch.inputs.timestamp.numel()
 
 
 def row_loop(folder: str) -> Iterator[int]:

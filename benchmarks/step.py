@@ -136,7 +136,7 @@ def measure(case: Case, mesh: Mesh) -> dict[str, float]:
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
-    batches = repeat(made_up_batch(resolved.info, config, case.history_lens).to(mesh.device))
+    batches = repeat(made_up_batch(resolved, case.history_lens).to(mesh.device))
     times = []
     for turn in range(1 + TURNS):
         start, steps = time.perf_counter(), STEPS if turn else WARM_UP

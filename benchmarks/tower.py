@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.layer import PEAK_TFLOPS
 from trainer.models.config import InputConfig, ModelConfig, StageConfig
-from trainer.models.flops import TRAINING_FACTOR, ranker_flops
+from trainer.models.flops import TRAINING_FACTOR, InputWidths, ranker_flops
 from trainer.models.hstu import HstuTower, build_tower
 from trainer.models.layout import make_layout
 
@@ -52,6 +52,9 @@ CASES = {
     ),
 }
 
+NO_ENDS = InputWidths(event=0, candidate=0, context=0)
+"""The tower alone: no encoder, no heads."""
+
 
 def measure(case: Case) -> dict[str, float]:
     """Samples a second, training and scoring, with MFU and peak memory."""
@@ -62,7 +65,7 @@ def measure(case: Case) -> dict[str, float]:
         input=InputConfig(merge="interleave" if case.interleave else "add"),
     )
     tower = build_tower(dim=DIM, layer=config.layer, stages=case.stages, num_context=0, max_len=config.max_len).cuda()
-    flops = ranker_flops(config, EVENTS, CANDIDATES, embedding_dim=DIM, num_context=0, num_actions=8)
+    flops = ranker_flops(config, EVENTS, CANDIDATES, inputs=NO_ENDS, num_context=0, num_tasks=0)
     gflops = float(flops.forward - flops.ends) / 1e9
     result: dict[str, float] = {"gflop_a_sample": gflops}
     for kind, factor in (("train", TRAINING_FACTOR), ("score", 1)):

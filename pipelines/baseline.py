@@ -86,7 +86,7 @@ def item_counts(config: DataConfig, part: int = 0, parts: int = 1) -> IntArray:
     for unit in range(part, len(source.unit_rows), parts):
         samples: Samples = source.read(unit)
         for column in (samples.history["item_id"], samples.candidate["item_id"]):
-            counts += np.bincount(column.values, minlength=len(counts))
+            counts += np.bincount(column.array, minlength=len(counts))
     return counts
 
 
@@ -152,10 +152,14 @@ def _candidates(
         samples: Samples = source.read(unit)
         column = samples.candidate["item_id"]
         lens = column.lens()
-        place = np.arange(len(column.values)) - np.repeat(column.offsets[:-1], lens)
+        place = np.arange(len(column.array)) - np.repeat(column.offsets[:-1], lens)
         kept = place < (config.max_candidates or np.inf)
-        labels = (samples.candidate["action"].values[kept, None] >> bits) & 1
-        yield np.repeat(samples.scalars["user_id"], lens)[kept], column.values[kept], labels.astype(np.float64)
+        labels = (samples.candidate["action"].array[kept, None] >> bits) & 1
+        yield (
+            np.repeat(np.asarray(samples.scalars["user_id"]), lens)[kept],
+            column.array[kept],
+            labels.astype(np.float64),
+        )
 
 
 def _logit(rate: FloatArray) -> FloatArray:

@@ -1,9 +1,13 @@
 """One rank's share of a global batch, as models and TorchRec use it.  Knows tensors and devices, not files.
 
-B samples, C candidates in all, T = history events and candidates in all, packed sample by sample: each sample's
-history, oldest first, then its candidates.
+    Batch = Inputs (what a score depends on) + Labels (what a loss compares it with) + bookkeeping of the stream
+
+B samples, H events of all histories, C candidates in all.  Events lie sample by sample, each history oldest first;
+candidates likewise; where a tensor holds both, all events come first, then all candidates.  A feature has N rows: B, H,
+C or H + C.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -11,36 +15,44 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from pipelines.packed import SIDE_PREFIX, Contents, unpack
-
-ITEM_FEATURE = "item_id"
+from pipelines.packed import LABEL_PREFIX, LENS_PREFIX, NUMBER_PREFIX, Contents, unpack
 
 
-class Batch(Pipelineable):
-    """Jagged features and labels of B >= 0 samples, and what holds for the whole global batch.
+class Inputs:
+    """What the model reads of B >= 0 samples; the tensors are views of the batch's one piece of memory.
 
-    The tensors are views of one piece of memory, on the device that the batch was moved to: a copy of the batch is one
-    copy.  Names that end in `_host` are views of the memory it was read into: known without waiting for the device.
+    Names that end in `_host` are views of the memory that the batch was read into: known without waiting for a device.
     """
 
-    def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor | None = None) -> None:
-        """The batch of these contents in `memory`, which was copied from `host_memory` or, if None, is that."""
-        self._contents = contents
-        self._host_memory = host_memory
-        self._memory = host_memory if memory is None else memory
-        self.position = contents.position
-        self.global_samples = contents.global_samples
-        self.global_tokens = contents.global_tokens
-        self.imbalance = contents.imbalance
+    def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor) -> None:
+        self._contents, self._host_memory, self._memory = contents, host_memory, memory
 
     @cached_property
     def features(self) -> KeyedJaggedTensor:
-        """Keys: the context features, one id a sample, then `item_id`, a sample's history and candidates.
+        """The ids to look up: a key a feature of ids.  Bags are not rows (`packed.bag_lens`)."""
+        return KeyedJaggedTensor(list(self._contents.lookups), self._array("ids"), lengths=self._array("bag_lens"))
 
-        Their bags are not samples (`packed.bag_lens`).
-        """
-        keys = [*self._contents.context_names, ITEM_FEATURE]
-        return KeyedJaggedTensor(keys, self._array("ids"), lengths=self._array("bag_lens"))
+    @cached_property
+    def lens(self) -> Mapping[str, Tensor]:
+        """[N] int64 ids of each row, of the features of many ids."""
+        return {name: self._array(LENS_PREFIX + name) for name in _names(self._contents, LENS_PREFIX)}
+
+    @cached_property
+    def numbers(self) -> Mapping[str, Tensor]:
+        """[N] float32 features of numbers; NaN where missing."""
+        return {name: self._array(NUMBER_PREFIX + name) for name in _names(self._contents, NUMBER_PREFIX)}
+
+    def ids_host(self, name: str) -> Tensor:
+        """[its ids] int64 of one feature of ids."""
+        keys = self._contents.lookups
+        place = keys.index(name)
+        counts = self._host_array("bag_lens").view(len(keys), -1).sum(1)
+        first = int(counts[:place].sum())
+        return self._host_array("ids")[first : first + int(counts[place])]
+
+    def numbers_host(self, name: str) -> Tensor:
+        """[N] float32 of one feature of numbers."""
+        return self._host_array(NUMBER_PREFIX + name)
 
     @cached_property
     def user_id(self) -> Tensor:
@@ -69,33 +81,42 @@ class Batch(Pipelineable):
 
     @cached_property
     def action(self) -> Tensor:
-        """[T] int32, bit i set if action i was taken; 0 at candidates."""
+        """[H] int32, bit i set if action i was taken."""
         return self._array("action")
 
     @cached_property
     def action_host(self) -> Tensor:
-        """[T] int32."""
+        """[H] int32."""
         return self._host_array("action")
 
     @cached_property
     def timestamp(self) -> Tensor:
-        """[T] int64 seconds; -1 where unknown."""
+        """[H + C] int64 seconds; -1 where unknown."""
         return self._array("timestamp")
 
-    @cached_property
-    def side(self) -> dict[str, Tensor]:
-        """[T] further history lists by name; 0 at candidates."""
-        return {name.removeprefix(SIDE_PREFIX): self._array(name) for name in self._side_names()}
+    def _array(self, name: str) -> Tensor:
+        return unpack(self._memory, self._contents.places[name])
+
+    def _host_array(self, name: str) -> Tensor:
+        return unpack(self._host_memory, self._contents.places[name])
+
+
+class Labels:
+    """What became of the candidates."""
+
+    def __init__(self, contents: Contents, memory: Tensor) -> None:
+        self._contents, self._memory = contents, memory
 
     @cached_property
-    def side_host(self) -> dict[str, Tensor]:
-        """[T] further history lists by name."""
-        return {name.removeprefix(SIDE_PREFIX): self._host_array(name) for name in self._side_names()}
+    def action(self) -> Tensor:
+        """[C] int32 bit masks."""
+        return unpack(self._memory, self._contents.places["candidate_action"])
 
     @cached_property
-    def candidate_action(self) -> Tensor:
-        """[C] int32 bit masks: the labels."""
-        return self._array("candidate_action")
+    def values(self) -> Mapping[str, Tensor]:
+        """[C] the selected label columns: float64 numbers, NaN where missing, or int64 ids."""
+        names = _names(self._contents, LABEL_PREFIX)
+        return {name: unpack(self._memory, self._contents.places[LABEL_PREFIX + name]) for name in names}
 
     @cached_property
     def loss_denominator(self) -> Tensor:
@@ -104,7 +125,32 @@ class Batch(Pipelineable):
         Averaged over ranks, as DDP and TorchRec do, the ranks' sums over this number give the mean over the global
         batch.
         """
-        return self._array("loss_denominator")[0]
+        return unpack(self._memory, self._contents.places["loss_denominator"])[0]
+
+
+class Batch(Pipelineable):
+    """Inputs, labels, and what holds for the whole global batch.
+
+    All tensors are views of one piece of memory, on the device that the batch was moved to: a copy of the batch is one
+    copy.
+    """
+
+    def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor | None = None) -> None:
+        """The batch of these contents in `memory`, which was copied from `host_memory` or, if None, is that."""
+        self._contents = contents
+        self._host_memory = host_memory
+        self._memory = host_memory if memory is None else memory
+        self.inputs = Inputs(contents, self._host_memory, self._memory)
+        self.labels = Labels(contents, self._memory)
+        self.position = contents.position
+        self.global_samples = contents.global_samples
+        self.global_tokens = contents.global_tokens
+        self.imbalance = contents.imbalance
+
+    @property
+    def features(self) -> KeyedJaggedTensor:
+        """The inputs' ids to look up: what a model's tables are called with."""
+        return self.inputs.features
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The batch with its memory on `device`."""
@@ -114,13 +160,8 @@ class Batch(Pipelineable):
         """Tell the allocator that `stream` uses the device tensors."""
         self._memory.record_stream(stream)
         # Offsets, which TorchRec computes from the lengths, have memory of their own.
-        self.features.record_stream(stream)
+        self.inputs.features.record_stream(stream)
 
-    def _array(self, name: str) -> Tensor:
-        return unpack(self._memory, self._contents.places[name])
 
-    def _host_array(self, name: str) -> Tensor:
-        return unpack(self._host_memory, self._contents.places[name])
-
-    def _side_names(self) -> list[str]:
-        return [name for name in self._contents.places if name.startswith(SIDE_PREFIX)]
+def _names(contents: Contents, prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in contents.places if name.startswith(prefix)]

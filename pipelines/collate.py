@@ -3,65 +3,85 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from pipelines.columns import AnyArray, IntArray, Samples
+from pipelines.columns import AnyArray, Bags, IntArray, Samples, Values, join_values
+from pipelines.columns import Selection as Rows
 from pipelines.config import DataConfig
-from pipelines.features import DatasetInfo
+from pipelines.features import ITEM_ID, USER_ID
 from pipelines.global_batches import BatchPlan
-from pipelines.packed import SIDE_PREFIX, Contents, Packed, bag_lens, pack
+from pipelines.packed import LABEL_PREFIX, LENS_PREFIX, NUMBER_PREFIX, Contents, Packed, bag_lens, pack
+from pipelines.selection import Feature, Selection
 from pipelines.stochastic_length import choose_events
 
 NO_USER = -1
 """User of the sample that stands in where a rank has none."""
 
-Selection = slice | IntArray
+
+class _Share:
+    """One rank's samples of a global batch: which rows of which units, and which of their events."""
+
+    def __init__(self, plan: BatchPlan, units: Mapping[tuple[int, int], Samples], config: DataConfig) -> None:
+        keys = zip(plan.samples.source.tolist(), plan.samples.unit.tolist(), strict=True)
+        self.units = [units[key] for key in keys]
+        self.rows = plan.samples.row.tolist()
+        self.events = _chosen_events(plan, self.units, self.rows, config)
+        starts = [unit.candidate[ITEM_ID].offsets[row] for unit, row in zip(self.units, self.rows, strict=True)]
+        lens = plan.candidates.tolist()
+        self.candidates = [slice(start, start + kept) for start, kept in zip(starts, lens, strict=True)]
+
+    def of_samples(self, name: str) -> Values:
+        """[B] values of a column of samples."""
+        return join_values([unit.scalars[name][row : row + 1] for unit, row in zip(self.units, self.rows, strict=True)])
+
+    def of_events(self, name: str) -> list[Values]:
+        """The values of a column of events, a piece a sample."""
+        return [unit.history[name].values[chosen] for unit, chosen in zip(self.units, self.events, strict=True)]
+
+    def of_candidates(self, name: str) -> list[Values]:
+        """The values of a column of candidates, a piece a sample."""
+        return [unit.candidate[name].values[kept] for unit, kept in zip(self.units, self.candidates, strict=True)]
 
 
 def collate(
-    plan: BatchPlan, units: Mapping[tuple[int, int], Samples], config: DataConfig, info: DatasetInfo, world_size: int
+    plan: BatchPlan,
+    units: Mapping[tuple[int, int], Samples],
+    items: Mapping[str, Values],
+    selection: Selection,
+    config: DataConfig,
+    world_size: int,
 ) -> Packed:
-    """The batch of a plan whose units were read.
+    """The batch of a plan whose units were read; `items` are the columns of items by id.
 
     A rank without samples gets one sample with zero ids, no history and no candidates, so that every rank has something
     to look up: it adds nothing to any gradient.
     """
-    rows = [units[key] for key in zip(plan.samples.source.tolist(), plan.samples.unit.tolist(), strict=True)]
-    places = plan.samples.row.tolist()
+    share = _Share(plan, units, config)
     history, candidates = plan.history, plan.candidates
-    user, context = _scalars(rows, places, info)
-    if not rows:
+    user = share.of_samples(USER_ID)
+    if not share.units:
         history = candidates = np.zeros(1, dtype=np.int64)
-    past = _history_selections(plan, rows, places, config)
-    first = [int(row.candidate["item_id"].offsets[place]) for row, place in zip(rows, places, strict=True)]
-    # Of a rank without samples, the stand-in's lengths remain.
-    future = [slice(start, start + kept) for start, kept in zip(first, candidates.tolist(), strict=False)]
-    items = _merge(rows, past, future, "item_id")
-    num_ids = [len(user)] * len(context) + [int((history + candidates).sum())]
-    memory, memory_places = pack(
+        user = np.full(1, NO_USER)
+    ids, arrays = _columns(share, items, selection)
+    memory, places = pack(
         {
-            "ids": (np.int64, [*context, *items]),
-            "bag_lens": (np.int64, [bag_lens(num_ids)]),
-            "user_id": (np.int64, [user]),
+            "ids": (np.int64, list(ids.values())),
+            "bag_lens": (np.int64, [bag_lens([len(each) for each in ids.values()])]),
+            "user_id": (np.int64, [np.asarray(user)]),
             "history_lens": (np.int64, [history]),
             "num_candidates": (np.int64, [candidates]),
-            "action": (np.int32, _merge_history(rows, past, future, "action")),
-            "timestamp": (np.int64, _merge(rows, past, future, "timestamp")),
-            "candidate_action": (
-                np.int32,
-                [row.candidate["action"].values[chosen] for row, chosen in zip(rows, future, strict=True)],
-            ),
+            "action": (np.int32, _arrays(share.of_events("action"))),
+            "timestamp": (np.int64, _arrays(share.of_events("timestamp") + share.of_candidates("timestamp"))),
+            "candidate_action": (np.int32, _arrays(share.of_candidates("action"))),
             # Of a global batch without candidates, 1 over ranks, for a loss of zero.
             "loss_denominator": (np.float32, [np.array([max(plan.global_candidates, 1) / world_size], np.float32)]),
-            **{
-                SIDE_PREFIX + name: (_kind(rows, name), _merge_history(rows, past, future, name))
-                for name in config.history_features
-            },
+            **arrays,
         }
     )
     contents = Contents(
         size_bytes=memory.numel(),
-        places=memory_places,
-        context_names=tuple(info.context_features),
+        places=places,
+        lookups=tuple(ids),
         position=plan.position,
         global_samples=plan.global_samples,
         global_tokens=plan.global_tokens,
@@ -70,55 +90,65 @@ def collate(
     return Packed(memory, (contents,))
 
 
-def _scalars(rows: Sequence[Samples], places: Sequence[int], info: DatasetInfo) -> tuple[IntArray, list[IntArray]]:
-    """Users and context features of the samples, or of the one that stands in for none."""
-    if not rows:
-        return np.full(1, NO_USER), [np.zeros(1, dtype=np.int64) for _ in info.context_features]
-    user, *context = (
-        np.fromiter((row.scalars[name][place] for row, place in zip(rows, places, strict=True)), np.int64)
-        for name in ("user_id", *info.context_features)
+Arrays = dict[str, tuple[DTypeLike, Sequence[AnyArray]]]
+
+
+def _columns(share: _Share, items: Mapping[str, Values], selection: Selection) -> tuple[dict[str, AnyArray], Arrays]:
+    """(the ids of each feature of ids, the further arrays of all features and labels)."""
+    event_items, candidate_items = (
+        np.asarray(join_values(pieces)) for pieces in (share.of_events(ITEM_ID), share.of_candidates(ITEM_ID))
     )
-    return user, context
+    item_ids = {"event": event_items, "candidate": candidate_items}
+    ids: dict[str, AnyArray] = {}
+    arrays: Arrays = {}
+    for feature in selection.features:
+        values = _values(feature, share, items, item_ids)
+        if feature.kind == "number":
+            arrays[NUMBER_PREFIX + feature.name] = (np.float32, [np.asarray(values)])
+        elif isinstance(values, Bags):
+            ids[feature.name] = values.values
+            arrays[LENS_PREFIX + feature.name] = (np.int64, [values.lens()])
+        else:
+            ids[feature.name] = values
+    for label in selection.labels:
+        kind = np.float64 if label.kind == "number" else np.int64
+        arrays[LABEL_PREFIX + label.name] = (kind, [np.asarray(join_values(share.of_candidates(label.stored)))])
+    return ids, arrays
 
 
-def _history_selections(
-    plan: BatchPlan, rows: Sequence[Samples], places: Sequence[int], config: DataConfig
-) -> list[Selection]:
+def _values(feature: Feature, share: _Share, items: Mapping[str, Values], item_ids: Mapping[str, IntArray]) -> Values:
+    """A feature's values over its rows: events, then candidates, or samples."""
+    if feature.parts == ("sample",):
+        if share.units:
+            return share.of_samples(feature.column)
+        return Bags(np.zeros(0, np.int64), np.zeros(2, np.int64)) if feature.kind == "ids" else np.zeros(1, np.int64)
+    if feature.of_item or feature.name == ITEM_ID:
+        rows = np.concatenate([item_ids[part] for part in feature.parts])
+        return items[feature.column][rows] if feature.of_item else rows
+    pieces = share.of_events(feature.name) if "event" in feature.parts else []
+    values = join_values(pieces + (share.of_candidates(feature.name) if "candidate" in feature.parts else []))
+    if feature.kind == "ids" and not isinstance(values, Bags):
+        return Bags(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    return values
+
+
+def _arrays(pieces: Sequence[Values]) -> list[AnyArray]:
+    """Pieces of a column with one value a row."""
+    return [np.asarray(piece) for piece in pieces]
+
+
+def _chosen_events(plan: BatchPlan, units: Sequence[Samples], rows: Sequence[int], config: DataConfig) -> list[Rows]:
     """Where each kept history lies in its unit: the newest events, or the choice of stochastic length."""
-    selections: list[Selection] = []
+    chosen: list[Rows] = []
     newest = config.stochastic_length.selection == "recent"
     capped = np.minimum(plan.samples.history, config.max_history_len)
-    for index, (row, place, kept) in enumerate(zip(rows, places, plan.history.tolist(), strict=True)):
-        end = int(row.history["item_id"].offsets[place + 1])
+    for index, (unit, row, kept) in enumerate(zip(units, rows, plan.history.tolist(), strict=True)):
+        end = int(unit.history[ITEM_ID].offsets[row + 1])
         if newest or kept == capped[index]:
-            selections.append(slice(end - kept, end))
+            chosen.append(slice(end - kept, end))
             continue
         samples = plan.samples
         key = (config.seed, *(int(each[index]) for each in (samples.source, samples.epoch, samples.sample)))
         length = int(capped[index])
-        selections.append(end - length + choose_events(length, kept, config.stochastic_length, key))
-    return selections
-
-
-def _merge(rows: Sequence[Samples], past: Sequence[Selection], future: Sequence[slice], name: str) -> list[AnyArray]:
-    """The parts of a list column packed sample by sample: each history, then the candidates."""
-    parts: list[AnyArray] = []
-    for row, before, after in zip(rows, past, future, strict=True):
-        parts += (row.history[name].values[before], row.candidate[name].values[after])
-    return parts
-
-
-def _merge_history(
-    rows: Sequence[Samples], past: Sequence[Selection], future: Sequence[slice], name: str
-) -> list[AnyArray]:
-    """As `_merge`, with zeros in the candidates' place."""
-    parts: list[AnyArray] = []
-    for row, before, after in zip(rows, past, future, strict=True):
-        values = row.history[name].values
-        parts += (values[before], np.zeros(after.stop - after.start, dtype=values.dtype))
-    return parts
-
-
-def _kind(rows: Sequence[Samples], name: str) -> np.dtype[np.generic]:
-    """The type of a further history column; a batch of nothing has whole numbers."""
-    return rows[0].history[name].values.dtype if rows else np.dtype(np.int64)
+        chosen.append(end - length + choose_events(length, kept, config.stochastic_length, key))
+    return chosen

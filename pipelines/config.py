@@ -113,8 +113,6 @@ class DataConfig:
     """Further prepared data sets of the same features; each sample comes from one of them or from path."""
     mix_weights: tuple[float, ...] = ()
     """Share of the samples drawn from path and from each of mix_paths, in this order; scaled to sum to one."""
-    history_features: tuple[str, ...] = ()
-    """Further history lists to read, without the prefix history_ (for example watch_time)."""
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     """Random shortening of histories in training."""
     balance: Literal["none", "equal", "bounded"] = "equal"
@@ -149,8 +147,6 @@ class DataConfig:
             )
         if self.balance_slack < 0:
             raise ValueError(f"data.balance_slack must be at least 0, got {self.balance_slack}")
-        if len(set(self.history_features)) != len(self.history_features):
-            raise ValueError(f"data.history_features must not repeat a name, got {self.history_features}")
         self._check_mix()
 
     def _check_counts(self) -> None:

@@ -157,18 +157,6 @@ class DatasetInfo:
         """Item ids lie in [0, num_items)."""
         return self.spaces[ITEM_SPACE].rows
 
-    @property
-    def context_features(self) -> Mapping[str, int]:
-        """Rows of the space of each id column of samples, in the order of the context tokens."""
-        return {
-            each.name: self.spaces[each.space].rows for each in self.of("sample") if each.space and each.kind == "id"
-        }
-
-    @property
-    def history_features(self) -> tuple[str, ...]:
-        """The events' columns of numbers."""
-        return tuple(each.name for each in self.of("event") if each.kind == "number")
-
     def action_bit(self, action: str) -> int:
         """Position of an action's bit.  Raises ValueError if there is no such action."""
         if action not in self.actions:

@@ -21,12 +21,13 @@ from pipelines.balance import Cost, default_cost
 from pipelines.batch import Batch
 from pipelines.config import SYNTHETIC_PATH, DataConfig
 from pipelines.dataset_json import read_dataset_info
-from pipelines.features import DatasetInfo
+from pipelines.features import ITEM_ID, DatasetInfo
 from pipelines.global_batches import GlobalBatches
 from pipelines.order import SampleOrder
 from pipelines.packed import Packed
 from pipelines.position import DataPosition
 from pipelines.reader import Failure, Reader, end_with_parent
+from pipelines.selection import Selection, select
 from pipelines.source import ParquetSource, Source, Split
 from pipelines.synthetic import SyntheticSource, synthetic_info
 from pipelines.vocabulary import check_same_ids, vocabularies
@@ -49,10 +50,11 @@ def build_loader(
     rank: int,
     world_size: int,
     position: DataPosition | None = None,
+    selection: Selection | None = None,
     cost: Cost | None = None,
     pin_memory: bool = False,
 ) -> "Loader":
-    """The loader of one rank.
+    """The loader of one rank; `selection` None reads the item ids alone.
 
     Training goes from `position` (the start if None) to the end of the stream; evaluation makes one pass in stored
     order with full histories.  Every rank gets the same number of batches.  `cost` models a sample's work.
@@ -60,7 +62,8 @@ def build_loader(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
     paths = (config.path, *config.mix_paths) if split == "train" else (config.path,)
-    sources = [open_source(path, config, split) for path in paths]
+    selection = selection or select(dataset_info(config), event=(ITEM_ID,), candidate=(ITEM_ID,), context=())
+    sources = [open_source(path, config, split, selection) for path in paths]
     for path, source in zip(paths, sources, strict=True):
         _check_same_features(sources[0].info, source.info, path)
     shuffled = split == "train" and config.order == "shuffled"
@@ -81,7 +84,9 @@ def build_loader(
         batches.check(position)
     # A batch may reach into the next window, and reading ahead does.
     kept = 2 * sum(order.units_in_window() for order in orders) + 1
-    reader = Reader(config, batches, sources, position=position, world_size=world_size, kept_units=kept)
+    reader = Reader(
+        config, batches, sources, position=position, world_size=world_size, kept_units=kept, selection=selection
+    )
     return Loader(reader, batches, sources[0].info, in_process=config.reader_threads == 0, pin_memory=pin_memory)
 
 
@@ -177,13 +182,11 @@ def _reader_context() -> ForkServerContext:
     return context
 
 
-def open_source(path: str, config: DataConfig, split: Split) -> Source:
-    """One split of one of the data sets that `config` names."""
+def open_source(path: str, config: DataConfig, split: Split, selection: Selection | None = None) -> Source:
+    """One split of one of the data sets that `config` names; `selection` None reads what every data set has."""
     if path == SYNTHETIC_PATH:
-        if config.history_features:
-            raise ValueError(f"data.history_features={config.history_features}: synthetic data has none")
         return SyntheticSource(config.synthetic, split)
-    return ParquetSource(path, read_dataset_info(path), split, config.history_features)
+    return ParquetSource(path, read_dataset_info(path), split, selection)
 
 
 def _check_same_features(first: DatasetInfo, other: DatasetInfo, path: str) -> None:

@@ -2,19 +2,22 @@
 
 Knows torch, not TorchRec, whose import takes seconds that a reader process has no use for.
 
-B samples, C candidates in all, T = history events and candidates in all, packed sample by sample: each sample's
-history, oldest first, then its candidates.  The arrays by name:
+B samples, H events of all histories, C candidates in all.  Events lie sample by sample, each history oldest first;
+candidates likewise; where an array holds both, all events come first, then all candidates.  A feature has N rows: B, H,
+C or H + C.  The arrays by name:
 
-    ids                 int64    [B x context features + T] context features one after another, then items
-    bag_lens            int64    [(context features + 1) x bags] ids of each bag, likewise: see `bag_lens`
+    ids                 int64    ids of all features of ids, one feature after another
+    bag_lens            int64    [features x bags] ids of each bag, likewise: see `bag_lens`
+    lens/NAME           int64    [N] ids of each row of a feature of many ids
+    number/NAME         float32  [N] a feature of numbers; NaN where missing
     user_id             int64    [B]
     history_lens        int64    [B]
     num_candidates      int64    [B]
-    action              int32    [T] bit i set if action i was taken; 0 at candidates
-    timestamp           int64    [T] seconds; -1 where unknown
+    action              int32    [H] bit i set if action i was taken
+    timestamp           int64    [H + C] seconds; -1 where unknown
     candidate_action    int32    [C] bit masks: the labels
+    label/NAME          float64 or int64 [C] further labels
     loss_denominator    float32  [1]
-    side/NAME           numbers  [T] further history lists; 0 at candidates
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +32,7 @@ from torch import Tensor
 from pipelines.columns import AnyArray, IntArray
 from pipelines.position import DataPosition
 
-SIDE_PREFIX = "side/"
+LENS_PREFIX, NUMBER_PREFIX, LABEL_PREFIX = "lens/", "number/", "label/"
 BAG_IDS = 32
 """Ids of a bag: a warp's lanes, which is how many the lookup kernels load at a time."""
 ALIGNMENT = 128
@@ -55,8 +58,8 @@ class Contents:
     """Memory of the arrays."""
     places: Mapping[str, Place]
     """Each array's place."""
-    context_names: tuple[str, ...]
-    """The context features, in the order of `ids`."""
+    lookups: tuple[str, ...]
+    """The features of ids, in the order of `ids`."""
     position: DataPosition
     """The training stream's state after this batch."""
     global_samples: int

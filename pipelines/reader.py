@@ -9,7 +9,7 @@ holds up nobody but the other threads of this process.
 import multiprocessing
 import os
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock, Thread
@@ -17,11 +17,12 @@ from threading import Lock, Thread
 from torch.utils.data import IterableDataset
 
 from pipelines.collate import collate
-from pipelines.columns import Samples
+from pipelines.columns import Samples, Values
 from pipelines.config import DataConfig
 from pipelines.global_batches import BatchPlan, GlobalBatches
 from pipelines.packed import Packed, share
 from pipelines.position import DataPosition
+from pipelines.selection import Selection
 from pipelines.source import Source
 
 GROUP = 4
@@ -51,6 +52,7 @@ class Reader(IterableDataset[Packed | Failure]):
         position: DataPosition | None,
         world_size: int,
         kept_units: int,
+        selection: Selection,
     ) -> None:
         self._config = config
         self._batches = batches
@@ -58,6 +60,7 @@ class Reader(IterableDataset[Packed | Failure]):
         self._position = position
         self._world_size = world_size
         self._kept_units = kept_units
+        self._selection = selection
 
     def __iter__(self) -> Iterator[Packed | Failure]:
         if not self._config.reader_threads:
@@ -116,7 +119,7 @@ class Reader(IterableDataset[Packed | Failure]):
         """Read what a plan needs and put it together."""
         keys = dict.fromkeys(zip(plan.samples.source.tolist(), plan.samples.unit.tolist(), strict=True))
         found = {key: units.read(key) for key in keys}
-        return collate(plan, found, self._config, self._sources[0].info, self._world_size)
+        return collate(plan, found, units.items(), self._selection, self._config, self._world_size)
 
 
 def end_with_parent(worker: int) -> None:
@@ -142,6 +145,14 @@ class _Units:
         self._kept = kept
         self._lock = Lock()
         self._units: OrderedDict[tuple[int, int], Future[Samples]] = OrderedDict()
+        self._items: Mapping[str, Values] | None = None
+
+    def items(self) -> Mapping[str, Values]:
+        """The columns of items, which sources of a mix share."""
+        with self._lock:
+            if self._items is None:
+                self._items = self._sources[0].items()
+            return self._items
 
     def read(self, key: tuple[int, int]) -> Samples:
         """A unit of a source, waiting for another thread's reading of it if there is one."""

@@ -3,7 +3,7 @@
 A unit is a row group of a Parquet file, or a block of generated samples.  Sources know nothing of order or ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Literal, Protocol
@@ -11,15 +11,17 @@ from typing import Literal, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
-from pipelines.columns import IntArray, Lengths, ListColumn, Samples
+from pipelines.columns import IntArray, Lengths, ListColumn, Samples, Values
 from pipelines.dataset_json import open_filesystem
-from pipelines.features import LENGTH_COLUMNS, DatasetInfo
-from pipelines.validate import check_samples, check_schema
+from pipelines.features import LENGTH_COLUMNS, USER_ID, Column, DatasetInfo, Part
+from pipelines.items import read_items
+from pipelines.selection import Selection, stored_columns
+from pipelines.stored import list_values, parquet_files, row_values
+from pipelines.validate import BASE_LISTS, check_samples, check_schema
 
 Split = Literal["train", "eval"]
-BASE_LISTS = ("item_id", "action", "timestamp")
+LIST_PARTS: tuple[Part, ...] = ("event", "candidate")
 FOOTER_THREADS = 16
 """Footers read at once: from an object store each takes a round trip."""
 
@@ -45,23 +47,26 @@ class Source(Protocol):
     def read(self, unit: int) -> Samples:
         """All rows of a unit."""
 
+    def items(self) -> Mapping[str, Values]:
+        """The selected columns of items, by item id."""
+
 
 class ParquetSource:
     """A prepared data set on a disk or an object store."""
 
-    def __init__(self, path: str, info: DatasetInfo, split: Split, history_features: Sequence[str] = ()) -> None:
-        unknown = sorted(set(history_features) - set(info.history_features))
-        if unknown:
-            have = ", ".join(info.history_features) or "none"
-            raise ValueError(f"data.history_features names {', '.join(unknown)}, but {path} has {have}")
+    def __init__(self, path: str, info: DatasetInfo, split: Split, selection: Selection | None = None) -> None:
+        """`selection` None reads what every data set has."""
         self._info = info
-        self._history = (*BASE_LISTS, *history_features)
+        self._path = path
+        self._selection = selection or Selection()
+        self._columns = tuple(stored_columns(self._selection))
         self._filesystem, folder = open_filesystem(path)
-        self._files = _parquet_files(self._filesystem, str(PurePosixPath(folder) / split))
+        needed = "a prepared data set has the folders train and eval"
+        self._files = parquet_files(self._filesystem, str(PurePosixPath(folder) / split), needed)
         # Kept, because parsing a footer with many row groups takes as long as reading one of them.
         self._metadata: dict[str, pq.FileMetaData] = {}
         with ThreadPoolExecutor(FOOTER_THREADS, thread_name_prefix="footer") as pool:
-            footers = list(pool.map(lambda file: self._read_footer(file, history_features), self._files))
+            footers = list(pool.map(self._read_footer, self._files))
         self._metadata.update(zip(self._files, footers, strict=True))
         self._has_lengths = [set(LENGTH_COLUMNS) <= set(footer.schema.to_arrow_schema().names) for footer in footers]
         counts = [[footer.row_group(group).num_rows for group in range(footer.num_row_groups)] for footer in footers]
@@ -95,7 +100,9 @@ class ParquetSource:
                 history, candidates = (table[column].to_numpy().astype(np.int64) for column in LENGTH_COLUMNS)
             else:
                 table = _read(parquet, name, None, ("history_action", "candidate_action"))
-                history, candidates = (_list_column(column).lens() for column in table.columns)
+                history, candidates = (
+                    np.diff(column.combine_chunks().offsets.to_numpy()).astype(np.int64) for column in table.columns
+                )
         return Lengths(history=history, candidates=candidates)
 
     def read(self, unit: int) -> Samples:
@@ -103,28 +110,37 @@ class ParquetSource:
         file = int(self._unit_file[unit])
         group = int(unit - self._first_unit[file])
         name = self._files[file]
-        scalars = tuple(dict.fromkeys(("user_id", *self._info.context_features)))
-        lists = [f"history_{column}" for column in self._history] + [f"candidate_{column}" for column in BASE_LISTS]
+        base = [Column(name=each, part=part, kind="id") for part in LIST_PARTS for each in BASE_LISTS]
+        user = Column(name=USER_ID, part="sample", kind="id")
+        columns = {column.stored: column for column in (user, *base, *self._columns)}
         lengths = LENGTH_COLUMNS if self._has_lengths[file] else ()
         with self._open(name) as parquet:
-            table = _read(parquet, name, group, (*scalars, *lists, *lengths))
+            table = _read(parquet, name, group, (*columns, *lengths))
         where = f"{name}, row group {group}"
-        nulls = [column for column in table.column_names if table[column].null_count]
-        if nulls:
-            raise ValueError(f"{where}: column(s) {', '.join(nulls)} hold missing values; none may be null")
-        samples = Samples(
-            scalars={column: table[column].to_numpy().astype(np.int64, copy=False) for column in scalars},
-            history={column: _list_column(table[f"history_{column}"], where) for column in self._history},
-            candidate={column: _list_column(table[f"candidate_{column}"], where) for column in BASE_LISTS},
-        )
-        stored = {column: table[column].to_numpy() for column in lengths}
-        check_samples(samples, stored, where, self._info)
+        scalars: dict[str, Values] = {}
+        lists: dict[str, dict[str, ListColumn]] = {"event": {}, "candidate": {}}
+        for stored, column in columns.items():
+            about = f"{where}: column {stored}"
+            if column.part == "sample":
+                scalars[column.name] = row_values(table[stored], column, about)
+            elif column.part == "label":
+                lists["candidate"][stored] = list_values(table[stored], column, about)
+            else:
+                lists[column.part][column.name] = list_values(table[stored], column, about)
+        samples = Samples(scalars=scalars, history=lists["event"], candidate=lists["candidate"])
+        stored_lengths = {column: table[column].to_numpy() for column in lengths}
+        check_samples(samples, stored_lengths, where, self._info, self._columns)
         return samples
 
-    def _read_footer(self, file: str, history_features: Sequence[str]) -> pq.FileMetaData:
+    def items(self) -> Mapping[str, Values]:
+        """The selected columns of items, by item id."""
+        names = {feature.column for feature in self._selection.features if feature.of_item}
+        return read_items(self._path, self._info, [each for each in self._info.of("item") if each.name in names])
+
+    def _read_footer(self, file: str) -> pq.FileMetaData:
         """A file's footer, its columns checked."""
         with self._open(file) as parquet:
-            check_schema(parquet.schema_arrow, file, self._info, history_features)
+            check_schema(parquet.schema_arrow, file, self._columns)
             return parquet.metadata
 
     def _open(self, file: str) -> pq.ParquetFile:
@@ -144,24 +160,3 @@ def _read(parquet: pq.ParquetFile, name: str, group: int | None, columns: Sequen
         return parquet.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name} cannot be read, perhaps truncated or damaged: {error}") from error
-
-
-def _list_column(column: pa.ChunkedArray, where: str = "") -> ListColumn:
-    """Offsets and values of a list column, without a copy; raises ValueError if a value is missing."""
-    array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    offsets = array.offsets.to_numpy().astype(np.int64)
-    values = array.values
-    if values.null_count:
-        raise ValueError(f"{where}: a list holds missing values; none may be null")
-    return ListColumn(values=values.to_numpy(zero_copy_only=False), offsets=offsets)
-
-
-def _parquet_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
-    """Parquet files directly in a folder, by name; raises ValueError if there is none."""
-    if filesystem.get_file_info(folder).type != fs.FileType.Directory:
-        raise ValueError(f"{folder} does not exist: a prepared data set has the folders train and eval")
-    found = filesystem.get_file_info(fs.FileSelector(folder))
-    names = sorted(info.path for info in found if info.path.endswith(".parquet") and info.type == fs.FileType.File)
-    if not names:
-        raise ValueError(f"{folder} holds no .parquet file; prepare the data set again")
-    return names

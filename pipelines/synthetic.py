@@ -6,11 +6,12 @@ favourite cluster.  So a model that sees fewer than `lag` events can do no bette
 """
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.columns import AnyArray, IntArray, Lengths, ListColumn, Samples
+from pipelines.columns import AnyArray, IntArray, Lengths, ListColumn, Samples, Values
 from pipelines.config import SyntheticConfig
 from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
 from pipelines.randomness import random_uniform
@@ -94,6 +95,10 @@ class SyntheticSource:
             history={name: ListColumn(values=values, offsets=offsets) for name, values in history.items()},
             candidate=self._candidates(generator, favourite),
         )
+
+    def items(self) -> Mapping[str, Values]:
+        """Items have no columns."""
+        return {}
 
     def _lengths(self, rows: IntArray) -> Lengths:
         """History lengths and candidate counts."""

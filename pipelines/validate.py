@@ -1,53 +1,94 @@
 """Checks of stored samples, made as they are read: one pass of whole-array operations, one clear line an error."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.columns import AnyArray, IntArray, Samples
-from pipelines.features import LENGTH_COLUMNS, UNKNOWN_TIME, DatasetInfo
+from pipelines.columns import AnyArray, Bags, IntArray, Samples, Values
+from pipelines.features import LENGTH_COLUMNS, UNKNOWN_TIME, Column, DatasetInfo, Space
+
+BASE_LISTS = ("item_id", "action", "timestamp")
+"""Lists that every history and every group of candidates has."""
 
 
-def check_schema(schema: pa.Schema, file: str, info: DatasetInfo, history_features: Sequence[str]) -> None:
+def check_schema(schema: pa.Schema, file: str, columns: Iterable[Column]) -> None:
     """Raise ValueError if a needed column is missing or of another type."""
-    scalars = dict.fromkeys(("user_id", *info.context_features), pa.int64())
-    lists = {f"{part}_item_id": pa.int64() for part in ("history", "candidate")}
-    lists |= {f"{part}_action": pa.int32() for part in ("history", "candidate")}
-    lists |= {f"{part}_timestamp": pa.int64() for part in ("history", "candidate")}
-    for name in (*scalars, *lists, *(f"history_{feature}" for feature in history_features)):
+    expected = {"user_id": pa.int64()}
+    for part in ("history", "candidate"):
+        kinds = zip(BASE_LISTS, (pa.int64(), pa.int32(), pa.int64()), strict=True)
+        expected |= {f"{part}_{name}": pa.list_(kind) for name, kind in kinds}
+    columns = list(columns)
+    for name in (*expected, *(column.stored for column in columns)):
         if name not in schema.names:
             raise ValueError(f"{file} lacks the column {name}")
-    for name, expected in scalars.items():
-        if schema.field(name).type != expected:
-            raise ValueError(f"{file}: column {name} must have the type {expected}, got {schema.field(name).type}")
-    for name, expected in lists.items():
-        kind = schema.field(name).type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or kind.value_type != expected:
-            raise ValueError(f"{file}: column {name} must have the type list<{expected}>, got {kind}")
-    for feature in history_features:
-        kind = schema.field(f"history_{feature}").type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        if not is_list or not (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)):
-            raise ValueError(f"{file}: column history_{feature} must hold lists of numbers, got {kind}")
+    for name, kind in expected.items():
+        found = schema.field(name).type
+        same = found == kind or (_is_list(found) and _is_list(kind) and found.value_type == kind.value_type)
+        if not same:
+            raise ValueError(f"{file}: column {name} must have the type {_text(kind)}, got {found}")
+    for column in columns:
+        found = schema.field(column.stored).type
+        check_column(found, column, listed=column.part != "sample", where=f"{file}: column {column.stored}")
 
 
-def check_samples(samples: Samples, stored_lengths: Mapping[str, AnyArray], where: str, info: DatasetInfo) -> None:
+def check_column(found: pa.DataType, column: Column, *, listed: bool, where: str) -> None:
+    """Raise ValueError if a column that is stored as `found` cannot hold what it should; `listed`: a list a row."""
+    inner = found
+    for _ in range(listed + (column.kind == "ids")):
+        if not _is_list(inner):
+            inner = None
+            break
+        inner = inner.value_type
+    number = inner is not None and (pa.types.is_integer(inner) or pa.types.is_floating(inner))
+    if column.kind == "number" and not number:
+        raise ValueError(f"{where} must hold {'lists of ' * listed}numbers, got {found}")
+    if column.kind != "number" and inner != pa.int64():
+        depth = listed + (column.kind == "ids")
+        raise ValueError(f"{where} must have the type {'list<' * depth}int64{'>' * depth}, got {found}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _text(kind: pa.DataType) -> str:
+    return f"list<{kind.value_type}>" if _is_list(kind) else str(kind)
+
+
+def check_samples(
+    samples: Samples, stored_lengths: Mapping[str, AnyArray], where: str, info: DatasetInfo, columns: Iterable[Column]
+) -> None:
     """Raise ValueError for the first rule that rows of a unit break; `where` names the unit."""
-    for name, size in info.context_features.items():
-        _check_ids(samples.scalars[name], size, f"{where}: context feature {name}", None)
     _check_lens(samples, stored_lengths, where)
     for part, lists in (("history", samples.history), ("candidate", samples.candidate)):
-        _check_ids(lists["item_id"].values, info.num_items, f"{where}: {part}_item_id", lists["item_id"].offsets)
-        _check_ids(lists["action"].values, 1 << len(info.actions), f"{where}: {part}_action", lists["action"].offsets)
-        for name, column in lists.items():
-            if column.values.dtype.kind == "f" and not np.isfinite(column.values).all():
-                row = _row_of(~np.isfinite(column.values), column.offsets)
-                raise ValueError(f"{where}, row {row}: {part}_{name} holds a value that is not a finite number")
+        for name, size in (("item_id", info.num_items), ("action", 1 << len(info.actions))):
+            check_ids(lists[name].array, size, f"{where}: column {part}_{name}", lists[name].offsets)
+    for column in columns:
+        space = info.spaces.get(column.space or "")
+        if column.part == "sample":
+            check_values(samples.scalars[column.name], space, f"{where}: column {column.stored}", None)
+            continue
+        lists = samples.history if column.part == "event" else samples.candidate
+        list_ = lists[column.stored if column.part == "label" else column.name]
+        check_values(list_.values, space, f"{where}: column {column.stored}", list_.offsets)
     _check_times(samples, where, by_place=info.cut == "by_place")
 
 
-def _check_ids(values: AnyArray, size: int, where: str, offsets: IntArray | None) -> None:
+def check_values(values: Values, space: Space | None, where: str, offsets: IntArray | None) -> None:
+    """Ids lie in their space, numbers are finite or missing; `offsets` are the rows' where these are lists."""
+    if isinstance(values, Bags):
+        assert space is not None
+        rows = values.offsets if offsets is None else values.offsets[offsets]
+        check_ids(values.values, space.rows, where, rows)
+    elif space is not None:
+        check_ids(values, space.rows, where, offsets)
+    elif values.dtype.kind == "f" and np.isinf(values).any():
+        row = _row_of(np.isinf(values), offsets)
+        raise ValueError(f"{where} of row {row} is infinite; numbers are finite, or NaN where they are missing")
+
+
+def check_ids(values: AnyArray, size: int, where: str, offsets: IntArray | None) -> None:
     """Ids lie in [0, size)."""
     if not len(values) or (values.min() >= 0 and values.max() < size):
         return
@@ -74,7 +115,7 @@ def _check_lens(samples: Samples, stored: Mapping[str, AnyArray], where: str) ->
             raise ValueError(f"{where}, row {row}: {name} says {stored[name][row]}, but the lists hold {actual[row]}")
     if (lens[0] + lens[1] == 0).any():
         row = int(np.argmax(lens[0] + lens[1] == 0))
-        raise ValueError(f"{where}, row {row}: user {samples.scalars['user_id'][row]} has no events at all")
+        raise ValueError(f"{where}, row {row}: user {np.asarray(samples.scalars['user_id'])[row]} has no events at all")
 
 
 def _check_times(samples: Samples, where: str, *, by_place: bool) -> None:
@@ -84,7 +125,7 @@ def _check_times(samples: Samples, where: str, *, by_place: bool) -> None:
     """
     history, candidate = samples.history["timestamp"], samples.candidate["timestamp"]
     for part, column in (("history", history), ("candidate", candidate)):
-        values = column.values
+        values = column.array
         if len(values) and values.min() < UNKNOWN_TIME:
             row = _row_of(values < UNKNOWN_TIME, column.offsets)
             raise ValueError(f"{where}, row {row}: {part}_timestamp {values.min()} is negative; unknown is -1")
@@ -96,8 +137,8 @@ def _check_times(samples: Samples, where: str, *, by_place: bool) -> None:
             row = _row_of(np.append(False, falls), column.offsets)
             raise ValueError(f"{where}, row {row}: {part}_timestamp falls; events must be sorted, oldest first")
     both = (history.lens() > 0) & (candidate.lens() > 0)
-    last = history.values[history.offsets[1:][both] - 1]
-    first = candidate.values[candidate.offsets[:-1][both]]
+    last = history.array[history.offsets[1:][both] - 1]
+    first = candidate.array[candidate.offsets[:-1][both]]
     leaks = first < last if by_place else first <= last
     if leaks.any():
         row = int(np.flatnonzero(both)[np.argmax(leaks)])

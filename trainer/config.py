@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from embeddings.config import PlacementConfig, SparseOptimizerConfig
+from embeddings.config import PlacementConfig, RowType, SparseOptimizerConfig
 from pipelines.config import DataConfig
 from trainer.models.config import ModelConfig
 
@@ -110,6 +110,22 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TableSettings:
+    """What is said of one table."""
+
+    embedding_dim: int | None = None
+    """Width of its rows; null for `embedding_dim` of the run."""
+    dtype: RowType = "float32"
+    """Type of its rows."""
+    optimizer: SparseOptimizerConfig | None = None
+    """An optimizer of its own; null for the run's `sparse_optimizer`."""
+
+    def __post_init__(self) -> None:
+        if self.embedding_dim is not None:
+            _check_width("tables: embedding_dim", self.embedding_dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything that decides a run.  A recipe is a function that returns one."""
 
@@ -120,7 +136,9 @@ class TrainConfig:
     model: ModelConfig
     """The dense model."""
     embedding_dim: int
-    """Width of every table's rows."""
+    """Width of the rows of every table of which `tables` says nothing else."""
+    tables: dict[str, TableSettings] = field(default_factory=dict)
+    """Settings of single tables, by the name of their space in `dataset.json`."""
     sparse_optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
     """The tables' optimizer, fused into the backward pass."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -150,19 +168,15 @@ class TrainConfig:
     device cache too (for fused_uvm_caching tables).  plain: nothing does."""
 
     def __post_init__(self) -> None:
-        if self.embedding_dim < 4 or self.embedding_dim % 4:
-            raise ValueError(
-                f"embedding_dim must be a positive multiple of 4 (FBGEMM's rows), got {self.embedding_dim}"
-            )
-        missing = sorted(self.model.side_lists - set(self.data.history_features))
-        if missing:
-            raise ValueError(
-                f"the model reads the side lists {', '.join(missing)}, which data.history_features="
-                f"{list(self.data.history_features)} does not name: add them there"
-            )
+        _check_width("embedding_dim", self.embedding_dim)
         if self.precision == "float32" and any(layer.fp8 for layer in self.model.layers):
             raise ValueError("layer.fp8=true contradicts precision=float32: set precision=bfloat16, or fp8=false")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or null, got {self.max_steps}")
         if self.log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {self.log_every}")
+
+
+def _check_width(name: str, width: int) -> None:
+    if width < 4 or width % 4:
+        raise ValueError(f"{name} must be a positive multiple of 4 (FBGEMM's rows), got {width}")

@@ -33,7 +33,7 @@ def evaluate(model: ParallelModel, batches: Iterable[Batch], tasks: tuple[str, .
         for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
             on_device = batch.to(mesh.device, non_blocking=True)
             _, output = model.forward(on_device)
-            users = torch.repeat_interleave(on_device.user_id, on_device.num_candidates)
+            users = torch.repeat_interleave(on_device.inputs.user_id, on_device.inputs.num_candidates)
             metrics.update(torch.sigmoid(output.logits.float()), output.labels, users)
     finally:
         model.module.train(was_training)

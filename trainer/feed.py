@@ -40,10 +40,10 @@ def describe(batch: Batch, resolved: Resolved) -> Consumed:
         position=batch.position,
         samples=batch.global_samples,
         # Copies: views would keep the whole batch's memory.
-        history_lens=batch.history_lens_host.numpy().copy(),
-        num_candidates=batch.num_candidates_host.numpy().copy(),
+        history_lens=batch.inputs.history_lens_host.numpy().copy(),
+        num_candidates=batch.inputs.num_candidates_host.numpy().copy(),
         channel_history_lens={
-            name: choice.history_lens(batch).numpy() for name, choice in resolved.selective_channels.items()
+            name: choice.history_lens(batch.inputs).numpy() for name, choice in resolved.selective_channels.items()
         },
         imbalance=batch.imbalance,
     )

@@ -171,7 +171,7 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     check_overlap(config.overlap, mesh.device)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
-    open_source(config.data.path, config.data, "eval")
+    open_source(config.data.path, config.data, "eval", resolved.task.selection)
 
 
 def check_versions(newest: Newest, config: TrainConfig) -> None:
@@ -193,6 +193,7 @@ def training_loader(resolved: Resolved, mesh: Mesh, progress: Progress) -> Loade
         rank=mesh.rank,
         world_size=mesh.world_size,
         position=progress.position,
+        selection=resolved.task.selection,
         cost=resolved.balanced_cost,
         pin_memory=mesh.device.type == "cuda",
     )

@@ -53,10 +53,11 @@ class Resolved:
         split, data = self.info.splits["train"], self.config.data
         samples = max(1, split.samples)
         history = min(split.history_events / samples, data.max_history_len)
-        events = max(1.0, history + split.candidates / samples)
+        candidates = split.candidates / samples
         samples_per_rank = math.ceil(data.global_batch_size / world_size)
         return BatchLoad(
-            samples_per_rank=samples_per_rank, ids_per_sample=self.task.ids_per_sample(events, samples_per_rank)
+            samples_per_rank=samples_per_rank,
+            ids_per_sample=self.task.ids_per_sample(history, candidates, samples_per_rank),
         )
 
 
@@ -69,7 +70,7 @@ def resolve(config: TrainConfig, info: DatasetInfo) -> Resolved:
     """
     task = make_task(config, info)
     flops = functools.partial(training_flops, flops=task.flops)
-    choices = event_choices(config.model, info.actions)
+    choices = event_choices(config.model, info.actions, task.selection)
     resolved = Resolved(
         config=config,
         info=info,

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.cost import Measurement, fit
 from pipelines.balance import assign, imbalance
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
-from trainer.models.flops import ranker_flops, training_flops
+from trainer.models.flops import InputWidths, ranker_flops, training_flops
 
 
 def measurements(fixed_ms: float, per_dense: float, per_attention: float, noise: float = 0.0) -> list[Measurement]:
@@ -37,8 +37,8 @@ def test_balance_by_the_fitted_cost_evens_out_time_where_flops_do_not() -> None:
     """Attention ten times as dear as its FLOPs, eight samples a rank; with 16 and more, either measure will do."""
     model = ModelConfig(dim=512, max_len=16500, layer=LayerConfig(), stages=(StageConfig(num_layers=2),))
     lens = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(4096), 8 * 8)).astype(np.int64)
-    ones = np.ones_like(lens)
-    count = functools.partial(ranker_flops, model, embedding_dim=512, num_context=1, num_actions=8)
+    ones, inputs = np.ones_like(lens), InputWidths(event=9, candidate=0, context=512)
+    count = functools.partial(ranker_flops, model, inputs=inputs, num_context=1, num_tasks=8)
     flops, time = (training_flops(lens, ones, flops=count, attention_cost=cost) for cost in (1.0, 10.0))
     assert imbalance(time, assign(time, 8, mode="equal"), 8) <= 1.02
     assert imbalance(time, assign(flops, 8, mode="equal"), 8) > 1.1

@@ -6,6 +6,7 @@ import pytest
 from benchmarks.cost import made_up_batch
 from benchmarks.step import make_cases, zipf_lens
 from pipelines.loader import dataset_info
+from trainer.resolve import resolve
 
 
 @pytest.mark.parametrize("longest", [64, 4096])
@@ -20,10 +21,10 @@ def test_zipf_lengths_add_up_and_short_ones_are_common(longest: int) -> None:
 def test_a_made_up_batch_has_histories_of_the_lengths_asked_for() -> None:
     config = make_cases(small=True)["HSTU"].config
     lens = np.array([3, 40, 1])
-    batch = made_up_batch(dataset_info(config.data), config, lens)
-    assert batch.history_lens.tolist() == lens.tolist()
-    assert batch.features["item_id"].values().numel() == batch.action.numel() == lens.sum() + len(lens)
-    assert batch.features["segment"].values().numel() == len(lens)
-    candidates = np.cumsum(lens + 1) - 1
-    assert not batch.action.numpy()[candidates].any()
-    assert batch.timestamp.numpy()[candidates].tolist() == lens.tolist()
+    batch = made_up_batch(resolve(config, dataset_info(config.data)), lens)
+    inputs = batch.inputs
+    assert inputs.history_lens.tolist() == lens.tolist()
+    assert len(inputs.ids_host("item_id")) == inputs.timestamp.numel() == lens.sum() + len(lens)
+    assert len(inputs.ids_host("sample.segment")) == len(lens)
+    assert inputs.action.numel() == lens.sum()
+    assert inputs.timestamp[lens.sum() :].tolist() == lens.tolist()

@@ -36,7 +36,7 @@ def test_small_ultra_learns_and_is_evaluated(tmp_path: Path) -> None:
     assert [stage["keep_newest"] for stage in saved["model"]["stages"]] == [None, 8]
 
 
-def test_channels_and_side_features_are_set_from_the_command_line(tmp_path: Path) -> None:
+def test_channels_and_columns_are_set_from_the_command_line(tmp_path: Path) -> None:
     """The forms that README.md shows; channels without a layer of their own take `model.layer`."""
     channels = [
         {"name": "clicks", "dim": 8, "actions": ["is_click"], "stages": [{"num_layers": 1}]},
@@ -47,8 +47,8 @@ def test_channels_and_side_features_are_set_from_the_command_line(tmp_path: Path
         1,
         f"model.channels={json.dumps(channels)}",
         "model.stages=[]",
-        'data.history_features=["watch_time_ms"]',
-        'model.input.side_features=[{"name":"watch_time_ms","thresholds":[3000,10000]}]',
+        'model.input.event=["item_id","watch_time_ms"]',
+        'model.input.numbers={"watch_time_ms":{"thresholds":[3000,10000]}}',
         "max_steps=2",
     )
     assert [line["step"] for line in lines] == [1, 2]

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DataConfig
-from pipelines.loader import build_loader
+from pipelines.dataset_json import read_dataset_info
+from pipelines.loader import build_loader, dataset_info
+from pipelines.selection import select
 from tests.pipelines.made_up import dataset_json, made_up_rows, table_of
 
 Rows = list[dict[str, Any]]
@@ -28,7 +30,7 @@ def read_all(path: str, threads: int = 1, **options: Any) -> None:
     config = DataConfig(
         path=path, global_batch_size=4, max_history_len=64, reader_threads=threads, prefetch_batches=2, **options
     )
-    for _ in build_loader(config, split="train", rank=0, world_size=1):
+    for _ in build_loader(config, split="train", rank=0, world_size=1, selection=select(dataset_info(config))):
         pass
 
 
@@ -83,15 +85,15 @@ def no_events(rows: Rows) -> None:
 CASES = {
     too_large: r"history_item_id of row 3 is 500, outside \[0, 500\)",
     negative: r"candidate_item_id of row 3 is -1, outside",
-    context: r"context feature country of row 3 is 7, outside \[0, 7\)",
+    context: r"column country of row 3 is 7, outside \[0, 7\)",
     label: r"candidate_action of row 3 is 4, outside \[0, 4\)",
     shorter: r"row 3: history_action holds \d+ values, but history_item_id holds \d+",
     unsorted: "row 3: history_timestamp falls",
     leak: "row 3: the history reaches the time of the first candidate, which leaks",
     same_time: "row 3: the history reaches the time of the first candidate, which leaks",
     negative_time: "row 3: history_timestamp -2 is negative",
-    null_id: "a list holds missing values",
-    null_row: r"column\(s\) user_id hold missing values",
+    null_id: "column history_item_id holds missing values; only numbers may be null",
+    null_row: "column user_id holds missing values",
     no_events: "row 3: user 3 has no events at all",
 }
 
@@ -150,16 +152,22 @@ def test_labels_that_may_be_nan(tmp_path: Path) -> None:
         read_all(write(tmp_path / "d", rows, change))
 
 
-def test_nan_in_a_history_feature(tmp_path: Path) -> None:
-    rows = [row for row in made_up_rows(20) if len(row["history_item_id"]) > 2][:5]
+def with_watch_times(rows: Rows, first: float) -> Callable[[pa.Table], pa.Table]:
+    """Lets each history's first watch time be this."""
 
     def change(table: pa.Table) -> pa.Table:
-        values = [[float("nan")] + [1.0] * (len(row["history_item_id"]) - 1) for row in rows]
+        values = [[first] + [1.0] * (len(row["history_item_id"]) - 1) for row in rows]
         index = table.schema.get_field_index("history_watch_time")
         return table.set_column(index, "history_watch_time", pa.array(values, pa.list_(pa.float32())))
 
-    with pytest.raises(ValueError, match="row 0: history_watch_time holds a value that is not a finite number"):
-        read_all(write(tmp_path / "d", rows, change), history_features=("watch_time",))
+    return change
+
+
+def test_a_number_may_be_missing_and_not_infinite(tmp_path: Path) -> None:
+    rows = [row for row in made_up_rows(20) if len(row["history_item_id"]) > 2][:5]
+    read_all(write(tmp_path / "missing", rows, with_watch_times(rows, float("nan"))))
+    with pytest.raises(ValueError, match="column history_watch_time of row 0 is infinite"):
+        read_all(write(tmp_path / "infinite", rows, with_watch_times(rows, float("-inf"))))
 
 
 def test_wrong_length_column(tmp_path: Path) -> None:
@@ -243,6 +251,13 @@ def test_an_address_that_this_machine_cannot_open(
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_history_feature(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"names dwell, but .* has watch_time"):
-        read_all(write(tmp_path / "d", made_up_rows(3)), history_features=("dwell",))
+def test_columns_that_the_data_does_not_have(tmp_path: Path) -> None:
+    info = read_dataset_info(write(tmp_path / "d", made_up_rows(3)))
+    with pytest.raises(
+        ValueError, match=r"names 'dwell', which is none of the event columns of made_up: item_id, watch_time"
+    ):
+        select(info, event=("dwell",))
+    with pytest.raises(ValueError, match=r"names a candidate column twice: item_id, item_id"):
+        select(info, candidate=("item_id", "item_id"))
+    with pytest.raises(ValueError, match=r"label 'dwell' is none of the data set's label columns: none"):
+        select(info, labels=("dwell",))

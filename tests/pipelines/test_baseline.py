@@ -60,7 +60,7 @@ def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path) -> No
     assert result.user_id.tolist() == users
     assert result.labels[:, 0].tolist() == labels
     batches = build_loader(config, split="eval", rank=0, world_size=1)
-    seen = np.concatenate([batch.candidate_action.numpy() for batch in batches])
+    seen = np.concatenate([batch.labels.action.numpy() for batch in batches])
     assert (seen >> 1 & 1).tolist() == labels
 
 
@@ -75,7 +75,7 @@ def test_the_shipped_sample_is_small_licensed_whole_and_without_leak() -> None:
         samples = 0
         for batch in build_loader(config, split=split, rank=0, world_size=1):  # type: ignore[arg-type]
             samples += batch.global_samples
-            is_candidate = batch.timestamp[batch.timestamp >= 0]
+            is_candidate = batch.inputs.timestamp[batch.inputs.timestamp >= 0]
             times[split] += [int(is_candidate.min()), int(is_candidate.max())]
         assert samples == description["splits"][split]["samples"]
     assert max(times["train"]) < description["split_time"] <= max(times["eval"])

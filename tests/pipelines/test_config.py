@@ -24,7 +24,6 @@ BASE: dict[str, Any] = {"path": "data", "global_batch_size": 8, "max_history_len
             r"attention_cost=2\.0 has no effect with data\.balance=none",
         ),
         ({"balance_slack": -0.1}, r"data\.balance_slack must be at least 0"),
-        ({"history_features": ("a", "a")}, "must not repeat a name"),
         ({"synthetic": SyntheticConfig(lag=5)}, r"data\.synthetic has no effect with data\.path=data"),
         ({"mix_paths": ("synthetic",), "mix_weights": (1.0, 1.0), "max_samples": 9}, "can only be data.path"),
         ({"mix_weights": (1.0,)}, "has no effect without"),

@@ -14,9 +14,10 @@ import torch
 from pipelines.batch import Batch
 from pipelines.columns import Samples
 from pipelines.config import DataConfig, StochasticLengthConfig
-from pipelines.loader import build_loader
+from pipelines.loader import build_loader, dataset_info
 from pipelines.packed import bag_lens
 from pipelines.position import DataPosition, position_from_dict
+from pipelines.selection import select
 from pipelines.source import ParquetSource
 from tests.pipelines.made_up import dataset_json, made_up_rows, table_of, write_dataset
 from trainer.models.negatives import retrieval_batch
@@ -42,15 +43,16 @@ def config(data: tuple[str, Any]) -> DataConfig:
 
 
 def users(batch: Batch) -> list[int]:
-    return [user for user in batch.user_id.tolist() if user >= 0]
+    return [user for user in batch.inputs.user_id.tolist() if user >= 0]
 
 
 def global_stream(
     config: DataConfig, world_size: int, position: DataPosition | None = None, stop: int | None = None
 ) -> list[list[Batch]]:
     """The shares of all ranks, one list a global batch; fails if ranks disagree on the number of batches."""
+    selection = select(dataset_info(config))
     ranks = [
-        build_loader(config, split="train", rank=rank, world_size=world_size, position=position)
+        build_loader(config, split="train", rank=rank, world_size=world_size, position=position, selection=selection)
         for rank in range(world_size)
     ]
     return [list(shares) for shares in islice(zip(*ranks, strict=True), stop)]
@@ -69,8 +71,10 @@ def test_global_batches_do_not_depend_on_ranks(config: DataConfig, world_size: i
     assert [shares[0].position for shares in together] == [shares[0].position for shares in alone]
     for shares, [whole] in zip(together, alone, strict=True):
         assert {share.imbalance for share in shares} == {shares[0].imbalance}
-        assert shares[0].global_tokens == whole.action.numel()
-        assert sum(float(share.loss_denominator) for share in shares) == pytest.approx(whole.candidate_action.numel())
+        assert shares[0].global_tokens == whole.inputs.timestamp.numel()
+        assert sum(float(share.labels.loss_denominator) for share in shares) == pytest.approx(
+            whole.labels.action.numel()
+        )
 
 
 def test_each_pass_holds_every_sample_once(config: DataConfig, data: tuple[str, Any]) -> None:
@@ -101,7 +105,7 @@ def test_the_loss_is_divided_by_the_labelled_candidates_and_nothing_else(tmp_pat
             labelled = sum(len(row["candidate_item_id"]) for row in of_batch)
             lens = [min(len(row["history_item_id"]), 24) + len(row["candidate_item_id"]) for row in of_batch]
             for share in shares:
-                assert float(share.loss_denominator) == pytest.approx(max(labelled, 1) / world_size)
+                assert float(share.labels.loss_denominator) == pytest.approx(max(labelled, 1) / world_size)
                 retrieval = retrieval_batch(
                     share, num_items=500, num_negatives=2, shared=False, seed=0, world_size=world_size
                 )
@@ -134,40 +138,40 @@ def test_a_reader_process_changes_nothing(config: DataConfig, threads: int) -> N
     assert [users(batch) for batch in read_ahead] == [users(batch) for batch in plain]
     for ours, theirs in zip(read_ahead, plain, strict=True):
         assert ours.position == theirs.position
-        torch.testing.assert_close(ours.features.values(), theirs.features.values())
+        torch.testing.assert_close(ours.inputs.features.values(), theirs.inputs.features.values())
 
 
 def test_batches_equal_a_naive_reading(config: DataConfig, data: tuple[str, Any]) -> None:
     rows = {row["user_id"]: row for row in data[1]["train"]}
-    config = replace(config, history_features=("watch_time",), max_candidates=2)
+    config = replace(config, max_candidates=2)
     for [batch] in global_stream(config, 1):
-        chosen = [rows[user] for user in users(batch)]
-        expected: dict[str, list[int]] = {"item_id": [], "action": [], "timestamp": [], "watch_time": [], "labels": []}
-        for row in chosen:
-            newest = slice(max(len(row["history_item_id"]) - 24, 0), None)
-            for name in ("item_id", "timestamp"):
-                expected[name] += row[f"history_{name}"][newest] + row[f"candidate_{name}"][:2]
-            padding = [0] * len(row["candidate_item_id"][:2])
-            expected["action"] += row["history_action"][newest] + padding
-            expected["watch_time"] += row["history_watch_time"][newest] + padding
-            expected["labels"] += row["candidate_action"][:2]
-        assert batch.features["item_id"].values().tolist() == expected["item_id"]
-        assert batch.features["country"].values().tolist() == [row["country"] for row in chosen]
-        lens = [len(row["history_item_id"][-24:]) + len(row["candidate_item_id"][:2]) for row in chosen]
-        assert (batch.history_lens + batch.num_candidates).tolist() == lens
-        assert batch.features.lengths().tolist() == bag_lens([len(chosen), sum(lens)]).tolist()
-        assert batch.action.tolist() == batch.action_host.tolist() == expected["action"]
-        assert batch.timestamp.tolist() == expected["timestamp"]
-        assert batch.side["watch_time"].tolist() == expected["watch_time"]
-        assert batch.candidate_action.tolist() == expected["labels"]
+        chosen, inputs = [rows[user] for user in users(batch)], batch.inputs
+
+        def history(name: str, chosen: list[dict[str, Any]] = chosen) -> list[Any]:
+            return [value for row in chosen for value in row[f"history_{name}"][-24:]]
+
+        def candidates(name: str, chosen: list[dict[str, Any]] = chosen) -> list[Any]:
+            return [value for row in chosen for value in row[f"candidate_{name}"][:2]]
+
+        expected = history("item_id") + candidates("item_id")
+        assert inputs.features["item_id"].values().tolist() == inputs.ids_host("item_id").tolist() == expected
+        assert inputs.features["sample.country"].values().tolist() == [row["country"] for row in chosen]
+        assert inputs.history_lens.tolist() == [len(row["history_item_id"][-24:]) for row in chosen]
+        assert inputs.num_candidates.tolist() == [len(row["candidate_item_id"][:2]) for row in chosen]
+        assert inputs.features.lengths().tolist() == bag_lens([len(expected), len(chosen)]).tolist()
+        assert inputs.action.tolist() == inputs.action_host.tolist() == history("action")
+        assert inputs.timestamp.tolist() == history("timestamp") + candidates("timestamp")
+        assert inputs.numbers["watch_time"].tolist() == history("watch_time")
+        assert batch.labels.action.tolist() == candidates("action")
 
 
 def test_a_rank_without_samples_gets_one_that_counts_for_nothing(config: DataConfig) -> None:
     last = global_stream(replace(config, max_samples=17), 3)[-1]
     assert sorted(len(users(share)) for share in last) == [0, 0, 1]
     empty = next(share for share in last if not users(share))
-    assert empty.features.stride() == len(empty.user_id) == 1
-    assert empty.action.numel() == empty.candidate_action.numel() == 0
+    assert empty.inputs.features.stride() == len(empty.inputs.user_id) == 1
+    assert empty.inputs.action.numel() == empty.labels.action.numel() == 0
+    assert empty.inputs.ids_host("sample.country").tolist() == [0]
     assert empty.global_samples == 1
 
 
@@ -178,7 +182,7 @@ def test_evaluation_is_one_pass_in_stored_order_with_full_histories(config: Data
     for _ in range(2):
         batches = list(loader)
         assert [user for batch in batches for user in users(batch)] == [row["user_id"] for row in data[1]["eval"]]
-        lens = [length for batch in batches for length in batch.history_lens.tolist()]
+        lens = [length for batch in batches for length in batch.inputs.history_lens.tolist()]
         assert lens == [min(len(row["history_item_id"]), 24) for row in data[1]["eval"]]
     ranks = [list(build_loader(config, split="eval", rank=rank, world_size=4)) for rank in range(4)]
     assert {len(batches) for batches in ranks} == {3}
@@ -280,11 +284,12 @@ def test_a_position_survives_json_and_refuses_other_keys(config: DataConfig) -> 
 
 
 def test_batches_move_as_one(config: DataConfig) -> None:
-    [batch] = global_stream(replace(config, history_features=("watch_time",)), 1, stop=1)[0]
+    [batch] = global_stream(config, 1, stop=1)[0]
     moved = batch.to(torch.device("meta"))
-    for name in ("user_id", "history_lens", "num_candidates", "action", "timestamp", "candidate_action"):
-        assert getattr(moved, name).device.type == "meta"
-    assert moved.features.values().device.type == moved.side["watch_time"].device.type == "meta"
-    assert moved.history_lens_host.device.type == moved.action_host.device.type == "cpu"
-    assert moved.side_host["watch_time"].tolist() == batch.side["watch_time"].tolist()
+    for name in ("user_id", "history_lens", "num_candidates", "action", "timestamp"):
+        assert getattr(moved.inputs, name).device.type == "meta"
+    assert moved.labels.action.device.type == moved.labels.loss_denominator.device.type == "meta"
+    assert moved.inputs.features.values().device.type == moved.inputs.numbers["watch_time"].device.type == "meta"
+    assert moved.inputs.history_lens_host.device.type == moved.inputs.action_host.device.type == "cpu"
+    assert moved.inputs.numbers_host("watch_time").tolist() == batch.inputs.numbers["watch_time"].tolist()
     assert moved.position == batch.position

@@ -58,9 +58,9 @@ def test_the_loader_streams_it_like_any_other_source() -> None:
     assert sum(batch.global_samples for batch in batches) == 1000
     again = list(build_loader(replace(config, reader_threads=0), split="train", rank=0, world_size=1))
     for ours, theirs in zip(batches, again, strict=True):
-        assert (ours.features.values() == theirs.features.values()).all()
+        assert (ours.inputs.features.values() == theirs.inputs.features.values()).all()
     evaluation = list(build_loader(config, split="eval", rank=0, world_size=1))
-    assert sorted(user for batch in evaluation for user in batch.user_id.tolist()) == list(range(500, 550))
+    assert sorted(user for batch in evaluation for user in batch.inputs.user_id.tolist()) == list(range(500, 550))
 
 
 @pytest.mark.parametrize(("seen", "least", "most"), [(900, 0.9, 1.0), (63, 0.4, 0.62)])
@@ -68,13 +68,15 @@ def test_only_a_reader_of_old_events_can_tell_the_labels(seen: int, least: float
     """The share of liked events in a candidate's cluster ranks candidates well, unless old events are cut off."""
     config = DataConfig(path="synthetic", synthetic=CONFIG, global_batch_size=500, max_history_len=seen)
     [batch] = list(build_loader(config, split="train", rank=0, world_size=1))
-    items, actions = batch.features["item_id"].values().numpy(), batch.action.numpy()
-    scores, labels, start = [], (batch.candidate_action.numpy() & 1).astype(bool), 0
-    for history, candidates in zip(batch.history_lens.tolist(), batch.num_candidates.tolist(), strict=True):
-        liked = items[start : start + history][actions[start : start + history] & LIKE > 0] % NUM_CLUSTERS
-        own = items[start + history : start + history + candidates] % NUM_CLUSTERS
+    inputs = batch.inputs
+    items, actions = inputs.ids_host("item_id").numpy(), inputs.action.numpy()
+    scores, labels = [], (batch.labels.action.numpy() & 1).astype(bool)
+    event, candidate = 0, len(actions)
+    for history, candidates in zip(inputs.history_lens.tolist(), inputs.num_candidates.tolist(), strict=True):
+        liked = items[event : event + history][actions[event : event + history] & LIKE > 0] % NUM_CLUSTERS
+        own = items[candidate : candidate + candidates] % NUM_CLUSTERS
         scores += ((liked[None] == own[:, None]).sum(1) / max(len(liked), 1)).tolist()
-        start += history + candidates
+        event, candidate = event + history, candidate + candidates
     values = np.array(scores)
     wins = (values[labels][:, None] > values[~labels]) + 0.5 * (values[labels][:, None] == values[~labels])
     assert least <= wins.mean() <= most

@@ -7,8 +7,10 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from pipelines.batch import Batch
+from pipelines.features import NumberStatistics
 from pipelines.packed import Contents, bag_lens, pack
 from pipelines.position import DataPosition
+from pipelines.selection import Feature, Selection
 
 CONTEXT_VOCAB = 7
 """Ids of every context feature lie below this."""
@@ -16,27 +18,45 @@ NUM_ITEMS = 50
 """Item ids lie below this."""
 NUM_ACTIONS = 8
 """Bits of an action mask."""
+NUM_TABS = 6
+"""Ids of events' tabs and tags lie below this."""
+PLAY_S = NumberStatistics(count=80, missing=20, mean=50.0, std=29.0, quantiles=tuple(range(0, 101, 10)))
+"""What a data set would say of how long events were watched."""
+
+
+def small_selection(context_names: tuple[str, ...] = (), *, columns: bool = False) -> Selection:
+    """The features of `random_batch` that a model reads: context, items, and with `columns` those of events alone."""
+    features = [Feature(name="item_id", parts=("event", "candidate"), kind="id", space="item")]
+    if columns:
+        features.append(Feature(name="play_s", parts=("event",), kind="number", space=None, statistics=PLAY_S))
+        features.append(Feature(name="tab", parts=("event",), kind="id", space="tab"))
+        features.append(Feature(name="tags", parts=("event",), kind="ids", space="tab"))
+        features.append(Feature(name="price", parts=("candidate",), kind="number", space=None))
+    features += [Feature(name=f"sample.{name}", parts=("sample",), kind="id", space=name) for name in context_names]
+    return Selection(features=tuple(features))
 
 
 def random_batch(
     history_lens: list[int], num_candidates: list[int], *, context_names: tuple[str, ...] = (), seed: int = 0
 ) -> Batch:
-    """A batch with these lengths, random ids, actions, times (some unknown), watch times (side list `play_s`) and
-    surfaces (`tab`, 0 to 5)."""
-    arrays = random_arrays(history_lens, num_candidates, num_context=len(context_names), seed=seed)
-    return batch_of(arrays, context_names=context_names)
+    """A batch with these lengths, random ids, actions, times (some unknown) and columns."""
+    return batch_of(random_arrays(history_lens, num_candidates, context_names=context_names, seed=seed))
 
 
-def batch_of(arrays: dict[str, Tensor], *, context_names: tuple[str, ...] = ()) -> Batch:
-    """The batch of these arrays, named as in `pipelines.packed`."""
-    memory, places = pack({name: (array.numpy().dtype, [array.numpy()]) for name, array in arrays.items()})
+def batch_of(arrays: dict[str, Tensor]) -> Batch:
+    """The batch of these arrays, named as in `pipelines.packed`, but for the ids: `ids/NAME` a feature."""
+    ids = {name.removeprefix("ids/"): array for name, array in arrays.items() if name.startswith("ids/")}
+    packed = {name: array.numpy() for name, array in arrays.items() if not name.startswith("ids/")}
+    packed["ids"] = torch.cat(list(ids.values())).numpy()
+    packed["bag_lens"] = bag_lens([len(each) for each in ids.values()])
+    memory, places = pack({name: (array.dtype, [array]) for name, array in packed.items()})
     contents = Contents(
         size_bytes=memory.numel(),
         places=places,
-        context_names=context_names,
+        lookups=tuple(ids),
         position=DataPosition(order="random"),
         global_samples=len(arrays["user_id"]),
-        global_tokens=len(arrays["action"]),
+        global_tokens=len(arrays["timestamp"]),
         imbalance=1.0,
     )
     return Batch(contents, memory)
@@ -51,34 +71,33 @@ def looked_up(rows: Mapping[str, Tensor]) -> dict[str, JaggedTensor]:
 
 
 def random_arrays(
-    history_lens: list[int], num_candidates: list[int], *, num_context: int = 0, seed: int = 0
+    history_lens: list[int], num_candidates: list[int], *, context_names: tuple[str, ...] = (), seed: int = 0
 ) -> dict[str, Tensor]:
     """The arrays of `random_batch`."""
     generator = torch.Generator().manual_seed(seed)
     history, candidates = torch.tensor(history_lens).long(), torch.tensor(num_candidates).long()
-    lens, users = history + candidates, len(history_lens)
-    total = int(lens.sum())
+    users, events, scored = len(history_lens), sum(history_lens), sum(num_candidates)
 
     def random(high: int, size: int) -> Tensor:
         return torch.randint(high, (size,), generator=generator)
 
-    is_history = torch.cat(
-        [torch.arange(int(n)) < int(h) for n, h in zip(lens, history, strict=True)]
-        or [torch.zeros(0, dtype=torch.bool)]
-    )
-    ids = torch.cat([*(random(CONTEXT_VOCAB, users) for _ in range(num_context)), random(NUM_ITEMS, total)])
-    timestamp = 1_700_000_000 + random(90, total).cumsum(0)
-    timestamp = torch.where(random(10, total) == 0, -1, timestamp)
+    timestamp = 1_700_000_000 + torch.cat([random(90, events).cumsum(0), 90 * events + random(90, scored).cumsum(0)])
+    timestamp = torch.where(random(10, events + scored) == 0, -1, timestamp)
+    tags = random(3, events)
+    missing = torch.tensor(float("nan"))
     return {
-        "ids": ids,
-        "bag_lens": torch.from_numpy(bag_lens([users] * num_context + [total])),
+        "ids/item_id": random(NUM_ITEMS, events + scored),
+        **{f"ids/sample.{name}": random(CONTEXT_VOCAB, users) for name in context_names},
+        "ids/tab": random(NUM_TABS, events),
+        "ids/tags": random(NUM_TABS, int(tags.sum())),
+        "lens/tags": tags,
+        "number/play_s": torch.where(random(5, events) == 0, missing, random(100, events).float()),
+        "number/price": torch.where(random(5, scored) == 0, missing, random(100, scored).float()),
         "user_id": torch.arange(users),
         "history_lens": history,
         "num_candidates": candidates,
-        "action": (random(2**NUM_ACTIONS, total) * is_history).int(),
+        "action": random(2**NUM_ACTIONS, events).int(),
         "timestamp": timestamp,
-        "side/play_s": random(100, total).float() * is_history,
-        "side/tab": (random(6, total) * is_history).int(),
-        "candidate_action": random(2**NUM_ACTIONS, int(candidates.sum())).int(),
-        "loss_denominator": torch.tensor([float(max(1, int(candidates.sum())))]),
+        "candidate_action": random(2**NUM_ACTIONS, scored).int(),
+        "loss_denominator": torch.tensor([float(max(1, scored))]),
     }

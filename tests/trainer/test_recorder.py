@@ -14,7 +14,7 @@ from trainer.checkpoint.progress import Progress
 from trainer.feed import describe
 from trainer.mesh import Mesh
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
-from trainer.models.flops import ranker_flops
+from trainer.models.flops import InputWidths, ranker_flops
 from trainer.recipes import load_recipe
 from trainer.recorder import Recorder, _Interval
 from trainer.resolve import resolve
@@ -33,26 +33,27 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
     )
     recipe = load_recipe("kuairand_sample")
     model = ModelConfig(dim=16, max_len=128, channels=channels)
-    config = replace(recipe, model=model, data=replace(recipe.data, history_features=("play_s",)))
+    config = replace(recipe, model=model)
     histories, candidates = [6, 0, 9], [1, 3, 2]
     resolved, interval = resolve(config, INFO), _Interval()
     expected = 0.0
     for seed in (0, 1):
         arrays = random_arrays(histories, candidates, seed=seed)
         interval.add(describe(batch_of(arrays), resolved))
-        rows = (slice(0, 6), slice(7, 7), slice(10, 19))
+        rows = (slice(0, 6), slice(6, 6), slice(6, 15))
         seen = {
             "clicks": np.array([int((arrays["action"][own] >> 1 & 1).sum()) for own in rows]),
-            "watched": np.array([int((arrays["side/play_s"][own] != 0).sum()) for own in rows]),
+            "watched": np.array([int((arrays["number/play_s"][own].nan_to_num() != 0).sum()) for own in rows]),
         }
         assert 0 < seen["clicks"].sum() < sum(histories)
         count = ranker_flops(
             model,
             np.array(histories),
             np.array(candidates),
-            embedding_dim=config.embedding_dim,
+            # Items, a number, "something happened" and the actions.
+            inputs=InputWidths(event=32 + 2 + 1 + NUM_ACTIONS, candidate=32, context=0),
             num_context=0,
-            num_actions=NUM_ACTIONS,
+            num_tasks=NUM_ACTIONS,
             channel_history_lens=seen,
         )
         expected += count.training.sum()

@@ -94,38 +94,57 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SideFeatureConfig:
-    """What a further history list of the data says about an event, as a part of the event's action."""
+class NumberConfig:
+    """How a number enters: by its value, transformed and scaled, and by the bucket that it falls into."""
 
-    name: str
-    """The list's name, one of `data.history_features`."""
+    transform: Literal["log", "none"] = "log"
+    """log: sign(x) * log(1 + |x|), for what spans orders of magnitude.  Both are then shifted and scaled by the
+    training split's statistics, where the data set has them."""
+    buckets: int = 32
+    """At most so many buckets of equally many values, by the training split's quantiles; 1 for none.  A data set
+    without statistics gives none."""
     thresholds: tuple[float, ...] = ()
-    """Each adds one action bit: the value reaches it, in the list's own unit (a watch time, a price)."""
-    buckets: int | None = None
-    """So many vectors; an event gets that of its value (its integer part) modulo this number: choose it above the
-    largest value of a small vocabulary, or hash a large one."""
+    """Borders of the buckets in the column's own unit (a watch time, a price), rising, instead of quantiles."""
 
     def __post_init__(self) -> None:
-        if bool(self.thresholds) == (self.buckets is not None):
-            raise ValueError(
-                f"input.side_features: {self.name!r} has thresholds={self.thresholds} and buckets={self.buckets}: set "
-                "thresholds for a quantity or buckets for a category"
-            )
-        if self.buckets is not None and self.buckets < 1:
-            raise ValueError(f"input.side_features: buckets of {self.name!r} must be at least 1, got {self.buckets}")
+        if self.buckets < 1:
+            raise ValueError(f"input.numbers: buckets must be at least 1, got {self.buckets}")
+        if list(self.thresholds) != sorted(set(self.thresholds)):
+            raise ValueError(f"input.numbers: thresholds must rise, got {self.thresholds}")
+        if self.thresholds and self.buckets != 32:
+            raise ValueError(f"input.numbers: buckets={self.buckets} has no effect with thresholds: give one of them")
+
+
+Columns = tuple[str, ...]
+"""Names of columns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputConfig:
-    """How events, candidates and context become tokens."""
+    """Which columns of the data enter, and how they become tokens.
 
+    Names are those of `dataset.json`; `item.NAME` takes a column of the event's or candidate's item.  A column that
+    events and candidates share has one projection.
+    """
+
+    event: Columns | None = None
+    """Columns of an event's token, besides its action; null for all that the data set has."""
+    candidate: Columns | None = None
+    """Columns of a candidate's token; null for all."""
+    context: Columns | None = None
+    """Columns of a sample: a token each, in front of the history; null for all."""
+    numbers: dict[str, NumberConfig] = field(default_factory=dict)
+    """How columns of numbers enter, by name (`dwell_s`, `item.price`, `sample.age`); others as NumberConfig()."""
+    pooling: dict[str, Literal["mean", "sum"]] = field(default_factory=dict)
+    """How the rows of a column of many ids become one, by name; others by their mean."""
+    combine: Literal["sum", "mlp"] = "sum"
+    """sum: a token is the sum of one projection a column.  mlp: a hidden layer over all columns of a part."""
     merge: Literal["add", "interleave"] = "add"
-    """add: one token an event, item plus action.  interleave: an item token, then an action token (the baseline; twice
-    the tokens, so `max_len` has to hold twice the history)."""
+    """add: one token an event, its columns plus its action.  interleave: a token of the columns that candidates have
+    too, then one of the action and the other columns (the baseline; twice the tokens, so `max_len` has to hold twice
+    the history)."""
     candidate_action: Literal["zero", "learned"] = "zero"
     """What is added to a candidate in the place of its action: nothing, or one learned vector (with merge=add)."""
-    side_features: tuple[SideFeatureConfig, ...] = ()
-    """Further history lists that enter the action: watch time, surface, price."""
     num_positions: int = 8192
     """Position vectors; an event's position counts back from the newest, and older ones share the last vector."""
     num_time_buckets: int = 128
@@ -134,9 +153,10 @@ class InputConfig:
     """Probability of zeroing an element of the tokens while training."""
 
     def __post_init__(self) -> None:
-        names = [feature.name for feature in self.side_features]
-        if len(set(names)) != len(names):
-            raise ValueError(f"input.side_features must have different names, got {', '.join(names)}")
+        for name in ("event", "candidate", "context"):
+            columns = getattr(self, name)
+            if columns is not None and len(set(columns)) != len(columns):
+                raise ValueError(f"input.{name} must not name a column twice, got {', '.join(columns)}")
         if self.merge == "interleave" and self.candidate_action == "learned":
             raise ValueError(
                 "input.candidate_action=learned has no effect with input.merge=interleave, whose candidates are item "
@@ -164,8 +184,8 @@ class ChannelConfig:
     actions: tuple[str, ...] = ()
     """Keep events with at least one of these actions; empty keeps every event."""
     side: str | None = None
-    """Keep events whose value in this list of `data.history_features` is not 0 (a named sequence); null for no such
-    rule."""
+    """Keep events whose value in this column of theirs, a number or an id, is neither 0 nor missing (a named sequence);
+    null for no such rule."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -255,12 +275,6 @@ class ModelConfig:
     def layers(self) -> tuple[LayerConfig, ...]:
         """The tower's layer, or each channel's."""
         return tuple(channel.layer or self.layer for channel in self.channels) or (self.layer,)
-
-    @property
-    def side_lists(self) -> set[str]:
-        """The further history lists that the model reads."""
-        chosen = {channel.side for channel in self.channels if channel.side is not None}
-        return chosen | {feature.name for feature in self.input.side_features}
 
     def _check_channels(self) -> None:
         if not self.channels:

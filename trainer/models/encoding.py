@@ -1,11 +1,13 @@
-"""From looked-up rows to tokens: item and action merged, time, position, context tokens in front.
+"""From looked-up rows to tokens: columns and action merged, time, position, context tokens in front.
 
-Nothing of a candidate but its own item and its own time enters its token, and nothing of a candidate enters any other
-token: scores do not depend on which candidates are asked for together.
+Nothing of a candidate but its own columns and its own time enters its token, and nothing of a candidate enters any
+other token: scores do not depend on which candidates are asked for together.
 
-Shapes: B users, S item tokens (history and candidates of all users), T packed tokens, D model width, E row width of
-the tables, A action bits.
+Shapes: B users, H events of all histories, C candidates, T packed tokens, D model width, A action bits.
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,14 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from attention_kernels.gather import Gather, gather_sum
-from pipelines.batch import Batch
-from trainer.models.config import SideFeatureConfig
+from pipelines.batch import Inputs
+from pipelines.features import UNKNOWN_TIME, Part
+from pipelines.selection import Feature, Selection
+from trainer.models.config import InputConfig
 from trainer.models.layout import SequenceLayout, candidate_mask, history_mask, make_layout
 from trainer.models.precision import compute_dtype
+from trainer.models.rows import INIT_STD, RowEncoder
 
-UNKNOWN_TIME = -1
-"""Timestamp of an event whose time is not known."""
 LOG_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural logarithms of seconds, as in the HSTU paper: about a factor 1.35."""
 
@@ -30,120 +33,104 @@ class InputEncoder(nn.Module):
     Interleaved, both tokens of an event carry its position and its time.
 
     Args:
+        selection: the features; those of samples become one token each, before the history.
+        widths: width of each space's table.
+        config: how they enter.
         dim: D.
-        embedding_dim: E; equal to `dim`, rows enter as they are, otherwise through one linear map.
-        context_names: features that become one token each, before the history.
-        num_actions: bits of an action mask.
-        interleave: two tokens an event (item, action) in place of their sum.
-        learned_candidate_action: a learned vector instead of zero in the place of a candidate's action.
-        side_features: further lists of the batch that enter the action.
-        num_positions: position vectors.
-        num_time_buckets: time vectors, the one for "unknown" not counted.
-        dropout: probability of zeroing an element of a token.
+        num_actions: A.
     """
 
     action_bits: Tensor
-    thresholds: Tensor
 
     def __init__(
-        self,
-        *,
-        dim: int,
-        embedding_dim: int,
-        context_names: tuple[str, ...],
-        num_actions: int,
-        interleave: bool = False,
-        learned_candidate_action: bool = False,
-        side_features: tuple[SideFeatureConfig, ...] = (),
-        num_positions: int = 8192,
-        num_time_buckets: int = 128,
-        dropout: float = 0.0,
+        self, selection: Selection, *, widths: Mapping[str, int], config: InputConfig, dim: int, num_actions: int
     ) -> None:
         super().__init__()
-        self.context_names = context_names
-        self.num_actions = num_actions
-        self.interleave = interleave
-        self.quantities = tuple(feature for feature in side_features if feature.thresholds)
-        self.categories = tuple(feature for feature in side_features if feature.buckets is not None)
-        self.dropout = dropout
-        self.item_projection = nn.Linear(embedding_dim, dim) if embedding_dim != dim else nn.Identity()
-        # One row for "something happened" (an impression without any action is an event), one a bit, one a threshold.
-        thresholds = [threshold for feature in self.quantities for threshold in feature.thresholds]
-        self.action_vectors = _vectors(1 + num_actions + len(thresholds), dim)
-        self.category_vectors = nn.ParameterList(_vectors(feature.buckets or 0, dim) for feature in self.categories)
-        self.candidate_action = _vectors(1, dim) if learned_candidate_action else None
-        # Row 0 is the candidates'.
-        self.position_vectors = _vectors(1 + num_positions, dim)
-        # Row 0 is the unknown time's.
-        self.age_vectors = _vectors(1 + num_time_buckets, dim)
-        self.candidate_gap_vectors = _vectors(1 + num_time_buckets, dim)
-        self.context_projection = nn.Linear(embedding_dim, dim) if context_names else None
-        self.context_vectors = _vectors(len(context_names), dim) if context_names else None
-        self.register_buffer("action_bits", torch.arange(num_actions, dtype=torch.int32), persistent=False)
-        self.register_buffer("thresholds", torch.tensor(thresholds, dtype=torch.float32), persistent=False)
+        self.interleave = config.merge == "interleave"
+        self.dropout = config.dropout
 
-    def forward(self, embedded: dict[str, JaggedTensor], batch: Batch) -> tuple[Tensor, SequenceLayout]:
+        def encoder(features: Sequence[Feature]) -> RowEncoder:
+            return RowEncoder(features, widths=widths, config=config, dim=dim)
+
+        def if_any(*parts: Part) -> RowEncoder | None:
+            features = selection.of(*parts)
+            return encoder(features) if features else None
+
+        self.shared = if_any("event", "candidate")
+        self.of_events = if_any("event")
+        self.of_candidates = if_any("candidate")
+        # One vector for "something happened" (an impression without any action is an event), then one a bit.
+        self.action_vectors = _vectors(1 + num_actions, dim)
+        self.candidate_action = _vectors(1, dim) if config.candidate_action == "learned" else None
+        # Row 0 is the candidates'.
+        self.position_vectors = _vectors(1 + config.num_positions, dim)
+        # Row 0 is the unknown time's.
+        self.age_vectors = _vectors(1 + config.num_time_buckets, dim)
+        self.candidate_gap_vectors = _vectors(1 + config.num_time_buckets, dim)
+        self.context = nn.ModuleList(encoder([feature]) for feature in selection.of("sample"))
+        self.context_vectors = _vectors(len(self.context), dim) if self.context else None
+        self.register_buffer("action_bits", torch.arange(num_actions, dtype=torch.int32), persistent=False)
+
+    def forward(self, embedded: Mapping[str, JaggedTensor], inputs: Inputs) -> tuple[Tensor, SequenceLayout]:
         """Returns the tokens [T, D] in the type of computation, and their layout."""
         dtype = compute_dtype(self.position_vectors)
-        events = make_layout(
-            batch.history_lens, batch.num_candidates, batch.history_lens_host, batch.num_candidates_host
-        )
-        layout, event_rows_T, item_rows_T, action_rows_T, context_rows_T = _pack(
-            events, len(self.context_names), interleave=self.interleave
-        )
-        position_S, bucket_S = self._positions_and_times(batch, events)
+        tokens = _pack(inputs, len(self.context), interleave=self.interleave)
         gathers = [
-            Gather(source=self.item_projection(embedded["item_id"].values().to(dtype)), rows=item_rows_T, once=True),
-            Gather(source=self._actions(batch, events, dtype), rows=action_rows_T, once=True),
-            Gather(source=self.position_vectors, rows=_of_tokens(position_S, event_rows_T), once=False),
+            Gather(source=self.position_vectors, rows=self._positions(tokens), once=False),
             # One table of both kinds of distance: rows of candidates follow those of events.
             Gather(
                 source=torch.cat([self.age_vectors, self.candidate_gap_vectors]),
-                rows=_of_tokens(bucket_S, event_rows_T),
+                rows=self._times(tokens, inputs),
                 once=False,
             ),
+            self._own(embedded, inputs, tokens, dtype),
         ]
-        if self.context_projection is not None:
-            gathers.append(Gather(source=self._context(embedded, dtype), rows=context_rows_T, once=True))
-        return F.dropout(gather_sum(gathers, dtype), self.dropout, self.training), layout
+        if self.shared is not None:
+            rows_T = torch.where(tokens.is_action, -1, tokens.rows) if self.interleave else tokens.rows
+            gathers.append(Gather(source=self.shared(embedded, inputs, dtype), rows=rows_T, once=True))
+        if self.context_vectors is not None:
+            context_BCD = torch.stack([encoder(embedded, inputs, dtype) for encoder in self.context], dim=1)
+            context_BCD = context_BCD + self.context_vectors.to(dtype)
+            gathers.append(Gather(source=context_BCD.flatten(0, 1), rows=tokens.context_rows, once=True))
+        return F.dropout(gather_sum(gathers, dtype), self.dropout, self.training), tokens.layout
 
-    def _positions_and_times(self, batch: Batch, events: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """Row of every item token in the tables of positions and of times, [S] twice."""
-        history_lens_S = events.history_lens[events.user_T]
-        is_candidate_S = candidate_mask(events)
-        last_position = self.position_vectors.shape[0] - 1
-        position_S = torch.where(is_candidate_S, 0, (history_lens_S - events.index_T).clamp(max=last_position))
-        newest_S = _newest_time(batch.timestamp, events)[events.user_T]
-        known_S = (batch.timestamp != UNKNOWN_TIME) & (newest_S != UNKNOWN_TIME)
-        distance_S = torch.where(is_candidate_S, batch.timestamp - newest_S, newest_S - batch.timestamp)
-        bucket_S = time_bucket(distance_S, self.age_vectors.shape[0] - 1)
-        bucket_S = torch.where(known_S, 1 + bucket_S, 0)
-        return position_S, bucket_S + is_candidate_S * self.age_vectors.shape[0]
+    def _positions(self, tokens: "_Tokens") -> Tensor:
+        """Row of every token in the table of positions, [T]; -1 for context."""
+        last = self.position_vectors.shape[0] - 1
+        position_T = torch.where(tokens.is_candidate, 0, (tokens.num_events - tokens.event).clamp(max=last))
+        return torch.where(tokens.rows < 0, -1, position_T)
 
-    def _actions(self, batch: Batch, events: SequenceLayout, dtype: torch.dtype) -> Tensor:
-        """The action part of every item token: the vectors of the bits that are on and of the categories, added up;
-        nothing of a candidate."""
-        is_history_S1 = history_mask(events)[:, None]
-        bits = [torch.ones_like(is_history_S1), (batch.action[:, None] >> self.action_bits & 1).bool()]
-        counts = [len(feature.thresholds) for feature in self.quantities]
-        for feature, thresholds in zip(self.quantities, torch.split(self.thresholds, counts), strict=True):
-            bits.append(batch.side[feature.name][:, None] >= thresholds)
-        bits_SA = (torch.cat(bits, dim=1) & is_history_S1).to(dtype)
-        vectors: Tensor = self.action_vectors
+    def _times(self, tokens: "_Tokens", inputs: Inputs) -> Tensor:
+        """Row of every token in the tables of times, [T]; -1 for context."""
+        # The newest event's: times of a history do not fall, and unknown ones come first.
+        last_B = torch.cumsum(inputs.history_lens, 0) - 1
+        timestamp_S = F.pad(inputs.timestamp, (1, 0), value=UNKNOWN_TIME)
+        newest_T = timestamp_S[torch.where(inputs.history_lens > 0, 1 + last_B, 0)][tokens.layout.user_T]
+        time_T = timestamp_S[1 + tokens.rows]
+        distance_T = torch.where(tokens.is_candidate, time_T - newest_T, newest_T - time_T)
+        bucket_T = 1 + time_bucket(distance_T, self.age_vectors.shape[0] - 1)
+        bucket_T = torch.where((time_T != UNKNOWN_TIME) & (newest_T != UNKNOWN_TIME), bucket_T, 0)
+        bucket_T = bucket_T + tokens.is_candidate * self.age_vectors.shape[0]
+        return torch.where(tokens.rows < 0, -1, bucket_T)
+
+    def _own(
+        self, embedded: Mapping[str, JaggedTensor], inputs: Inputs, tokens: "_Tokens", dtype: torch.dtype
+    ) -> Gather:
+        """What events and candidates do not share: actions and columns of events, then columns of candidates."""
+        bits_HA = inputs.action[:, None] >> self.action_bits & 1
+        bits_HA = torch.cat([torch.ones_like(bits_HA[:, :1]), bits_HA], dim=1)
+        source_ND = bits_HA.to(dtype) @ self.action_vectors.to(dtype)
+        if self.of_events is not None:
+            source_ND = source_ND + self.of_events(embedded, inputs, dtype)
+        rows_T = torch.where(tokens.is_action, tokens.rows, -1)
+        candidates = [] if self.of_candidates is None else [self.of_candidates(embedded, inputs, dtype)]
         if self.candidate_action is not None:
-            bits_SA = torch.cat([bits_SA, (~is_history_S1).to(dtype)], dim=1)
-            vectors = torch.cat([vectors, self.candidate_action])
-        actions_SD = bits_SA @ vectors.to(dtype)
-        for feature, own_vectors in zip(self.categories, self.category_vectors, strict=True):
-            bucket_S = batch.side[feature.name].long() % own_vectors.shape[0]
-            actions_SD = actions_SD + F.embedding(bucket_S, own_vectors.to(dtype)) * is_history_S1
-        return actions_SD
-
-    def _context(self, embedded: dict[str, JaggedTensor], dtype: torch.dtype) -> Tensor:
-        assert self.context_projection is not None and self.context_vectors is not None
-        rows_BCE = torch.stack([embedded[name].values() for name in self.context_names], dim=1)
-        tokens_BCD: Tensor = self.context_projection(rows_BCE.to(dtype)) + self.context_vectors.to(dtype)
-        return tokens_BCD.reshape(-1, tokens_BCD.shape[2])
+            count = int(inputs.num_candidates_host.sum())
+            candidates.append(self.candidate_action.to(dtype).expand(count, -1))
+        if candidates:
+            source_ND = torch.cat([source_ND, torch.stack(candidates).sum(0)])
+            rows_T = torch.where(tokens.is_candidate, tokens.rows, rows_T)
+        return Gather(source=source_ND, rows=rows_T, once=True)
 
 
 def time_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
@@ -153,46 +140,55 @@ def time_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
 
 
 def _vectors(count: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(count, dim).normal_(std=0.02))
+    return nn.Parameter(torch.empty(count, dim).normal_(std=INIT_STD))
 
 
-def _newest_time(timestamp_S: Tensor, events: SequenceLayout) -> Tensor:
-    """Time of each user's newest event with a known time, [B]; UNKNOWN_TIME where there is none."""
-    seen_S = torch.where(history_mask(events), timestamp_S, UNKNOWN_TIME)
-    newest_B = torch.full_like(events.history_lens, UNKNOWN_TIME)
-    return newest_B.scatter_reduce(0, events.user_T, seen_S, "amax")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tokens:
+    """What each token stands for; all tensors [T]."""
+
+    layout: SequenceLayout
+    """Where the tokens lie."""
+    rows: Tensor
+    """The event or candidate, as a row of all events and then all candidates; -1 for context."""
+    event: Tensor
+    """The event's place in its history."""
+    num_events: Tensor
+    """Events of the token's history."""
+    is_candidate: Tensor
+    """Whether the token is a candidate."""
+    is_action: Tensor
+    """Whether it carries an event's action: every event where merged, its second token where interleaved."""
+    context_rows: Tensor
+    """The context token, user by user; -1 for the others."""
 
 
-def _of_tokens(values_S: Tensor, event_rows_T: Tensor) -> Tensor:
-    """Each token's value of its event, [T]; -1 where it has none."""
-    return F.pad(values_S, (0, 1), value=-1)[event_rows_T]
-
-
-def _pack(
-    events: SequenceLayout, num_context: int, *, interleave: bool
-) -> tuple[SequenceLayout, Tensor, Tensor, Tensor, Tensor]:
-    """Put context in front and, interleaving, an action token behind every event's item token.
-
-    Returns the layout of the tokens, and of each token the row of its event or candidate, and its rows among item rows,
-    action rows and context rows (user by user), -1 where it has none of them.  Merged, they are the event's.
-    """
+def _pack(inputs: Inputs, num_context: int, *, interleave: bool) -> _Tokens:
+    """Put context in front and, interleaving, an action token behind every event's first token."""
     factor = 2 if interleave else 1
     layout = make_layout(
-        factor * events.history_lens,
-        events.num_candidates,
-        factor * events.history_lens_host,
-        events.num_candidates_host,
+        factor * inputs.history_lens,
+        inputs.num_candidates,
+        factor * inputs.history_lens_host,
+        inputs.num_candidates_host,
         num_context=num_context,
     )
-    index_T = layout.index_T - num_context
-    context_rows_T = torch.where(index_T < 0, layout.user_T * num_context + layout.index_T, -1)
-    first_item_T = events.offsets[layout.user_T]
-    if not interleave:
-        rows_T = torch.where(index_T < 0, -1, first_item_T + index_T)
-        return layout, rows_T, rows_T, rows_T, context_rows_T
-    is_history_T = history_mask(layout)
-    event_T = torch.where(is_history_T, index_T // 2, index_T - events.history_lens[layout.user_T])
-    is_action_T = is_history_T & (index_T % 2 == 1)
-    rows_T = torch.where(index_T < 0, -1, first_item_T + event_T)
-    item_rows_T, action_rows_T = torch.where(is_action_T, -1, rows_T), torch.where(is_action_T, rows_T, -1)
-    return layout, rows_T, item_rows_T, action_rows_T, context_rows_T
+    user_T, index_T = layout.user_T, layout.index_T - num_context
+    is_history_T, is_candidate_T = history_mask(layout), candidate_mask(layout)
+    num_events_T = inputs.history_lens[user_T]
+    event_T = index_T // factor
+    first_event_B = torch.cumsum(inputs.history_lens, 0) - inputs.history_lens
+    # Candidates lie behind all events.
+    first_candidate_B = int(inputs.history_lens_host.sum()) + torch.cumsum(inputs.num_candidates, 0)
+    first_candidate_B = first_candidate_B - inputs.num_candidates
+    candidate_T = first_candidate_B[user_T] + index_T - factor * num_events_T
+    rows_T = torch.where(is_candidate_T, candidate_T, first_event_B[user_T] + event_T)
+    return _Tokens(
+        layout=layout,
+        rows=torch.where(index_T < 0, -1, rows_T),
+        event=event_T,
+        num_events=num_events_T,
+        is_candidate=is_candidate_T,
+        is_action=is_history_T & (index_T % 2 == 1) if interleave else is_history_T,
+        context_rows=torch.where(index_T < 0, user_T * num_context + layout.index_T, -1),
+    )

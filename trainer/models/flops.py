@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.selection import Feature, Selection
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 
 Count = npt.NDArray[np.float64]
@@ -44,6 +45,40 @@ class FlopCount:
     def training(self) -> Count:
         """Forward and backward."""
         return TRAINING_FACTOR * self.forward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputWidths:
+    """How many columns of looked-up rows, numbers and action bits are mapped to the model's width."""
+
+    event: int
+    """Of an event; for a retriever the width of an item's row."""
+    candidate: int
+    """Of a candidate."""
+    context: int
+    """Of a sample's context tokens together."""
+
+
+def input_widths(
+    selection: Selection, *, widths: Mapping[str, int], config: ModelConfig, num_actions: int
+) -> InputWidths:
+    """What the encoder maps: a part's features of ids with their tables' widths, two columns a number, action bits."""
+
+    def mapped(features: Sequence[Feature]) -> int:
+        ids = [widths[feature.space] for feature in features if feature.space is not None]
+        # A single row of the model's width enters as it is.
+        if config.input.combine == "sum" and len(features) == 1 and ids == [config.dim]:
+            return 0
+        hidden = config.dim if config.input.combine == "mlp" and features else 0
+        return sum(ids) + 2 * (len(features) - len(ids)) + hidden
+
+    shared = mapped(selection.of("event", "candidate"))
+    # One vector for "something happened" and one an action.
+    return InputWidths(
+        event=shared + mapped(selection.of("event")) + 1 + num_actions,
+        candidate=shared + mapped(selection.of("candidate")),
+        context=sum(mapped([feature]) for feature in selection.of("sample")),
+    )
 
 
 def allowed_pairs(
@@ -96,9 +131,9 @@ def ranker_flops(
     history_len: Lengths,
     num_candidates: Lengths = 1,
     *,
-    embedding_dim: int,
+    inputs: InputWidths,
     num_context: int,
-    num_actions: int,
+    num_tasks: int,
     channel_history_lens: Mapping[str, Lengths] | None = None,
 ) -> FlopCount:
     """A whole ranker without its tables on sequences with these lengths.
@@ -108,17 +143,13 @@ def ranker_flops(
     """
     history = np.asarray(history_len, dtype=np.int64)
     candidates = np.asarray(num_candidates, dtype=np.int64)
-    tasks = len(config.tasks) if config.tasks is not None else num_actions
     factor = 2 if config.input.merge == "interleave" else 1
-    project = embedding_dim if embedding_dim != config.dim else 0
-    # One vector for "something happened", one an action, one a threshold, and that of a candidate's action.
-    bits = 1 + num_actions + sum(len(feature.thresholds) for feature in config.input.side_features)
-    bits += config.input.candidate_action == "learned"
-    per_token = 2 * config.dim * (project + bits)
-    ends = per_token * (history + candidates) + 2 * config.dim * embedding_dim * num_context
+    ends = 2 * config.dim * (inputs.event * history + inputs.candidate * candidates + inputs.context)
     head_width = sum(channel.dim for channel in config.channels) or config.dim
     hidden = config.head_hidden
-    ends = ends + 2 * candidates * (head_width * tasks if hidden is None else head_width * hidden + hidden * tasks)
+    ends = ends + 2 * candidates * (
+        head_width * num_tasks if hidden is None else head_width * hidden + hidden * num_tasks
+    )
     total = _no_flops(history.shape, ends=np.asarray(ends, dtype=np.float64))
     towers: list[tuple[int, LayerConfig, Sequence[StageConfig], npt.NDArray[np.int64]]]
     towers = [(config.dim, config.layer, config.stages, factor * history)] if config.stages else []

@@ -119,30 +119,24 @@ def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tens
     return new, layout.offsets[new.user_T] + new.index_T + skip
 
 
-def count_events(history_lens_host: Tensor, num_candidates_host: Tensor, keep_host: Tensor) -> Tensor:
+def count_events(history_lens_host: Tensor, keep_host: Tensor) -> Tensor:
     """How many events of each history `keep_events` keeps, [B]."""
-    return _choose(history_lens_host, num_candidates_host, keep_host)[1]
-
-
-def _choose(history_lens_host: Tensor, num_candidates_host: Tensor, keep_host: Tensor) -> tuple[SequenceLayout, Tensor]:
-    """(item tokens, history and candidates without context; how many events of each history stay), in host memory."""
-    lens = (history_lens_host, num_candidates_host)
-    items = make_layout(*lens, *lens)
-    kept = keep_host & history_mask(items)
-    return items, torch.zeros_like(history_lens_host).index_add_(0, items.user_T, kept.long())
+    user_H = repeat_users(history_lens_host, keep_host.numel())
+    return torch.zeros_like(history_lens_host).index_add_(0, user_H, keep_host.long())
 
 
 def keep_events(layout: SequenceLayout, keep_host: Tensor) -> tuple[SequenceLayout, Tensor]:
-    """Keep the events where `keep_host` is set, and all context and candidates.
+    """Keep the events where `keep_host` is set, [H] bool in host memory over all histories, and all other tokens.
 
-    `keep_host` is [S] bool in host memory over item tokens, history and candidates without context; its values at
-    candidates do not matter.  The choice is made on the host, because it decides sizes.  Returns as `keep_newest` does.
+    The choice is made on the host, because it decides sizes.  Returns as `keep_newest` does.
     """
-    items, new_lens = _choose(layout.history_lens_host, layout.num_candidates_host, keep_host)
-    # Context tokens of a sequence and of those before it lie in front of its item tokens.
-    item_rows = torch.arange(items.num_tokens) + layout.num_context * (items.user_T + 1)
+    new_lens = count_events(layout.history_lens_host, keep_host)
+    lens = layout.num_context + layout.history_lens_host + layout.num_candidates_host
+    before = torch.cumsum(lens, 0) - lens + layout.num_context
+    first = before - (torch.cumsum(layout.history_lens_host, 0) - layout.history_lens_host)
+    user_H = repeat_users(layout.history_lens_host, keep_host.numel())
     stays = torch.ones(layout.num_tokens, dtype=torch.bool)
-    stays[item_rows] = keep_host | ~history_mask(items)
+    stays[first[user_H] + torch.arange(keep_host.numel())] = keep_host
     device = layout.offsets.device
     new = make_layout(
         to_device(new_lens, device),

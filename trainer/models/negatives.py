@@ -15,7 +15,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from pipelines.batch import ITEM_FEATURE, Batch
+from pipelines.batch import Batch, Inputs
+from pipelines.features import ITEM_ID
 from pipelines.packed import bag_lens
 from pipelines.randomness import random_bits
 
@@ -71,8 +72,9 @@ def retrieval_batch(
     batch: Batch, *, num_items: int, num_negatives: int, shared: bool, seed: int, world_size: int
 ) -> RetrievalBatch:
     """The retriever's form of a batch in host memory; with `num_negatives` 0, as evaluation needs it."""
-    lens = batch.history_lens_host + batch.num_candidates_host
-    item_ids = _values_of(batch, ITEM_FEATURE)
+    inputs = batch.inputs
+    lens = inputs.history_lens_host + inputs.num_candidates_host
+    item_ids = inputs.ids_host(ITEM_ID)[_in_sequences(inputs)]
     negative_ids = torch.zeros(0, dtype=torch.long)
     key = (seed, _PURPOSE, batch.position.batches)
     if num_negatives and shared:
@@ -81,7 +83,7 @@ def retrieval_batch(
         predictions = (lens - 1).clamp(min=0)
         sample = np.repeat(np.arange(lens.numel()), predictions.numpy())
         place = np.arange(len(sample)) - (predictions.cumsum(0) - predictions).numpy()[sample]
-        per_prediction = random_bits(key, batch.user_id.numpy()).astype(np.int64)[sample] + place
+        per_prediction = random_bits(key, inputs.user_id.numpy()).astype(np.int64)[sample] + place
         index = per_prediction[:, None] * num_negatives + np.arange(num_negatives)
         negative_ids = torch.from_numpy(_draw(key, index, num_items))
     # Every sample has an event, so that all but one of its events are predicted.
@@ -92,8 +94,8 @@ def retrieval_batch(
         negative_ids=negative_ids,
         lens=lens,
         lens_host=lens,
-        num_evaluated=batch.num_candidates_host,
-        num_evaluated_host=batch.num_candidates_host,
+        num_evaluated=inputs.num_candidates_host,
+        num_evaluated_host=inputs.num_candidates_host,
         loss_denominator=torch.tensor(predictions_of_all / world_size, dtype=torch.float32),
     )
 
@@ -102,12 +104,14 @@ def retrieval_features(item_ids: Tensor, negative_ids: Tensor) -> KeyedJaggedTen
     """The lookups of these ids, int64, `negative_ids` of any shape; their bags are not samples (`packed.bag_lens`)."""
     lens = torch.from_numpy(bag_lens([item_ids.numel(), negative_ids.numel()])).to(item_ids.device)
     ids = torch.cat([item_ids, negative_ids.flatten()])
-    return KeyedJaggedTensor([ITEM_FEATURE, NEGATIVE_FEATURE], ids, lengths=lens)
+    return KeyedJaggedTensor([ITEM_ID, NEGATIVE_FEATURE], ids, lengths=lens)
 
 
-def _values_of(batch: Batch, feature: str) -> Tensor:
-    values: Tensor = batch.features[feature].values()
-    return values
+def _in_sequences(inputs: Inputs) -> Tensor:
+    """Rows of all events and then all candidates, [S], in the order of sequences: a user's events, then candidates."""
+    history, candidates = inputs.history_lens_host.numpy(), inputs.num_candidates_host.numpy()
+    user = np.concatenate([np.repeat(np.arange(len(lens)), lens) for lens in (history, candidates)])
+    return torch.from_numpy(np.argsort(user, kind="stable"))
 
 
 def _draw(key: tuple[int, ...], index: np.ndarray, num_items: int) -> np.ndarray:

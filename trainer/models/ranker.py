@@ -3,7 +3,7 @@
 Shapes: B users, C candidates of all users, D model width, M tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embeddings.tables import Rows, rows_by_feature
-from pipelines.batch import Batch
-from trainer.models.config import InputConfig, ModelConfig
+from pipelines.batch import Batch, Inputs
+from pipelines.selection import Selection
+from trainer.models.config import ModelConfig
 from trainer.models.encoding import InputEncoder
 from trainer.models.transducers import MixtureOfTransducers, build_mixture
 
@@ -54,12 +55,12 @@ class RankerTower(nn.Module):
         """Returns this rank's part of the loss and, detached, logits and labels of its candidates.
 
         The loss is the sum over candidates of the weighted mean of the tasks' cross entropies, over
-        `batch.loss_denominator`.  An empty batch gives 0, with zero gradients for every parameter.
+        `batch.labels.loss_denominator`.  An empty batch gives 0, with zero gradients for every parameter.
         """
-        logits_CM = self.score(rows_by_feature(looked_up), batch)
-        labels_CM = (batch.candidate_action[:, None] >> self.task_bits & 1).float()
+        logits_CM = self.score(rows_by_feature(looked_up), batch.inputs)
+        labels_CM = (batch.labels.action[:, None] >> self.task_bits & 1).float()
         losses_CM = F.binary_cross_entropy_with_logits(logits_CM, labels_CM, reduction="none")
-        loss = (losses_CM * self.task_weights).sum() / batch.loss_denominator
+        loss = (losses_CM * self.task_weights).sum() / batch.labels.loss_denominator
         return loss, RankerOutput(logits=logits_CM.detach(), labels=labels_CM)
 
     @torch.no_grad()
@@ -69,47 +70,29 @@ class RankerTower(nn.Module):
         assert isinstance(output, nn.Linear)
         output.bias.copy_(torch.logit(torch.tensor(rates), eps=1e-6))
 
-    def score(self, embedded: Rows, batch: Batch) -> Tensor:
+    def score(self, embedded: Rows, inputs: Inputs) -> Tensor:
         """The logits of every candidate, [C, M] float32."""
-        tokens_TD, layout = self.encoder(embedded, batch)
+        tokens_TD, layout = self.encoder(embedded, inputs)
         if layout.longest > self.max_len:
             raise ValueError(
                 f"a sequence has {layout.longest} tokens, more than model.max_len={self.max_len}: raise max_len, or "
                 "lower data.max_history_len or data.max_candidates"
             )
-        hidden_CD: Tensor = self.head[:-1](self.tower(tokens_TD, layout, batch))
+        hidden_CD: Tensor = self.head[:-1](self.tower(tokens_TD, layout, inputs))
         # In bfloat16 many candidates would have the same score.
         with torch.autocast(hidden_CD.device.type, enabled=False):
             logits_CM: Tensor = self.head[-1](hidden_CD.float())
         return logits_CM
 
 
-def build_encoder(
-    config: InputConfig, *, dim: int, embedding_dim: int, context_names: tuple[str, ...], num_actions: int
-) -> InputEncoder:
-    """The encoder that the config describes."""
-    return InputEncoder(
-        dim=dim,
-        embedding_dim=embedding_dim,
-        context_names=context_names,
-        num_actions=num_actions,
-        interleave=config.merge == "interleave",
-        learned_candidate_action=config.candidate_action == "learned",
-        side_features=config.side_features,
-        num_positions=config.num_positions,
-        num_time_buckets=config.num_time_buckets,
-        dropout=config.dropout,
-    )
-
-
 def build_ranker_tower(
     config: ModelConfig,
     *,
-    embedding_dim: int,
-    context_names: tuple[str, ...],
+    selection: Selection,
+    widths: Mapping[str, int],
     action_names: tuple[str, ...],
 ) -> RankerTower:
-    """The ranker's tower for a data set with these context features and actions.
+    """The ranker's tower for these columns, tables of these widths by space, and these actions.
 
     Raises:
         ValueError: a task that is no action of the data set.
@@ -120,16 +103,10 @@ def build_ranker_tower(
         raise ValueError(
             f"model.tasks names {unknown[0]!r}, which is none of the data's actions: {', '.join(action_names)}"
         )
-    encoder = build_encoder(
-        config.input,
-        dim=config.dim,
-        embedding_dim=embedding_dim,
-        context_names=context_names,
-        num_actions=len(action_names),
-    )
+    encoder = InputEncoder(selection, widths=widths, config=config.input, dim=config.dim, num_actions=len(action_names))
     return RankerTower(
         encoder=encoder,
-        tower=build_mixture(config, num_context=len(context_names), action_names=action_names),
+        tower=build_mixture(config, selection=selection, action_names=action_names),
         head=build_head(sum(channel.dim for channel in config.channels) or config.dim, config.head_hidden, len(tasks)),
         task_bits=tuple(action_names.index(task) for task in tasks),
         task_weights=config.task_weights or (1.0,) * len(tasks),

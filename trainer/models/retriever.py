@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embeddings.tables import Rows, rows_by_feature
-from pipelines.batch import ITEM_FEATURE
+from pipelines.features import ITEM_ID
 from trainer.models.config import ModelConfig
 from trainer.models.hstu import build_tower
 from trainer.models.layout import SequenceLayout, make_layout, repeat_users, take_rows
@@ -75,7 +75,7 @@ class RetrieverTower(nn.Module):
         it is 0.
         """
         embedded = rows_by_feature(looked_up)
-        items_SE = embedded[ITEM_FEATURE].values()
+        items_SE = embedded[ITEM_ID].values()
         outputs_SE, layout = self.encode(items_SE, batch.lens, batch.lens_host)
         if not self.training:
             rows_P = evaluated_rows(layout, batch.num_evaluated, batch.num_evaluated_host)

@@ -1,10 +1,10 @@
 """Mixture of Transducers: towers side by side, each over its own choice of events, joined at the candidates.
 
 All channels share tables and tokens.  A channel keeps all context and candidate tokens and the events it selects, by
-action or by a named side list, in its own width, depth and masks.  What it says of each candidate is concatenated with
+action or by a column, in its own width, depth and masks.  What it says of each candidate is concatenated with
 what the others say.  A plain model is a mixture of one channel that selects everything.
 
-Shapes: T packed tokens, S item tokens (history and candidates), C candidates, D width.
+Shapes: T packed tokens, H events of all histories, C candidates, D width.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipelines.batch import Batch
+from pipelines.batch import Inputs
+from pipelines.selection import Feature, Selection
 from trainer.models.config import ModelConfig
 from trainer.models.hstu import HstuTower, build_tower
 from trainer.models.layout import SequenceLayout, candidate_rows, count_events, keep_events, take_rows
@@ -25,26 +26,29 @@ class EventChoice:
 
     action_mask: int | None = None
     """Events with any of these action bits; None for all."""
-    side: str | None = None
-    """Events whose value in this side list is not 0; None for all."""
+    column: Feature | None = None
+    """Events whose value in this column is neither 0 nor missing; None for all."""
 
     @property
     def selects_all(self) -> bool:
         """Whether nothing is left out."""
-        return self.action_mask is None and self.side is None
+        return self.action_mask is None and self.column is None
 
-    def keep(self, batch: Batch) -> Tensor:
-        """[S] bool in host memory, because the choice decides sizes."""
-        kept = torch.ones(batch.action_host.shape, dtype=torch.bool)
+    def keep(self, inputs: Inputs) -> Tensor:
+        """[H] bool in host memory, because the choice decides sizes."""
+        kept = torch.ones(inputs.action_host.shape, dtype=torch.bool)
         if self.action_mask is not None:
-            kept &= (batch.action_host & self.action_mask) != 0
-        if self.side is not None:
-            kept &= batch.side_host[self.side] != 0
+            kept &= (inputs.action_host & self.action_mask) != 0
+        if self.column is not None:
+            read = inputs.numbers_host if self.column.kind == "number" else inputs.ids_host
+            # Behind the events' may stand the candidates'.
+            values = read(self.column.name)[: kept.numel()]
+            kept &= (values != 0) & ~values.isnan()
         return kept
 
-    def history_lens(self, batch: Batch) -> Tensor:
+    def history_lens(self, inputs: Inputs) -> Tensor:
         """How many events of each history stay, [B] in host memory."""
-        return count_events(batch.history_lens_host, batch.num_candidates_host, self.keep(batch))
+        return count_events(inputs.history_lens_host, self.keep(inputs))
 
 
 class Transducer(nn.Module):
@@ -56,10 +60,10 @@ class Transducer(nn.Module):
         self.projection = nn.Linear(model_dim, dim) if dim != model_dim else nn.Identity()
         self.tower = tower
 
-    def forward(self, tokens_TD: Tensor, layout: SequenceLayout, batch: Batch) -> Tensor:
+    def forward(self, tokens_TD: Tensor, layout: SequenceLayout, inputs: Inputs) -> Tensor:
         """The channel's output at every candidate, [C, its D]."""
         if not self.choice.selects_all:
-            layout, rows = keep_events(layout, self.choice.keep(batch))
+            layout, rows = keep_events(layout, self.choice.keep(inputs))
             tokens_TD = take_rows(tokens_TD, rows)
         outputs_TD, layout = self.tower(self.projection(tokens_TD), layout)
         return take_rows(outputs_TD, candidate_rows(layout))
@@ -73,16 +77,16 @@ class MixtureOfTransducers(nn.Module):
         self.channels = nn.ModuleDict({_key(name): channel for name, channel in channels.items()})
         self._streams: list[torch.cuda.Stream] = []
 
-    def forward(self, tokens_TD: Tensor, layout: SequenceLayout, batch: Batch) -> Tensor:
+    def forward(self, tokens_TD: Tensor, layout: SequenceLayout, inputs: Inputs) -> Tensor:
         """The channels' outputs at every candidate, [C, sum of their D]."""
         channels = list(self.channels.values())
         if tokens_TD.device.type == "cuda" and len(channels) > 1:
-            return self._side_by_side(channels, tokens_TD, layout, batch)
-        outputs = [channel(tokens_TD, layout, batch) for channel in channels]
+            return self._side_by_side(channels, tokens_TD, layout, inputs)
+        outputs = [channel(tokens_TD, layout, inputs) for channel in channels]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _side_by_side(
-        self, channels: list[nn.Module], tokens_TD: Tensor, layout: SequenceLayout, batch: Batch
+        self, channels: list[nn.Module], tokens_TD: Tensor, layout: SequenceLayout, inputs: Inputs
     ) -> Tensor:
         """Autograd runs each operation's backward on the stream of its forward, so the backward overlaps as well."""
         if not self._streams:
@@ -92,7 +96,7 @@ class MixtureOfTransducers(nn.Module):
         for channel, stream in zip(channels, self._streams, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                outputs.append(channel(tokens_TD, layout, batch))
+                outputs.append(channel(tokens_TD, layout, inputs))
         for output, stream in zip(outputs, self._streams, strict=True):
             current.wait_stream(stream)
             # The allocator must not hand memory on while another stream still uses it.
@@ -107,13 +111,14 @@ def _key(name: str) -> str:
     return f"{name}-" if hasattr(nn.ModuleDict(), name) else name
 
 
-def event_choices(config: ModelConfig, action_names: tuple[str, ...]) -> dict[str, EventChoice]:
+def event_choices(config: ModelConfig, action_names: tuple[str, ...], selection: Selection) -> dict[str, EventChoice]:
     """What each channel sees, by its name.
 
     Raises:
-        ValueError: a channel selects by an action that the data set does not have.
+        ValueError: a channel selects by an action that the data set does not have, or by a column that is not read.
     """
     choices = {}
+    columns = {each.name: each for each in selection.features if "event" in each.parts and each.kind != "ids"}
     for channel in config.channels:
         unknown = [action for action in channel.actions if action not in action_names]
         if unknown:
@@ -122,22 +127,28 @@ def event_choices(config: ModelConfig, action_names: tuple[str, ...]) -> dict[st
                 f"actions: {', '.join(action_names)}"
             )
         bits = [1 << action_names.index(action) for action in channel.actions]
-        choices[channel.name] = EventChoice(action_mask=sum(bits) if bits else None, side=channel.side)
+        if channel.side is not None and channel.side not in columns:
+            raise ValueError(
+                f"model.channels: channel {channel.name!r} selects by the column {channel.side!r}, which is none of "
+                f"the ids and numbers that events have here: {', '.join(columns)}; see model.input.event"
+            )
+        column = None if channel.side is None else columns[channel.side]
+        choices[channel.name] = EventChoice(action_mask=sum(bits) if bits else None, column=column)
     return choices
 
 
-def build_mixture(config: ModelConfig, *, num_context: int, action_names: tuple[str, ...]) -> MixtureOfTransducers:
+def build_mixture(config: ModelConfig, *, selection: Selection, action_names: tuple[str, ...]) -> MixtureOfTransducers:
     """The config's channels, or one channel over all events for its stages.
 
     Raises:
-        ValueError: a channel selects by an action that the data set does not have.
+        ValueError: a channel selects by an action that the data set does not have, or by a column that is not read.
     """
-    common = {"num_context": num_context, "max_len": config.max_len}
+    common = {"num_context": len(selection.of("sample")), "max_len": config.max_len}
     if config.stages:
         tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, **common)
         only = Transducer(choice=EventChoice(), model_dim=config.dim, dim=config.dim, tower=tower)
         return MixtureOfTransducers({"all": only})
-    choices = event_choices(config, action_names)
+    choices = event_choices(config, action_names, selection)
     channels = {}
     for channel in config.channels:
         channels[channel.name] = Transducer(

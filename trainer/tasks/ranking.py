@@ -5,21 +5,23 @@ from dataclasses import dataclass
 
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
-from pipelines.batch import ITEM_FEATURE, Batch
+from pipelines.batch import Batch
 from pipelines.features import DatasetInfo
 from pipelines.loader import build_loader
+from pipelines.selection import Selection
 from trainer.baseline import baseline_metrics
+from trainer.columns import ranker_columns, table_configs, widths
 from trainer.config import TrainConfig
 from trainer.evaluate import comparison_table, evaluate
 from trainer.mesh import Mesh
-from trainer.models.flops import ranker_flops
+from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
 from trainer.parallelize import ParallelModel
 from trainer.tasks.task import Evaluation, Flops
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ranking:
     """The task of a configuration without `model.retrieval`."""
 
@@ -40,14 +42,15 @@ class Ranking:
         """The actions that the model predicts.  Making the task raises ValueError if the data set lacks one."""
         return self.info.actions if self.config.model.tasks is None else self.config.model.tasks
 
-    @property
+    @functools.cached_property
+    def selection(self) -> Selection:
+        """The columns that `model.input` names."""
+        return ranker_columns(self.config, self.info)
+
+    @functools.cached_property
     def tables(self) -> tuple[TableConfig, ...]:
-        """One table for the items, shared by history and candidates, and one for each context feature."""
-        sizes = {ITEM_FEATURE: self.info.num_items, **self.info.context_features}
-        return tuple(
-            TableConfig(name=feature, num_embeddings=rows, embedding_dim=self.config.embedding_dim, features=(feature,))
-            for feature, rows in sizes.items()
-        )
+        """One table for each space of the columns' ids."""
+        return table_configs(self.config, self.info, self.selection)
 
     @property
     def tokens_an_event(self) -> int:
@@ -56,8 +59,8 @@ class Ranking:
 
     @property
     def num_context(self) -> int:
-        """One a context feature."""
-        return len(self.info.context_features)
+        """One a column of samples."""
+        return len(self.selection.of("sample"))
 
     @property
     def flops(self) -> Flops:
@@ -65,9 +68,14 @@ class Ranking:
         return functools.partial(
             ranker_flops,
             self.config.model,
-            embedding_dim=self.config.embedding_dim,
+            inputs=input_widths(
+                self.selection,
+                widths=widths(self.tables),
+                config=self.config.model,
+                num_actions=len(self.info.actions),
+            ),
             num_context=self.num_context,
-            num_actions=len(self.info.actions),
+            num_tasks=len(self.actions),
         )
 
     def check_training_data(self) -> None:
@@ -85,16 +93,21 @@ class Ranking:
                     f"{ways}; or leave it out of model.tasks"
                 )
 
-    def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
-        """Each event's and candidate's item."""
-        return {ITEM_FEATURE: events}
+    def ids_per_sample(self, events: float, candidates: float, samples_per_rank: int) -> dict[str, float]:
+        """An id of each row of a column's parts; many ids count as one, since the data does not say how many."""
+        rows = {"sample": 1.0, "event": events, "candidate": candidates}
+        return {
+            feature.name: max(1.0, sum(rows[part] for part in feature.parts))
+            for feature in self.selection.features
+            if feature.space is not None
+        }
 
     def build(self, tables: Tables) -> Model:
         """The ranker; untrained, it predicts the rates of the training split, where the data's description has them."""
         tower = build_ranker_tower(
             self.config.model,
-            embedding_dim=self.config.embedding_dim,
-            context_names=tuple(self.info.context_features),
+            selection=self.selection,
+            widths=widths(self.tables),
             action_names=self.info.actions,
         )
         rates = self.info.details.get("statistics", {}).get("action_rates")
@@ -109,7 +122,14 @@ class Ranking:
     def evaluate(self, model: ParallelModel, mesh: Mesh) -> Evaluation:
         """NE, AUC and GAUC of each action, beside the rates of items and users.  Called by every rank."""
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
-        batches = build_loader(data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu)
+        batches = build_loader(
+            data,
+            split="eval",
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            selection=self.selection,
+            pin_memory=on_gpu,
+        )
         metrics = evaluate(model, batches, self.actions, mesh)
         baseline = baseline_metrics(data, self.actions, mesh)
         table = comparison_table(metrics, baseline, self.actions) if mesh.is_first else ""

@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from embeddings.config import TableConfig
 from embeddings.tables import Tables, rows_by_feature
-from pipelines.batch import ITEM_FEATURE, Batch
-from pipelines.features import DatasetInfo
+from pipelines.batch import Batch
+from pipelines.features import ITEM_ID, DatasetInfo
 from pipelines.loader import build_loader
+from pipelines.selection import Selection
 from trainer.baseline import popularity
+from trainer.columns import item_columns, item_table
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
 from trainer.metrics import CUTOFFS, retrieval_scores
@@ -37,7 +39,7 @@ PREDICTIONS = 4096
 """Predictions that a rank scores at a time."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Retrieval:
     """The task of a configuration with `model.retrieval`."""
 
@@ -51,16 +53,18 @@ class Retrieval:
         return self.config.model.retrieval
 
     @property
+    def selection(self) -> Selection:
+        """Item ids."""
+        return item_columns(self.info)
+
+    @functools.cached_property
     def tables(self) -> tuple[TableConfig, ...]:
         """The items' table, in which negatives are looked up too."""
-        return (
-            TableConfig(
-                name=ITEM_FEATURE,
-                num_embeddings=self.info.num_items,
-                embedding_dim=self.config.embedding_dim,
-                features=(ITEM_FEATURE, NEGATIVE_FEATURE),
-            ),
-        )
+        return item_table(self.config, self.info, NEGATIVE_FEATURE)
+
+    @property
+    def _item_width(self) -> int:
+        return self.tables[0].embedding_dim
 
     @property
     def tokens_an_event(self) -> int:
@@ -75,19 +79,20 @@ class Retrieval:
     @property
     def flops(self) -> Flops:
         """Tower, and scores of each prediction's items."""
-        return functools.partial(retriever_flops, self.config.model, embedding_dim=self.config.embedding_dim)
+        return functools.partial(retriever_flops, self.config.model, embedding_dim=self._item_width)
 
     def check_training_data(self) -> None:
         """Any events will do."""
 
-    def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
+    def ids_per_sample(self, events: float, candidates: float, samples_per_rank: int) -> dict[str, float]:
         """Each event's item, and the negatives: of a step, or of every prediction."""
+        events = max(1.0, events + candidates)
         sharing = samples_per_rank if self.settings.share_negatives else 1 / events
-        return {ITEM_FEATURE: events, NEGATIVE_FEATURE: self.settings.num_negatives / sharing}
+        return {ITEM_ID: events, NEGATIVE_FEATURE: self.settings.num_negatives / sharing}
 
     def build(self, tables: Tables) -> Model:
         """The retriever."""
-        return Model(tables, build_retriever_tower(self.config.model, embedding_dim=self.config.embedding_dim))
+        return Model(tables, build_retriever_tower(self.config.model, embedding_dim=self._item_width))
 
     def prepare(self, batch: Batch, mesh: Mesh) -> RetrievalBatch:
         """All events in one sequence a sample, with negatives."""
@@ -229,7 +234,7 @@ def _item_vectors(model: ParallelModel, first: int, last: int, device: torch.dev
     """
     item_ids = torch.arange(first, last, device=device)
     features = retrieval_features(item_ids, item_ids[:0])
-    rows = rows_by_feature(model.tables(features))[ITEM_FEATURE].values()
+    rows = rows_by_feature(model.tables(features))[ITEM_ID].values()
     assert isinstance(model.dense, RetrieverTower)
     return model.dense.unit(rows)
 

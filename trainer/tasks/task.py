@@ -12,6 +12,7 @@ from torchrec.streamable import Pipelineable
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
 from pipelines.batch import Batch
+from pipelines.selection import Selection
 from trainer.mesh import Mesh
 from trainer.models.flops import FlopCount
 from trainer.models.model import Model
@@ -36,6 +37,10 @@ class Task(Protocol):
     """One thing that a model is trained for."""
 
     @property
+    def selection(self) -> Selection:
+        """What its model reads of the data."""
+
+    @property
     def tables(self) -> tuple[TableConfig, ...]:
         """The tables that its model looks up in."""
 
@@ -54,7 +59,7 @@ class Task(Protocol):
     def check_training_data(self) -> None:
         """Raise ValueError if the data's description says that there is nothing to learn from the training split."""
 
-    def ids_per_sample(self, events: float, samples_per_rank: int) -> dict[str, float]:
+    def ids_per_sample(self, events: float, candidates: float, samples_per_rank: int) -> dict[str, float]:
         """Ids that a sample of so many events and candidates looks up, by feature; features left out look up one.
 
         `samples_per_rank` share what a step looks up once.

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.support.batches import batch_of, looked_up, random_arrays
+from tests.support.batches import batch_of, looked_up, random_arrays, small_selection
+from trainer.models.config import InputConfig
 from trainer.models.encoding import InputEncoder, time_bucket
 
 HISTORY, CANDIDATES, CONTEXT = [5, 0, 9, 2], [2, 3, 1, 0], ("user_id", "country")
@@ -15,28 +15,26 @@ NUM_ACTIONS, NUM_POSITIONS, NUM_BUCKETS, DIM, ROW = 8, 6, 7, 16, 12
 
 def make_encoder(*, interleave: bool, learned: bool) -> InputEncoder:
     torch.manual_seed(0)
-    encoder = InputEncoder(
-        dim=DIM,
-        embedding_dim=ROW,
-        context_names=CONTEXT,
-        num_actions=NUM_ACTIONS,
-        interleave=interleave,
-        learned_candidate_action=learned,
+    config = InputConfig(
+        merge="interleave" if interleave else "add",
+        candidate_action="learned" if learned else "zero",
         num_positions=NUM_POSITIONS,
         num_time_buckets=NUM_BUCKETS,
+    )
+    encoder = InputEncoder(
+        small_selection(CONTEXT),
+        widths=dict.fromkeys(("item", *CONTEXT), ROW),
+        config=config,
+        dim=DIM,
+        num_actions=NUM_ACTIONS,
     )
     return encoder.requires_grad_(False)
 
 
-def times() -> Tensor:
-    """Distances from nothing to weeks, unknown times, and a history in which no time is known."""
-    users = (
-        [-1, 100, 100 + 86400, 5_000_000, 5_000_001, 5_000_000, 9_000_000],
-        [7, 8, -1],
-        [-1, -1, 10, 11, 13, 40, 100, 200, 300, 299],
-        [-1, -1],
-    )
-    return torch.tensor([time for user in users for time in user])
+def times() -> tuple[list[list[int]], list[list[int]]]:
+    """Of histories and of candidates: distances from nothing to weeks, unknown times, and no known time at all."""
+    histories = [[-1, 100, 100 + 86400, 5_000_000, 5_000_001], [], [-1, -1, 10, 11, 13, 40, 100, 200, 300], [-1, -1]]
+    return histories, [[5_000_000, 9_000_000], [7, 8, -1], [299], []]
 
 
 def time_row(time: int, newest: int, *, forward: bool) -> int:
@@ -49,32 +47,32 @@ def time_row(time: int, newest: int, *, forward: bool) -> int:
 @pytest.mark.parametrize(("interleave", "learned"), [(False, False), (False, True), (True, False)])
 def test_tokens_are_the_sums_of_item_action_position_and_time(interleave: bool, learned: bool) -> None:
     encoder = make_encoder(interleave=interleave, learned=learned)
-    arrays = random_arrays(HISTORY, CANDIDATES, num_context=len(CONTEXT)) | {"timestamp": times()}
-    batch = batch_of(arrays, context_names=CONTEXT)
+    arrays = random_arrays(HISTORY, CANDIDATES, context_names=CONTEXT)
+    histories, candidates = times()
+    arrays["timestamp"] = torch.tensor([time for user in (*histories, *candidates) for time in user])
     rows = {"item_id": torch.randn(sum(HISTORY) + sum(CANDIDATES), ROW)}
-    rows |= {name: torch.randn(len(HISTORY), ROW) for name in CONTEXT}
-    tokens, layout = encoder(looked_up(rows), batch)
+    rows |= {f"sample.{name}": torch.randn(len(HISTORY), ROW) for name in CONTEXT}
+    tokens, layout = encoder(looked_up(rows), batch_of(arrays).inputs)
+    items = encoder.shared.projection(rows["item_id"])
 
-    expected, first = [], 0
+    expected, event, candidate = [], 0, sum(HISTORY)
     for user, (h, c) in enumerate(zip(HISTORY, CANDIDATES, strict=True)):
         for index, name in enumerate(CONTEXT):
-            assert encoder.context_projection is not None and encoder.context_vectors is not None
-            expected.append(encoder.context_projection(rows[name][user]) + encoder.context_vectors[index])
-        stamps, actions = (arrays[key][first : first + h + c].tolist() for key in ("timestamp", "action"))
-        newest = max(stamps[:h], default=-1)
-        for place, (stamp, bits) in enumerate(zip(stamps, actions, strict=True)):
-            item = encoder.item_projection(rows["item_id"][first + place])
-            if place < h:
-                when = encoder.position_vectors[min(h - place, NUM_POSITIONS)]
-                when = when + encoder.age_vectors[time_row(stamp, newest, forward=False)]
-                on = [bit for bit in range(NUM_ACTIONS) if bits >> bit & 1]
-                action = encoder.action_vectors[0] + sum(encoder.action_vectors[1 + bit] for bit in on)
-                expected += [item + when, action + when] if interleave else [item + action + when]
-            else:
-                item = item + encoder.position_vectors[0]
-                item = item + encoder.candidate_gap_vectors[time_row(stamp, newest, forward=True)]
-                expected.append(item + encoder.candidate_action[0] if encoder.candidate_action is not None else item)
-        first += h + c
+            context = encoder.context[index].projection(rows[f"sample.{name}"][user])
+            expected.append(context + encoder.context_vectors[index])
+        newest = max(histories[user], default=-1)
+        for place, stamp in enumerate(histories[user]):
+            item, bits = items[event + place], int(arrays["action"][event + place])
+            when = encoder.position_vectors[min(h - place, NUM_POSITIONS)]
+            when = when + encoder.age_vectors[time_row(stamp, newest, forward=False)]
+            on = [bit for bit in range(NUM_ACTIONS) if bits >> bit & 1]
+            action = encoder.action_vectors[0] + sum(encoder.action_vectors[1 + bit] for bit in on)
+            expected += [item + when, action + when] if interleave else [item + action + when]
+        for place, stamp in enumerate(candidates[user]):
+            item = items[candidate + place] + encoder.position_vectors[0]
+            item = item + encoder.candidate_gap_vectors[time_row(stamp, newest, forward=True)]
+            expected.append(item + encoder.candidate_action[0] if encoder.candidate_action is not None else item)
+        event, candidate = event + h, candidate + c
     torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-5, atol=1e-6)
     factor = 2 if interleave else 1
     assert layout.history_lens.tolist() == layout.history_lens_host.tolist() == [factor * h for h in HISTORY]

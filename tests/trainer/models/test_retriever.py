@@ -89,7 +89,7 @@ def test_negatives_do_not_depend_on_which_rank_draws_them(share: bool) -> None:
     options = {"num_items": NUM_ITEMS, "num_negatives": NEGATIVES, "shared": share, "seed": 3}
     everyone = retrieval_batch(whole, world_size=1, **options).negative_ids
     alone = random_batch(HISTORY[3:], CANDIDATES[3:])
-    alone.user_id = whole.user_id[3:]
+    alone.inputs.user_id = whole.inputs.user_id[3:]
     drawn = retrieval_batch(alone, world_size=2, **options).negative_ids
     assert torch.equal(drawn, everyone if share else everyone[4:])
     later = random_batch(HISTORY, CANDIDATES)

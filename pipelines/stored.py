@@ -1,0 +1,67 @@
+"""Parquet files and columns of the prepared format as flat arrays, without copies where there is no need for one."""
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs
+
+from pipelines.columns import AnyArray, Bags, ListColumn, Values
+from pipelines.features import Column
+
+
+def parquet_files(filesystem: fs.FileSystem, folder: str, needed: str) -> list[str]:
+    """Parquet files directly in a folder, by name; without any, raises ValueError that says what they are for."""
+    if filesystem.get_file_info(folder).type != fs.FileType.Directory:
+        raise ValueError(f"{folder} does not exist: {needed}")
+    found = filesystem.get_file_info(fs.FileSelector(folder))
+    names = sorted(info.path for info in found if info.path.endswith(".parquet") and info.type == fs.FileType.File)
+    if not names:
+        raise ValueError(f"{folder} holds no .parquet file; prepare the data set again")
+    return names
+
+
+def row_values(column: pa.ChunkedArray, about: Column, where: str) -> Values:
+    """The values of a column with one a row."""
+    array = _whole(column)
+    if about.kind == "ids":
+        return _bags(array, where)
+    return number_array(array) if about.kind == "number" else _ids(array, where)
+
+
+def list_values(column: pa.ChunkedArray, about: Column, where: str) -> ListColumn:
+    """The values of a column with a list a row."""
+    array = _whole(column)
+    _refuse_nulls(array, where)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    values: Values
+    if about.kind == "ids":
+        values = _bags(array.values, where)
+    else:
+        values = number_array(array.values) if about.kind == "number" else _ids(array.values, where)
+    return ListColumn(values=values, offsets=offsets)
+
+
+def number_array(array: pa.Array) -> AnyArray:
+    """Numbers; a missing one is NaN."""
+    values: AnyArray = array.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _ids(array: pa.Array, where: str) -> AnyArray:
+    _refuse_nulls(array, where)
+    values: AnyArray = array.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _bags(array: pa.Array, where: str) -> Bags:
+    _refuse_nulls(array, where)
+    _refuse_nulls(array.values, where)
+    return Bags(array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy().astype(np.int64))
+
+
+def _refuse_nulls(array: pa.Array, where: str) -> None:
+    if array.null_count:
+        raise ValueError(f"{where} holds missing values; only numbers may be null")
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)

@@ -1,0 +1,73 @@
+"""Which columns of the data a model reads, and the tables that their ids are looked up in."""
+
+from collections.abc import Mapping
+
+from embeddings.config import TableConfig
+from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
+from pipelines.selection import Selection, select
+from trainer.config import TrainConfig
+
+
+def ranker_columns(config: TrainConfig, info: DatasetInfo) -> Selection:
+    """What `model.input` names.
+
+    Raises:
+        ValueError: it names, or gives a setting of, a column that the data set does not have.
+    """
+    chosen = config.model.input
+    selection = select(info, event=chosen.event, candidate=chosen.candidate, context=chosen.context)
+    for name, kind, settings in (("numbers", "number", chosen.numbers), ("pooling", "ids", chosen.pooling)):
+        have = [feature.name for feature in selection.features if feature.kind == kind]
+        odd = sorted(set(settings) - set(have))
+        if odd:
+            raise ValueError(
+                f"model.input.{name} names {odd[0]!r}, which is none of the columns of this kind that are read: "
+                f"{', '.join(have) or 'there are none'}"
+            )
+    return selection
+
+
+def item_columns(info: DatasetInfo) -> Selection:
+    """Item ids alone."""
+    return select(info, event=(ITEM_ID,), candidate=(ITEM_ID,), context=())
+
+
+def table_configs(
+    config: TrainConfig, info: DatasetInfo, selection: Selection, further: Mapping[str, str] | None = None
+) -> tuple[TableConfig, ...]:
+    """One table for each space that `selection` has ids of; `further` lookups name the space of each.
+
+    Raises:
+        ValueError: `tables` has settings of a space that is none of these.
+    """
+    lookups = {feature.name: feature.space for feature in selection.features if feature.space is not None}
+    features: dict[str, list[str]] = {}
+    for name, space in {**lookups, **(further or {})}.items():
+        features.setdefault(space, []).append(name)
+    unknown = sorted(set(config.tables) - set(features))
+    if unknown:
+        raise ValueError(f"tables names {unknown[0]!r}, which is none of the model's tables: {', '.join(features)}")
+    tables = []
+    for space, names in features.items():
+        settings = config.tables.get(space)
+        tables.append(
+            TableConfig(
+                name=space,
+                num_embeddings=info.spaces[space].rows,
+                embedding_dim=(settings and settings.embedding_dim) or config.embedding_dim,
+                features=tuple(names),
+                dtype=settings.dtype if settings else "float32",
+                optimizer=settings.optimizer if settings else None,
+            )
+        )
+    return tuple(tables)
+
+
+def item_table(config: TrainConfig, info: DatasetInfo, further: str) -> tuple[TableConfig, ...]:
+    """The items' table alone, with one more lookup in it."""
+    return table_configs(config, info, item_columns(info), {further: ITEM_SPACE})
+
+
+def widths(tables: tuple[TableConfig, ...]) -> dict[str, int]:
+    """Width of the rows of each space's table."""
+    return {table.name: table.embedding_dim for table in tables}

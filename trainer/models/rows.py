@@ -1,0 +1,144 @@
+"""Rows from their features: what the columns of an event, a candidate or a sample say, as one vector.
+
+Shapes: N rows, D model width, F numbers, K borders of a number's buckets.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from pipelines.batch import Inputs
+from pipelines.selection import Feature
+from trainer.models.config import InputConfig, NumberConfig
+
+UNKNOWN_LOG_SCALE = 10.0
+"""Scale of logarithms where the data set has no statistics of a number: 22,000 is then about 1."""
+INIT_STD = 0.02
+"""Standard deviation of the initial values of learned vectors."""
+
+
+class RowEncoder(nn.Module):
+    """The sum of one projection a feature, [N, D]: one linear map of the features side by side.
+
+    An id enters as its row of its table, many ids as the mean or sum of theirs, a number by its value and its bucket.
+
+    Args:
+        features: at least one, all over the same N rows.
+        widths: width of each space's table.
+        config: how numbers and many ids enter, and whether a hidden layer stands in the place of the linear map.
+        dim: D.  A single id of that width enters as it is.
+    """
+
+    def __init__(
+        self, features: Sequence[Feature], *, widths: Mapping[str, int], config: InputConfig, dim: int
+    ) -> None:
+        super().__init__()
+        self.ids = tuple(feature for feature in features if feature.kind != "number")
+        self.pooling = {each.name: config.pooling.get(each.name, "mean") for each in self.ids if each.kind == "ids"}
+        numbers = [feature for feature in features if feature.kind == "number"]
+        self.numbers = NumberEncoder(numbers, config=config, dim=dim) if numbers else None
+        width = sum(widths[feature.space or ""] for feature in self.ids) + 2 * len(numbers)
+        self.projection: nn.Module
+        if config.combine == "mlp":
+            self.projection = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+        elif len(features) == 1 and self.ids and width == dim:
+            self.projection = nn.Identity()
+        else:
+            self.projection = nn.Linear(width, dim)
+
+    def forward(self, embedded: Mapping[str, JaggedTensor], inputs: Inputs, dtype: torch.dtype) -> Tensor:
+        """[N, D] in `dtype`."""
+        parts = [self._rows(feature, embedded, inputs).to(dtype) for feature in self.ids]
+        if self.numbers is not None:
+            values, vectors_ND = self.numbers(inputs)
+            parts.append(values.to(dtype))
+        rows_ND: Tensor = self.projection(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return rows_ND if self.numbers is None else rows_ND + vectors_ND.to(dtype)
+
+    def _rows(self, feature: Feature, embedded: Mapping[str, JaggedTensor], inputs: Inputs) -> Tensor:
+        """One feature's [N, its width]."""
+        values: Tensor = embedded[feature.name].values()
+        if feature.kind == "id":
+            return values
+        return pool(values, inputs.lens[feature.name], mean=self.pooling[feature.name] == "mean")
+
+
+class NumberEncoder(nn.Module):
+    """Numbers by value and by bucket.  A missing one has the value 0 and a bucket of its own.
+
+    What it knows of the training split is saved with the model: data of another day is read by the same measure.
+    """
+
+    borders: Tensor
+    center: Tensor
+    scale: Tensor
+
+    def __init__(self, features: Sequence[Feature], *, config: InputConfig, dim: int) -> None:
+        super().__init__()
+        self.names = tuple(feature.name for feature in features)
+        chosen = [config.numbers.get(feature.name, NumberConfig()) for feature in features]
+        self.logarithmic = tuple(number.transform == "log" for number in chosen)
+        borders = [_borders(feature, number) for feature, number in zip(features, chosen, strict=True)]
+        most = max(len(each) for each in borders)
+        padded = torch.tensor([[*each, *[math.inf] * (most - len(each))] for each in borders], dtype=torch.float32)
+        moments = [_moments(feature, number) for feature, number in zip(features, chosen, strict=True)]
+        self.register_buffer("borders", padded)
+        self.register_buffer("center", torch.tensor([mean for mean, _ in moments], dtype=torch.float32))
+        self.register_buffer("scale", torch.tensor([std for _, std in moments], dtype=torch.float32))
+        # A number's vectors: missing, then its buckets.
+        self.vectors = nn.Parameter(torch.empty(len(features) * (most + 2), dim).normal_(std=INIT_STD))
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """([N, 2 F] values and whether they are known, [N, D] sum of the buckets' vectors), float32."""
+        raw_FN = torch.stack([inputs.numbers[name] for name in self.names])
+        known_FN = ~raw_FN.isnan()
+        value_FN = torch.where(known_FN, raw_FN, 0)
+        bucket_FN = torch.where(known_FN, 1 + torch.searchsorted(self.borders, value_FN, right=True), 0)
+        first_F1 = torch.arange(len(self.names), device=raw_FN.device)[:, None] * (self.borders.shape[1] + 2)
+        vectors_ND = F.embedding_bag((first_F1 + bucket_FN).t(), self.vectors, mode="sum")
+        scaled = [
+            (_logarithm(value_N) if logarithmic else value_N)
+            for value_N, logarithmic in zip(value_FN, self.logarithmic, strict=True)
+        ]
+        scaled_NF = (torch.stack(scaled, dim=1) - self.center) / self.scale
+        known_NF = known_FN.t()
+        return torch.cat([torch.where(known_NF, scaled_NF, 0), known_NF.to(scaled_NF.dtype)], dim=1), vectors_ND
+
+
+def pool(values: Tensor, lens_N: Tensor, *, mean: bool) -> Tensor:
+    """The sum or mean of each row's values [ids, E], [N, E]; 0 where it has none."""
+    summed = torch.segment_reduce(values.float(), "sum", lengths=lens_N, unsafe=True)
+    return summed / lens_N.clamp(min=1)[:, None] if mean else summed
+
+
+def _logarithm(values: Tensor) -> Tensor:
+    return values.sign() * values.abs().log1p()
+
+
+def _borders(feature: Feature, number: NumberConfig) -> tuple[float, ...]:
+    """Rising borders of the buckets."""
+    if number.thresholds:
+        return number.thresholds
+    quantiles = feature.statistics.quantiles if feature.statistics is not None else ()
+    inner = [
+        quantiles[round(place * (len(quantiles) - 1) / number.buckets)]
+        for place in range(1, number.buckets)
+        if len(quantiles) > 1
+    ]
+    # The smallest value is no border: everything would lie above it.
+    return tuple(sorted({value for value in inner if value > quantiles[0]}))
+
+
+def _moments(feature: Feature, number: NumberConfig) -> tuple[float, float]:
+    """(mean, standard deviation) of the transformed values, from their quantiles, or what is taken for them."""
+    known = feature.statistics
+    if known is None or len(known.quantiles) < 2:
+        return 0.0, UNKNOWN_LOG_SCALE if number.transform == "log" else 1.0
+    if number.transform == "none":
+        return known.mean, known.std or 1.0
+    values = _logarithm(torch.tensor(known.quantiles, dtype=torch.float64))
+    return float(values.mean()), float(values.std()) or 1.0
