@@ -18,6 +18,7 @@ setup(
         "attention_kernels",
         "embeddings",
         "launch",
+        "launch.schedulers",
         "pipelines",
         "pipelines.prepare",
         "trainer",

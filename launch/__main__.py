@@ -2,26 +2,35 @@
 
     python -m launch submit RECIPE --scheduler NAME --nodes N --procs-per-node P [--dry-run] [--run-dir DIR] [--set ...]
     python -m launch status|logs|cancel HANDLE
-    python -m launch list --scheduler NAME
+    python -m launch list|doctor --scheduler NAME
 
 `submit` checks the recipe and its overrides here, before anything is sent; its last line is the job's handle.  On
-local_cwd it shows the job until its end.  Exit status: 0 done, 1 failed, 2 wrong use.
+local_cwd it shows the job until its end.  Exit status: 0 done, 1 failed, 2 wrong use, 3 stopped in good order (the same
+command goes on).
 """
 
 import logging
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from torchx.specs import AppState, parse_app_handle
+from torchx.specs import AppState, is_terminal, parse_app_handle
 from torchx.specs.api import MalformedAppHandleException
 
-from launch import local, records
-from launch.components import ROLE
-from launch.submit import IN_CONTAINERS, SCHEDULERS, Request, check_options, dry_run, runner, submit
-from trainer.command_line import WrongUse, run_command
+from launch import logs as job_logs
+from launch import records, signals
+from launch.paths import with_absolute_data
+from launch.progress import progress_lines
+from launch.records import JobRecord
+from launch.request import Request, takes_request
+from launch.schedulers.known import SCHEDULERS
+from launch.schedulers.local import Local
+from launch.schedulers.protocol import JobStatus, Scheduler
+from launch.submit import check, connected
+from trainer.command_line import FAILED, STOPPED, WrongUse, run_command
 from trainer.recipes import load_recipe
 from trainer.run_dir import RunDir
 from trainer.typed_values import apply_overrides, to_dict
@@ -33,181 +42,202 @@ app = typer.Typer(
     help="Send training jobs to a scheduler and look after them.  SCHEDULER is one of " + ", ".join(SCHEDULERS) + ".",
 )
 
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Change the recipe's values.")
-]
 Handle = Annotated[str, typer.Argument(metavar="HANDLE", help="What `submit` printed last.")]
+SchedulerName = Annotated[str, typer.Option("--scheduler", metavar="NAME", help=f"One of {', '.join(SCHEDULERS)}.")]
 
 
 @app.command("submit")
+@takes_request
 def submit_(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name that `python -m trainer recipes` lists.")],
-    scheduler: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SCHEDULERS)}.")],
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines.")],
-    procs_per_node: Annotated[int, typer.Option(metavar="P", min=1, help="Processes a machine: one a GPU.")],
-    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/RECIPE.")] = None,
-    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A sharding plan to use.")] = None,
-    set_: Overrides = None,
-    machine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Machine type of launch/resources.py; default: P cores, no GPU.")
-    ] = None,
-    image: Annotated[str | None, typer.Option(metavar="IMAGE", help="Container image with the dependencies.")] = None,
-    mount: Annotated[list[str] | None, typer.Option(metavar="SRC:DST", help="Mount a folder in the container.")] = None,
-    python: Annotated[str | None, typer.Option(metavar="PATH", help="The workers' interpreter.")] = None,
-    max_retries: Annotated[int, typer.Option(metavar="N", min=0, help="Restarts after a failure; each resumes.")] = 0,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A scheduler's option, as partition=main.")
-    ] = None,
-    dry_run_: Annotated[bool, typer.Option("--dry-run", help="Print the job; send and write nothing.")] = False,
+    request: Request,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job; send and write nothing.")] = False,
 ) -> None:
     """Train a recipe on a scheduler.  An existing run directory is resumed."""
-    try:
-        config = apply_overrides(load_recipe(recipe), set_ or [])
-        request = Request(
-            recipe=recipe,
-            scheduler=scheduler,
-            nodes=nodes,
-            procs_per_node=procs_per_node,
-            run_dir=run_dir,
-            overrides=tuple(set_ or ()),
-            plan=plan,
-            machine=machine,
-            python=python,
-            image=image,
-            mounts=tuple(mount or ()),
-            max_retries=max_retries,
-            options=tuple(option or ()),
-        )
-        job = request.app()
-    except ValueError as error:
-        raise WrongUse(str(error)) from None
-    if scheduler not in IN_CONTAINERS:
-        # What the workers would find out, before anything of the job is written into the directory.
-        RunDir(request.absolute_run_dir()).check_same_run(to_dict(config))
-    with runner(scheduler) as torchx:
-        try:
-            check_options(torchx, request)
-        except ValueError as error:
-            raise WrongUse(str(error)) from None
-        if dry_run_:
-            print(dry_run(torchx, request, job))
+    with _wrong_use(), connected(request.scheduler) as connection:
+        config = apply_overrides(load_recipe(request.recipe), request.overrides)
+        request = with_absolute_data(request, config, in_container=connection.scheduler.needs_image)
+        options = check(connection.scheduler, request)
+        if not connection.scheduler.needs_image:
+            # What the workers would find out, before anything of the job is written into the directory.
+            RunDir(request.absolute_run_dir).check_same_run(to_dict(config))
+        if dry_run:
+            print(connection.dry_run(request, options))
             return
-        started = time.time()
-        handle = submit(torchx, request, job)
-        ended = local.wait(torchx, handle) if scheduler == "local_cwd" else AppState.SUBMITTED
-    failed = ended in (AppState.FAILED, AppState.CANCELLED)
-    if failed:
-        print(f"error: {_failure(request, ended, started)}", file=sys.stderr)
-    print(handle)
-    raise typer.Exit(int(failed))
+    with connected(request.scheduler) as connection:
+        if isinstance(connection.scheduler, Local):
+            with signals.held():
+                record = connection.submit(request, options)
+                status = connection.scheduler.wait(_app_id(record.handle), record)
+            _say_how_it_ended(record, status)
+            print(record.handle)
+            raise typer.Exit(status)
+        print(connection.submit(request, options).handle)
 
 
 @app.command()
 def status(handle: Handle) -> None:
-    """Print a job's state; exit status 1 if it failed or was cancelled."""
-    state = _state(handle)
-    print(state.name)
-    if state in (AppState.FAILED, AppState.CANCELLED):
-        raise typer.Exit(1)
+    """Print a job's state, why, where and how far it is; exit status 1 if it failed or was cancelled."""
+    record = records.find(handle)
+    with _scheduler_of(handle) as scheduler:
+        found = _found(scheduler, handle, record)
+    print(found.state.name)
+    for name, value in (("reason", found.reason), ("nodes", found.nodes), ("time left", found.time_left)):
+        if value:
+            print(f"{name}: {value}")
+    if record is not None:
+        print("\n".join(progress_lines(record)))
+        fault = None
+        if found.state == AppState.FAILED:
+            fault = job_logs.first_failure(record, job_logs.last_start(record))
+        if fault is not None:
+            print(f"first failure: {_who(fault)}{fault.words}")
+    if found.state in (AppState.FAILED, AppState.CANCELLED):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
 def logs(
     handle: Handle,
-    rank: Annotated[
-        int | None, typer.Option(metavar="R", min=0, help="A rank's own log, from the run directory.")
-    ] = None,
-    node: Annotated[int | None, typer.Option(metavar="K", min=0, help="A node's output, from the scheduler.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", min=0, help="A rank's log of this job.")] = None,
+    node: Annotated[int | None, typer.Option(metavar="K", min=0, help="A node's output of this job.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All ranks' logs of this job, each line with its rank.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes until the job ends.")] = False,
 ) -> None:
-    """Print a job's log: rank 0's, unless --rank or --node says otherwise."""
-    if rank is not None and node is not None:
-        raise WrongUse("--rank and --node name two different logs: give one")
+    """Print a job's log: of the rank that failed first, or rank 0's if none did."""
+    if (rank is not None) + (node is not None) + every > 1:
+        raise WrongUse("--rank, --node and --all name different logs: give one")
     record = records.find(handle)
-    if node is None:
-        if record is None:
-            raise WrongUse(f"{handle} was not submitted from this checkout: only --node works")
-        _show(Path(record.run_dir, "logs", f"rank-{rank or 0}.log"))
-        return
-    scheduler, _, app_id = _parse(handle)
-    if scheduler == "local_cwd":
-        raise WrongUse("a local job's output went to the terminal of its submit command: --rank shows a rank's log")
-    if scheduler == "slurm":
-        if record is None:
-            raise WrongUse(f"{handle} was not submitted from this checkout: its output's place is not known")
-        for stream in ("out", "err"):
-            _show(Path(record.job_dir, f"slurm-{app_id}-{ROLE}-{node}.{stream}"))
-        return
-    with runner(scheduler) as torchx:
-        for line in torchx.log_lines(handle, ROLE, node):
-            print(line, end="")
+    with _scheduler_of(handle) as scheduler:
+        if node is not None or record is None:
+            for line in scheduler.output(_app_id(handle), record, node or 0):
+                print(line, end="")
+            return
+        run, span = RunDir(Path(record.run_dir)), job_logs.span_of(record)
+        if every:
+            chosen = job_logs.ranks(run)
+            _show(run, chosen, span, prefixed=True)
+        elif rank is not None or follow:
+            chosen = [rank or 0]
+            if not follow or run.log_file(chosen[0]).is_file():
+                _show(run, chosen, span, prefixed=False)
+        else:
+            _show_what_matters(record, _found(scheduler, handle, record))
+            return
+        if follow:
+            _follow(scheduler, handle, record, None if every else chosen[0])
 
 
 @app.command()
 def cancel(handle: Handle) -> None:
-    """End a job.  Its last checkpoint stays; submitting again resumes it."""
-    scheduler, _, _ = _parse(handle)
-    if scheduler == "local_cwd":
-        local.cancel(_local_record(handle))
-        return
-    with runner(scheduler) as torchx:
-        torchx.cancel(handle)
+    """End a job.  It saves its state first; submitting again resumes it."""
+    record = records.find(handle)
+    with _scheduler_of(handle) as scheduler:
+        scheduler.cancel_job(_app_id(record.handle if record else handle), record)
 
 
 @app.command("list")
-def list_(scheduler: Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(SCHEDULERS)}.")]) -> None:
-    """List jobs, one a line: handle and state.  Local ones are those submitted from this checkout."""
-    if scheduler not in SCHEDULERS:
-        raise WrongUse(f"unknown scheduler {scheduler!r}: known are {', '.join(SCHEDULERS)}")
-    if scheduler == "local_cwd":
-        for record in records.load():
-            if record.handle.startswith("local_cwd://"):
-                print(f"{record.handle}  {local.state(record).name}")
-        return
-    with runner(scheduler) as torchx:
-        for job in torchx.list(scheduler):
-            print(f"{job.app_handle}  {job.state.name}")
+def list_(scheduler: SchedulerName) -> None:
+    """List our jobs, one a line: handle, state, recipe and run.  Local ones are those submitted from this checkout."""
+    with _wrong_use(), connected(scheduler) as connection:
+        for job in connection.scheduler.jobs():
+            words = f"{job.record.handle}  {job.state.name}" if job.record else f"{job.app_id}  {job.state.name}"
+            print(f"{words}  {job.record.recipe}  {job.record.run_dir}" if job.record else words)
 
 
-def _state(handle: str) -> AppState:
-    scheduler, _, _ = _parse(handle)
-    if scheduler == "local_cwd":
-        return local.state(_local_record(handle))
-    with runner(scheduler) as torchx:
-        found = torchx.status(handle)
-    if found is None:
-        raise ValueError(f"{scheduler} knows no job {handle}")
-    return found.state
+@app.command()
+def doctor(scheduler: SchedulerName) -> None:
+    """Say what a scheduler offers and what keeps jobs from running; exit status 1 if something does."""
+    with _wrong_use(), connected(scheduler) as connection:
+        findings = list(connection.scheduler.doctor())
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(FAILED)
 
 
-def _local_record(handle: str) -> records.JobRecord:
-    record = records.find(handle)
-    if record is None:
-        raise ValueError(f"no local job {handle} was submitted from this checkout")
-    return record
-
-
-def _parse(handle: str) -> tuple[str, str, str]:
+@contextmanager
+def _wrong_use() -> Iterator[None]:
+    """A mistake in what was asked for is wrong use; a scheduler that does not answer is a failure."""
     try:
-        scheduler, session, app_id = parse_app_handle(handle)
+        yield
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
+
+
+@contextmanager
+def _scheduler_of(handle: str) -> Iterator[Scheduler]:
+    try:
+        name, _, _ = parse_app_handle(handle)
     except MalformedAppHandleException:
-        scheduler = session = app_id = ""
-    if scheduler not in SCHEDULERS:
+        name = ""
+    if name not in SCHEDULERS:
         raise WrongUse(f"{handle!r} is no job handle: expected SCHEDULER://SESSION/ID as `submit` prints it")
-    return scheduler, session, app_id
+    with connected(name) as connection:
+        yield connection.scheduler
 
 
-def _show(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: the job has not started there, or has no such rank or node")
-    print(path.read_text(errors="replace"), end="")
+def _app_id(handle: str) -> str:
+    return handle.rpartition("/")[2]
 
 
-def _failure(request: Request, state: AppState, started: float) -> str:
-    run_dir = request.absolute_run_dir()
-    if state == AppState.CANCELLED:
-        return "the job was interrupted; the same command resumes it from its last checkpoint"
-    log = local.failing_log(run_dir, since=started)
-    return f"the job failed; see {log}" if log else "the job failed; its processes have said why above"
+def _found(scheduler: Scheduler, handle: str, record: JobRecord | None) -> JobStatus:
+    """The state of the job, or of the one that went on from it."""
+    found = scheduler.status(_app_id(record.handle if record else handle), record)
+    if found is None:
+        where = "no local job of that name was submitted from this checkout" if isinstance(scheduler, Local) else ""
+        raise ValueError(f"{scheduler.backend} knows no job {handle}{': ' if where else ''}{where}")
+    return found
+
+
+def _show(run: RunDir, chosen: list[int], span: job_logs.Span, *, prefixed: bool) -> None:
+    for rank in chosen:
+        for line in job_logs.rank_lines(run, rank, span):
+            print(f"[{rank}] {line}" if prefixed else line, end="")
+
+
+def _show_what_matters(record: JobRecord, found: JobStatus) -> None:
+    """The first failure and the log of the rank that had it; of a job that has not failed, rank 0's log."""
+    run = RunDir(Path(record.run_dir))
+    fault = None
+    if found.state == AppState.FAILED:
+        fault = job_logs.first_failure(record, job_logs.last_start(record))
+    rank = fault.rank if fault and fault.rank is not None else 0
+    if rank in job_logs.ranks(run):
+        _show(run, [rank], job_logs.span_of(record), prefixed=False)
+    elif fault is None:
+        why = f" ({found.reason})" if found.reason else ""
+        raise ValueError(f"{record.handle} is {found.state.name}{why} and has written no log in {run.path / 'logs'}")
+    if fault is not None:
+        print(f"first failure: {_who(fault)}{fault.words}")
+
+
+def _who(fault: job_logs.Fault) -> str:
+    return "" if fault.rank is None else f"rank {fault.rank}: "
+
+
+def _follow(scheduler: Scheduler, handle: str, record: JobRecord, rank: int | None) -> None:
+    run = RunDir(Path(record.run_dir))
+
+    def paths() -> list[Path]:
+        return [run.log_file(known) for known in job_logs.ranks(run) if rank in (None, known)]
+
+    def show(path: Path, text: str) -> None:
+        prefix = f"[{path.stem.removeprefix('rank-')}] " if rank is None else ""
+        print("".join(prefix + line for line in text.splitlines(keepends=True)), end="", flush=True)
+
+    job_logs.follow(paths, lambda: is_terminal(_found(scheduler, handle, record).state), show)
+
+
+def _say_how_it_ended(record: JobRecord, status: int) -> None:
+    if status == STOPPED:
+        print("the job stopped in good order; the same command resumes it from its last checkpoint", file=sys.stderr)
+    elif status:
+        fault = job_logs.first_failure(record, job_logs.span_of(record))
+        log = RunDir(Path(record.run_dir)).log_file(fault.rank) if fault and fault.rank is not None else None
+        print(
+            f"error: the job failed; {f'see {log}' if log else 'its processes have said why above'}",
+            file=sys.stderr,
+        )
 
 
 def show_own_messages() -> None:

@@ -1,11 +1,10 @@
-"""What a job runs on each of its nodes: find the first node, then become torchrun.
+"""What a job runs on each of its nodes: find the first node, then start this node's processes and wait for them.
 
-    python -m launch.node --nodes 2 --procs-per-node 8 --node-rank 0 --job-id 17 \
-        --first-node-variable SLURM_JOB_NODELIST_HET_GROUP_0 -- -m trainer train RECIPE --run-dir DIR
+    python -m launch.node --nodes 2 --procs-per-node 8 --node-rank SLURM_NODEID \
+        --first-node-variable TORCHX_RANK0_HOST -- -m trainer train RECIPE --run-dir DIR
 
-Schedulers tell a node who the first one is through an environment variable, each through its own.  Reading it here
-keeps shells and their quoting out of the job, and a name that does not resolve is one clear line at once; torchrun
-would wait for it until its timeout.  This process imports no torch: it replaces itself with torchrun.
+Schedulers tell a node its number and the first one's name through environment variables, each through its own.  Reading
+them here keeps shells and their quoting out of the job, and a name that does not resolve is one clear line at once.
 """
 
 import argparse
@@ -13,44 +12,23 @@ import os
 import re
 import socket
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
 
-PORT_BASE, PORT_COUNT = 29500, 500
-"""Jobs meet at ports in [PORT_BASE, PORT_BASE + PORT_COUNT), one a job: jobs that share a node rarely collide."""
+from launch import signals
+from launch.processes import Place, run_processes
+from trainer.command_line import FAILED, STOPPED, WRONG_USE
+
+DEFAULT_PORT = 29500
+"""Where the job's processes meet, unless MASTER_PORT says otherwise: free in a container, which has its own ports."""
+
+NODE_STATUS = {0: 0, STOPPED: STOPPED, WRONG_USE: 4, FAILED: 5}
+"""The trainer's exit status -> the node's.  srun answers with the highest of all nodes, and a node that fails has the
+others stopped, so a failure must be above a stop."""
 
 
-def torchrun_arguments(
-    command: Sequence[str],
-    *,
-    nodes: int,
-    procs_per_node: int,
-    node_rank: int,
-    job_id: str,
-    first_node_variable: str,
-    environment: Mapping[str, str],
-) -> list[str]:
-    """Arguments for the Python interpreter that start torchrun on this node and `command` under it.
-
-    Raises:
-        ValueError: the first node is not known or its name does not resolve.
-    """
-    if nodes == 1:
-        # Port 0: the agent picks a free one.  The loopback address serves machines that cannot resolve their own name.
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", job_id, "--rdzv-endpoint", "localhost:0"]
-        rendezvous += ["--local-addr", "localhost"]
-    else:
-        # Fixed node ranks: rank 0 is on the first node, whose name was just resolved.  With torchrun's other rendezvous
-        # rank 0 may be anywhere, and calls itself what only its own machine may understand.
-        host = first_node(environment, first_node_variable, node_rank=node_rank)
-        rendezvous = ["--node-rank", str(node_rank), "--master-addr", host, "--master-port", str(job_port(job_id))]
-    size = ["--nnodes", str(nodes), "--nproc-per-node", str(procs_per_node)]
-    return ["-m", "trainer.agent", *size, *rendezvous, *command]
-
-
-def job_port(job_id: str) -> int:
-    """The port that every node of the job computes alike."""
-    return PORT_BASE + zlib.crc32(job_id.encode()) % PORT_COUNT
+def job_status(node_status: int) -> int:
+    """The trainer's exit status, of the highest of all nodes'."""
+    return next((ours for ours, of_node in NODE_STATUS.items() if of_node == node_status), FAILED)
 
 
 def first_node(environment: Mapping[str, str], variable: str, *, node_rank: int) -> str:
@@ -66,7 +44,7 @@ def first_node(environment: Mapping[str, str], variable: str, *, node_rank: int)
         raise ValueError(
             f"environment variable {variable} is not set on node {node_rank}: it names the job's first node"
         )
-    # Slurm and Volcano give lists; the first entry is the first node.
+    # Volcano gives a list; the first entry is the first node.
     host = re.split(r"[,\s]", value)[0]
     try:
         socket.getaddrinfo(host, None)
@@ -78,30 +56,87 @@ def first_node(environment: Mapping[str, str], variable: str, *, node_rank: int)
     return host
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parse the node's arguments and replace this process with torchrun's agent."""
+def free_port() -> int:
+    """A port that nothing on this machine uses at the moment."""
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return int(sock.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Make sure that the first process will be able to listen at `port`.
+
+    Raises:
+        ValueError: something else does.
+    """
+    with socket.socket() as sock:
+        # Connections of an earlier start that are not quite gone do not count.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} on {socket.gethostname()}, where the job's processes should meet, cannot be used "
+                f"({error.strerror}): set MASTER_PORT to another one"
+            ) from None
+
+
+def place_of(
+    *, nodes: int, procs_per_node: int, node_rank: str, first_node_variable: str, environment: Mapping[str, str]
+) -> Place:
+    """This node's place in the job.
+
+    Args:
+        nodes: machines of the job.
+        procs_per_node: processes a machine.
+        node_rank: this node's number, or the environment variable that holds it.
+        first_node_variable: environment variable that names the first node.
+        environment: this process's.
+
+    Raises:
+        ValueError: number, first node or port are not known, or cannot be used.
+    """
+    number = node_rank if node_rank.isdigit() else environment.get(node_rank, "")
+    if not number.isdigit() or int(number) >= nodes:
+        raise ValueError(
+            f"this node's number should be in environment variable {node_rank}, below {nodes}; it is {number!r}"
+        )
+    if nodes == 1:
+        # The loopback address serves machines that cannot resolve their own name.
+        host, port = "127.0.0.1", free_port()
+    else:
+        host = first_node(environment, first_node_variable, node_rank=int(number))
+        port = int(environment.get("MASTER_PORT", DEFAULT_PORT))
+        if int(number) == 0:
+            check_port(port)
+    return Place(nodes=nodes, procs_per_node=procs_per_node, node_rank=int(number), first_host=host, port=port)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the node's arguments and run its processes; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launch.node", description="Start a job's processes on this node.")
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
     parser.add_argument("--procs-per-node", type=int, required=True, help="processes a node")
-    parser.add_argument("--node-rank", type=int, required=True, help="this node's number, from 0")
-    parser.add_argument("--job-id", required=True, help="the job's name at the scheduler, the same on every node")
+    parser.add_argument(
+        "--node-rank", required=True, help="this node's number, from 0, or the environment variable that holds it"
+    )
     parser.add_argument("--first-node-variable", required=True, help="environment variable that names the first node")
     parser.add_argument("command", nargs="+", help="after --: what every process runs, as Python's arguments")
     given = parser.parse_args(arguments)
+    signals.hold()
     try:
-        torchrun = torchrun_arguments(
-            given.command,
+        place = place_of(
             nodes=given.nodes,
             procs_per_node=given.procs_per_node,
             node_rank=given.node_rank,
-            job_id=given.job_id,
             first_node_variable=given.first_node_variable,
             environment=os.environ,
         )
     except ValueError as error:
-        sys.exit(f"error: {error}")
-    os.execv(sys.executable, [sys.executable, *torchrun])
+        print(f"error: {error}", file=sys.stderr)
+        return NODE_STATUS[FAILED]
+    return NODE_STATUS.get(run_processes([sys.executable, *given.command], place), NODE_STATUS[FAILED])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,14 +1,21 @@
-"""What this checkout has submitted: one line a job in runs/jobs.jsonl, so that `status`, `logs` and `cancel` know a
-job's run directory and where its scheduler's output lies, from any folder and in any later process.
+"""What has been submitted: one line a job in runs/jobs.jsonl of the checkout that did it, and the same in the job's own
+folder, where every checkout finds it.
+
+So `status`, `logs` and `cancel` know a job's run directory and where its scheduler's output lies.
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.workspace import ROOT
 
+logger = logging.getLogger(__name__)
+
 FILE = ROOT / "runs" / "jobs.jsonl"
+
+IN_JOB_DIR = "job.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +27,7 @@ class JobRecord:
     recipe: str
     """The recipe it trains."""
     run_dir: str
-    """Absolute run directory."""
+    """Absolute run directory, as the workers see it."""
     job_dir: str
     """Absolute folder of the scheduler's output and, where code is copied, of the code."""
     pid: int
@@ -30,25 +37,55 @@ class JobRecord:
 
 
 def save(record: JobRecord) -> None:
-    """Append the record."""
+    """Note the job in this checkout and, where that is a folder here, in the job's own."""
+    line = json.dumps(asdict(record)) + "\n"
     FILE.parent.mkdir(parents=True, exist_ok=True)
-    with FILE.open("a") as file:
-        file.write(json.dumps(asdict(record)) + "\n")
+    with FILE.open("a+b") as file:
+        # After a crash in the middle of a line, this one starts anew.
+        torn = file.tell() > 0 and FILE.read_bytes()[-1:] != b"\n"
+        file.write(b"\n" * torn + line.encode())
+    if Path(record.job_dir).is_dir():
+        save_in(Path(record.job_dir), record)
+
+
+def save_in(job_dir: Path, record: JobRecord) -> None:
+    """Put the record in the job's folder; of a job with a successor, the successor's."""
+    (job_dir / IN_JOB_DIR).write_text(json.dumps(asdict(record)) + "\n")
 
 
 def load() -> list[JobRecord]:
-    """Every recorded job, oldest first."""
+    """Every job recorded in this checkout, oldest first; a line that is none is left out, with a warning."""
     if not FILE.is_file():
         return []
-    return [JobRecord(**json.loads(line)) for line in FILE.read_text().splitlines()]
+    found = []
+    for number, line in enumerate(FILE.read_text(errors="replace").splitlines(), start=1):
+        record = _record(line)
+        if record is not None:
+            found.append(record)
+        elif line:
+            logger.warning("%s, line %d is damaged and left out", FILE, number)
+    return found
 
 
 def find(handle: str) -> JobRecord | None:
-    """The record of a handle; the newest, since a new cluster counts its jobs from 1 again."""
-    return next((record for record in reversed(load()) if record.handle == handle), None)
+    """The record of a handle; the newest, since a new cluster counts its jobs from 1 again.
+
+    A job that went on as another one is that other one.
+    """
+    found = next((record for record in reversed(load()) if record.handle == handle), None)
+    return None if found is None else find_in(Path(found.job_dir)) or found
 
 
-def job_dir_of(scheduler: str, app_id: str) -> Path | None:
-    """The job's folder, if this checkout submitted it."""
-    matches = [r for r in load() if r.handle.startswith(f"{scheduler}://") and r.handle.rsplit("/", 1)[1] == app_id]
-    return Path(matches[-1].job_dir) if matches else None
+def find_in(job_dir: Path) -> JobRecord | None:
+    """The record in a job's folder; None where it is no folder of ours, or may not be read."""
+    try:
+        return _record((job_dir / IN_JOB_DIR).read_text())
+    except OSError:
+        return None
+
+
+def _record(line: str) -> JobRecord | None:
+    try:
+        return JobRecord(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

@@ -42,3 +42,11 @@ def check_workspace(root: Path, *, limit_mib: int = LIMIT_MIB) -> float:
             "name what is not code in .torchxignore"
         )
     return total_mib
+
+
+def travels(folder: Path) -> bool:
+    """Whether a folder of the checkout is copied with a job."""
+    return any(
+        Path(copied).is_relative_to(folder) and files
+        for copied, _, files in walk_workspace(fsspec.filesystem("file"), str(ROOT))
+    )

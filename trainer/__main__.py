@@ -7,7 +7,8 @@
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
 
 `train` is one process when started plainly and joins the job when started by torchrun.  A run directory that holds a
-complete checkpoint is resumed.  Exit status: 0 done, 1 failed, 2 wrong use.
+complete checkpoint is resumed.  Exit status: 0 done, 1 failed, 2 wrong use, 3 stopped in good order (the same command
+goes on).
 """
 
 import sys
@@ -23,6 +24,7 @@ from trainer.command_line import WrongUse, run_command
 from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
 from trainer.run_dir import RunDir
+from trainer.stop_signal import STOP
 from trainer.typed_values import apply_overrides
 
 app = typer.Typer(
@@ -54,11 +56,13 @@ def train(
     set_: Overrides = None,
 ) -> None:
     """Train a recipe, or go on with it if the run directory holds a checkpoint."""
+    STOP.listen()
     config = _resolve(recipe, set_)
     # torch takes seconds to import; a wrong recipe or key is answered before.
     from trainer.job import train_job
 
     train_job(config, run_dir or Path("runs", recipe), plan)
+    STOP.ignore()
 
 
 @app.command()

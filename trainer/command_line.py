@@ -5,24 +5,34 @@ import sys
 
 import typer
 
+from trainer.stop_signal import StoppedEarly
+
+FAILED, WRONG_USE, STOPPED = 1, 2, 3
+"""Exit statuses besides 0, done; STOPPED: in good order, the same command goes on."""
+
 
 class WrongUse(ValueError):
     """The command line names something that does not exist or does not fit; exit status 2."""
 
 
 def run_command(app: typer.Typer, arguments: list[str]) -> int:
-    """Run one command of `app`.  Exit status: 0 done, 1 failed, 2 wrong use; a failure is said in one line."""
+    """Run one command of `app`.  Exit status: 0 done, 1 failed, 2 wrong use, 3 stopped in good order; all but the first
+    are said in one line."""
     try:
         return int(app(_expand_set(arguments), standalone_mode=False) or 0)
     except (WrongUse, typer.TyperException) as error:
         # Every rank of a job finds the same mistake in its command line; one of them says so.
         if os.environ.get("RANK", "0") == "0":
             _say(error.format_message() if isinstance(error, typer.TyperException) else str(error))
-        return 2
+        return WRONG_USE
+    except StoppedEarly as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        return STOPPED
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         # What a user can mend, in one line; anything else is a defect of ours and keeps its traceback.
         _say(str(error))
-        return 1
+        return FAILED
 
 
 def _say(message: str) -> None:

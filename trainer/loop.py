@@ -7,8 +7,6 @@ a batch is pulled and taken from the record when its step is done: that position
 """
 
 import logging
-import os
-import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,34 +21,16 @@ from trainer.feed import Feed
 from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
 from trainer.recorder import Consumed, Recorder
+from trainer.stop_signal import STOP, StoppedEarly
 
 logger = logging.getLogger(__name__)
 
 
-class StoppedEarly(InterruptedError):
-    """The scheduler asked the run to stop, and it did so in good order; the command line says so in a line."""
-
-
-class StopSignal:
-    """Notes SIGTERM, which schedulers send before they take a machine back, and Ctrl-C: ranks then stop at the next
-    step that is logged, saved or evaluated.  A second Ctrl-C stops a single process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
-
-    def _note(self, signum: int, frame: object) -> None:
-        self.requested = True
-        # torchrun passes Ctrl-C on to processes that the terminal has told already.
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self, mesh: Mesh) -> bool:
-        """Whether any rank was asked to stop.  Called by every rank."""
-        asked = torch.tensor(float(self.requested), device=mesh.device)
-        dist.all_reduce(asked)  # every rank
-        return bool(asked)
+def agree_to_stop(mesh: Mesh) -> bool:
+    """Whether any rank was asked to stop.  Called by every rank."""
+    asked = torch.tensor(float(STOP.requested), device=mesh.device)
+    dist.all_reduce(asked)  # every rank
+    return bool(asked)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -75,7 +55,7 @@ def run_steps(
     An evaluation that was due where the run goes on, and is not `evaluated`, comes first.
 
     Raises:
-        StoppedEarly: SIGTERM or Ctrl-C came; the state of the last step is saved.
+        StoppedEarly: SIGTERM, SIGUSR1 or Ctrl-C came; the state of the last step is saved.
         OSError, FloatingPointError: the state cannot be written, or it or the loss of a logged step is not finite.
     """
 
@@ -89,7 +69,6 @@ def run_steps(
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
-    stop = StopSignal()
     loss, logs = None, False
     evaluates = progress.step > 0 and not evaluated and _due(progress.step, config.evaluation.every_steps)
     if evaluates:
@@ -100,7 +79,7 @@ def run_steps(
         logs = _due(progress.step, config.log_every)
         if logs:
             recorder.log(progress, loss, factor)
-        stops = (logs or saves or evaluates) and stop.agreed(mesh)
+        stops = (logs or saves or evaluates) and agree_to_stop(mesh)
         if saves or stops:
             save()
         if stops:

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "max_steps",
     "log_every",
     "data.path",
+    "data.mix_paths",
     "data.num_epochs",
     "data.max_samples",
     "data.eval_batch_size",
@@ -88,6 +89,11 @@ class RunDir:
         return self.path / "lock"
 
     @property
+    def saving_file(self) -> Path:
+        """How long the last save took."""
+        return self.path / "saving.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
         return self.path / "checkpoints"
@@ -137,7 +143,9 @@ class RunDir:
         saved = self.saved_config()
         if saved is None:
             # These come into being before the run does.
-            if self.path.is_dir() and any(entry.name not in ("jobs", "lock", "logs") for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(
+                entry.name not in ("attempts.jsonl", "jobs", "lock", "logs") for entry in self.path.iterdir()
+            ):
                 raise WrongUse(
                     f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one"
                 )

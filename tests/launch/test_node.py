@@ -1,50 +1,58 @@
-"""What runs on a node: torchrun's arguments, and the first node's name."""
+"""What runs on a node: its number, the first node's name and the port where processes meet."""
+
+import socket
 
 import pytest
 
-from launch.node import PORT_BASE, PORT_COUNT, first_node, job_port, torchrun_arguments
+from launch.node import DEFAULT_PORT, first_node, free_port, place_of
+from launch.processes import Place
 
-COMMAND = ["-m", "trainer", "train", "demo"]
 
-
-def _arguments(nodes: int, environment: dict[str, str], node_rank: int = 0) -> list[str]:
-    return torchrun_arguments(
-        COMMAND,
-        nodes=nodes,
-        procs_per_node=4,
-        node_rank=node_rank,
-        job_id="17",
-        first_node_variable="FIRST",
-        environment=environment,
+def _place(nodes: int, environment: dict[str, str], node_rank: str = "0") -> Place:
+    return place_of(
+        nodes=nodes, procs_per_node=4, node_rank=node_rank, first_node_variable="FIRST", environment=environment
     )
 
 
 def test_one_node_takes_a_free_port_of_its_own() -> None:
-    arguments = _arguments(1, {})
-    assert arguments[:6] == ["-m", "trainer.agent", "--nnodes", "1", "--nproc-per-node", "4"]
-    assert arguments[arguments.index("--rdzv-endpoint") + 1] == "localhost:0"
-    assert arguments[-4:] == COMMAND
+    place = _place(1, {})
+    assert (place.first_host, place.node_rank) == ("127.0.0.1", 0)
+    with socket.socket() as sock:
+        sock.bind(("", place.port))
 
 
 def test_all_nodes_of_a_job_meet_at_one_port_of_the_first() -> None:
-    for rank in range(3):
-        arguments = _arguments(3, {"FIRST": "localhost"}, node_rank=rank)
-        assert arguments[arguments.index("--node-rank") + 1] == str(rank)
-        assert arguments[arguments.index("--master-addr") + 1] == "localhost"
-        assert arguments[arguments.index("--master-port") + 1] == str(job_port("17"))
-    assert job_port("17") != job_port("18")
-    assert PORT_BASE <= job_port("17") < PORT_BASE + PORT_COUNT
+    port = str(free_port())
+    places = [_place(3, {"FIRST": "localhost", "MASTER_PORT": port}, node_rank=str(rank)) for rank in range(3)]
+    assert {(place.first_host, place.port) for place in places} == {("localhost", int(port))}
+    assert [place.rank(1) for place in places] == [1, 5, 9]
+    assert _place(3, {"FIRST": "localhost"}, node_rank="1").port == DEFAULT_PORT
+
+
+def test_a_number_may_come_from_the_environment() -> None:
+    assert _place(3, {"FIRST": "localhost", "NUMBER": "2"}, node_rank="NUMBER").node_rank == 2
+    for environment in ({}, {"NUMBER": "x"}, {"NUMBER": "3"}):
+        with pytest.raises(ValueError, match="this node's number should be in environment variable NUMBER, below 3"):
+            _place(3, {"FIRST": "localhost", **environment}, node_rank="NUMBER")
+
+
+def test_a_port_that_something_else_uses_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} on .* cannot be used .*set MASTER_PORT to another one"):
+            _place(2, {"FIRST": "localhost", "MASTER_PORT": str(port)})
+        # Only the first node listens.
+        assert _place(2, {"FIRST": "localhost", "MASTER_PORT": str(port)}, node_rank="1").port == port
 
 
 def test_the_first_entry_of_a_list_is_the_first_node() -> None:
     assert first_node({"FIRST": "localhost,n2.invalid"}, "FIRST", node_rank=1) == "localhost"
 
 
-def test_the_first_node_may_not_know_its_own_name() -> None:
+def test_the_first_node_may_not_know_its_own_name_but_another_must() -> None:
     assert first_node({}, "FIRST", node_rank=0) == "localhost"
-
-
-def test_another_node_must_know_the_first() -> None:
     with pytest.raises(ValueError, match="environment variable FIRST is not set on node 1"):
         first_node({}, "FIRST", node_rank=1)
 

@@ -1,113 +1,198 @@
-"""Reading Slurm's words, with and without accounting.  The words are those of Slurm 22.05."""
+"""Slurm's requests as sbatch would read them, and Slurm's words with and without accounting (22.05's)."""
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torchx.specs import AppState
 
-from launch import records, slurm
-from launch.slurm import AnySlurm, JobPart, SlurmError, app_state, parse_sacct, parse_scontrol, state_of
-
-SCONTROL = """\
-JobId=1 HetJobId=1 HetJobOffset=0 JobName=trainer-0 UserId=root(0) JobState=RUNNING Reason=None Command=/a JobState=b
-JobId=2 HetJobId=1 HetJobOffset=1 JobName=trainer-1 UserId=root(0) JobState=PENDING Reason=None Command=/a b
-JobId=9 JobName=other-0 UserId=root(0) JobState=COMPLETED Reason=None
-"""
-SACCT = "1+0|trainer-0|COMPLETED\n1+1|trainer-1|CANCELLED by 0\n"
-
-
-def test_scontrol_is_read() -> None:
-    assert parse_scontrol(SCONTROL) == [
-        JobPart(job_id="1", name="trainer-0", state=AppState.RUNNING),
-        JobPart(job_id="1", name="trainer-1", state=AppState.PENDING),
-        JobPart(job_id="9", name="other-0", state=AppState.SUCCEEDED),
-    ]
+from launch import component, records
+from launch.records import JobRecord
+from launch.resources import MACHINES
+from launch.schedulers import slurm_queue
+from launch.schedulers.slurm import OURS, Slurm
+from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob, app_state, parse_scontrol
+from launch.submit import check, connected
+from tests.launch.test_component import request
 
 
-def test_sacct_is_read() -> None:
-    assert parse_sacct(SACCT) == [
-        JobPart(job_id="1", name="trainer-0", state=AppState.SUCCEEDED),
-        JobPart(job_id="1", name="trainer-1", state=AppState.CANCELLED),
-    ]
+def _script(**changes: Any) -> str:
+    with connected("slurm") as connection:
+        asked = request(**changes)
+        return str(connection.dry_run(asked, check(connection.scheduler, asked)))
+
+
+def _options(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("nodes", [1, 200])
+def test_a_job_of_any_size_is_one_job_of_whole_machines(name: str, nodes: int) -> None:
+    machine = MACHINES[name]
+    script = _script(machine=name, nodes=nodes, procs_per_node=machine.gpus or machine.cpus)
+    options = _options(script)
+    assert {f"--nodes={nodes}", "--ntasks-per-node=1", "--exclusive", "--requeue"} <= set(options)
+    assert f"--cpus-per-task={machine.cpus}" in options
+    assert [option for option in options if "gpu" in option] == [f"--gpus-per-node={machine.gpus}"] * bool(machine.gpus)
+    assert script.count("launch.node") == 1
+    assert "hetjob" not in script
+
+
+def test_a_node_reads_its_number_and_the_first_nodes_name() -> None:
+    script = _script()
+    assert "--node-rank SLURM_NODEID --first-node-variable TORCHX_RANK0_HOST" in script
+    assert "--job-name=kuairand-sample-demo" in script
+    assert f"cd {Path('/runs/demo/jobs/DRY-RUN')} || exit 1" in script
+
+
+def test_without_a_machine_a_job_asks_for_cores_only() -> None:
+    options = _options(_script(machine=None, nodes=1, procs_per_node=2))
+    assert "--cpus-per-task=2" in options
+    assert not [option for option in options if "mem" in option or "gpu" in option or "exclusive" in option]
+
+
+def test_any_option_of_sbatch_passes_and_takes_the_place_of_ours() -> None:
+    asked = ["account=abc", "qos=high", "exclude=n[7-9]", "signal=B:USR1@60", "comment=a b#c", "gres=gpu:h100:8"]
+    options = _options(_script(options=[*asked, "no-requeue=", "mem=0", "cpus_per_task=16"]))
+    assert {"--account=abc", "--qos=high", "--exclude='n[7-9]'", "--signal=B:USR1@60", "--comment='a b#c'"} <= set(
+        options
+    )
+    assert {"--gres=gpu:h100:8", "--no-requeue", "--mem=0", "--cpus-per-task=16"} <= set(options)
+    assert {option.partition("=")[0] for option in options}.isdisjoint({"--requeue", "--gpus-per-node"})
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_options_that_the_job_sets_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"--option {key}=1: the job sets sbatch's --{key} itself"):
+        _script(options=[f"{key}=1"])
 
 
 @pytest.mark.parametrize(
-    ("states", "whole"),
+    ("changes", "message"),
     [
-        ((AppState.RUNNING, AppState.PENDING), AppState.RUNNING),
-        ((AppState.SUCCEEDED, AppState.FAILED), AppState.FAILED),
-        ((AppState.SUCCEEDED, AppState.SUCCEEDED), AppState.SUCCEEDED),
-        ((), AppState.UNKNOWN),
+        ({"options": ["p=main"]}, "--option p=main: give the long name"),
+        ({"options": ["comment=a\nb"]}, "--option comment: its value must be one line"),
+        ({"options": ["main"]}, "--option 'main' is not KEY=VALUE"),
+        ({"image": "i"}, "--image has no effect with scheduler slurm"),
+        ({"mounts": ["/a:/b"]}, "--mount has no effect with scheduler slurm"),
+        ({"machine": "cpu-2"}, "--procs-per-node 8 on machine cpu-2, which has 2 cores"),
     ],
 )
-def test_state_of_a_job_of_several_parts(states: tuple[AppState, ...], whole: AppState) -> None:
-    assert state_of([JobPart(job_id="1", name="trainer-0", state=state) for state in states]) == whole
+def test_impossible_requests_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _script(**changes)
 
 
-def test_states_that_torchx_does_not_know() -> None:
-    assert app_state("COMPLETING") == AppState.RUNNING
-    assert app_state("CANCELLED by 1000") == AppState.CANCELLED
-    with pytest.raises(SlurmError, match="slurm reports state 'DREAMING'"):
-        app_state("DREAMING")
+def test_what_the_user_typed_arrives_as_typed(tmp_path: Path) -> None:
+    """The script's last line, read by a shell, is the argument list of the component."""
+    typed = ["name=a b$(c)", "x=${app_id} $HOME 'q' \"r\" \\ `d` \u00fc", "y=$$"]
+    last = _script(overrides=typed, run_dir=Path("/runs/$HOME x")).splitlines()[-1].removeprefix("exec ")
+    shown = subprocess.run(["/bin/sh", "-c", f"printf '%s\\0' {last}"], capture_output=True, text=True, check=True)
+    words = shown.stdout.split("\0")
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--set"] == typed
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--run-dir"] == ["/runs/$HOME x"] * 2
 
 
-def _answers(monkeypatch: pytest.MonkeyPatch, **answers: tuple[int, str, str]) -> None:
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _answers(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> list[list[str]]:
+    asked: list[list[str]] = []
+
+    def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+        asked.append(command)
         code, output, errors = answers[command[0]]
         return subprocess.CompletedProcess(command, code, output, errors)
 
-    monkeypatch.setattr(slurm, "_run", run)
+    monkeypatch.setattr(slurm_queue, "run", run)
+    return asked
 
 
+SCONTROL = """\
+JobId=1 JobName=a UserId=root(0) JobState=RUNNING Reason=None TimeLimit=1:00 EndTime=2026-01-01T00:00:00 \
+NodeList=n[1-2] Command=/a JobState=b WorkDir=/runs/a b/jobs/x StdErr=/dev/null
+JobId=7 ArrayJobId=5 ArrayTaskId=1 JobName=b JobState=PENDING Reason=PartitionTimeLimit TimeLimit=UNLIMITED EndTime=x
+JobId=9 JobName=other UserId=root(0) JobState=DREAMING Reason=None
+garbage = = JobState
+"""
+SACCT = "\x1f".join(["9", "CANCELLED by 0", "n1", "0:15", "None", "/runs"]) + "\nhalf a line\n"
 NO_ACCOUNTING = (1, "", "Slurm accounting storage is disabled\n")
+FORGOTTEN = (1, "", "slurm_load_jobs error: Invalid job id specified\n")
 
 
-def test_without_accounting_scontrol_answers_and_the_reason_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    _answers(monkeypatch, sacct=NO_ACCOUNTING, scontrol=(0, SCONTROL, ""))
-    described = AnySlurm("test").describe("1")
-    assert described is not None
-    assert described.state == AppState.RUNNING
-    assert [replica.id for replica in described.roles_statuses[0].replicas] == [0, 1]
-    assert "sacct failed (Slurm accounting storage is disabled): asking scontrol" in caplog.text
-
-
-def test_with_accounting_sacct_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    _answers(monkeypatch, sacct=(0, SACCT, ""))
-    described = AnySlurm("test").describe("1")
-    assert described is not None
-    assert described.state == AppState.CANCELLED
-
-
-def test_list_has_one_line_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    _answers(monkeypatch, sacct=NO_ACCOUNTING, scontrol=(0, SCONTROL, ""))
-    assert [(job.app_id, job.state) for job in AnySlurm("test").list()] == [
-        ("1", AppState.RUNNING),
-        ("9", AppState.SUCCEEDED),
-    ]
-
-
-@pytest.mark.parametrize(("code", "state"), [("0", AppState.SUCCEEDED), ("143", AppState.FAILED)])
-def test_a_forgotten_job_is_read_from_its_output(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, state: AppState
-) -> None:
-    forgotten = (1, "", "slurm_load_jobs error: Invalid job id specified\n")
-    _answers(monkeypatch, sacct=NO_ACCOUNTING, scontrol=forgotten)
-    assert AnySlurm("test").describe("7") is None
-    (tmp_path / "slurm-7.out").write_text(f"+ echo 'job exited with code 9'\njob exited with code {code}\n")
-    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
-    records.save(
-        records.JobRecord(handle="slurm://longview/7", recipe="r", run_dir="/r", job_dir=str(tmp_path), pid=1, time=0.0)
+def test_scontrol_is_read_whatever_others_jobs_look_like() -> None:
+    first, second, third = parse_scontrol(SCONTROL)
+    assert first == SlurmJob(
+        job_id="1",
+        slurm_state="RUNNING",
+        nodes="n[1-2]",
+        end_time="2026-01-01T00:00:00",
+        work_dir="/runs/a b/jobs/x",
     )
-    described = AnySlurm("test").describe("7")
-    assert described is not None
-    assert described.state == state
+    assert (second.job_id, second.state, second.end_time) == ("5_1", AppState.PENDING, "")
+    assert third.state == AppState.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("word", "state"),
+    [("COMPLETING", AppState.RUNNING), ("CANCELLED by 1000", AppState.CANCELLED), ("", AppState.UNKNOWN)],
+)
+def test_states_that_torchx_does_not_know(word: str, state: AppState) -> None:
+    assert app_state(word) == state
+
+
+def test_what_scontrol_has_forgotten_sacct_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    _answers(monkeypatch, scontrol=FORGOTTEN, sacct=(0, SACCT, ""))
+    found = Slurm("test").status("9", None)
+    assert found is not None
+    assert (found.state, found.reason) == (AppState.CANCELLED, "CANCELLED by 0, exit code 0:15")
+
+
+def test_a_job_that_can_never_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    _answers(monkeypatch, scontrol=(0, SCONTROL, ""))
+    found = Slurm("test").status("5_1", None)
+    assert found is not None
+    assert found.reason == f"can never start because {NEVER['PartitionTimeLimit']} (PartitionTimeLimit)"
+
+
+def _record(folder: Path) -> JobRecord:
+    return JobRecord(handle="slurm://longview/7", recipe="r", run_dir="/r", job_dir=str(folder), pid=1, time=0.0)
+
+
+@pytest.mark.parametrize(("status", "state"), [("0", AppState.SUCCEEDED), ("1: why", AppState.FAILED)])
+def test_a_job_that_all_have_forgotten_is_read_from_its_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str, state: AppState
+) -> None:
+    _answers(monkeypatch, sacct=NO_ACCOUNTING, scontrol=FORGOTTEN)
+    assert Slurm("test").status("7", None) is None
+    (tmp_path / "job.out").write_text(f"the job ends with status 3: requeued\nthe job ends with status {status}\n")
+    found = Slurm("test").status("7", _record(tmp_path))
+    assert found is not None
+    assert (found.state, found.reason) == (state, status.partition(": ")[2])
+
+
+def test_list_shows_ours_with_recipe_and_run_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    records.save_in(tmp_path, _record(tmp_path))
+    ours = f"JobId=7 JobName=x JobState=RUNNING WorkDir={tmp_path} StdErr=/e\n"
+    _answers(monkeypatch, sacct=NO_ACCOUNTING, scontrol=(0, SCONTROL + ours, ""))
+    (job,) = Slurm("test").jobs()
+    assert (job.app_id, job.state, job.record) == ("7", AppState.RUNNING, _record(tmp_path))
 
 
 def test_a_controller_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    _answers(monkeypatch, sacct=NO_ACCOUNTING, scontrol=(1, "", "Unable to contact slurm controller\n"))
+    _answers(monkeypatch, scontrol=(1, "", "Unable to contact slurm controller\n"))
     with pytest.raises(SlurmError, match="scontrol failed: Unable to contact slurm controller"):
-        AnySlurm("test").describe("1")
+        Slurm("test").status("1", None)
+
+
+def test_a_job_that_slurm_refuses_leaves_no_copy_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    commands(sbatch=f"test -f {tmp_path}/run/jobs/*/launch/node.py && echo no partition gpu >&2\nexit 1")
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run")
+        options = check(connection.scheduler, asked)
+        with pytest.raises(SlurmError, match="sbatch failed: no partition gpu"):
+            connection.submit(asked, options)
+    assert list((tmp_path / "run" / "jobs").iterdir()) == []
+    assert component.train(asked).roles[0].num_replicas == 2

@@ -1,7 +1,12 @@
-"""Two-node jobs on a real Slurm: every process joins, the demo recipe trains, and a later submission resumes it."""
+"""Jobs on a real Slurm of two nodes: every process joins, the demo trains and resumes, and a run gets to its end.
+
+What goes on in several allocations waits for Slurm far longer than it works: those jobs are sent first, one beside the
+other, and looked at last.
+"""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,16 +14,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torchx.specs import AppState
+from torchx.specs import AppDef, AppState
 
-from launch import records
-from launch.submit import Request, runner, submit
+from launch import attempts, component, logs, records
+from launch.progress import newest_checkpoint
+from launch.records import JobRecord
+from launch.request import Request
+from launch.resources import MACHINES
+from launch.schedulers import slurm_queue
+from launch.schedulers.slurm import Slurm, SlurmRequest
+from launch.submit import check, connected
 from launch.workspace import ROOT
 from tests.support.slurm import Cluster, missing_programs, slurm_cluster
 from tests.support.small_data import small_dataset
 from tests.support.training import SMALL, losses, read_lines
+from trainer.run_dir import RunDir
 
-TIMEOUT_S = 180
+TIMEOUT_S = 300
+ENDED = (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED)
+STEPS = 700
+"""Of a counting job, a tenth of a second each: more than a minute's allocation has room for."""
 
 
 @pytest.fixture(scope="module")
@@ -35,44 +50,47 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-@pytest.mark.parametrize(
-    "failures",
-    [
-        pytest.param((), id="first-time"),
-        # Slurm takes two to three minutes to start a requeued heterogeneous job.
-        pytest.param(("1",), id="after-a-failure", marks=pytest.mark.slow),
-    ],
-)
-def test_nodes_find_each_other(cluster: Cluster, tmp_path: Path, failures: tuple[str, ...]) -> None:
-    request = Request(
-        recipe="kuairand_sample",
-        scheduler="slurm",
-        nodes=2,
-        procs_per_node=1,
-        run_dir=tmp_path,
-        max_retries=len(failures),
-    )
-    app = request.app()
-    (role,) = app.roles
-    role.args = [*role.args[: role.args.index("--")], "--", "-m", "tests.launch.tiny_job", str(tmp_path), *failures]
-    # The job's copy of the code leaves the tests out.
-    role.env["PYTHONPATH"] = str(ROOT)
-    with runner("slurm") as torchx:
-        handle = submit(torchx, request, app)
-        status = torchx.wait(handle, wait_interval=0.5)
-        listed = {job.app_handle: job.state for job in torchx.list("slurm")}
-    assert status is not None
-    assert status.state == AppState.SUCCEEDED, _output(tmp_path)
-    assert listed[handle] == AppState.SUCCEEDED
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster) -> JobRecord:
+    """A job whose minute is not enough."""
+    return _count(cluster.folder / "limited", str(STEPS), options=["time=1"])
+
+
+@pytest.fixture(scope="module")
+def chained(cluster: Cluster) -> JobRecord:
+    """A job that may not be requeued, warned as a site does it."""
+    record = _count(cluster.folder / "chained", "150", options=["no-requeue="])
+    _warn(record)
+    return record
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_machine_type_is_understood(cluster: Cluster, name: str, tmp_path: Path) -> None:
+    """This cluster has no such machines, and says so instead of finding fault with the script."""
+    machine = MACHINES[name]
+    with connected("slurm") as connection:
+        request = _request(tmp_path, nodes=200, procs_per_node=machine.gpus or machine.cpus, machine=name)
+        built = connection.dry_run(request, check(connection.scheduler, request)).request
+    (tmp_path / "job.sh").write_text(built.script())
+    sbatch = slurm_queue.run(["sbatch", "--test-only", str(tmp_path / "job.sh")])
+    wanted = "Invalid generic resource" if machine.gpus else "not available|Node count specification invalid"
+    assert any(words in sbatch.stderr for words in wanted.split("|")), sbatch.stderr
+
+
+def test_nodes_find_each_other(limited: JobRecord, chained: JobRecord, tmp_path: Path) -> None:
+    record = _send(_request(tmp_path), ["-m", "tests.launch.tiny_job", str(tmp_path)])
+    _expect(record, AppState.SUCCEEDED)
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
+    listed = {job.record.handle: job.state for job in Slurm("test").jobs() if job.record}
+    assert listed[record.handle] == AppState.SUCCEEDED
 
 
 def test_the_demo_trains_on_two_nodes_and_resumes(cluster: Cluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert _train(run_dir, "max_steps=3") == "SUCCEEDED"
+    _train(run_dir, "max_steps=3")
     first = losses(read_lines(run_dir / "metrics.jsonl"))
     assert sorted(first) == [1, 2, 3]
-    assert _train(run_dir, "max_steps=5") == "SUCCEEDED"
+    _train(run_dir, "max_steps=5")
     lines = read_lines(run_dir / "metrics.jsonl")
     assert sorted(losses(lines)) == [1, 2, 3, 4, 5]
     assert {line["world_size"] for line in lines} == {2}
@@ -81,51 +99,147 @@ def test_the_demo_trains_on_two_nodes_and_resumes(cluster: Cluster, tmp_path: Pa
     assert json.loads((run_dir / "config.json").read_text())["name"] == "kuairand_sample"
 
 
-def test_a_failed_job_says_so_and_its_output_is_found(cluster: Cluster, tmp_path: Path) -> None:
-    handle = _submit(tmp_path / "run", "data.path=nowhere")
-    assert _end(handle) == "FAILED"
-    shown = _launch("logs", handle, "--node", "0")
-    assert "nowhere" in shown.stdout
+def test_a_run_that_always_fails_stops_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
+    record = _count(tmp_path, "30", "100", "1", "2", "always", max_retries=2, max_restarts=2)
+    _expect(record, AppState.FAILED)
+    ends = [(attempt.ended, attempt.progress) for attempt in attempts.read(tmp_path)]
+    assert ends == [("failed", False)] * 3
+    assert "3 failures in a row without a new checkpoint, --max-retries is 2" in _batch_output(record)
+    fault = logs.first_failure(record, logs.last_start(record))
+    assert fault is not None
+    assert (fault.rank, "out of luck" in fault.words) == (1, True)
 
 
-def _train(run_dir: Path, *overrides: str) -> str:
-    state = _end(_submit(run_dir, *overrides))
-    assert state == "SUCCEEDED", _output(run_dir)
-    return state
+def test_a_failure_after_progress_costs_no_retry(cluster: Cluster, tmp_path: Path) -> None:
+    _expect(_count(tmp_path, "10", "3", "1", "8"), AppState.SUCCEEDED)
+    ends = [(attempt.ended, attempt.step) for attempt in attempts.read(tmp_path)]
+    assert [ended for ended, _ in ends] == ["failed", "done"]
+    # It began again after the last checkpoint before the failure; its partner had one step more or less.
+    assert ends[0][1] >= 6
 
 
-def _submit(run_dir: Path, *overrides: str) -> str:
-    size = ("--scheduler", "slurm", "--nodes", "2", "--procs-per-node", "1", "--option", "partition=main")
-    done = _launch(
-        "submit",
-        "kuairand_sample",
-        *size,
-        "--run-dir",
-        str(run_dir),
-        "--set",
-        f"data.path={small_dataset()}",
-        *SMALL,
-        *overrides,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    record = _count(tmp_path, "100000")
+    _until_counting(record)
+    Slurm("test").cancel_job(_job_id(record), record)
+    _expect(record, AppState.CANCELLED)
+    step = newest_checkpoint(RunDir(tmp_path))
+    assert step > 0
+    assert _counted(tmp_path) == list(range(1, step + 1))
+    assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["taken"]
 
 
-def _end(handle: str) -> str:
+def test_what_a_node_cannot_see_is_said_with_its_name(cluster: Cluster, tmp_path: Path) -> None:
+    record = _send(_request(tmp_path), ["-m", "x"], interpreter="/nowhere/python")
+    _expect(record, AppState.FAILED)
+    fault = logs.first_failure(record, logs.span_of(record))
+    assert fault is not None
+    assert "error: node longview-n" in fault.words
+    assert "has no interpreter /nowhere/python" in fault.words
+
+
+def test_where_requeueing_is_forbidden_a_successor_goes_on(chained: JobRecord) -> None:
+    _expect(chained, AppState.SUCCEEDED)
+    assert [attempt.ended for attempt in attempts.read(Path(chained.run_dir))] == ["stopped", "done"]
+    successor = records.find(chained.handle)
+    assert successor is not None
+    assert successor.handle != chained.handle
+
+
+def test_a_run_longer_than_the_time_limit_gets_to_its_end(limited: JobRecord) -> None:
+    _expect(limited, AppState.SUCCEEDED)
+    ends = [attempt.ended for attempt in attempts.read(Path(limited.run_dir))]
+    assert ends[-1] == "done"
+    assert set(ends[:-1]) == {"stopped"}
+    assert _counted(Path(limited.run_dir)) == list(range(1, STEPS + 1))
+
+
+def _request(run_dir: Path, **changes: object) -> Request:
+    values: dict[str, object] = {"recipe": "kuairand_sample", "scheduler": "slurm", "nodes": 2, "procs_per_node": 1}
+    return Request(**(values | {"run_dir": run_dir} | changes))  # type: ignore[arg-type]
+
+
+def _count(run_dir: Path, *arguments: str, **changes: object) -> JobRecord:
+    command = ["-m", "tests.launch.counting_job", str(run_dir), *arguments]
+    return _send(_request(run_dir, **changes), command)
+
+
+def _send(request: Request, command: list[str], interpreter: str | None = None) -> JobRecord:
+    """Submit a job that runs `command` on every process instead of the trainer; the nodes' interpreter may be another
+    than the batch script's."""
+    real = component.train
+
+    def train(asked: Request) -> AppDef:
+        app = real(asked)
+        (role,) = app.roles
+        role.args = [*role.args[: role.args.index("--")], "--", *command]
+        # The job's copy of the code leaves the tests out.
+        role.env["PYTHONPATH"] = str(ROOT)
+        return app
+
+    with pytest.MonkeyPatch.context() as patch, connected("slurm") as connection:
+        patch.setattr(component, "train", train)
+        if interpreter is not None:
+            script = SlurmRequest.script
+            patch.setattr(
+                SlurmRequest, "script", lambda self: script(self).replace(f" -- {sys.executable}", f" -- {interpreter}")
+            )
+        return connection.submit(request, check(connection.scheduler, request))
+
+
+def _job_id(record: JobRecord) -> str:
+    """Of the job, or of the one that goes on from it."""
+    newest = records.find(record.handle) or record
+    return newest.handle.rpartition("/")[2]
+
+
+def _expect(record: JobRecord, state: AppState) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
-        state = _launch("status", handle).stdout.strip()
-        if state in ("SUCCEEDED", "FAILED", "CANCELLED"):
-            return state
-        time.sleep(0.5)
-    _launch("cancel", handle)
-    pytest.fail(f"{handle} has not ended after {TIMEOUT_S} s")
+        found = Slurm("test").status(_job_id(record), record)
+        if found is not None and found.state in ENDED:
+            if found.state == state:
+                return
+            if not (found.state == AppState.FAILED and _job_id(record) != record.handle.rpartition("/")[2]):
+                pytest.fail(f"{record.handle} {found}\n{_batch_output(record)}\n{_node_output(record)}")
+        signal.sigtimedwait([], 0.3)
+    Slurm("test").cancel_job(_job_id(record), record)
+    pytest.fail(f"{record.handle} has not ended after {TIMEOUT_S} s\n{_batch_output(record)}\n{_node_output(record)}")
 
 
-def _launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def _until_counting(record: JobRecord) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not RunDir(Path(record.run_dir)).metrics_file.exists():
+        assert time.monotonic() < deadline, _batch_output(record)
+        signal.sigtimedwait([], 0.1)
 
 
-def _output(run_dir: Path) -> str:
-    return "".join(path.read_text()[-3000:] for path in sorted((run_dir / "jobs").glob("*/slurm-*")))
+def _warn(record: JobRecord) -> None:
+    """What a site's own early warning, --signal=USR1@..., does."""
+    _until_counting(record)
+    assert slurm_queue.run(["scancel", "--signal=USR1", _job_id(record)]).returncode == 0
+
+
+def _counted(run_dir: Path) -> list[int]:
+    return sorted({line["step"] for line in read_lines(run_dir / "metrics.jsonl")})
+
+
+def _train(run_dir: Path, *overrides: str) -> None:
+    size = ("--scheduler", "slurm", "--nodes", "2", "--procs-per-node", "1", "--option", "partition=main")
+    command = [sys.executable, "-m", "launch", "submit", "kuairand_sample", *size, "--run-dir", str(run_dir)]
+    command += ["--set", f"data.path={small_dataset()}", *SMALL, *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = [
+        job for job in map(records.find_in, (run_dir / "jobs").iterdir()) if job and job.handle == done.stdout.strip()
+    ]
+    _expect(record, AppState.SUCCEEDED)
+
+
+def _batch_output(record: JobRecord) -> str:
+    path = Path(record.job_dir, "job.out")
+    return path.read_text() if path.exists() else "no output"
+
+
+def _node_output(record: JobRecord) -> str:
+    return "".join(path.read_text()[-2000:] for path in sorted(Path(record.job_dir).glob("node-*.out")))

@@ -1,132 +1,103 @@
-"""Requests as each scheduler would receive them (TorchX's dry run), and requests that are refused."""
+"""What is checked before a job is sent, whatever the scheduler; Docker's requests."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.slurm import SlurmError
-from launch.submit import Request, check_options, dry_run, runner, submit
+from launch.paths import with_absolute_data
+from launch.request import Request
+from launch.submit import check, connected
+from launch.workspace import ROOT
+from tests.launch.test_component import request
+from trainer.recipes import load_recipe
+from trainer.typed_values import apply_overrides
 
 
-def _request(scheduler: str, **changes: Any) -> Request:
-    arguments: dict[str, Any] = {
-        "recipe": "kuairand_sample",
-        "nodes": 2,
-        "procs_per_node": 8,
-        "run_dir": Path("/runs/demo"),
-    }
-    return Request(scheduler=scheduler, **(arguments | changes))
-
-
-def _built(request: Request) -> Any:
-    with runner(request.scheduler) as torchx:
-        check_options(torchx, request)
-        return dry_run(torchx, request, request.app()).request
-
-
-def test_local_processes_inherit_nothing_from_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    request = _built(_request("local_cwd", nodes=1, procs_per_node=2, run_dir=None))
-    (replica,) = request.role_params["trainer"]
-    assert replica.args[1:3] == ["-m", "launch.node"]
-    assert replica.args[-2:] == ["--run-dir", str(tmp_path / "runs" / "kuairand_sample")]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_slurm_job_is_heterogeneous_and_names_its_resources() -> None:
-    request = _built(_request("slurm", machine="h200-8", max_retries=3, options=("partition=gpu", "time=1:00:00")))
-    assert request.job_dir == "/runs/demo/jobs/DRY-RUN"
-    script = request.materialize()
-    header = [line for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert header[1] == "#SBATCH hetjob"
-    for node, line in enumerate(header[::2]):
-        for option in (
-            f"--job-name=trainer-{node}",
-            "--requeue",
-            "--partition=gpu",
-            "--time=1:00:00",
-            "--cpus-per-task=184",
-            "--gpus-per-task=8",
-            "--mem=1900000",
-        ):
-            assert option in line.split()
-    # srun takes the cores a task from its own option only (Slurm 22.05 and later).
-    assert script.count("--cpus-per-task=184") == 4
-    assert script.count("--first-node-variable SLURM_JOB_NODELIST_HET_GROUP_0") == 2
-    assert "export TORCHX_MAX_RETRIES=3" in script
-    assert "--run-dir /runs/demo" in script
-
-
-def test_slurm_without_a_machine_asks_for_cores_only() -> None:
-    header = _built(_request("slurm", nodes=1, procs_per_node=2)).materialize().split("set -evx")[0]
-    assert "--cpus-per-task=2" in header
-    assert "--mem" not in header
-    assert "gpu" not in header
-
-
-def test_slurm_quotes_what_the_user_typed() -> None:
-    script = _built(_request("slurm", overrides=("name=a b$(c)",), run_dir=Path("/runs/$HOME"))).materialize()
-    assert "--run-dir '/runs/$HOME' --set 'name=a b$(c)'" in script
-
-
-def test_kubernetes_job_has_a_pod_a_node() -> None:
-    request = _built(
-        _request("kubernetes", machine="h200-8", image="img:1", options=("queue=q",), mounts=("/nfs:/nfs",))
-    )
-    spec = request.resource["spec"]
-    assert (spec["schedulerName"], spec["queue"], len(spec["tasks"])) == ("volcano", "q", 2)
-    for rank, task in enumerate(spec["tasks"]):
-        (container,) = task["template"].spec.containers
-        assert container.image == "img:1"
-        assert container.command[:3] == ["python", "-m", "launch.node"]
-        assert container.command[container.command.index("--node-rank") + 1] == str(rank)
-        assert container.resources.limits == {"cpu": "184000m", "memory": "1900000M", "nvidia.com/gpu": "8"}
-        assert "/nfs" in [mount.mount_path for mount in container.volume_mounts]
-        variable = container.command[container.command.index("--first-node-variable") + 1]
-        assert variable == ("TORCHX_RANK0_HOST" if rank == 0 else "VC_TRAINER_0_HOSTS")
+def _built(**changes: Any) -> Any:
+    asked = request(**({"machine": None} | changes))
+    with connected(asked.scheduler) as connection:
+        return connection.dry_run(asked, check(connection.scheduler, asked)).request
 
 
 def test_docker_containers_share_a_network_and_know_the_first() -> None:
-    request = _built(_request("local_docker", machine="cpu-2", procs_per_node=2, image="img:1"))
-    hosts = {container.kwargs["environment"]["TORCHX_RANK0_HOST"] for container in request.containers}
-    assert hosts == {request.containers[0].kwargs["name"]}
-    assert {container.kwargs["network"] for container in request.containers} == {"torchx"}
-    assert {container.kwargs["mem_limit"] for container in request.containers} == {"7000m"}
+    built = _built(
+        scheduler="local_docker",
+        machine="cpu-2",
+        procs_per_node=2,
+        image="img:1",
+        run_dir=Path("/runs/demo"),
+        mounts=["/srv:/runs"],
+    )
+    hosts = {container.kwargs["environment"]["TORCHX_RANK0_HOST"] for container in built.containers}
+    assert hosts == {built.containers[0].kwargs["name"]}
+    assert {container.kwargs["network"] for container in built.containers} == {"torchx"}
+    assert {container.kwargs["mem_limit"] for container in built.containers} == {"7000m"}
+
+
+@pytest.mark.parametrize("scheduler", ["kubernetes", "local_docker"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run_dir": Path("/runs/a")}, "needs --image and --run-dir, a path inside the container"),
+        ({"image": "i", "run_dir": None}, "needs --image and --run-dir, a path inside the container"),
+        ({"image": "i", "run_dir": Path("runs/a")}, "--run-dir runs/a is relative"),
+        ({"image": "i", "run_dir": Path("/runs/a")}, "--run-dir /runs/a lies under no --mount"),
+        ({"image": "i", "run_dir": Path("/runs/a"), "mounts": ["/x:/run"]}, "lies under no --mount"),
+        ({"image": "i", "run_dir": Path("/runs/a"), "mounts": ["/x:/runs:ro"]}, "lies under a read-only --mount"),
+        (
+            {"image": "i", "run_dir": Path("/runs/a"), "mounts": ["/x:/runs", "/y:/runs/a:ro"]},
+            "lies under a read-only --mount",
+        ),
+    ],
+)
+def test_runs_that_would_end_with_their_container_are_refused(
+    scheduler: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _built(scheduler=scheduler, **changes)
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "changes", "message"),
+    ("changes", "message"),
     [
-        ("lsf", {}, "unknown scheduler 'lsf': known are local_cwd, slurm, kubernetes, local_docker"),
-        ("kubernetes", {}, "scheduler kubernetes needs --image and --run-dir"),
-        ("local_docker", {"image": "i", "run_dir": None}, "scheduler local_docker needs --image and --run-dir"),
-        ("slurm", {"image": "i"}, "--image and --mount have no effect with scheduler slurm"),
-        ("local_cwd", {"machine": "cpu-2"}, "--machine and --max-retries have no effect with scheduler local_cwd"),
-        ("slurm", {"machine": "cpu-2"}, "--procs-per-node 8 on machine cpu-2, which has 2 cores"),
-        (
-            "slurm",
-            {"options": ("partitions=main",)},
-            "--option 'partitions=main' is not KEY=VALUE with a key of slurm: .*partition",
-        ),
-        ("slurm", {"options": ("job_dir=/x",)}, "--option 'job_dir=/x' is not KEY=VALUE"),
-        ("kubernetes", {"image": "i"}, "kubernetes: .*queue.*--option"),
+        ({"scheduler": "lsf"}, "unknown scheduler 'lsf': known are local_cwd, slurm, kubernetes, local_docker"),
+        ({"scheduler": "local_cwd", "machine": "cpu-2"}, "--machine has no effect with scheduler local_cwd"),
+        ({"scheduler": "local_cwd", "max_retries": 2}, "--max-retries has no effect with scheduler local_cwd"),
+        ({"scheduler": "local_cwd", "options": ["a=b"]}, "--option a=b: scheduler local_cwd has no options"),
     ],
 )
-def test_impossible_requests_are_refused(scheduler: str, changes: dict[str, Any], message: str) -> None:
+def test_what_has_no_effect_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _built(_request(scheduler, **changes))
+        _built(**changes)
 
 
-def test_a_job_that_slurm_refuses_leaves_no_copy_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(
-        '#!/bin/sh\ntest -f "${0%/bin/sbatch}"/run/jobs/*/launch/node.py && echo no partition gpu >&2\nexit 1\n'
-    )
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
-    request = _request("slurm", run_dir=tmp_path / "run")
-    with runner("slurm") as torchx, pytest.raises(SlurmError, match="sbatch failed: no partition gpu"):
-        submit(torchx, request, request.app())
-    assert list((tmp_path / "run" / "jobs").iterdir()) == []
+def _paths(asked: Request, *, in_container: bool = False) -> dict[str, str]:
+    config = apply_overrides(load_recipe(asked.recipe), asked.overrides)
+    sent = with_absolute_data(asked, config, in_container=in_container)
+    return dict(override.split("=", 1) for override in sent.overrides)
+
+
+def test_relative_data_is_what_the_caller_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "more"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    mix = ["data.path=mine", 'data.mix_paths=["more", "/abs", "s3://b/c"]', "data.mix_weights=[1,1,1,1]"]
+    mix += ["data.max_samples=10"]
+    sent = _paths(request(overrides=mix))
+    assert sent["data.path"] == str(tmp_path / "mine")
+    assert json.loads(sent["data.mix_paths"]) == [str(tmp_path / "more"), "/abs", "s3://b/c"]
+    # The recipe's own data travels with the code, from any folder.
+    assert _paths(request()) == {}
+    # A local job runs where it is submitted.
+    assert _paths(request(scheduler="local_cwd", overrides=["data.path=mine"])) == {"data.path": "mine"}
+
+
+@pytest.mark.parametrize(("path", "in_container"), [("nowhere", False), ("tests", True)])
+def test_relative_data_that_no_node_would_find_is_refused(
+    monkeypatch: pytest.MonkeyPatch, path: str, in_container: bool
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=f"data.path={path} "):
+        _paths(request(overrides=[f"data.path={path}"]), in_container=in_container)

@@ -4,6 +4,7 @@ python -m tests.launch.tiny_job FOLDER [RANK_THAT_FAILS]
 """
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,14 +21,18 @@ def main(folder: Path, failing_rank: int) -> None:
     (folder / f"rank-{rank}").write_text(f"{dist.get_world_size()} {total.item():.0f}")
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
-    (logs / f"rank-{rank}.log").write_text("2026-01-01 00:00:00,000 INFO trainer: started\n")
+    (logs / f"rank-{rank}.log").write_text(f"{_now()} INFO trainer: started\n")
     dist.barrier()
     print(f"rank {rank} is here", flush=True)
     dist.destroy_process_group()
     if rank == failing_rank and not restarted:
         with (logs / f"rank-{rank}.log").open("a") as log:
-            log.write("2026-01-01 00:00:01,000 ERROR trainer: out of luck\n")
+            log.write(f"{_now()} ERROR trainer: out of luck\n")
         sys.exit(1)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S,000")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The thread of every rank talks to the others by a gloo group of its own, so noth
 """
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging
 from trainer.config import CheckpointConfig
 from trainer.mesh import Mesh
-from trainer.run_dir import JsonLines, RunDir, forget_after
+from trainer.run_dir import JsonLines, RunDir, forget_after, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest_step: int | None = None
+        self._started = 0.0
 
     def restore(self, newest: Newest) -> Restart:
         """Load the newest checkpoint that is whole, put those that are not out of the way, and drop what the run wrote
@@ -157,6 +159,7 @@ class Checkpointer:
         self.wait()
         if progress.step == self._newest_step:
             return
+        self._started = time.monotonic()
         tensors = self._tensors()
         self._check_finite(tensors, progress.step)
         layout = lay_out(written_pieces(tensors, self._mesh.rank, self._mesh.world_size))
@@ -206,6 +209,9 @@ class Checkpointer:
         problem = gather(problem, self._group)[0]
         if problem is None:
             self._newest_step = progress.step
+            if self._mesh.is_first:
+                # How long before an allocation's end a launcher must warn the run.
+                write_json(self._run.saving_file, {"step": progress.step, "seconds": time.monotonic() - self._started})
             return
         if self._mesh.is_first:
             self._give_up(progress.step)

@@ -1,0 +1,255 @@
+"""What a Slurm job does within an allocation: start the run on all nodes, warn it in time, and see that it goes on.
+
+    python -m launch.allocation --run-dir DIR --max-retries N --max-restarts M --nodes 2 --cpus-per-task 8 -- COMMAND
+
+The batch script becomes this process, on the job's first node.  It ends the run in good order some time before the
+allocation ends: the lead is what the last save took, measured, and twice what lies between two steps at which ranks
+agree to stop.  Then, and after a failure that may be tried again, it has Slurm start the job anew: by requeueing it, or
+where that is forbidden by a successor that depends on this job (`afternotok`).
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torchx.specs import AppState
+
+from launch import attempts, signals
+from launch.node import free_port, job_status
+from launch.progress import newest_checkpoint
+from launch.records import find_in, save_in
+from launch.schedulers import slurm_queue
+from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
+from launch.schedulers.slurm_queue import SlurmJob
+from trainer.command_line import FAILED, STOPPED, WRONG_USE
+from trainer.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+MARGIN_S = 15.0
+"""Added to the lead: a signal's way to every process, and their end."""
+UNKNOWN_SAVE_S = 60.0
+"""Taken for the time of a save before the run has made one."""
+TAKEN = ("NODE_FAIL", "PREEMPTED", "CANCELLED", "TIMEOUT", "REQUEUED", "COMPLETING", "DEADLINE", "BOOT_FAIL")
+"""States in which Slurm is ending the job itself."""
+NODE_FAILURE = "node failure"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allocation:
+    """One allocation of a job."""
+
+    job_id: str
+    """Slurm's number."""
+    job_dir: Path
+    """Where the code lies and the output goes; its name is the submission's."""
+    run_dir: Path
+    """The run directory."""
+    nodes: int
+    """Machines."""
+    cpus_per_task: int
+    """Cores of a node's task; 0: what Slurm gives."""
+    max_retries: int
+    """Failures in a row without a new checkpoint after which there is another start."""
+    max_restarts: int
+    """Starts within this allocation after the first."""
+    command: tuple[str, ...]
+    """What every node runs."""
+
+    def run(self) -> int:
+        """Start the run until it is done or this allocation should end; returns the batch job's exit status."""
+        restarts = 0
+        while True:
+            before = self._newest_step()
+            status = self._start()
+            after = self._newest_step()
+            if status == 0:
+                self._note("done", "", before, after)
+                return self._say(0, "")
+            job = slurm_queue.find_job(self.job_id)
+            taken = _taken(job)
+            if job is not None and taken and taken != NODE_FAILURE:
+                self._note("taken", taken, before, after)
+                # Slurm itself starts a requeued job again, and one that was cancelled was cancelled.
+                return self._chain(taken) if job.reason == "TimeLimit" else self._say(STOPPED, f": {taken}")
+            if status == STOPPED or taken:
+                reason = taken or "stopped in good order"
+                self._note("taken" if taken else "stopped", reason, before, after)
+                return self._go_on(reason)
+            reason = "a process failed"
+            if status == WRONG_USE:
+                self._note("failed", reason, before, after)
+                return self._say(WRONG_USE, ": wrong use, which another start would repeat")
+            self._note("failed", reason, before, after)
+            failures = attempts.failures_without_progress(attempts.read(self.run_dir, self.job_dir.name))
+            if failures > self.max_retries:
+                return self._say(
+                    FAILED,
+                    f": {failures} failures in a row without a new checkpoint, --max-retries is {self.max_retries}",
+                )
+            if restarts < self.max_restarts:
+                restarts += 1
+                logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
+                continue
+            return self._go_on(reason)
+
+    def _start(self) -> int:
+        """Run the command on all nodes; returns the exit status of the whole."""
+        environment = {
+            **os.environ,
+            "TORCHX_RANK0_HOST": os.environ.get("SLURMD_NODENAME", "localhost"),
+            # This process is on the first node, so what is free here is free there; a new one at every start.
+            "MASTER_PORT": str(free_port()),
+        }
+        srun = subprocess.Popen(self._srun(), env=environment)
+        started = time.time()
+        warn_at, stopping = self._warning_time(started), False
+        while srun.poll() is None:
+            received = signals.next_signal(None if stopping or warn_at is None else warn_at - time.time())
+            if received is None:
+                # The limit may have been extended since, and the run knows better how long it takes to save.
+                warn_at = self._warning_time(started)
+            near = warn_at is not None and time.time() >= warn_at
+            if not stopping and (near or received in signals.STOPPING):
+                why = received.name if received in signals.STOPPING else "the time limit is near"
+                logger.info("%s: the run saves its state and stops", why)
+                stopping = True
+                # srun ends its step on SIGTERM and SIGINT; SIGUSR1 it passes on.
+                srun.send_signal(signal.SIGUSR1)
+        return job_status(srun.returncode)
+
+    def _srun(self) -> list[str]:
+        options = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--export=ALL"]
+        # Since Slurm 22.05 srun does not take over sbatch's cores a task: every process would share one core.
+        options += [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []
+        output = self.job_dir / NODE_OUTPUT.format("%n")
+        # A node that fails takes the others with it; one that is done does not.
+        options += ["--kill-on-bad-exit=1", "--wait=0", "--mpi=none", f"--output={output}", "--open-mode=append"]
+        return ["srun", *options, "/bin/sh", "-c", _ENTER, "sh", str(self.job_dir), *self.command]
+
+    def _warning_time(self, started: float) -> float | None:
+        """When the run, `started` at that time, must be told to stop; None without a time limit."""
+        job = slurm_queue.find_job(self.job_id)
+        try:
+            end = time.mktime(time.strptime(job.end_time if job else "", "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            return None
+        # A short allocation is not spent on leads alone.
+        return end - min(stopping_time_s(RunDir(self.run_dir)), (end - started) / 2)
+
+    def _newest_step(self) -> int:
+        return newest_checkpoint(RunDir(self.run_dir))
+
+    def _note(self, ended: attempts.Ending, reason: str, before: int, after: int) -> None:
+        attempts.note(self.run_dir, self.job_dir.name, ended=ended, reason=reason, before=before, after=after)
+
+    def _go_on(self, reason: str) -> int:
+        """Have Slurm start the job again, by a requeue or, where that is refused, a successor."""
+        logger.info("%s: the job asks Slurm to start it again", reason)
+        requeue = slurm_queue.run(["scontrol", "requeue", self.job_id])
+        if requeue.returncode == 0:
+            # Slurm ends this process; until it does, nothing else is to be done.
+            return self._say(STOPPED, f": {reason}; requeued")
+        logger.info("scontrol requeue was refused (%s): a successor waits for this job", requeue.stderr.strip())
+        return self._chain(reason)
+
+    def _chain(self, reason: str) -> int:
+        script = self.job_dir / SCRIPT
+        sbatch = slurm_queue.run(["sbatch", "--parsable", f"--dependency=afternotok:{self.job_id}", str(script)])
+        if sbatch.returncode != 0:
+            return self._say(FAILED, f": {reason}; neither requeue nor sbatch: {' '.join(sbatch.stderr.split())}")
+        successor = sbatch.stdout.strip().split(";")[0]
+        record = find_in(self.job_dir)
+        if record is not None:
+            save_in(self.job_dir, replace(record, handle=f"{record.handle.rpartition('/')[0]}/{successor}"))
+        return self._say(STOPPED, f": {reason}; job {successor} goes on")
+
+    def _say(self, status: int, why: str) -> int:
+        """The last words, which `status` reads where Slurm has forgotten the job."""
+        print(f"the job ends with status {status}{why}", flush=True)
+        return status
+
+
+_ENTER = """\
+node="node ${SLURMD_NODENAME:-$(hostname)}"
+cd "$1" 2>/dev/null || {
+  echo "error: $node has no folder $1, which holds the job's code: put the run directory where all nodes see it" >&2
+  exit 5
+}
+command -v "$2" >/dev/null || {
+  echo "error: $node has no interpreter $2: name one with --python that all nodes have" >&2
+  exit 5
+}
+shift
+exec "$@"
+"""
+"""Enters the job's folder on each node; where it cannot, Slurm would start in another, with the code that is there."""
+
+
+def stopping_time_s(run: RunDir) -> float:
+    """How long before an end the run must know of it: for its save, and its way to the next step it may stop at."""
+    try:
+        saving = float(json.loads(run.saving_file.read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        saving = UNKNOWN_SAVE_S
+    return MARGIN_S + 2 * saving + 2 * _seconds_between_stops(run)
+
+
+def _seconds_between_stops(run: RunDir) -> float:
+    try:
+        steps = json.loads(run.config_file.read_text())["log_every"]
+        last = run.metrics_file.read_text(errors="replace").splitlines()[-1]
+        return float(steps * json.loads(last)["step_ms"] / 1000)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return 0.0
+
+
+def _taken(job: SlurmJob | None) -> str:
+    """Whether Slurm is taking the allocation, or a node of it, away; empty if not."""
+    if job is None:
+        return ""
+    word = job.slurm_state.split()[0]
+    if word in TAKEN or job.state not in (AppState.RUNNING, AppState.SUBMITTED):
+        return word
+    if job.nodes:
+        # The job still counts as running for a while after a node has gone.
+        sinfo = slurm_queue.run(["sinfo", "--noheader", "--Node", f"--nodes={job.nodes}", "--format=%T"])
+        if any(word in state for state in sinfo.stdout.lower().split() for word in ("down", "fail", "*", "unk")):
+            return NODE_FAILURE
+    return ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the arguments of the batch script and run; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m launch.allocation", description="Run a job within an allocation.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="the run directory")
+    parser.add_argument("--max-retries", type=int, required=True, help="failures in a row without a new checkpoint")
+    parser.add_argument("--max-restarts", type=int, required=True, help="starts within the allocation")
+    parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
+    parser.add_argument("--cpus-per-task", type=int, required=True, help="cores a node; 0: what Slurm gives")
+    parser.add_argument("command", nargs="+", help="after --: what every node runs")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    signals.hold()
+    return Allocation(
+        job_id=os.environ["SLURM_JOB_ID"],
+        job_dir=Path.cwd(),
+        run_dir=given.run_dir,
+        nodes=given.nodes,
+        cpus_per_task=given.cpus_per_task,
+        max_retries=given.max_retries,
+        max_restarts=given.max_restarts,
+        command=tuple(given.command),
+    ).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

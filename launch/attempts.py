@@ -1,0 +1,74 @@
+"""How the starts of a job ended, one line each in the run directory; and whether another one is worth it.
+
+A time limit, a preemption and a node's failure cost nothing.  Nor does a failure after which there is a newer complete
+checkpoint than before it: the run gets on.  Failures without progress, one after the other, are what the budget counts.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+FILE = "attempts.jsonl"
+
+Ending = Literal["done", "stopped", "failed", "taken"]
+"""Done; stopped in good order; failed; or the scheduler took a node or the whole allocation away."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """The end of one start of the job's processes."""
+
+    submission: str
+    """Name of the job's folder: a new submission has a new budget."""
+    ended: Ending
+    """How."""
+    reason: str
+    """One line."""
+    step: int
+    """Of the newest complete checkpoint afterwards; 0: there is none."""
+    progress: bool
+    """Whether that is newer than before."""
+    time: float
+    """Unix seconds."""
+
+
+def note(run_dir: Path, submission: str, *, ended: Ending, reason: str, before: int, after: int) -> None:
+    """Append how a start ended; `before` and `after` are the newest complete checkpoints' steps."""
+    attempt = Attempt(
+        submission=submission,
+        ended=ended,
+        reason=reason,
+        step=after,
+        progress=after > before,
+        time=time.time(),
+    )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / FILE).open("a") as file:
+        file.write(json.dumps(asdict(attempt)) + "\n")
+
+
+def read(run_dir: Path, submission: str | None = None) -> list[Attempt]:
+    """The attempts noted in a run directory, all or one submission's; a torn line is none."""
+    path = run_dir / FILE
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            attempt = Attempt(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        if submission in (None, attempt.submission):
+            found.append(attempt)
+    return found
+
+
+def failures_without_progress(attempts: list[Attempt]) -> int:
+    """How many failures in a row have brought no new checkpoint; what is no failure neither counts nor ends the row."""
+    count = 0
+    for attempt in attempts:
+        if attempt.progress:
+            count = 0
+        elif attempt.ended == "failed":
+            count += 1
+    return count

@@ -1,0 +1,73 @@
+"""The TorchX component: a request to a job description (an AppDef).  It only builds data.
+
+The worker command is a module and a list of arguments, never a shell string: `launch.node` runs on every node, finds
+the first node and starts the trainer's processes.
+"""
+
+from pathlib import Path, PurePath
+
+from torchx.specs import AppDef, BindMount, Role, VolumeMount, macros
+
+from launch.request import Request
+from launch.resources import Machine, machine_named
+
+ROLE = "trainer"
+
+
+def train(request: Request) -> AppDef:
+    """`python -m trainer train` on `nodes` x `procs_per_node` processes.
+
+    Raises:
+        ValueError: the machine is unknown or too small, or a mount is malformed.
+    """
+    trainer = ["-m", "trainer", "train", request.recipe, "--run-dir", str(request.absolute_run_dir)]
+    if request.plan is not None:
+        trainer += ["--plan", str(Path.cwd() / request.plan)]
+    for override in request.overrides:
+        trainer += ["--set", override]
+    node = ["-m", "launch.node", "--nodes", str(request.nodes), "--procs-per-node", str(request.procs_per_node)]
+    node += ["--node-rank", macros.replica_id, "--first-node-variable", macros.rank0_env]
+    role = Role(
+        name=ROLE,
+        image=request.image or "",
+        entrypoint=request.interpreter,
+        # `$` starts a macro in TorchX's arguments; a doubled one is itself.
+        args=[*node, "--", *(argument.replace("$", "$$") for argument in trainer)],
+        num_replicas=request.nodes,
+        resource=_machine(request).resource(),
+        max_retries=request.max_retries,
+        mounts=mounts_of(request),
+    )
+    metadata = {"run_dir": str(request.absolute_run_dir), "max_restarts": str(request.max_restarts)}
+    return AppDef(name=request.job_name, roles=[role], metadata=metadata)
+
+
+def _machine(request: Request) -> Machine:
+    if request.machine:
+        return machine_named(request.machine, procs_per_node=request.procs_per_node)
+    return Machine(name="unnamed", cpus=request.procs_per_node, memory_mib=0, gpus=0)
+
+
+def mounts_of(request: Request) -> list[BindMount | VolumeMount]:
+    """The request's mounts in TorchX's terms.
+
+    Raises:
+        ValueError: one is malformed.
+    """
+    return [_mount(mount) for mount in request.mounts]
+
+
+def _mount(text: str) -> BindMount | VolumeMount:
+    """`/SRC:/DST` is a folder of the node, `CLAIM:/DST` a volume; `:ro` after either makes it read-only."""
+    source, _, rest = text.partition(":")
+    target, colon, mode = rest.partition(":")
+    if not source or not PurePath(target).is_absolute() or (colon and mode != "ro"):
+        raise ValueError(
+            f"--mount {text!r} must be SRC:DST or SRC:DST:ro, with DST an absolute path and SRC an absolute one or "
+            "the name of a volume"
+        )
+    if PurePath(source).is_absolute():
+        return BindMount(src_path=source, dst_path=target, read_only=bool(colon))
+    if "/" in source:
+        raise ValueError(f"--mount {text!r}: {source!r} is a relative path; give an absolute one")
+    return VolumeMount(src=source, dst_path=target, read_only=bool(colon))

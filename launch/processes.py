@@ -1,0 +1,109 @@
+"""The processes of a job on one node: started, told to stop, and the one that failed first named.
+
+Each is told its place by torchrun's variables, so the trainer knows of no launcher.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launch import signals
+from trainer.command_line import FAILED, STOPPED
+
+GRACE_S = 15.0
+"""How long the others may take to end after one has failed: their collectives fail at once, or never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where this node stands in the job."""
+
+    nodes: int
+    """Machines."""
+    procs_per_node: int
+    """Processes a machine."""
+    node_rank: int
+    """This machine's number, from 0."""
+    first_host: str
+    """Name of the first node, where its first process keeps the job's store."""
+    port: int
+    """At which it does."""
+
+    def rank(self, local_rank: int) -> int:
+        """The number in the job of a process of this node."""
+        return self.node_rank * self.procs_per_node + local_rank
+
+    def variables(self, local_rank: int, environment: Mapping[str, str]) -> dict[str, str]:
+        """The environment of one process."""
+        own = {
+            "RANK": str(self.rank(local_rank)),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.nodes * self.procs_per_node),
+            "LOCAL_WORLD_SIZE": str(self.procs_per_node),
+            "MASTER_ADDR": self.first_host,
+            "MASTER_PORT": str(self.port),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.procs_per_node > 1:
+            own["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")
+        return {**environment, **own}
+
+
+def run_processes(command: Sequence[str], place: Place) -> int:
+    """Run `command` as every process of this node; returns when all have ended, with the job's exit status.
+
+    To be called with signals held.  The first that asks to stop is passed on, and then waited for as long as saving
+    takes; a second Ctrl-C ends the processes.  When one fails, the others are asked to end and, after GRACE_S, made to.
+    """
+    running = {
+        local_rank: subprocess.Popen(command, env=place.variables(local_rank, os.environ), start_new_session=True)
+        for local_rank in range(place.procs_per_node)
+    }
+    status, deadline = 0, None
+    asked: set[signal.Signals] = set()
+    while running:
+        received = signals.next_signal(None if deadline is None else deadline - time.monotonic())
+        if received is None:
+            _send(signal.SIGKILL, running)
+            deadline = None
+        elif received != signal.SIGCHLD:
+            if received == signal.SIGINT and received in asked:
+                _send(signal.SIGKILL, running)
+            elif not asked:
+                _send(received, running)
+            asked.add(received)
+        for local_rank, process in list(running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del running[local_rank]
+            if status in (0, STOPPED) and code not in (0, STOPPED):
+                print(_how_it_failed(place, local_rank, code), file=sys.stderr, flush=True)
+                _send(signal.SIGTERM, running)
+                deadline = time.monotonic() + GRACE_S
+                status = code if code > 0 else FAILED
+            elif status == 0:
+                status = code
+    return status
+
+
+def _send(number: signal.Signals, running: Mapping[int, "subprocess.Popen[bytes]"]) -> None:
+    for process in running.values():
+        process.send_signal(number)
+
+
+def _how_it_failed(place: Place, local_rank: int, code: int) -> str:
+    """One line with a time, by which the first failure of all nodes is found."""
+    how = f"ended with status {code}"
+    if code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            how += " (by the system when memory runs out, or by hand)"
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    moment = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"{moment} rank {place.rank(local_rank)} failed: it {how} (node {place.node_rank}, {host})"

@@ -1,0 +1,66 @@
+"""How far a job's run has come, from the files of its run directory alone."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from launch import attempts
+from launch.records import JobRecord
+from trainer.checkpoint.catalogue import COMPLETE, Catalogue, step_folder
+from trainer.checkpoint.store import open_store
+from trainer.run_dir import RunDir
+
+
+def progress_lines(record: JobRecord) -> list[str]:
+    """Recipe, run, step, loss, age of the last checkpoint, starts: what is known of each."""
+    run = RunDir(Path(record.run_dir))
+    lines = [f"recipe: {record.recipe}", f"run: {run.path}"]
+    if not run.path.is_dir():
+        # It lies in containers, or on another machine.
+        return lines
+    last = _last_metrics(run.metrics_file)
+    if last:
+        lines.append(f"step: {last.get('step')}, loss {last.get('loss')}, {_age(last.get('time'))} ago")
+    step = newest_checkpoint(run)
+    if step:
+        written = (run.checkpoints / step_folder(step) / COMPLETE).stat().st_mtime
+        lines.append(f"last checkpoint: step {step}, {_age(written)} ago")
+    else:
+        lines.append("last checkpoint: none")
+    starts = attempts.read(run.path, Path(record.job_dir).name) if record.job_dir else []
+    if starts:
+        failed = attempts.failures_without_progress(starts)
+        lines.append(f"starts that ended: {len(starts)}, the last one {starts[-1].ended} {starts[-1].reason}".rstrip())
+        lines.append(f"failures in a row without a new checkpoint: {failed}")
+    return lines
+
+
+def newest_checkpoint(run: RunDir) -> int:
+    """The step of the newest complete checkpoint; 0 where there is none."""
+    return max(Catalogue(open_store(str(run.checkpoints))).steps(), default=0)
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    """The last whole line, read from the file's end: a long run's file is large."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def _age(moment: float | None) -> str:
+    if moment is None:
+        return "unknown"
+    seconds = max(0, int(time.time() - moment))
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"

@@ -1,0 +1,1 @@
+"""Schedulers: one file each, behind the protocol of `launch.schedulers.protocol`."""

@@ -1,0 +1,34 @@
+"""What the schedulers that run images share: which requests they refuse."""
+
+from pathlib import PurePosixPath
+
+from torchx.specs import BindMount, VolumeMount
+
+from launch.component import mounts_of
+from launch.request import Request
+
+
+def check_container(request: Request) -> None:
+    """Refuse a request without an image, or whose run directory would end with the container.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not request.image or request.run_dir is None:
+        raise ValueError(f"scheduler {request.scheduler} needs --image and --run-dir, a path inside the container")
+    if not request.run_dir.is_absolute():
+        raise ValueError(f"--run-dir {request.run_dir} is relative: give an absolute path inside the container")
+    _check_run_dir(PurePosixPath(request.run_dir), mounts_of(request))
+
+
+def _check_run_dir(run_dir: PurePosixPath, mounts: list[BindMount | VolumeMount]) -> None:
+    """Make sure that what a run writes outlives its containers.
+
+    Raises:
+        ValueError: the run directory lies under no mount, or under one that is read-only.
+    """
+    above = [mount for mount in mounts if run_dir.is_relative_to(mount.dst_path)]
+    if not above:
+        raise ValueError(f"--run-dir {run_dir} lies under no --mount: what the run writes would end with its container")
+    if max(above, key=lambda mount: len(mount.dst_path)).read_only:
+        raise ValueError(f"--run-dir {run_dir} lies under a read-only --mount: a run must write there")

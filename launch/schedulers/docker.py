@@ -1,0 +1,92 @@
+"""Docker on this machine: TorchX's scheduler, a container a node."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from docker.errors import DockerException
+from torchx.schedulers.api import AppDryRunInfo
+from torchx.schedulers.docker_scheduler import DockerJob, DockerScheduler
+from torchx.specs import CfgVal
+
+from launch import records
+from launch.component import ROLE
+from launch.records import JobRecord
+from launch.request import Request
+from launch.schedulers.containers import check_container
+from launch.schedulers.protocol import Finding, JobStatus, ListedJob, options_from, parser_of, resolve_options
+
+
+class Docker(DockerScheduler):
+    """Containers of one Docker engine, on a network of their own."""
+
+    needs_image: ClassVar[bool] = True
+    without_effect: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, session_name: str) -> None:
+        super().__init__(session_name)
+        self.backend = "local_docker"
+
+    def check(self, request: Request) -> dict[str, CfgVal]:
+        """TorchX's options, an image, and a run directory that outlives the containers."""
+        known = self.run_opts()
+        options = options_from(request, parse=parser_of(known, "local_docker"))
+        check_container(request)
+        return resolve_options(known, options, "local_docker")
+
+    def job_dir(self, request: Request, name: str) -> Path | None:
+        """The code is in the image and the output with the engine."""
+        return None
+
+    def schedule(self, dryrun_info: AppDryRunInfo[DockerJob]) -> str:
+        """Start the containers.
+
+        Raises:
+            ConnectionError: the engine does not answer.
+        """
+        with _answering():
+            return str(super().schedule(dryrun_info))
+
+    def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
+        """From the containers."""
+        with _answering():
+            described = self.describe(app_id)
+        return None if described is None else JobStatus(state=described.state)
+
+    def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
+        """The container's log."""
+        with _answering():
+            try:
+                yield from self.log_iter(app_id, ROLE, node)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
+
+    def cancel_job(self, app_id: str, record: JobRecord | None) -> None:
+        """Stop the containers."""
+        with _answering():
+            self.cancel(app_id)
+
+    def jobs(self) -> Sequence[ListedJob]:
+        """All that TorchX started, with our record where there is one."""
+        ours = {record.handle.rpartition("/")[2]: record for record in records.load()}
+        with _answering():
+            return [ListedJob(app_id=job.app_id, state=job.state, record=ours.get(job.app_id)) for job in self.list()]
+
+    def doctor(self) -> Iterator[Finding]:
+        """Whether the engine answers."""
+        try:
+            with _answering():
+                version: dict[str, Any] = self._docker_client.version()
+        except ConnectionError as error:
+            yield Finding(ok=False, text=str(error))
+            return
+        yield Finding(ok=True, text=f"Docker {version.get('Version', '')} answers")
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except DockerException as error:
+        raise ConnectionError(f"Docker does not answer: {' '.join(str(error).split())}") from None

@@ -1,0 +1,173 @@
+"""Jobs on this machine, in the foreground: they live as long as the process that submitted them, on its terminal."""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppResponse, Scheduler
+from torchx.schedulers.ids import make_unique
+from torchx.specs import AppDef, AppState, CfgVal, is_terminal, macros
+
+from launch import records, signals
+from launch.node import free_port, job_status
+from launch.records import JobRecord
+from launch.request import Request
+from launch.schedulers.protocol import Finding, JobStatus, ListedJob, options_from
+from trainer.command_line import FAILED, STOPPED
+
+logger = logging.getLogger(__name__)
+
+_ENDED = "ended.json"
+_FIRST_NODE = "TORCHX_RANK0_HOST"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalRequest:
+    """Processes to start, one a node."""
+
+    app_id: str
+    """The job's name."""
+    commands: tuple[tuple[str, ...], ...]
+    """Of each node."""
+    environment: dict[str, str]
+    """What all get besides this process's environment."""
+
+    def __str__(self) -> str:
+        return "\n".join(shlex.join(command) for command in self.commands)
+
+
+class Local(Scheduler[dict[str, CfgVal]]):
+    """This machine; a node of a job is a process here."""
+
+    needs_image: ClassVar[bool] = False
+    without_effect: ClassVar[tuple[str, ...]] = ("image", "mounts", "machine", "max_retries")
+
+    def __init__(self, session_name: str) -> None:
+        super().__init__("local_cwd", session_name)
+        self._nodes: dict[str, list[subprocess.Popen[bytes]]] = {}
+
+    def check(self, request: Request) -> dict[str, CfgVal]:
+        """There are no options."""
+
+        def refuse(key: str, value: str) -> dict[str, CfgVal]:
+            raise ValueError(f"--option {key}={value}: scheduler local_cwd has no options")
+
+        return options_from(request, parse=refuse)
+
+    def job_dir(self, request: Request, name: str) -> Path:
+        """In the run directory."""
+        return request.absolute_run_dir / "jobs" / name
+
+    def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[LocalRequest]:
+        (role,) = app.roles
+        app_id = make_unique(app.name)
+        commands = []
+        for node in range(role.num_replicas):
+            values = macros.Values(img_root="", app_id=app_id, replica_id=str(node), rank0_env=_FIRST_NODE)
+            replica = values.apply(role)
+            commands.append((replica.entrypoint, *replica.args))
+        environment = {_FIRST_NODE: "localhost", "MASTER_PORT": str(free_port())}
+        return AppDryRunInfo(LocalRequest(app_id=app_id, commands=tuple(commands), environment=environment), str)
+
+    def schedule(self, dryrun_info: AppDryRunInfo[LocalRequest]) -> str:
+        """Start a process a node.
+
+        Raises:
+            OSError: the interpreter cannot be started.
+        """
+        request: LocalRequest = dryrun_info.request
+        environment = {**os.environ, **request.environment}
+        # In sessions of their own: Ctrl-C reaches them by way of this process only.
+        self._nodes[request.app_id] = [
+            subprocess.Popen(command, env=environment, start_new_session=True) for command in request.commands
+        ]
+        return request.app_id
+
+    def wait(self, app_id: str, record: JobRecord) -> int:
+        """Wait for the job's end; returns its exit status.  To be called with signals held.
+
+        What asks this process to stop asks the job to; a second Ctrl-C ends it without saving.
+        """
+        nodes = self._nodes[app_id]
+        stops = False
+        while any(node.poll() is None for node in nodes):
+            received = signals.next_signal(None)
+            if received not in (None, signal.SIGCHLD):
+                if not stops:
+                    logger.info("the job saves its state and stops; Ctrl-C again ends it at once")
+                stops = True
+                for node in nodes:
+                    node.send_signal(received)
+            elif any(node.poll() not in (None, 0, STOPPED) for node in nodes):
+                # A node that failed takes the others with it, which would wait for it.
+                for node in nodes:
+                    node.terminate()
+        codes = [node.returncode for node in nodes]
+        status = FAILED if min(codes) < 0 else job_status(max(codes))
+        state = {0: AppState.SUCCEEDED, STOPPED: AppState.CANCELLED}.get(status, AppState.FAILED)
+        Path(record.job_dir, _ENDED).write_text(json.dumps({"state": state.name, "time": time.time()}) + "\n")
+        return status
+
+    def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
+        """From what the submitting process left, or from whether it still runs."""
+        if record is None:
+            return None
+        ended = Path(record.job_dir, _ENDED)
+        if ended.is_file():
+            return JobStatus(state=AppState[json.loads(ended.read_text())["state"]])
+        if _is_submitting(record.pid):
+            return JobStatus(state=AppState.RUNNING, nodes=f"this machine, process {record.pid}")
+        return JobStatus(state=AppState.FAILED, reason="the process that submitted it is gone")
+
+    def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
+        """It went to a terminal."""
+        raise ValueError("a local job's output went to the terminal of its submit command: --rank shows a rank's log")
+
+    def cancel_job(self, app_id: str, record: JobRecord | None) -> None:
+        """Through the process that waits for it."""
+        found = self.status(app_id, record)
+        if record is None or found is None:
+            raise ValueError(f"no local job {app_id} was submitted from this checkout")
+        if not is_terminal(found.state):
+            os.kill(record.pid, signal.SIGTERM)
+
+    def jobs(self) -> Sequence[ListedJob]:
+        """Those submitted from this checkout."""
+        found = []
+        for record in records.load():
+            if record.handle.startswith("local_cwd://"):
+                app_id = record.handle.rpartition("/")[2]
+                known = self.status(app_id, record)
+                assert known is not None, "it has a record"
+                found.append(ListedJob(app_id=app_id, state=known.state, record=record))
+        return found
+
+    def doctor(self) -> Iterator[Finding]:
+        """Nothing to ask here; `python -m trainer doctor` looks at this machine."""
+        yield Finding(ok=True, text=f"{os.cpu_count()} cores; `python -m trainer doctor` looks at this machine closely")
+
+    def describe(self, app_id: str) -> DescribeAppResponse | None:
+        """TorchX's: not used, for it knows only its own process's jobs."""
+        return None
+
+    def list(self) -> list[ListAppResponse]:
+        """TorchX's: see `jobs`."""
+        return [ListAppResponse(app_id=job.app_id, state=job.state) for job in self.jobs()]
+
+    def _cancel_existing(self, app_id: str) -> None:
+        for node in self._nodes[app_id]:
+            node.terminate()
+
+
+def _is_submitting(pid: int) -> bool:
+    """Whether the process exists and is a launcher; the number may have gone to another process since."""
+    command = Path("/proc", str(pid), "cmdline")
+    return command.is_file() and b"launch" in command.read_bytes().split(b"\0")

@@ -1,0 +1,266 @@
+"""Slurm: one job of N whole nodes, one task a node, which goes on by itself until the run is done.
+
+TorchX's own request for Slurm is a heterogeneous job with a part a node, which current Slurm refuses for GPU machines
+and which is N entries in the queue.  Ours is what a Slurm user would write by hand; what happens within an allocation,
+and at its end, is in `launch.allocation`.
+"""
+
+import logging
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppResponse, Scheduler
+from torchx.specs import AppDef, AppState, CfgVal, macros, runopts
+from torchx.workspace.dir_workspace import DirWorkspaceMixin
+
+from launch import records
+from launch.records import JobRecord
+from launch.request import Request
+from launch.schedulers import slurm_queue
+from launch.schedulers.protocol import Finding, JobStatus, ListedJob, options_from
+from launch.schedulers.slurm_doctor import look_at_cluster
+from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob
+
+logger = logging.getLogger(__name__)
+
+OURS = {
+    "array": "sweep",
+    "chdir": "--run-dir",
+    "error": "the job's folder",
+    "job-name": "the recipe and the run",
+    "nodes": "--nodes",
+    "ntasks": "--nodes",
+    "ntasks-per-node": "--nodes: one task a node, which starts --procs-per-node processes",
+    "open-mode": "append",
+    "output": "the job's folder",
+    "parsable": "submit",
+    "test-only": "--dry-run",
+    "wrap": "the recipe",
+}
+"""Options of sbatch that a job sets itself, and what from; all others may be given."""
+
+BATCH_OUTPUT = "job.out"
+"""What the job's batch script says, in the job's folder."""
+
+NODE_OUTPUT = "node-{}.out"
+"""What a node's processes say, in the job's folder."""
+
+SCRIPT = "job.sh"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmRequest:
+    """A batch script and its options."""
+
+    job_dir: str
+    """Where the code lies and the output goes."""
+    options: dict[str, str]
+    """Of sbatch; an empty value is an option without one."""
+    environment: dict[str, str]
+    """Variables besides those of the submitting shell."""
+    command: tuple[str, ...]
+    """What the batch script becomes."""
+
+    def script(self) -> str:
+        """The file that sbatch reads: sending it again by hand does the same."""
+        lines = [
+            f"#SBATCH --{key}" + (f"={shlex.quote(value)}" if value else "") for key, value in self.options.items()
+        ]
+        lines += [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
+        lines += [f"cd {shlex.quote(self.job_dir)} || exit 1", f"exec {shlex.join(self.command)}", ""]
+        return "\n".join(["#!/bin/bash", *lines])
+
+    def __str__(self) -> str:
+        return f"sbatch {shlex.quote(f'{self.job_dir}/{SCRIPT}')}\n\n{self.script()}"
+
+
+class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
+    """Slurm of any version from 22.05 on, with or without accounting."""
+
+    needs_image: ClassVar[bool] = False
+    without_effect: ClassVar[tuple[str, ...]] = ("image", "mounts")
+
+    def __init__(self, session_name: str) -> None:
+        super().__init__("slurm", session_name)
+
+    def _run_opts(self) -> runopts:
+        known = runopts()
+        known.add("job_dir", type_=str, required=True, help="Where the code is copied to and the output goes.")
+        return known
+
+    def check(self, request: Request) -> dict[str, CfgVal]:
+        """Any option of sbatch but those that the job sets itself."""
+        options = options_from(request, parse=_sbatch_option)
+        options["job_dir"] = str(self.job_dir(request, "DRY-RUN"))
+        return options
+
+    def job_dir(self, request: Request, name: str) -> Path:
+        """In the run directory, which all nodes share."""
+        return request.absolute_run_dir / "jobs" / name
+
+    def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[SlurmRequest]:
+        (role,) = app.roles
+        # One command for all nodes: each reads its number, and `launch.allocation` says who the first one is.
+        values = macros.Values(
+            img_root="", app_id="SLURM_JOB_ID", replica_id="SLURM_NODEID", rank0_env="TORCHX_RANK0_HOST"
+        )
+        node = values.apply(role)
+        given = {key: str(value) for key, value in cfg.items() if key != "job_dir"}
+        resource, job_dir = role.resource, str(cfg["job_dir"])
+        options = {"job-name": app.name, "nodes": str(role.num_replicas), "ntasks-per-node": "1"}
+        if resource.memMB > 0:
+            # A named machine type: the whole machine.
+            options |= {"exclusive": "", "mem": str(resource.memMB)}
+        if resource.gpu > 0:
+            options["gpus-per-node"] = str(resource.gpu)
+        options |= {"cpus-per-task": str(resource.cpu), "requeue": ""}
+        # What a site wants said otherwise takes the place of what we would say.
+        for ours, others in _INSTEAD.items():
+            if any(other in given for other in others):
+                options.pop(ours, None)
+        options |= {"chdir": job_dir, "output": BATCH_OUTPUT, "open-mode": "append"} | given
+        own = ["-m", "launch.allocation", "--run-dir", app.metadata["run_dir"], "--max-retries", str(role.max_retries)]
+        own += ["--max-restarts", app.metadata["max_restarts"], "--nodes", str(role.num_replicas)]
+        own += ["--cpus-per-task", options.get("cpus-per-task", "0")]
+        request = SlurmRequest(
+            job_dir=job_dir,
+            options=options,
+            # TorchX's name of the job is not known before it has a number.
+            environment={key: value for key, value in node.env.items() if key != "TORCHX_JOB_ID"},
+            command=(node.entrypoint, *own, "--", node.entrypoint, *node.args),
+        )
+        return AppDryRunInfo(request, str)
+
+    def schedule(self, dryrun_info: AppDryRunInfo[SlurmRequest]) -> str:
+        """Submit, and return the job's number; a job that Slurm refuses leaves nothing behind.
+
+        Raises:
+            SlurmError: it refuses.
+        """
+        request = dryrun_info.request
+        script = Path(request.job_dir, SCRIPT)
+        try:
+            script.write_text(request.script())
+            sbatch = slurm_queue.run(["sbatch", "--parsable", str(script)])
+            if sbatch.returncode != 0:
+                raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
+        except Exception:
+            # The copy of the code too.
+            shutil.rmtree(request.job_dir, ignore_errors=True)
+            raise
+        return sbatch.stdout.strip().split(";")[0]
+
+    def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
+        """From Slurm, and from the job's own output where Slurm has forgotten it."""
+        job = slurm_queue.find_job(app_id)
+        if job is None:
+            return _ended(app_id, record)
+        return JobStatus(state=job.state, reason=_explained(job), nodes=job.nodes, time_left=_time_left(job))
+
+    def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
+        """From the job's folder, which the run directory holds."""
+        job = record or self._record_of(app_id)
+        if job is None:
+            raise ValueError(
+                f"job {app_id} is unknown to Slurm and to this checkout: where its output lies is not known"
+            )
+        path = Path(job.job_dir, NODE_OUTPUT.format(node))
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: the job has not started there, or has no such node")
+        yield from path.read_text(errors="replace").splitlines(keepends=True)
+
+    def cancel_job(self, app_id: str, record: JobRecord | None) -> None:
+        """SIGTERM to every process; Slurm kills what still runs after KillWait."""
+        scancel = slurm_queue.run(["scancel", app_id])
+        if scancel.returncode != 0:
+            raise SlurmError(f"scancel failed: {' '.join(scancel.stderr.split())}")
+
+    def jobs(self) -> Sequence[ListedJob]:
+        """Those whose folder holds a record of ours, whoever submitted them."""
+        found = []
+        for job in slurm_queue.all_jobs():
+            record = records.find_in(Path(job.work_dir)) if job.work_dir else None
+            if record is not None:
+                found.append(ListedJob(app_id=job.job_id, state=job.state, record=record))
+        return found
+
+    def doctor(self) -> Iterator[Finding]:
+        """Partitions, limits, GPUs, accounting."""
+        return look_at_cluster()
+
+    def _record_of(self, app_id: str) -> JobRecord | None:
+        job = slurm_queue.find_job(app_id)
+        return records.find_in(Path(job.work_dir)) if job and job.work_dir else None
+
+    def describe(self, app_id: str) -> DescribeAppResponse | None:
+        """TorchX's: the state alone."""
+        found = self.status(app_id, None)
+        return None if found is None else DescribeAppResponse(app_id=app_id, state=found.state, msg=found.reason)
+
+    def list(self) -> list[ListAppResponse]:
+        """TorchX's: see `jobs`."""
+        return [ListAppResponse(app_id=job.app_id, state=job.state) for job in self.jobs()]
+
+    def _cancel_existing(self, app_id: str) -> None:
+        self.cancel_job(app_id, None)
+
+
+_INSTEAD = {
+    "gpus-per-node": ("gres", "gpus", "gpus-per-task"),
+    "mem": ("mem-per-cpu", "mem-per-gpu"),
+    "cpus-per-task": ("cpus-per-gpu",),
+    "requeue": ("no-requeue",),
+    "exclusive": ("oversubscribe",),
+}
+"""An option of ours -> options of a site that take its place."""
+
+
+def _sbatch_option(key: str, value: str) -> dict[str, CfgVal]:
+    key = key.lstrip("-").replace("_", "-")
+    if key in OURS:
+        raise ValueError(f"--option {key}={value}: the job sets sbatch's --{key} itself (from {OURS[key]})")
+    if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
+        raise ValueError(f"--option {key}={value}: give the long name of an option of sbatch, such as partition=main")
+    if "\n" in value:
+        raise ValueError(f"--option {key}: its value must be one line")
+    return {key: value}
+
+
+def _explained(job: SlurmJob) -> str:
+    """Why it waits or how it ended."""
+    if job.state == AppState.PENDING:
+        word = job.reason.split(",")[0].strip("()")
+        return f"can never start because {NEVER[word]} ({word})" if word in NEVER else job.reason
+    if job.state in (AppState.FAILED, AppState.CANCELLED):
+        words = [job.slurm_state, f"reason {job.reason}" if job.reason else "", f"exit code {job.exit_code}"]
+        return ", ".join(word for word in words if word)
+    return job.reason
+
+
+def _time_left(job: SlurmJob) -> str:
+    if job.state != AppState.RUNNING or not job.end_time:
+        return ""
+    try:
+        seconds = int(time.mktime(time.strptime(job.end_time, "%Y-%m-%dT%H:%M:%S")) - time.time())
+    except ValueError:
+        return ""
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds > 0 else "0:00:00"
+
+
+def _ended(app_id: str, record: JobRecord | None) -> JobStatus | None:
+    """The end of a job that Slurm has forgotten, from the last words of its batch script."""
+    output = Path(record.job_dir, BATCH_OUTPUT) if record else None
+    if output is None or not output.is_file():
+        return None
+    ends = re.findall(r"^the job ends with status (\d+)(.*)$", output.read_text(errors="replace"), flags=re.MULTILINE)
+    if not ends:
+        return None
+    logger.info("slurm no longer knows job %s: its state is read from %s", app_id, output)
+    status, why = ends[-1]
+    return JobStatus(state=AppState.SUCCEEDED if status == "0" else AppState.FAILED, reason=why.lstrip(": "))

@@ -1,0 +1,189 @@
+"""Slurm's words about jobs, read with or without accounting.
+
+`scontrol` knows waiting and running jobs, and those that ended minutes ago; `sacct` knows all, where there is an
+accounting database.  Nothing in other people's jobs may stop the reading: what is not understood is unknown.
+"""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torchx.schedulers.slurm_scheduler import SLURM_STATES
+from torchx.specs import AppState
+
+STATES = {
+    **SLURM_STATES,
+    "COMPLETING": AppState.RUNNING,
+    "CONFIGURING": AppState.PENDING,
+    "RESV_DEL_HOLD": AppState.PENDING,
+    "REQUEUE_FED": AppState.PENDING,
+    "REQUEUE_HOLD": AppState.PENDING,
+    "SIGNALING": AppState.RUNNING,
+    "SPECIAL_EXIT": AppState.FAILED,
+    "STAGE_OUT": AppState.RUNNING,
+    "STOPPED": AppState.PENDING,
+}
+
+NEVER = {
+    "AssocGrpGRES": "the account has used up its GPUs",
+    "BadConstraints": "no node satisfies the constraints",
+    "DependencyNeverSatisfied": "the job that it waits for has ended otherwise",
+    "InvalidAccount": "the account is not valid: --option account=NAME",
+    "InvalidQOS": "the quality of service is not valid: --option qos=NAME",
+    "JobHeldAdmin": "an administrator holds it",
+    "JobHeldUser": "it is held: scontrol release it",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "PartitionNodeLimit": "it asks for more nodes than the partition lets a job have",
+    "PartitionTimeLimit": "it asks for more time than the partition allows: --option time=...",
+    "QOSMaxNodePerJobLimit": "it asks for more nodes than the quality of service lets a job have",
+    "QOSMaxWallDurationPerJobLimit": "it asks for more time than the quality of service allows",
+    "ReqNodeNotAvail": "a node that it needs is down, drained or reserved",
+}
+"""Reasons for which a waiting job does not start by waiting, and what they mean."""
+
+# A value ends where the next key begins: "JobName=a b UserId=root(0) ...".
+_FIELD = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][A-Za-z0-9:/_]*=|\s*$)")
+_SEPARATOR = "\x1f"
+_SACCT_FIELDS = ("JobID", "State", "NodeList", "ExitCode", "Reason", "WorkDir")
+
+
+class SlurmError(OSError):
+    """A command of Slurm failed; the message is the command's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmJob:
+    """One job as Slurm tells of it; an empty text is what was not told."""
+
+    job_id: str
+    """The job's number; of a job array's member, ARRAY_INDEX."""
+    slurm_state: str
+    """Slurm's word, such as RUNNING."""
+    reason: str = ""
+    """Slurm's word for why it waits or ended."""
+    nodes: str = ""
+    """Where it runs or ran."""
+    exit_code: str = ""
+    """STATUS:SIGNAL."""
+    end_time: str = ""
+    """When it ends at the latest, as 2026-11-29T01:02:03."""
+    work_dir: str = ""
+    """Our job's folder."""
+
+    @property
+    def state(self) -> AppState:
+        """In TorchX's terms."""
+        return app_state(self.slurm_state)
+
+
+def app_state(slurm_state: str) -> AppState:
+    """TorchX's state for Slurm's, which may carry more words ("CANCELLED by 0")."""
+    words = slurm_state.split()
+    return STATES.get(words[0].rstrip("+") if words else "", AppState.UNKNOWN)
+
+
+def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """Run one of Slurm's commands.
+
+    Raises:
+        SlurmError: it is not installed.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]} is not installed: run this where Slurm's commands are") from None
+
+
+def fields_of(line: str) -> dict[str, str]:
+    """The fields of a line of `scontrol --oneliner`; the first of a name counts, for a user's words come later."""
+    found: dict[str, str] = {}
+    for key, value in _FIELD.findall(line):
+        found.setdefault(key, value)
+    return found
+
+
+def parse_scontrol(output: str) -> list[SlurmJob]:
+    """Jobs from `scontrol --oneliner show job`."""
+    jobs = []
+    for line in output.splitlines():
+        told = fields_of(line)
+        if "JobState" not in told or "JobId" not in told:
+            continue
+        array = told.get("ArrayJobId")
+        # A member that has not started shares one line with the others: its index is a range, and names no job yet.
+        member = f"{array}_{told['ArrayTaskId']}" if array and told.get("ArrayTaskId", "").isdigit() else array
+        jobs.append(
+            SlurmJob(
+                job_id=member or told["JobId"],
+                slurm_state=told["JobState"],
+                reason="" if told.get("Reason") in (None, "None") else told["Reason"],
+                nodes="" if told.get("NodeList") in (None, "(null)") else told["NodeList"],
+                exit_code=told.get("ExitCode", ""),
+                # Without a limit Slurm says a year from now.
+                end_time="" if told.get("TimeLimit") == "UNLIMITED" else told.get("EndTime", ""),
+                work_dir=told.get("WorkDir", ""),
+            )
+        )
+    return jobs
+
+
+def parse_sacct(output: str) -> list[SlurmJob]:
+    """Jobs from sacct with the columns of `_SACCT_FIELDS`."""
+    jobs = []
+    for line in output.splitlines():
+        values = line.split(_SEPARATOR)
+        if len(values) < len(_SACCT_FIELDS):
+            continue
+        told = dict(zip(_SACCT_FIELDS, values, strict=False))
+        jobs.append(
+            SlurmJob(
+                job_id=told["JobID"],
+                slurm_state=told["State"],
+                reason="" if told["Reason"] in ("", "None") else told["Reason"],
+                nodes="" if told["NodeList"] in ("", "None assigned") else told["NodeList"],
+                exit_code=told["ExitCode"],
+                work_dir=told["WorkDir"],
+            )
+        )
+    return jobs
+
+
+def find_job(job_id: str) -> SlurmJob | None:
+    """What Slurm knows of a job; None where it has forgotten it or never knew it.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    scontrol = run(["scontrol", "--oneliner", "show", "job", job_id])
+    if scontrol.returncode == 0:
+        jobs = parse_scontrol(scontrol.stdout)
+    elif "Invalid job id" in scontrol.stderr:
+        jobs = _from_sacct(["--jobs", job_id])
+    else:
+        raise SlurmError(f"scontrol failed: {' '.join(scontrol.stderr.split())}")
+    exact = [job for job in jobs if job.job_id == job_id]
+    # Of a job array as a whole there are its members only.
+    return next(iter(exact or jobs), None)
+
+
+def all_jobs() -> list[SlurmJob]:
+    """Every job that Slurm remembers, other people's too, oldest first.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    scontrol = run(["scontrol", "--oneliner", "show", "job"])
+    if scontrol.returncode != 0:
+        raise SlurmError(f"scontrol failed: {' '.join(scontrol.stderr.split())}")
+    live = {job.job_id: job for job in parse_scontrol(scontrol.stdout)}
+    past = {job.job_id: job for job in _from_sacct(["--starttime", "now-30days"])}
+    return list((past | live).values())
+
+
+def _from_sacct(arguments: Sequence[str]) -> list[SlurmJob]:
+    columns = ["--parsable2", "--noheader", "--allocations", f"--delimiter={_SEPARATOR}"]
+    sacct = run(["sacct", *columns, f"--format={','.join(_SACCT_FIELDS)}", *arguments])
+    # Without an accounting database it fails, and nothing is known beyond what scontrol said.
+    return parse_sacct(sacct.stdout) if sacct.returncode == 0 else []

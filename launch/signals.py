@@ -1,0 +1,42 @@
+"""Signals held back and taken one by one, by processes that wait for others: no handler runs in the middle of anything,
+and none is lost between two lines.
+
+A child inherits that its signals are held until it asks for them, as the trainer does in its first lines: a signal that
+comes while it is still importing waits instead of killing it.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks a job to save and stop: a scheduler's end, Ctrl-C, a scheduler's early warning."""
+
+_HELD = {*STOPPING, signal.SIGCHLD}
+
+
+def hold() -> None:
+    """Hold back the signals that ask to stop, and the end of a child, until this process ends: one that comes in its
+    last moments does not change how it ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """The same for the duration of the block only."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        # What came and was not taken has been dealt with by what came before it: a second Ctrl-C, the last child's end.
+        while signal.sigtimedwait(_HELD, 0) is not None:
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def next_signal(timeout_s: float | None) -> signal.Signals | None:
+    """Wait for a signal that is held back; None after `timeout_s` seconds without one (None: wait for ever)."""
+    if timeout_s is None:
+        return signal.Signals(signal.sigwait(_HELD))
+    taken = signal.sigtimedwait(_HELD, max(0.0, timeout_s))
+    return None if taken is None else signal.Signals(taken.si_signo)
