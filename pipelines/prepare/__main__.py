@@ -107,9 +107,11 @@ def _parser() -> OneLineParser:
     for dataset, (options, _) in FORMATS.items():
         texts = _explanations(options)
         for field in fields(options):
-            action = "store_true" if field.type is bool else "store"
             text = f"{dataset} only. {texts[field.name]}"
-            parser.add_argument(_flag(field.name), action=action, default=None, help=text)
+            if field.type is bool:
+                parser.add_argument(_flag(field.name), action="store_true", default=None, help=text)
+            else:
+                parser.add_argument(_flag(field.name), help=text)
     return parser
 
 

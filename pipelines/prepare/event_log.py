@@ -4,6 +4,7 @@ This is the path that a company's own data takes.  Every column's meaning is in 
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipelines.prepare.log_tables import (
     raw_columns,
     space_types,
 )
+from pipelines.prepare.schema_file import read_schema
 from pipelines.prepare.source import USER_SPACE, Description, item_columns
 from pipelines.prepare.stages import Load
 from pipelines.prepare.times import check_end
@@ -36,11 +38,14 @@ logger = logging.getLogger(__name__)
 class EventLogOptions:
     """Names of the log's columns."""
 
-    user_column: str
+    schema: str = ""
+    """A TOML file that says what the columns mean (pipelines/prepare/README.md), in place of the options that name
+    columns: item and user attributes, lists of ids, numbers, labels, weights, spaces."""
+    user_column: str = ""
     """Who: any type."""
-    item_column: str
+    item_column: str = ""
     """What: any type."""
-    time_column: str
+    time_column: str = ""
     """When, in time_unit."""
     time_unit: str = "s"
     """What the time column holds: whole numbers of s, ms, us or ns since 1970, or timestamp: dates and times, in UTC
@@ -64,8 +69,28 @@ class EventLogOptions:
     drop_duplicates: bool = False
     """Keep one of rows that are equal in every column read; otherwise they are only counted."""
 
-    def schema(self) -> LogSchema:
+    def log_schema(self) -> LogSchema:
         """The description of the log that these options are.  Raises ValueError if they contradict each other."""
+        described = read_schema(Path(self.schema)) if self.schema else self._named()
+        if self.where and described.where:
+            raise ValueError(f"--where {self.where!r} and the schema's where {described.where!r}: give one of them")
+        return replace(
+            described,
+            where=self.where or described.where,
+            skip_invalid=self.skip_invalid,
+            drop_duplicates=self.drop_duplicates,
+        )
+
+    def __post_init__(self) -> None:
+        given = [name for name in NAMING if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if self.schema and given:
+            raise ValueError(f"{_flags(given)} has no effect with --schema, which says it")
+        lacking = [name for name in NEEDED if not getattr(self, name)]
+        if not self.schema and lacking:
+            raise ValueError(f"event_log needs {_flags(lacking)}, or --schema")
+
+    def _named(self) -> LogSchema:
+        """What the options that name columns say."""
         context = tuple(
             LogColumn(name=name, column=name, kind="id", space=USER_SPACE if name == USER_ID else name)
             for name in names(self.context_columns)
@@ -80,10 +105,16 @@ class EventLogOptions:
             action_values=names(self.action_values),
             columns={"sample": context, "event": history},
             request=self.request_column or None,
-            where=self.where or None,
-            skip_invalid=self.skip_invalid,
-            drop_duplicates=self.drop_duplicates,
         )
+
+
+NEEDED = ("user_column", "item_column", "time_column", "action_columns")
+NAMING = (*NEEDED, "time_unit", "action_values", "context_columns", "history_columns", "request_column")
+"""Options that say what a schema file says in their place."""
+
+
+def _flags(options: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in options)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -93,7 +124,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def loader(options: EventLogOptions) -> Load:
     """What `prepare` calls for a log with these columns."""
-    return partial(_load, options.schema())
+    return partial(_load, options.log_schema())
 
 
 def _load(schema: LogSchema, connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:

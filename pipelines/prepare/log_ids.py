@@ -11,7 +11,7 @@ import duckdb
 
 from pipelines.features import ITEM_SPACE, USER_ID, Space
 from pipelines.prepare.engine import quoted
-from pipelines.prepare.log_schema import LogColumn, LogSchema, SpaceOptions
+from pipelines.prepare.log_schema import ROW_LISTS, LogColumn, LogSchema, SpaceOptions
 from pipelines.prepare.log_tables import ITEMS, RAW, USERS, log_columns, raw_name
 from pipelines.prepare.source import USER_SPACE, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
@@ -43,7 +43,7 @@ def number_spaces(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> d
 
 def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
     """The table `events`, of the log's rows."""
-    columns = {column.name: column for part in ("event", "candidate", "label") for column in schema.of(part)}
+    columns = {column.name: column for part in ROW_LISTS for column in schema.of(part)}
     lookups = [Lookup(space=spaces[USER_SPACE], column="user_key"), Lookup(space=spaces[ITEM_SPACE], column="item_key")]
     (user, item, *values), joins = _encoded(connection, RAW, lookups, list(columns.values()), spaces)
     further = "".join(f", {value} AS {quoted(value_column(name))}" for value, name in zip(values, columns, strict=True))

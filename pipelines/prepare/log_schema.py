@@ -1,5 +1,6 @@
 """What a log's columns mean: the description that flags and a schema file give alike."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
@@ -19,6 +20,9 @@ from pipelines.prepare.source import USER_SPACE
 from pipelines.prepare.times import PER_SECOND
 
 PARTS: tuple[Part, ...] = get_args(Part)
+ROW_LISTS: tuple[Part, ...] = ("event", "candidate", "label")
+"""Parts whose values stand in the rows of the log."""
+SPACE_NAME = re.compile(r"[^./]+")
 STORED_PREFIXES = tuple(prefix for prefix in PREFIXES.values() if prefix)
 MISSING_TEXTS = ("null", "NULL", "Null", "nan", "NaN", "NAN", "NaT", "None", "<NA>", "\\N")
 """How programs spell a missing value in text; empty text always is one."""
@@ -124,6 +128,7 @@ class LogSchema:
         self._check_actions()
         for part in PARTS:
             self._check_columns(part)
+        self._check_one_meaning()
         self._check_spaces()
 
     def of(self, part: Part) -> tuple[LogColumn, ...]:
@@ -153,8 +158,22 @@ class LogSchema:
                 raise ValueError(f"the {part} column cannot be called {name}, as the lists of a sample are; rename it")
             if not name or "." in name or "/" in name or name in (*TAKEN, ITEM_ID):
                 raise ValueError(f"the {part} column cannot be called {name!r}; rename it")
+            if part == "label" and column.kind == "ids":
+                raise ValueError(f"the label column {name} cannot hold many ids; give a number or one id")
+            if column.space is not None and not SPACE_NAME.fullmatch(column.space):
+                raise ValueError(f"the space {column.space!r} of column {name} must have a name without dot and slash")
             if name == USER_ID and (part != "sample" or column.column != self.user or column.kind != "id"):
                 raise ValueError(f"the {part} column cannot be called {name}, which says whose a sample is; rename it")
+
+    def _check_one_meaning(self) -> None:
+        """A name means one thing in a row: an event's price is that of the candidate that it was."""
+        meant: dict[str, LogColumn] = {}
+        for column in (column for part in ROW_LISTS for column in self.of(part)):
+            if meant.setdefault(column.name, column) != column:
+                raise ValueError(
+                    f"events, candidates and labels mean two things by {column.name}: {meant[column.name].column} and "
+                    f"{column.column}, or two kinds of value; give two names"
+                )
 
     def _check_spaces(self) -> None:
         """Options only of spaces that a column uses; users and items can be told apart."""

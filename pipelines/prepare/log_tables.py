@@ -4,7 +4,7 @@ raw     log_row, user_key, item_key, rank (the time in its unit), request_key, a
 users_attributes, items_attributes    log_row, key, a column a `raw_name`
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipelines.features import ITEM_SPACE
@@ -120,7 +120,7 @@ def raw_columns(schema: LogSchema, types: Mapping[str, IdType]) -> Columns:
         "rank": ("BIGINT", lambda file: read_time(file.stored(schema.time), schema.time_unit)),
         "request_key": ("UBIGINT", lambda file: _read_request(file, schema, types)),
         "action": ("INTEGER", lambda file: _read_actions(file, schema, types)),
-        **_read_columns(log_columns(schema), types, schema),
+        **_read_columns(log_columns(schema), types, schema, {column.column for column in schema.of("label")}),
     }
 
 
@@ -133,9 +133,10 @@ def attribute_columns(attributes: Attributes, space: str, schema: LogSchema, typ
     return {"key": (types[space].name, read_key), **_read_columns(attributes.columns, types, schema)}
 
 
-def _read_columns(columns: Sequence[LogColumn], types: Mapping[str, IdType], schema: LogSchema) -> Columns:
-    """What columns of all kinds are read as."""
-    labels = {column.column for column in schema.columns.get("label", ())}
+def _read_columns(
+    columns: Sequence[LogColumn], types: Mapping[str, IdType], schema: LogSchema, labels: Container[str] = ()
+) -> Columns:
+    """What columns of all kinds are read as; `labels` are those of which no value may be missing."""
     texts = schema.missing_texts
 
     def entry(column: LogColumn) -> tuple[str, Read]:

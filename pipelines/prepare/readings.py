@@ -121,7 +121,8 @@ def _family(stored: Stored) -> str:
         return kind
     if _is_number(kind):
         return WIDEST
-    raise ValueError(f"{stored.path} stores {stored.name} as {kind}, which cannot be an id")
+    what = "lists where one id a row was expected" if stored.is_list else "which cannot be an id"
+    raise ValueError(f"{stored.path} stores {stored.name} as {kind}, {what}")
 
 
 def _is_text(kind: str) -> bool:
@@ -143,10 +144,6 @@ def missing(value: str, kind: str, texts: Sequence[str]) -> str:
 
 def read_id(stored: Stored, target: IdType, texts: Sequence[str], *, required: bool = False) -> Reading:
     """One id a row, as the type that `id_type` found; with `required`, none may be missing."""
-    if stored.is_list:
-        raise ValueError(
-            f"{stored.path}: column {stored.name} holds lists ({stored.type}), one value a row was expected"
-        )
     column = quoted(stored.name)
     absent = missing(column, stored.type, texts)
     value, wrong = _id(column, stored, target)

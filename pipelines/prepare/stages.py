@@ -141,6 +141,12 @@ def _with_rare_items_merged(
     """The description of `events` after rare items have lost their ids, if the options ask for it."""
     if options.min_count == 1:
         return about
+    others = [each.name for each in about.columns if each.space == ITEM_SPACE and each.name != ITEM_ID]
+    if others:
+        raise ValueError(
+            f"--min-count cannot renumber {others[0]}, another column of the space {ITEM_SPACE}: give the space a "
+            "min_count in the schema file"
+        )
     before = split_time if options.leave_last is None else None
     items = merge_rare_items(connection, about.spaces[ITEM_SPACE], options.min_count, before)
     logger.info(
