@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pipelines.counts import Counts, counts_of
 from pipelines.features import ITEM_ID, Column, DatasetInfo, Kind, NumberStatistics, Part
 
 ITEM_PREFIX = "item."
@@ -45,10 +46,17 @@ class Selection:
     """Inputs, each once."""
     labels: tuple[Column, ...] = ()
     """Label columns besides the action bits, which are always read."""
+    counts: tuple[Counts, ...] = ()
+    """Groups of counts of candidates; their columns are among the features."""
 
     def of(self, *parts: Part) -> tuple[Feature, ...]:
-        """The features over exactly these parts."""
-        return tuple(feature for feature in self.features if feature.parts == parts)
+        """The features over exactly these parts that enter by themselves: all but columns of counts."""
+        counted = {column for each in self.counts for column in each.columns}
+        return tuple(
+            feature
+            for feature in self.features
+            if feature.parts == parts and not (parts == ("candidate",) and feature.name in counted)
+        )
 
 
 def select(
@@ -58,8 +66,11 @@ def select(
     candidate: Sequence[str] | None = None,
     context: Sequence[str] | None = None,
     labels: Sequence[str] = (),
+    counts: Sequence[str] | None = (),
 ) -> Selection:
-    """The features that these columns name; None takes every column that the data set has there.
+    """The features that these columns, and these groups of counts, name; None takes all that the data set has there.
+
+    A column of counts is read with its group or not at all.
 
     Raises:
         ValueError: a column that the data set does not have, or one named twice.
@@ -73,18 +84,33 @@ def select(
         _token_feature(name, tuple(part for part in chosen if name in chosen[part]), columns)
         for name in dict.fromkeys([*chosen["event"], *chosen["candidate"]])
     ]
+    groups = _choose_counts(info, counts)
+    features += [_feature(name, ("candidate",), columns["candidate", name]) for each in groups for name in each.columns]
     of_samples = _choose(info, "sample", context)
     features += [_feature(SAMPLE_PREFIX + name, ("sample",), columns["sample", name]) for name in of_samples]
     unknown = [name for name in labels if ("label", name) not in columns]
     if unknown:
         have = ", ".join(each.name for each in info.of("label")) or "none"
         raise ValueError(f"label {unknown[0]!r} is none of the data set's label columns: {have}")
-    return Selection(features=tuple(features), labels=tuple(columns["label", name] for name in labels))
+    return Selection(
+        features=tuple(features), labels=tuple(columns["label", name] for name in labels), counts=tuple(groups)
+    )
+
+
+def _choose_counts(info: DatasetInfo, names: Sequence[str] | None) -> list[Counts]:
+    """The groups of counts of these names."""
+    groups = {each.group: each for each in counts_of(info)}
+    unknown = [name for name in names or () if name not in groups]
+    if unknown:
+        have = ", ".join(groups) or "none"
+        raise ValueError(f"model.input.counts names {unknown[0]!r}, but the groups that {info.name} counts are: {have}")
+    return list(groups.values()) if names is None else [groups[name] for name in names]
 
 
 def _choose(info: DatasetInfo, part: Part, names: Sequence[str] | None) -> Sequence[str]:
     """The names of columns that a part's tokens take, checked."""
-    have = [each.name for each in info.of(part)]
+    counted = {column for each in counts_of(info) for column in each.columns} if part == "candidate" else set()
+    have = [each.name for each in info.of(part) if each.name not in counted]
     if part != "sample":
         have += [ITEM_PREFIX + each.name for each in info.of("item")]
     if names is None:

@@ -15,7 +15,9 @@ def ranker_columns(config: TrainConfig, info: DatasetInfo) -> Selection:
         ValueError: it names, or gives a setting of, a column that the data set does not have.
     """
     chosen = config.model.input
-    selection = select(info, event=chosen.event, candidate=chosen.candidate, context=chosen.context)
+    selection = select(
+        info, event=chosen.event, candidate=chosen.candidate, context=chosen.context, counts=chosen.counts
+    )
     for name, kind, settings in (("numbers", "number", chosen.numbers), ("pooling", "ids", chosen.pooling)):
         have = [feature.name for feature in selection.features if feature.kind == kind]
         odd = sorted(set(settings) - set(have))

@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.counts import Counts, counts_as_dict, counts_of
 from pipelines.features import parse_dataset_info
+from pipelines.selection import select
 from tests.pipelines.test_prepare import prepare, rows_of, write_lines
 
 START = 1_600_000_000
@@ -132,3 +133,19 @@ def test_counts_of_others_are_read_back_as_they_are_written() -> None:
 def test_counts_that_contradict_the_columns_are_refused(counts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         counts_of(parse_dataset_info(described(counts), "shop"))
+
+
+def test_columns_of_counts_are_read_with_their_group_or_not_at_all() -> None:
+    counts = counts_as_dict([Counts(group="brand", seen="shown", taken=("clicked",))])
+    info = parse_dataset_info(described(counts), "shop")
+    for chosen in (None, ("brand",)):
+        selection = select(info, counts=chosen)
+        assert [feature.name for feature in selection.features] == ["item_id", "shown", "clicked"]
+        assert [each.group for each in selection.counts] == ["brand"]
+        # By themselves they enter no token.
+        assert not selection.of("candidate")
+    assert [feature.name for feature in select(info, counts=()).features] == ["item_id"]
+    with pytest.raises(ValueError, match="names 'user', but the groups that shop counts are: brand"):
+        select(info, counts=("user",))
+    with pytest.raises(ValueError, match="names 'shown', which is none of the candidate columns"):
+        select(info, candidate=("item_id", "shown"), counts=())

@@ -115,6 +115,16 @@ class NumberConfig:
             raise ValueError(f"input.numbers: buckets={self.buckets} has no effect with thresholds: give one of them")
 
 
+RATE_PRIORS = (1.0, 10.0, 100.0)
+"""Imagined observations at the overall rate with which each count is smoothed: how much a count is worth differs from
+log to log, and a model mixes them."""
+
+
+def rate_width(num_groups: int, num_actions: int) -> int:
+    """Numbers made of so many groups of counts: of each, how often it was seen, and a rate an action and prior."""
+    return num_groups * (1 + len(RATE_PRIORS) * num_actions)
+
+
 Columns = tuple[str, ...]
 """Names of columns."""
 
@@ -133,6 +143,8 @@ class InputConfig:
     """Columns of a candidate's token; null for all."""
     context: Columns | None = None
     """Columns of a sample: a token each, in front of the history; null for all."""
+    counts: Columns | None = None
+    """Groups of counts of candidates (`item`, `user`, `user_item`), from whose rates a ranker starts; null for all."""
     numbers: dict[str, NumberConfig] = field(default_factory=dict)
     """How columns of numbers enter, by name (`dwell_s`, `item.price`, `sample.age`); others as NumberConfig()."""
     pooling: dict[str, Literal["mean", "sum"]] = field(default_factory=dict)
@@ -153,7 +165,7 @@ class InputConfig:
     """Probability of zeroing an element of the tokens while training."""
 
     def __post_init__(self) -> None:
-        for name in ("event", "candidate", "context"):
+        for name in ("event", "candidate", "context", "counts"):
             columns = getattr(self, name)
             if columns is not None and len(set(columns)) != len(columns):
                 raise ValueError(f"input.{name} must not name a column twice, got {', '.join(columns)}")

@@ -71,8 +71,13 @@ class InputEncoder(nn.Module):
         self.context_vectors = _vectors(len(self.context), dim) if self.context else None
         self.register_buffer("action_bits", torch.arange(num_actions, dtype=torch.int32), persistent=False)
 
-    def forward(self, embedded: Mapping[str, JaggedTensor], inputs: Inputs) -> tuple[Tensor, SequenceLayout]:
-        """Returns the tokens [T, D] in the type of computation, and their layout."""
+    def forward(
+        self, embedded: Mapping[str, JaggedTensor], inputs: Inputs, of_candidates: Tensor | None = None
+    ) -> tuple[Tensor, SequenceLayout]:
+        """Returns the tokens [T, D] in the type of computation, and their layout.
+
+        `of_candidates` [C, D] is added to candidates' tokens.
+        """
         dtype = compute_dtype(self.position_vectors)
         tokens = _pack(inputs, len(self.context), interleave=self.interleave)
         gathers = [
@@ -83,7 +88,7 @@ class InputEncoder(nn.Module):
                 rows=self._times(tokens, inputs),
                 once=False,
             ),
-            self._own(embedded, inputs, tokens, dtype),
+            self._own(embedded, inputs, tokens, dtype, of_candidates),
         ]
         if self.shared is not None:
             rows_T = torch.where(tokens.is_action, -1, tokens.rows) if self.interleave else tokens.rows
@@ -114,7 +119,12 @@ class InputEncoder(nn.Module):
         return torch.where(tokens.rows < 0, -1, bucket_T)
 
     def _own(
-        self, embedded: Mapping[str, JaggedTensor], inputs: Inputs, tokens: "_Tokens", dtype: torch.dtype
+        self,
+        embedded: Mapping[str, JaggedTensor],
+        inputs: Inputs,
+        tokens: "_Tokens",
+        dtype: torch.dtype,
+        of_candidates: Tensor | None,
     ) -> Gather:
         """What events and candidates do not share: actions and columns of events, then columns of candidates."""
         bits_HA = inputs.action[:, None] >> self.action_bits & 1
@@ -123,7 +133,9 @@ class InputEncoder(nn.Module):
         if self.of_events is not None:
             source_ND = source_ND + self.of_events(embedded, inputs, dtype)
         rows_T = torch.where(tokens.is_action, tokens.rows, -1)
-        candidates = [] if self.of_candidates is None else [self.of_candidates(embedded, inputs, dtype)]
+        candidates = [] if of_candidates is None else [of_candidates.to(dtype)]
+        if self.of_candidates is not None:
+            candidates.append(self.of_candidates(embedded, inputs, dtype))
         if self.candidate_action is not None:
             count = int(inputs.num_candidates_host.sum())
             candidates.append(self.candidate_action.to(dtype).expand(count, -1))

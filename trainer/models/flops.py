@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.selection import Feature, Selection
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import LayerConfig, ModelConfig, StageConfig, rate_width
 
 Count = npt.NDArray[np.float64]
 Lengths = int | npt.NDArray[np.int64]
@@ -57,6 +57,8 @@ class InputWidths:
     """Of a candidate."""
     context: int
     """Of a sample's context tokens together."""
+    rates: int = 0
+    """Of a candidate's rates, which are mapped to its token and to its logits."""
 
 
 def input_widths(
@@ -78,6 +80,7 @@ def input_widths(
         event=shared + mapped(selection.of("event")) + 1 + num_actions,
         candidate=shared + mapped(selection.of("candidate")),
         context=sum(mapped([feature]) for feature in selection.of("sample")),
+        rates=rate_width(len(selection.counts), num_actions),
     )
 
 
@@ -144,7 +147,9 @@ def ranker_flops(
     history = np.asarray(history_len, dtype=np.int64)
     candidates = np.asarray(num_candidates, dtype=np.int64)
     factor = 2 if config.input.merge == "interleave" else 1
-    ends = 2 * config.dim * (inputs.event * history + inputs.candidate * candidates + inputs.context)
+    of_candidates = (inputs.candidate + inputs.rates) * candidates
+    ends = 2 * config.dim * (inputs.event * history + of_candidates + inputs.context)
+    ends = ends + 2 * inputs.rates * num_tasks * candidates
     head_width = sum(channel.dim for channel in config.channels) or config.dim
     hidden = config.head_hidden
     ends = ends + 2 * candidates * (

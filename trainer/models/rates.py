@@ -4,7 +4,7 @@ Ids learn an item's and a user's rate only from many labels; here the rates are 
 model learns what to add.  It starts at the baseline: an action's log-odds are those of its rate overall, plus how far
 the item's and the user's own log-odds lie from them.
 
-Shapes: C candidates, G groups of counts, A actions, P priors, F features, M tasks, D model width.
+Shapes: C candidates, A actions, F features, M tasks, D model width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.counts import ITEM, USER, Counts
+from trainer.models.config import RATE_PRIORS, rate_width
 
-PRIORS = (1.0, 10.0, 100.0)
-"""Imagined observations at the overall rate with which each count is smoothed: how much a count is worth differs from
-log to log, and the model chooses by mixing them."""
-START_PRIOR = PRIORS.index(10.0)
+START_PRIOR = RATE_PRIORS.index(10.0)
 """The prior of the rates that the untrained model predicts."""
 RATE_EPS = 1e-6
 """Actions count as taken at least, and at most but for, this often."""
@@ -33,7 +31,6 @@ class Rates(nn.Module):
         dim: D.
     """
 
-    action_log_odds: Tensor
     action_rates: Tensor
 
     def __init__(
@@ -41,10 +38,9 @@ class Rates(nn.Module):
     ) -> None:
         super().__init__()
         self.counts = tuple(counts)
-        rates = torch.tensor(action_rates, dtype=torch.float32).clamp(RATE_EPS, 1 - RATE_EPS)
-        self.register_buffer("action_rates", rates, persistent=False)
-        self.register_buffer("action_log_odds", torch.logit(rates), persistent=False)
-        features = len(counts) * (1 + len(PRIORS) * len(action_rates))
+        # Saved with the model: counts of another day are read by the same measure.
+        self.register_buffer("action_rates", torch.tensor(action_rates, dtype=torch.float32))
+        features = rate_width(len(counts), len(action_rates))
         self.to_token = nn.Linear(features, dim)
         self.to_logit = nn.Linear(features, len(task_bits), bias=False)
         self._start_at_rates(task_bits)
@@ -56,36 +52,33 @@ class Rates(nn.Module):
         num_actions = len(self.action_rates)
         for group, counts in enumerate(self.counts):
             if counts.group in (ITEM, USER):
-                first = group * (1 + len(PRIORS) * num_actions) + 1 + START_PRIOR * num_actions
+                first = rate_width(group, num_actions) + 1 + START_PRIOR * num_actions
                 for task, bit in enumerate(task_bits):
                     self.to_logit.weight[task, first + bit] = 1.0
 
-    def features(self, numbers: Mapping[str, Tensor]) -> Tensor:
-        """The inputs of both maps, [C, F] float32, from columns of counts, [C] each; a missing count is none.
+    def forward(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """([C, D] for candidates' tokens, [C, M] float32 for their logits), from columns of counts, [C] each."""
+        features_CF = self.features(numbers)
+        with torch.autocast(features_CF.device.type, enabled=False):
+            logits_CM: Tensor = self.to_logit(features_CF)
+        return self.to_token(features_CF), logits_CM
 
-        Of each group: log(1 + events) / 4, then, for each prior, how far each action's log-odds lie from those overall.
+    def features(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """The inputs of both maps, [C, F] float32; a missing count is none.
+
+        Of each group: log(1 + events) / 4, then, for each prior, how far each action's log-odds lie from those overall;
+        0 for an action that is always or never taken, of which a count says nothing.
         """
+        rates_A = self.action_rates.clamp(RATE_EPS, 1 - RATE_EPS)
+        varies_A = (self.action_rates > 0) & (self.action_rates < 1)
         parts = []
         for each in self.counts:
             seen_C = numbers[each.seen].float().nan_to_num(0.0)
             taken_CA = torch.stack([numbers[name].float().nan_to_num(0.0) for name in each.taken], dim=1)
             left_CA = (seen_C[:, None] - taken_CA).clamp(min=0)
             parts.append(torch.log1p(seen_C)[:, None] / 4)
-            for prior in PRIORS:
+            for prior in RATE_PRIORS:
                 # Without a quotient, which float32 would round to 1 for an action that is nearly always taken.
-                odds_CA = torch.log(taken_CA + prior * self.action_rates) - torch.log(
-                    left_CA + prior * (1 - self.action_rates)
-                )
-                parts.append(odds_CA - self.action_log_odds)
+                odds_CA = torch.log(taken_CA + prior * rates_A) - torch.log(left_CA + prior * (1 - rates_A))
+                parts.append(torch.where(varies_A, odds_CA - torch.logit(rates_A), 0))
         return torch.cat(parts, dim=1)
-
-    def tokens(self, features_CF: Tensor) -> Tensor:
-        """What candidates' tokens get, [C, D]."""
-        result: Tensor = self.to_token(features_CF)
-        return result
-
-    def logits(self, features_CF: Tensor) -> Tensor:
-        """What candidates' logits get, [C, M] float32."""
-        with torch.autocast(features_CF.device.type, enabled=False):
-            result: Tensor = self.to_logit(features_CF)
-        return result

@@ -84,7 +84,7 @@ class Ranking:
         ways = "add impressions (rows where it was not taken), or train retrieval, which needs no labels"
         if not candidates:
             raise ValueError(f"the training split of {path} holds no candidates, so no labels: {ways}")
-        counted = self.info.details.get("statistics", {}).get("splits", {}).get("train", {}).get("positives", {})
+        counted = self._positives
         for action in self.actions:
             if counted.get(action) in (0, candidates):
                 how_often = "always" if counted[action] else "never"
@@ -109,11 +109,27 @@ class Ranking:
             selection=self.selection,
             widths=widths(self.tables),
             action_names=self.info.actions,
+            action_rates=self._action_rates,
         )
-        rates = self.info.details.get("statistics", {}).get("action_rates")
-        if rates is not None:
+        if self._action_rates is not None:
+            rates = dict(zip(self.info.actions, self._action_rates, strict=True))
             tower.start_at_rates([rates[action] for action in self.actions])
         return Model(tables, tower)
+
+    @property
+    def _positives(self) -> dict[str, int]:
+        """In how many training candidates each action was taken, where the data's description says it."""
+        splits = self.info.details.get("statistics", {}).get("splits", {})
+        positives: dict[str, int] = splits.get("train", {}).get("positives", {})
+        return positives
+
+    @property
+    def _action_rates(self) -> list[float] | None:
+        """The rate of every action of the data in the training split; None where the data's description lacks it."""
+        candidates = self.info.splits["train"].candidates
+        if not candidates or not set(self.info.actions) <= set(self._positives):
+            return None
+        return [self._positives[action] / candidates for action in self.info.actions]
 
     def prepare(self, batch: Batch, mesh: Mesh) -> Batch:
         """The data's batch as it is."""

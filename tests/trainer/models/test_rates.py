@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from pipelines.counts import Counts, group_counts
-from trainer.models.rates import PRIORS, START_PRIOR, Rates
+from pipelines.features import ITEM_ID, ITEM_SPACE
+from pipelines.selection import Feature, Selection
+from trainer.models.config import RATE_PRIORS, ModelConfig, StageConfig
+from trainer.models.ranker import RankerTower, build_ranker_tower
+from trainer.models.rates import START_PRIOR, Rates
 
 ACTION_RATES = (0.3, 0.02, 0.9)
 TASK_BITS = (2, 0)
@@ -37,8 +41,8 @@ def logit(rate: float) -> float:
 def test_an_untrained_model_adds_what_item_and_user_rates_say() -> None:
     rates = make_rates("item", "user", "user_item")
     numbers = make_numbers(rates.counts, size=7)
-    logits = rates.logits(rates.features(numbers))
-    prior = PRIORS[START_PRIOR]
+    _, logits = rates(numbers)
+    prior = RATE_PRIORS[START_PRIOR]
     for candidate in range(7):
         for task, bit in enumerate(TASK_BITS):
             overall = ACTION_RATES[bit]
@@ -67,18 +71,43 @@ def test_features_are_finite_for_counts_of_any_size() -> None:
         assert features.abs().max() < 50
 
 
-def test_actions_that_are_always_or_never_taken_give_finite_features() -> None:
+def test_actions_that_are_always_or_never_taken_say_nothing() -> None:
     counts = [group_counts("item", 2)]
     rates = Rates(counts, action_rates=(0.0, 1.0), task_bits=(0, 1), dim=4)
     numbers = {"item_seen": torch.tensor([0.0, 50.0]), "item_taken_0": torch.zeros(2)}
     numbers["item_taken_1"] = numbers["item_seen"]
-    assert rates.features(numbers).isfinite().all()
+    assert (rates.features(numbers)[:, 1:] == 0).all()
 
 
 def test_more_positives_raise_every_priors_log_odds_of_that_action_alone() -> None:
     rates = make_rates("item")
     few = {"item_seen": torch.tensor([20.0])} | {f"item_taken_{bit}": torch.tensor([3.0]) for bit in range(3)}
     many = few | {"item_taken_1": torch.tensor([9.0])}
-    change = (rates.features(many) - rates.features(few))[0, 1:].view(len(PRIORS), 3)
+    change = (rates.features(many) - rates.features(few))[0, 1:].view(len(RATE_PRIORS), 3)
     assert (change[:, 1] > 0).all()
     assert (change[:, [0, 2]] == 0).all()
+
+
+def make_tower(action_rates: tuple[float, ...] | None) -> RankerTower:
+    item = Feature(name=ITEM_ID, parts=("event", "candidate"), kind="id", space=ITEM_SPACE)
+    counts = (group_counts("item", len(ACTION_RATES)),)
+    columns = [Feature(name=name, parts=("candidate",), kind="number", space=None) for name in counts[0].columns]
+    return build_ranker_tower(
+        ModelConfig(dim=8, max_len=16, stages=(StageConfig(num_layers=1),)),
+        selection=Selection(features=(item, *columns), counts=counts),
+        widths={ITEM_SPACE: 4},
+        action_names=("a", "b", "c"),
+        action_rates=action_rates,
+    )
+
+
+def test_counts_need_the_rates_to_smooth_them_with() -> None:
+    with pytest.raises(ValueError, match=r"statistics.splits.train.positives\): state it, or set model.input.counts"):
+        make_tower(None)
+
+
+def test_the_rates_that_counts_are_smoothed_with_stay_those_of_the_training() -> None:
+    trained, other_day = make_tower(ACTION_RATES), make_tower((0.5, 0.5, 0.5))
+    other_day.load_state_dict(trained.state_dict())
+    assert other_day.rates is not None
+    assert other_day.rates.action_rates.tolist() == pytest.approx(ACTION_RATES)
