@@ -126,6 +126,23 @@ class TableSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """When a rank counts as hung, which ends the job with the stacks of all ranks."""
+
+    least_s: float = 30.0
+    """Seconds without a sign of life, or in one step, evaluation or save, that are never too long; a phase that took
+    long before may take ten times as long."""
+    first_s: float = 1800.0
+    """Seconds that the start and the first five steps, evaluations and saves may each take: compilers run then."""
+
+    def __post_init__(self) -> None:
+        if not 1 < self.least_s <= self.first_s:
+            raise ValueError(
+                f"watch.least_s must be above 1 and at most watch.first_s, got {self.least_s} and {self.first_s}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything that decides a run.  A recipe is a function that returns one."""
 
@@ -151,6 +168,8 @@ class TrainConfig:
     """Checkpoints."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluations during training."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """Hung ranks."""
     max_steps: int | None = None
     """Optimizer steps after which training ends; null trains on all of `data.num_epochs`."""
     log_every: int = 10

@@ -5,6 +5,7 @@ The pipeline pulls batches ahead of the step that trains on them; the record say
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from torchrec.streamable import Pipelineable
 
@@ -12,20 +13,24 @@ from pipelines.batch import Batch
 from trainer.mesh import Mesh
 from trainer.recorder import Consumed
 from trainer.resolve import Resolved
+from trainer.watchdog import Phase
 
 
 class Feed:
     """An iterator over prepared batches."""
 
-    def __init__(self, batches: Iterator[Batch], resolved: Resolved, mesh: Mesh) -> None:
+    def __init__(self, batches: Iterator[Batch], resolved: Resolved, mesh: Mesh, phase: Phase = nullcontext) -> None:
+        """`phase` tells a watchdog what goes on."""
         self._batches, self._resolved, self._mesh = batches, resolved, mesh
+        self._phase = phase
         self._in_flight: deque[Consumed] = deque()
 
     def __iter__(self) -> Iterator[Pipelineable]:
         return self
 
     def __next__(self) -> Pipelineable:
-        batch = next(self._batches)
+        with self._phase("data"):
+            batch = next(self._batches)
         self._in_flight.append(describe(batch, self._resolved))
         return self._resolved.task.prepare(batch, self._mesh)
 

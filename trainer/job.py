@@ -41,6 +41,7 @@ from trainer.resolve import Resolved, resolve
 from trainer.run_dir import CHANGEABLE, JsonLines, RunDir, locked
 from trainer.run_log import logged
 from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
+from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,13 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     # Reading begins while the model is being built.
     sole = locked(run) if mesh.is_first else nullcontext()
-    with sole, logged(run, mesh), joined(mesh), ExitStack() as opened:
+    with sole, logged(run, mesh), joined(mesh) as store, ExitStack() as opened:
+        watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
         batches = opened.enter_context(closing(iter(loader)))
         check_kernels(mesh.device, config.model.layers, getattr(torch, config.precision))
         model = build_parallel(settled, plan, mesh)
         checkpointer = opened.enter_context(
-            closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint))
+            closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint, phase=watchdog.phase))
         )
         restart = checkpointer.restore(newest)
         if restart.progress != progress:
@@ -86,7 +88,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
         announce_resumption(progress, total_samples)
         # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
         remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
-        feed = Feed(islice(batches, remaining), resolved, mesh)
+        feed = Feed(islice(batches, remaining), resolved, mesh, watchdog.phase)
         with closing(Recorder(run, mesh, restart, resolved, total_samples=total_samples)) as recorder:
             run_steps(
                 model,
@@ -96,14 +98,14 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
                 mesh=mesh,
                 recorder=recorder,
                 checkpointer=checkpointer,
+                watchdog=watchdog,
                 evaluated=restart.evaluated,
                 evaluate=lambda step: recorder.add_evaluation(
                     evaluate(resolved, model, run.eval_file, mesh, step), step
                 ),
             )
         logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
-        logger.info("next: python -m trainer evaluate %s", run.path)
-        logger.info("      tensorboard --logdir %s", run.tensorboard)
+        logger.info("next: python -m trainer evaluate %s\n      tensorboard --logdir %s", run.path, run.tensorboard)
 
 
 def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:

@@ -22,6 +22,7 @@ from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
 from trainer.recorder import Consumed, Recorder
 from trainer.stop_signal import STOP, StoppedEarly
+from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def run_steps(
     mesh: Mesh,
     recorder: Recorder,
     checkpointer: Checkpointer,
+    watchdog: Watchdog,
     evaluated: bool,
     evaluate: Callable[[int], object],
 ) -> None:
@@ -64,7 +66,7 @@ def run_steps(
             checkpointer.save(progress)
 
     def evaluate_now() -> None:
-        with recorder.paused():
+        with recorder.paused(), watchdog.phase("evaluation"):
             pipeline.outside(lambda: evaluate(progress.step))
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
@@ -72,8 +74,10 @@ def run_steps(
     loss, logs = None, False
     evaluates = progress.step > 0 and not evaluated and _due(progress.step, config.evaluation.every_steps)
     if evaluates:
-        evaluate(progress.step)
+        with watchdog.phase("evaluation"):
+            evaluate(progress.step)
     for loss, factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.rank, count=recorder.count):
+        watchdog.stepped(progress.step)
         saves = _due(progress.step, config.checkpoint.every_steps)
         evaluates = _due(progress.step, config.evaluation.every_steps)
         logs = _due(progress.step, config.log_every)

@@ -13,7 +13,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -78,16 +79,27 @@ def discover_mesh() -> Mesh:
 
 
 @contextmanager
-def joined(mesh: Mesh) -> Iterator[None]:
-    """Join the job's process group for the duration of the block."""
+def joined(mesh: Mesh) -> Iterator[Store]:
+    """Join the job's process group for the duration of the block; yields the store that its processes share.
+
+    Raises:
+        ConnectionError: another process of the job ended while this one waited for it.
+    """
     if mesh.device.type == "cuda":
         torch.cuda.set_device(mesh.device)
     # A job of one needs no rendezvous: its store lives in this process.
-    store = HashStore() if mesh.world_size == 1 else None
+    store = HashStore() if mesh.world_size == 1 else next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
     dist.init_process_group(
         mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
     )
     logger.info("rank %d of %d on %s, collectives by %s", mesh.rank, mesh.world_size, mesh.device, mesh.backend)
-    yield
+    try:
+        yield store
+    except RuntimeError as error:
+        # gloo's errors have no class of their own.
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"another rank ended, or cannot be reached any longer: {reason}") from error
+        raise
     # Not after an error: other ranks may wait in a collective, which closing the group would wait for in turn.
     dist.destroy_process_group()

@@ -38,6 +38,7 @@ CHANGEABLE = (
     "data.prefetch_batches",
     "checkpoint.",
     "evaluation.",
+    "watch.",
     "placement.",
     "schedule.",
     "overlap",

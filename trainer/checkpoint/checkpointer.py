@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -34,6 +35,7 @@ from trainer.checkpoint.staging import Staging
 from trainer.config import CheckpointConfig
 from trainer.mesh import Mesh
 from trainer.run_dir import JsonLines, RunDir, forget_after, write_json
+from trainer.watchdog import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,17 @@ class Checkpointer:
     """Saves and restores a run.  All methods are called by every rank."""
 
     def __init__(
-        self, run: RunDir, catalogue: Catalogue, mesh: Mesh, tensors: Callable[[], Tensors], config: CheckpointConfig
+        self,
+        run: RunDir,
+        catalogue: Catalogue,
+        mesh: Mesh,
+        tensors: Callable[[], Tensors],
+        config: CheckpointConfig,
+        *,
+        phase: Phase = nullcontext,
     ) -> None:
-        """`tensors` returns the live state; needs the job's process group."""
+        """`tensors` returns the live state, `phase` tells a watchdog what goes on; needs the job's process group."""
+        self._phase = phase
         self._run, self._catalogue, self._mesh = run, catalogue, mesh
         self._tensors, self._config = tensors, config
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # every rank
@@ -157,8 +167,14 @@ class Checkpointer:
             OSError: the save before this one could not be written.
         """
         self.wait()
-        if progress.step == self._newest_step:
-            return
+        if progress.step != self._newest_step:
+            with self._phase("save"):
+                self._copy(progress)
+        if not self._config.asynchronous:
+            self.wait()
+
+    def _copy(self, progress: Progress) -> None:
+        """Check and copy the state, and let the thread begin."""
         self._started = time.monotonic()
         tensors = self._tensors()
         self._check_finite(tensors, progress.step)
@@ -168,14 +184,13 @@ class Checkpointer:
                 self._staging = Staging(layout.num_bytes, self._mesh.device, self._mesh.local_world_size)
             self._staging.fill(layout)
         self._pending = self._thread.submit(self._write, layout, replace(progress))
-        if not self._config.asynchronous:
-            self.wait()
 
     def wait(self) -> None:
         """Return when what was saved is complete.  Raises OSError, on every rank alike, if it cannot be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            with self._phase("writing"):
+                pending.result()
 
     def close(self) -> None:
         """Let a save that is under way come to its end; says what went wrong with it, but does not raise."""

@@ -106,7 +106,7 @@ def load(run_dir: str, layout: str, **config: Any) -> tuple[int, list[str]]:
     tensors = sharded({name: torch.zeros_like(value) for name, value in expected().items()}, layout)
     store = open_store(str(run.checkpoints))
     loader = checkpointer(store, run, tensors, **config)
-    progress = loader.restore(Catalogue(store).newest())
+    progress = loader.restore(Catalogue(store).newest()).progress
     loader.close()
     wanted = sharded(expected(progress.step - 1), layout)
     return progress.step, [name for name in wanted if not _equal(tensors[name], wanted[name])]
