@@ -96,8 +96,8 @@ def bag_lens(counts: Sequence[int]) -> IntArray:
     16,384 events each would keep 16 warps of a GPU busy.  As every id has its own row in the output, bags need not be
     samples.  Every feature has as many bags, at least one.
     """
-    bags = max(1, -(-max(counts) // BAG_IDS))
-    lens: IntArray = np.clip(np.array(counts)[:, None] - BAG_IDS * np.arange(bags), 0, BAG_IDS)
+    bags = max(1, -(-max(counts, default=0) // BAG_IDS))
+    lens: IntArray = np.clip(np.array(counts, dtype=np.int64)[:, None] - BAG_IDS * np.arange(bags), 0, BAG_IDS)
     return lens.ravel()
 
 
