@@ -16,6 +16,8 @@ from trainer.models.config import InputConfig, NumberConfig
 
 UNKNOWN_LOG_SCALE = 10.0
 """Scale of logarithms where the data set has no statistics of a number: 22,000 is then about 1."""
+NO_BORDER = torch.finfo(torch.float32).max
+"""Fills a number's borders up to the most that one has; finite, as everything that a checkpoint holds."""
 INIT_STD = 0.02
 """Standard deviation of the initial values of learned vectors."""
 

@@ -13,11 +13,13 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from embeddings.config import TableConfig
 from embeddings.tables import Rows, build_tables
 from pipelines.batch import Batch
+from pipelines.selection import Feature
 from tests.support.batches import (
     CONTEXT_VOCAB,
     NUM_ACTIONS,
     NUM_ITEMS,
     NUM_TABS,
+    PLAY_S,
     batch_of,
     looked_up,
     random_arrays,
@@ -36,6 +38,7 @@ from trainer.models.config import (
 from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
+from trainer.models.rows import NumberEncoder
 
 CONTEXT = ("user_id", "country")
 WIDTHS = {"item": 12, "tab": 8, "user_id": 12, "country": 4}
@@ -214,6 +217,21 @@ def test_labels_change_no_score(name: str) -> None:
     arrays = random_arrays([4, 2], [2, 2], context_names=CONTEXT)
     batch, changed = (batch_of(each) for each in (arrays, arrays | {"candidate_action": torch.full((4,), 255).int()}))
     torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
+
+
+def test_what_the_model_knows_of_numbers_is_finite_and_saved() -> None:
+    """Numbers with more and with fewer borders, and one without statistics, share a tensor that checkpoints hold."""
+    encoder = small_ranker(CONFIGS["columns"]).tower.encoder
+    state = encoder.state_dict()
+    assert {name for name in state if name.endswith(("borders", "center", "scale"))} == {
+        f"{part}.numbers.{name}" for part in ("of_events", "of_candidates") for name in ("borders", "center", "scale")
+    }
+    features = [
+        Feature(name=name, parts=("event",), kind="number", space=None, statistics=statistics)
+        for name, statistics in (("known", PLAY_S), ("unknown", None))
+    ]
+    numbers = NumberEncoder(features, config=InputConfig(), dim=8)
+    assert all(value.isfinite().all() for value in numbers.state_dict().values())
 
 
 def test_columns_enter_the_tokens_of_their_part_alone() -> None:
