@@ -8,11 +8,12 @@ only.
     column   one value an event, candidate, sample, item or label: an id of a space, many ids, or a number.
 """
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from pipelines.known_numbers import NumberStatistics, parse_statistics
 
 FORMAT_VERSION = 2
 ITEM_ID = "item_id"
@@ -42,6 +43,9 @@ Kind = Literal["id", "ids", "number"]
 Cut = Literal["by_time", "by_place"]
 """Where a sample's history ends: strictly before its first candidate's time, or before its place in the order."""
 
+Clock = Literal["unix", "relative"]
+"""Seconds since 1970, or since an unstated beginning."""
+
 PREFIXES: Mapping[str, str] = {
     "sample": "",
     "event": "history_",
@@ -68,22 +72,6 @@ class Space:
     """Of the keys in order of ids: two data sets with one digest mean the same by an id."""
     hash: str | None = None
     """The function from keys to ids, in place of a file of keys."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NumberStatistics:
-    """What the training part of the data says of a column of numbers."""
-
-    count: int
-    """Values that are not missing."""
-    missing: int
-    """Values that are."""
-    mean: float
-    """Mean of the known values."""
-    std: float
-    """Their standard deviation."""
-    quantiles: tuple[float, ...]
-    """Their quantiles at equal steps of probability, smallest and largest value included, not falling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +105,8 @@ class SplitInfo:
     """Events in all histories."""
     candidates: int
     """Labelled candidates."""
+    files: int | None = None
+    """Parquet files, where this was counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +127,8 @@ class DatasetInfo:
     """The label column with the part of candidates like this one that downsampling kept; None for all of them."""
     cut: Cut = "by_time"
     """Where histories end.  Cut by place, a history may reach its candidates' time: for next-item retrieval alone."""
+    clock: Clock = "unix"
+    """What times count from."""
     parts: tuple[str, ...] = ()
     """Deliveries of the data, oldest first: folders within a split.  Empty where the files lie in the split itself."""
     splits: Mapping[str, SplitInfo]
@@ -189,9 +181,12 @@ class DatasetInfo:
             "weight": self.weight,
             "keep_rate": self.keep_rate,
             "cut": self.cut,
+            "clock": self.clock,
             "parts": list(self.parts),
             "splits": {
-                split: {key: getattr(sizes, key) for key in SplitInfo.__dataclass_fields__}
+                split: {
+                    key: size for key in SplitInfo.__dataclass_fields__ if (size := getattr(sizes, key)) is not None
+                }
                 for split, sizes in self.splits.items()
             },
             "source": self.source,
@@ -219,7 +214,7 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
     _check_types({key: values.get(key, kind()) for key, kind in optional.items()}, optional, name)
     spaces = {key: _parse_space(key, entry, name) for key, entry in values["spaces"].items()}
     statistics = {
-        key: _parse_statistics(entry, f"{name}: numbers of {key!r}") for key, entry in values.get("numbers", {}).items()
+        key: parse_statistics(entry, f"{name}: numbers of {key!r}") for key, entry in values.get("numbers", {}).items()
     }
     columns = tuple(_parse_columns(values, spaces, statistics, name))
     unknown = sorted(set(statistics) - {f"{each.part}.{each.name}" for each in columns if each.kind == "number"})
@@ -229,8 +224,9 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
     if not values["actions"]:
         raise ValueError(f"{name}: 'actions' must name at least one action")
     _check_names(values.get("parts", []), "parts", 1 << 20, name)
-    if values.get("cut", "by_time") not in get_args(Cut):
-        raise ValueError(f"{name}: 'cut' must be one of {', '.join(get_args(Cut))}, got {values['cut']!r}")
+    for key, words in (("cut", get_args(Cut)), ("clock", get_args(Clock))):
+        if values.get(key, words[0]) not in words:
+            raise ValueError(f"{name}: {key!r} must be one of {', '.join(words)}, got {values[key]!r}")
     for key in ("weight", "keep_rate"):
         if values.get(key) is not None and values[key] not in {
             each.name for each in columns if each.part == "label" and each.kind == "number"
@@ -244,6 +240,7 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
         weight=values.get("weight"),
         keep_rate=values.get("keep_rate"),
         cut=values.get("cut", "by_time"),
+        clock=values.get("clock", "unix"),
         parts=tuple(values.get("parts", [])),
         splits={split: _parse_split(sizes, f"{name}: split {split!r}") for split, sizes in values["splits"].items()},
         source=values["source"],
@@ -254,7 +251,19 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
 
 _STATISTICS = ("count", "missing", "mean", "std")
 _FIELDS = {
-    *("format_version", "name", "spaces", "numbers", "actions", "weight", "keep_rate", "cut", "parts", "splits"),
+    *(
+        "format_version",
+        "name",
+        "spaces",
+        "numbers",
+        "actions",
+        "weight",
+        "keep_rate",
+        "cut",
+        "clock",
+        "parts",
+        "splits",
+    ),
     *("source", "licence"),
     *get_args(Part),
 }
@@ -340,30 +349,13 @@ def _parse_columns(
                 )
 
 
-def _parse_statistics(entry: Any, where: str) -> NumberStatistics:
-    """What is known of a column of numbers."""
-    try:
-        quantiles = tuple(float(value) for value in entry["quantiles"])
-        known = NumberStatistics(
-            count=int(entry["count"]),
-            missing=int(entry["missing"]),
-            mean=float(entry["mean"]),
-            std=float(entry["std"]),
-            quantiles=quantiles,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} must give count, missing, mean, std and quantiles as numbers: {error!r}") from None
-    if any(right < left for left, right in itertools.pairwise(quantiles)) or known.std < 0:
-        raise ValueError(f"{where}: quantiles must not fall and std must not be negative")
-    return known
-
-
 def _parse_split(sizes: Any, where: str) -> SplitInfo:
     """Check one entry of `splits`."""
-    fields = tuple(SplitInfo.__dataclass_fields__)
-    if not isinstance(sizes, dict) or any(not isinstance(sizes.get(key), int) or sizes[key] < 0 for key in fields):
-        raise ValueError(f"{where} must give {', '.join(fields)} as whole numbers, got {sizes!r}")
-    return SplitInfo(**{key: sizes[key] for key in fields})
+    needed = ("samples", "history_events", "candidates")
+    known = {key: sizes.get(key, 0) for key in (*needed, "files")} if isinstance(sizes, dict) else {}
+    if not set(needed) <= set(sizes if known else ()) or any(not isinstance(n, int) or n < 0 for n in known.values()):
+        raise ValueError(f"{where} must give {', '.join(needed)} as whole numbers, got {sizes!r}")
+    return SplitInfo(**{**known, "files": sizes.get("files")})
 
 
 def _from_version_1(values: dict[str, Any], name: str) -> dict[str, Any]:

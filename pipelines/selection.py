@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipelines.counts import Counts, counts_of
-from pipelines.features import ITEM_ID, Column, DatasetInfo, Kind, NumberStatistics, Part
+from pipelines.features import ITEM_ID, Column, DatasetInfo, Kind, Part
+from pipelines.known_numbers import NumberStatistics
 
 ITEM_PREFIX = "item."
 """Stands before an item column where an event or a candidate takes it from its item."""

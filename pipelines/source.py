@@ -73,8 +73,7 @@ class ParquetSource:
         self._unit_rows = np.array([rows for each in counts for rows in each], dtype=np.int64)
         self._unit_file = np.repeat(np.arange(len(self._files)), [len(each) for each in counts])
         self._first_unit = np.cumsum([0, *(len(each) for each in counts)])
-        if not self._unit_rows.sum():
-            raise ValueError(f"{PurePosixPath(folder) / split} holds no rows; prepare the data set again")
+        self._check_whole(f"{PurePosixPath(folder) / split}", split)
 
     @property
     def info(self) -> DatasetInfo:
@@ -101,7 +100,8 @@ class ParquetSource:
             else:
                 table = _read(parquet, name, None, ("history_action", "candidate_action"))
                 history, candidates = (
-                    np.diff(column.combine_chunks().offsets.to_numpy()).astype(np.int64) for column in table.columns
+                    np.concatenate([np.diff(chunk.offsets.to_numpy()).astype(np.int64) for chunk in column.chunks])
+                    for column in table.columns
                 )
         return Lengths(history=history, candidates=candidates)
 
@@ -137,6 +137,20 @@ class ParquetSource:
         names = {feature.column for feature in self._selection.features if feature.of_item}
         return read_items(self._path, self._info, [each for each in self._info.of("item") if each.name in names])
 
+    def _check_whole(self, where: str, split: Split) -> None:
+        """Raise ValueError if files are missing, or there are more than `dataset.json` tells of."""
+        rows, files = int(self._unit_rows.sum()), len(self._files)
+        if not rows:
+            raise ValueError(f"{where} holds no rows; prepare the data set again")
+        told = self._info.splits.get(split)
+        if told is None or (told.samples == rows and told.files in (None, files)):
+            return
+        of_files = "" if told.files is None else f" in {told.files} file(s)"
+        raise ValueError(
+            f"{where} holds {rows} samples in {files} file(s), dataset.json tells of {told.samples}{of_files}: it is "
+            "not whole, or holds files of another data set; copy or prepare it again"
+        )
+
     def _read_footer(self, file: str) -> pq.FileMetaData:
         """A file's footer, its columns checked."""
         with self._open(file) as parquet:
@@ -156,7 +170,8 @@ def _read(parquet: pq.ParquetFile, name: str, group: int | None, columns: Sequen
     """Some columns of a row group, or of the whole file; each column in one piece."""
     try:
         if group is None:
-            return parquet.read(columns=list(columns), use_threads=False).combine_chunks()
+            # In pieces, because a whole file may hold more events than a list's offsets can count.
+            return parquet.read(columns=list(columns), use_threads=False)
         return parquet.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name} cannot be read, perhaps truncated or damaged: {error}") from error

@@ -1,5 +1,7 @@
 """Parquet files and columns of the prepared format as flat arrays, without copies where there is no need for one."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 from pyarrow import fs
@@ -9,14 +11,30 @@ from pipelines.features import Column
 
 
 def parquet_files(filesystem: fs.FileSystem, folder: str, needed: str) -> list[str]:
-    """Parquet files directly in a folder, by name; without any, raises ValueError that says what they are for."""
+    """Parquet files anywhere in a folder, by name; without any, raises ValueError that says what they are for.
+
+    Names that begin with `_` or `.` are not data but other systems' own; folders `key=value` are.
+    """
     if filesystem.get_file_info(folder).type != fs.FileType.Directory:
         raise ValueError(f"{folder} does not exist: {needed}")
-    found = filesystem.get_file_info(fs.FileSelector(folder))
-    names = sorted(info.path for info in found if info.path.endswith(".parquet") and info.type == fs.FileType.File)
+    found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    names = sorted(
+        info.path
+        for info in found
+        if info.path.endswith(".parquet")
+        and info.type == fs.FileType.File
+        and _is_data(info.path[len(folder) :].strip("/").split("/"))
+    )
     if not names:
         raise ValueError(f"{folder} holds no .parquet file; prepare the data set again")
     return names
+
+
+def _is_data(parts: Sequence[str]) -> bool:
+    """Whether the folders and the name of a file, from the data's folder on, are those of data."""
+    *folders, name = parts
+    hidden = any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in folders)
+    return not hidden and not name.startswith(("_", "."))
 
 
 def row_values(column: pa.ChunkedArray, about: Column, where: str) -> Values:

@@ -11,6 +11,12 @@ from pipelines.features import LENGTH_COLUMNS, UNKNOWN_TIME, Column, DatasetInfo
 BASE_LISTS = ("item_id", "action", "timestamp")
 """Lists that every history and every group of candidates has."""
 
+YEAR_1990, YEAR_2100 = 631_152_000, 4_102_444_800
+"""Data that ends outside these counts time in another unit than seconds, or from another beginning than 1970."""
+UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9, "minutes": 1 / 60, "hours": 1 / 3600}
+UNITS |= {"days": 1 / 86_400}
+"""Such units, in a second."""
+
 
 def check_schema(schema: pa.Schema, file: str, columns: Iterable[Column]) -> None:
     """Raise ValueError if a needed column is missing or of another type."""
@@ -73,6 +79,8 @@ def check_samples(
         list_ = lists[column.stored if column.part == "label" else column.name]
         check_values(list_.values, space, f"{where}: column {column.stored}", list_.offsets)
     _check_times(samples, where, by_place=info.cut == "by_place")
+    if info.clock == "unix":
+        _check_unit_of_time(samples, where)
 
 
 def check_values(values: Values, space: Space | None, where: str, offsets: IntArray | None) -> None:
@@ -147,6 +155,20 @@ def _check_times(samples: Samples, where: str, *, by_place: bool) -> None:
             'end histories before that time (or write "cut": "by_place" into dataset.json of next-item data, in which '
             "equal times go by their place)"
         )
+
+
+def _check_unit_of_time(samples: Samples, where: str) -> None:
+    """Times in seconds since 1970 end after 1990 and before 2100; else they count something else."""
+    columns = (part["timestamp"].array for part in (samples.history, samples.candidate))
+    latest = max((int(values.max()) for values in columns if len(values)), default=UNKNOWN_TIME)
+    if latest == UNKNOWN_TIME or YEAR_1990 <= latest < YEAR_2100:
+        return
+    likely = [unit for unit, per_second in UNITS.items() if YEAR_1990 <= latest / per_second < YEAR_2100]
+    guess = f"are they {' or '.join(likely)}?" if likely else "what do they count?"
+    raise ValueError(
+        f"{where}: the latest timestamp is {latest}, not in the years 1990 to 2100 as seconds since 1970: {guess} "
+        '(data whose times count from another beginning says "clock": "relative" in dataset.json)'
+    )
 
 
 def _row_of(bad: AnyArray, offsets: IntArray | None) -> int:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import duckdb
 
-from pipelines.features import Column, NumberStatistics, Part
+from pipelines.features import Column, Part
+from pipelines.known_numbers import NumberStatistics
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.source import value_column
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, Space
+from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Clock, Column, Space
 
 USER_SPACE = "user"
 """The space of the users' ids."""
@@ -24,6 +24,8 @@ class Description:
     """Names of the bits of `action`."""
     weight: str | None = None
     """The label column that multiplies a candidate's loss."""
+    clock: Clock = "unix"
+    """What times count from."""
     keep_rate: str | None = None
     """The label column that says which part of candidates like this one was kept."""
     source: str

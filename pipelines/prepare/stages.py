@@ -30,6 +30,7 @@ from pipelines.prepare.rare_items import merge_rare_items
 from pipelines.prepare.samples import UserEvents, Values, cut
 from pipelines.prepare.source import Description, value_column
 from pipelines.prepare.summary import SampleCounter, event_statistics
+from pipelines.prepare.time_order import TimeOrder
 from pipelines.prepare.write import SplitWriter, write_dataset_file
 from pipelines.vocabulary import keys_digest
 
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 Load = Callable[[duckdb.DuckDBPyConnection, Path, Path], Description]
 READ_ROWS = 1 << 18
-READ_SAMPLES = 1 << 10
+EVENTS_OF_A_GIB = 1 << 20
+"""Events of samples that are sorted at once for each GiB that the engine may use: about a tenth of it."""
 PROGRESS_SECONDS = 10.0
 LISTED: tuple[Part, ...] = ("event", "candidate", "label")
 """Parts whose columns are lists of a sample, made of the columns of `events`."""
@@ -112,6 +114,7 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         actions=about.actions,
         weight=about.weight,
         keep_rate=about.keep_rate,
+        clock=about.clock,
         cut="by_time" if options.leave_last is None else "by_place",
         splits=sizes,
         source=about.source,
@@ -203,11 +206,8 @@ def _write_samples(
             split: stack.enter_context(SplitWriter(folder / split, options.row_group_events, options.file_events))
             for split in counters
         }
-        # Samples that must be in order of time are first written by user and then sorted as they are.
-        by_user = folder.parent / "by_user"
-        train = writers["train"]
-        if options.order == "time":
-            train = stack.enter_context(SplitWriter(by_user, options.row_group_events, options.file_events))
+        by_time = TimeOrder(folder.parent / "by_time", int(options.memory_gib * EVENTS_OF_A_GIB))
+        train = by_time if options.order == "time" else writers["train"]
         for events in _whole_users(connection, about, options):
             found = [np.zeros(0, dtype=np.int64)]
             for split, table in cut(events, split_time, options):
@@ -215,10 +215,8 @@ def _write_samples(
                 found.append(table["user_id"].unique().to_numpy())
                 (train if split == "train" else writers["eval"]).add(table)
             users += len(np.unique(np.concatenate(found)))
-        if options.order == "time":
-            train.finish()
-            for table in _by_time(connection, by_user, train.samples):
-                writers["train"].add(table)
+        for table in by_time.read():
+            writers["train"].add(table)
     sizes = {split: writer.sizes() for split, writer in writers.items()}
     return sizes, {"users": users, "splits": {split: counter.summary() for split, counter in counters.items()}}
 
@@ -275,19 +273,6 @@ def _whole_users(
             yield _user_events(complete, about)
     if rest is not None and rest.num_rows:
         yield _user_events(rest, about)
-
-
-def _by_time(connection: duckdb.DuckDBPyConnection, folder: Path, count: int) -> Iterator[pa.Table]:
-    """Stored samples in the order of their first candidates' times."""
-    if not count:
-        return
-    logger.info("sorting %d samples by time", count)
-    reader = connection.sql(
-        f"SELECT * EXCLUDE (filename, file_row_number) FROM read_parquet({literal(str(folder / '*.parquet'))}, "
-        "filename = true, file_row_number = true) ORDER BY candidate_timestamp[1], user_id, filename, file_row_number"
-    ).to_arrow_reader(READ_SAMPLES)
-    for record_batch in reader:
-        yield pa.Table.from_batches([record_batch])
 
 
 def _split_last_user(rest: pa.Table | None, table: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -64,7 +64,9 @@ class SplitWriter:
 
     def sizes(self) -> SplitInfo:
         """What was written."""
-        return SplitInfo(samples=self.samples, history_events=self.history_events, candidates=self.candidates)
+        return SplitInfo(
+            samples=self.samples, history_events=self.history_events, candidates=self.candidates, files=self._num_files
+        )
 
     def _write_waiting(self) -> None:
         """Write the waiting samples, in row groups that end where their share of the events is full."""

@@ -59,4 +59,5 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
         actions=ACTIONS,
         source="Yambda-5B, Yandex: A. Ploshkin et al., arXiv 2505.22238",
         licence="Apache-2.0",
+        clock="relative",
     )

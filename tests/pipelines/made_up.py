@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 NUM_ITEMS = 500
 ACTIONS = ("click", "like")
+START = 1_600_000_000
 
 
 def made_up_rows(count: int, seed: int = 0, first_user: int = 0, longest: int = 40) -> list[dict[str, Any]]:
@@ -19,7 +20,7 @@ def made_up_rows(count: int, seed: int = 0, first_user: int = 0, longest: int = 
     rows = []
     for user in range(first_user, first_user + count):
         history, candidates = int(generator.integers(0, longest + 1)), int(generator.integers(1, 5))
-        times = np.sort(generator.choice(10_000, history + candidates, replace=False))
+        times = START + np.sort(generator.choice(10_000, history + candidates, replace=False))
         times[: history // 3] = -1
         row: dict[str, Any] = {"user_id": user, "country": int(generator.integers(0, 7))}
         for part, span in (("history", slice(0, history)), ("candidate", slice(history, None))):

@@ -1,6 +1,7 @@
 """Malformed prepared data: one clear line each, naming the file."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pipelines.config import DataConfig
 from pipelines.dataset_json import read_dataset_info
 from pipelines.loader import build_loader, dataset_info
 from pipelines.selection import select
-from tests.pipelines.made_up import dataset_json, made_up_rows, table_of
+from tests.pipelines.made_up import START, dataset_json, made_up_rows, table_of, write_dataset
 
 Rows = list[dict[str, Any]]
 
@@ -55,11 +56,11 @@ def shorter(rows: Rows) -> None:
 
 
 def unsorted(rows: Rows) -> None:
-    rows[3]["history_timestamp"][-2:] = [50, 49]
+    rows[3]["history_timestamp"][-2:] = [START + 50, START + 49]
 
 
 def leak(rows: Rows) -> None:
-    rows[3]["history_timestamp"][-1] = 20_000
+    rows[3]["history_timestamp"][-1] = START + 20_000
 
 
 def same_time(rows: Rows) -> None:
@@ -261,3 +262,45 @@ def test_columns_that_the_data_does_not_have(tmp_path: Path) -> None:
         select(info, candidate=("item_id", "item_id"))
     with pytest.raises(ValueError, match=r"label 'dwell' is none of the data set's label columns: none"):
         select(info, labels=("dwell",))
+
+
+def test_what_other_systems_keep_beside_the_data_is_not_read(tmp_path: Path) -> None:
+    rows = made_up_rows(30)
+    path = write(tmp_path / "d", rows)
+    train = tmp_path / "d" / "train"
+    for name in ("_temporary/0/part-9.parquet", ".hidden/part-9.parquet", "_metadata.parquet", ".part-0.parquet"):
+        (train / name).parent.mkdir(parents=True, exist_ok=True)
+        (train / name).write_text("no Parquet at all")
+    (train / "_day=2024-05-01").mkdir()
+    (train / "part-0.parquet").rename(train / "_day=2024-05-01" / "part-0.parquet")
+    read_all(path, 0)
+
+
+@pytest.mark.parametrize("damage", ["a file is missing", "a file too many"])
+def test_data_that_is_not_whole_is_refused_when_it_is_opened(tmp_path: Path, damage: str) -> None:
+    write_dataset(tmp_path / "d", train=103, files=3)
+    part = tmp_path / "d" / "train" / "part-1.parquet"
+    if damage == "a file is missing":
+        part.unlink()
+    else:
+        shutil.copy(part, part.with_name("part-9.parquet"))
+    with pytest.raises(ValueError, match=r"train holds \d+ samples in \d file\(s\), dataset.json tells of 103"):
+        read_all(str(tmp_path / "d"), 0)
+
+
+@pytest.mark.parametrize(
+    ("times", "guess"),
+    [(lambda time: time * 1000, "are they milliseconds"), (lambda time: time // 3600, "are they hours")],
+)
+def test_times_in_another_unit_are_refused_unless_their_clock_is_their_own(
+    tmp_path: Path, times: Callable[[int], int], guess: str
+) -> None:
+    rows = [row for row in made_up_rows(60) if not row["history_item_id"]]
+    for row in rows:
+        row["candidate_timestamp"] = [times(time) for time in row["candidate_timestamp"]]
+    path = write(tmp_path / "d", rows)
+    with pytest.raises(ValueError, match=f"as seconds since 1970: {guess}"):
+        read_all(path, 0)
+    description = json.loads((tmp_path / "d" / "dataset.json").read_text())
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(description | {"clock": "relative"}))
+    read_all(path, 0)

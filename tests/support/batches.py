@@ -7,7 +7,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from pipelines.batch import Batch
-from pipelines.features import NumberStatistics
+from pipelines.known_numbers import NumberStatistics
 from pipelines.packed import Contents, bag_lens, pack
 from pipelines.position import DataPosition
 from pipelines.selection import Feature, Selection
