@@ -18,6 +18,7 @@ import duckdb
 
 from pipelines.prepare import amazon, event_log, kuairand, movielens, yambda
 from pipelines.prepare.event_log import EventLogOptions
+from pipelines.prepare.extension import extend
 from pipelines.prepare.movielens import MovielensOptions
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.stages import Load, prepare
@@ -52,13 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     dataset, source, out = (values.pop(name) for name in ("dataset", "source", "out"))
     own = {field.name: values.pop(field.name) for options, _ in FORMATS.values() for field in fields(options)}
+    given = {name: value for name, value in own.items() if value is not None}
     try:
+        if (out is None) == ("extend" not in given):
+            raise ValueError("give --out, the folder to create, or for event_log --extend, the data set to add to")
         options = SampleOptions(**values)
-        load = _choose(dataset, {name: value for name, value in own.items() if value is not None})
+        load = _choose(dataset, given)
     except ValueError as error:
         parser.error(str(error))
     try:
-        prepare(load, source, out, options)
+        if out is None:
+            changed = {each.name: values[each.name] for each in fields(options) if values[each.name] != each.default}
+            extend(load, source, Path(given["extend"]), changed)
+        else:
+            prepare(load, source, out, options)
     except (ValueError, OSError, duckdb.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -93,7 +101,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m pipelines.prepare", description=__doc__, allow_abbrev=False)
     parser.add_argument("dataset", choices=sorted([*DATASETS, *FORMATS]), help="format of the source")
     parser.add_argument("--source", type=Path, required=True, help="folder with the publisher's files")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--out", type=Path, help="folder to create")
     hints, texts = get_type_hints(SampleOptions), _explanations(SampleOptions)
     for field in fields(SampleOptions):
         kind = next((part for part in get_args(hints[field.name]) if part is not type(None)), hints[field.name])

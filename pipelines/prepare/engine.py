@@ -51,6 +51,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def table_exists(connection: duckdb.DuckDBPyConnection, name: str) -> bool:
+    """Whether there is a table of this name."""
+    return bool(connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [name]).fetchall())
+
+
 def find_files(source: Path, pattern: str) -> list[Path]:
     """Files of data anywhere under `source` whose name, less a compression suffix, matches the glob `pattern`.
 

@@ -5,17 +5,25 @@ This is the path that a company's own data takes.  Every column's meaning is in 
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import duckdb
 
-from pipelines.features import ITEM_SPACE, USER_ID, Column, Part
+from pipelines.dataset_json import read_dataset_info
+from pipelines.features import ITEM_SPACE, USER_ID, Column, DatasetInfo, Part
 from pipelines.prepare.log_files import attribute_paths, log_paths, open_files
-from pipelines.prepare.log_ids import make_events, make_items, make_users, number_spaces
+from pipelines.prepare.log_ids import (
+    leave_out_late_rows,
+    make_events,
+    make_items,
+    make_users,
+    number_spaces,
+    stored_keys,
+)
 from pipelines.prepare.log_rows import RowOptions, check_one_row_a_key, count_duplicates, read_rows
-from pipelines.prepare.log_schema import PARTS, LogColumn, LogSchema
+from pipelines.prepare.log_schema import PARTS, LogColumn, LogSchema, SpaceOptions, schema_from_dict
 from pipelines.prepare.log_tables import (
     ITEMS,
     RAW,
@@ -26,6 +34,7 @@ from pipelines.prepare.log_tables import (
     raw_columns,
     space_types,
 )
+from pipelines.prepare.readings import IdType
 from pipelines.prepare.schema_file import read_schema
 from pipelines.prepare.source import USER_SPACE, Description, item_columns
 from pipelines.prepare.stages import Load
@@ -68,9 +77,15 @@ class EventLogOptions:
     """Leave out and count rows that break a rule, by the rule, instead of ending at the first."""
     drop_duplicates: bool = False
     """Keep one of rows that are equal in every column read; otherwise they are only counted."""
+    no_state: bool = False
+    """Keep no state beside the samples, about as large as the log: no later delivery can be added with extend."""
+    extend: str = ""
+    """A prepared data set, in place of --out: the log in --source is its next delivery and becomes a part of its own.
+    Columns and samples are as the data set says; ids stay, new keys get new ones."""
 
     def log_schema(self) -> LogSchema:
         """The description of the log that these options are.  Raises ValueError if they contradict each other."""
+        assert not self.extend, "an extension is described by the data set"
         described = read_schema(Path(self.schema)) if self.schema else self._named()
         if self.where and described.where:
             raise ValueError(f"--where {self.where!r} and the schema's where {described.where!r}: give one of them")
@@ -85,8 +100,11 @@ class EventLogOptions:
         given = [name for name in NAMING if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.schema and given:
             raise ValueError(f"{_flags(given)} has no effect with --schema, which says it")
+        said = [*given, *(name for name in ("schema", "where", "no_state") if getattr(self, name))]
+        if self.extend and said:
+            raise ValueError(f"{_flags(said)} has no effect with --extend, which goes on as the data set began")
         lacking = [name for name in NEEDED if not getattr(self, name)]
-        if not self.schema and lacking:
+        if not self.schema and not self.extend and lacking:
             raise ValueError(f"event_log needs {_flags(lacking)}, or --schema")
 
     def _named(self) -> LogSchema:
@@ -123,20 +141,45 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def loader(options: EventLogOptions) -> Load:
-    """What `prepare` calls for a log with these columns."""
-    return partial(_load, options.log_schema())
+    """What `prepare`, or for another delivery `extend`, calls for a log with these columns.
+
+    Raises ValueError if the options or the data set to extend contradict themselves.
+    """
+    if not options.extend:
+        return partial(_load, options.log_schema(), None, not options.no_state)
+    known = read_dataset_info(options.extend)
+    if "log" not in known.details:
+        raise ValueError(f"dataset.json of {options.extend} does not describe a log; prepare it again with event_log")
+    schema = schema_from_dict(known.details["log"])
+    rare = SpaceOptions(min_count=known.details["options"]["min_count"])
+    chosen = replace(
+        schema,
+        skip_invalid=options.skip_invalid,
+        drop_duplicates=options.drop_duplicates,
+        spaces={ITEM_SPACE: rare, **schema.spaces},
+    )
+    return partial(_load, chosen, known, True)
 
 
-def _load(schema: LogSchema, connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
-    """Fill `events`, `users` and `items` from the files of data under `source`."""
-    left_out = _read(schema, connection, source.resolve(), scratch)
+def _load(
+    schema: LogSchema,
+    known: DatasetInfo | None,
+    keeps_state: bool,
+    connection: duckdb.DuckDBPyConnection,
+    source: Path,
+    scratch: Path,
+) -> Description:
+    """Fill `events`, `users` and `items` from the files of data under `source`; `known` is what they are added to."""
+    types, left_out = _read(schema, known, connection, source.resolve(), scratch)
+    if known is not None:
+        left_out |= leave_out_late_rows(connection, schema, skip=schema.skip_invalid)
     [(rows, last)] = connection.execute(f"SELECT count(*), max(rank) FROM {RAW}").fetchall()
     if not rows:
         reasons = "".join(f"; left out: {what} ({count} rows)" for what, count in left_out.items())
         raise ValueError(f"the source holds no events with labels{reasons}")
     check_end(last, schema.time_unit, schema.time)
     duplicates = count_duplicates(connection, RAW, drop=schema.drop_duplicates)
-    spaces = number_spaces(connection, schema)
+    spaces = number_spaces(connection, schema, types, known)
     make_events(connection, schema, spaces)
     make_users(connection, schema, spaces)
     make_items(connection, schema, spaces)
@@ -149,7 +192,8 @@ def _load(schema: LogSchema, connection: duckdb.DuckDBPyConnection, source: Path
         keep_rate=schema.keep_rate,
         source=f"event log in {source.resolve()}",
         licence="not stated",
-        details={"left_out": left_out, "duplicates": duplicates},
+        keeps_state=keeps_state,
+        details={"left_out": left_out, "duplicates": duplicates, "log": asdict(schema)},
     )
 
 
@@ -157,19 +201,29 @@ def _column(column: LogColumn, part: Part) -> Column:
     return Column(name=column.name, part=part, kind=column.kind, space=column.space)
 
 
-def _read(schema: LogSchema, connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> dict[str, int]:
-    """Fill the tables of the log and of attributes; returns how many rows were left out, by what was wrong."""
+def _read(
+    schema: LogSchema,
+    known: DatasetInfo | None,
+    connection: duckdb.DuckDBPyConnection,
+    source: Path,
+    scratch: Path,
+) -> tuple[dict[str, IdType], dict[str, int]]:
+    """Fill the tables of the log and of attributes.
+
+    Returns as what the ids of each space are read, and how many rows were left out, by what was wrong.
+    """
     if not source.is_dir():
         raise ValueError(f"--source {source} is not a folder")
+    # A later delivery may say nothing new of users and items.
     paths = {
-        name: attribute_paths(source, attributes.files) if attributes else []
+        name: attribute_paths(source, attributes.files, needed=known is None) if attributes else []
         for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))
     }
     users, items = (open_files(connection, found, source, scratch) for found in paths.values())
     log = log_paths(source, leave_out=[path for found in paths.values() for path in found])
     sources = LogSources(log=open_files(connection, log, source, scratch), users=users, items=items)
     check_columns(schema, sources)
-    types = space_types(schema, sources)
+    types = space_types(schema, sources, stored_keys(connection, known) if known is not None else ())
     options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)
     left_out = read_rows(connection, sources.log, RAW, raw_columns(schema, types), scratch, options)
     for table, files, attributes, space in (
@@ -181,4 +235,4 @@ def _read(schema: LogSchema, connection: duckdb.DuckDBPyConnection, source: Path
             counts = read_rows(connection, files, table, columns, scratch, replace(options, where=None))
             left_out |= {f"{space}s: {what}": count for what, count in counts.items()}
             check_one_row_a_key(connection, table, files, attributes.key)
-    return left_out
+    return types, left_out

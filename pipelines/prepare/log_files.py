@@ -108,14 +108,14 @@ def log_paths(source: Path, leave_out: Iterable[Path] = ()) -> list[Path]:
     return found
 
 
-def attribute_paths(source: Path, files: str) -> list[Path]:
+def attribute_paths(source: Path, files: str, *, needed: bool = True) -> list[Path]:
     """What a description calls files of attributes: a file, a folder or a pattern, relative to `source`.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none though one is needed.
     """
     found = sorted({path.resolve() for path in source.parent.glob(str(Path(source.name) / files))})
     found = [file for path in found for file in (_data_files(path) if path.is_dir() else [path])]
-    if not found:
+    if needed and not found:
         raise ValueError(
             f"there is no file of data {source / files}: files of attributes are named relative to --source"
         )

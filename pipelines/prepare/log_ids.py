@@ -6,20 +6,60 @@ items    item_id, a column a column of items
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import duckdb
 
-from pipelines.features import ITEM_SPACE, USER_ID, Space
-from pipelines.prepare.engine import quoted
+from pipelines.features import ITEM_SPACE, UNKNOWN_ID, USER_ID, DatasetInfo, Space
+from pipelines.prepare.engine import quoted, table_exists
 from pipelines.prepare.log_schema import ROW_LISTS, LogColumn, LogSchema, SpaceOptions
 from pipelines.prepare.log_tables import ITEMS, RAW, USERS, log_columns, raw_name
+from pipelines.prepare.readings import IdType, Stored
 from pipelines.prepare.source import USER_SPACE, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
+from pipelines.prepare.state import EVENTS, ITEMS_BEFORE, USERS_BEFORE
 from pipelines.prepare.times import PER_SECOND
 
 
-def number_spaces(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> dict[str, Space]:
-    """The dictionaries of all spaces, from every column that has keys of them.
+def stored_keys(connection: duckdb.DuckDBPyConnection, known: DatasetInfo) -> list[tuple[str, Stored]]:
+    """The columns of the dictionaries that earlier parts of the data have made, with their spaces."""
+    found = []
+    for space in known.spaces.values():
+        if space.keys is not None:
+            table = connection.execute(f"DESCRIBE {quoted(f'{space.name}_ids')}").fetchall()
+            types = {name: kind for name, kind, *_ in table}
+            key = f"{space.name}_key"
+            found.append((space.name, Stored(path=Path(space.keys), name=key, type=types[key])))
+    return found
+
+
+def leave_out_late_rows(connection: duckdb.DuckDBPyConnection, schema: LogSchema, *, skip: bool) -> dict[str, int]:
+    """Rows that are older than the end of the parts before belong into those, and their histories are written.
+
+    Raises ValueError if there are any, or with `skip` leaves them out and returns their number.
+    """
+    [(end,)] = connection.execute(f"SELECT max(rank) FROM {EVENTS}").fetchall()
+    late = f"FROM {RAW} WHERE rank < {end}"
+    [(count, first)] = connection.execute(f"SELECT count(*), min(rank) {late}").fetchall()
+    if not count:
+        return {}
+    text = f"{schema.time} lies before the end of the parts before"
+    if not skip:
+        raise ValueError(
+            f"{text} in {count} row(s), the earliest at {first}, the end at {end}: a delivery goes on where the "
+            "last one ended; --skip-invalid leaves such rows out"
+        )
+    connection.execute(f"DELETE {late}")
+    return {text: count}
+
+
+def number_spaces(
+    connection: duckdb.DuckDBPyConnection,
+    schema: LogSchema,
+    types: Mapping[str, IdType],
+    known: DatasetInfo | None = None,
+) -> dict[str, Space]:
+    """The dictionaries of all spaces, from every column that has keys of them; ids of `known` stay.
 
     Users and items are those of the log: others, of which only files of attributes know, get no id.
     """
@@ -35,8 +75,13 @@ def number_spaces(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> d
             if column.space is not None:
                 source = Keys(table=table, column=raw_name(column), many=column.kind == "ids")
                 keys.setdefault(column.space, []).append(source)
+    earlier = known.spaces if known is not None else {}
+    for name in set(earlier) & set(types):
+        key = quoted(f"{name}_key")
+        if table_exists(connection, f"{name}_ids"):
+            connection.execute(f"ALTER TABLE {quoted(f'{name}_ids')} ALTER {key} TYPE {types[name].name}")
     return {
-        name: number_keys(connection, name, sources, schema.spaces.get(name, SpaceOptions()))
+        name: number_keys(connection, name, sources, schema.spaces.get(name, SpaceOptions()), earlier.get(name))
         for name, sources in keys.items()
     }
 
@@ -51,6 +96,11 @@ def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces
         f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {PER_SECOND[schema.time_unit]} "
         f"AS time, t.rank, t.log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"
     )
+    if table_exists(connection, EVENTS):
+        connection.execute(
+            f"INSERT INTO events BY NAME SELECT *, false AS candidate FROM {EVENTS} "
+            "WHERE user_id IN (SELECT user_id FROM events)"
+        )
 
 
 def make_users(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
@@ -58,15 +108,47 @@ def make_users(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces:
     of_log = [column for column in schema.columns.get("sample", ()) if column.name != USER_ID]
     known = "".join(f", {_first_known(column)} AS {quoted(raw_name(column))}" for column in of_log)
     connection.execute(f"CREATE TABLE users_of_log AS SELECT user_key AS key{known} FROM {RAW} GROUP BY user_key")
-    _join_attributes(connection, "users", USER_SPACE, of_log, schema.users.columns if schema.users else (), spaces)
+    attributes = schema.users.columns if schema.users else ()
+    _join_attributes(connection, "users", USER_SPACE, of_log, attributes, spaces)
+    _join_earlier(connection, "users", "user_id", USERS_BEFORE, first=of_log, newest=attributes)
 
 
 def make_items(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
     """The table `items`: attributes of the items that have an id of their own."""
     if schema.items is not None:
-        connection.execute(f"CREATE TABLE items_of_log AS SELECT DISTINCT item_key AS key FROM {RAW}")
+        connection.execute("CREATE TABLE items_of_log AS SELECT item_key AS key FROM item_ids")
         _join_attributes(connection, "items", ITEM_SPACE, (), schema.items.columns, spaces)
-        connection.execute("DELETE FROM items WHERE item_id = 0")
+        _join_earlier(connection, "items", "item_id", ITEMS_BEFORE, first=(), newest=schema.items.columns)
+
+
+def _join_earlier(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    key: str,
+    before: str,
+    *,
+    first: Sequence[LogColumn],
+    newest: Sequence[LogColumn],
+) -> None:
+    """Complete `users` or `items` by what earlier parts knew: the first known value, or the newest, of each column."""
+    if not table_exists(connection, before):
+        return
+    values = ""
+    for column in (*first, *newest):
+        one, other = ("b", "t") if column in first else ("t", "b")
+        name = quoted(column.name)
+        values += f", CASE WHEN {_is_known(f'{one}.{name}', column)} THEN {one}.{name} ELSE "
+        values += f"coalesce({other}.{name}, {one}.{name}) END AS {name}"
+    connection.execute(
+        f"CREATE TABLE completed AS SELECT {key}{values} FROM {table} AS t FULL JOIN {before} AS b USING ({key}); "
+        f"DROP TABLE {table}; ALTER TABLE completed RENAME TO {table}"
+    )
+
+
+def _is_known(value: str, column: LogColumn) -> str:
+    """SQL that is true of a value in the prepared format that is there and not missing."""
+    present = {"id": f"{value} <> {UNKNOWN_ID}", "ids": f"len({value}) > 0", "number": f"NOT isnan({value})"}
+    return f"coalesce({present[column.kind]}, false)"
 
 
 def _first_known(column: LogColumn) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from pipelines.features import (
     ITEM_ID,
@@ -189,3 +189,25 @@ class LogSchema:
             raise ValueError(
                 f"the space {ITEM_SPACE} cannot be a hash where items have attributes: ids would share them"
             )
+
+
+def schema_from_dict(values: Mapping[str, Any]) -> LogSchema:
+    """What `dataclasses.asdict` made of a description."""
+
+    def columns(entries: Any) -> tuple[LogColumn, ...]:
+        return tuple(LogColumn(**entry) for entry in entries)
+
+    def attributes(entry: Any) -> Attributes | None:
+        return None if entry is None else Attributes(**{**entry, "columns": columns(entry["columns"])})
+
+    texts = {name: tuple(values[name]) for name in ("actions", "action_values", "missing_texts")}
+    return LogSchema(
+        **{
+            **values,
+            **texts,
+            "columns": {part: columns(entries) for part, entries in values["columns"].items()},
+            "users": attributes(values["users"]),
+            "items": attributes(values["items"]),
+            "spaces": {name: SpaceOptions(**entry) for name, entry in values["spaces"].items()},
+        }
+    )

@@ -4,8 +4,9 @@ raw     log_row, user_key, item_key, rank (the time in its unit), request_key, a
 users_attributes, items_attributes    log_row, key, a column a `raw_name`
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from pipelines.features import ITEM_SPACE
 from pipelines.prepare.log_files import LogFile
@@ -70,11 +71,14 @@ def check_columns(schema: LogSchema, sources: LogSources) -> None:
             file.require([attributes.key, *(column.column for column in attributes.columns)])
 
 
-def space_types(schema: LogSchema, sources: LogSources) -> dict[str, IdType]:
-    """As what the ids of every space are read: a type that all columns of the space in all files have in common."""
+def space_types(schema: LogSchema, sources: LogSources, stored: Iterable[tuple[str, Stored]] = ()) -> dict[str, IdType]:
+    """As what the ids of every space are read: a type that all its columns in all files have in common.
+
+    `stored` are columns of keys that have ids already.
+    """
     found: dict[str, list[Stored]] = {}
-    for space, stored in _keys(schema, sources):
-        found.setdefault(space, []).append(stored)
+    for space, column in chain(stored, _keys(schema, sources)):
+        found.setdefault(space, []).append(column)
     return {space: id_type(columns) for space, columns in found.items()}
 
 

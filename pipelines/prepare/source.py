@@ -32,6 +32,10 @@ class Description:
     """Where the data comes from, with its attribution."""
     licence: str
     """Terms of use."""
+    part: str = ""
+    """The name of the part, if it is added to a data set; otherwise it is the first."""
+    keeps_state: bool = False
+    """Whether a later part can be added, for which the state is stored."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else `dataset.json` is to say."""
 

@@ -31,11 +31,15 @@ class Keys:
 
 
 def number_keys(
-    connection: duckdb.DuckDBPyConnection, name: str, sources: Sequence[Keys], options: SpaceOptions
+    connection: duckdb.DuckDBPyConnection,
+    name: str,
+    sources: Sequence[Keys],
+    options: SpaceOptions,
+    known: Space | None = None,
 ) -> Space:
-    """Make the dictionary of a space, unless it is a hash.
+    """Make the dictionary of a space, unless it is a hash; where it is `known`, its ids stay and new keys get the next.
 
-    Raises ValueError if there are more keys than the stated rows have room for.
+    Raises ValueError if a new space has more keys than the stated rows have room for.
     """
     if options.hash:
         assert options.rows is not None
@@ -44,25 +48,29 @@ def number_keys(
         f"SELECT {'unnest' * source.many}({quoted(source.column)}) AS key FROM {source.table}" for source in sources
     )
     table, key, identifier = (quoted(f"{name}_{part}") for part in ("ids", "key", "id"))
+    last, chosen = (known.used - 1, f"AND key NOT IN (SELECT {key} FROM {table})") if known else (0, "")
     connection.execute(
-        f"CREATE TABLE {table} AS SELECT key AS {key}, row_number() OVER (ORDER BY key) AS {identifier} FROM "
-        f"(SELECT key FROM ({keys}) WHERE key IS NOT NULL GROUP BY key HAVING count(*) >= {options.min_count})"
+        f"CREATE TABLE new_keys AS SELECT key AS {key}, {last} + row_number() OVER (ORDER BY key) AS {identifier} FROM "
+        f"(SELECT key FROM ({keys}) WHERE key IS NOT NULL {chosen} GROUP BY key HAVING count(*) >= {options.min_count})"
     )
+    if known:
+        connection.execute(f"INSERT INTO {table} SELECT * FROM new_keys; DROP TABLE new_keys")
+    else:
+        connection.execute(f"ALTER TABLE new_keys RENAME TO {table}")
     _narrow(connection, table, key)
     used = int(connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0]) + 1
     rows = used if options.rows is None else options.rows
-    if used > rows:
+    if used > rows and known is None:
         raise ValueError(f"space {name}: {used - 1} keys and the unknown need {used} rows, but rows is {rows}")
-    return Space(name=name, rows=rows, used=used, keys=f"{name}_ids.parquet")
+    return Space(name=name, rows=max(rows, used), used=used, keys=f"{name}_ids.parquet")
 
 
 def _narrow(connection: duckdb.DuckDBPyConnection, table: str, key: str) -> None:
     """Store keys that were read as the widest whole numbers in what holds them: Parquet has nothing so wide."""
-    kind, low, high = connection.execute(
-        f"SELECT any_value(typeof({key})), min({key}), max({key}) FROM {table}"
-    ).fetchall()[0]
+    [(kind,)] = connection.execute(f"SELECT any_value(typeof({key})) FROM {table}").fetchall()
     if kind != WIDEST:
         return
+    [(low, high)] = connection.execute(f"SELECT min({key}), max({key}) FROM {table}").fetchall()
     narrow = "DECIMAL(38, 0)"
     if low >= 0 and high < 1 << 64:
         narrow = "UBIGINT"

@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -29,6 +29,7 @@ from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.rare_items import merge_rare_items
 from pipelines.prepare.samples import UserEvents, Values, cut
 from pipelines.prepare.source import Description, value_column
+from pipelines.prepare.state import STATE, write_state
 from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.time_order import TimeOrder
 from pipelines.prepare.write import SplitWriter, write_dataset_file
@@ -59,34 +60,44 @@ def prepare(load: Load, source: Path, out: Path, options: SampleOptions) -> None
     if out.exists():
         raise ValueError(f"--out {out} exists already; remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with workspace(out.parent, f".{out.name}") as work:
         with connect(work, options.memory_gib, options.threads) as connection:
-            description = load(connection, source, work)
-            _write(connection, description, work / "result", options)
+            write_prepared(connection, load(connection, source, work), work / "result", options)
         (work / "result").rename(out)
+
+
+@contextmanager
+def workspace(parent: Path, name: str) -> Iterator[Path]:
+    """A folder in `parent` as long as it is needed; raises ValueError if there is no room for what is written there."""
+    work = Path(mkdtemp(prefix=f"{name}-", dir=parent))
+    try:
+        yield work
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise ValueError(
-            f"{out.parent} has no room for the data and what lies beside it meanwhile: {error}; choose another --out"
+            f"{parent} has no room for the data and what lies beside it meanwhile: {error}; choose another --out"
         ) from error
     finally:
         shutil.rmtree(work)
 
 
-def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, options: SampleOptions) -> None:
-    """Cut the events into samples and write them with their description."""
+def write_prepared(
+    connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, options: SampleOptions
+) -> None:
+    """Cut the events into samples and write them, with their description, into a new folder."""
     if not connection.execute("SELECT count(*) FROM events WHERE candidate").fetchall()[0][0]:
         raise ValueError("the source holds no events with labels")
     split_time = options.split_time if options.split_time is not None else _split_time(connection, options)
     about = _with_rare_items_merged(connection, about, split_time, options)
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
+    of_log = list(dict.fromkeys(value_column(column.name) for column in _listed(about)))
     about = _with_counts(connection, about, split_time, options)
     sizes, of_samples = _write_samples(connection, about, folder, split_time, options)
     for split, size in sizes.items():
-        if not size.samples:
+        # A later part may be all for training: it is evaluated before it is trained on.
+        if not size.samples and not (about.part and split == "eval"):
             raise ValueError(
                 f"no {split} samples: the events span {statistics['first_time']} to {statistics['last_time']} and the "
                 f"split time is {split_time}; change --split-time, --min-history or --min-candidates"
@@ -102,10 +113,13 @@ def _write(connection: duckdb.DuckDBPyConnection, about: Description, folder: Pa
         *left_out.values(),
     )
     _warn_of_constant_actions(of_samples["splits"]["train"]["positives"], sizes["train"].candidates)
+    if about.keeps_state:
+        write_state(connection, folder / STATE, options.max_history, of_log)
     details = {
         "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, **left_out, **of_samples},
         **about.details,
+        **({"state": STATE} if about.keeps_state else {}),
     }
     info = DatasetInfo(
         name=about.name,
@@ -167,12 +181,11 @@ def _with_counts(
         return about
     logger.info("counting")
     counts = prepared_counts(len(about.actions))
-    taken = {column.name for column in about.columns if column.part in LISTED} & {
-        n for each in counts for n in each.columns
-    }
+    taken = {column.name for column in _listed(about)} & {n for each in counts for n in each.columns}
     if taken:
         raise ValueError(f"column {min(taken)} has the name of a count; rename it, or prepare with --no-counts")
-    add_counts(connection, len(about.actions), frozen_at=None if options.eval_groups else split_time)
+    frozen_at = None if options.eval_groups else split_time
+    add_counts(connection, len(about.actions), frozen_at, keep=about.keeps_state)
     columns = (Column(name=name, part="candidate", kind="number") for each in counts for name in each.columns)
     details = {**about.details, "counts": counts_as_dict(counts)}
     return replace(about, columns=(*about.columns, *columns), details=details)
@@ -235,8 +248,7 @@ def _whole_users(
     connection: duckdb.DuckDBPyConnection, about: Description, options: SampleOptions
 ) -> Iterator[UserEvents]:
     """Events of whole users, sorted, in the order of a hash of the users' ids."""
-    lists = [column for column in about.columns if column.part in LISTED and column.name != ITEM_ID]
-    names = sorted({value_column(column.name) for column in lists})
+    names = sorted({value_column(column.name) for column in _listed(about)})
     context = [column for column in about.columns if column.part == "sample" and column.name != USER_ID]
     # A user without a row has what is missing.
     absent = {"id": "0::BIGINT", "ids": "[]::BIGINT[]", "number": "'nan'::DOUBLE"}
@@ -288,7 +300,7 @@ def _split_last_user(rest: pa.Table | None, table: pa.Table) -> tuple[pa.Table, 
 
 def _user_events(table: pa.Table, about: Description) -> UserEvents:
     """One piece of the sorted events as arrays."""
-    listed = [column for column in about.columns if column.part in LISTED and column.name != ITEM_ID]
+    listed = _listed(about)
     names = ("item_id", "action", *(value_column(column.name) for column in listed))
     history = {column.stored: value_column(column.name) for column in listed if column.part == "event"}
     candidates = {column.stored: value_column(column.name) for column in listed if column.part != "event"}
@@ -306,6 +318,11 @@ def _user_events(table: pa.Table, about: Description) -> UserEvents:
             if column.part == "sample" and column.name != USER_ID
         },
     )
+
+
+def _listed(about: Description) -> list[Column]:
+    """The columns of events, candidates and labels, less their items."""
+    return [column for column in about.columns if column.part in LISTED and column.name != ITEM_ID]
 
 
 def _values(column: pa.ChunkedArray) -> Values:

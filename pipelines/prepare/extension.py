@@ -1,0 +1,124 @@
+"""The next delivery of a log, added to a prepared data set: `prepare event_log --extend DIR`.
+
+Ids never change, new keys get the next ones.  The new part's samples have histories that reach back into earlier parts,
+by the state that a data set keeps (`pipelines.prepare.state`).  Its files appear in a folder of each split's own;
+`dataset.json`, written last, is what makes them part of the data.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.dataset_json import DATASET_FILE, read_dataset_info
+from pipelines.features import Column, DatasetInfo, Space, SplitInfo
+from pipelines.prepare.engine import connect
+from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.stages import Load, workspace, write_prepared
+from pipelines.prepare.state import STATE, read_state
+
+logger = logging.getLogger(__name__)
+
+FIRST_PART = "."
+"""The part whose files lie in the split itself."""
+SPLITS = ("train", "eval")
+
+
+def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -> None:
+    """Add the log in `source` to the data set in `folder`.
+
+    Args:
+        load: what reads the log, knowing the data set.
+        options: the sample options that differ from those of the data set's first preparation.
+
+    Raises:
+        ValueError: the folder holds no data set that can be extended, or the log does not fit it.
+    """
+    info = read_dataset_info(str(folder))
+    state = info.details.get("state")
+    if not isinstance(state, str) or not (folder / state).is_dir():
+        raise ValueError(
+            f"--extend {folder} keeps no state to go on from: prepare it with event_log, without --no-state"
+        )
+    chosen = SampleOptions(**{**info.details["options"], "split_time": None, **options})
+    parts = info.parts or (FIRST_PART,)
+    part = f"part={len(parts):05d}"
+    for split in SPLITS:
+        if (folder / split / part).exists():
+            logger.info("%s was left by an extension that ended early; removed", folder / split / part)
+            shutil.rmtree(folder / split / part)
+    with workspace(folder, ".part") as work:
+        with connect(work, chosen.memory_gib, chosen.threads) as connection:
+            read_state(connection, folder, state, info)
+            about = load(connection, source, work)
+            # The ids of rare items are decided where keys are numbered: no later than that, ids could change.
+            write_prepared(connection, replace(about, part=part), work / "result", replace(chosen, min_count=1))
+        _join(info, folder, work / "result", (*parts, part))
+
+
+def _join(info: DatasetInfo, folder: Path, result: Path, parts: tuple[str, ...]) -> None:
+    """Move what was prepared into the data set, its description last."""
+    added = read_dataset_info(str(result))
+    if [_meaning(each) for each in info.columns] != [_meaning(each) for each in added.columns]:
+        raise ValueError(f"the columns of {folder} are others than those of the log that is added")
+    for split in SPLITS:
+        if any((result / split).iterdir()):
+            (result / split).rename(folder / split / parts[-1])
+    for path in [*result.glob("*_ids.parquet"), *result.glob("items/*.parquet")]:
+        # What stood in these files stands in the new ones, too.
+        os.replace(path, folder / path.relative_to(result))
+    state = f"{STATE}-{len(parts) - 1:05d}"
+    shutil.rmtree(folder / state, ignore_errors=True)
+    (result / added.details["state"]).rename(folder / state)
+    old_state = folder / info.details["state"]
+    described = replace(
+        info,
+        spaces={name: _grown(space, added.spaces[name]) for name, space in info.spaces.items()},
+        parts=parts,
+        splits={split: _sum(info.splits[split], added.splits[split]) for split in SPLITS},
+        details={**info.details, **_details(info, added, parts, state)},
+    )
+    path = folder / f".{DATASET_FILE}"
+    path.write_text(json.dumps(described.as_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(path, folder / DATASET_FILE)
+    shutil.rmtree(old_state)
+    logger.info("%s: %s added", folder, parts[-1])
+
+
+def _meaning(column: Column) -> Column:
+    return replace(column, statistics=None)
+
+
+def _grown(space: Space, added: Space) -> Space:
+    """A space after new keys; its rows grow only where there was no room."""
+    if added.used > space.rows:
+        logger.warning(
+            "%s: %d ids outgrow its %d rows; a run goes on over larger tables with --init-from",
+            *(space.name, added.used, space.rows),
+        )
+    return replace(added, rows=max(space.rows, added.used))
+
+
+def _sum(one: SplitInfo, other: SplitInfo) -> SplitInfo:
+    """Sizes of two parts together; what one of them has not counted stays uncounted."""
+    pairs = {name: (getattr(one, name), getattr(other, name)) for name in SplitInfo.__dataclass_fields__}
+    sums: dict[str, Any] = {name: None if None in pair else sum(pair) for name, pair in pairs.items()}
+    return SplitInfo(**sums)
+
+
+def _details(info: DatasetInfo, added: DatasetInfo, parts: tuple[str, ...], state: str) -> dict[str, Any]:
+    """What `dataset.json` says of the parts, each as it was delivered, and of the digests that ids had before."""
+    of_part = {key: added.details[key] for key in ("split_time", "statistics", "left_out", "duplicates")}
+    digests = dict(info.details.get("earlier_digests", {}))
+    for name, space in info.spaces.items():
+        if space.digest is not None and space.digest != added.spaces[name].digest:
+            digests[name] = [*digests.get(name, []), space.digest]
+    return {
+        "state": state,
+        "earlier_digests": digests,
+        "deliveries": {**info.details.get("deliveries", {}), parts[-1]: {**of_part, "source": added.source}},
+    }

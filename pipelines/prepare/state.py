@@ -1,0 +1,53 @@
+"""What a data set keeps beside its samples, so that the next day's log can be added to it.
+
+    events_before    each user's newest events
+    users_before     columns of samples, by user
+    items_before     columns of items, by item
+    GROUP_before     what was counted of each group (`pipelines.prepare.counts`)
+
+The dictionaries of its spaces are stored already.  In an extension these tables stand beside those of the new log.
+"""
+
+from pathlib import Path
+
+import duckdb
+
+from pipelines.features import DatasetInfo
+from pipelines.prepare.counts import GROUPS
+from pipelines.prepare.engine import literal, quoted, table_exists
+
+STATE = "state"
+"""The folder of the state, followed by the number of the part that it includes, if that is not the first."""
+EVENTS, USERS_BEFORE, ITEMS_BEFORE = "events_before", "users_before", "items_before"
+TABLES = (EVENTS, USERS_BEFORE, ITEMS_BEFORE, *(f"{group}_before" for group in GROUPS))
+
+
+def write_state(connection: duckdb.DuckDBPyConnection, folder: Path, max_history: int, values: list[str]) -> None:
+    """Store the state that follows from the tables of a preparation or an extension in a new folder.
+
+    `values` are the columns of `events` that hold values of the log, without what was counted.
+    """
+    folder.mkdir(parents=True)
+    names = ", ".join(("user_id", "item_id", "time", "rank", "request_key", "action", *map(quoted, values)))
+    older = f" UNION ALL BY NAME SELECT log_row, {names} FROM {EVENTS}" if table_exists(connection, EVENTS) else ""
+    connection.execute(
+        # Of equal ranks, those of an earlier delivery come first: their rows count up to -1.
+        f"CREATE OR REPLACE TABLE {EVENTS} AS SELECT -age AS log_row, {names} FROM (SELECT *, row_number() OVER "
+        f"(PARTITION BY user_id ORDER BY rank DESC, log_row DESC) AS age FROM "
+        f"(SELECT log_row, {names} FROM events WHERE candidate{older})) WHERE age <= {max_history}"
+    )
+    for table, source in ((USERS_BEFORE, "users"), (ITEMS_BEFORE, "items")):
+        if table_exists(connection, source):
+            connection.execute(f"CREATE OR REPLACE TABLE {table} AS SELECT * FROM {source}")
+    for table in TABLES:
+        if table_exists(connection, table):
+            path = literal(str(folder / f"{table}.parquet"))
+            connection.execute(f"COPY {table} TO {path} (FORMAT parquet, COMPRESSION zstd)")
+
+
+def read_state(connection: duckdb.DuckDBPyConnection, folder: Path, state: str, info: DatasetInfo) -> None:
+    """Make the tables of the state in `folder / state`, and of the dictionaries of the data set in `folder`."""
+    paths = [(path.stem, path) for path in sorted((folder / state).glob("*.parquet"))]
+    paths += [(f"{space.name}_ids", folder / space.keys) for space in info.spaces.values() if space.keys is not None]
+    for table, path in paths:
+        connection.execute(f"CREATE TABLE {quoted(table)} AS SELECT * FROM read_parquet({literal(str(path))})")
