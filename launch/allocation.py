@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torchx.specs import AppState
 
-from launch import attempts, signals
+from launch import attempts, fitness, signals
 from launch.node import free_port, job_status
 from launch.progress import newest_checkpoint
 from launch.records import find_in, save_in
@@ -41,6 +41,10 @@ UNKNOWN_SAVE_S = 60.0
 TAKEN = ("NODE_FAIL", "PREEMPTED", "CANCELLED", "TIMEOUT", "REQUEUED", "COMPLETING", "DEADLINE", "BOOT_FAIL")
 """States in which Slurm is ending the job itself."""
 NODE_FAILURE = "node failure"
+PREFLIGHT_S = 120
+"""After which a node that has not said whether it is fit is not."""
+MAX_EXCLUSIONS = 3
+"""Starts in a row without fit nodes after which it is not the nodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +65,10 @@ class Allocation:
     """Failures in a row without a new checkpoint after which there is another start."""
     max_restarts: int
     """Starts within this allocation after the first."""
+    data: tuple[str, ...]
+    """Folders that every node reads."""
+    procs_per_node: int
+    """Processes of a node."""
     command: tuple[str, ...]
     """What every node runs."""
 
@@ -69,6 +77,10 @@ class Allocation:
         restarts = 0
         while True:
             before = self._newest_step()
+            unfit = self._unfit_nodes()
+            if unfit:
+                self._note("unfit", "; ".join(unfit.values()), before, before)
+                return self._leave_out(unfit)
             status = self._start()
             after = self._newest_step()
             if status == 0:
@@ -101,6 +113,44 @@ class Allocation:
                 continue
             return self._go_on(reason)
 
+    def _unfit_nodes(self) -> dict[str, str]:
+        """Nodes that cannot take part -> a line that says why."""
+        token = f".preflight-{self.job_id}-{time.time_ns()}"
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / token).write_text(token)
+        question = [self.command[0], "-m", "launch.fitness", "--as", fitness.as_argument(fitness.facts_here(token))]
+        question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
+        question += [word for path in self.data for word in ("--data", path)]
+        try:
+            answer = subprocess.run(
+                self._srun(question, ["--kill-on-bad-exit=0"]),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=PREFLIGHT_S,
+                check=False,
+            )
+            words = answer.stdout + answer.stderr
+        except subprocess.TimeoutExpired as late:
+            words = b"".join(text for text in (late.stdout, late.stderr) if text).decode(errors="replace")
+        finally:
+            (self.run_dir / token).unlink(missing_ok=True)
+        nodes = slurm_queue.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).stdout.split()
+        unfit = read_answers(words, nodes)
+        for why in unfit.values():
+            print(f"error: {why}", flush=True)
+        return unfit
+
+    def _leave_out(self, unfit: dict[str, str]) -> int:
+        """Try the job on other nodes, where there are any; Slurm says so by taking or refusing a successor."""
+        why = "; ".join(unfit.values())
+        recent = attempts.read(self.run_dir, self.job_dir.name)[-MAX_EXCLUSIONS:]
+        if len(recent) == MAX_EXCLUSIONS and all(attempt.ended == "unfit" for attempt in recent):
+            return self._say(FAILED, f": {why}; other nodes were not fit either")
+        job = slurm_queue.find_job(self.job_id)
+        excluded = ",".join([*filter(None, [job.excluded if job else ""]), *unfit])
+        return self._chain(why, [f"--exclude={excluded}"])
+
     def _start(self) -> int:
         """Run the command on all nodes; returns the exit status of the whole."""
         environment = {
@@ -109,7 +159,10 @@ class Allocation:
             # This process is on the first node, so what is free here is free there; a new one at every start.
             "MASTER_PORT": str(free_port()),
         }
-        srun = subprocess.Popen(self._srun(), env=environment)
+        output = self.job_dir / NODE_OUTPUT.format("%n")
+        # A node that fails takes the others with it; one that is done does not.
+        options = ["--kill-on-bad-exit=1", f"--output={output}", "--open-mode=append"]
+        srun = subprocess.Popen(self._srun(self.command, options), env=environment)
         started = time.time()
         warn_at, stopping = self._warning_time(started), False
         while srun.poll() is None:
@@ -126,14 +179,13 @@ class Allocation:
                 srun.send_signal(signal.SIGUSR1)
         return job_status(srun.returncode)
 
-    def _srun(self) -> list[str]:
+    def _srun(self, command: Sequence[str], more: Sequence[str]) -> list[str]:
+        """`command` on every node, in the job's folder."""
         options = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--export=ALL"]
         # Since Slurm 22.05 srun does not take over sbatch's cores a task: every process would share one core.
         options += [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []
-        output = self.job_dir / NODE_OUTPUT.format("%n")
-        # A node that fails takes the others with it; one that is done does not.
-        options += ["--kill-on-bad-exit=1", "--wait=0", "--mpi=none", f"--output={output}", "--open-mode=append"]
-        return ["srun", *options, "/bin/sh", "-c", _ENTER, "sh", str(self.job_dir), *self.command]
+        options += ["--wait=0", "--mpi=none", *more]
+        return ["srun", *options, "/bin/sh", "-c", _ENTER, "sh", str(self.job_dir), *command]
 
     def _warning_time(self, started: float) -> float | None:
         """When the run, `started` at that time, must be told to stop; None without a time limit."""
@@ -161,11 +213,12 @@ class Allocation:
         logger.info("scontrol requeue was refused (%s): a successor waits for this job", requeue.stderr.strip())
         return self._chain(reason)
 
-    def _chain(self, reason: str) -> int:
-        script = self.job_dir / SCRIPT
-        sbatch = slurm_queue.run(["sbatch", "--parsable", f"--dependency=afternotok:{self.job_id}", str(script)])
+    def _chain(self, reason: str, options: Sequence[str] = ()) -> int:
+        """Leave the run to another job, which starts when this one has ended; its options go before the script's."""
+        depends = f"--dependency=afternotok:{self.job_id}"
+        sbatch = slurm_queue.run(["sbatch", "--parsable", depends, *options, str(self.job_dir / SCRIPT)])
         if sbatch.returncode != 0:
-            return self._say(FAILED, f": {reason}; neither requeue nor sbatch: {' '.join(sbatch.stderr.split())}")
+            return self._say(FAILED, f": {reason}; Slurm has no other nodes for it: {' '.join(sbatch.stderr.split())}")
         successor = sbatch.stdout.strip().split(";")[0]
         record = find_in(self.job_dir)
         if record is not None:
@@ -176,6 +229,25 @@ class Allocation:
         """The last words, which `status` reads where Slurm has forgotten the job."""
         print(f"the job ends with status {status}{why}", flush=True)
         return status
+
+
+def read_answers(words: str, nodes: Sequence[str]) -> dict[str, str]:
+    """Unfit nodes -> a line that says why, from what `launch.fitness` printed on all of them."""
+    answers, rest = {}, []
+    for line in words.splitlines():
+        try:
+            answer = json.loads(line)
+            answers[str(answer["node"])] = "; ".join(answer["problems"])
+        except (ValueError, KeyError, TypeError):
+            rest.append(line)
+    unfit = {node: f"node {node}: {found}" for node, found in answers.items() if found}
+    for node in nodes:
+        if node not in answers:
+            # In the shell's words before Slurm's, which only counts its tasks.
+            own = [line.removeprefix("error: ") for line in rest if line.startswith(f"error: node {node} ")]
+            slurms = [f"node {node} does not answer: {line}" for line in rest if f"error: {node}:" in line]
+            unfit[node] = next(iter(own + slurms), f"node {node} does not answer")
+    return unfit
 
 
 _ENTER = """\
@@ -235,6 +307,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-restarts", type=int, required=True, help="starts within the allocation")
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
     parser.add_argument("--cpus-per-task", type=int, required=True, help="cores a node; 0: what Slurm gives")
+    parser.add_argument("--data", action="append", default=[], help="a folder that every node reads")
+    parser.add_argument("--procs-per-node", type=int, required=True, help="processes a node")
     parser.add_argument("command", nargs="+", help="after --: what every node runs")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -247,6 +321,8 @@ def main(arguments: Sequence[str]) -> int:
         cpus_per_task=given.cpus_per_task,
         max_retries=given.max_retries,
         max_restarts=given.max_restarts,
+        data=tuple(given.data),
+        procs_per_node=given.procs_per_node,
         command=tuple(given.command),
     ).run()
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 FILE = "attempts.jsonl"
 
-Ending = Literal["done", "stopped", "failed", "taken"]
-"""Done; stopped in good order; failed; or the scheduler took a node or the whole allocation away."""
+Ending = Literal["done", "stopped", "failed", "taken", "unfit"]
+"""Done; stopped in good order; failed; the scheduler took a node or all of them away; or a node was not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,16 @@ The worker command is a module and a list of arguments, never a shell string: `l
 the first node and starts the trainer's processes.
 """
 
+import json
 from pathlib import Path, PurePath
 
 from torchx.specs import AppDef, BindMount, Role, VolumeMount, macros
 
+from launch.paths import is_folder
 from launch.request import Request
 from launch.resources import Machine, machine_named
+from trainer.recipes import load_recipe
+from trainer.typed_values import apply_overrides
 
 ROLE = "trainer"
 
@@ -18,7 +22,7 @@ def train(request: Request) -> AppDef:
     """`python -m trainer train` on `nodes` x `procs_per_node` processes.
 
     Raises:
-        ValueError: the machine is unknown or too small, or a mount is malformed.
+        ValueError: the machine is unknown or too small, an override or a mount is malformed.
     """
     trainer = ["-m", "trainer", "train", request.recipe, "--run-dir", str(request.absolute_run_dir)]
     if request.plan is not None:
@@ -38,7 +42,14 @@ def train(request: Request) -> AppDef:
         max_retries=request.max_retries,
         mounts=mounts_of(request),
     )
-    metadata = {"run_dir": str(request.absolute_run_dir), "max_restarts": str(request.max_restarts)}
+    data = apply_overrides(load_recipe(request.recipe), request.overrides).data
+    metadata = {
+        "run_dir": str(request.absolute_run_dir),
+        "procs_per_node": str(request.procs_per_node),
+        "max_restarts": str(request.max_restarts),
+        # What nodes read from a file system, for checks before the run.
+        "data": json.dumps([path for path in (data.path, *data.mix_paths) if is_folder(path)]),
+    }
     return AppDef(name=request.job_name, roles=[role], metadata=metadata)
 
 

@@ -32,12 +32,17 @@ def with_absolute_data(request: Request, config: TrainConfig, *, in_container: b
     return replace(request, overrides=overrides)
 
 
+def is_folder(path: str) -> bool:
+    """Whether the data lies in a file system, not in an object store or nowhere."""
+    return path != SYNTHETIC_PATH and "://" not in path
+
+
 def _without(overrides: list[str], key: str) -> list[str]:
     return [override for override in overrides if override.partition("=")[0] != key]
 
 
 def _absolute(key: str, text: str, *, in_container: bool) -> str:
-    if text == SYNTHETIC_PATH or "://" in text or Path(text).is_absolute():
+    if not is_folder(text) or Path(text).is_absolute():
         return text
     here, in_checkout = Path.cwd() / text, ROOT / text
     named = here if here.exists() else in_checkout

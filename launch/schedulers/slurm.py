@@ -5,6 +5,7 @@ and which is N entries in the queue.  Ours is what a Slurm user would write by h
 and at its end, is in `launch.allocation`.
 """
 
+import json
 import logging
 import re
 import shlex
@@ -128,6 +129,8 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         own = ["-m", "launch.allocation", "--run-dir", app.metadata["run_dir"], "--max-retries", str(role.max_retries)]
         own += ["--max-restarts", app.metadata["max_restarts"], "--nodes", str(role.num_replicas)]
         own += ["--cpus-per-task", options.get("cpus-per-task", "0")]
+        own += ["--procs-per-node", app.metadata["procs_per_node"]]
+        own += [word for path in json.loads(app.metadata["data"]) for word in ("--data", path)]
         request = SlurmRequest(
             job_dir=job_dir,
             options=options,

@@ -71,6 +71,8 @@ class SlurmJob:
     """When it ends at the latest, as 2026-11-29T01:02:03."""
     work_dir: str = ""
     """Our job's folder."""
+    excluded: str = ""
+    """Nodes that it must not run on."""
 
     @property
     def state(self) -> AppState:
@@ -124,6 +126,7 @@ def parse_scontrol(output: str) -> list[SlurmJob]:
                 # Without a limit Slurm says a year from now.
                 end_time="" if told.get("TimeLimit") == "UNLIMITED" else told.get("EndTime", ""),
                 work_dir=told.get("WorkDir", ""),
+                excluded="" if told.get("ExcNodeList") in (None, "(null)") else told["ExcNodeList"],
             )
         )
     return jobs

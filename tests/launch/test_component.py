@@ -32,13 +32,15 @@ def _train(**changes: Any) -> tuple[AppDef, Role]:
 
 
 def test_workers_are_a_module_with_an_argument_list() -> None:
-    _, role = _train(python="/venv/bin/python", overrides=["data.num_epochs=3", "a=b c"], plan=Path("/plans/p.json"))
+    _, role = _train(
+        python="/venv/bin/python", overrides=["data.num_epochs=3", "data.path=b c"], plan=Path("/plans/p.json")
+    )
     assert role.entrypoint == "/venv/bin/python"
     split = role.args.index("--")
     node, trainer = role.args[:split], role.args[split + 1 :]
     assert node[:6] == ["-m", "launch.node", "--nodes", "2", "--procs-per-node", "8"]
     assert trainer[:6] == ["-m", "trainer", "train", "kuairand_sample", "--run-dir", "/runs/demo"]
-    assert trainer[6:] == ["--plan", "/plans/p.json", "--set", "data.num_epochs=3", "--set", "a=b c"]
+    assert trainer[6:] == ["--plan", "/plans/p.json", "--set", "data.num_epochs=3", "--set", "data.path=b c"]
 
 
 def test_one_replica_a_node_asks_for_the_whole_machine() -> None:
@@ -50,8 +52,8 @@ def test_one_replica_a_node_asks_for_the_whole_machine() -> None:
 
 
 def test_dollar_signs_of_the_user_are_not_macros() -> None:
-    _, role = _train(run_dir=Path("/runs/$HOME"), overrides=["name=${app_id}"])
-    assert {"/runs/$$HOME", "name=$${app_id}"} <= set(role.args)
+    _, role = _train(run_dir=Path("/runs/$HOME"), overrides=["data.path=${app_id}"])
+    assert {"/runs/$$HOME", "data.path=$${app_id}"} <= set(role.args)
 
 
 def test_jobs_are_named_after_recipe_and_run_for_the_strictest_scheduler() -> None:

@@ -100,8 +100,8 @@ def test_one_template_makes_all_nodes(kind: str) -> None:
 
 
 def test_what_the_user_typed_is_not_expanded() -> None:
-    (container,) = _pod(_built("jobset", overrides=["a=$(HOME) $x ${app_id}"]).resource)["containers"]
-    assert container["command"][-1] == "a=$$(HOME) $x ${app_id}"
+    (container,) = _pod(_built("jobset", overrides=["data.path=$(HOME) $x ${app_id}"]).resource)["containers"]
+    assert container["command"][-1] == "data.path=$$(HOME) $x ${app_id}"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_impossible_requests_are_refused(changes: dict[str, Any], message: str) 
 
 def test_what_the_user_typed_arrives_as_typed(tmp_path: Path) -> None:
     """The script's last line, read by a shell, is the argument list of the component."""
-    typed = ["name=a b$(c)", "x=${app_id} $HOME 'q' \"r\" \\ `d` \u00fc", "y=$$"]
+    typed = ["name=a b$(c)", "data.path=${app_id} $HOME 'q' \"r\" \\ `d` \u00fc", "data.path=$$"]
     last = _script(overrides=typed, run_dir=Path("/runs/$HOME x")).splitlines()[-1].removeprefix("exec ")
     shown = subprocess.run(["/bin/sh", "-c", f"printf '%s\\0' {last}"], capture_output=True, text=True, check=True)
     words = shown.stdout.split("\0")

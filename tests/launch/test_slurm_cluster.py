@@ -25,7 +25,7 @@ from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm, SlurmRequest
 from launch.submit import check, connected
 from launch.workspace import ROOT
-from tests.support.slurm import Cluster, missing_programs, slurm_cluster
+from tests.support.slurm import UNSHARED, Cluster, missing_programs, slurm_cluster
 from tests.support.small_data import small_dataset
 from tests.support.training import SMALL, losses, read_lines
 from trainer.run_dir import RunDir
@@ -129,13 +129,26 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster: Cluster, tmp_pat
     assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["taken"]
 
 
-def test_what_a_node_cannot_see_is_said_with_its_name(cluster: Cluster, tmp_path: Path) -> None:
-    record = _send(_request(tmp_path), ["-m", "x"], interpreter="/nowhere/python")
+@pytest.mark.parametrize("fault", ["other disk", "no interpreter", "no data"])
+def test_a_node_that_is_not_fit_is_named_and_nothing_starts(cluster: Cluster, tmp_path: Path, fault: str) -> None:
+    interpreter, options = None, {}
+    run_dir = cluster.folder / UNSHARED / "run" if fault == "other disk" else tmp_path
+    if fault == "no interpreter":
+        interpreter = "/nowhere/python"
+    if fault == "no data":
+        # There on the first node and on this one, as on a login node.
+        (cluster.folder / UNSHARED / "data").mkdir()
+        options = {"overrides": [f"data.path={cluster.folder / UNSHARED / 'data'}"]}
+    record = _send(_request(run_dir, **options), ["-m", "x"], interpreter=interpreter)
     _expect(record, AppState.FAILED)
-    fault = logs.first_failure(record, logs.span_of(record))
-    assert fault is not None
-    assert "error: node longview-n" in fault.words
-    assert "has no interpreter /nowhere/python" in fault.words
+    found = logs.first_failure(record, logs.span_of(record))
+    assert found is not None
+    says = {"other disk": "has no folder", "no interpreter": "has no interpreter", "no data": "cannot read the data"}
+    node = "longview-n1" if fault == "no interpreter" else "longview-n2"
+    assert found.words.startswith(f"error: node {node}")
+    assert says[fault] in found.words
+    assert "Slurm has no other nodes for it" in _batch_output(record)
+    assert [attempt.ended for attempt in attempts.read(run_dir)] == ["unfit"]
 
 
 def test_where_requeueing_is_forbidden_a_successor_goes_on(chained: JobRecord) -> None:

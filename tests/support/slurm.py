@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
+PROGRAMS = ("unshare", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
 NODES = ("longview-n1", "longview-n2")
+UNSHARED = "unshared"
+"""A folder of the cluster's own that the last node does not share."""
 HOSTS = Path("/etc/hosts")
 HOSTS_LINE = f"127.0.0.1 {' '.join(NODES)}\n"
 START_TIMEOUT_S = 60.0
@@ -121,6 +123,7 @@ def _path() -> str:
 
 def _write_configuration(folder: Path) -> None:
     (folder / "state").mkdir()
+    (folder / UNSHARED).mkdir()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -157,7 +160,11 @@ def _free_ports(count: int) -> int:
 def _daemon_commands(folder: Path) -> list[list[str]]:
     munge_files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge_files]
-    return [munged, ["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in NODES)]
+    # The last node sees another disk in the folder UNSHARED than the rest of the machine.
+    hidden = f'mount -t tmpfs none "{folder}/{UNSHARED}" && exec "$@"'
+    alone = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
+    nodes = [[*(alone if node == NODES[-1] else ()), "slurmd", "-D", "-N", node] for node in NODES]
+    return [munged, ["slurmctld", "-D"], *nodes]
 
 
 def _start(command: list[str], folder: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
