@@ -30,7 +30,7 @@ from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.local import Local
 from launch.schedulers.protocol import JobStatus, Scheduler
 from launch.submit import check, connected
-from trainer.command_line import FAILED, STOPPED, WrongUse, run_command
+from trainer.command_line import FAILED, STOPPED, WrongUse, run_command, show_findings
 from trainer.recipes import load_recipe
 from trainer.run_dir import RunDir
 from trainer.typed_values import apply_overrides, to_dict
@@ -148,11 +148,7 @@ def list_(scheduler: SchedulerName) -> None:
 def doctor(scheduler: SchedulerName) -> None:
     """Say what a scheduler offers and what keeps jobs from running; exit status 1 if something does."""
     with _wrong_use(), connected(scheduler) as connection:
-        findings = list(connection.scheduler.doctor())
-    for finding in findings:
-        print(f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(FAILED)
+        show_findings(connection.scheduler.doctor())
 
 
 @contextmanager

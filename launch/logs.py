@@ -22,7 +22,7 @@ _SAID = re.compile(r"(?:error: |srun: error: |slurmstepd: error: ).*")
 # What a rank says whose partner has gone: a consequence, whatever its time.
 _CONSEQUENCE = re.compile(
     r"connection (?:closed|reset|refused)|closed by peer|broken pipe|remote process exited|socket timeout|"
-    r"ncclremoteerror|failed to recv|ended with status|ended by SIGTERM",
+    r"ncclremoteerror|failed to recv|ended with status|ended by SIGTERM|another rank ended",
     flags=re.IGNORECASE,
 )
 

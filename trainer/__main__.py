@@ -5,6 +5,7 @@
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
+    python -m trainer doctor
 
 `train` is one process when started plainly and joins the job when started by torchrun.  A run directory that holds a
 complete checkpoint is resumed.  Exit status: 0 done, 1 failed, 2 wrong use, 3 stopped in good order (the same command
@@ -20,7 +21,7 @@ import typer
 from trainer.checkpoint import listing
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.store import open_store
-from trainer.command_line import WrongUse, run_command
+from trainer.command_line import WrongUse, run_command, show_findings
 from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
 from trainer.run_dir import RunDir
@@ -101,6 +102,14 @@ def checkpoints(
     print(*lines, sep="\n")
     if not fine:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what keeps it from training; exit status 1 if something does."""
+    from trainer.doctor import look_at_machine
+
+    show_findings(look_at_machine())
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import typer
 
@@ -9,6 +11,25 @@ from trainer.stop_signal import StoppedEarly
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 3
 """Exit statuses besides 0, done; STOPPED: in good order, the same command goes on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One line of a `doctor`."""
+
+    ok: bool
+    """Whether it lets jobs run."""
+    text: str
+    """What was found and, where it is not as it must be, what to do."""
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """Print each as it is found; exit status 1 if one keeps jobs from running."""
+    status = 0
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'BAD '} {finding.text}", flush=True)
+        status = status if finding.ok else FAILED
+    raise typer.Exit(status)
 
 
 class WrongUse(ValueError):

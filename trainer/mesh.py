@@ -78,6 +78,19 @@ def discover_mesh() -> Mesh:
     )
 
 
+def _meet() -> Store:
+    """The store of a job of several processes, at MASTER_ADDR and MASTER_PORT."""
+    try:
+        store: Store = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConnectionError(
+            f"the job's processes cannot meet at {where} ({' '.join(str(error).split())[:200]}): choose another "
+            "MASTER_PORT, or see whether the first node can be reached"
+        ) from None
+    return store
+
+
 @contextmanager
 def joined(mesh: Mesh) -> Iterator[Store]:
     """Join the job's process group for the duration of the block; yields the store that its processes share.
@@ -88,7 +101,7 @@ def joined(mesh: Mesh) -> Iterator[Store]:
     if mesh.device.type == "cuda":
         torch.cuda.set_device(mesh.device)
     # A job of one needs no rendezvous: its store lives in this process.
-    store = HashStore() if mesh.world_size == 1 else next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
+    store = HashStore() if mesh.world_size == 1 else _meet()
     dist.init_process_group(
         mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
     )

@@ -3,12 +3,16 @@
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Collection
+import socket
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from attention_kernels.selfcheck import check_attention
+from trainer.mesh import Mesh
 from trainer.models.config import LayerConfig
 
 logger = logging.getLogger(__name__)
@@ -18,6 +22,9 @@ PACKAGES = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
 
 FP8_CAPABILITY = (8, 9)
 """The least compute capability whose tensor cores take FP8."""
+
+FIRST_COLLECTIVE_MIB = {"cuda": 256, "cpu": 4}
+"""What the ranks add up before the first step."""
 
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton")
 
@@ -52,6 +59,52 @@ def check_kernels(device: torch.device, layers: Collection[LayerConfig], dtype: 
             logger.info(
                 "attention kernels agree with their reference: %s, heads of %d, %d", dtype, key_size, value_size
             )
+
+
+def check_ranks(mesh: Mesh) -> None:
+    """Time a product on every rank and the first collectives, and name the ranks that are slow.  Called by every rank.
+
+    On a CPU other processes' work would be mistaken for slowness, so only the collectives are tried there.
+    """
+    product_ms = _product_ms(mesh.device) if mesh.device.type == "cuda" else 0.0
+    mine = (socket.gethostname(), product_ms)
+    ranks: list[tuple[str, float]] = [mine] * mesh.world_size
+    dist.all_gather_object(ranks, mine)  # every rank
+    num_bytes = FIRST_COLLECTIVE_MIB[mesh.device.type] * 2**20
+    x = torch.zeros(num_bytes // 4, device=mesh.device)
+    dist.all_reduce(x)  # every rank; the first one sets up connections
+    started = time.perf_counter()
+    dist.all_reduce(x)
+    total = x.sum().item()  # waits for the device
+    rate = num_bytes / (time.perf_counter() - started) / 1e9
+    assert total == 0, "a sum of zeros"
+    if mesh.is_first:
+        logger.info("all-reduce of %d MiB over %d ranks: %.2f GB/s", num_bytes // 2**20, mesh.world_size, rate)
+        for words in slow_ranks(ranks):
+            logger.warning("%s", words)
+
+
+def slow_ranks(ranks: Sequence[tuple[str, float]], factor: float = 1.3) -> list[str]:
+    """Ranks, each with its host and the time of a product in ms, that take `factor` times the median or more."""
+    median = sorted(ms for _, ms in ranks)[len(ranks) // 2]
+    return [
+        f"rank {rank} on {host} takes {ms:.2f} ms for a product, the median rank {median:.2f}: all wait for it"
+        for rank, (host, ms) in enumerate(ranks)
+        if median > 0 and ms >= factor * median
+    ]
+
+
+def _product_ms(device: torch.device) -> float:
+    """A square product in bfloat16, the best of a few."""
+    a = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        torch.mm(a, a)
+        torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - started) * 1e3)
+    return min(times)
 
 
 def check_fp8(device: torch.device) -> None:

@@ -15,7 +15,8 @@ from launch.component import ROLE
 from launch.records import JobRecord
 from launch.request import Request
 from launch.schedulers.containers import check_container
-from launch.schedulers.protocol import Finding, JobStatus, ListedJob, options_from, parser_of, resolve_options
+from launch.schedulers.protocol import JobStatus, ListedJob, options_from, parser_of, resolve_options
+from trainer.command_line import Finding
 
 
 class Docker(DockerScheduler):

@@ -18,7 +18,8 @@ from launch.records import JobRecord
 from launch.request import Request
 from launch.schedulers.containers import check_container
 from launch.schedulers.kubernetes_manifest import CONTAINER, OPTIONS, cluster_of, manifest
-from launch.schedulers.protocol import Finding, JobStatus, ListedJob, options_from
+from launch.schedulers.protocol import JobStatus, ListedJob, options_from
+from trainer.command_line import Finding
 
 APIS = {
     "jobset": ("jobset.x-k8s.io", "v1alpha2", "jobsets"),

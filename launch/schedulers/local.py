@@ -20,8 +20,8 @@ from launch import records, signals
 from launch.node import free_port, job_status
 from launch.records import JobRecord
 from launch.request import Request
-from launch.schedulers.protocol import Finding, JobStatus, ListedJob, options_from
-from trainer.command_line import FAILED, STOPPED
+from launch.schedulers.protocol import JobStatus, ListedJob, options_from
+from trainer.command_line import FAILED, STOPPED, Finding
 
 logger = logging.getLogger(__name__)
 

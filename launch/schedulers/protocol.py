@@ -17,6 +17,7 @@ from torchx.specs.api import InvalidRunConfigException
 from launch.records import JobRecord
 from launch.request import Request
 from launch.workspace import ROOT
+from trainer.command_line import Finding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +44,6 @@ class ListedJob:
     """In TorchX's terms."""
     record: JobRecord | None
     """What we noted when we submitted it; None where only the scheduler knows it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One line of `doctor`."""
-
-    ok: bool
-    """Whether it lets jobs run."""
-    text: str
-    """What was found and, where it is not as it must be, what to do."""
 
 
 class Scheduler(Protocol):

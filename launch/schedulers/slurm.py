@@ -24,9 +24,10 @@ from launch import records
 from launch.records import JobRecord
 from launch.request import Request
 from launch.schedulers import slurm_queue
-from launch.schedulers.protocol import Finding, JobStatus, ListedJob, options_from
+from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.schedulers.slurm_doctor import look_at_cluster
 from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob
+from trainer.command_line import Finding
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from launch.schedulers import slurm_queue
-from launch.schedulers.protocol import Finding
 from launch.schedulers.slurm_queue import SlurmError
+from trainer.command_line import Finding
 
 
 def look_at_cluster() -> Iterator[Finding]:
