@@ -48,6 +48,8 @@ class Place:
             "MASTER_ADDR": self.first_host,
             "MASTER_PORT": str(self.port),
             "PYTHONUNBUFFERED": "1",
+            # That an agent started it, whose end is the job's.
+            "TORCHELASTIC_RUN_ID": "launch",
         }
         if self.procs_per_node > 1:
             own["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")

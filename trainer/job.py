@@ -35,7 +35,7 @@ from trainer.loop import run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.optim import settle_schedule
 from trainer.parallelize import ParallelModel
-from trainer.preflight import check_fp8, check_kernels, check_packages, check_ranks, device_name, installed_versions
+from trainer.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved, resolve
 from trainer.run_dir import CHANGEABLE, JsonLines, RunDir, locked
@@ -69,8 +69,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     with sole, logged(run, mesh), joined(mesh) as store, ExitStack() as opened:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
         batches = opened.enter_context(closing(iter(loader)))
-        check_ranks(mesh)
-        check_kernels(mesh.device, config.model.layers, getattr(torch, config.precision))
+        check_machines(mesh, config.model.layers, getattr(torch, config.precision))
         model = build_parallel(settled, plan, mesh)
         checkpointer = opened.enter_context(
             closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint, phase=watchdog.phase))

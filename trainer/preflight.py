@@ -46,6 +46,16 @@ def check_packages() -> None:
             )
 
 
+def check_machines(mesh: Mesh, layers: Collection[LayerConfig], dtype: torch.dtype) -> None:
+    """What can only be tried with all ranks there: their collectives, and the kernels on each.  Called by every rank.
+
+    Raises:
+        KernelMismatchError: the kernels differ from their reference.
+    """
+    check_ranks(mesh)
+    check_kernels(mesh.device, layers, dtype)
+
+
 def check_kernels(device: torch.device, layers: Collection[LayerConfig], dtype: torch.dtype) -> None:
     """On a GPU, compare the attention kernels with their reference, for the heads and the type of these layers: a
     compiler or driver may miscompile them.

@@ -53,7 +53,12 @@ def test_processes_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }.items():
             monkeypatch.setenv(name, value)
         mesh = Mesh(rank=0, world_size=2, local_world_size=2, device=torch.device("cpu"))
         with pytest.raises(ConnectionError, match=f"cannot meet at 127.0.0.1:{port}"), joined(mesh):
