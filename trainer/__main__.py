@@ -1,7 +1,7 @@
 """The trainer's command line.
 
     python -m trainer recipes
-    python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--set key=value ...]
+    python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--set key=value ...]
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
@@ -54,6 +54,10 @@ def train(
     recipe: Recipe,
     run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/RECIPE.")] = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A sharding plan that `plan --out` wrote.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Go back to the checkpoint of step N; later ones no longer count."),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Train a recipe, or go on with it if the run directory holds a checkpoint."""
@@ -62,7 +66,7 @@ def train(
     # torch takes seconds to import; a wrong recipe or key is answered before.
     from trainer.job import train_job
 
-    train_job(config, run_dir or Path("runs", recipe), plan)
+    train_job(config, run_dir or Path("runs", recipe), plan, from_step)
     STOP.ignore()
 
 

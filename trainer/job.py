@@ -46,8 +46,8 @@ from trainer.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> None:
-    """Train `config` in `run_dir`, going on from its newest complete checkpoint if it has one."""
+def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None, from_step: int | None) -> None:
+    """Train `config` in `run_dir`, going on from its newest complete checkpoint if it has one, or that of a step."""
     check_packages()
     if config.deterministic:
         make_deterministic()
@@ -58,7 +58,7 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None) -> Non
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh), plan_file)
     catalogue = Catalogue(open_store(str(run.checkpoints)))
-    newest = catalogue.newest()
+    newest = catalogue.newest() if from_step is None else catalogue.back_to(from_step)
     check_versions(newest, config)
     progress = newest.progress
     loader = training_loader(resolved, mesh, progress)

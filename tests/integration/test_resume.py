@@ -152,10 +152,18 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before_it(
     )
     expected, actual = (read_checkpoint(path / "checkpoints" / newest.name) for path in (uninterrupted, run))
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    # Back to step 4 by choice: the same steps again, and nothing of the later ones is lost.
+    start_command("checkpoints", str(run), "--pin", "4").communicate(timeout=120)
+    process = start_training(run, 2, f"max_steps={STEPS}", "checkpoint.every_steps=4", options=("--from-step", "4"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"its checkpoint is called abandoned-{newest.name} now" in output, output[-3000:]
+    assert losses(read_lines(run / "metrics.jsonl")) == losses(read_lines(uninterrupted / "metrics.jsonl"))
     listing = start_command("checkpoints", str(run), "--verify")
     output, _ = listing.communicate(timeout=120)
     assert listing.returncode == 0 and f"damaged-{newest.name} does not count" in output
-    assert [int(line.split()[0]) for line in output.splitlines() if line.endswith("verified")] == [4, STEPS]
+    assert f"abandoned-{newest.name} does not count" in output
+    assert output.count("pinned") == 1
+    assert [int(line.split()[0]) for line in output.splitlines() if " verified" in line] == [4, STEPS]
 
 
 def test_other_data_under_the_same_path_is_refused_and_nothing_is_written(

@@ -46,12 +46,17 @@ def start_command(*arguments: str) -> subprocess.Popen[str]:
 
 
 def start_training(
-    run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None, recipe: str = "kuairand_sample"
+    run_dir: Path,
+    ranks: int,
+    *overrides: str,
+    plan: Path | None = None,
+    recipe: str = "kuairand_sample",
+    options: tuple[str, ...] = (),
 ) -> subprocess.Popen[str]:
     """Start a recipe, made small, on `ranks` processes; the caller waits for it or calls `kill_job`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "trainer", "train", recipe, "--run-dir", str(run_dir)]
-    command += ["--plan", str(plan)] if plan else []
+    command += [*(["--plan", str(plan)] if plan else []), *options]
     return subprocess.Popen(
         [*command, "--set", f"data.path={small_dataset()}", *SMALL, *overrides],
         cwd=ROOT,

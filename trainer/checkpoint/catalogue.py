@@ -39,6 +39,8 @@ class Newest:
     """The newest that is in order; None in a run that holds none at all."""
     damaged: dict[int, DamagedCheckpoint]
     """What is wrong with newer ones, by step."""
+    abandoned: tuple[int, ...] = ()
+    """Steps of later ones that the run goes back behind."""
 
     @property
     def progress(self) -> Progress:
@@ -114,6 +116,14 @@ class Catalogue:
         if damaged:
             raise self.nothing_left(next(iter(damaged.values())))
         return Newest(None, damaged)
+
+    def back_to(self, step: int) -> "Newest":
+        """The checkpoint of `step`, as the newest.
+
+        Raises:
+            WrongUse, DamagedCheckpoint: as `choose`.
+        """
+        return Newest(self.choose(step), {}, tuple(other for other in self.steps() if other > step))
 
     def nothing_left(self, damage: DamagedCheckpoint) -> DamagedCheckpoint:
         """What is said where no other checkpoint is left than damaged ones."""

@@ -103,6 +103,8 @@ class Checkpointer:
         if self._mesh.is_first:
             self._catalogue.clear_leftovers()
             self._set_aside(newest.damaged)
+            for step in newest.abandoned:
+                logger.warning("going back behind step %d: its checkpoint is called %s now", step, self._abandon(step))
         found = newest.checkpoint
         self._check_same_view(found.step if found else None)
         while found is not None:
@@ -151,6 +153,9 @@ class Checkpointer:
         if found is None:
             raise damage if self._config.strict else self._catalogue.nothing_left(damage)
         return found
+
+    def _abandon(self, step: int) -> str:
+        return self._catalogue.set_aside(step, "abandoned")
 
     def _set_aside(self, damaged: dict[int, DamagedCheckpoint]) -> None:
         for step, damage in damaged.items():
