@@ -18,6 +18,7 @@ from pipelines.prepare.engine import (
     plain_file,
     require_files,
 )
+from pipelines.prepare.kuairand_videos import load_videos
 from pipelines.prepare.raw_log import number_context, number_ids
 from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 
@@ -34,15 +35,16 @@ SOURCE = (
 
 
 def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
-    """Fill `events` and `users` from the publisher's files under `source`."""
+    """Fill `events`, `users` and `items` from the publisher's files under `source`."""
     _load_log(connection, source, scratch)
     _load_sequences(connection, source)
     num_items, num_users = number_ids(connection, ("watch_time_ms",), candidate="candidate")
     context = _load_users(connection, source, scratch)
+    spaces, columns = load_videos(connection, source, scratch)
     return Description(
         name="kuairand",
-        spaces=narrow_spaces(num_items, num_users, context),
-        columns=narrow_columns(context, ("watch_time_ms",)),
+        spaces={**narrow_spaces(num_items, num_users, context), **spaces},
+        columns=(*narrow_columns(context, ("watch_time_ms",)), *columns),
         actions=ACTIONS,
         source=SOURCE,
         licence="CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)",

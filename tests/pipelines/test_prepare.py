@@ -6,7 +6,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,24 @@ LOG_COLUMNS = "user_id,video_id,date,hourmin,time_ms,{actions},play_time_ms,dura
 USER_COLUMNS = (
     "user_id,user_active_degree,follow_user_num_range,fans_user_num_range,friend_user_num_range,register_days_range"
 )
+VIDEO_COLUMNS = "video_id,author_id,video_type,upload_type,video_duration,music_id,music_type,tag"
+
+
+def video_row(video: int) -> dict[str, Any]:
+    """What the publisher says of a video."""
+    tags = [[], [3], [3, 12]][video % 3]
+    return {
+        "video_id": video,
+        "author_id": video if video < 50 else video % 7,
+        "video_type": "AD" if video % 5 == 0 else "NORMAL",
+        "upload_type": "Web",
+        "video_duration": "" if video == 70 else 1000.0 * video,
+        "music_id": video % 4,
+        "music_type": "9.0",
+        "tag": '"' + ",".join(map(str, tags)) + '"' if tags else "",
+    }
+
+
 START_MS = 1_650_000_000_000
 
 
@@ -46,7 +64,8 @@ def write_kuairand(folder: Path, users: int = 30, seed: int = 0) -> list[dict[st
     degrees = ["full_active", "high_active", ""]
     lines = [USER_COLUMNS] + [f'{user},{degrees[user % 3]},500+,"[1,10)","[5,30)",730+' for user in range(users)]
     (folder / "user_features_pure.csv").write_text("\n".join(lines) + "\n")
-    (folder / "video_features_basic_pure.csv").write_text("video_id,author_id\n0,1\n99,1\n")
+    lines = [VIDEO_COLUMNS, *(",".join(map(str, video_row(video).values())) for video in range(100))]
+    (folder / "video_features_basic_pure.csv").write_text("\n".join(lines) + "\n")
     sequences = {
         "user_id": list(range(0, users, 2)),
         "last_time_ms": [START_MS - 1 + 10**10 * (user == 4) for user in range(0, users, 2)],
@@ -144,6 +163,32 @@ def test_kuairand_against_a_plain_reading(tmp_path: Path) -> None:
     popularity = np.unique([row["video_id"] for row in log], return_counts=True)[1]
     assert statistics["item_popularity"]["items"] == len(popularity)
     assert statistics["item_popularity"]["top_item_share"] == pytest.approx(popularity.max() / len(log))
+
+
+def test_videos_have_what_the_publisher_says_of_them(tmp_path: Path) -> None:
+    write_kuairand(tmp_path / "in", users=60)
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 0
+    keys = {
+        name: {
+            row[f"{name}_id"]: row[f"{name}_key"]
+            for row in pq.read_table(tmp_path / "out" / f"{name}_ids.parquet").to_pylist()
+        }
+        for name in ("item", "author", "music", "video_type", "tag")
+    }
+    rows = pq.read_table(tmp_path / "out" / "items").to_pylist()
+    assert sorted(row["item_id"] for row in rows) == sorted(keys["item"])
+    authors = Counter(video_row(video)["author_id"] for video in keys["item"].values())
+    for row in rows:
+        told = video_row(keys["item"][row["item_id"]])
+        # An author of a single video says nothing that the video does not, and music 0 is none.
+        assert keys["author"].get(row["author"]) == (told["author_id"] if authors[told["author_id"]] > 1 else None)
+        assert keys["music"].get(row["music"]) == (told["music_id"] or None)
+        assert keys["video_type"][row["video_type"]] == told["video_type"]
+        assert [keys["tag"][tag] for tag in row["tags"]] == re.findall(r"\d+", told["tag"])
+        duration = told["video_duration"]
+        assert row["duration_s"] == pytest.approx(duration / 1000 if duration != "" else np.nan, nan_ok=True)
+    assert any(not row["author"] for row in rows)
+    assert read_back(tmp_path / "out") > 60
 
 
 def test_order_of_time(tmp_path: Path) -> None:

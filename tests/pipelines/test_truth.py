@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.prepare.kuairand import ACTIONS as KUAIRAND_ACTIONS
 from pipelines.prepare.kuairand import CONTEXT
-from tests.pipelines.test_prepare import prepare, read_back, rows_of, write_lines
+from tests.pipelines.test_prepare import VIDEO_COLUMNS, prepare, read_back, rows_of, write_lines
 
 START = 1_600_000_000
 
@@ -123,6 +123,8 @@ def kuairand(folder: Path, rows: list[Row]) -> Sequence[str]:
     ]
     write_lines(folder / "log_standard_4_22_to_5_08_pure.csv", [",".join(names), *lines])
     users = [f"{user}{',x' * len(CONTEXT)}" for user in sorted({r.user for r in rows})]
+    videos = [f"{item},1,NORMAL,Web,9000.0,5,9.0,7" for item in sorted({r.item for r in rows})]
+    write_lines(folder / "video_features_basic_pure.csv", [VIDEO_COLUMNS, *videos])
     write_lines(folder / "user_features_pure.csv", [",".join(["user_id", *CONTEXT]), *users])
     return ()
 

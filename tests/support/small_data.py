@@ -28,5 +28,6 @@ def small_dataset() -> Path:
             "history_events": len(table["history_item_id"].combine_chunks().flatten()),
             "candidates": len(table["candidate_item_id"].combine_chunks().flatten()),
         }
+    shutil.copytree(SOURCE / "items", folder / "items")
     (folder / "dataset.json").write_text(json.dumps(description))
     return folder
