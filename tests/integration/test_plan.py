@@ -18,7 +18,7 @@ def test_recipe_is_planned_for_64_gpus_without_one(tmp_path: Path, capsys: pytes
     out = tmp_path / "plan.json"
     assert _plan(out, "--world-size", "64", "--local-world-size", "8", "--hbm-gib", "80") == 0
     text = capsys.readouterr().out
-    assert "item_id" in text and "memory of each rank" in text and str(out) in text
+    assert "\n  item " in text and "memory of each rank" in text and str(out) in text
     tables = json.loads(out.read_text())["tables"]
     for table in tables.values():
         rows = sorted((shard["offset"][0], shard["size"][0]) for shard in table["shards"])
