@@ -168,7 +168,7 @@ def made_up_batch(resolved: Resolved, history_lens: npt.NDArray[np.int64]) -> Ba
         size_bytes=memory.numel(),
         places=places,
         lookups=tuple(ids),
-        position=DataPosition(order="made up"),
+        position=DataPosition(order=("made up",)),
         global_samples=samples,
         global_tokens=events + samples,
         imbalance=1.0,

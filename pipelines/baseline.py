@@ -5,7 +5,8 @@
 Rates are smoothed towards the overall rate by a number of imagined observations, so unseen ids score neutrally.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipelines.columns import IntArray, Samples
 from pipelines.config import DataConfig
 from pipelines.features import DatasetInfo
 from pipelines.loader import dataset_info, open_source
-from pipelines.source import Split
+from pipelines.source import Source
 
 ITEM_PRIOR = 20.0
 """Imagined observations of an item at the overall rate."""
@@ -37,17 +38,19 @@ class Baseline:
     """[C]"""
 
 
-def count_rates(config: DataConfig, tasks: Sequence[str], part: int = 0, parts: int = 1) -> "TrainingRates":
-    """Count a share of the training split of `config.path`: units `part`, `part + parts`, ...
+def count_rates(
+    config: DataConfig, tasks: Sequence[str], share: int = 0, shares: int = 1, *, unseen: int | None = None
+) -> "TrainingRates":
+    """Count a share of the training split of `config.path`: units `share`, `share + shares`, ...
 
-    Memory grows with the numbers of items and users only.
+    `unseen` counts the parts of the data before that one.  Memory grows with the numbers of items and users only.
     """
     info = dataset_info(config)
     bits = _bits(info, tasks)
     items = Rates(num_ids=info.num_items, num_tasks=len(tasks))
     users = UserRates(np.zeros(0, dtype=np.int64), Rates(num_ids=0, num_tasks=len(tasks)))
     found = []
-    for user_id, item_id, labels in _candidates(config, "train", bits, part, parts):
+    for user_id, item_id, labels in _candidates(_training_units(config, share, shares, unseen), config, bits):
         items.add(item_id, labels)
         ids, place = np.unique(user_id, return_inverse=True)
         rates = Rates(num_ids=len(ids), num_tasks=len(tasks))
@@ -56,9 +59,14 @@ def count_rates(config: DataConfig, tasks: Sequence[str], part: int = 0, parts: 
     return TrainingRates(items, join_users([users, *found]))
 
 
-def baseline_scores(config: DataConfig, tasks: Sequence[str], rates: "TrainingRates | None" = None) -> Baseline:
-    """Score the evaluation split of `config.path` by the `rates` of its training split, counted here if None."""
-    rates = rates or count_rates(config, tasks)
+def baseline_scores(
+    config: DataConfig, tasks: Sequence[str], rates: "TrainingRates | None" = None, *, unseen: int | None = None
+) -> Baseline:
+    """Score the evaluation split of `config.path` by the `rates` of its training split, counted here if None.
+
+    `unseen` scores the training samples of that part of the data instead, by the parts before it.
+    """
+    rates = rates or count_rates(config, tasks, unseen=unseen)
     items, users = rates.items, rates.users.ids
     overall = (items.positive.sum(axis=0) + 1) / (items.count.sum() + 2)
     item_logit = _logit(items.smoothed(overall, ITEM_PRIOR))
@@ -67,7 +75,10 @@ def baseline_scores(config: DataConfig, tasks: Sequence[str], rates: "TrainingRa
     by_user.merge(np.arange(len(users)), rates.users.rates)
     user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
 
-    found = list(_candidates(config, "eval", _bits(dataset_info(config), tasks)))
+    info = dataset_info(config)
+    scored = open_source(config, "eval") if unseen is None else open_source(config, "train", part=info.parts[unseen])
+    units = ((scored, unit) for unit in range(len(scored.unit_rows)))
+    found = list(_candidates(units, config, _bits(info, tasks)))
     user_id = np.concatenate([part[0] for part in found])
     place = np.searchsorted(users, user_id)
     known = np.append(users, -1)[place] == user_id
@@ -78,12 +89,11 @@ def baseline_scores(config: DataConfig, tasks: Sequence[str], rates: "TrainingRa
     )
 
 
-def item_counts(config: DataConfig, part: int = 0, parts: int = 1) -> IntArray:
+def item_counts(config: DataConfig, share: int = 0, shares: int = 1, *, unseen: int | None = None) -> IntArray:
     """How often each item stands in the histories and candidates of a share of the training split of `config.path`,
     [items]; shares as in `count_rates`."""
-    source = open_source(config.path, config, "train")
-    counts = np.zeros(source.info.num_items, dtype=np.int64)
-    for unit in range(part, len(source.unit_rows), parts):
+    counts = np.zeros(dataset_info(config).num_items, dtype=np.int64)
+    for source, unit in _training_units(config, share, shares, unseen):
         samples: Samples = source.read(unit)
         for column in (samples.history["item_id"], samples.candidate["item_id"]):
             counts += np.bincount(column.array, minlength=len(counts))
@@ -143,12 +153,20 @@ def _bits(info: DatasetInfo, tasks: Sequence[str]) -> IntArray:
     return np.array([info.action_bit(task) for task in tasks])
 
 
+def _training_units(
+    config: DataConfig, share: int, shares: int, unseen: int | None = None
+) -> Iterator[tuple[Source, int]]:
+    """A share of the units of all parts of the training split, or of those before the unseen one."""
+    sources = [open_source(config, "train", part=part) for part in dataset_info(config).parts[:unseen]]
+    units = ((source, unit) for source in sources for unit in range(len(source.unit_rows)))
+    return itertools.islice(units, share, None, shares)
+
+
 def _candidates(
-    config: DataConfig, split: Split, bits: IntArray, part: int = 0, parts: int = 1
+    units: Iterable[tuple[Source, int]], config: DataConfig, bits: IntArray
 ) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
-    """User, item and labels of each candidate that `config` keeps, unit by unit in stored order."""
-    source = open_source(config.path, config, split)
-    for unit in range(part, len(source.unit_rows), parts):
+    """User, item and labels of each candidate that `config` keeps, unit by unit."""
+    for source, unit in units:
         samples: Samples = source.read(unit)
         column = samples.candidate["item_id"]
         lens = column.lens()

@@ -22,6 +22,8 @@ USER_ID = "user_id"
 """The column that every sample has: whose it is.  A feature only where `sample` lists it with a space."""
 ITEM_SPACE = "item"
 """The space of `item_id`."""
+FIRST_PART = "."
+"""The part whose files lie in the folder of a split itself."""
 UNKNOWN_ID = 0
 """The id of what is missing, too rare or new, in every space."""
 UNKNOWN_TIME = -1
@@ -129,8 +131,8 @@ class DatasetInfo:
     """Where histories end.  Cut by place, a history may reach its candidates' time: for next-item retrieval alone."""
     clock: Clock = "unix"
     """What times count from."""
-    parts: tuple[str, ...] = ()
-    """Deliveries of the data, oldest first: folders within a split.  Empty where the files lie in the split itself."""
+    parts: tuple[str, ...] = (FIRST_PART,)
+    """Deliveries of the data, oldest first: folders within a split."""
     splits: Mapping[str, SplitInfo]
     """Sizes of `train` and `eval`."""
     source: str
@@ -241,7 +243,7 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
         keep_rate=values.get("keep_rate"),
         cut=values.get("cut", "by_time"),
         clock=values.get("clock", "unix"),
-        parts=tuple(values.get("parts", [])),
+        parts=tuple(values.get("parts") or (FIRST_PART,)),
         splits={split: _parse_split(sizes, f"{name}: split {split!r}") for split, sizes in values["splits"].items()},
         source=values["source"],
         licence=values["licence"],

@@ -1,6 +1,6 @@
 """The stream of global batches: which samples, how long, on which rank.  Metadata only; a pure function of position.
 
-    SampleOrder of each source -> mix -> slice of a global batch -> lengths -> ranks
+    SampleOrder of each source -> mix, or one part after another -> slice of a global batch -> lengths -> ranks
 
 Each step from a position yields a batch's plan and the next position, so resuming is not a feature but a consequence.
 Samples and lengths do not depend on the number of ranks (but see scope="rank" of StochasticLengthConfig).
@@ -19,7 +19,7 @@ from pipelines.order import References, SampleOrder, concatenate
 from pipelines.position import DataPosition, SourcePosition
 from pipelines.randomness import random_uniform
 from pipelines.stochastic_length import CUT, FILL, balanced_lens, load, plain_lens
-from pipelines.vocabulary import vocabularies
+from pipelines.vocabulary import check_same_ids, vocabularies
 
 MIX = 21
 
@@ -67,38 +67,58 @@ class GlobalBatches:
         self._cost = cost
         weights = np.array(config.mix_weights if self._train and config.mix_weights else [1.0])
         self._mix_bounds = np.cumsum(weights / weights.sum())
+        self._mixed = self._train and bool(config.mix_paths)
         self.total_samples = self._total()
-        # Those of all sources of a mix.
-        digests = (f"{name}={digest}" for name, digest in vocabularies(orders[0].info).items())
+        stream = " ".join([split, *map(str, weights)])
         self.start = DataPosition(
-            order=" ".join([split, *(order.fingerprint() for order in orders), *map(str, weights), *digests]),
+            order=(stream, *(order.fingerprint() for order in orders)),
+            vocabularies=vocabularies(orders[0].info),
             sources=(SourcePosition(),) * len(orders),
         )
 
     def plans(self, position: DataPosition | None = None) -> Iterator[BatchPlan]:
         """Plans from `position` on; see `check`."""
-        position = position or self.start
-        self.check(position)
+        position = self.resumed(position)
         while position.samples < self.total_samples:
             plan = self._plan(position)
             yield plan
             position = plan.position
 
-    def check(self, position: DataPosition) -> None:
-        """Raises ValueError if the position belongs to another order of samples."""
-        if position.order != self.start.order:
+    def resumed(self, position: DataPosition | None) -> DataPosition:
+        """The position with the parts that have come in since; None is the start.
+
+        Raises:
+            ValueError: it belongs to another order of samples, or to ids that mean something else.
+        """
+        if position is None:
+            return self.start
+        known = len(position.order)
+        if position.order != self.start.order[:known] or (self._mixed and known < len(self.start.order)):
             raise ValueError(
                 "the saved data position belongs to other data or another order of samples: keep the data set, "
                 "data.seed, data.order, data.window_samples, data.shuffle_run and the mix, or start a new run (saved: "
                 f"{position.order}; now: {self.start.order})"
             )
+        check_same_ids(position.vocabularies, self._orders[0].info, data=self._config.path, other="the saved position")
+        further = (SourcePosition(),) * (len(self.start.sources) - len(position.sources))
+        return replace(
+            position,
+            order=self.start.order,
+            vocabularies=self.start.vocabularies,
+            sources=position.sources + further,
+        )
+
+    def part_of(self, position: DataPosition) -> int:
+        """The part that comes next after `position`; the number of parts at the end."""
+        unfinished = [each.epoch < self._config.num_epochs for each in position.sources]
+        return unfinished.index(True) if True in unfinished else len(unfinished)
 
     def _total(self) -> int:
         """Samples of the whole stream."""
-        config, num = self._config, self._orders[0].num_samples
+        config, num = self._config, sum(order.num_samples for order in self._orders)
         if not self._train:
             return num
-        if config.mix_paths:
+        if self._mixed:
             assert config.max_samples is not None
             return config.max_samples
         return min(num * config.num_epochs, config.max_samples or num * config.num_epochs)
@@ -144,9 +164,14 @@ class GlobalBatches:
         )
 
     def _take(self, position: DataPosition, count: int) -> References:
-        """The next `count` samples of the stream, drawn from the sources of the mix."""
-        if len(self._orders) == 1:
-            return self._orders[0].take(position.sources[0], count)
+        """The next `count` samples of the stream; fewer where a part ends, so that no batch reaches into two."""
+        if not self._mixed:
+            current = self.part_of(position) if self._train else 0
+            order, at = self._orders[current], position.sources[current]
+            passes = self._config.num_epochs if self._train else 1
+            left = order.num_samples * (passes - at.epoch) - at.sample
+            references = order.take(at, min(count, left))
+            return replace(references, source=np.full(len(references), current))
         draws = random_uniform((self._config.seed, MIX), np.arange(position.samples, position.samples + count))
         choice = np.searchsorted(self._mix_bounds[:-1], draws, side="right")
         parts = []

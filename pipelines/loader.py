@@ -28,7 +28,7 @@ from pipelines.packed import Packed
 from pipelines.position import DataPosition
 from pipelines.reader import Failure, Reader, end_with_parent
 from pipelines.selection import Selection, select
-from pipelines.source import ParquetSource, Source, Split
+from pipelines.source import ParquetSource, Source, Split, check_whole, newest_part
 from pipelines.synthetic import SyntheticSource, synthetic_info
 from pipelines.vocabulary import check_same_ids, vocabularies
 
@@ -53,19 +53,19 @@ def build_loader(
     selection: Selection | None = None,
     cost: Cost | None = None,
     pin_memory: bool = False,
+    unseen: int | None = None,
 ) -> "Loader":
     """The loader of one rank; `selection` None reads the item ids alone.
 
     Training goes from `position` (the start if None) to the end of the stream; evaluation makes one pass in stored
-    order with full histories.  Every rank gets the same number of batches.  `cost` models a sample's work.
+    order with full histories.  Every rank gets the same number of batches.  `cost` models a sample's work.  `unseen`
+    evaluates the training samples of that part of the data, which a model has not been trained on yet.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
-    paths = (config.path, *config.mix_paths) if split == "train" else (config.path,)
-    selection = selection or select(dataset_info(config), event=(ITEM_ID,), candidate=(ITEM_ID,), context=())
-    sources = [open_source(path, config, split, selection) for path in paths]
-    for path, source in zip(paths, sources, strict=True):
-        _check_same_features(sources[0].info, source.info, path)
+    info = dataset_info(config)
+    selection = selection or select(info, event=(ITEM_ID,), candidate=(ITEM_ID,), context=())
+    sources = _open_sources(config, split, selection, unseen)
     shuffled = split == "train" and config.order == "shuffled"
     orders = [
         SampleOrder(
@@ -81,13 +81,37 @@ def build_loader(
         config, orders, split=split, rank=rank, world_size=world_size, cost=cost if cost is not None else default_cost
     )
     if position is not None:
-        batches.check(position)
+        position = batches.resumed(position)
+    units = [order.units_in_window() for order in orders]
     # A batch may reach into the next window, and reading ahead does.
-    kept = 2 * sum(order.units_in_window() for order in orders) + 1
+    kept = 2 * (sum(units) if config.mix_paths else max(units)) + 1
     reader = Reader(
         config, batches, sources, position=position, world_size=world_size, kept_units=kept, selection=selection
     )
-    return Loader(reader, batches, sources[0].info, in_process=config.reader_threads == 0, pin_memory=pin_memory)
+    return Loader(reader, batches, info, in_process=config.reader_threads == 0, pin_memory=pin_memory)
+
+
+def _open_sources(config: DataConfig, split: Split, selection: Selection, unseen: int | None) -> list[Source]:
+    """What a stream is made of: parts in their order, the sources of a mix, or the one part that is evaluated."""
+    info = dataset_info(config)
+    if unseen is not None:
+        return [open_source(config, "train", selection, info.parts[unseen])]
+    if split == "eval":
+        return [open_source(config, "eval", selection)]
+    if not config.mix_paths:
+        sources = [open_source(config, "train", selection, part) for part in info.parts]
+        stored = [source for source in sources if isinstance(source, ParquetSource)]
+        if len(stored) > 1:
+            check_whole(f"train of {config.path}", info.splits.get("train"), stored)
+        return sources
+    sources = []
+    for path in (config.path, *config.mix_paths):
+        other = read_dataset_info(path)
+        if len(other.parts) > 1:
+            raise ValueError(f"data.mix_paths: {path} has {len(other.parts)} parts; a mix takes data sets of one part")
+        _check_same_features(info, other, path)
+        sources.append(ParquetSource(path, other, "train", selection, other.parts[0]))
+    return list(sources)
 
 
 class Loader:
@@ -103,9 +127,14 @@ class Loader:
         self._in_process = in_process
         self._pin_memory = pin_memory
         self.info = info
+        self._batches = batches
         self.start = batches.start
         """The position before the first sample."""
         self.total_samples = batches.total_samples
+
+    def part_of(self, position: DataPosition) -> int:
+        """The part of the data that training goes on with after `position`; the number of parts at the end."""
+        return self._batches.part_of(self._batches.resumed(position))
 
     def __iter__(self) -> Generator[Batch]:
         """Starts the reader process at once: it works while the caller prepares other things."""
@@ -182,11 +211,19 @@ def _reader_context() -> ForkServerContext:
     return context
 
 
-def open_source(path: str, config: DataConfig, split: Split, selection: Selection | None = None) -> Source:
-    """One split of one of the data sets that `config` names; `selection` None reads what every data set has."""
-    if path == SYNTHETIC_PATH:
+def open_source(
+    config: DataConfig, split: Split, selection: Selection | None = None, part: str | None = None
+) -> Source:
+    """One part of a split of `config.path`; `selection` None reads what every data set has.
+
+    `part` None is the first one for training, and for evaluation the newest that has samples for it.
+    """
+    if config.path == SYNTHETIC_PATH:
         return SyntheticSource(config.synthetic, split)
-    return ParquetSource(path, read_dataset_info(path), split, selection)
+    info = read_dataset_info(config.path)
+    if part is None:
+        part = info.parts[0] if split == "train" else newest_part(config.path, info, split)
+    return ParquetSource(config.path, info, split, selection, part)
 
 
 def _check_same_features(first: DatasetInfo, other: DatasetInfo, path: str) -> None:

@@ -87,9 +87,13 @@ class SampleOrder:
         return self._source.info
 
     def fingerprint(self) -> str:
-        """Changes with anything that decides the order, and with what the data set says of its items and features."""
+        """Changes with anything that decides the order, and with what the data set says of its columns.
+
+        Spaces may grow; what their ids mean has digests of its own.
+        """
         info = self._source.info
-        features = f"{dict(info.spaces)} {info.columns} {info.actions}"
+        columns = [(column.name, column.part, column.kind, column.space) for column in info.columns]
+        features = f"{columns} {info.actions}"
         rows = sha256(np.ascontiguousarray(np.stack([self._rows, self._source.unit_file])).tobytes()).hexdigest()
         text = f"{rows} {features} {self._key} {self._shuffled} {self._window_samples} {self._run}"
         return sha256(text.encode()).hexdigest()[:16]

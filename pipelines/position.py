@@ -4,13 +4,13 @@ A position counts samples of the global order, never ranks, workers or files, so
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourcePosition:
-    """Progress in one source."""
+    """Progress in one source: a part of the data set, or a data set of a mix."""
 
     epoch: int = 0
     """Complete passes."""
@@ -22,10 +22,13 @@ class SourcePosition:
 class DataPosition:
     """State of the stream after a batch."""
 
-    order: str
-    """Fingerprint of what decides the order of samples: data, seed, shuffling.  Resuming under another is refused."""
+    order: tuple[str, ...]
+    """Fingerprints of what decides the order of samples: of the stream (seed, shuffling, mix), then of each source that
+    was known so far.  Resuming under others is refused; further parts may follow."""
+    vocabularies: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the keys behind the ids of each space that has one."""
     sources: tuple[SourcePosition, ...] = (SourcePosition(),)
-    """Progress in each source of the mix."""
+    """Progress in each part of the data set, or each source of the mix."""
     samples: int = 0
     """Training samples consumed so far."""
     batches: int = 0
@@ -51,4 +54,4 @@ def position_from_dict(values: Mapping[str, Any]) -> DataPosition:
     if set(values) != expected:
         raise ValueError(f"data position must have the keys {sorted(expected)}, got {sorted(values)}")
     sources = tuple(SourcePosition(**source) for source in values["sources"])
-    return DataPosition(**{**values, "sources": sources})
+    return DataPosition(**{**values, "order": tuple(values["order"]), "sources": sources})

@@ -11,10 +11,11 @@ from typing import Literal, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from pipelines.columns import IntArray, Lengths, ListColumn, Samples, Values
 from pipelines.dataset_json import open_filesystem
-from pipelines.features import LENGTH_COLUMNS, USER_ID, Column, DatasetInfo, Part
+from pipelines.features import FIRST_PART, LENGTH_COLUMNS, USER_ID, Column, DatasetInfo, Part, SplitInfo
 from pipelines.items import read_items
 from pipelines.selection import Selection, stored_columns
 from pipelines.stored import list_values, parquet_files, row_values
@@ -54,15 +55,16 @@ class Source(Protocol):
 class ParquetSource:
     """A prepared data set on a disk or an object store."""
 
-    def __init__(self, path: str, info: DatasetInfo, split: Split, selection: Selection | None = None) -> None:
-        """`selection` None reads what every data set has."""
+    def __init__(
+        self, path: str, info: DatasetInfo, split: Split, selection: Selection | None = None, part: str = FIRST_PART
+    ) -> None:
+        """One part of a split; `selection` None reads what every data set has."""
         self._info = info
         self._path = path
         self._selection = selection or Selection()
         self._columns = tuple(stored_columns(self._selection))
         self._filesystem, folder = open_filesystem(path)
-        needed = "a prepared data set has the folders train and eval"
-        self._files = parquet_files(self._filesystem, str(PurePosixPath(folder) / split), needed)
+        self._files = part_files(self._filesystem, folder, info, split, part)
         # Kept, because parsing a footer with many row groups takes as long as reading one of them.
         self._metadata: dict[str, pq.FileMetaData] = {}
         with ThreadPoolExecutor(FOOTER_THREADS, thread_name_prefix="footer") as pool:
@@ -73,7 +75,9 @@ class ParquetSource:
         self._unit_rows = np.array([rows for each in counts for rows in each], dtype=np.int64)
         self._unit_file = np.repeat(np.arange(len(self._files)), [len(each) for each in counts])
         self._first_unit = np.cumsum([0, *(len(each) for each in counts)])
-        self._check_whole(f"{PurePosixPath(folder) / split}", split)
+        # Of several parts, `dataset.json` tells the sum alone.
+        if len(info.parts) == 1:
+            check_whole(f"{PurePosixPath(folder) / split}", info.splits.get(split), [self])
 
     @property
     def info(self) -> DatasetInfo:
@@ -137,19 +141,10 @@ class ParquetSource:
         names = {feature.column for feature in self._selection.features if feature.of_item}
         return read_items(self._path, self._info, [each for each in self._info.of("item") if each.name in names])
 
-    def _check_whole(self, where: str, split: Split) -> None:
-        """Raise ValueError if files are missing, or there are more than `dataset.json` tells of."""
-        rows, files = int(self._unit_rows.sum()), len(self._files)
-        if not rows:
-            raise ValueError(f"{where} holds no rows; prepare the data set again")
-        told = self._info.splits.get(split)
-        if told is None or (told.samples == rows and told.files in (None, files)):
-            return
-        of_files = "" if told.files is None else f" in {told.files} file(s)"
-        raise ValueError(
-            f"{where} holds {rows} samples in {files} file(s), dataset.json tells of {told.samples}{of_files}: it is "
-            "not whole, or holds files of another data set; copy or prepare it again"
-        )
+    @property
+    def num_files(self) -> int:
+        """Files that were found."""
+        return len(self._files)
 
     def _read_footer(self, file: str) -> pq.FileMetaData:
         """A file's footer, its columns checked."""
@@ -164,6 +159,39 @@ class ParquetSource:
             return pq.ParquetFile(file, filesystem=self._filesystem, metadata=known, pre_buffer=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file} is not a readable Parquet file, perhaps truncated: {error}") from error
+
+
+def part_files(filesystem: fs.FileSystem, folder: str, info: DatasetInfo, split: Split, part: str) -> list[str]:
+    """The Parquet files of a part of a split; raises ValueError if there is none."""
+    needed = "a prepared data set has the folders train and eval"
+    others = {each for each in info.parts if each not in (part, FIRST_PART)}
+    return parquet_files(filesystem, str(PurePosixPath(folder) / split / part), needed, without=others)
+
+
+def newest_part(path: str, info: DatasetInfo, split: Split) -> str:
+    """The newest part that holds samples of this split; the first one where none does."""
+    filesystem, folder = open_filesystem(path)
+    for part in info.parts[::-1]:
+        try:
+            part_files(filesystem, folder, info, split, part)
+        except ValueError:
+            continue
+        return part
+    return info.parts[0]
+
+
+def check_whole(where: str, told: SplitInfo | None, parts: Sequence[ParquetSource]) -> None:
+    """Raise ValueError if files of a split are missing, or there are more than `dataset.json` tells of."""
+    rows, files = sum(int(part.unit_rows.sum()) for part in parts), sum(part.num_files for part in parts)
+    if not rows:
+        raise ValueError(f"{where} holds no rows; prepare the data set again")
+    if told is None or (told.samples == rows and told.files in (None, files)):
+        return
+    of_files = "" if told.files is None else f" in {told.files} file(s)"
+    raise ValueError(
+        f"{where} holds {rows} samples in {files} file(s), dataset.json tells of {told.samples}{of_files}: it is "
+        "not whole, or holds files of another data set; copy or prepare it again"
+    )
 
 
 def _read(parquet: pq.ParquetFile, name: str, group: int | None, columns: Sequence[str]) -> pa.Table:

@@ -1,6 +1,6 @@
 """Parquet files and columns of the prepared format as flat arrays, without copies where there is no need for one."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +10,11 @@ from pipelines.columns import AnyArray, Bags, ListColumn, Values
 from pipelines.features import Column
 
 
-def parquet_files(filesystem: fs.FileSystem, folder: str, needed: str) -> list[str]:
+def parquet_files(filesystem: fs.FileSystem, folder: str, needed: str, *, without: Collection[str] = ()) -> list[str]:
     """Parquet files anywhere in a folder, by name; without any, raises ValueError that says what they are for.
 
-    Names that begin with `_` or `.` are not data but other systems' own; folders `key=value` are.
+    Names that begin with `_` or `.` are not data but other systems' own; folders `key=value` are.  `without` names
+    folders in it that belong to something else.
     """
     if filesystem.get_file_info(folder).type != fs.FileType.Directory:
         raise ValueError(f"{folder} does not exist: {needed}")
@@ -23,7 +24,8 @@ def parquet_files(filesystem: fs.FileSystem, folder: str, needed: str) -> list[s
         for info in found
         if info.path.endswith(".parquet")
         and info.type == fs.FileType.File
-        and _is_data(info.path[len(folder) :].strip("/").split("/"))
+        and _is_data(parts := info.path[len(folder) :].strip("/").split("/"))
+        and parts[0] not in without
     )
     if not names:
         raise ValueError(f"{folder} holds no .parquet file; prepare the data set again")

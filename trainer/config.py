@@ -103,6 +103,9 @@ class EvaluationConfig:
 
     every_steps: int | None = None
     """Steps between evaluations during training; null for none."""
+    progressive: bool = False
+    """Score each further part of the data (`prepare event_log --extend`) before it is trained on, as a model that
+    serves today meets tomorrow; written to progressive.jsonl."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:

@@ -30,6 +30,7 @@ from trainer.checkpoint.store import open_store
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.determinism import make_deterministic
+from trainer.evaluator import Evaluator, evaluate
 from trainer.feed import Feed
 from trainer.loop import run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
@@ -38,7 +39,7 @@ from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved, resolve
-from trainer.run_dir import CHANGEABLE, JsonLines, RunDir, locked
+from trainer.run_dir import CHANGEABLE, RunDir, locked
 from trainer.run_log import logged
 from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
 from trainer.watchdog import Watchdog
@@ -99,10 +100,8 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None, from_s
                 recorder=recorder,
                 checkpointer=checkpointer,
                 watchdog=watchdog,
+                evaluator=Evaluator(resolved, model, run, mesh, loader=loader, recorder=recorder),
                 evaluated=restart.evaluated,
-                evaluate=lambda step: recorder.add_evaluation(
-                    evaluate(resolved, model, run.eval_file, mesh, step), step
-                ),
             )
         logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
         logger.info("next: python -m trainer evaluate %s\n      tensorboard --logdir %s", run.path, run.tensorboard)
@@ -173,7 +172,7 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     check_overlap(config.overlap, mesh.device)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
-    open_source(config.data.path, config.data, "eval", resolved.task.selection)
+    open_source(config.data, "eval", resolved.task.selection)
 
 
 def check_versions(newest: Newest, config: TrainConfig) -> None:
@@ -217,16 +216,6 @@ def _settle(resolved: Resolved, loader: Loader, progress: Progress) -> Resolved:
         last_step = steps if last_step is None else min(steps, last_step)
     schedule = settle_schedule(config.schedule, last_step=last_step, done=progress.step)
     return replace(resolved, config=replace(config, schedule=schedule))
-
-
-def evaluate(resolved: Resolved, model: ParallelModel, file: Path, mesh: Mesh, step: int) -> dict[str, float]:
-    """Evaluate, append to `file` unless the step stands there already, and show the result beside the baseline."""
-    found = resolved.task.evaluate(model, mesh)
-    if mesh.is_first:
-        if not JsonLines(file).append({"step": step, **found.metrics}):
-            logger.info("%s has a line of step %d already; it stays as it is", file, step)
-        logger.info("evaluation at step %d:\n%s", step, found.table)
-    return dict(found.metrics)
 
 
 def announce(resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -> None:

@@ -17,6 +17,7 @@ from pipelines.overlap import StepPipeline
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.progress import Progress
 from trainer.config import TrainConfig
+from trainer.evaluator import Evaluator
 from trainer.feed import Feed
 from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
@@ -49,12 +50,12 @@ def run_steps(
     recorder: Recorder,
     checkpointer: Checkpointer,
     watchdog: Watchdog,
+    evaluator: Evaluator,
     evaluated: bool,
-    evaluate: Callable[[int], object],
 ) -> None:
     """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
 
-    An evaluation that was due where the run goes on, and is not `evaluated`, comes first.
+    An evaluation that was due where the run goes on, and was not made (`evaluated`), comes first.
 
     Raises:
         StoppedEarly: SIGTERM, SIGUSR1 or Ctrl-C came; the state of the last step is saved.
@@ -65,21 +66,19 @@ def run_steps(
         with recorder.paused():
             checkpointer.save(progress)
 
-    def evaluate_now() -> None:
+    def between_steps(look: Callable[[], None]) -> None:
         with recorder.paused(), watchdog.phase("evaluation"):
-            pipeline.outside(lambda: evaluate(progress.step))
+            pipeline.outside(look)
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     loss, logs = None, False
-    evaluates = progress.step > 0 and not evaluated and _due(progress.step, config.evaluation.every_steps)
-    if evaluates:
-        with watchdog.phase("evaluation"):
-            evaluate(progress.step)
+    with watchdog.phase("evaluation"):
+        evaluates = evaluator.begin(progress, evaluated=evaluated)
     for loss, factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.rank, count=recorder.count):
         watchdog.stepped(progress.step)
         saves = _due(progress.step, config.checkpoint.every_steps)
-        evaluates = _due(progress.step, config.evaluation.every_steps)
+        evaluates = evaluator.due(progress.step)
         logs = _due(progress.step, config.log_every)
         if logs:
             recorder.log(progress, loss, factor)
@@ -90,13 +89,15 @@ def run_steps(
             checkpointer.wait()
             raise StoppedEarly(f"stopped after step {progress.step}, which is saved: start the same command to go on")
         if evaluates:
-            evaluate_now()
+            between_steps(lambda: evaluator.evaluate(progress.step))
+        if progress.ends_part:
+            between_steps(lambda: evaluator.meet_part(progress))
     # A run's last step is logged whatever its number, so that a short run has a metric too.
     if loss is not None and not logs:
         recorder.log(progress, loss, factor)
     save()
     if not evaluates:
-        evaluate_now()
+        between_steps(lambda: evaluator.evaluate(progress.step))
     checkpointer.wait()
 
 

@@ -71,6 +71,11 @@ class RunDir:
         """One object an evaluation."""
         return self.path / "eval.jsonl"
 
+    @property
+    def progressive_file(self) -> Path:
+        """One object a part of the data that was scored before it was trained on."""
+        return self.path / "progressive.jsonl"
+
     def eval_file_of(self, data_path: str) -> Path:
         """One object an evaluation on other data than the run's own."""
         return self.path / f"eval_{PurePosixPath(data_path).name}.jsonl"
@@ -101,7 +106,7 @@ class RunDir:
 
     def flush(self) -> None:
         """Let what the first rank has written here so far reach the disk."""
-        for file in (self.config_file, self.plan_file, self.metrics_file, self.eval_file):
+        for file in (self.config_file, self.plan_file, self.metrics_file, self.eval_file, self.progressive_file):
             if file.is_file():
                 sync(file)
         sync(self.path)

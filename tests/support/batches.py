@@ -54,7 +54,7 @@ def batch_of(arrays: dict[str, Tensor]) -> Batch:
         size_bytes=memory.numel(),
         places=places,
         lookups=tuple(ids),
-        position=DataPosition(order="random"),
+        position=DataPosition(order=("random",)),
         global_samples=len(arrays["user_id"]),
         global_tokens=len(arrays["timestamp"]),
         imbalance=1.0,
@@ -101,3 +101,13 @@ def random_arrays(
         "candidate_action": random(2**NUM_ACTIONS, scored).int(),
         "loss_denominator": torch.tensor([float(max(1, scored))]),
     }
+
+
+def random_rows(batch: Batch, widths: Mapping[str, int]) -> dict[str, JaggedTensor]:
+    """Rows of every feature of ids, of the width of its space's table, on the batch's device."""
+    keys = list(batch.features.keys())
+    context = tuple(key.removeprefix("sample.") for key in keys if key.startswith("sample."))
+    spaces = {feature.name: feature.space or "" for feature in small_selection(context, columns=True).features}
+    device = batch.inputs.user_id.device
+    sizes = {key: len(batch.inputs.ids_host(key)) for key in keys}
+    return looked_up({key: torch.randn(size, widths[spaces[key]], device=device) for key, size in sizes.items()})

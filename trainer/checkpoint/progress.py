@@ -24,6 +24,12 @@ class Progress:
         self.samples += samples
         self.position = position
 
+    @property
+    def ends_part(self) -> bool:
+        """Whether a pass over a part of the data, of several, has just ended."""
+        sources = () if self.position is None else self.position.sources
+        return len(sources) > 1 and all(source.sample == 0 for source in sources)
+
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form that `progress_from_dict` reads back."""
         return asdict(self)

@@ -135,7 +135,7 @@ class Ranking:
         """The data's batch as it is."""
         return batch
 
-    def evaluate(self, model: ParallelModel, mesh: Mesh) -> Evaluation:
+    def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """NE, AUC and GAUC of each action, beside the rates of items and users.  Called by every rank."""
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
         batches = build_loader(
@@ -145,8 +145,9 @@ class Ranking:
             world_size=mesh.world_size,
             selection=self.selection,
             pin_memory=on_gpu,
+            unseen=unseen,
         )
         metrics = evaluate(model, batches, self.actions, mesh)
-        baseline = baseline_metrics(data, self.actions, mesh)
+        baseline = baseline_metrics(data, self.actions, mesh, unseen)
         table = comparison_table(metrics, baseline, self.actions) if mesh.is_first else ""
         return Evaluation(metrics, table)

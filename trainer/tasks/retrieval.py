@@ -98,16 +98,20 @@ class Retrieval:
         """All events in one sequence a sample, with negatives."""
         return self._form(batch, mesh, self.settings.num_negatives)
 
-    def evaluate(self, model: ParallelModel, mesh: Mesh) -> Evaluation:
+    def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Hit rate, NDCG and MRR of each candidate's rank among all items, beside popularity.  Called by every rank.
 
         Memory of a rank: E floats a prediction, the scores of `PREDICTIONS` predictions for `corpus_chunk` items, and
         with `exclude_seen` two numbers an earlier event.
         """
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
-        batches = build_loader(data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu)
+        batches = build_loader(
+            data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu, unseen=unseen
+        )
         prepared = (self._form(batch, mesh, 0) for batch in batches)
-        metrics, by_popularity = evaluate_retrieval(model, prepared, popularity(data, mesh), mesh, self.settings)
+        metrics, by_popularity = evaluate_retrieval(
+            model, prepared, popularity(data, mesh, unseen), mesh, self.settings
+        )
         return Evaluation(metrics, retrieval_table(metrics, by_popularity) if mesh.is_first else "")
 
     def _form(self, batch: Batch, mesh: Mesh, num_negatives: int) -> RetrievalBatch:

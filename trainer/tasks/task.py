@@ -71,5 +71,8 @@ class Task(Protocol):
     def prepare(self, batch: Batch, mesh: Mesh) -> Pipelineable:
         """A training batch of the data in the form that the model reads, still in host memory."""
 
-    def evaluate(self, model: ParallelModel, mesh: Mesh) -> Evaluation:
-        """Score the evaluation split, beside what knows no sequences.  Called by every rank."""
+    def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
+        """Score the evaluation split, beside what knows no sequences.  Called by every rank.
+
+        `unseen` scores the training samples of that part of the data instead, beside what the parts before it tell.
+        """

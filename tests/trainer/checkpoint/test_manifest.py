@@ -12,7 +12,7 @@ from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.region import Region
 
 MANIFEST = Manifest(
-    progress=Progress(step=3, samples=12, position=DataPosition(order="of a test", samples=12)),
+    progress=Progress(step=3, samples=12, position=DataPosition(order=("of a test",), samples=12)),
     world_size=2,
     versions={"torch": "2"},
     files={"rank-00000.bin": FileRecord(32, (1,)), "rank-00001.bin": FileRecord(12, (2,))},

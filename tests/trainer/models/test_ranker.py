@@ -11,19 +11,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.config import TableConfig
-from embeddings.tables import Rows, build_tables
-from pipelines.batch import Batch
-from pipelines.selection import Feature
+from embeddings.tables import build_tables
 from tests.support.batches import (
     CONTEXT_VOCAB,
     NUM_ACTIONS,
     NUM_ITEMS,
     NUM_TABS,
-    PLAY_S,
     batch_of,
-    looked_up,
     random_arrays,
     random_batch,
+    random_rows,
     small_selection,
 )
 from tests.support.distributed import run_ranks
@@ -38,7 +35,6 @@ from trainer.models.config import (
 from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
-from trainer.models.rows import NumberEncoder
 
 CONTEXT = ("user_id", "country")
 WIDTHS = {"item": 12, "tab": 8, "user_id": 12, "country": 4}
@@ -70,15 +66,6 @@ def small_ranker(
     tables = build_tables(configs, device=torch.device("cpu"))
     tower = build_ranker_tower(config, selection=selection, widths=WIDTHS, action_names=ACTIONS)
     return Model(tables, tower)
-
-
-def random_rows(batch: Batch) -> Rows:
-    """Rows of every feature of ids, on the batch's device."""
-    keys = batch.features.keys()
-    spaces = {feature.name: feature.space for feature in small_selection(CONTEXT, columns=True).features}
-    ids = {key: batch.inputs.ids_host(key) for key in keys}
-    device = batch.inputs.user_id.device
-    return looked_up({key: torch.randn(len(ids[key]), WIDTHS[spaces[key] or ""], device=device) for key in keys})
 
 
 CONFIGS = {
@@ -127,7 +114,7 @@ def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, user
         loss, output = ranker(batch)
     else:
         # TorchRec cannot look up for no samples at all, the tower computes on none.
-        embedded = [random_rows(batch)]
+        embedded = [random_rows(batch, WIDTHS)]
         loss, output = ranker.tower(embedded, batch)
     loss.backward()
     assert loss.item() == 0 and output.logits.shape == (0, NUM_ACTIONS)
@@ -219,72 +206,6 @@ def test_labels_change_no_score(name: str) -> None:
     torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
 
 
-def test_what_the_model_knows_of_numbers_is_finite_and_saved() -> None:
-    """Numbers with more and with fewer borders, and one without statistics, share a tensor that checkpoints hold."""
-    encoder = small_ranker(CONFIGS["columns"]).tower.encoder
-    state = encoder.state_dict()
-    assert {name for name in state if name.endswith(("borders", "center", "scale"))} == {
-        f"{part}.numbers.{name}" for part in ("of_events", "of_candidates") for name in ("borders", "center", "scale")
-    }
-    features = [
-        Feature(name=name, parts=("event",), kind="number", space=None, statistics=statistics)
-        for name, statistics in (("known", PLAY_S), ("unknown", None))
-    ]
-    numbers = NumberEncoder(features, config=InputConfig(), dim=8)
-    assert all(value.isfinite().all() for value in numbers.state_dict().values())
-
-
-def test_columns_enter_the_tokens_of_their_part_alone() -> None:
-    """Numbers by value and bucket, one id, many ids: in events what events have, in candidates what candidates have."""
-    encoder = small_ranker(CONFIGS["columns"]).tower.encoder
-    arrays = random_arrays([5, 0, 9], [2, 3, 1], context_names=CONTEXT)
-    selection = small_selection(CONTEXT, columns=True)
-    embedded = random_rows(batch_of(arrays))
-    with torch.no_grad():
-        tokens, layout = encoder(embedded, batch_of(arrays).inputs)
-        parts = encoder.of_events, encoder.of_candidates
-        encoder.of_events = encoder.of_candidates = None
-        plain, _ = encoder(embedded, batch_of(arrays).inputs)
-    assert [part.ids + tuple(part.numbers.names) for part in parts] == [
-        (*(each for each in selection.features if each.name in ("tab", "tags")), "play_s"),
-        ("price",),
-    ]
-    of_events, of_candidates = parts
-    play_s = arrays["number/play_s"]
-    known = ~play_s.isnan()
-    logarithms = torch.log1p(torch.arange(0, 101, 10, dtype=torch.float64))
-    value = torch.where(known, (torch.log1p(play_s) - logarithms.mean()) / logarithms.std(), 0)
-    # Quarters of the quantiles 0, 10, ... 100.
-    bucket = torch.where(known, 1 + sum((play_s >= border).long() for border in (20, 50, 80)), 0)
-    lens = arrays["lens/tags"].tolist()
-    pooled = [part.mean(0) if len(part) else torch.zeros(8) for part in embedded["tags"].values().split(lens)]
-    columns = torch.cat(
-        [embedded["tab"].values(), torch.stack(pooled), value.float()[:, None], known.float()[:, None]], dim=1
-    )
-    events = of_events.projection(columns) + of_events.numbers.vectors[bucket]
-    price = arrays["number/price"]
-    values = torch.where(price.isnan(), 0, torch.log1p(price.nan_to_num()) / 10)
-    candidates = of_candidates.projection(torch.stack([values, (~price.isnan()).float()], dim=1))
-    candidates = candidates + of_candidates.numbers.vectors[(~price.isnan()).long()]
-    index, is_candidate = layout.index_T - len(CONTEXT), layout.index_T >= 2 + layout.history_lens[layout.user_T]
-    expected = torch.zeros_like(tokens)
-    expected[(index >= 0) & ~is_candidate] = events
-    expected[is_candidate] = candidates
-    torch.testing.assert_close(tokens - plain, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_input_settings_that_make_no_sense_are_refused() -> None:
-    for wrong, message in (
-        ({"buckets": 0}, "buckets must be at least 1"),
-        ({"thresholds": (2.0, 1.0)}, "thresholds must rise"),
-        ({"thresholds": (1.0,), "buckets": 3}, "buckets=3 has no effect with thresholds"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            NumberConfig(**wrong)
-    with pytest.raises(ValueError, match=r"input.event must not name a column twice, got tab, tab"):
-        InputConfig(event=("tab", "tab"))
-
-
 def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None:
     plain = small_ranker(model_config())
     channel = ChannelConfig(name="every", dim=16, stages=STAGES, actions=ACTIONS)
@@ -339,7 +260,7 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     device = torch.device("cuda")
     tower = small_ranker(config, columns=CONFIGS[name] in WITH_COLUMNS).tower.to(device)
     batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
-    embedded = [random_rows(batch)]
+    embedded = [random_rows(batch, WIDTHS)]
     for mode in ("default", "error"):
         # The first step compiles, which may wait.
         torch.cuda.synchronize()
