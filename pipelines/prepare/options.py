@@ -46,7 +46,7 @@ class SampleOptions:
     """Users kept, in the order of a hash of their ids; all if not given."""
     min_count: int = 1
     """Events before the split time that an item needs for an id of its own; rarer ones, and those that are new after
-    it, share id 0, which then is trained as they would be.  With leave_last, all events count."""
+    it, share id 0, which then is trained as they would be."""
     order: str = "users"
     """Order of the stored training samples: users (pseudo-random by user) or time (by their first candidate)."""
     row_group_events: int = 131_072
@@ -69,6 +69,11 @@ class SampleOptions:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(self, name)}")
         if self.leave_last is not None and self.split_time is not None:
             raise ValueError(f"--split-time={self.split_time} has no effect with --leave-last: give one of them")
+        if self.leave_last is not None and self.min_count > 1:
+            raise ValueError(
+                f"--min-count={self.min_count} would make the shared id of rare items the next item to find: with "
+                "--leave-last, leave it out"
+            )
         if not 0 < self.train_fraction < 1:
             raise ValueError(f"--train-fraction must lie between 0 and 1, got {self.train_fraction}")
         if self.memory_gib < 0.25:

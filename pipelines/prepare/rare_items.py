@@ -7,18 +7,18 @@ import duckdb
 from pipelines.features import UNKNOWN_ID, Space
 
 
-def merge_rare_items(connection: duckdb.DuckDBPyConnection, items: Space, min_count: int, before: int | None) -> Space:
-    """Give id 0 to items with fewer than `min_count` events before a time (None: at all), and number the others anew.
+def merge_rare_items(connection: duckdb.DuckDBPyConnection, items: Space, min_count: int, before: int) -> Space:
+    """Give id 0 to items with fewer than `min_count` events before the time `before`, and number the others anew.
 
     Changes `events`, `item_ids` and, where it exists, `items`; the order of the remaining ids stays.  Returns the space
     that is left of `items`; rows that it had to grow stay.  Raises ValueError if the ids are a hash of the keys.
     """
     if items.hash is not None:
         raise ValueError("--min-count needs items with ids of their own, but those of the items are a hash")
-    earlier = "" if before is None else f"WHERE time < {before}"
+    counted = f"SELECT item_id FROM events WHERE time < {before} GROUP BY item_id HAVING count(*) >= {min_count}"
     connection.execute(
         f"CREATE TABLE kept_items AS SELECT item_id AS old_id, {UNKNOWN_ID} + row_number() OVER (ORDER BY item_id) "
-        f"AS new_id FROM (SELECT item_id FROM events {earlier} GROUP BY item_id HAVING count(*) >= {min_count})"
+        f"AS new_id FROM ({counted})"
     )
     connection.execute(
         f"CREATE OR REPLACE TABLE events AS SELECT * EXCLUDE (old_id, new_id) REPLACE (coalesce(new_id, {UNKNOWN_ID}) "

@@ -164,8 +164,7 @@ def _with_rare_items_merged(
             f"--min-count cannot renumber {others[0]}, another column of the space {ITEM_SPACE}: give the space a "
             "min_count in the schema file"
         )
-    before = split_time if options.leave_last is None else None
-    items = merge_rare_items(connection, about.spaces[ITEM_SPACE], options.min_count, before)
+    items = merge_rare_items(connection, about.spaces[ITEM_SPACE], options.min_count, split_time)
     logger.info(
         "%d of %d items have fewer than --min-count=%d events and share id 0",
         *(about.spaces[ITEM_SPACE].used - items.used, about.spaces[ITEM_SPACE].used - 1, options.min_count),

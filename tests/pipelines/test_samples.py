@@ -180,6 +180,11 @@ def test_a_split_in_time_beside_it_is_refused() -> None:
         SampleOptions(leave_last=1, split_time=5)
 
 
+def test_rare_items_keep_their_ids_where_the_next_item_is_sought() -> None:
+    with pytest.raises(ValueError, match="--min-count=2 would make the shared id of rare items the next item"):
+        SampleOptions(leave_last=1, min_count=2)
+
+
 def test_tables_stay_small_where_histories_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "EXPANDED_EVENTS", 1000)
     options = SampleOptions(candidates=4, samples_per_user=0, max_history=300)
