@@ -17,6 +17,7 @@ setup(
     packages=[
         "attention_kernels",
         "embeddings",
+        "embeddings.kinds",
         "launch",
         "launch.schedulers",
         "pipelines",

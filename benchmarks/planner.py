@@ -3,9 +3,9 @@
 Run: python -m benchmarks.planner [--sizes 10x64 100x256 ...] [--problems 20] [--json FILE]
 
 Needs no GPU.  Sizes are tables x ranks; tables have dimension 128, up to 12 million rows and one lookup a sample.
-TorchRec's planner gets the choice between table_wise and row_wise with the fused kernel, as ours does; it is left out
-where it would not end within minutes.  The random problems have 3 to 40 tables, 8 to 64 ranks and 1 to 16 GiB; plans
-are compared by the estimated time of the busiest rank and the fixed time of each lookup group.
+TorchRec's planner gets every sharding type that it has for the collection, with rows in device memory, as ours does; it
+is left out where it would not end within minutes.  The random problems have 3 to 40 tables, 8 to 64 ranks and 1 to 16
+GiB; plans are compared by the estimated time of the busiest rank and the fixed time of each lookup group.
 """
 
 import argparse
@@ -27,14 +27,17 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.perf_models import NoopPerfModel
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, Topology, TopologyFactory, TrainerConfig
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.costs import torchrec_topology
 from embeddings.machine import Machine
 from embeddings.optimizers import attach_optimizers
-from embeddings.plan import BatchLoad
 from embeddings.planner import plan_tables
+from embeddings.problem import GIB, BatchLoad
 from embeddings.tables import build_tables
+
+BYTES_PER_MS = 1e6
+"""One GB/s in TorchRec's unit of bandwidth."""
 
 MAX_TORCHREC_WORK = 3_000_000
 """Tables squared times ranks: TorchRec tries about two proposals a table, each with every shard of every table."""
@@ -77,7 +80,7 @@ def measure_time(num_tables: int, world_size: int) -> dict[str, Any]:
     load = BatchLoad(samples_per_rank=64)
     _, ours = _ours(tables, machine, load)
     feasible = num_tables**2 * world_size < MAX_TORCHREC_WORK
-    _, theirs = _torchrec(tables, machine, load) if feasible else (None, None)
+    _, theirs = torchrec_plan(tables, machine, load) if feasible else (None, None)
     return {"tables": num_tables, "ranks": world_size, "ours_s": ours, "torchrec_s": theirs}
 
 
@@ -92,7 +95,7 @@ def compare(seed: int) -> dict[str, Any]:
     tables = [_table(f"t{i}", world_size * int(10 ** draw.uniform(2, 5.3)), 64) for i in range(num_tables)]
     load = BatchLoad(samples_per_rank=32, ids_per_sample={table.name: 10 ** draw.uniform(0, 3) for table in tables})
     ours_ms, ours_s = _ours(tables, machine, load)
-    theirs_ms, theirs_s = _torchrec(tables, machine, load)
+    theirs_ms, theirs_s = torchrec_plan(tables, machine, load)
     sizes = {"tables": num_tables, "ranks": world_size, "hbm_gib": machine.hbm_gib}
     return {"seed": seed, **sizes, "ratio": ours_ms / theirs_ms, "ours_s": ours_s, "torchrec_s": theirs_s}
 
@@ -111,8 +114,26 @@ def _ours(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) -> t
     return plan.step_ms, time.monotonic() - start
 
 
-def _torchrec(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) -> tuple[float, float]:
-    """(ms of the busiest rank and the lookup groups, seconds to plan)."""
+def torchrec_topology(machine: Machine) -> Topology:
+    """`machine` in TorchRec's terms."""
+    rates = machine.bandwidths
+    return TopologyFactory.create_topology(
+        TrainerConfig(world_size=machine.world_size, local_world_size=machine.local_world_size),
+        HardwareConfig(
+            hbm_cap_bytes=None if machine.hbm_gib is None else int(machine.hbm_gib * GIB),
+            ddr_cap_bytes=int(machine.ddr_gib * GIB),
+            hbm_mem_bw=rates.device * BYTES_PER_MS,
+            ddr_mem_bw=rates.device * BYTES_PER_MS,
+            hbm_to_ddr_mem_bw=rates.host_link * BYTES_PER_MS,
+            intra_host_bw=rates.within_node * BYTES_PER_MS,
+            inter_host_bw=rates.across_nodes * BYTES_PER_MS,
+        ),
+        KernelConfig(compute_device=machine.compute_device, use_hardware_based_bandwidth=True),
+    )
+
+
+def torchrec_plan(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) -> tuple[float, float]:
+    """(ms of the busiest rank and the lookup groups, seconds to plan) of TorchRec's own planner."""
     built = build_tables(tables, device=torch.device("meta"))
     attach_optimizers(built, SparseOptimizerConfig())
     topology = torchrec_topology(machine)
@@ -121,9 +142,10 @@ def _torchrec(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) 
         batch_size=load.samples_per_rank,
         constraints={
             table.name: ParameterConstraints(
-                sharding_types=["table_wise", "row_wise"],
-                compute_kernels=["fused"],
-                pooling_factors=[load.ids_per_sample.get(table.name, 1.0)],
+                # column_wise needs another optimizer than row-wise Adagrad to be right.
+                sharding_types=["table_wise", "row_wise", "data_parallel"],
+                compute_kernels=["fused", "dense"],
+                pooling_factors=[load.ids_per_sample.get(feature, 1.0) for feature in table.features],
             )
             for table in tables
         },
@@ -135,7 +157,8 @@ def _torchrec(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) 
     planner.plan(built, [EmbeddingCollectionSharder()])
     seconds = time.monotonic() - start
     best = planner._best_plan
-    fixed_ms = machine.lookup_group_ms * len({option.sharding_type for option in best})
+    widths = {table.name: table.embedding_dim for table in tables}
+    fixed_ms = machine.lookup_group_ms * len({(widths[option.name], option.sharding_type) for option in best})
     return float(NoopPerfModel(topology).rate(best)) + fixed_ms, seconds
 
 

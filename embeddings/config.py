@@ -1,19 +1,13 @@
 """What a user states about tables: sizes, optimizer, and what the planner may do.  Standard library only."""
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-ShardingType = Literal["table_wise", "row_wise"]
-"""table_wise: a table lies whole on one rank.  row_wise: its rows are cut over all ranks, in equal blocks.
-
-TorchRec's other types are left out on purpose.  column_wise keeps one row-wise optimizer sum a column shard and
-data_parallel has no fused optimizer state: neither follows the unsharded table's mathematics or resumes under another
-plan.  The types with a node-local part (table_row_wise, grid) do not exist for sequence embeddings."""
+from typing import Literal, get_args
 
 ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
 """fused: rows in device memory.  fused_uvm_caching: rows in host memory, with a cache of hot rows on the device.
 fused_uvm: rows in host memory.  All three apply the optimizer inside the backward pass; a CPU has only fused."""
 
+KERNELS: tuple[ComputeKernel, ...] = get_args(ComputeKernel)
 
 RowType = Literal["float32", "float16"]
 """Type of a table's rows.  Lookups, gradients and optimizer state are float32 with either; bfloat16 rows have no CPU
@@ -47,6 +41,11 @@ class SparseOptimizerConfig:
                 f"sparse_optimizer.betas must lie in [0, 1), and be null for all but adam, "
                 f"got {self.betas} for {self.kind}"
             )
+
+
+def state_bytes_per_row(optimizer: str, columns: int) -> int:
+    """Bytes of an optimizer's float32 state for a row of so many columns."""
+    return {"rowwise_adagrad": 4, "adagrad": 4 * columns, "adam": 8 * columns, "sgd": 0}[optimizer]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,12 +92,17 @@ class TableConfig:
         return self.num_embeddings * self.row_bytes
 
 
+def optimizer_of(table: TableConfig, default: SparseOptimizerConfig) -> SparseOptimizerConfig:
+    """The table's own optimizer, or else the run's."""
+    return default if table.optimizer is None else table.optimizer
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableConstraint:
     """What the planner may do with one table; null leaves the general rule in force."""
 
-    sharding_types: tuple[ShardingType, ...] | None = None
-    """Sharding types to choose from."""
+    sharding_types: tuple[str, ...] | None = None
+    """Sharding types to choose from; one that the table cannot have is an error."""
     compute_kernels: tuple[ComputeKernel, ...] | None = None
     """Kernels to choose from."""
 
@@ -111,8 +115,9 @@ class TableConstraint:
 class PlacementConfig:
     """What the sharding planner may choose from, and the memory it must leave alone."""
 
-    sharding_types: tuple[ShardingType, ...] = ("table_wise", "row_wise")
-    """Sharding types to choose from, for every table without a constraint of its own."""
+    sharding_types: tuple[str, ...] | None = None
+    """Sharding types to choose from, for every table without a constraint of its own, as far as a table can have them;
+    null takes all that there are (`embeddings/kinds`).  Training is the same under each."""
     compute_kernels: tuple[ComputeKernel, ...] = ("fused",)
     """Kernels to choose from.  Add fused_uvm_caching to let tables that do not fit overflow into host memory."""
     tables: dict[str, TableConstraint] = field(default_factory=dict)
@@ -124,7 +129,7 @@ class PlacementConfig:
     moments are counted from the model itself."""
 
     def __post_init__(self) -> None:
-        if not self.sharding_types or not self.compute_kernels:
+        if self.sharding_types == () or not self.compute_kernels:
             raise ValueError(
                 "placement.sharding_types and placement.compute_kernels must name at least one choice each"
             )

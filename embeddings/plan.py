@@ -1,73 +1,30 @@
 """What a sharding plan says: where every row of every table lives, what that costs, and what else was considered.
 
-Plain values only; `planner` makes a plan, `plan_file` stores it, `sharding` hands it to TorchRec, `report` explains it.
+Plain values only; `planning` makes a plan, `plan_file` stores it, `sharding` applies it, `report` explains it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from embeddings.config import VALUE_BYTES, ComputeKernel, RowType, ShardingType, TableConfig
+from embeddings.config import VALUE_BYTES, ComputeKernel, RowType, TableConfig
+from embeddings.kinds.kind import Shard
+from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
+from embeddings.problem import BatchLoad, Reservation, available_bytes
 
-GIB = 2**30
 MAX_COMPARED_TABLES = 128
 """Up to so many tables, a plan holds its time with each alternative for one table and all others in place."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchLoad:
-    """The lookups of one step, from which times and buffers are estimated."""
-
-    samples_per_rank: int = 64
-    """Samples that a rank reads a step."""
-    ids_per_sample: dict[str, float] = field(default_factory=dict)
-    """Mean number of ids a sample, by feature; a feature that is not named has one."""
-
-    def __post_init__(self) -> None:
-        if self.samples_per_rank < 1:
-            raise ValueError(f"samples_per_rank must be at least 1, got {self.samples_per_rank}")
-        for feature, ids in self.ids_per_sample.items():
-            if ids <= 0:
-                raise ValueError(f"ids_per_sample of feature {feature!r} must be above 0, got {ids}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reservation:
-    """Bytes a rank that the tables may not use."""
-
-    fraction_bytes: int
-    """The part of all memory that `placement.reserved_fraction` keeps."""
-    dense_bytes: int
-    """The dense model's parameters, gradients, their communication buckets and Adam's moments."""
-    activation_bytes: int
-    """`placement.activation_gib`."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Their sum."""
-        return self.fraction_bytes + self.dense_bytes + self.activation_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A block of a table's rows on one rank; a row is never cut."""
-
-    rank: int
-    """Where it lives."""
-    first_row: int
-    """First global row."""
-    num_rows: int
-    """Rows; may be 0 where a table has fewer rows than there are ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """One way to place a table, with everything else as in the plan."""
 
-    sharding_type: ShardingType
+    sharding_type: str
     """How it is cut."""
     kernel: ComputeKernel
     """Where its rows are."""
+    num_blocks: int
+    """Blocks that it is cut into; with a sharding type that has one on every rank, the number of ranks."""
     table_ms: float
     """Estimated time of this table on the rank it loads most, a step."""
     table_bytes: int
@@ -89,12 +46,12 @@ class TablePlacement:
     """Type of the rows."""
     optimizer: str
     """Kind of the optimizer, which decides the size of its state."""
-    sharding_type: ShardingType
-    """How it is cut."""
+    sharding_type: str
+    """How it is cut: a kind of `embeddings/kinds`."""
     kernel: ComputeKernel
     """Where its rows are."""
-    shards: tuple[Shard, ...]
-    """Every row exactly once, in order."""
+    ranks: tuple[int, ...] = ()
+    """The rank of each block, of a sharding type that leaves a choice; empty where every rank has its own."""
     candidates: tuple[Candidate, ...] = ()
     """What was considered, the choice first; empty in a plan written by hand."""
 
@@ -105,7 +62,7 @@ class TablePlacement:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all rows."""
+        """Bytes of all rows, once."""
         return self.num_embeddings * self.row_bytes
 
 
@@ -118,7 +75,7 @@ class RankEstimate:
     optimizer_bytes: int
     """Their optimizer state."""
     io_bytes: int
-    """Buffers of input dist and output dist."""
+    """Buffers of ids, rows and gradients."""
     host_bytes: int
     """Rows and optimizer state of the fused_uvm kernels, in host memory."""
     step_ms: float
@@ -146,6 +103,11 @@ class Plan:
     """By rank."""
 
     @property
+    def available_bytes(self) -> int:
+        """Memory a rank that tables may use."""
+        return available_bytes(self.machine, self.reservation)
+
+    @property
     def lookup_groups(self) -> int:
         """Widths, sharding types and kernels in use together; each costs `machine.lookup_group_ms`."""
         return len({(table.embedding_dim, table.sharding_type, table.kernel) for table in self.tables.values()})
@@ -155,31 +117,17 @@ class Plan:
         """Estimated time of all tables on the busiest rank, a step."""
         return max(rank.step_ms for rank in self.ranks) + self.lookup_groups * self.machine.lookup_group_ms
 
-    @property
-    def available_bytes(self) -> int:
-        """Memory a rank that tables may use."""
-        return int(self.machine.memory_gib * GIB) - self.reservation.total_bytes
-
-
-def row_blocks(num_embeddings: int, num_blocks: int) -> list[tuple[int, int]]:
-    """(first row, rows) of each row-wise block: TorchRec's input dist fixes them to ceil(rows / blocks) rows each.
-
-    >>> row_blocks(10, 4)
-    [(0, 3), (3, 3), (6, 3), (9, 1)]
-    >>> row_blocks(2, 4)
-    [(0, 1), (1, 1), (2, 0), (2, 0)]
-    """
-    block = -(-num_embeddings // num_blocks)
-    starts = [min(index * block, num_embeddings) for index in range(num_blocks)]
-    return [(start, min(block, num_embeddings - start)) for start in starts]
-
-
-def shards_of(table: TableConfig, sharding_type: ShardingType, ranks: Sequence[int]) -> tuple[Shard, ...]:
-    """The shards of `table`: whole on `ranks[0]`, or in row blocks over all of `ranks`."""
-    if sharding_type == "table_wise":
-        return (Shard(ranks[0], 0, table.num_embeddings),)
-    blocks = row_blocks(table.num_embeddings, len(ranks))
-    return tuple(Shard(rank, first, rows) for rank, (first, rows) in zip(ranks, blocks, strict=True))
+    def shards(self, name: str) -> tuple[Shard, ...]:
+        """Where each part of a table lies."""
+        table = self.tables[name]
+        config = TableConfig(
+            name=name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            features=(name,),
+        )
+        kind = KINDS[table.sharding_type]
+        return kind.shards(config, range(self.machine.world_size) if kind.everywhere else table.ranks)
 
 
 def size_text(num_bytes: int) -> str:

@@ -1,43 +1,34 @@
-"""Sharding plans as files: readable, versioned JSON with one shard a line.
+"""Sharding plans as files: readable, versioned JSON.  A file states a choice; its estimates are never believed.
 
-    {"version": 1,
+    {"version": 3,
      "machine": {...}, "load": {...}, "reservation": {...},
      "tables": {"item": {"num_embeddings": 1000, "embedding_dim": 64, "dtype": "float32",
-                         "optimizer": "rowwise_adagrad", "sharding_type": "row_wise", "kernel": "fused",
-                         "shards": [{"rank": 0, "offset": [0, 0], "size": [500, 64]}, ...],
+                         "optimizer": "rowwise_adagrad", "sharding_type": "row_wise", "kernel": "fused", "ranks": [],
                          "candidates": [...]}},
-     "ranks": [{"rank": 0, "weight_bytes": ..., "optimizer_bytes": ..., "step_ms": ...}, ...]}
+     "ranks": [{"first": 0, "last": 7, "weight_bytes": ..., "optimizer_bytes": ..., "step_ms": ...}, ...]}
 
-`candidates` (what else was considered) may be left out of a file written by hand.  A file is checked against the tables
-and the machine it is to be used for before anything is allocated.
+A table's `ranks` are those of its blocks, where its sharding type leaves a choice; a row-wise or replicated table has
+its blocks on all ranks.  `candidates` (what else was considered) and `ranks` (the estimates of ranks first to last) may
+be left out of a file that somebody writes or changes: they are computed anew.  Where they are there they must be what
+the rest of the file implies.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from embeddings.config import TableConfig
+from embeddings.config import KERNELS, VALUE_BYTES
+from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
-from embeddings.plan import (
-    GIB,
-    BatchLoad,
-    Candidate,
-    Plan,
-    RankEstimate,
-    Reservation,
-    Shard,
-    TablePlacement,
-    shards_of,
-    size_text,
-)
+from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement, size_text
+from embeddings.planning import evaluate
+from embeddings.problem import BatchLoad, Problem, Reservation
 
-VERSION = 2
+VERSION = 3
 """Raised when an older reader could misread a newer file."""
-
-SHARDING_TYPES = ("table_wise", "row_wise")
-KERNELS = ("fused", "fused_uvm_caching", "fused_uvm")
 
 Record = TypeVar("Record")
 
@@ -57,8 +48,7 @@ def write_plan(path: Path, plan: Plan) -> None:
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
     tables = [f"{json.dumps(name)}: {_table_text(table)}" for name, table in plan.tables.items()]
     lines.append('"tables": {\n' + ",\n".join(tables) + "\n}")
-    ranks = [json.dumps({"rank": rank} | dataclasses.asdict(estimate)) for rank, estimate in enumerate(plan.ranks)]
-    lines.append('"ranks": [\n' + ",\n".join(ranks) + "\n]")
+    lines.append('"ranks": [\n' + ",\n".join(json.dumps(run) for run in _runs(plan.ranks)) + "\n]")
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
@@ -67,22 +57,34 @@ def write_plan(path: Path, plan: Plan) -> None:
         raise ValueError(f"cannot write plan {path}: {error.strerror}") from error
 
 
-def read_plan(path: Path, *, tables: Sequence[TableConfig], machine: Machine) -> Plan:
-    """Read a plan, check it against `tables`, and adopt it for `machine`, which may differ in all but the world size.
+def read_plan(path: Path, problem: Problem) -> Plan:
+    """The placement of a file with the estimates of `problem`, whose machine may differ in all but the world size.
 
     Raises:
-        ValueError: the file is unreadable, of another version, or does not fit the tables or the machine; one line.
+        ValueError: the file is unreadable, of another version, contradicts itself, or does not serve the problem; one
+            line.
     """
-    plan = parse_plan(path)
+    stored = parse_plan(path)
     try:
-        check_plan(plan, tables=tables, machine=machine)
+        _check_tables(stored, problem)
+        as_stored = evaluate(
+            dataclasses.replace(problem, machine=stored.machine, load=stored.load, reservation=stored.reservation),
+            stored.tables,
+        )
+        _check_estimates(stored, as_stored)
+        tables = stored.tables
+        if stored.machine.compute_device != problem.machine.compute_device:
+            # What was considered there may not be had here.
+            tables = {name: dataclasses.replace(table, candidates=()) for name, table in tables.items()}
+        plan = evaluate(problem, tables)
+        _check_fit(plan, problem)
     except ValueError as error:
         raise ValueError(f"plan {path}: {error}") from error
-    return dataclasses.replace(plan, machine=machine)
+    return plan
 
 
 def parse_plan(path: Path) -> Plan:
-    """The plan of a file, whatever tables and machine it is for.
+    """The plan of a file as it stands there, for people to read, whatever tables and machine it is for.
 
     Raises:
         ValueError: the file is unreadable or of another version; one line.
@@ -103,92 +105,90 @@ def parse_plan(path: Path) -> Plan:
         raise ValueError(f"plan {path} {problem}: write it with `plan --out`") from error
 
 
-def check_plan(plan: Plan, *, tables: Sequence[TableConfig], machine: Machine) -> None:
-    """Refuse a plan that cannot place exactly `tables` on `machine`.
-
-    Raises:
-        ValueError: what does not fit, and what to do.
-    """
-    if plan.machine.world_size != machine.world_size:
+def _check_tables(stored: Plan, problem: Problem) -> None:
+    """Refuse a choice that cannot place exactly the problem's tables on so many ranks."""
+    machine = problem.machine
+    if stored.machine.world_size != machine.world_size:
         raise ValueError(
-            f"made for {plan.machine.world_size} ranks, but this job has {machine.world_size}: "
+            f"made for {stored.machine.world_size} ranks, but this job has {machine.world_size}: "
             f"plan again with --world-size {machine.world_size}"
         )
-    missing = sorted({table.name for table in tables} - set(plan.tables))
-    unknown = sorted(set(plan.tables) - {table.name for table in tables})
+    missing = sorted({table.name for table in problem.tables} - set(stored.tables))
+    unknown = sorted(set(stored.tables) - {table.name for table in problem.tables})
     if missing:
         raise ValueError(f"has no table {missing[0]!r}, which the model has: plan again")
     if unknown:
         raise ValueError(f"places table {unknown[0]!r}, which the model does not have: plan again")
-    for table in tables:
-        _check_table(table, plan.tables[table.name], machine)
-    if len(plan.ranks) != machine.world_size:
-        raise ValueError(f"estimates {len(plan.ranks)} ranks of {machine.world_size}: plan again")
-    _check_weights(plan)
-    fullest = max(rank.memory_bytes for rank in plan.ranks)
-    if fullest > machine.memory_gib * GIB:
-        raise ValueError(
-            f"needs {size_text(fullest)} on one rank, but {machine.describe()} are all there is: "
-            "plan again for this machine"
-        )
-    host = max(rank.host_bytes for rank in plan.ranks)
-    if host > machine.ddr_gib * GIB:
-        raise ValueError(
-            f"needs {size_text(host)} of host memory a rank, but {machine.ddr_gib:g} GiB are there: "
-            "plan again for this machine"
-        )
+    for table in problem.tables:
+        placed = stored.tables[table.name]
+        for what, there, here in (
+            ("rows", placed.num_embeddings, table.num_embeddings),
+            ("columns", placed.embedding_dim, table.embedding_dim),
+            ("dtype", placed.dtype, table.dtype),
+            ("optimizer", placed.optimizer, problem.optimizer_of(table)),
+        ):
+            if there != here:
+                raise ValueError(f"table {table.name!r} has {what} {there} there, {here} in the model: plan again")
+        _check_ranks(table.name, placed, machine.world_size)
 
 
-def _check_weights(plan: Plan) -> None:
-    """Shards that somebody moved by hand take their estimate along."""
-    held = [0] * len(plan.ranks)
-    for table in plan.tables.values():
-        if table.kernel == "fused":
-            for shard in table.shards:
-                held[shard.rank] += shard.num_rows * table.row_bytes
-    for rank, (needed, estimate) in enumerate(zip(held, plan.ranks, strict=True)):
-        if needed > estimate.weight_bytes:
+def _check_ranks(name: str, placed: TablePlacement, world_size: int) -> None:
+    if KINDS[placed.sharding_type].everywhere and placed.ranks:
+        raise ValueError(
+            f"table {name!r} is {placed.sharding_type}, which has a block on every rank: leave its ranks empty"
+        )
+    if not KINDS[placed.sharding_type].everywhere and not placed.ranks:
+        raise ValueError(f"table {name!r} is {placed.sharding_type}, which needs the ranks of its blocks: name them")
+    stray = [rank for rank in placed.ranks if not 0 <= rank < world_size]
+    if stray:
+        raise ValueError(f"table {name!r} has a block on rank {stray[0]}, but ranks are 0 to {world_size - 1}")
+    if len(set(placed.ranks)) < len(placed.ranks):
+        raise ValueError(f"table {name!r} has two blocks on one of the ranks {list(placed.ranks)}: they must differ")
+
+
+def _check_estimates(stored: Plan, computed: Plan) -> None:
+    """Refuse estimates that the file's own choice, machine and load do not give."""
+    fix = "leave the estimates out (`ranks` of the file, `candidates` of its tables), or plan again"
+    if stored.ranks and len(stored.ranks) != len(computed.ranks):
+        raise ValueError(f"estimates {len(stored.ranks)} ranks of {len(computed.ranks)}: {fix}")
+    for rank, (there, here) in enumerate(zip(stored.ranks, computed.ranks, strict=False)):
+        difference = _first_difference(there, here)
+        if difference:
+            raise ValueError(f"says of rank {rank} {difference}: {fix}")
+    for name, table in stored.tables.items():
+        for listed, candidate in zip(table.candidates, computed.tables[name].candidates, strict=False):
+            difference = _first_difference(listed, candidate)
+            if difference:
+                raise ValueError(f"says of table {name!r} as {listed.sharding_type} {difference}: {fix}")
+
+
+def _first_difference(there: object, here: object) -> str | None:
+    """What two records of one type say differently, None if nothing."""
+    for field in dataclasses.fields(there):  # type: ignore[arg-type]  # records of this package
+        stored, computed = getattr(there, field.name), getattr(here, field.name)
+        numbers = isinstance(stored, int | float) and isinstance(computed, int | float)
+        same = math.isclose(stored, computed, rel_tol=1e-9) if numbers else stored == computed
+        if not same:
+            return f"{field.name} {stored}, which is {computed}"
+    return None
+
+
+def _check_fit(plan: Plan, problem: Problem) -> None:
+    """Refuse a placement for which this machine has no room."""
+    for what, needs, room in (
+        ("memory", [rank.memory_bytes for rank in plan.ranks], plan.available_bytes),
+        ("host memory", [rank.host_bytes for rank in plan.ranks], problem.host_bytes),
+    ):
+        rank = max(range(len(needs)), key=needs.__getitem__)
+        if needs[rank] > room:
             raise ValueError(
-                f"puts {size_text(needed)} of rows on rank {rank}, but its weight_bytes say "
-                f"{size_text(estimate.weight_bytes)}: set them to {needed}, or plan again"
+                f"needs {size_text(needs[rank])} of {what} for tables on rank {rank}, but {size_text(max(room, 0))} "
+                f"are there on {problem.machine.describe()}, without what is reserved: plan again for this machine"
             )
 
 
-def _check_table(table: TableConfig, placed: TablePlacement, machine: Machine) -> None:
-    shape = (table.num_embeddings, table.embedding_dim)
-    if (placed.num_embeddings, placed.embedding_dim) != shape:
-        raise ValueError(
-            f"table {table.name!r} is {placed.num_embeddings} x {placed.embedding_dim} there, "
-            f"{shape[0]} x {shape[1]} in the model: plan again"
-        )
-    if machine.compute_device == "cpu" and placed.kernel != "fused":
-        raise ValueError(
-            f"table {table.name!r} uses the kernel {placed.kernel}, a cpu has only fused: plan for the cpu"
-        )
-    ranks = [shard.rank for shard in placed.shards]
-    stray = [rank for rank in ranks if not 0 <= rank < machine.world_size]
-    if stray:
-        raise ValueError(
-            f"table {table.name!r} has a shard on rank {stray[0]}, but ranks are 0 to {machine.world_size - 1}"
-        )
-    next_row = 0
-    for shard in placed.shards:
-        if shard.first_row != next_row:
-            problem = "twice" if shard.first_row < next_row else "nowhere"
-            first, last = sorted((shard.first_row, next_row))
-            raise ValueError(f"table {table.name!r} has rows {first} to {last - 1} {problem}: plan again")
-        next_row += shard.num_rows
-    if next_row != table.num_embeddings:
-        raise ValueError(f"table {table.name!r} has rows {next_row} to {table.num_embeddings - 1} nowhere: plan again")
-    # TorchRec's input dist computes the owner of a row, so its blocks cannot be chosen freely.
-    expected = ranks[:1] if placed.sharding_type == "table_wise" else list(range(machine.world_size))
-    if placed.shards != shards_of(table, placed.sharding_type, expected):
-        rule = "one shard" if placed.sharding_type == "table_wise" else "equal blocks on ranks 0, 1, 2, ..."
-        raise ValueError(f"table {table.name!r} is {placed.sharding_type}, which means {rule}: plan again")
-
-
 def _table_text(table: TablePlacement) -> str:
-    """JSON of one table: a line of facts, then one line a shard and a candidate."""
+    """JSON of one table: a line of facts, then one line a candidate."""
     facts = {
         "num_embeddings": table.num_embeddings,
         "embedding_dim": table.embedding_dim,
@@ -196,55 +196,65 @@ def _table_text(table: TablePlacement) -> str:
         "optimizer": table.optimizer,
         "sharding_type": table.sharding_type,
         "kernel": table.kernel,
+        "ranks": table.ranks,
     }
-    shards = [
-        f'{{"rank": {shard.rank}, "offset": [{shard.first_row}, 0], "size": [{shard.num_rows}, {table.embedding_dim}]}}'
-        for shard in table.shards
-    ]
     candidates = [json.dumps(dataclasses.asdict(candidate)) for candidate in table.candidates]
-    return (
-        json.dumps(facts)[:-1]
-        + ',\n  "shards": [\n    '
-        + ",\n    ".join(shards)
-        + '],\n  "candidates": [\n    '
-        + ",\n    ".join(candidates)
-        + "]}"
-    )
+    return json.dumps(facts)[:-1] + ', "candidates": [\n    ' + ",\n    ".join(candidates) + "]}"
+
+
+def _runs(ranks: Sequence[RankEstimate]) -> list[dict[str, Any]]:
+    """Neighbouring ranks with the same estimate as one entry."""
+    runs: list[dict[str, Any]] = []
+    for rank, estimate in enumerate(ranks):
+        if rank and estimate == ranks[rank - 1]:
+            runs[-1]["last"] = rank
+        else:
+            runs.append({"first": rank, "last": rank} | dataclasses.asdict(estimate))
+    return runs
 
 
 def _plan(values: dict[str, Any]) -> Plan:
+    known = {"version", "machine", "load", "reservation", "tables", "ranks"}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}")
+    machine = _record(Machine, values["machine"])
+    ranks: list[RankEstimate] = []
+    for run in values.get("ranks", []):
+        estimate = _record(RankEstimate, {k: v for k, v in run.items() if k not in ("first", "last")})
+        if run["first"] != len(ranks) or not run["first"] <= run["last"] < machine.world_size:
+            raise ValueError(f"ranks {run['first']} to {run['last']} follow {len(ranks)} of {machine.world_size} ranks")
+        ranks += [estimate] * (run["last"] - run["first"] + 1)
     return Plan(
-        machine=_record(Machine, values["machine"]),
+        machine=machine,
         load=_record(BatchLoad, values["load"]),
         reservation=_record(Reservation, values["reservation"]),
         tables={name: _table(name, table) for name, table in values["tables"].items()},
-        ranks=tuple(_record(RankEstimate, {k: v for k, v in rank.items() if k != "rank"}) for rank in values["ranks"]),
+        ranks=tuple(ranks),
     )
 
 
 def _table(name: str, values: dict[str, Any]) -> TablePlacement:
-    if values["sharding_type"] not in SHARDING_TYPES:
-        raise ValueError(
-            f"table {name!r}: sharding_type must be one of {SHARDING_TYPES}, got {values['sharding_type']!r}"
-        )
-    if values["kernel"] not in KERNELS:
-        raise ValueError(f"table {name!r}: kernel must be one of {KERNELS}, got {values['kernel']!r}")
-    dim = int(values["embedding_dim"])
-    for shard in values["shards"]:
-        if shard["offset"][1] != 0 or shard["size"][1] != dim:
-            raise ValueError(f"table {name!r}: a shard must hold all {dim} columns, got {shard}")
-    return TablePlacement(
-        num_embeddings=int(values["num_embeddings"]),
-        embedding_dim=dim,
-        dtype=values["dtype"],
-        optimizer=values["optimizer"],
-        sharding_type=values["sharding_type"],
-        kernel=values["kernel"],
-        shards=tuple(
-            Shard(int(shard["rank"]), int(shard["offset"][0]), int(shard["size"][0])) for shard in values["shards"]
-        ),
-        candidates=tuple(_record(Candidate, candidate) for candidate in values.get("candidates", [])),
+    for what, choices in (("sharding_type", KINDS), ("kernel", KERNELS), ("dtype", VALUE_BYTES)):
+        if values[what] not in choices:
+            raise ValueError(f"table {name!r}: {what} must be one of {', '.join(choices)}, got {values[what]!r}")
+    placed = _record(
+        TablePlacement,
+        values
+        | {
+            "ranks": tuple(values["ranks"]),
+            "candidates": tuple(_record(Candidate, candidate) for candidate in values.get("candidates", [])),
+        },
     )
+    if not all(isinstance(rank, int) for rank in placed.ranks):
+        raise ValueError(f"table {name!r}: ranks must be whole numbers, got {list(placed.ranks)}")
+    chosen = placed.candidates[:1]
+    if chosen and (chosen[0].sharding_type, chosen[0].kernel) != (placed.sharding_type, placed.kernel):
+        raise ValueError(
+            f"table {name!r} is {placed.sharding_type}/{placed.kernel}, but its first candidate, which must be the "
+            f"choice, is {chosen[0].sharding_type}/{chosen[0].kernel}"
+        )
+    return placed
 
 
 def _record(kind: type[Record], values: dict[str, Any]) -> Record:

@@ -1,7 +1,9 @@
 """A plan explained: where each table went and why, what every rank holds, and how two plans differ.  Text only."""
 
+import math
 from collections.abc import Sequence
 
+from embeddings.kinds.registry import KINDS
 from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
 
 MAX_TABLES = 60
@@ -35,10 +37,11 @@ def plan_differences(old: Plan, new: Plan) -> str:
         if (before.num_embeddings, before.embedding_dim) != (after.num_embeddings, after.embedding_dim):
             lines.append(f"{name}: {_shape(before)} -> {_shape(after)}")
             continue
-        moved = _moved_rows(before, after) * before.row_bytes
+        moved = _moved_bytes(old, new, name)
         moved_total += moved
-        if _where(before) != _where(after) or moved:
-            lines.append(f"{name}: {_where(before)} -> {_where(after)}, {size_text(moved)} of rows move")
+        places = (_where(old, name), _where(new, name))
+        if places[0] != places[1] or moved:
+            lines.append(f"{name}: {places[0]} -> {places[1]}, {size_text(moved)} of rows move")
     if old.machine.world_size != new.machine.world_size:
         lines.append(f"ranks: {old.machine.world_size} -> {new.machine.world_size}")
     if not lines:
@@ -54,7 +57,7 @@ def _placement_table(plan: Plan) -> str:
         table = plan.tables[name]
         time = f"{table.candidates[0].table_ms:.3g}" if table.candidates else "-"
         size = size_text(table.weight_bytes)
-        rows.append([name, _shape(table), size, table.sharding_type, table.kernel, _ranks(table), time])
+        rows.append([name, _shape(table), size, table.sharding_type, table.kernel, _ranks(plan, name), time])
     return _columns(rows) + _left_out(len(names) - MAX_TABLES, "tables")
 
 
@@ -72,7 +75,8 @@ def _why(candidates: Sequence[Candidate], plan: Plan) -> str:
     chosen, *others = candidates
     text = f"{_way(chosen)} {plan.step_ms:.3g} ms, {size_text(chosen.table_bytes)} a rank"
     if not others:
-        return text + "; nothing else is allowed"
+        few = len(plan.tables) <= MAX_COMPARED_TABLES
+        return text + ("; nothing else is allowed" if few else "; others were not compared")
     return text + "; " + "; ".join(_alternative(other, plan) for other in others)
 
 
@@ -80,15 +84,16 @@ def _alternative(other: Candidate, plan: Plan) -> str:
     step_ms = plan.step_ms
     size = f"{size_text(other.table_bytes)} a rank"
     if other.plan_ms is None:
-        verdict = "does not fit" if len(plan.tables) <= MAX_COMPARED_TABLES else "was not compared"
-        return f"{_way(other)} {verdict} ({size}, {other.table_ms:.3g} ms for the table alone)"
-    if other.plan_ms == step_ms:
+        return f"{_way(other)} does not fit ({size}, {other.table_ms:.3g} ms for the table alone)"
+    if math.isclose(other.plan_ms, step_ms, rel_tol=1e-9):
         return f"{_way(other)} the same time, more work in all or more memory ({size})"
     return f"{_way(other)} {other.plan_ms:.3g} ms ({other.plan_ms / step_ms:.2f}x, {size})"
 
 
 def _way(candidate: Candidate) -> str:
-    return candidate.sharding_type if candidate.kernel == "fused" else f"{candidate.sharding_type}/{candidate.kernel}"
+    way = candidate.sharding_type if candidate.kernel == "fused" else f"{candidate.sharding_type}/{candidate.kernel}"
+    dealt = not KINDS[candidate.sharding_type].everywhere
+    return f"{way} x {candidate.num_blocks}" if dealt and candidate.num_blocks > 1 else way
 
 
 def _rank_table(plan: Plan) -> str:
@@ -147,24 +152,30 @@ def rank_ranges(ranks: Sequence[int]) -> str:
     return ",".join(shown) + (f",... ({len(ranks)})" if len(runs) > 4 else "")
 
 
-def _moved_rows(before: TablePlacement, after: TablePlacement) -> int:
-    """Rows whose rank differs."""
-    same = 0
-    holders = {shard.rank: shard for shard in before.shards}
-    for shard in after.shards:
-        held = holders.get(shard.rank)
-        if held is not None:
-            start = max(held.first_row, shard.first_row)
-            same += max(0, min(held.first_row + held.num_rows, shard.first_row + shard.num_rows) - start)
-    return before.num_embeddings - same
+def _moved_bytes(old: Plan, new: Plan, name: str) -> int:
+    """Bytes of rows that some rank has under the new plan and not under the old one."""
+    table = new.tables[name]
+    held = {shard.rank: shard for shard in old.shards(name)}
+    moved = 0
+    for shard in new.shards(name):
+        moved += len(shard.rows) * len(shard.columns)
+        before = held.get(shard.rank)
+        if before is not None:
+            moved -= _overlap(before.rows, shard.rows) * _overlap(before.columns, shard.columns)
+    return moved * table.row_bytes // table.embedding_dim
 
 
-def _where(table: TablePlacement) -> str:
-    return f"{table.sharding_type}/{table.kernel} on {_ranks(table)}"
+def _overlap(a: range, b: range) -> int:
+    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
 
 
-def _ranks(table: TablePlacement) -> str:
-    return rank_ranges([shard.rank for shard in table.shards if shard.num_rows])
+def _where(plan: Plan, name: str) -> str:
+    table = plan.tables[name]
+    return f"{table.sharding_type}/{table.kernel} on {_ranks(plan, name)}"
+
+
+def _ranks(plan: Plan, name: str) -> str:
+    return rank_ranges(sorted(shard.rank for shard in plan.shards(name) if len(shard.rows)))
 
 
 def _shape(table: TablePlacement) -> str:

@@ -1,4 +1,7 @@
-"""Our plan as TorchRec's ShardingPlan, which DistributedModelParallel takes."""
+"""A plan applied: replicated tables become ordinary parameters, for the others there is TorchRec's ShardingPlan.
+
+apply_plan -> attach_optimizers -> DistributedModelParallel -> init_tables, TableOptimizers
+"""
 
 import torch
 from torch import nn
@@ -8,49 +11,81 @@ from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
-from embeddings.machine import Machine
-from embeddings.plan import Plan, TablePlacement
+from embeddings.config import TableConfig
+from embeddings.kinds.registry import KINDS
+from embeddings.plan import Plan
+from embeddings.tables import Tables, build_embedding_collection
 
 
-def to_sharding_plan(plan: Plan, model: nn.Module) -> ShardingPlan:
-    """TorchRec's plan for the embedding collections of `model`, on the devices of `plan.machine`.
+def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device) -> ShardingPlan:
+    """Divide the tables of `model`, which are on the meta device, as the plan says.
+
+    Tables that it replicates get storage on `device`, with undefined values until `init_tables`; for the others this
+    returns TorchRec's plan, which DistributedModelParallel takes.
 
     Raises:
-        ValueError: a table of `model` is not in the plan, or has another shape there.
+        ValueError: the plan has other tables than the model.
     """
     modules = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, EmbeddingCollection):
-            continue
-        parameters = EmbeddingModuleShardingPlan()
-        for config in module.embedding_configs():
-            table = plan.tables.get(config.name)
-            if table is None:
-                raise ValueError(f"the plan has no table {config.name!r}, which the model has: plan again")
-            if (table.num_embeddings, table.embedding_dim) != (config.num_embeddings, config.embedding_dim):
-                raise ValueError(
-                    f"table {config.name!r} is {table.num_embeddings} x {table.embedding_dim} in the plan, "
-                    f"{config.num_embeddings} x {config.embedding_dim} in the model: plan again"
-                )
-            parameters[config.name] = _parameter_sharding(table, plan.machine)
-        modules[path] = parameters
+    for path, tables in list(model.named_modules()):
+        if isinstance(tables, Tables):
+            _check_tables(plan, tables)
+            _divide(tables, plan, device)
+            for index, collection in enumerate(tables.collections):
+                if collection.device.type == "meta":
+                    modules[f"{path}.collections.{index}"] = _collection_plan(collection, plan)
     return ShardingPlan(modules)
 
 
-def _parameter_sharding(table: TablePlacement, machine: Machine) -> ParameterSharding:
+def _divide(tables: Tables, plan: Plan, device: torch.device) -> None:
+    """One collection for each width and for tables that are sharded or not."""
+    groups: dict[tuple[int, bool], list[TableConfig]] = {}
+    for config in tables.configs:
+        sharded = KINDS[plan.tables[config.name].sharding_type].sharded
+        groups.setdefault((config.embedding_dim, sharded), []).append(config)
+    tables.collections = nn.ModuleList(
+        build_embedding_collection(configs, device=torch.device("meta") if sharded else device)
+        for (_, sharded), configs in groups.items()
+    )
+
+
+def _collection_plan(collection: EmbeddingCollection, plan: Plan) -> EmbeddingModuleShardingPlan:
+    parameters = EmbeddingModuleShardingPlan()
+    for config in collection.embedding_configs():
+        parameters[config.name] = _parameter_sharding(plan, config.name)
+    return parameters
+
+
+def _check_tables(plan: Plan, tables: Tables) -> None:
+    for config in tables.configs:
+        table = plan.tables.get(config.name)
+        if table is None:
+            raise ValueError(f"the plan has no table {config.name!r}, which the model has: plan again")
+        there = (table.num_embeddings, table.embedding_dim, table.dtype)
+        here = (config.num_embeddings, config.embedding_dim, config.dtype)
+        if there != here:
+            raise ValueError(
+                f"table {config.name!r} is {there[0]} x {there[1]} {there[2]} in the plan, "
+                f"{here[0]} x {here[1]} {here[2]} in the model: plan again"
+            )
+
+
+def _parameter_sharding(plan: Plan, name: str) -> ParameterSharding:
+    table, machine = plan.tables[name], plan.machine
     device = torch.device(machine.compute_device).type
+    shards = plan.shards(name)
     return ParameterSharding(
         sharding_type=table.sharding_type,
         compute_kernel=table.kernel,
-        ranks=[shard.rank for shard in table.shards],
+        ranks=[shard.rank for shard in shards],
         sharding_spec=EnumerableShardingSpec(
             [
                 ShardMetadata(
-                    shard_offsets=[shard.first_row, 0],
-                    shard_sizes=[shard.num_rows, table.embedding_dim],
+                    shard_offsets=[shard.rows.start, shard.columns.start],
+                    shard_sizes=[len(shard.rows), len(shard.columns)],
                     placement=placement(device, shard.rank, machine.local_world_size),
                 )
-                for shard in table.shards
+                for shard in shards
             ]
         ),
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
@@ -40,7 +41,7 @@ class Tables(nn.Module):
         self.collections: Any = nn.ModuleList(collections)
 
     def forward(self, features: KeyedJaggedTensor) -> list[Rows]:
-        """The rows of every feature, a dictionary a collection (`rows_by_feature` joins them).
+        """The rows of every feature, a dictionary a collection, in no stated order (`rows_by_feature` joins them).
 
         `features` may hold keys that no table looks up.
         """
@@ -89,12 +90,12 @@ def init_tables(tables: Tables, seed: int) -> None:
     """
     by_name = {config.name: config for config in tables.configs}
     for name, value in table_weights(tables).items():
-        for first_row, shard in _local_shards(value):
-            _fill_rows(shard, by_name[name], first_row=first_row, seed=seed)
+        for first_row, first_column, block in _local_blocks(value):
+            _fill(block, by_name[name], first_row, first_column, seed=seed)
 
 
 def table_weights(tables: Tables) -> dict[str, Tensor | ShardedTensor]:
-    """The rows of each table of which this rank holds a part, as checkpoints store them: under the table's name.
+    """The values of each table of which this rank holds a part, as checkpoints store them: under the table's name.
 
     That name depends neither on the plan nor on the module, and the values share memory with the live tables, so
     PyTorch's distributed checkpoint (DCP) saves them on some ranks and loads them on others.  A rank without a shard
@@ -104,6 +105,11 @@ def table_weights(tables: Tables) -> dict[str, Tensor | ShardedTensor]:
     return {
         table_name(key): value for collection in tables.collections for key, value in collection.state_dict().items()
     }
+
+
+def is_sharded(collection: nn.Module) -> bool:
+    """Whether TorchRec has sharded a collection of `Tables`."""
+    return isinstance(collection, ShardedEmbeddingCollection)
 
 
 def table_name(key: str) -> str:
@@ -123,30 +129,30 @@ def _check_tables(configs: Sequence[TableConfig]) -> None:
             raise ValueError(f"{kind} {twice[0]!r} is used twice: names and features must be unique in a model")
 
 
-def _local_shards(value: Tensor | ShardedTensor) -> Iterator[tuple[int, Tensor]]:
-    """(first global row, local rows) of one table; the tensors share memory with the table.  Shards hold whole rows."""
+def _local_blocks(value: Tensor | ShardedTensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(first global row, first column, values) of each local block of one table; they share memory with the table."""
     if not isinstance(value, ShardedTensor):
-        yield 0, value.detach()
+        yield 0, 0, value.detach()
         return
     for shard in value.local_shards():
-        assert shard.metadata.shard_offsets[1] == 0, "column-wise shards are not planned"
-        yield shard.metadata.shard_offsets[0], shard.tensor.detach()
+        first_row, first_column = shard.metadata.shard_offsets
+        yield first_row, first_column, shard.tensor.detach()
 
 
-def _fill_rows(rows: Tensor, table: TableConfig, *, first_row: int, seed: int) -> None:
-    """Write the initial values of global rows [first_row, first_row + len(rows)) into `rows`, chunk by chunk."""
+def _fill(block: Tensor, table: TableConfig, first_row: int, first_column: int, *, seed: int) -> None:
+    """Write the initial values of a block of the table, whose first row and column these are, chunk by chunk."""
     digest = hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
     bound = table.embedding_dim**-0.5
     chunk_rows = max(1, INIT_CHUNK_ELEMENTS // table.embedding_dim)
-    for start in range(0, len(rows), chunk_rows):
-        chunk = rows[start : start + chunk_rows]
-        first = (first_row + start) * table.embedding_dim
-        counter = torch.arange(first, first + chunk.numel(), device=rows.device)
+    column = torch.arange(first_column, first_column + block.shape[1], device=block.device)
+    for start in range(0, len(block), chunk_rows):
+        chunk = block[start : start + chunk_rows]
+        row = torch.arange(first_row + start, first_row + start + len(chunk), device=block.device)
+        counter = row[:, None] * table.embedding_dim + column
         # Exact in float32, so that every device writes the same bits: 24 random bits, scaled by a power of two.
         unit = _random_bits(counter, key).bitwise_right_shift_(40).bitwise_and_(0xFFFFFF).to(torch.float32)
-        unit.mul_(2.0**-23).sub_(1.0).mul_(bound)
-        chunk.copy_(unit.view_as(chunk))
+        chunk.copy_(unit.mul_(2.0**-23).sub_(1.0).mul_(bound))
 
 
 def _random_bits(counter: Tensor, key: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.plan_file import read_plan
-from embeddings.planner import plan_tables
-from embeddings.sharding import to_sharding_plan
+from embeddings.planner import problem_of
+from embeddings.planning import solve
 from embeddings.tables import build_tables
 from trainer.command_line import WrongUse
 from trainer.mesh import Mesh
@@ -43,12 +43,7 @@ def machine_of(mesh: Mesh) -> Machine:
 
 def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = None) -> Plan:
     """Read the plan of `plan_file`, checked against tables and machine, or make one.  Every rank makes the same."""
-    if plan_file is not None:
-        try:
-            return read_plan(plan_file, tables=resolved.tables, machine=machine)
-        except ValueError as error:
-            raise WrongUse(str(error)) from None
-    return plan_tables(
+    problem = problem_of(
         # It tells how much memory the dense parameters take.
         build_model(resolved, torch.device("meta")),
         resolved.tables,
@@ -57,9 +52,14 @@ def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = Non
         optimizer=resolved.config.sparse_optimizer,
         load=resolved.lookup_load(machine.world_size),
     )
+    if plan_file is None:
+        return solve(problem)
+    try:
+        return read_plan(plan_file, problem)
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
 
 
 def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:
     """The model, sharded as `plan` says, with initial values.  Called by every rank, with the same plan."""
-    model = build_model(resolved, mesh.device)
-    return parallelize(model, to_sharding_plan(plan, model), resolved.config, mesh)
+    return parallelize(build_model(resolved, mesh.device), plan, resolved.config, mesh)

@@ -1,9 +1,9 @@
 """Turn the single-process model into the parallel one.  All parallelism is applied here, in this order:
 
-1. the tables' optimizer is fused into their backward pass;
-2. TorchRec shards the tables as the plan says, allocating only this rank's rows (the tables were on the meta device);
-3. the dense model is replicated, its gradients averaged over ranks (DistributedDataParallel);
-4. the tables get their initial values, which do not depend on the sharding.
+1. tables that the plan replicates are set apart as ordinary parameters, the others get their fused optimizers;
+2. TorchRec shards these as the plan says, allocating only this rank's part (the tables were on the meta device);
+3. the dense model and the replicated tables have their gradients averaged over ranks (DistributedDataParallel);
+4. the tables get their initial values, which do not depend on the plan.
 
 TorchRec and DDP both average gradients over ranks; a batch's `loss_denominator` makes that average the global mean.
 """
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-from torchrec.distributed.types import ShardingPlan
 from torchrec.streamable import Pipelineable
 
 from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.plan import Plan
+from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, init_tables, table_weights
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
@@ -65,13 +66,14 @@ class ParallelModel:
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def parallelize(model: Model, plan: ShardingPlan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
+def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
     """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
+    sharding_plan = apply_plan(model, plan, device=mesh.device)
     attach_optimizers(model.tables, config.sparse_optimizer)
     module = DistributedModelParallel(
         module=model,
         device=mesh.device,
-        plan=plan,
+        plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
         # An empty batch at the end of the data takes another path through autograd: no static graph.
         # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over

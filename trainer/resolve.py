@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embeddings.config import TableConfig
-from embeddings.plan import BatchLoad
+from embeddings.problem import BatchLoad
 from pipelines.columns import IntArray
 from pipelines.features import DatasetInfo
 from trainer.config import TrainConfig

@@ -13,16 +13,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.config import PlacementConfig, ShardingType, SparseOptimizerConfig, TableConfig, TableConstraint
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.plan import BatchLoad, Plan
+from embeddings.plan import Plan
 from embeddings.plan_file import read_plan, write_plan
-from embeddings.planner import plan_tables
-from embeddings.sharding import to_sharding_plan
+from embeddings.planner import problem_of
+from embeddings.planning import solve
+from embeddings.problem import BatchLoad, Problem
+from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, build_tables, init_tables, rows_by_feature, table_weights
 
 TABLES = (
@@ -34,14 +36,14 @@ TABLES = (
     TableConfig(
         name="tag",
         num_embeddings=11,
-        embedding_dim=16,
+        embedding_dim=64,
         features=("tag",),
         optimizer=SparseOptimizerConfig(kind="adagrad", learning_rate=0.3),
     ),
     TableConfig(
         name="city",
         num_embeddings=5,
-        embedding_dim=16,
+        embedding_dim=64,
         features=("city",),
         optimizer=SparseOptimizerConfig(kind="sgd", learning_rate=0.2),
     ),
@@ -52,7 +54,7 @@ EPS = 1e-8
 SEED = 5
 STEPS = 4
 GLOBAL_SAMPLES = 6
-LAYOUTS = ("row_wise", "table_wise", "mixed")
+LAYOUTS = ("row_wise", "table_wise", "mixed", "replicated", "column_wise")
 
 
 class Model(nn.Module):
@@ -66,19 +68,24 @@ class Model(nn.Module):
         return self.tables(features)
 
 
-def make_plan(layout: str, world_size: int) -> Plan:
-    """Every table row-wise, every table table-wise, or the item table row-wise and the others whole."""
-    types: dict[str, ShardingType] = {
-        table.name: ("row_wise" if table.name == "item" else "table_wise") if layout == "mixed" else layout  # type: ignore[dict-item, misc]
-        for table in TABLES
-    }
-    return plan_tables(
+def make_problem(layout: str, world_size: int) -> Problem:
+    """Every table in the layout's kind, as far as it can be; mixed is row-wise for the item table, others whole."""
+    kinds = {}
+    for table in TABLES:
+        kind = layout
+        if layout == "mixed":
+            kind = "row_wise" if table.name == "item" else "table_wise"
+        elif layout == "replicated" and (world_size == 1 or table.dtype == "float16"):
+            kind = "table_wise"
+        elif layout == "column_wise" and (world_size == 1 or table.embedding_dim < 64):
+            # Of each width one is left that is sharded otherwise.
+            kind = "replicated" if world_size > 1 and table.name == "user" else "table_wise"
+        kinds[table.name] = TableConstraint(sharding_types=(kind,))
+    return problem_of(
         Model(),
         TABLES,
         machine=Machine(world_size=world_size, local_world_size=world_size, compute_device="cpu"),
-        placement=PlacementConfig(
-            tables={name: TableConstraint(sharding_types=(kind,)) for name, kind in types.items()}
-        ),
+        placement=PlacementConfig(tables=kinds),
         optimizer=OPTIMIZER,
         load=BatchLoad(samples_per_rank=2),
     )
@@ -164,7 +171,7 @@ def run_rank(folder: str, save: bool) -> dict[str, Any]:
 def train(layout: str, folder: Path, *, save: bool) -> dict[str, Any]:
     """Initial values, outputs of each step and final state of one layout, as this rank holds them."""
     plan, model, optimizers = shard(layout, folder)
-    tables = model.module.tables
+    tables = tables_of(model)
     result: dict[str, Any] = {"initial": local_parts(tables, optimizers), "outputs": []}
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(STEPS):
@@ -193,27 +200,35 @@ def train(layout: str, folder: Path, *, save: bool) -> dict[str, Any]:
 def reload(saved: str, layout: str, folder: Path) -> dict[str, Any]:
     """The state after loading what two ranks saved under another plan."""
     _, model, optimizers = shard(layout, folder)
-    dcp.load(state(model.module.tables, optimizers), checkpoint_id=folder / saved)
-    return local_parts(model.module.tables, optimizers)
+    dcp.load(state(tables_of(model), optimizers), checkpoint_id=folder / saved)
+    return local_parts(tables_of(model), optimizers)
 
 
 def shard(layout: str, folder: Path) -> tuple[Plan, DistributedModelParallel, TableOptimizers]:
     """The model sharded from a plan file that this rank wrote and read back."""
     world_size = dist.get_world_size()
     path = folder / f"plan-{layout}-{world_size}-{dist.get_rank()}.json"
-    plan = make_plan(layout, world_size)
-    write_plan(path, plan)
-    plan = read_plan(path, tables=TABLES, machine=plan.machine)
+    problem = make_problem(layout, world_size)
+    write_plan(path, solve(problem))
+    plan = read_plan(path, problem)
     model = Model()
+    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
     attach_optimizers(model.tables, OPTIMIZER)
     sharded = DistributedModelParallel(
         model,
         device=torch.device("cpu"),
-        plan=to_sharding_plan(plan, model),
+        plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     init_tables(model.tables, SEED)
     return plan, sharded, TableOptimizers(model.tables, OPTIMIZER, sharded.fused_optimizer)
+
+
+def tables_of(model: DistributedModelParallel) -> Tables:
+    """The tables inside of what TorchRec, and DDP if there are replicated ones, wrapped."""
+    (tables,) = (module for module in model.modules() if isinstance(module, Tables))
+    return tables
 
 
 def state(tables: Tables, optimizers: TableOptimizers) -> dict[str, Any]:
@@ -224,17 +239,39 @@ def state(tables: Tables, optimizers: TableOptimizers) -> dict[str, Any]:
     }
 
 
-def local_parts(tables: Tables, optimizers: TableOptimizers) -> dict[str, list[tuple[int, Tensor]]]:
-    """(first row, rows) of every tensor of the state that this rank holds, empty shards left out."""
-    return {
-        name: [
-            (part.metadata.shard_offsets[0], part.tensor.detach().clone())
-            for part in value.local_shards()
-            if part.tensor.numel()
-        ]
-        for name, value in state(tables, optimizers).items()
-        if isinstance(value, ShardedTensor)
-    }
+Part = tuple[list[int], Tensor]
+"""(first row, and column where there are columns; values) of a part of a tensor."""
+
+
+def local_parts(tables: Tables, optimizers: TableOptimizers) -> dict[str, list[Part]]:
+    """Every part of the state's tensors that this rank holds, empty shards left out."""
+    parts: dict[str, list[Part]] = {}
+    for name, value in state(tables, optimizers).items():
+        if isinstance(value, ShardedTensor):
+            shards = [(shard.metadata.shard_offsets, shard.tensor) for shard in value.local_shards()]
+        else:
+            shards = [([0] * value.dim(), value)]
+        parts[name] = [(offset, tensor.detach().clone()) for offset, tensor in shards if tensor.numel()]
+    return parts
+
+
+def whole(parts_of_ranks: Sequence[dict[str, list[Part]]]) -> dict[str, Tensor]:
+    """Whole tensors from the parts of all ranks; every value must be there, and the same where it is twice."""
+    parts: dict[str, list[Part]] = {}
+    for rank in parts_of_ranks:
+        for name, pieces in rank.items():
+            parts.setdefault(name, []).extend(pieces)
+    tensors = {}
+    for name, pieces in parts.items():
+        ends = [[first + size for first, size in zip(offset, values.shape, strict=True)] for offset, values in pieces]
+        tensor = torch.full([max(sizes) for sizes in zip(*ends, strict=True)], torch.nan, dtype=pieces[0][1].dtype)
+        for (offset, values), end in zip(pieces, ends, strict=True):
+            place = tuple(slice(first, last) for first, last in zip(offset, end, strict=True))
+            assert tensor[place].isnan().all() or torch.equal(tensor[place], values), name
+            tensor[place] = values
+        assert not tensor.isnan().any(), name
+        tensors[name] = tensor
+    return tensors
 
 
 def jagged(batch: dict[str, list[list[int]]]) -> KeyedJaggedTensor:

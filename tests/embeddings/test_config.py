@@ -8,7 +8,7 @@ import pytest
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import GPUS, Machine
-from embeddings.plan import BatchLoad
+from embeddings.problem import BatchLoad
 
 
 def table(**changes: Any) -> TableConfig:

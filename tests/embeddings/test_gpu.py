@@ -14,9 +14,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.plan import BatchLoad, Plan
+from embeddings.plan import Plan
 from embeddings.planner import plan_tables
-from embeddings.sharding import to_sharding_plan
+from embeddings.problem import BatchLoad
+from embeddings.sharding import apply_plan
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 from tests.embeddings import sharded
 
@@ -51,11 +52,12 @@ def shard(
         optimizer=sharded.OPTIMIZER,
         load=BatchLoad(),
     )
+    sharding_plan = apply_plan(model, plan, device=torch.device("cuda", 0))
     attach_optimizers(model.tables, sharded.OPTIMIZER)
     dmp = DistributedModelParallel(
         model,
         device=torch.device("cuda", 0),
-        plan=to_sharding_plan(plan, model),
+        plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
     )
     init_tables(model.tables, sharded.SEED)
@@ -82,8 +84,8 @@ def train(model: DistributedModelParallel, optimizers: TableOptimizers) -> list[
 
 def whole(model: DistributedModelParallel, optimizers: TableOptimizers) -> dict[str, torch.Tensor]:
     """The state as whole tensors; one rank holds them all."""
-    parts_by_name = sharded.local_parts(model.module.tables, optimizers)
-    return {name: torch.cat([rows.cpu() for _, rows in parts]) for name, parts in parts_by_name.items()}
+    parts = sharded.local_parts(sharded.tables_of(model), optimizers)
+    return {name: value.cpu() for name, value in sharded.whole([parts]).items()}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -118,9 +120,9 @@ def test_checkpoint_carries_over_between_kernels(saved: ComputeKernel, loaded: C
     tables = tuple(table for table in sharded.TABLES if table.dtype == "float32")
     _, source, source_optimizers = shard(saved, tables)
     train(source, source_optimizers)
-    dcp.save(sharded.state(source.module.tables, source_optimizers), checkpoint_id=tmp_path)
+    dcp.save(sharded.state(sharded.tables_of(source), source_optimizers), checkpoint_id=tmp_path)
     _, target, target_optimizers = shard(loaded, tables)
-    dcp.load(sharded.state(target.module.tables, target_optimizers), checkpoint_id=tmp_path)
+    dcp.load(sharded.state(sharded.tables_of(target), target_optimizers), checkpoint_id=tmp_path)
     expected = whole(source, source_optimizers)
     for name, value in whole(target, target_optimizers).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
@@ -135,10 +137,10 @@ def test_adam_counts_steps_and_not_evaluations_and_resumes_exactly(tmp_path: Pat
     tables = tuple(replace(table, optimizer=adam) for table in sharded.TABLES if table.dtype == "float32")
     _, model, optimizers = shard("fused", tables)
     train(model, optimizers)
-    dcp.save(sharded.state(model.module.tables, optimizers), checkpoint_id=tmp_path)
+    dcp.save(sharded.state(sharded.tables_of(model), optimizers), checkpoint_id=tmp_path)
     assert int(optimizers.state()["item/step"]) == sharded.STEPS
     _, resumed, resumed_optimizers = shard("fused", tables)
-    dcp.load(sharded.state(resumed.module.tables, resumed_optimizers), checkpoint_id=tmp_path)
+    dcp.load(sharded.state(sharded.tables_of(resumed), resumed_optimizers), checkpoint_id=tmp_path)
     with torch.no_grad():
         for step in range(3):
             resumed(sharded.jagged(sharded.global_batch(step)).to(torch.device("cuda")))

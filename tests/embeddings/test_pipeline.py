@@ -14,10 +14,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.sharding import to_sharding_plan
+from embeddings.planning import solve
+from embeddings.sharding import apply_plan
 from embeddings.tables import Rows, init_tables, rows_by_feature
 from tests.embeddings import sharded
 from tests.support.distributed import run_ranks
+
+LAYOUTS = {"row_wise": 3, "mixed": 3, "replicated": 1, "column_wise": 3}
+"""Collections that are sharded under each; the others are ordinary modules."""
 
 
 class Batch(Pipelineable):
@@ -77,12 +81,13 @@ class Both:
 def losses(layout: str, pipelined: bool) -> tuple[list[float], dict[str, Any], int]:
     """(loss of each step, this rank's state after them, collections that the pipeline found) under a layout."""
     model = Model()
+    plan = solve(sharded.make_problem(layout, dist.get_world_size()))
+    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
     attach_optimizers(model.tables, sharded.OPTIMIZER)
-    plan = sharded.make_plan(layout, dist.get_world_size())
     module = DistributedModelParallel(
         model,
         device=torch.device("cpu"),
-        plan=to_sharding_plan(plan, model),
+        plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
@@ -110,14 +115,14 @@ def losses(layout: str, pipelined: bool) -> tuple[list[float], dict[str, Any], i
 
 def run_rank(folder: Path) -> dict[str, Any]:
     """Both ways under two layouts."""
-    return {layout: [losses(layout, pipelined) for pipelined in (False, True)] for layout in ("row_wise", "mixed")}
+    return {layout: [losses(layout, pipelined) for pipelined in (False, True)] for layout in LAYOUTS}
 
 
 @pytest.mark.filterwarnings("ignore")  # TorchRec and FBGEMM warn about types of their own
 def test_pipeline_finds_every_collection_and_computes_what_plain_steps_do(tmp_path: Path) -> None:
     for results in run_ranks(2, run_rank, tmp_path):
-        for plain, pipelined in results.values():
-            assert pipelined[2] == 3
+        for layout, (plain, pipelined) in results.items():
+            assert pipelined[2] == LAYOUTS[layout]
             assert pipelined[0] == plain[0]
             for name, parts in plain[1].items():
                 for (first, rows), (other_first, other) in zip(parts, pipelined[1][name], strict=True):

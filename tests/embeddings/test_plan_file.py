@@ -7,121 +7,216 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
-from embeddings.plan import BatchLoad, Plan
-from embeddings.plan_file import read_plan, write_plan
-from embeddings.planner import plan_tables
+from embeddings.plan import Plan
+from embeddings.plan_file import parse_plan, read_plan, write_plan
+from embeddings.planning import solve
+from embeddings.problem import BatchLoad, Problem, reserve
 
+ADAGRAD = SparseOptimizerConfig(kind="adagrad")
 TABLES = (
     TableConfig(name="item", num_embeddings=10, embedding_dim=8, features=("item",)),
     TableConfig(name="user", num_embeddings=7, embedding_dim=8, features=("user",)),
+    TableConfig(name="tag", num_embeddings=50, embedding_dim=128, features=("tag",), optimizer=ADAGRAD),
 )
 MACHINE = Machine(world_size=4, local_world_size=2, compute_device="cuda", hbm_gib=80.0)
 
 
+PLACEMENT = PlacementConfig(
+    tables={
+        "item": TableConstraint(sharding_types=("row_wise", "replicated")),
+        "user": TableConstraint(sharding_types=("table_wise",)),
+        "tag": TableConstraint(sharding_types=("column_wise",)),
+    }
+)
+
+
+def problem(**changes: Any) -> Problem:
+    """Item row-wise, user table-wise, tag column-wise, but for `changes`."""
+    machine = changes.pop("machine", MACHINE)
+    values: dict[str, Any] = {
+        "tables": TABLES,
+        "machine": machine,
+        "placement": PLACEMENT,
+        "optimizer": SparseOptimizerConfig(),
+        "load": BatchLoad(samples_per_rank=16, ids_per_sample={"item": 12.5}),
+        "reservation": reserve(machine, PLACEMENT, dense_bytes=1000),
+    }
+    return Problem(**values | changes)
+
+
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    """Item row-wise, user table-wise."""
-    return plan_tables(
-        nn.Linear(4, 4),
-        TABLES,
-        machine=MACHINE,
-        placement=PlacementConfig(
-            tables={
-                "item": TableConstraint(sharding_types=("row_wise",)),
-                "user": TableConstraint(sharding_types=("table_wise",)),
-            }
-        ),
-        optimizer=SparseOptimizerConfig(),
-        load=BatchLoad(samples_per_rank=16, ids_per_sample={"item": 12.5}),
-    )
+    """The plan of the problem as it stands."""
+    return solve(problem())
+
+
+def edited(plan: Plan, path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A plan's file after somebody changed its values."""
+    write_plan(path, plan)
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    return path
+
+
+def without_estimates(values: dict[str, Any]) -> None:
+    """Leave out what is computed."""
+    del values["ranks"]
+    for table in values["tables"].values():
+        del table["candidates"]
 
 
 def test_plan_survives_the_file(plan: Plan, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", plan)
-    assert read_plan(tmp_path / "plan.json", tables=TABLES, machine=MACHINE) == plan
+    assert read_plan(tmp_path / "plan.json", problem()) == plan
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_file_is_readable_with_one_shard_a_line(plan: Plan, tmp_path: Path) -> None:
+def test_file_is_readable_with_one_table_and_one_candidate_a_line(plan: Plan, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", plan)
     text = (tmp_path / "plan.json").read_text()
-    assert '    {"rank": 1, "offset": [3, 0], "size": [3, 8]},\n' in text
     values = json.loads(text)
-    assert values["version"] == 2
+    assert values["version"] == 3
     assert values["machine"]["world_size"] == 4
-    assert values["tables"]["item"]["sharding_type"] == "row_wise"
-    assert values["tables"]["item"]["kernel"] == "fused"
-    assert [rank["rank"] for rank in values["ranks"]] == [0, 1, 2, 3]
+    assert values["tables"]["item"]["sharding_type"] in ("row_wise", "replicated")
+    assert len(values["tables"]["user"]["ranks"]) == 1
+    assert sum(line.startswith('"item"') for line in text.splitlines()) == 1
+    assert values["ranks"][0]["first"] == 0 and values["ranks"][-1]["last"] == 3
 
 
-def test_plan_serves_a_machine_of_the_same_number_of_ranks(plan: Plan, tmp_path: Path) -> None:
+def test_many_row_wise_tables_on_many_ranks_take_little_room(tmp_path: Path) -> None:
+    tables = tuple(replace(TABLES[0], name=f"t{i}", features=(f"t{i}",)) for i in range(200))
+    machine = replace(MACHINE, world_size=2048, local_world_size=8)
+    placement = PlacementConfig(sharding_types=("row_wise",))
+    made = solve(problem(tables=tables, machine=machine, placement=placement))
+    write_plan(tmp_path / "plan.json", made)
+    assert (tmp_path / "plan.json").stat().st_size < 200 * 1000
+    assert parse_plan(tmp_path / "plan.json") == made
+
+
+def test_plan_serves_another_machine_with_its_own_estimates(plan: Plan, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", plan)
     cpus = Machine(world_size=4, local_world_size=4, compute_device="cpu")
-    assert read_plan(tmp_path / "plan.json", tables=TABLES, machine=cpus) == replace(plan, machine=cpus)
+    served = read_plan(tmp_path / "plan.json", problem(machine=cpus))
+    assert served.machine == cpus
+    assert served.step_ms > plan.step_ms
+    assert {name: table.ranks for name, table in served.tables.items()} == {
+        name: table.ranks for name, table in plan.tables.items()
+    }
 
 
-def test_plan_without_candidates_is_taken(plan: Plan, tmp_path: Path) -> None:
+def test_choice_changed_by_hand_is_taken_with_new_estimates(plan: Plan, tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        without_estimates(values)
+        values["tables"]["user"]["ranks"] = [3 - plan.tables["user"].ranks[0]]
+        values["tables"]["tag"]["ranks"] = [2, 0]
+
+    served = read_plan(edited(plan, tmp_path / "plan.json", change), problem())
+    assert served.tables["user"].ranks == (3 - plan.tables["user"].ranks[0],)
+    weights = [rank.weight_bytes for rank in served.ranks]
+    held = dict.fromkeys((0, 2), 50 * 64 * 4)
+    held[served.tables["user"].ranks[0]] = held.get(served.tables["user"].ranks[0], 0) + 7 * 8 * 4
+    rows = [3, 3, 3, 1] if served.tables["item"].sharding_type == "row_wise" else [10] * 4
+    assert weights == [held.get(rank, 0) + rows[rank] * 8 * 4 for rank in range(4)]
+
+
+def table(values: dict[str, Any], name: str = "item") -> dict[str, Any]:
+    """A table of a file's values."""
+    found: dict[str, Any] = values["tables"][name]
+    return found
+
+
+def numbers(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all numbers that are estimates."""
+    found = []
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            found += numbers(value, (*path, key))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((*path, key))
+    return found
+
+
+def test_no_estimate_can_be_changed(plan: Plan, tmp_path: Path) -> None:
+    """Each number of ranks and candidates, raised and lowered: every one is refused in one line."""
     path = tmp_path / "plan.json"
     write_plan(path, plan)
     values = json.loads(path.read_text())
-    del values["tables"]["item"]["candidates"]
-    path.write_text(json.dumps(values))
-    assert read_plan(path, tables=TABLES, machine=MACHINE).tables["item"].shards == plan.tables["item"].shards
+    estimates = {
+        "ranks": values["ranks"],
+        "tables": {n: {"candidates": t["candidates"]} for n, t in values["tables"].items()},
+    }
+    places = numbers(estimates)
+    assert len(places) > 30
+    for place in places:
+        for factor in (2, 0.5):
 
+            def change(values: dict[str, Any], place: tuple[Any, ...] = place, factor: float = factor) -> None:
+                for key in place[:-1]:
+                    values = values[key]
+                values[place[-1]] = values[place[-1]] * factor + (1 if factor > 1 else -1)
 
-def item(values: dict[str, Any]) -> dict[str, Any]:
-    """The item table of a file's values."""
-    table: dict[str, Any] = values["tables"]["item"]
-    return table
+            with pytest.raises(ValueError, match="plan") as error:
+                read_plan(edited(plan, path, change), problem())
+            assert "\n" not in str(error.value), place
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(version=1), "has version 1, this code reads version 2"),
+        (lambda v: v.update(version=1), "has version 1, this code reads version 3"),
         (lambda v: v.pop("version"), "has version None"),
         (lambda v: v.pop("machine"), "misses the key 'machine'"),
         (lambda v: v["machine"].update(gpus=3), "malformed"),
+        (lambda v: v.update(note="x"), "unknown key 'note'"),
+        (lambda v: v["machine"].update(hbm_gib=141.0), "reserves .* bytes for a fraction"),
+        (lambda v: v["reservation"].update(fraction_bytes=0), "reserves 0 bytes for a fraction"),
+        (lambda v: v["load"].update(samples_per_rank=8), "says of rank 0"),
+        (lambda v: v["load"]["ids_per_sample"].update(item=1.0), "says of rank 0"),
+        (lambda v: v["load"]["ids_per_sample"].update(item=-1.0), "must be above 0"),
         (lambda v: v["machine"].update(world_size=8), "made for 8 ranks, but this job has 4: plan again with"),
         (lambda v: v["tables"].pop("user"), "has no table 'user'"),
-        (lambda v: v["tables"].update(extra=item(v)), "places table 'extra', which the model does not have"),
-        (lambda v: item(v).update(num_embeddings=11), "'item' is 11 x 8 there, 10 x 8 in the model"),
-        (lambda v: item(v).update(sharding_type="column_wise"), "sharding_type must be one of"),
-        (lambda v: item(v).update(kernel="dense"), "kernel must be one of"),
-        (lambda v: item(v)["shards"][1].update(offset=[2, 0]), "'item' has rows 2 to 2 twice"),
-        (lambda v: item(v)["shards"][1].update(offset=[4, 0]), "'item' has rows 3 to 3 nowhere"),
-        (lambda v: item(v)["shards"].pop(), "'item' has rows 9 to 9 nowhere"),
-        (lambda v: item(v)["shards"][1].update(rank=4), "shard on rank 4, but ranks are 0 to 3"),
-        (lambda v: item(v)["shards"][1].update(rank=0), "row_wise, which means equal blocks on ranks 0, 1"),
-        (lambda v: item(v)["shards"][1].update(size=[3, 4]), "must hold all 8 columns"),
-        (lambda v: item(v).update(sharding_type="table_wise"), "table_wise, which means one shard"),
-        (lambda v: item(v).update(shards=[{"rank": 0}]), "misses the key 'offset'"),
-        (lambda v: v["ranks"].pop(), "estimates 3 ranks of 4"),
-        (
-            lambda v: v["ranks"][0].update(weight_bytes=8),
-            "puts 96 B of rows on rank 0, but its weight_bytes say 8 B: set them to 96",
-        ),
-        (lambda v: v["ranks"][0].update(weight_bytes=2**40), "needs 1024.00 GiB on one rank"),
-        (lambda v: v["ranks"][0].update(host_bytes=2**40), "needs 1024.00 GiB of host memory"),
+        (lambda v: v["tables"].update(extra=table(v)), "places table 'extra', which the model does not have"),
+        (lambda v: table(v).update(num_embeddings=11), "'item' has rows 11 there, 10 in the model"),
+        (lambda v: table(v).update(embedding_dim=16), "'item' has columns 16 there, 8 in the model"),
+        (lambda v: table(v).update(dtype="float16"), "'item' has dtype float16 there"),
+        (lambda v: table(v).update(dtype="int4"), "dtype must be one of"),
+        (lambda v: table(v).update(optimizer="sgd"), "'item' has optimizer sgd there, rowwise_adagrad in the model"),
+        (lambda v: table(v).update(sharding_type="rows"), "sharding_type must be one of"),
+        (lambda v: table(v).update(sharding_type="table_wise"), "its first candidate, which must be the choice"),
+        (lambda v: table(v).update(kernel="dense"), "kernel must be one of"),
+        (lambda v: table(v).update(ranks=[0, 1, 2, 3]), "has a block on every rank: leave its ranks empty"),
+        (lambda v: table(v, "user").update(ranks=[]), "needs the ranks of its blocks"),
+        (lambda v: table(v, "user").update(ranks=[4]), "block on rank 4, but ranks are 0 to 3"),
+        (lambda v: table(v, "user").update(ranks=[1.5]), "whole numbers"),
+        (lambda v: table(v, "user").update(ranks=[3 - table(v, "user")["ranks"][0]]), "says of rank"),
+        (lambda v: table(v, "user").update(ranks=[0, 1]), "cannot be table_wise on 2 ranks"),
+        (lambda v: table(v, "tag").update(ranks=[1, 1]), "two blocks on one of the ranks"),
+        (lambda v: table(v, "tag").update(ranks=[0, 1, 2]), "cannot be column_wise on 3 ranks"),
+        (lambda v: v["ranks"].pop(), "estimates . ranks of 4"),
+        (lambda v: v["ranks"][0].update(first=1), "follow 0 of 4 ranks"),
+        (lambda v: v["ranks"][-1].update(last=2**40), "of 4 ranks"),
         (lambda v: v.update(tables=[]), "malformed"),
     ],
 )
 def test_wrong_plan_is_refused_in_one_line(
     plan: Plan, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    path = tmp_path / "plan.json"
-    write_plan(path, plan)
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message) as error:
-        read_plan(path, tables=TABLES, machine=MACHINE)
-    assert str(path) in str(error.value)
+        read_plan(edited(plan, tmp_path / "plan.json", change), problem())
     assert "\n" not in str(error.value)
+    assert str(tmp_path / "plan.json") in str(error.value)
+
+
+def test_plan_that_does_not_fit_the_machine_at_hand_is_refused_with_rank_and_room(plan: Plan, tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.json", plan)
+    small = replace(MACHINE, hbm_gib=0.00002)
+    here = problem(machine=small, reservation=reserve(small, PLACEMENT, dense_bytes=0))
+    with pytest.raises(ValueError, match=r"of memory for tables on rank \d, but 17.83 KiB are there"):
+        read_plan(tmp_path / "plan.json", here)
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "is not JSON"), ("{", "is not JSON"), ("[1]", "has version None")])
@@ -129,21 +224,21 @@ def test_text_that_is_no_plan_is_refused(tmp_path: Path, text: str, message: str
     path = tmp_path / "plan.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_plan(path, tables=TABLES, machine=MACHINE)
+        read_plan(path, problem())
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read plan .*: No such file"):
-        read_plan(tmp_path / "plan.json", tables=TABLES, machine=MACHINE)
+        read_plan(tmp_path / "plan.json", problem())
 
 
 def test_host_memory_kernel_is_refused_on_a_cpu(plan: Plan, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    cached = replace(plan.tables["item"], kernel="fused_uvm_caching")
-    write_plan(path, replace(plan, tables={**plan.tables, "item": cached}))
+    placement = PlacementConfig(compute_kernels=("fused_uvm_caching",))
+    tables = (TABLES[0],)
+    write_plan(tmp_path / "plan.json", solve(problem(tables=tables, placement=placement)))
     cpus = Machine(world_size=4, local_world_size=4, compute_device="cpu")
     with pytest.raises(ValueError, match="a cpu has only fused"):
-        read_plan(path, tables=TABLES, machine=cpus)
+        read_plan(tmp_path / "plan.json", problem(tables=tables, machine=cpus, placement=PlacementConfig()))
 
 
 def test_file_that_cannot_be_written_is_named(plan: Plan, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from torch import nn
 import embeddings.plan
 import embeddings.report
 from embeddings.__main__ import main
-from embeddings.config import PlacementConfig, ShardingType, SparseOptimizerConfig, TableConfig, TableConstraint
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
-from embeddings.plan import BatchLoad, Plan
+from embeddings.plan import Plan
 from embeddings.plan_file import write_plan
 from embeddings.planner import plan_tables
+from embeddings.problem import BatchLoad
 from embeddings.report import plan_differences, plan_report
 
 TABLES = (
@@ -25,13 +26,15 @@ TABLES = (
 )
 
 
-def plan(world_size: int = 16, item: tuple[ShardingType, ...] = ("table_wise", "row_wise")) -> Plan:
+def plan(world_size: int = 16, item: tuple[str, ...] = ("table_wise", "row_wise")) -> Plan:
     """A plan in which the item table may be sharded as `item` says."""
     return plan_tables(
         nn.Linear(4, 4),
         TABLES,
         machine=Machine(world_size=world_size, local_world_size=8, compute_device="cuda", hbm_gib=80.0),
-        placement=PlacementConfig(tables={"item": TableConstraint(sharding_types=item)}),
+        placement=PlacementConfig(
+            sharding_types=("table_wise", "row_wise"), tables={"item": TableConstraint(sharding_types=item)}
+        ),
         optimizer=SparseOptimizerConfig(),
         load=BatchLoad(samples_per_rank=32, ids_per_sample={"item": 1000.0}),
     )

@@ -31,25 +31,11 @@ def expected() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     return sharded.oracle()
 
 
-def whole(parts_of_ranks: list[dict[str, list[tuple[int, Tensor]]]]) -> dict[str, Tensor]:
-    """Whole tensors from the parts of all ranks; every row must be there exactly once."""
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for rank in parts_of_ranks:
-        for name, pieces in rank.items():
-            parts.setdefault(name, []).extend(pieces)
-    tensors = {}
-    for name, pieces in parts.items():
-        pieces = sorted(pieces, key=lambda piece: piece[0])
-        assert [first for first, _ in pieces] == [sum(len(rows) for _, rows in pieces[:i]) for i in range(len(pieces))]
-        tensors[name] = torch.cat([rows for _, rows in pieces])
-    return tensors
-
-
 @pytest.mark.parametrize("layout", sharded.LAYOUTS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_initial_values_depend_on_neither_plan_nor_ranks(results: Results, world_size: int, layout: str) -> None:
-    reference = whole([rank["row_wise"]["initial"] for rank in results[1]])
-    initial = whole([rank[layout]["initial"] for rank in results[world_size]])
+    reference = sharded.whole([rank["row_wise"]["initial"] for rank in results[1]])
+    initial = sharded.whole([rank[layout]["initial"] for rank in results[world_size]])
     assert initial.keys() == reference.keys()
     for name, value in reference.items():
         torch.testing.assert_close(initial[name], value, rtol=0, atol=0)
@@ -70,7 +56,7 @@ def test_outputs_equal_the_unsharded_tables(results: Results, expected: Any, wor
 @pytest.mark.parametrize("layout", sharded.LAYOUTS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_updates_equal_the_unsharded_tables(results: Results, expected: Any, world_size: int, layout: str) -> None:
-    final = whole([rank[layout]["final"] for rank in results[world_size]])
+    final = sharded.whole([rank[layout]["final"] for rank in results[world_size]])
     assert final.keys() == expected[0].keys()
     for name, value in expected[0].items():
         # Adding up gradients in another order may round a float16 row to its neighbour.
@@ -84,7 +70,7 @@ def test_planned_bytes_equal_the_bytes_of_local_shards(results: Results, world_s
     for rank in results[world_size]:
         held = {"tables": 0, "optimizer": 0}
         for name, pieces in rank[layout]["final"].items():
-            held[name.split("/")[0]] += sum(rows.numel() * rows.element_size() for _, rows in pieces)
+            held[name.split("/")[0]] += sum(values.numel() * values.element_size() for _, values in pieces)
         assert (held["tables"], held["optimizer"]) == rank[layout]["planned_bytes"]
 
 
@@ -94,8 +80,8 @@ def test_planned_bytes_equal_the_bytes_of_local_shards(results: Results, world_s
 def test_checkpoint_carries_tables_and_optimizer_to_another_plan(
     results: Results, world_size: int, saved: str, layout: str
 ) -> None:
-    written = whole([rank[saved]["final"] for rank in results[SAVED_BY]])
-    loaded = whole([rank[f"{saved}->{layout}"] for rank in results[world_size]])
+    written = sharded.whole([rank[saved]["final"] for rank in results[SAVED_BY]])
+    loaded = sharded.whole([rank[f"{saved}->{layout}"] for rank in results[world_size]])
     assert loaded.keys() == written.keys()
     for name, value in written.items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)

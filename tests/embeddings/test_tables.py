@@ -8,7 +8,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embeddings.tables as tables_module
 from embeddings.config import SparseOptimizerConfig, TableConfig
-from embeddings.optimizers import attach_optimizers, check_optimizers
+from embeddings.optimizers import attach_optimizers
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 
 CPU = torch.device("cpu")
@@ -119,10 +119,3 @@ def test_every_table_gets_its_optimizer() -> None:
     item, user = tables.parameters()
     assert item._optimizer_kwargs[0] == {"lr": 0.5, "eps": 1e-8}
     assert user._optimizer_kwargs[0] == {"lr": 0.01, "eps": 1e-8, "beta1": 0.8, "beta2": 0.99}
-
-
-def test_adam_is_refused_on_a_cpu_which_has_no_kernel() -> None:
-    adam = SparseOptimizerConfig(kind="adam")
-    check_optimizers([table()], adam, "cuda")
-    with pytest.raises(ValueError, match="table 'user' has the optimizer adam, of which FBGEMM has no CPU kernel"):
-        check_optimizers([table(), replace(table("user"), optimizer=adam)], SparseOptimizerConfig(), "cpu")

@@ -1,0 +1,146 @@
+"""What is missing where tables do not fit, and what would help: every fix is planned before it is named."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from embeddings.config import KERNELS, ComputeKernel
+from embeddings.machine import Machine
+from embeddings.options import table_options
+from embeddings.plan import size_text
+from embeddings.problem import Problem
+from embeddings.search import Packer, Packing, fits, make_packer
+
+MOST_TIMES = 64
+"""Of ranks or memory that are there, a fix asks for at most so many times as much."""
+
+
+def nothing_left(problem: Problem) -> str:
+    """One line: the memory is gone before there are tables."""
+    reservation = problem.reservation
+    return (
+        f"no memory is left for tables on {problem.machine.describe()}: placement.reserved_fraction takes "
+        f"{size_text(reservation.fraction_bytes)}, the dense model {size_text(reservation.dense_bytes)}, "
+        f"activations {size_text(reservation.activation_bytes)}; lower them, or take more memory"
+    )
+
+
+def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> str:
+    """One line: what lacks where, the tables behind it, and the fixes in order of effort."""
+    chosen = [table[index] for table, index in zip(packer.options, packing.choice, strict=True)]
+    needs = [option.total_bytes for option in chosen]
+    largest = sorted(range(len(needs)), key=lambda i: (-needs[i], i))[:3]
+    names = ", ".join(f"{problem.tables[i].name} {size_text(needs[i])} ({chosen[i].kind.name})" for i in largest)
+    available, ranks = problem.available_bytes, problem.machine.world_size
+    loads = packer.loads(packing)
+    lacks = []
+    for what, load, room in (("device", loads.memory, available), ("host", loads.host, problem.host_bytes)):
+        rank = max(range(ranks), key=load.__getitem__)
+        if load[rank] > room:
+            where = "memory" if problem.machine.compute_device == "cpu" else f"{what} memory"
+            lacks.append(
+                f"rank {rank} needs {size_text(load[rank])} of {where}, {size_text(load[rank] - room)} more "
+                f"than the {size_text(room)} that are there for tables"
+            )
+    fixes = list(_fixes(problem)) or [_no_single_fix(problem)]
+    return (
+        f"the tables do not fit on {problem.machine.describe()}: {' and '.join(lacks)}; they need "
+        f"{size_text(sum(needs))} in all, {size_text(available * ranks)} are there; largest: {names}; "
+        f"fixes: {'; or '.join(fixes)}"
+    )
+
+
+def _fixes(problem: Problem) -> Iterable[str]:
+    """Single changes under which the tables fit, each planned."""
+    machine, placement = problem.machine, problem.placement
+    free = {name: replace(constraint, sharding_types=None) for name, constraint in placement.tables.items()}
+    if free != placement.tables and _fits(problem.with_placement(replace(placement, tables=free))):
+        held = [name for name, constraint in placement.tables.items() if constraint.sharding_types is not None]
+        yield f"allow more sharding types for {', '.join(held[:3])} (placement.tables)"
+    if placement.sharding_types is not None:
+        anything = problem.with_placement(replace(placement, sharding_types=None))
+        if _fits(anything):
+            yield "allow more sharding types (placement.sharding_types=null)"
+    ranks = _least(machine.local_world_size, machine.world_size, lambda n: problem.on(replace(machine, world_size=n)))
+    if ranks is not None:
+        yield f"use more ranks (at least {ranks})"
+    gib = _least(1, math.floor(machine.memory_gib), lambda n: problem.on(_with_memory(problem, n)))
+    if gib is not None:
+        yield f"use ranks with more memory (at least {gib} GiB)"
+    yield from _host_fixes(problem)
+    lowered = _lowest_reservation(problem)
+    if lowered is not None:
+        yield f"lower placement.reserved_fraction (to {lowered:g})"
+
+
+def _host_fixes(problem: Problem) -> Iterable[str]:
+    """Rows in host memory, or more of that."""
+    machine, placement = problem.machine, problem.placement
+    if machine.compute_device != "cuda":
+        return
+    for kernel in KERNELS[1:]:
+        if kernel not in placement.compute_kernels:
+            kernels = (*placement.compute_kernels, kernel)
+            if _fits(problem.with_placement(replace(placement, compute_kernels=kernels))):
+                yield f"keep cold rows in host memory (add {kernel} to placement.compute_kernels)"
+                return
+    if any(kernel != "fused" for kernel in placement.compute_kernels):
+        gib = _least(1, math.floor(machine.ddr_gib), lambda n: problem.on(replace(machine, ddr_gib=float(n))))
+        if gib is not None:
+            yield f"use nodes with more host memory (at least {gib} GiB a rank)"
+
+
+def _lowest_reservation(problem: Problem) -> float | None:
+    """The highest lower reserved fraction of 0.1, 0.05 and 0 with which the tables fit."""
+    for fraction in (0.1, 0.05, 0.0):
+        if fraction < problem.placement.reserved_fraction:
+            changed = problem.with_placement(replace(problem.placement, reserved_fraction=fraction))
+            if _fits(changed):
+                return fraction
+    return None
+
+
+def _no_single_fix(problem: Problem) -> str:
+    """Two changes together, for what no single one helps."""
+    machine, placement = problem.machine, problem.placement
+    free = {name: replace(constraint, sharding_types=None) for name, constraint in placement.tables.items()}
+    cached: ComputeKernel = "fused_uvm_caching"
+    kernels = tuple(dict.fromkeys((*placement.compute_kernels, cached)))
+    settings = replace(placement, tables=free, sharding_types=None)
+    if machine.compute_device == "cuda":
+        settings = replace(settings, compute_kernels=kernels)
+    wide = problem.with_placement(settings)
+    ranks = _least(machine.local_world_size, machine.world_size, lambda n: wide.on(replace(machine, world_size=n)))
+    if ranks is not None:
+        return f"no single one was found; allow all sharding types and fused_uvm_caching, on at least {ranks} ranks"
+    return (
+        f"none was found with up to {MOST_TIMES} times the ranks or the memory: take fewer rows, narrower tables, "
+        "float16 rows or fewer samples a rank"
+    )
+
+
+def _least(step: int, there: int, changed: Callable[[int], Problem]) -> int | None:
+    """The least multiple of `step` above `there` with which the tables fit, as far as bisection finds it."""
+    low, high = there // step, there // step + 1
+    while not _fits(changed(high * step)):
+        low, high = high, high * 2
+        if high * step > MOST_TIMES * max(there, step):
+            return None
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(changed(middle * step)) else (middle, high)
+    return high * step
+
+
+def _with_memory(problem: Problem, gib: int) -> Machine:
+    machine = problem.machine
+    if machine.compute_device == "cpu":
+        return replace(machine, ddr_gib=float(gib))
+    return replace(machine, hbm_gib=float(gib))
+
+
+def _fits(problem: Problem) -> bool:
+    """Whether the planner finds a plan."""
+    if problem.available_bytes <= 0:
+        return False
+    return fits(make_packer(problem, table_options(problem)))

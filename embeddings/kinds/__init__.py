@@ -1,0 +1,1 @@
+"""The ways to shard a table: one file each, named in `registry`."""

@@ -1,0 +1,163 @@
+"""What a way of sharding a table is: how it cuts, what a block costs its rank, when it is not to be had.
+
+Times follow TorchRec's estimator (a test holds them equal), in closed form, because TorchRec's own enumerator asks for
+every shard of every table and takes minutes for a hundred tables.  Nothing here needs torch.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embeddings.config import ComputeKernel, TableConfig, state_bytes_per_row
+from embeddings.machine import Machine
+
+ID_BYTES = 8
+"""Of an id on its way to the rank that holds its row."""
+FLOAT_BYTES = 4
+"""Of a value of a looked-up row and of its gradient, whatever the type of the table's rows."""
+CACHED_PART = 0.2
+"""Part of a fused_uvm_caching table's rows that FBGEMM keeps on the device."""
+
+_BACKWARD_OVER_FORWARD = 2.0
+_GB_PER_S_IN_BYTES_PER_MS = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rectangle of a table on one rank."""
+
+    rank: int
+    """Where it lives."""
+    rows: range
+    """Global rows; empty where a table has fewer rows than there are ranks."""
+    columns: range
+    """Columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Some blocks of a table that are alike."""
+
+    count: int
+    """How many."""
+    num_rows: int
+    """Rows of each."""
+    num_columns: int
+    """Columns of each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardCost:
+    """What one block costs the rank that holds it."""
+
+    ms: float
+    """Estimated time a step: lookup, exchange of rows, backward and update.  Ids are exchanged while another step runs.
+    """
+    weight_bytes: int
+    """Rows in device memory; of a cached table, the cache and its optimizer state."""
+    optimizer_bytes: int
+    """Optimizer state in device memory."""
+    io_bytes: int
+    """Buffers of ids, rows and gradients."""
+    host_bytes: int
+    """Rows and optimizer state in host memory."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory."""
+        return self.weight_bytes + self.optimizer_bytes + self.io_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """The lookups of one table in a step, and where they happen."""
+
+    table: TableConfig
+    """The table."""
+    optimizer: str
+    """Kind of its optimizer."""
+    kernel: ComputeKernel
+    """Where its rows are."""
+    machine: Machine
+    """Whose ranks do it."""
+    ids: float
+    """Ids that one rank's samples look up."""
+
+    @property
+    def device_bytes_per_ms(self) -> float:
+        """Rate at which a lookup reads rows, as TorchRec takes it for the kernel."""
+        rates = self.machine.bandwidths
+        cached = CACHED_PART * rates.device + (1 - CACHED_PART) * rates.host_link
+        rate = {"fused": rates.device, "fused_uvm_caching": cached / 10, "fused_uvm": rates.host_link / 10}
+        return rate[self.kernel] * _GB_PER_S_IN_BYTES_PER_MS
+
+    @property
+    def link_bytes_per_ms(self) -> float:
+        """Rate of an exchange among all ranks: that of the slowest link in it."""
+        rates = self.machine.bandwidths
+        across = self.machine.world_size > self.machine.local_world_size
+        return (rates.across_nodes if across else rates.within_node) * _GB_PER_S_IN_BYTES_PER_MS
+
+
+class ShardingKind(ABC):
+    """One way to shard a table.
+
+    How its state moves: checkpoints store a table and its optimizer state under names of their own, cut as they lie, so
+    every kind's shards are rectangles of the same whole, and any kind reads what any other wrote.
+    """
+
+    name: str
+    """As settings, plans and, but for `replicated`, TorchRec spell it."""
+    in_words: str
+    """For reports."""
+    everywhere: bool
+    """Whether block i always lies on rank i, so that there is nothing to choose."""
+    sharded: bool = True
+    """Whether TorchRec shards the table; if not, each rank has all of it as an ordinary parameter."""
+
+    def refusal(self, work: Work) -> str | None:
+        """Why the table cannot be sharded so, None if it can."""
+        del work
+        return None
+
+    @abstractmethod
+    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
+        """Every way to cut the table, each as its blocks in order."""
+
+    @abstractmethod
+    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
+        """The shards when the blocks of a cut are on `ranks` in order; for kinds that are everywhere, on all ranks."""
+
+    @abstractmethod
+    def cost(self, work: Work, block: Blocks) -> ShardCost:
+        """What one of the blocks costs."""
+
+
+def lookup_ms(work: Work, ids: float, columns: int, *, penalty: float = 1.0, least_columns: int = 0) -> float:
+    """Reading `ids` and their rows of `columns`, writing them out, and the backward pass with the update."""
+    value_bytes = work.table.row_bytes // work.table.embedding_dim
+    read = ids * (ID_BYTES + max(columns, least_columns) * value_bytes + columns * FLOAT_BYTES)
+    return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD)
+
+
+def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:
+    """The cost of a block whose optimizer is fused into its lookup, with its memory by kernel."""
+    part = block.num_columns / work.table.embedding_dim
+    weights = math.ceil(block.num_rows * work.table.row_bytes * part)
+    state = block.num_rows * state_bytes_per_row(work.optimizer, block.num_columns)
+    if work.kernel == "fused":
+        return ShardCost(ms=ms, weight_bytes=weights, optimizer_bytes=state, io_bytes=math.ceil(io_bytes), host_bytes=0)
+    cache = 0
+    if work.kernel == "fused_uvm_caching":
+        # Rows and state of the cached part, and FBGEMM's bookkeeping: 4 bytes a row and 16 a place in the cache.
+        cache = math.ceil((weights + state) * CACHED_PART + block.num_rows * (4 + 16 * CACHED_PART))
+    return ShardCost(
+        ms=ms, weight_bytes=cache, optimizer_bytes=0, io_bytes=math.ceil(io_bytes), host_bytes=weights + state
+    )
+
+
+def buffer_bytes(work: Work, ids: float, columns: int) -> float:
+    """Ids and rows in flight on a rank that looks up `ids`; a GPU's pipeline holds the ids of two batches."""
+    batches = 2 if work.machine.compute_device == "cuda" else 1
+    return batches * math.ceil(ids * ID_BYTES) + math.ceil(ids * columns * FLOAT_BYTES)

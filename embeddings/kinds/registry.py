@@ -1,0 +1,20 @@
+"""The kinds that there are, by name.  A new one is a file beside this one and a line here."""
+
+from embeddings.kinds.column_wise import ColumnWise
+from embeddings.kinds.kind import ShardingKind
+from embeddings.kinds.replicated import Replicated
+from embeddings.kinds.row_wise import RowWise
+from embeddings.kinds.table_wise import TableWise
+
+KINDS: dict[str, ShardingKind] = {kind.name: kind for kind in (TableWise(), RowWise(), ColumnWise(), Replicated())}
+
+
+def kind_named(name: str) -> ShardingKind:
+    """The kind of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in KINDS:
+        raise ValueError(f"there is no sharding type {name!r}: known are {', '.join(KINDS)}")
+    return KINDS[name]

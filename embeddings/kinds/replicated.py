@@ -1,0 +1,65 @@
+"""A table whole on every rank: no exchange, but gradients of all its rows are added up over ranks."""
+
+import math
+from collections.abc import Sequence
+
+from embeddings.config import TableConfig, state_bytes_per_row
+from embeddings.kinds.kind import FLOAT_BYTES, Blocks, Shard, ShardCost, ShardingKind, Work, buffer_bytes, lookup_ms
+
+_ELEMENTWISE_PASSES = 9.22
+"""Passes of an optimizer and its helpers over a dense table, as TorchRec measured."""
+_GRADIENTS = 2
+"""Of all rows: that of the backward pass, and its copy in DDP's bucket."""
+
+
+class Replicated(ShardingKind):
+    """Small tables that are looked up often: countries, categories, actions.
+
+    The table is an ordinary parameter under DDP with an optimizer in plain PyTorch that changes rows without an id by
+    nothing, so that training is the sharded table's.  TorchRec's own data_parallel fails for sequence lookups.
+    """
+
+    name = "replicated"
+    in_words = "whole, on every rank"
+    everywhere = True
+    sharded = False
+
+    def refusal(self, work: Work) -> str | None:
+        """Whatever would not train as a sharded table does."""
+        if work.machine.world_size == 1:
+            return "there is one rank: table_wise is the same without a dense gradient"
+        if work.optimizer == "adam":
+            return "Adam in plain PyTorch moves rows without an id too: take rowwise_adagrad, adagrad or sgd for it"
+        if work.table.dtype != "float32":
+            return f"gradients of {work.table.dtype} rows would be added up in {work.table.dtype}: take float32 for it"
+        if work.kernel != "fused":
+            return f"a replicated table has no kernel {work.kernel}: take fused"
+        return None
+
+    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
+        """The whole table for every rank."""
+        return [(Blocks(world_size, table.num_embeddings, table.embedding_dim),)]
+
+    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
+        """All rows and columns on every rank."""
+        return tuple(Shard(rank, range(table.num_embeddings), range(table.embedding_dim)) for rank in ranks)
+
+    def cost(self, work: Work, block: Blocks) -> ShardCost:
+        """Lookups of the own samples at half the rate of a fused kernel, an all-reduce and the optimizer's passes."""
+        machine, weights = work.machine, work.table.weight_bytes
+        nodes = min(machine.world_size / machine.local_world_size, 2)
+        reduced = weights * (2 * nodes - 1) / nodes
+        if machine.world_size > 2 * machine.local_world_size:
+            reduced *= 2
+        # One network card a rank, all of them at once.
+        reduce_ms = reduced / (machine.bandwidths.across_nodes * machine.local_world_size * 1e6)
+        update_ms = weights * _ELEMENTWISE_PASSES / (work.device_bytes_per_ms / 2)
+        state = block.num_rows * state_bytes_per_row(work.optimizer, block.num_columns)
+        gradients = _GRADIENTS * block.num_rows * block.num_columns * FLOAT_BYTES
+        return ShardCost(
+            ms=2 * lookup_ms(work, work.ids, block.num_columns) + reduce_ms + update_ms,
+            weight_bytes=weights,
+            optimizer_bytes=state,
+            io_bytes=gradients + math.ceil(buffer_bytes(work, work.ids, block.num_columns)),
+            host_bytes=0,
+        )

@@ -1,0 +1,59 @@
+"""A table's rows cut over all ranks in equal blocks."""
+
+from collections.abc import Sequence
+
+from embeddings.config import TableConfig
+from embeddings.kinds.kind import (
+    FLOAT_BYTES,
+    Blocks,
+    Shard,
+    ShardCost,
+    ShardingKind,
+    Work,
+    buffer_bytes,
+    lookup_ms,
+    stored,
+)
+
+_COPY = 2.455
+"""Bytes that a rank moves for each byte of gradients that it sends, as TorchRec measured."""
+
+
+class RowWise(ShardingKind):
+    """Hot tables, whose lookups one rank could not do, and tables that fit no rank."""
+
+    name = "row_wise"
+    in_words = "equal blocks of rows, one on every rank"
+    everywhere = True
+
+    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
+        """Full blocks, perhaps a smaller one, and empty ones where a table has fewer rows than there are ranks."""
+        sizes = [len(rows) for rows in row_blocks(table.num_embeddings, world_size)]
+        different = sorted(set(sizes), reverse=True)
+        return [tuple(Blocks(sizes.count(size), size, table.embedding_dim) for size in different)]
+
+    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
+        """Block i on rank i."""
+        blocks = row_blocks(table.num_embeddings, len(ranks))
+        return tuple(Shard(rank, rows, range(table.embedding_dim)) for rank, rows in zip(ranks, blocks, strict=True))
+
+    def cost(self, work: Work, block: Blocks) -> ShardCost:
+        """A block takes part in the lookups in proportion to its rows: a table of few rows spreads them less."""
+        share = block.num_rows * work.machine.world_size / work.table.num_embeddings
+        row_bytes = work.ids * block.num_columns * FLOAT_BYTES
+        ms = lookup_ms(work, work.ids, block.num_columns) + 2 * row_bytes / work.link_bytes_per_ms
+        ms += row_bytes * _COPY / work.device_bytes_per_ms
+        return stored(work, block, buffer_bytes(work, work.ids, block.num_columns) * share, ms * share)
+
+
+def row_blocks(num_embeddings: int, num_blocks: int) -> list[range]:
+    """The rows of each block: TorchRec's exchange of ids fixes them to ceil(rows / blocks) rows each.
+
+    >>> row_blocks(10, 4)
+    [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
+    >>> row_blocks(2, 4)
+    [range(0, 1), range(1, 2), range(2, 2), range(2, 2)]
+    """
+    block = -(-num_embeddings // num_blocks)
+    starts = [min(index * block, num_embeddings) for index in range(num_blocks)]
+    return [range(start, min(start + block, num_embeddings)) for start in starts]

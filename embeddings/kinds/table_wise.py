@@ -1,0 +1,48 @@
+"""A table whole on one rank, which does all ranks' lookups in it."""
+
+from collections.abc import Sequence
+
+from embeddings.config import TableConfig
+from embeddings.kinds.kind import (
+    FLOAT_BYTES,
+    Blocks,
+    Shard,
+    ShardCost,
+    ShardingKind,
+    Work,
+    buffer_bytes,
+    lookup_ms,
+    stored,
+)
+
+FULL_COLUMNS = 128
+"""FBGEMM's kernel gives a row of so many columns to a warp; narrower rows leave threads idle."""
+
+
+class TableWise(ShardingKind):
+    """A small or rarely used table on one rank saves the others work."""
+
+    name = "table_wise"
+    in_words = "whole, on one rank"
+    everywhere = False
+
+    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
+        """One block."""
+        return [(Blocks(1, table.num_embeddings, table.embedding_dim),)]
+
+    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
+        """All rows and columns on the one rank."""
+        return tuple(Shard(rank, range(table.num_embeddings), range(table.embedding_dim)) for rank in ranks)
+
+    def cost(self, work: Work, block: Blocks) -> ShardCost:
+        """Ids of all ranks come to this one, rows go back."""
+        return gathered_cost(work, block)
+
+
+def gathered_cost(work: Work, block: Blocks) -> ShardCost:
+    """The cost of a block in which one rank looks up the ids of all."""
+    ids, columns = work.ids * work.machine.world_size, block.num_columns
+    exchanged = 2 * ids * columns * FLOAT_BYTES
+    penalty = 1.0 if columns >= FULL_COLUMNS else 1.15 if columns >= FULL_COLUMNS // 2 else 1.75
+    ms = lookup_ms(work, ids, columns, penalty=penalty, least_columns=32) + exchanged / work.link_bytes_per_ms
+    return stored(work, block, buffer_bytes(work, ids, columns), ms)

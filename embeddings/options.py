@@ -1,0 +1,125 @@
+"""Every allowed way to place each table, with what it costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from embeddings.config import ComputeKernel, TableConfig
+from embeddings.kinds.kind import Blocks, ShardCost, ShardingKind, Work
+from embeddings.kinds.registry import KINDS, kind_named
+from embeddings.problem import Problem
+
+Group = tuple[int, str, str]
+"""Width, sharding type and kernel: tables that share them share an exchange of ids, a kernel, an exchange of rows."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to place one table."""
+
+    kind: ShardingKind
+    """How it is cut."""
+    kernel: ComputeKernel
+    """Where its rows are."""
+    width: int
+    """Of the table."""
+    runs: tuple[tuple[int, ShardCost], ...]
+    """(number of blocks, cost of each), block by block.  Of a kind that is everywhere they lie on ranks 0, 1, 2 ...
+    in order, otherwise each goes to a rank of choice."""
+
+    @cached_property
+    def pieces(self) -> tuple[ShardCost, ...]:
+        """The blocks that go to a rank of choice."""
+        return () if self.kind.everywhere else tuple(cost for count, cost in self.runs for _ in range(count))
+
+    @property
+    def largest(self) -> ShardCost:
+        """The cost of the fullest block."""
+        return self.runs[0][1]
+
+    @property
+    def group(self) -> Group:
+        """The tables that it is looked up with."""
+        return self.width, self.kind.name, self.kernel
+
+    @property
+    def total_bytes(self) -> int:
+        """Device memory of all blocks."""
+        return sum(count * cost.memory_bytes for count, cost in self.runs)
+
+
+def table_options(problem: Problem) -> list[list[Option]]:
+    """Every allowed way to place each table, in the order of `problem.tables`.
+
+    Raises:
+        ValueError: a sharding type that there is not or that a table with a constraint cannot have, or a table for
+            which nothing is left.
+    """
+    return [_options_of(table, problem) for table in problem.tables]
+
+
+def placed_option(problem: Problem, table: TableConfig, kind: str, kernel: ComputeKernel, num_blocks: int) -> Option:
+    """The option that a plan chose; `num_blocks` counts the blocks with a rank of choice.
+
+    Raises:
+        ValueError: the table cannot be placed so.
+    """
+    work = _work(problem, table, kernel)
+    found = kind_named(kind)
+    refusal = _machine_refusal(work) or found.refusal(work)
+    if refusal is not None:
+        raise ValueError(f"table {table.name!r} cannot be {kind}: {refusal}")
+    for cut in found.cuts(table, problem.machine.world_size):
+        if found.everywhere or sum(blocks.count for blocks in cut) == num_blocks:
+            return _option(found, work, cut)
+    raise ValueError(f"table {table.name!r} cannot be {kind} on {num_blocks} ranks")
+
+
+def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
+    constraint = problem.placement.tables.get(table.name)
+    own = constraint.sharding_types if constraint else None
+    kernels = (constraint and constraint.compute_kernels) or problem.placement.compute_kernels
+    types: Sequence[str] = own or problem.placement.sharding_types or tuple(KINDS)
+    options: list[Option] = []
+    refusals: dict[str, str] = {}
+    for name in types:
+        kind = kind_named(name)
+        for kernel in kernels:
+            work = _work(problem, table, kernel)
+            refusal = _machine_refusal(work) or kind.refusal(work)
+            if refusal is not None:
+                refusals.setdefault(name, refusal)
+                continue
+            options += [_option(kind, work, cut) for cut in kind.cuts(table, problem.machine.world_size)]
+    left = {option.kind.name for option in options}
+    impossible = [name for name in types if name not in left]
+    if impossible and (own or not options):
+        name = impossible[0]
+        where = "placement.tables" if own else "placement"
+        raise ValueError(f"{where} allows table {table.name!r} to be {name}, which it cannot be: {refusals[name]}")
+    return options
+
+
+def _work(problem: Problem, table: TableConfig, kernel: ComputeKernel) -> Work:
+    return Work(
+        table=table,
+        optimizer=problem.optimizer_of(table),
+        kernel=kernel,
+        machine=problem.machine,
+        ids=problem.load.ids(table),
+    )
+
+
+def _machine_refusal(work: Work) -> str | None:
+    if work.machine.compute_device == "cpu" and work.kernel != "fused":
+        return f"the kernel {work.kernel} needs a GPU, a cpu has only fused: add it"
+    return None
+
+
+def _option(kind: ShardingKind, work: Work, cut: tuple[Blocks, ...]) -> Option:
+    return Option(
+        kind=kind,
+        kernel=work.kernel,
+        width=work.table.embedding_dim,
+        runs=tuple((blocks.count, kind.cost(work, blocks)) for blocks in cut),
+    )

@@ -1,0 +1,127 @@
+"""What a planner is asked: tables, machines, settings and the lookups of a step.  Needs no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
+from embeddings.machine import Machine
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLoad:
+    """The lookups of one step, from which times and buffers are estimated."""
+
+    samples_per_rank: int = 64
+    """Samples that a rank reads a step."""
+    ids_per_sample: Mapping[str, float] = field(default_factory=dict)
+    """Mean number of ids a sample, by feature; a feature that is not named has one."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_rank < 1:
+            raise ValueError(f"samples_per_rank must be at least 1, got {self.samples_per_rank}")
+        for feature, ids in self.ids_per_sample.items():
+            if not ids > 0:
+                raise ValueError(f"ids_per_sample of feature {feature!r} must be above 0, got {ids}")
+
+    def ids(self, table: TableConfig) -> float:
+        """Ids that a rank's samples look up in a table."""
+        return self.samples_per_rank * sum(float(self.ids_per_sample.get(feature, 1.0)) for feature in table.features)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reservation:
+    """Bytes a rank that the tables may not use."""
+
+    fraction: float
+    """`placement.reserved_fraction`."""
+    fraction_bytes: int
+    """The part of all memory that this is."""
+    dense_bytes: int
+    """The dense model's parameters, gradients, their communication buckets and Adam's moments."""
+    activation_bytes: int
+    """What the dense model keeps for its backward pass."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Their sum."""
+        return self.fraction_bytes + self.dense_bytes + self.activation_bytes
+
+
+def reserve(machine: Machine, placement: PlacementConfig, *, dense_bytes: int) -> Reservation:
+    """What the settings and a dense model of so many bytes keep from the tables."""
+    return Reservation(
+        fraction=placement.reserved_fraction,
+        fraction_bytes=_fraction_bytes(machine, placement.reserved_fraction),
+        dense_bytes=dense_bytes,
+        activation_bytes=int(placement.activation_gib * GIB),
+    )
+
+
+def available_bytes(machine: Machine, reservation: Reservation) -> int:
+    """Memory a rank that tables may use."""
+    return int(machine.memory_gib * GIB) - reservation.total_bytes
+
+
+def _fraction_bytes(machine: Machine, fraction: float) -> int:
+    return int(machine.memory_gib * fraction * GIB)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Everything that a plan depends on."""
+
+    tables: tuple[TableConfig, ...]
+    """What is to be placed."""
+    machine: Machine
+    """Where."""
+    placement: PlacementConfig
+    """What may be chosen, and the memory to be left alone."""
+    optimizer: SparseOptimizerConfig
+    """Of the tables without one of their own."""
+    load: BatchLoad
+    """The lookups of a step."""
+    reservation: Reservation
+    """Memory a rank that the tables may not use."""
+
+    def __post_init__(self) -> None:
+        names = [table.name for table in self.tables]
+        unknown = sorted(set(self.placement.tables) - set(names))
+        if unknown:
+            raise ValueError(f"placement.tables names {unknown[0]!r}, which is no table: known are {sorted(names)}")
+        if self.reservation.fraction_bytes != _fraction_bytes(self.machine, self.reservation.fraction):
+            raise ValueError(
+                f"reserves {self.reservation.fraction_bytes} bytes for a fraction of {self.reservation.fraction} of "
+                f"{self.machine.memory_gib:g} GiB, which is {_fraction_bytes(self.machine, self.reservation.fraction)}"
+            )
+        for table in self.tables:
+            if self.machine.compute_device == "cpu" and self.optimizer_of(table) == "adam":
+                raise ValueError(
+                    f"table {table.name!r} has the optimizer adam, of which FBGEMM has no CPU kernel: "
+                    "take rowwise_adagrad, adagrad or sgd, or train on a GPU"
+                )
+
+    def optimizer_of(self, table: TableConfig) -> str:
+        """Kind of a table's optimizer."""
+        return optimizer_of(table, self.optimizer).kind
+
+    @property
+    def available_bytes(self) -> int:
+        """Memory a rank that tables may use."""
+        return available_bytes(self.machine, self.reservation)
+
+    def on(self, machine: Machine) -> "Problem":
+        """The same on another machine, with the same part of its memory reserved."""
+        fraction_bytes = _fraction_bytes(machine, self.reservation.fraction)
+        return replace(self, machine=machine, reservation=replace(self.reservation, fraction_bytes=fraction_bytes))
+
+    def with_placement(self, placement: PlacementConfig) -> "Problem":
+        """The same under other settings."""
+        reservation = reserve(self.machine, placement, dense_bytes=self.reservation.dense_bytes)
+        return replace(self, placement=placement, reservation=reservation)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory a rank that the fused_uvm kernels may use."""
+        return int(self.machine.ddr_gib * GIB) if self.machine.compute_device == "cuda" else 0
