@@ -24,6 +24,8 @@ from pipelines.prepare.readings import TEXT, Stored
 FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
 JSON = ".json"
 """Read where a folder holds no file of FORMATS: a description of the data often ends in it."""
+UTF_16 = ("\ufffd\ufffd", "\xff\xfe", "\xfe\xff")
+"""How the mark at the beginning of a file in UTF-16 reads where UTF-8 was expected."""
 REJECTED = "longview_rejected"
 """Table of lines that are no rows."""
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
@@ -192,7 +194,9 @@ def _described(
         file = literal(str(plain))
         sql = f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, sample_size = -1)"
         rows = execute(connection, f"DESCRIBE SELECT * FROM {sql}", path)
-        return [(row[0], TEXT + "[]" * row[1].endswith("[]")) for row in rows]
+        # Objects are neither ids nor numbers, which a message is to say.
+        kinds = [(name, kind if "(" in kind else TEXT + "[]" * kind.endswith("[]")) for name, kind, *_ in rows]
+        return kinds
 
 
 def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, plain: Path) -> Sequence[tuple[str, str]]:
@@ -213,14 +217,17 @@ def _csv_columns(path: Path) -> Sequence[tuple[str, str]]:
     try:
         with opener(path) if opener else path.open("rb") as stream:
             text = io.TextIOWrapper(cast(io.BufferedReader, stream), encoding="utf-8-sig", errors="replace", newline="")
-            names = next(csv.reader(text), None)
+            names = next(csv.reader(text, skipinitialspace=True), None)
     except DAMAGED as error:
         raise ValueError(f"{path} cannot be decompressed: {error}") from error
     except csv.Error as error:
         raise ValueError(f"{path}: the header is not one of a CSV file: {error}") from error
+    names = [name.strip() for name in names] if names is not None else None
     if names is None:
         raise ValueError(f"{path} is empty: a header line was expected")
-    if not any(name.strip() for name in names):
+    if names and names[0].startswith(UTF_16):
+        raise ValueError(f"{path} is stored in UTF-16; write it in UTF-8")
+    if not any(names):
         raise ValueError(f"{path}: line 1 is blank, a header line was expected; remove the blank lines before it")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

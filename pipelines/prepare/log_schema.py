@@ -149,11 +149,11 @@ class LogSchema:
 
     def _check_columns(self, part: Part) -> None:
         """Names that the prepared format can hold, each once."""
-        names = [column.name for column in self.of(part)]
+        names = [column.name.lower() for column in self.of(part)]
         for column in self.of(part):
             name = column.name
-            if names.count(name) > 1:
-                raise ValueError(f"the {part} column {name} is named twice; name it once")
+            if names.count(name.lower()) > 1:
+                raise ValueError(f"the {part} column {name} is named twice, perhaps in other letters; name it once")
             if part == "sample" and (name in LENGTH_COLUMNS or name.startswith(STORED_PREFIXES)):
                 raise ValueError(f"the {part} column cannot be called {name}, as the lists of a sample are; rename it")
             if not name or "." in name or "/" in name or name in (*TAKEN, ITEM_ID):
@@ -169,9 +169,10 @@ class LogSchema:
         """A name means one thing in a row: an event's price is that of the candidate that it was."""
         meant: dict[str, LogColumn] = {}
         for column in (column for part in ROW_LISTS for column in self.of(part)):
-            if meant.setdefault(column.name, column) != column:
+            first = meant.setdefault(column.name.lower(), column)
+            if first != column:
                 raise ValueError(
-                    f"events, candidates and labels mean two things by {column.name}: {meant[column.name].column} and "
+                    f"events, candidates and labels mean two things by {column.name}: {first.column} and "
                     f"{column.column}, or two kinds of value; give two names"
                 )
 
@@ -182,6 +183,9 @@ class LogSchema:
         unused = sorted(set(self.spaces) - used)
         if unused:
             raise ValueError(f"no column is of the space {unused[0]}; spaces are {', '.join(sorted(used))}")
+        alike = sorted(name for name in used if sum(name.lower() == other.lower() for other in used) > 1)
+        if alike:
+            raise ValueError(f"the spaces {' and '.join(alike)} differ in large and small letters alone; rename one")
         users = self.spaces.get(USER_SPACE, SpaceOptions())
         if users.hash or users.min_count > 1:
             raise ValueError(f"the space {USER_SPACE} tells users apart: it can have neither a hash nor a min_count")

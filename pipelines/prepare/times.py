@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from pipelines.prepare.engine import quoted
-from pipelines.prepare.readings import EXACT, TEXT, Reading, Rule, Stored
+from pipelines.prepare.readings import EXACT, SIGNED, TEXT, Reading, Rule, Stored
 
 TIMESTAMP = "timestamp"
 PER_SECOND: Mapping[str, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9, TIMESTAMP: 10**9}
@@ -36,7 +36,7 @@ def read_time(stored: Stored, unit: str) -> Reading:
             rules.append(Rule(condition=exact, text=text, column=name))
     else:
         # As exact as any whole number, with its fraction if it has one.
-        number = f"TRY_CAST({column} AS DECIMAL(38, 9))"
+        number = column if stored.type in SIGNED else f"TRY_CAST({column} AS DECIMAL(38, 9))"
         value = f"TRY_CAST({number} AS BIGINT)"
         text = (
             f"{name} must hold whole numbers of {unit} since 1970, none negative or missing; for another unit, or "

@@ -197,6 +197,7 @@ def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.Cap
         (b"u,i,t,like\n1,2,3,1\n\xe9,2,3,1\n", "log.csv, line 3: Invalid unicode"),
         (b"u,i,t,like\n1,2,3,1\n1,2\n", "log.csv, line 3: Expected Number of Columns: 4 Found: 2"),
         (b"u,i,t,like\n", "the source holds no events with labels"),
+        ("u,i,t,like\n1,2,3,1\n".encode("utf-16"), "log.csv is stored in UTF-16; write it in UTF-8"),
     ],
 )
 def test_a_malformed_csv_file_is_one_clear_error(

@@ -354,6 +354,9 @@ def test_names_in_quotes_and_names_that_are_alike(tmp_path: Path, capsys: pytest
     options = [*COLUMNS, *SPLIT]
     options[options.index("t")] = "t, in s"
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    lines[0] = 'u , "i", "t, in s" , like'
+    write_lines(tmp_path / "in" / "log.csv", lines)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "spaced", *options) == 0
     write_lines(tmp_path / "in" / "log.csv", ["", *lines])
     assert prepare("event_log", tmp_path / "in", tmp_path / "blank", *options) == 1
     assert "log.csv: line 1 is blank, a header line was expected" in capsys.readouterr().err
@@ -364,3 +367,25 @@ def test_names_in_quotes_and_names_that_are_alike(tmp_path: Path, capsys: pytest
         pq.write_table(pa.table(arrays, names=names), folder / "log.parquet")
         assert prepare("event_log", folder, tmp_path / "no", *COLUMNS, *SPLIT) == 1
         assert "log.parquet has several columns u, in large or small letters" in capsys.readouterr().err
+
+
+def test_an_object_is_no_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {key: values[0] for key, values in events(1).items()}
+    write_lines(tmp_path / "in" / "log.jsonl", [json.dumps({**row, "i": {"id": 7}})])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS) == 1
+    assert "log.jsonl stores i as STRUCT(id BIGINT), which cannot be an id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_in_any_way(tmp_path: Path, end: str) -> None:
+    (tmp_path / "in").mkdir()
+    lines = ["\ufeffu,i,t,like", *(f"1,{item},{HOUR + each},1" for item, each in enumerate(OFFSETS)), ""]
+    (tmp_path / "in" / "log.csv").write_bytes(end.join(lines).encode())
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
+    assert set(keys_of(tmp_path / "out", "item").values()) == {"0", "1", "2", "3"}
+
+
+def test_times_in_a_zone_may_be_ids(tmp_path: Path) -> None:
+    keys = [datetime(2024, 1, day, tzinfo=UTC) for day in (4, 3, 2, 1)]
+    assert prepared(tmp_path, [("parquet", events(1, i=keys))])[0] == 0
+    assert keys_of(tmp_path / "out", "item") == dict(enumerate(sorted(keys), 1))

@@ -260,6 +260,8 @@ WRONG_FILES = {
     HEAD + '[event]\nx = { of = "y", separator = "|" }': "column x of event: a separator divides many ids",
     HEAD + '[event]\ntimestamp = "number"': "the event column cannot be called 'timestamp'; rename it",
     HEAD + '[event]\nx = "number"\n[label]\nx = "y"': "events, candidates and labels mean two things by x",
+    HEAD + '[event]\nx = "number"\nX = { of = "number", column = "y" }': "the event column x is named twice",
+    HEAD + '[event]\nx = "Brand"\ny = "brand"': "the spaces Brand and brand differ in large and small letters alone",
     HEAD + '[label]\nx = ["y"]': "the label column x cannot hold many ids",
     HEAD + "[spaces.y]\nrows = 9": "no column is of the space y; spaces are item, user",
     HEAD + "[spaces.item]\nhash = true": "spaces.item: a hash needs rows",
