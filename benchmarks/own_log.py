@@ -32,7 +32,7 @@ from trainer.metrics import score
 
 SEEDS = (0, 1, 2)
 MIN_POSITIVES = 200
-MADE_UP = (("items", 10_000), ("items", 100_000), ("users", 100_000), ("interests", 100_000), ("funnel", 100_000))
+MADE_UP = (("interests", 30_000), ("items", 30_000), ("funnel", 30_000), ("users", 30_000))
 MADE_UP_COLUMNS = ("--user-column", "user", "--item-column", "item", "--time-column", "at", "--action-columns")
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--movielens", type=Path, help="folder with MovieLens-1M's files")
     parser.add_argument("--only", nargs="+", help="names of logs; all if not given")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/own_log.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/own_log.json"), help="keeps other logs")
     parser.add_argument("--table", type=Path, help="print the table of this file, and do nothing else")
     arguments = parser.parse_args()
     if arguments.table is not None:
@@ -71,14 +71,16 @@ def main() -> None:
         results = [
             _compare(log, [run.result() for run in each], arguments.work) for log, each in zip(logs, runs, strict=True)
         ]
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core CPU machine",
-        "seeds": list(SEEDS),
-        "logs": results,
-    }
+    report = merged(arguments.json, results)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
+
+
+def merged(file: Path, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report with these logs; what the file says of others stays."""
+    known = json.loads(file.read_text())["logs"] if file.is_file() else []
+    logs = {log["name"]: log for log in [*known, *results]}
+    return {"seeds": list(SEEDS), "logs": list(logs.values())}
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -167,6 +169,8 @@ def _compare(log: Log, seeds: Sequence[Mapping[str, float]], work: Path) -> dict
     positives = dict(zip(tasks, rates.labels.sum(axis=0), strict=True))
     return {
         "name": log.name,
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core CPU machine",
         "candidates": {split: sizes.candidates for split, sizes in info.splits.items()},
         "actions": {
             task: {
