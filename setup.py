@@ -24,7 +24,9 @@ setup(
         "pipelines.prepare",
         "trainer",
         "trainer.checkpoint",
+        "trainer.labels",
         "trainer.models",
+        "trainer.models.heads",
         "trainer.tasks",
     ],
     install_requires=[

@@ -76,7 +76,7 @@ def ranker_step(device: torch.device, *, small: bool) -> Callable[[], Tensor]:
         embedding_dim=dim // 2,
     )
     resolved = resolve(config, dataset_info(config.data))
-    tower = build_model(resolved, device).tower
+    model = build_model(resolved, device)
     loader = build_loader(config.data, split="train", rank=0, world_size=1, selection=resolved.task.selection)
     batch = next(iter(loader)).to(device)
     looked_up = {
@@ -88,7 +88,7 @@ def ranker_step(device: torch.device, *, small: bool) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss: Tensor = tower([looked_up], batch)[0]
+            loss: Tensor = model.loss(model.tower([looked_up], batch.inputs), [looked_up], batch)
         return loss
 
     return step

@@ -128,7 +128,7 @@ def time_step(model: ParallelModel, batch: Batch, mesh: Mesh) -> float:
         model.optimizers.set_step(number + 1)
         start = time.perf_counter()
         model.optimizers.zero_grad()
-        loss, _ = model.forward(batch)
+        loss, _ = model.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's method
         model.optimizers.step()
         synchronize(mesh)

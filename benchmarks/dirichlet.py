@@ -30,11 +30,12 @@ from torch.nn import functional as F
 
 from attention_kernels import SemiLocalMask, layer_reference
 from trainer.metrics import retrieval_scores
+from trainer.models.heads.dot_product import DotProduct
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
 from trainer.models.layout import SequenceLayout, take_rows
 from trainer.models.precision import compute_dtype
-from trainer.models.retriever import RetrieverTower, rows_with_next
+from trainer.models.retriever import EventOutputs, RetrieverTower, SampledSoftmax, rows_with_next
 
 FIRST_SHARE, TRAIN_SHARE, MAX_CATEGORIES = 0.4, 0.9, 5
 
@@ -154,38 +155,43 @@ class NextItem(nn.Module):
         )
         layers = [HstuLayer(dim=scale.dim, spec=spec) for _ in range(scale.layers)]
         tower = HstuTower(layers, [Stage(num_layers=scale.layers, mask=SemiLocalMask())])
-        self.head = RetrieverTower(
+        similarity = DotProduct()
+        self.retriever = RetrieverTower(
             DenseTower(tower, softmax=softmax),
+            similarity,
             dim=scale.dim,
             embedding_dim=scale.dim,
             max_len=scale.length,
             num_positions=scale.length,
-            temperature=scale.temperature,
         )
+        self.loss = SampledSoftmax(similarity, temperature=scale.temperature)
         self.items = nn.Embedding(scale.num_items, scale.dim)
         nn.init.normal_(self.items.weight, std=scale.item_deviation)
         self.num_negatives = scale.num_negatives
 
-    def encode(self, ids_BL: Tensor) -> tuple[Tensor, SequenceLayout]:
-        """Outputs [B x L, E] of users' events."""
+    def encode(self, ids_BL: Tensor) -> EventOutputs:
+        """Outputs at users' events."""
         lens_host = torch.full((ids_BL.shape[0],), ids_BL.shape[1])
-        return self.head.encode(self.items(ids_BL.flatten()), lens_host.to(ids_BL.device), lens_host)
+        return self.retriever.encode(self.items(ids_BL.flatten()), lens_host.to(ids_BL.device), lens_host)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Mean sampled softmax of every event that has one in front of it; one draw of negatives for all."""
-        outputs, layout = self.encode(ids_BL)
-        rows, targets = rows_with_next(layout), ids_BL[:, 1:].flatten()
+        outputs = self.encode(ids_BL)
+        rows, targets = rows_with_next(outputs.layout), ids_BL[:, 1:].flatten()
         drawn = torch.randint(self.items.num_embeddings, (self.num_negatives,), device=ids_BL.device)
         hits = drawn == targets[:, None]
-        return self.head.sampled_softmax(take_rows(outputs, rows), self.items(targets), self.items(drawn), hits).mean()
+        taken = take_rows(outputs.vectors, rows)
+        return self.loss.of_predictions(taken, self.items(targets), self.items(drawn), hits).mean()
 
     @torch.no_grad()
     def ranks(self, ids_BL: Tensor) -> Tensor:
         """Rank of each user's last item after the others among all items, [B]; ties count against it."""
-        outputs, layout = self.encode(ids_BL[:, :-1])
-        scores = outputs[layout.offsets[1:] - 1] @ self.head.unit(self.items.weight).t()
+        outputs, similarity = self.encode(ids_BL[:, :-1]), self.retriever.similarity
+        last = outputs.vectors[outputs.layout.offsets[1:] - 1]
+        scores = similarity(similarity.queries(last), similarity.items(self.items.weight))
         targets = ids_BL[:, -1:]
-        return (scores >= scores.gather(1, targets)).sum(1)
+        ranks_B: Tensor = (scores >= scores.gather(1, targets)).sum(1)
+        return ranks_B
 
 
 def train_and_score(

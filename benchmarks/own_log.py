@@ -107,12 +107,12 @@ def _logs(arguments: argparse.Namespace) -> list[Log]:
         logs.append(Log(name="KuaiRand-Pure", prepare=("kuairand", "--source", str(arguments.kuairand))))
     if arguments.movielens is not None:
         # A film that is in the log was rated: nothing to predict.
-        graded = '["rated_2_or_more","rated_3_or_more","rated_4_or_more","rated_5"]'
+        graded = [f"rated_{stars}" for stars in ("2_or_more", "3_or_more", "4_or_more", "5")]
         logs.append(
             Log(
                 name="MovieLens-1M",
                 prepare=("movielens", "--source", str(arguments.movielens)),
-                settings=(f"model.tasks={graded}",),
+                settings=("model.labels=" + json.dumps([{"name": name} for name in graded]),),
             )
         )
     for kind, size in MADE_UP:

@@ -65,7 +65,7 @@ def measure(case: Case) -> dict[str, float]:
         input=InputConfig(merge="interleave" if case.interleave else "add"),
     )
     tower = build_tower(dim=DIM, layer=config.layer, stages=case.stages, num_context=0, max_len=config.max_len).cuda()
-    flops = ranker_flops(config, EVENTS, CANDIDATES, inputs=NO_ENDS, num_context=0, num_tasks=0)
+    flops = ranker_flops(config, EVENTS, CANDIDATES, inputs=NO_ENDS, num_context=0, num_outputs=0)
     gflops = float(flops.forward - flops.ends) / 1e9
     result: dict[str, float] = {"gflop_a_sample": gflops}
     for kind, factor in (("train", TRAINING_FACTOR), ("score", 1)):

@@ -27,6 +27,7 @@ def build_model(resolved: Resolved, device: torch.device) -> Model:
         torch.manual_seed(resolved.config.seed)
         model = resolved.task.build(tables)
     model.tower.to(device)
+    model.loss.to(device)
     return model
 
 

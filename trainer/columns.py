@@ -6,17 +6,23 @@ from embeddings.config import TableConfig
 from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
 from pipelines.selection import Selection, select
 from trainer.config import TrainConfig
+from trainer.labels.loss import label_columns
 
 
 def ranker_columns(config: TrainConfig, info: DatasetInfo) -> Selection:
-    """What `model.input` names.
+    """What `model.input` names, and what the labels need.
 
     Raises:
         ValueError: it names, or gives a setting of, a column that the data set does not have.
     """
     chosen = config.model.input
     selection = select(
-        info, event=chosen.event, candidate=chosen.candidate, context=chosen.context, counts=chosen.counts
+        info,
+        event=chosen.event,
+        candidate=chosen.candidate,
+        context=chosen.context,
+        counts=chosen.counts,
+        labels=label_columns(config.model.labels, info),
     )
     for name, kind, settings in (("numbers", "number", chosen.numbers), ("pooling", "ids", chosen.pooling)):
         have = [feature.name for feature in selection.features if feature.kind == kind]

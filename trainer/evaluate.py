@@ -2,15 +2,18 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from pipelines.batch import Batch
+from trainer.labels.kind import LabelKind
+from trainer.labels.loss import RankingLoss
+from trainer.labels.measure import LabelMetrics
 from trainer.mesh import Mesh
-from trainer.metrics import RankingMetrics
 from trainer.parallelize import ParallelModel
 
 logger = logging.getLogger(__name__)
@@ -19,48 +22,85 @@ FEW_POSITIVES = 100
 """With fewer, the AUC's 95% interval is about 0.1 wide."""
 
 
+@dataclass(frozen=True, slots=True)
+class LabelScores:
+    """What was measured of the evaluation split, as `METRIC/LABEL`."""
+
+    metrics: dict[str, float]
+    """Of the model."""
+    constant: dict[str, float]
+    """Of what each label's kind says without a look at the candidate, for the labels that were asked for."""
+
+
 @torch.no_grad()
-def evaluate(model: ParallelModel, batches: Iterable[Batch], tasks: tuple[str, ...], mesh: Mesh) -> dict[str, float]:
-    """`metrics.score` of each task over the evaluation split.  Called by every rank, each with its own batches.
+def evaluate(
+    model: ParallelModel, batches: Iterable[Batch], mesh: Mesh, *, constant: Collection[str] = ()
+) -> LabelScores:
+    """The metrics of each label over the evaluation split.  Called by every rank, each with its own batches.
 
     Every rank must get the same number of batches, for each lookup is a collective; a batch may be empty.
     The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
     """
-    metrics = RankingMetrics(tasks, mesh.device)
+    labels = model.model.loss
+    assert isinstance(labels, RankingLoss)
+    kinds = labels.kinds
+    places = [place for place, name in enumerate(labels.names) if name in constant]
+    metrics = LabelMetrics(kinds, mesh.device)
+    of_constant = LabelMetrics([kinds[place] for place in places], mesh.device)
+    start_K = labels.start().to(mesh.device)
     was_training = model.module.training
     model.module.eval()
     try:
         for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
             on_device = batch.to(mesh.device, non_blocking=True)
-            _, output = model.forward(on_device)
+            outputs_CK = model.score(on_device.inputs)
             users = torch.repeat_interleave(on_device.inputs.user_id, on_device.inputs.num_candidates)
-            metrics.update(torch.sigmoid(output.logits.float()), output.labels, users)
+            evidence, weights_CL = labels.evidence(outputs_CK, on_device.labels)
+            metrics.update(evidence, weights_CL, users)
+            if places:
+                evidence, _ = labels.evidence(start_K.expand_as(outputs_CK), on_device.labels)
+                of_constant.update([evidence[place] for place in places], weights_CL[:, places], users)
     finally:
         model.module.train(was_training)
-    # The one collective here: torchmetrics gathers every rank's candidates.
-    return metrics.compute()
+    # The collectives here: torchmetrics gathers every rank's candidates.
+    return LabelScores(metrics.compute(), of_constant.compute() if places else {})
 
 
-def comparison_table(model: dict[str, float], baseline: dict[str, float], tasks: tuple[str, ...]) -> str:
-    """A table of one row a task: the model's metrics beside the baseline's, and the difference of their AUC.
+def ranking_table(model: Mapping[str, float], baseline: Mapping[str, float], kinds: Iterable[LabelKind]) -> str:
+    """Binary labels in one table, then the others' metrics, a line each, beside the baseline's."""
+    kinds = list(kinds)
+    binary = tuple(kind.name for kind in kinds if "auc" in kind.metrics)
+    tables = [comparison_table(model, baseline, binary)] if binary else []
+    others = [(kind.name, metric) for kind in kinds if "auc" not in kind.metrics for metric in kind.metrics]
+    if others:
+        header = f"{'label':<18}{'metric':<14}{'model':>12}{'baseline':>12}"
+        tables.append("\n".join([header, "-" * len(header)]))
+    for label, metric in others:
+        values = "".join(_cell(metrics[f"{metric}/{label}"], 12) for metrics in (model, baseline))
+        tables.append(f"{label:<18}{metric:<14}{values}")
+    return "\n".join(tables)
 
-    The AUC is given with its 95% interval; a task with few positives is marked.
+
+def comparison_table(model: Mapping[str, float], baseline: Mapping[str, float], labels: tuple[str, ...]) -> str:
+    """A table of one row a binary label: the model's metrics beside the baseline's, and the difference of their AUC.
+
+    The AUC is given with its 95% interval; a label with few positives is marked.
     """
     header = (
-        f"{'task':<18}{'positives':>10}{'NE':>9}{'baseline':>10}{'AUC':>9}{'+-':>8}{'baseline':>10}{'difference':>12}"
+        f"{'label':<18}{'positives':>10}{'NE':>9}{'baseline':>10}{'AUC':>9}{'+-':>8}{'baseline':>10}{'difference':>12}"
     )
     rows = [header + f"{'GAUC':>9}{'baseline':>10}"]
     rows.append("-" * len(rows[0]))
     few = []
-    for task in tasks:
+    for label in labels:
         (ne, auc, gauc), (base_ne, base_auc, base_gauc) = (
-            [metrics[f"{name}/{task}"] for name in ("ne", "auc", "gauc")] for metrics in (model, baseline)
+            [metrics[f"{name}/{label}"] for name in ("ne", "auc", "gauc")] for metrics in (model, baseline)
         )
-        positives = model[f"positives/{task}"]
-        few += [task] * (positives < FEW_POSITIVES)
+        positives = model[f"positives/{label}"]
+        few += [label] * (positives < FEW_POSITIVES)
         rows.append(
-            f"{task:<18}{positives:>10,.0f}{_cell(ne, 9)}{_cell(base_ne, 10)}"
-            f"{_cell(auc, 9)}{_cell(model[f'auc_95/{task}'], 8)}{_cell(base_auc, 10)}{_cell(auc - base_auc, 12, '+')}"
+            f"{label:<18}{positives:>10,.0f}{_cell(ne, 9)}{_cell(base_ne, 10)}"
+            f"{_cell(auc, 9)}{_cell(model[f'auc_95/{label}'], 8)}{_cell(base_auc, 10)}{_cell(auc - base_auc, 12, '+')}"
             f"{_cell(gauc, 9)}{_cell(base_gauc, 10)}"
         )
     if few:

@@ -1,15 +1,21 @@
-"""Quality over all ranks: for ranking normalised entropy (NE), AUC with its 95% interval, and AUC averaged over users
-(GAUC), one a task; for retrieval hit rate, NDCG and mean reciprocal rank.
+"""Quality of predictions.
 
-Candidates are collected on every rank and joined when the result is asked for.  NE's and AUC's formulas are TorchRec's
-and torchmetrics'; GAUC is ours, because TorchRec's orders equal scores by chance.
+    binary labels   normalised entropy (NE), AUC and its 95% interval, AUC averaged over users (GAUC), calibration
+    numbers         MAE, RMSE, calibration
+    classes         log loss, NE, accuracy
+    next items      hit rate, NDCG, mean reciprocal rank
+
+Formulas are TorchRec's and torchmetrics' where they have them; GAUC is ours, because TorchRec's orders equal scores by
+chance.  Shapes: C candidates.
 """
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.utilities.data import dim_zero_cat
+from torchrec.metrics.calibration import compute_calibration
+from torchrec.metrics.mae import compute_error_sum, compute_mae
+from torchrec.metrics.mse import compute_error_sum as compute_squared_error_sum
+from torchrec.metrics.mse import compute_rmse
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
 CUTOFFS = (10, 50)
@@ -18,55 +24,75 @@ ETA = 1e-12
 """Keeps logarithms finite, as in TorchRec's NE."""
 
 
-class RankingMetrics(Metric):
-    """NE, AUC, half the width of its 95% interval, GAUC, and the number of positives of several binary tasks.
+def binary_metrics(scores: Tensor, labels: Tensor, user_ids: Tensor, weights: Tensor) -> dict[str, float]:
+    """`ne`, `auc`, `auc_95` (half its 95% interval), `gauc`, `calibration` and `positives` of one binary label.
 
-    NE is the mean cross entropy divided by the entropy of the task's base rate (He et al., 2014); 1 is what always
-    predicting the base rate scores.  GAUC is the AUC within each user, averaged over users whose labels differ;
-    in both, a positive and a negative with equal scores count half.
-    A metric that the labels leave undefined (one class only) is reported as NaN, and so is all of a task whose scores
-    hold a NaN.
+    NE is the mean cross entropy divided by the entropy of the base rate (He et al., 2014); 1 is what always predicting
+    the base rate scores.  GAUC is the AUC within each user, averaged over users whose labels differ; in both, a
+    positive and a negative with equal scores count half.  Calibration is the sum of probabilities over that of labels.
+    `weights` enter NE and calibration; AUC and GAUC count every candidate alike (weights that follow from the label
+    would not change them).  A metric that the labels leave undefined (one class only) is NaN, and so is all but
+    `positives` of scores that hold a NaN.
+
+    All arguments are [C]: `scores` probabilities, `labels` in {0, 1}, both float64.
     """
-
-    full_state_update = False
-    scores: list[Tensor]
-    labels: list[Tensor]
-    user_ids: list[Tensor]
-
-    def __init__(self, tasks: tuple[str, ...], device: torch.device) -> None:
-        super().__init__()
-        self.tasks = tasks
-        for name in ("scores", "labels", "user_ids"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-        self.to(device)
-
-    def update(self, scores: Tensor, labels: Tensor, user_ids: Tensor) -> None:
-        """Add candidates: `scores` [C, tasks] probabilities, `labels` [C, tasks] in {0, 1}, `user_ids` [C]."""
-        self.scores.append(scores.double())
-        self.labels.append(labels.double())
-        self.user_ids.append(user_ids)
-
-    def compute(self) -> dict[str, float]:
-        """The metrics of `score` over everything added on all ranks."""
-        return score(dim_zero_cat(self.scores), dim_zero_cat(self.labels), dim_zero_cat(self.user_ids), self.tasks)
+    names = ("ne", "auc", "auc_95", "gauc", "calibration")
+    result = dict.fromkeys(names, float("nan"))
+    if 0 < labels.mean() < 1 and not scores.isnan().any():
+        calibration = compute_calibration((weights * scores).sum(), (weights * labels).sum())
+        values = (
+            _ne(scores, labels, weights),
+            binary_auroc(scores, labels.long()).item(),
+            _auc_95(scores, labels, user_ids),
+            _gauc(scores, labels, user_ids),
+            float(calibration),
+        )
+        result = dict(zip(names, values, strict=True))
+    return result | {"positives": float(labels.sum())}
 
 
-def score(scores: Tensor, labels: Tensor, user_ids: Tensor, tasks: tuple[str, ...]) -> dict[str, float]:
-    """`ne/TASK`, `auc/TASK`, `auc_95/TASK`, `gauc/TASK`, `positives/TASK`; arguments as `RankingMetrics.update`'s."""
-    result = {}
-    for task, s, y in zip(tasks, scores.T, labels.T, strict=True):
-        defined = bool(0 < y.mean() < 1) and not bool(s.isnan().any())
-        result[f"ne/{task}"] = _ne(s, y) if defined else float("nan")
-        result[f"auc/{task}"] = binary_auroc(s, y.long()).item() if defined else float("nan")
-        result[f"auc_95/{task}"] = _auc_95(s, y, user_ids) if defined else float("nan")
-        result[f"gauc/{task}"] = _gauc(s, y, user_ids) if defined else float("nan")
-        result[f"positives/{task}"] = float(y.sum())
-    return result
+def score(scores: Tensor, labels: Tensor, user_ids: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+    """`METRIC/NAME` of each of several binary labels, all [C, names], unweighted; see `binary_metrics`."""
+    weights = torch.ones_like(labels[:, :1].sum(1))
+    return {
+        f"{metric}/{name}": value
+        for name, s, y in zip(names, scores.T, labels.T, strict=True)
+        for metric, value in binary_metrics(s, y, user_ids, weights).items()
+    }
 
 
-def _ne(scores: Tensor, labels: Tensor) -> float:
-    weights = torch.ones_like(labels)
-    positives = labels.sum()
+def value_metrics(predicted: Tensor, true: Tensor, weights: Tensor) -> dict[str, float]:
+    """`mae`, `rmse` and `calibration`, the sum of predictions over that of values, of one number; all [C] float64."""
+    total = weights.sum()
+    return {
+        "mae": float(compute_mae(compute_error_sum(true, predicted, weights), total)),
+        "rmse": float(compute_rmse(compute_squared_error_sum(true, predicted, weights), total)),
+        "calibration": _ratio((weights * predicted).sum(), (weights * true).sum()),
+    }
+
+
+def class_metrics(log_probabilities: Tensor, hits: Tensor, classes: Tensor, weights: Tensor) -> dict[str, float]:
+    """`log_loss`, `ne` and `accuracy` of one label with several classes.
+
+    NE is the log loss divided by the entropy of the classes' rates, NaN where there is one class only.  Arguments, all
+    [C]: the logarithm of the true class's probability, whether it was the likeliest (0 or 1), the class, the weight.
+    """
+    total = weights.sum()
+    log_loss = -(weights * log_probabilities).sum() / total
+    rates = torch.bincount(classes, weights=weights) / total
+    return {
+        "log_loss": float(log_loss),
+        "ne": _ratio(log_loss, torch.special.entr(rates).sum()),
+        "accuracy": float((weights * hits).sum() / total),
+    }
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if whole != 0 else float("nan")
+
+
+def _ne(scores: Tensor, labels: Tensor, weights: Tensor) -> float:
+    positives = (weights * labels).sum()
     cross_entropy = compute_cross_entropy(labels, scores, weights, ETA).sum()
     return float(compute_ne(cross_entropy, weights.sum(), positives, weights.sum() - positives, ETA))
 

@@ -35,25 +35,34 @@ class ParallelModel:
 
     module: DistributedModelParallel
     """The tables sharded, the dense model replicated."""
-    tables: Tables
-    """The sharded tables; part of `module`."""
-    dense: nn.Module
-    """The dense model, unwrapped; shares its parameters with `module`."""
+    model: Model
+    """The same without what trains it: its tables are sharded, its dense parameters are those of `module`."""
     optimizers: Optimizers
     """Dense and sparse."""
     autocast: functools.partial[Any]
     """Makes the context in which forward runs."""
 
-    def forward(self, batch: Pipelineable) -> tuple[Tensor, Any]:
-        """(loss, output) of this rank's part of a global batch, in the run's precision."""
-        with self.autocast():
-            result: tuple[Tensor, Any] = self.module(batch)
-        return result
-
     def loss(self, batch: Pipelineable) -> tuple[Tensor, Tensor]:
-        """(loss to differentiate, what a step returns of it): the forward of a `StepPipeline`."""
-        loss, _ = self.forward(batch)
+        """(loss to differentiate, what a step returns of it) of this rank's part of a global batch, in the run's
+        precision: the forward of a `StepPipeline`."""
+        with self.autocast():
+            loss: Tensor = self.module(batch)
         return loss, loss.detach()
+
+    def score(self, inputs: Any) -> Any:
+        """`Model.score`, in the run's precision.  A collective: every rank looks up as often."""
+        with self.autocast():
+            return self.model.score(inputs)
+
+    @property
+    def tables(self) -> Tables:
+        """The sharded tables."""
+        return self.model.tables
+
+    @property
+    def dense(self) -> nn.Module:
+        """The dense model."""
+        return self.model.tower
 
     def tensors(self) -> Tensors:
         """The whole state of model and optimizers under names that do not depend on the plan; shares their memory."""
@@ -84,8 +93,7 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> Pa
     table_optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)
     return ParallelModel(
         module=module,
-        tables=model.tables,
-        dense=model.tower,
+        model=model,
         optimizers=Optimizers(model.tower, table_optimizers, config.optimizer, config.schedule),
         autocast=functools.partial(
             torch.autocast,

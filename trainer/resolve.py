@@ -110,7 +110,8 @@ def _check_lengths(resolved: Resolved) -> None:
 def _most_candidates(config: TrainConfig, info: DatasetInfo) -> int:
     """Data that others prepared may not say it: then this is their mean, and the model itself refuses a longer sequence
     when it comes."""
-    counted = [split["num_candidates"] for split in info.details.get("statistics", {}).get("splits", {}).values()]
+    described = info.details.get("statistics", {}).get("splits", {})
+    counted = [split.get("num_candidates") for split in described.values()]
     prepared = max((lens["q100"] for lens in counted if lens), default=None)
     if prepared is None:
         prepared = max(

@@ -38,7 +38,7 @@ def test_balance_by_the_fitted_cost_evens_out_time_where_flops_do_not() -> None:
     model = ModelConfig(dim=512, max_len=16500, layer=LayerConfig(), stages=(StageConfig(num_layers=2),))
     lens = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(4096), 8 * 8)).astype(np.int64)
     ones, inputs = np.ones_like(lens), InputWidths(event=9, candidate=0, context=512)
-    count = functools.partial(ranker_flops, model, inputs=inputs, num_context=1, num_tasks=8)
+    count = functools.partial(ranker_flops, model, inputs=inputs, num_context=1, num_outputs=8)
     flops, time = (training_flops(lens, ones, flops=count, attention_cost=cost) for cost in (1.0, 10.0))
     assert imbalance(time, assign(time, 8, mode="equal"), 8) <= 1.02
     assert imbalance(time, assign(flops, 8, mode="equal"), 8) > 1.1

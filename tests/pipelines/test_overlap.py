@@ -42,10 +42,6 @@ def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> 
     mesh = Mesh(rank=dist.get_rank(), world_size=world_size, local_world_size=world_size, device=torch.device(device))
     model = build_parallel(resolved, make_plan(resolved, machine_of(mesh)), mesh)
 
-    def forward(batch: Any) -> Any:
-        loss, _ = model.forward(batch)
-        return loss, loss.detach()
-
     evaluated = 0
 
     def evaluate() -> None:
@@ -55,7 +51,7 @@ def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> 
                 model.module(batch.to(mesh.device))
                 evaluated += batch.global_samples
 
-    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, forward)
+    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     batches = iter(build_loader(config.data, split="train", rank=mesh.rank, world_size=world_size))
     losses = []
     while True:

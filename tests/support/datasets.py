@@ -15,7 +15,10 @@ def made_up_info(
 ) -> DatasetInfo:
     """Context features with a space each, and numbers of events."""
     context = context or {}
-    sizes = {name: {key: getattr(size, key) for key in size.__slots__} for name, size in (splits or {}).items()}
+    sizes = {
+        name: {key: value for key in size.__slots__ if (value := getattr(size, key)) is not None}
+        for name, size in (splits or {}).items()
+    }
     values = {
         "format_version": 2,
         "name": "made up",

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.support.distributed import run_ranks
-from trainer.metrics import RankingMetrics, retrieval_scores, score
+from trainer.labels.binary import Binary
+from trainer.labels.measure import LabelMetrics
+from trainer.metrics import retrieval_scores, score
 
 TASKS = ("click", "follow")
 
@@ -18,6 +20,15 @@ def _candidates(seed: int, count: int = 60) -> tuple[torch.Tensor, torch.Tensor,
     scores = torch.randint(1, 9, (count, len(TASKS)), generator=generator) / 9
     labels = (torch.rand(count, len(TASKS), generator=generator) < 0.4).float()
     return scores, labels, torch.randint(0, 7, (count,), generator=generator)
+
+
+def _metrics(names: tuple[str, ...]) -> LabelMetrics:
+    return LabelMetrics([Binary(name, bit=None, rate=None) for name in names], torch.device("cpu"))
+
+
+def _add(metrics: LabelMetrics, scores: torch.Tensor, labels: torch.Tensor, users: torch.Tensor) -> None:
+    evidence = torch.stack([scores, labels], dim=2).double().unbind(1)
+    metrics.update(evidence, torch.ones_like(labels), users)
 
 
 def _auc(pairs: list[tuple[float, float]]) -> float:
@@ -49,30 +60,31 @@ def _expected(scores: torch.Tensor, labels: torch.Tensor, users: torch.Tensor) -
         result[f"auc/{task}"] = _auc([(score, label) for score, label, _ in rows])
         result[f"gauc/{task}"] = sum(per_user) / len(per_user)
         result[f"auc_95/{task}"] = _auc_95(rows)
+        result[f"calibration/{task}"] = sum(score for score, _, _ in rows) / sum(label for _, label, _ in rows)
         result[f"positives/{task}"] = sum(label for _, label, _ in rows)
     return result
 
 
 def test_metrics_equal_their_definitions() -> None:
     candidates = _candidates(0)
-    metrics = RankingMetrics(TASKS, torch.device("cpu"))
-    metrics.update(*(x[:20] for x in candidates))
-    metrics.update(*(x[20:] for x in candidates))
+    metrics = _metrics(TASKS)
+    _add(metrics, *(x[:20] for x in candidates))
+    _add(metrics, *(x[20:] for x in candidates))
     assert metrics.compute() == pytest.approx(_expected(*candidates), rel=1e-5)
 
 
 def test_a_constant_prediction_of_the_base_rate_has_ne_one() -> None:
     _, labels, users = _candidates(1)
-    metrics = RankingMetrics(TASKS, torch.device("cpu"))
-    metrics.update(labels.mean(0).expand_as(labels), labels, users)
+    metrics = _metrics(TASKS)
+    _add(metrics, labels.mean(0).expand_as(labels), labels, users)
     result = metrics.compute()
     assert result["ne/click"] == pytest.approx(1.0) and result["auc/click"] == pytest.approx(0.5)
 
 
 def test_one_class_is_reported_as_undefined() -> None:
     scores, labels, users = _candidates(2)
-    metrics = RankingMetrics(TASKS, torch.device("cpu"))
-    metrics.update(scores, torch.zeros_like(labels), users)
+    metrics = _metrics(TASKS)
+    _add(metrics, scores, torch.zeros_like(labels), users)
     result = metrics.compute()
     assert all(math.isnan(result[f"{name}/click"]) for name in ("ne", "auc", "auc_95", "gauc"))
     assert result["positives/click"] == 0
@@ -81,8 +93,8 @@ def test_one_class_is_reported_as_undefined() -> None:
 def test_scores_that_are_no_numbers_leave_their_task_undefined() -> None:
     scores, labels, users = _candidates(2)
     scores[5, 0] = torch.nan
-    metrics = RankingMetrics(TASKS, torch.device("cpu"))
-    metrics.update(scores, labels, users)
+    metrics = _metrics(TASKS)
+    _add(metrics, scores, labels, users)
     result, expected = metrics.compute(), _expected(*_candidates(2))
     assert all(math.isnan(result[f"{name}/click"]) for name in ("ne", "auc", "gauc"))
     assert all(result[f"{name}/follow"] == pytest.approx(expected[f"{name}/follow"]) for name in ("ne", "auc", "gauc"))
@@ -91,8 +103,8 @@ def test_scores_that_are_no_numbers_leave_their_task_undefined() -> None:
 def test_users_whose_scores_are_all_equal_count_half() -> None:
     labels, users = torch.tensor([[1.0], [0.0], [1.0], [0.0]]), torch.tensor([3, 3, 8, 8])
     scores = torch.tensor([[0.5], [0.5], [0.9], [0.1]])
-    metrics = RankingMetrics(("click",), torch.device("cpu"))
-    metrics.update(scores, labels, users)
+    metrics = _metrics(("click",))
+    _add(metrics, scores, labels, users)
     assert metrics.compute()["gauc/click"] == 0.75
 
 
@@ -100,8 +112,8 @@ def _metrics_of_a_rank(sizes: list[int]) -> dict[str, float]:
     """Each rank adds its slice of the same candidates; a rank may have none."""
     rank = torch.distributed.get_rank()
     start = sum(sizes[:rank])
-    metrics = RankingMetrics(TASKS, torch.device("cpu"))
-    metrics.update(*(x[start : start + sizes[rank]] for x in _candidates(3)))
+    metrics = _metrics(TASKS)
+    _add(metrics, *(x[start : start + sizes[rank]] for x in _candidates(3)))
     return metrics.compute()
 
 
@@ -116,8 +128,8 @@ def test_order_of_candidates_does_not_matter() -> None:
     candidates = _candidates(4)
     order = list(range(60))
     random.Random(0).shuffle(order)
-    metrics = RankingMetrics(TASKS, torch.device("cpu"))
-    metrics.update(*(x[order] for x in candidates))
+    metrics = _metrics(TASKS)
+    _add(metrics, *(x[order] for x in candidates))
     assert metrics.compute() == pytest.approx(_expected(*candidates), rel=1e-5)
 
 

@@ -53,7 +53,7 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
             # Items, a number, "something happened" and the actions.
             inputs=InputWidths(event=32 + 2 + 1 + NUM_ACTIONS, candidate=32, context=0),
             num_context=0,
-            num_tasks=NUM_ACTIONS,
+            num_outputs=NUM_ACTIONS,
             channel_history_lens=seen,
         )
         expected += count.training.sum()

@@ -10,6 +10,7 @@ import torch
 from pipelines.features import DatasetInfo, SplitInfo
 from tests.support.datasets import made_up_info
 from trainer.build import build_model
+from trainer.labels.config import LabelConfig
 from trainer.models.config import ChannelConfig, StageConfig
 from trainer.recipes import load_recipe
 from trainer.resolve import make_task, resolve
@@ -113,7 +114,7 @@ def test_initial_values_follow_from_the_seed_and_leave_the_generator_alone() -> 
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("changes", [{"tasks": ("swipe",)}, {"channels": (SWIPES,), "stages": ()}])
+@pytest.mark.parametrize("changes", [{"labels": (LabelConfig(name="swipe"),)}, {"channels": (SWIPES,), "stages": ()}])
 def test_an_action_that_the_data_lack_is_refused(changes: dict[str, Any]) -> None:
     recipe = load_recipe("kuairand_sample")
     with pytest.raises(ValueError, match="swipe"):

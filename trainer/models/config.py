@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trainer.labels.config import LabelConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerConfig:
@@ -213,6 +215,27 @@ class ChannelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureOfLogitsConfig:
+    """Scores as a gated mixture of small dot products (`trainer.models.heads.mixture_of_logits`)."""
+
+    query_vectors: int = 8
+    """Vectors of a prediction."""
+    item_vectors: int = 4
+    """Vectors of an item; every one meets every vector of the prediction."""
+    dim: int = 32
+    """Width of a vector."""
+    hidden: int = 128
+    """Width of the hidden layers of the gate's networks."""
+
+    def __post_init__(self) -> None:
+        for name in ("query_vectors", "item_vectors", "dim", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"model.retrieval.mixture_of_logits.{name} must be at least 1, got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalConfig:
     """Next-item prediction: sampled softmax in training, the whole corpus in evaluation."""
 
@@ -224,6 +247,8 @@ class RetrievalConfig:
     """Divides the scores."""
     normalise: bool = True
     """L2-normalise outputs and item vectors: scores are then cosines."""
+    mixture_of_logits: MixtureOfLogitsConfig | None = None
+    """Score items by a mixture of logits; null for one dot product."""
     exclude_seen: bool = False
     """Leave the items of a user's history, as far as data.max_history_len reads it, out of the ranking: for data in
     which nobody takes an item twice."""
@@ -255,12 +280,10 @@ class ModelConfig:
     """Mixture of Transducers; empty for one tower over all events."""
     input: InputConfig = field(default_factory=InputConfig)
     """How events become tokens."""
-    tasks: tuple[str, ...] | None = None
-    """Actions to predict, one logit each; null predicts every action of the data set."""
-    task_weights: tuple[float, ...] | None = None
-    """Weight of each task's loss, in the order of the tasks; null weighs all alike."""
-    head_hidden: int | None = None
-    """Width of a hidden layer between a candidate's output and the logits; null for none."""
+    labels: tuple[LabelConfig, ...] | None = None
+    """What a ranker predicts of every candidate; null predicts every action of the data set."""
+    head_hidden: tuple[int, ...] = ()
+    """Widths of hidden layers between a candidate's output and the labels' outputs."""
     retrieval: RetrievalConfig | None = None
     """Predict the next item instead of ranking candidates: candidates then count as the newest events, and tokens are
     items and positions alone.  Null for a ranker."""
@@ -277,9 +300,9 @@ class ModelConfig:
             )
         _check_truncation("model.stages", self.stages)
         self._check_channels()
-        self._check_tasks()
-        if self.head_hidden is not None and self.head_hidden < 1:
-            raise ValueError(f"model.head_hidden must be at least 1, or null, got {self.head_hidden}")
+        self._check_labels()
+        if any(width < 1 for width in self.head_hidden):
+            raise ValueError(f"model.head_hidden must hold widths of at least 1, got {self.head_hidden}")
         if self.retrieval is not None:
             self._check_retriever()
 
@@ -303,30 +326,23 @@ class ModelConfig:
         for channel in self.channels:
             _check_truncation(f"stages of channel {channel.name!r}", channel.stages)
 
-    def _check_tasks(self) -> None:
-        if self.tasks is not None and not self.tasks:
-            raise ValueError("model.tasks is empty: name at least one action, or null for all of them")
-        if self.tasks is not None and len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"model.tasks must not repeat an action, got {', '.join(self.tasks)}")
-        if self.task_weights is None:
+    def _check_labels(self) -> None:
+        if self.labels is None:
             return
-        if self.tasks is None or len(self.task_weights) != len(self.tasks):
-            raise ValueError(
-                f"model.task_weights={self.task_weights} needs model.tasks of the same length, got {self.tasks}"
-            )
-        if min(self.task_weights) <= 0:
-            raise ValueError(
-                f"model.task_weights must be above 0, got {self.task_weights}: leave out tasks that should not count"
-            )
+        if not self.labels:
+            raise ValueError("model.labels is empty: name at least one, or null for all actions")
+        names = [label.name for label in self.labels]
+        if len(set(names)) != len(names):
+            raise ValueError(f"model.labels must not repeat a name, got {', '.join(names)}")
 
     def _check_retriever(self) -> None:
-        """A retriever has neither candidates nor tasks: settings for them would have no effect."""
+        """A retriever has neither candidates nor labels: settings for them would have no effect."""
         plain = InputConfig(num_positions=self.input.num_positions, dropout=self.input.dropout)
         if self.input != plain:
             raise ValueError(
                 "model.retrieval: of model.input only num_positions and dropout have an effect, drop the rest"
             )
-        for name in ("channels", "tasks", "task_weights", "head_hidden"):
+        for name in ("channels", "labels", "head_hidden"):
             if getattr(self, name):
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")
         if any(stage.keep_newest is not None for stage in self.stages):

@@ -7,6 +7,7 @@ three forward passes.  This is the count behind every MFU in this project.
 All functions take one length or a numpy array of lengths, one a sequence.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.selection import Feature, Selection
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig, rate_width
+from trainer.models.config import LayerConfig, ModelConfig, RetrievalConfig, StageConfig, rate_width
 
 Count = npt.NDArray[np.float64]
 Lengths = int | npt.NDArray[np.int64]
@@ -136,7 +137,7 @@ def ranker_flops(
     *,
     inputs: InputWidths,
     num_context: int,
-    num_tasks: int,
+    num_outputs: int,
     channel_history_lens: Mapping[str, Lengths] | None = None,
 ) -> FlopCount:
     """A whole ranker without its tables on sequences with these lengths.
@@ -149,12 +150,10 @@ def ranker_flops(
     factor = 2 if config.input.merge == "interleave" else 1
     of_candidates = (inputs.candidate + inputs.rates) * candidates
     ends = 2 * config.dim * (inputs.event * history + of_candidates + inputs.context)
-    ends = ends + 2 * inputs.rates * num_tasks * candidates
+    ends = ends + 2 * inputs.rates * num_outputs * candidates
     head_width = sum(channel.dim for channel in config.channels) or config.dim
-    hidden = config.head_hidden
-    ends = ends + 2 * candidates * (
-        head_width * num_tasks if hidden is None else head_width * hidden + hidden * num_tasks
-    )
+    head = [head_width, *config.head_hidden, num_outputs]
+    ends = ends + 2 * candidates * sum(below * above for below, above in itertools.pairwise(head))
     total = _no_flops(history.shape, ends=np.asarray(ends, dtype=np.float64))
     towers: list[tuple[int, LayerConfig, Sequence[StageConfig], npt.NDArray[np.int64]]]
     towers = [(config.dim, config.layer, config.stages, factor * history)] if config.stages else []
@@ -201,10 +200,27 @@ def retriever_flops(
     """
     assert config.retrieval is not None and not channel_history_lens
     events = np.asarray(history_len, dtype=np.int64) + np.asarray(num_candidates, dtype=np.int64)
-    maps = 2 * config.dim if embedding_dim != config.dim else 0
-    scores = (config.retrieval.num_negatives + 1) * np.maximum(events - 1, 0)
-    ends = _no_flops(events.shape, ends=np.asarray(2 * embedding_dim * (maps * events + scores), dtype=np.float64))
+    maps = 4 * config.dim * embedding_dim if embedding_dim != config.dim else 0
+    scores = _scoring_flops(config.retrieval, embedding_dim) * np.maximum(events - 1, 0)
+    ends = _no_flops(events.shape, ends=np.asarray(maps * events + scores, dtype=np.float64))
     return _add(ends, _tower_flops(config.dim, config.layer, config.stages, events, np.zeros_like(events), 0))
+
+
+def _scoring_flops(config: RetrievalConfig, embedding_dim: int) -> int:
+    """Of a prediction against its negatives and the next item.  The items' side of negatives that a whole batch shares
+    is left out: it is small."""
+    pairs = config.num_negatives + 1
+    mixture = config.mixture_of_logits
+    if mixture is None:
+        return 2 * embedding_dim * pairs
+    products = mixture.query_vectors * mixture.item_vectors
+    query, item = (
+        2 * (embedding_dim * vectors * mixture.dim + mixture.hidden * (embedding_dim + products))
+        for vectors in (mixture.query_vectors, mixture.item_vectors)
+    )
+    # Dot products, the gate's network, and the sum that the gate weighs.
+    pair = 2 * (products * mixture.dim + 2 * products * mixture.hidden)
+    return query + item * (1 if config.share_negatives else pairs) + pair * pairs
 
 
 def _tower_flops(

@@ -7,7 +7,9 @@ Two samples of one user in one batch share theirs.
 Shapes: B users, S events of all users, P predictions, N negatives.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +29,27 @@ _PURPOSE = 41
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceInputs:
+    """What the retriever reads: a sequence of items a sample."""
+
+    features: KeyedJaggedTensor
+    """Keys: `item_id`, all sequences' items, and `negative_item_id`, empty but in training."""
+    item_ids: Tensor
+    """[S] int64, each sequence oldest first."""
+    lens: Tensor
+    """[B] int64 items of each sequence, on the batch's device."""
+    lens_host: Tensor
+    """[B] likewise, in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrievalBatch(Pipelineable):
     """One rank's share of a global batch for the retriever."""
 
-    features: KeyedJaggedTensor
-    """Keys: `item_id`, all users' events, and `negative_item_id`."""
-    item_ids: Tensor
-    """[S] int64: history and candidates of each user, oldest first."""
+    inputs: SequenceInputs
+    """History and candidates of each sample as one sequence."""
     negative_ids: Tensor
     """[N] shared by all predictions, or [P, N] each prediction's own; int64, empty in evaluation."""
-    lens: Tensor
-    """[B] int64 events of each user, on the batch's device."""
-    lens_host: Tensor
-    """[B] likewise, in host memory."""
     num_evaluated: Tensor
     """[B] int64: so many of the last events are what evaluation asks for (the candidates), on the batch's device."""
     num_evaluated_host: Tensor
@@ -49,23 +59,21 @@ class RetrievalBatch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RetrievalBatch":
         """The batch with all but the host tensors on `device`."""
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
-        return replace(self, features=self.features.to(device, non_blocking=non_blocking), **moved)
+        return self._mapped(lambda value: value.to(device, non_blocking=non_blocking))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` uses the device tensors."""
-        self.features.record_stream(stream)
-        for tensor in self._tensors().values():
-            tensor.record_stream(stream)
+        self._mapped(lambda value: value.record_stream(stream))
 
     def pin_memory(self) -> "RetrievalBatch":
         """A copy in page-locked memory, from which a device copies asynchronously."""
-        pinned = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        return replace(self, features=self.features.pin_memory(), **pinned)
+        return self._mapped(lambda value: value.pin_memory())
 
-    def _tensors(self) -> dict[str, Tensor]:
-        names = ("item_ids", "negative_ids", "lens", "num_evaluated", "loss_denominator")
-        return {name: getattr(self, name) for name in names}
+    def _mapped(self, change: Callable[[Any], Any]) -> "RetrievalBatch":
+        """The batch with each tensor that belongs on the device changed."""
+        inputs = {name: change(getattr(self.inputs, name)) for name in ("features", "item_ids", "lens")}
+        own = {name: change(getattr(self, name)) for name in ("negative_ids", "num_evaluated", "loss_denominator")}
+        return replace(self, inputs=replace(self.inputs, **inputs), **own)
 
 
 def retrieval_batch(
@@ -89,11 +97,10 @@ def retrieval_batch(
     # Every sample has an event, so that all but one of its events are predicted.
     predictions_of_all = max(1, batch.global_tokens - batch.global_samples)
     return RetrievalBatch(
-        features=retrieval_features(item_ids, negative_ids),
-        item_ids=item_ids,
+        inputs=SequenceInputs(
+            features=retrieval_features(item_ids, negative_ids), item_ids=item_ids, lens=lens, lens_host=lens
+        ),
         negative_ids=negative_ids,
-        lens=lens,
-        lens_host=lens,
         num_evaluated=inputs.num_candidates_host,
         num_evaluated_host=inputs.num_candidates_host,
         loss_denominator=torch.tensor(predictions_of_all / world_size, dtype=torch.float32),

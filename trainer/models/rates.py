@@ -4,7 +4,7 @@ Ids learn an item's and a user's rate only from many labels; here the rates are 
 model learns what to add.  It starts at the baseline: an action's log-odds are those of its rate overall, plus how far
 the item's and the user's own log-odds lie from them.
 
-Shapes: C candidates, A actions, F features, M tasks, D model width.
+Shapes: C candidates, A actions, F features, K outputs, D model width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ class Rates(nn.Module):
     Args:
         counts: the groups' columns.
         action_rates: how often each action is taken overall, [A].
-        task_bits: the action of each task, [M].
+        output_bits: the action that each output of the head is the logit of, None of what is no action, [K].
         dim: D.
     """
 
     action_rates: Tensor
 
     def __init__(
-        self, counts: Sequence[Counts], *, action_rates: Sequence[float], task_bits: Sequence[int], dim: int
+        self, counts: Sequence[Counts], *, action_rates: Sequence[float], output_bits: Sequence[int | None], dim: int
     ) -> None:
         super().__init__()
         self.counts = tuple(counts)
@@ -42,26 +42,27 @@ class Rates(nn.Module):
         self.register_buffer("action_rates", torch.tensor(action_rates, dtype=torch.float32))
         features = rate_width(len(counts), len(action_rates))
         self.to_token = nn.Linear(features, dim)
-        self.to_logit = nn.Linear(features, len(task_bits), bias=False)
-        self._start_at_rates(task_bits)
+        self.to_logit = nn.Linear(features, len(output_bits), bias=False)
+        self._start_at_rates(output_bits)
 
     @torch.no_grad()
-    def _start_at_rates(self, task_bits: Sequence[int]) -> None:
-        """Let each task's logit add its action's log-odds of item and user, and nothing else."""
+    def _start_at_rates(self, output_bits: Sequence[int | None]) -> None:
+        """Let each action's logit add its log-odds of item and user, and nothing else."""
         self.to_logit.weight.zero_()
         num_actions = len(self.action_rates)
         for group, counts in enumerate(self.counts):
             if counts.group in (ITEM, USER):
                 first = rate_width(group, num_actions) + 1 + START_PRIOR * num_actions
-                for task, bit in enumerate(task_bits):
-                    self.to_logit.weight[task, first + bit] = 1.0
+                for output, bit in enumerate(output_bits):
+                    if bit is not None:
+                        self.to_logit.weight[output, first + bit] = 1.0
 
     def forward(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """([C, D] for candidates' tokens, [C, M] float32 for their logits), from columns of counts, [C] each."""
+        """([C, D] for candidates' tokens, [C, K] float32 for their logits), from columns of counts, [C] each."""
         features_CF = self.features(numbers)
         with torch.autocast(features_CF.device.type, enabled=False):
-            logits_CM: Tensor = self.to_logit(features_CF)
-        return self.to_token(features_CF), logits_CM
+            logits_CK: Tensor = self.to_logit(features_CF)
+        return self.to_token(features_CF), logits_CK
 
     def features(self, numbers: Mapping[str, Tensor]) -> Tensor:
         """The inputs of both maps, [C, F] float32; a missing count is none.

@@ -12,54 +12,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from embeddings.tables import Rows, rows_by_feature
+from embeddings.tables import Rows, Tables, rows_by_feature
 from pipelines.features import ITEM_ID
-from trainer.models.config import ModelConfig
+from trainer.models.config import ModelConfig, RetrievalConfig
+from trainer.models.heads.dot_product import DotProduct
+from trainer.models.heads.mixture_of_logits import MixtureOfLogits
+from trainer.models.heads.similarity import Similarity
 from trainer.models.hstu import build_tower
 from trainer.models.layout import SequenceLayout, make_layout, repeat_users, take_rows
-from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch
+from trainer.models.model import Model
+from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, SequenceInputs
 from trainer.models.precision import compute_dtype
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetrieverOutput:
-    """What evaluation reads: predictions of the evaluated events, and the loss in training; detached."""
+@dataclass(frozen=True, slots=True)
+class EventOutputs:
+    """What the tower says at every event of a batch."""
 
-    outputs: Tensor
-    """[P, E] float32: scores are products with item vectors."""
-    rows: Tensor
-    """[P] the event in front of each predicted one, an index into all S events."""
+    vectors: Tensor
+    """[S, E]: to be compared with items by the tower's similarity."""
+    layout: SequenceLayout
+    """Where each user's events lie."""
 
 
 class RetrieverTower(nn.Module):
-    """All of the retriever but its table: from looked-up rows to outputs and loss.
+    """All of the retriever but its table: from looked-up rows to an output at every event.
 
     Args:
         tower: causal layers over tokens of width `dim`.
+        similarity: scores items against outputs; part of the tower because it may hold parameters.
         dim: D.
         embedding_dim: E; where it is not D, one linear map before the tower and one behind it.
         max_len: the longest sequence that the tower's attention is made for.
         num_positions: position vectors, counted from the oldest event; later events share the last.
-        temperature: divides the scores.
-        normalise: L2-normalise outputs and items, so that scores are cosines over the temperature.
         dropout: probability of zeroing an element of the tokens while training.
     """
 
     def __init__(
         self,
         tower: nn.Module,
+        similarity: Similarity,
         *,
         dim: int,
         embedding_dim: int,
         max_len: int,
         num_positions: int,
-        temperature: float = 0.05,
-        normalise: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.tower, self.max_len, self.dropout = tower, max_len, dropout
-        self.temperature, self.normalise = temperature, normalise
+        self.tower, self.similarity, self.max_len, self.dropout = tower, similarity, max_len, dropout
         same = embedding_dim == dim
         self.item_projection = nn.Identity() if same else nn.Linear(embedding_dim, dim)
         self.output_projection = nn.Identity() if same else nn.Linear(dim, embedding_dim)
@@ -67,39 +68,16 @@ class RetrieverTower(nn.Module):
         # As in the HSTU papers' code, so that items outweigh positions.
         self.item_factor = dim**0.5
 
-    def forward(self, looked_up: list[Rows], batch: RetrievalBatch) -> tuple[Tensor, RetrieverOutput]:
-        """This rank's part of the loss, and the predictions of the events that the batch evaluates.
-
-        In training the loss is the sum of the sampled softmax over every event that has one behind it, over
-        `batch.loss_denominator`; 0 where there is none, with zero gradients.  In evaluation there are no negatives, and
-        it is 0.
-        """
-        embedded = rows_by_feature(looked_up)
-        items_SE = embedded[ITEM_ID].values()
-        outputs_SE, layout = self.encode(items_SE, batch.lens, batch.lens_host)
-        if not self.training:
-            rows_P = evaluated_rows(layout, batch.num_evaluated, batch.num_evaluated_host)
-            return outputs_SE.sum() * 0, RetrieverOutput(outputs=take_rows(outputs_SE, rows_P).detach(), rows=rows_P)
-        rows_P = rows_with_next(layout)
-        negatives = embedded[NEGATIVE_FEATURE].values()
-        own = batch.negative_ids.dim() == 2
-        losses_P = self.sampled_softmax(
-            take_rows(outputs_SE, rows_P),
-            take_rows(items_SE, rows_P + 1),
-            negatives.view(*batch.negative_ids.shape, negatives.shape[1]) if own else negatives,
-            batch.negative_ids == batch.item_ids[rows_P + 1][:, None],
-        )
-        output = RetrieverOutput(outputs=outputs_SE[:0].detach(), rows=rows_P[:0])
-        # The last terms keep every parameter and row in the graph of a batch without predictions.
-        unused = (outputs_SE.sum() + negatives.sum()) * 0 if not rows_P.numel() else 0
-        return losses_P.sum() / batch.loss_denominator + unused, output
-
-    def encode(self, items_SE: Tensor, lens: Tensor, lens_host: Tensor) -> tuple[Tensor, SequenceLayout]:
-        """The output at every event, [S, E] float32, normalised if asked for.
+    def forward(self, looked_up: list[Rows], inputs: SequenceInputs) -> EventOutputs:
+        """The output at every event.
 
         Raises:
             ValueError: a sequence is longer than the model's constant.
         """
+        return self.encode(rows_by_feature(looked_up)[ITEM_ID].values(), inputs.lens, inputs.lens_host)
+
+    def encode(self, items_SE: Tensor, lens: Tensor, lens_host: Tensor) -> EventOutputs:
+        """The same from the events' item rows, oldest first, and the lengths [B] of sequences."""
         layout = make_layout(lens, torch.zeros_like(lens), lens_host, torch.zeros_like(lens_host))
         if layout.longest > self.max_len:
             raise ValueError(
@@ -111,28 +89,48 @@ class RetrieverTower(nn.Module):
         tokens_SD = self.item_projection(items_SE.to(dtype)) * self.item_factor
         tokens_SD = tokens_SD + F.embedding(position_S, self.position_vectors.to(dtype))
         outputs_SD, layout = self.tower(F.dropout(tokens_SD, self.dropout, self.training), layout)
-        return self.unit(self.output_projection(outputs_SD)), layout
+        return EventOutputs(self.output_projection(outputs_SD), layout)
 
-    def unit(self, vectors: Tensor) -> Tensor:
-        """Vectors as they are scored: float32, of length 1 if the model normalises."""
-        return F.normalize(vectors.float(), dim=-1, eps=1e-6) if self.normalise else vectors.float()
 
-    def sampled_softmax(self, outputs_PE: Tensor, positives_PE: Tensor, negatives: Tensor, hits_PN: Tensor) -> Tensor:
+class SampledSoftmax(nn.Module):
+    """The loss of the next item behind every event: the true item against sampled ones.
+
+    Args:
+        similarity: the tower's.
+        temperature: divides the scores.
+    """
+
+    def __init__(self, similarity: Similarity, *, temperature: float) -> None:
+        super().__init__()
+        self.similarity, self.temperature = similarity, temperature
+
+    def forward(self, outputs: EventOutputs, looked_up: list[Rows], batch: RetrievalBatch) -> Tensor:
+        """The sum over every event that has one behind it, over `batch.loss_denominator`; 0, with zero gradients, where
+        there is none."""
+        rows = rows_by_feature(looked_up)
+        items_SE, negatives = rows[ITEM_ID].values(), rows[NEGATIVE_FEATURE].values()
+        rows_P = rows_with_next(outputs.layout)
+        own = batch.negative_ids.dim() == 2
+        losses_P = self.of_predictions(
+            take_rows(outputs.vectors, rows_P),
+            take_rows(items_SE, rows_P + 1),
+            negatives.view(*batch.negative_ids.shape, negatives.shape[1]) if own else negatives,
+            batch.negative_ids == batch.inputs.item_ids[rows_P + 1][:, None],
+        )
+        # The last terms keep every parameter and row in the graph of a batch without predictions.
+        unused = (outputs.vectors.sum() + negatives.sum()) * 0 if not rows_P.numel() else 0
+        return losses_P.sum() / batch.loss_denominator + unused
+
+    def of_predictions(self, outputs_PE: Tensor, positives_PE: Tensor, negatives: Tensor, hits_PN: Tensor) -> Tensor:
         """Loss of each prediction, [P]; a negative that is the true item (`hits_PN`) is left out of its sum.
 
-        `outputs_PE` come from `encode`, items as rows of the table: `negatives` [N, E] serve all predictions,
-        [P, N, E] are each one's own.
+        Items are rows of the table: `negatives` [N, E] serve all predictions, [P, N, E] are each one's own.
         """
-        # 16 bits would round a cosine of 1, over a temperature of 0.05, by 0.08.
-        with torch.autocast(outputs_PE.device.type, enabled=False):
-            positive_P1 = (outputs_PE * self.unit(positives_PE)).sum(1, keepdim=True)
-            vectors = self.unit(negatives)
-            if vectors.dim() == 2:
-                negative_PN = outputs_PE @ vectors.t()
-            else:
-                negative_PN = torch.einsum("pe,pne->pn", outputs_PE, vectors)
-            logits = torch.cat([positive_P1, negative_PN.masked_fill(hits_PN, float("-inf"))], dim=1) / self.temperature
-            return logits.logsumexp(1) - logits[:, 0]
+        queries = self.similarity.queries(outputs_PE)
+        positive_P1 = self.similarity(queries, self.similarity.items(positives_PE[:, None]))
+        negative_PN = self.similarity(queries, self.similarity.items(negatives)).masked_fill(hits_PN, float("-inf"))
+        logits = torch.cat([positive_P1, negative_PN], dim=1) / self.temperature
+        return logits.logsumexp(1) - logits[:, 0]
 
 
 def rows_with_next(layout: SequenceLayout) -> Tensor:
@@ -156,16 +154,31 @@ def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
     return first[user_P] + index_P
 
 
-def build_retriever_tower(config: ModelConfig, *, embedding_dim: int) -> RetrieverTower:
-    """The retriever's tower that the config describes."""
+def build_similarity(config: RetrievalConfig, *, embedding_dim: int) -> Similarity:
+    """How the config scores items."""
+    mixture = config.mixture_of_logits
+    if mixture is None:
+        return DotProduct(normalise=config.normalise)
+    return MixtureOfLogits(
+        embedding_dim=embedding_dim,
+        query_vectors=mixture.query_vectors,
+        item_vectors=mixture.item_vectors,
+        dim=mixture.dim,
+        hidden=mixture.hidden,
+        normalise=config.normalise,
+    )
+
+
+def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int) -> Model:
+    """The retriever that the config describes."""
     assert config.retrieval is not None
-    return RetrieverTower(
+    tower = RetrieverTower(
         build_tower(dim=config.dim, layer=config.layer, stages=config.stages, num_context=0, max_len=config.max_len),
+        build_similarity(config.retrieval, embedding_dim=embedding_dim),
         dim=config.dim,
         embedding_dim=embedding_dim,
         max_len=config.max_len,
         num_positions=config.input.num_positions,
-        temperature=config.retrieval.temperature,
-        normalise=config.retrieval.normalise,
         dropout=config.input.dropout,
     )
+    return Model(tables, tower, SampledSoftmax(tower.similarity, temperature=config.retrieval.temperature))

@@ -1,4 +1,4 @@
-"""Rank candidates: one logit for each of a sample's candidates and each action that the model predicts."""
+"""Rank candidates: predict labels of each of a sample's candidates."""
 
 import functools
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from pipelines.selection import Selection
 from trainer.baseline import baseline_metrics
 from trainer.columns import ranker_columns, table_configs, widths
 from trainer.config import TrainConfig
-from trainer.evaluate import comparison_table, evaluate
+from trainer.evaluate import evaluate, ranking_table
+from trainer.labels.binary import action_rates
+from trainer.labels.loss import RankingLoss, build_ranking_loss
 from trainer.mesh import Mesh
 from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.model import Model
@@ -34,13 +36,16 @@ class Ranking:
                 f"{self.info.name} is next-item data, cut by place (--leave-last): its histories may reach the time of "
                 "their candidates, which shows a ranker its labels; prepare it without --leave-last, or train retrieval"
             )
-        for action in self.actions:
-            self.info.action_bit(action)
+
+    @functools.cached_property
+    def labels(self) -> RankingLoss:
+        """What the model predicts."""
+        return build_ranking_loss(self.config.model.labels, self.info)
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The actions that the model predicts.  Making the task raises ValueError if the data set lacks one."""
-        return self.info.actions if self.config.model.tasks is None else self.config.model.tasks
+        """Which of the labels are actions."""
+        return tuple(name for name in self.labels.names if name in self.info.actions)
 
     @functools.cached_property
     def selection(self) -> Selection:
@@ -75,7 +80,7 @@ class Ranking:
                 num_actions=len(self.info.actions),
             ),
             num_context=self.num_context,
-            num_tasks=len(self.actions),
+            num_outputs=self.labels.num_outputs,
         )
 
     def check_training_data(self) -> None:
@@ -84,13 +89,13 @@ class Ranking:
         ways = "add impressions (rows where it was not taken), or train retrieval, which needs no labels"
         if not candidates:
             raise ValueError(f"the training split of {path} holds no candidates, so no labels: {ways}")
-        counted = self._positives
+        rates = action_rates(self.info)
         for action in self.actions:
-            if counted.get(action) in (0, candidates):
-                how_often = "always" if counted[action] else "never"
+            if rates.get(action) in (0, 1):
+                how_often = "always" if rates[action] else "never"
                 raise ValueError(
                     f"{action!r} is {how_often} taken in the training split of {path}, so there is nothing to learn: "
-                    f"{ways}; or leave it out of model.tasks"
+                    f"{ways}; or leave it out of model.labels"
                 )
 
     def ids_per_sample(self, events: float, candidates: float, samples_per_rank: int) -> dict[str, float]:
@@ -103,40 +108,27 @@ class Ranking:
         }
 
     def build(self, tables: Tables) -> Model:
-        """The ranker; untrained, it predicts the rates of the training split, where the data's description has them."""
+        """The ranker; untrained, it predicts what the data's description says of the labels."""
+        loss = build_ranking_loss(self.config.model.labels, self.info)
+        names, rates = self.info.actions, action_rates(self.info)
         tower = build_ranker_tower(
             self.config.model,
             selection=self.selection,
             widths=widths(self.tables),
-            action_names=self.info.actions,
-            action_rates=self._action_rates,
+            action_names=names,
+            output_bits=loss.output_bits,
+            action_rates=[rates[name] for name in names] if set(names) <= set(rates) else None,
         )
-        if self._action_rates is not None:
-            rates = dict(zip(self.info.actions, self._action_rates, strict=True))
-            tower.start_at_rates([rates[action] for action in self.actions])
-        return Model(tables, tower)
-
-    @property
-    def _positives(self) -> dict[str, int]:
-        """In how many training candidates each action was taken, where the data's description says it."""
-        splits = self.info.details.get("statistics", {}).get("splits", {})
-        positives: dict[str, int] = splits.get("train", {}).get("positives", {})
-        return positives
-
-    @property
-    def _action_rates(self) -> list[float] | None:
-        """The rate of every action of the data in the training split; None where the data's description lacks it."""
-        candidates = self.info.splits["train"].candidates
-        if not candidates or not set(self.info.actions) <= set(self._positives):
-            return None
-        return [self._positives[action] / candidates for action in self.info.actions]
+        tower.start_at(loss.start())
+        return Model(tables, tower, loss)
 
     def prepare(self, batch: Batch, mesh: Mesh) -> Batch:
         """The data's batch as it is."""
         return batch
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
-        """NE, AUC and GAUC of each action, beside the rates of items and users.  Called by every rank."""
+        """The metrics of each label: of actions beside the rates of items and users, of others beside what is known
+        without a look at the candidate.  Called by every rank."""
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
         batches = build_loader(
             data,
@@ -147,7 +139,7 @@ class Ranking:
             pin_memory=on_gpu,
             unseen=unseen,
         )
-        metrics = evaluate(model, batches, self.actions, mesh)
-        baseline = baseline_metrics(data, self.actions, mesh, unseen)
-        table = comparison_table(metrics, baseline, self.actions) if mesh.is_first else ""
-        return Evaluation(metrics, table)
+        found = evaluate(model, batches, mesh, constant=set(self.labels.names) - set(self.actions))
+        baseline = {**found.constant, **(baseline_metrics(data, self.actions, mesh, unseen) if self.actions else {})}
+        table = ranking_table(found.metrics, baseline, self.labels.kinds) if mesh.is_first else ""
+        return Evaluation(found.metrics, table)

@@ -2,9 +2,9 @@
 
 The evaluated events are each sample's candidates: every one is predicted from all events in front of it, earlier
 candidates included.  First every rank predicts for its share of the split, then all ranks walk over the corpus
-together, a chunk of looked-up rows at a time, and count the items that score at least as high as the true one.
+together (`trainer.corpus`).
 
-Shapes: P predictions of this rank, E row width, I items of a chunk.
+Shapes: P predictions of this rank.
 """
 
 import functools
@@ -25,18 +25,18 @@ from pipelines.selection import Selection
 from trainer.baseline import popularity
 from trainer.columns import item_columns, item_table
 from trainer.config import TrainConfig
+from trainer.corpus import Corpus, join_seen
 from trainer.mesh import Mesh
 from trainer.metrics import CUTOFFS, retrieval_scores
 from trainer.models.config import RetrievalConfig
 from trainer.models.flops import retriever_flops
+from trainer.models.heads.similarity import Similarity
+from trainer.models.layout import take_rows
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch, retrieval_features
-from trainer.models.retriever import RetrieverTower, build_retriever_tower
+from trainer.models.retriever import RetrieverTower, build_retriever, evaluated_rows
 from trainer.parallelize import ParallelModel
 from trainer.tasks.task import Evaluation, Flops
-
-PREDICTIONS = 4096
-"""Predictions that a rank scores at a time."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Retrieval:
 
     def build(self, tables: Tables) -> Model:
         """The retriever."""
-        return Model(tables, build_retriever_tower(self.config.model, embedding_dim=self._item_width))
+        return build_retriever(self.config.model, tables=tables, embedding_dim=self._item_width)
 
     def prepare(self, batch: Batch, mesh: Mesh) -> RetrievalBatch:
         """All events in one sequence a sample, with negatives."""
@@ -101,8 +101,8 @@ class Retrieval:
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Hit rate, NDCG and MRR of each candidate's rank among all items, beside popularity.  Called by every rank.
 
-        Memory of a rank: E floats a prediction, the scores of `PREDICTIONS` predictions for `corpus_chunk` items, and
-        with `exclude_seen` two numbers an earlier event.
+        Memory of a rank: one query a prediction, a block of scores (`trainer.corpus`), and with `exclude_seen` two
+        numbers an earlier event.
         """
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
         batches = build_loader(
@@ -141,9 +141,15 @@ def evaluate_retrieval(
             _predict(model, batch.to(mesh.device, non_blocking=True), exclude_seen=settings.exclude_seen)
             for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first)
         ]
-        outputs, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-        seen = _join_seen([part[2] for part in parts], [part[0].shape[0] for part in parts])
-        ranks = _count_better(model, outputs, targets, seen, counts, settings.corpus_chunk)
+        queries, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        corpus = Corpus(
+            similarity=_similarity(model),
+            items=functools.partial(_items, model),
+            counts=counts,
+            chunk=settings.corpus_chunk,
+        )
+        seen = join_seen([part[2] for part in parts], [part[0].shape[0] for part in parts])
+        ranks = corpus.ranks(queries, targets, seen)
     finally:
         model.module.train(was_training)
     sums = torch.stack([retrieval_scores(rank) for rank in ranks])
@@ -163,84 +169,34 @@ def retrieval_table(model: dict[str, float], popularity: dict[str, float]) -> st
 
 
 def _predict(model: ParallelModel, batch: RetrievalBatch, *, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(outputs [P, E], true items [P], pairs (prediction, earlier item) as [2, pairs]) of a batch on the device."""
-    _, output = model.forward(batch)
-    rows, device = output.rows, output.rows.device
+    """(queries [P, ...], true items [P], pairs (prediction, earlier item) as [2, pairs]) of a batch on the device."""
+    outputs = model.score(batch.inputs)
+    rows = evaluated_rows(outputs.layout, batch.num_evaluated, batch.num_evaluated_host)
+    item_ids, lens, device = batch.inputs.item_ids, batch.inputs.lens, rows.device
     seen = torch.zeros(2, 0, dtype=torch.long, device=device)
     if exclude_seen and rows.numel():
-        ends = torch.cumsum(batch.lens, 0)
-        starts = (ends - batch.lens)[torch.searchsorted(ends, rows, right=True)]
-        lens = rows + 1 - starts
-        prediction = torch.repeat_interleave(torch.arange(rows.numel(), device=device), lens)
-        place = torch.arange(prediction.numel(), device=device) - (torch.cumsum(lens, 0) - lens)[prediction]
-        seen = torch.stack([prediction, batch.item_ids[starts[prediction] + place]])
-    return output.outputs, batch.item_ids[rows + 1], seen
+        ends = torch.cumsum(lens, 0)
+        starts = (ends - lens)[torch.searchsorted(ends, rows, right=True)]
+        earlier = rows + 1 - starts
+        prediction = torch.repeat_interleave(torch.arange(rows.numel(), device=device), earlier)
+        place = torch.arange(prediction.numel(), device=device) - (torch.cumsum(earlier, 0) - earlier)[prediction]
+        seen = torch.stack([prediction, item_ids[starts[prediction] + place]])
+    return _similarity(model).queries(take_rows(outputs.vectors, rows)), item_ids[rows + 1], seen
 
 
-def _join_seen(parts: list[Tensor], sizes: list[int]) -> Tensor:
-    """Pairs of all batches, each once, in the order of the items."""
-    first = 0
-    for part, size in zip(parts, sizes, strict=True):
-        part[0] += first
-        first += size
-    pairs: Tensor = torch.unique(torch.cat(parts, dim=1).flip(0), dim=1)
-    return pairs.flip(0)
-
-
-def _count_better(
-    model: ParallelModel,
-    outputs: Tensor,
-    targets: Tensor,
-    seen: Tensor,
-    counts: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Rank of each true item by the model and by popularity, [P], 1 for the best; ties count against it."""
-    device = outputs.device
-    num_items = counts.numel()
-    # All of one width, which rounding depends on, so that equal items tie: the last may begin in the one before.
-    width = min(chunk, num_items)
-    chunks = [(first, min(first + width, num_items)) for first in range(0, num_items, width)]
-    blocks = [slice(first, first + PREDICTIONS) for first in range(0, targets.numel(), PREDICTIONS)]
-    wanted = torch.full((targets.numel(),), -torch.inf, device=device)
-    for first, last in chunks:
-        start = last - width
-        # A pass of its own: a score must be the same number here and where it is compared.
-        items = _item_vectors(model, start, last, device)
-        for block in blocks:
-            here = (targets[block] >= first) & (targets[block] < last)
-            place = (targets[block] - start).clamp(0, width - 1)
-            mine = (outputs[block] @ items.t()).gather(1, place[:, None])[:, 0]
-            wanted[block] = torch.where(here, mine, wanted[block])
-    better, more_popular = (torch.zeros_like(targets) for _ in range(2))
-    popularity = counts[targets]
-    for first, last in chunks:
-        start = last - width
-        items, item_ids = _item_vectors(model, start, last, device), torch.arange(start, last, device=device)
-        if seen.numel():
-            bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=device))
-            prediction, item = seen[:, bounds[0] : bounds[1]]
-        for block in blocks:
-            counted = (item_ids >= first) & (item_ids != targets[block][:, None])
-            if seen.numel():
-                mine = (prediction >= block.start) & (prediction < block.stop)
-                counted[prediction[mine] - block.start, item[mine] - start] = False
-            # Not ">=", which a score that is not a number would pass as the best.
-            better[block] += (~(outputs[block] @ items.t() < wanted[block][:, None]) & counted).sum(1)
-            more_popular[block] += ((counts[start:last] >= popularity[block][:, None]) & counted).sum(1)
-    return better + 1, more_popular + 1
-
-
-def _item_vectors(model: ParallelModel, first: int, last: int, device: torch.device) -> Tensor:
-    """Vectors of the items from `first` on, [last - first, E].
+def _items(model: ParallelModel, first: int, last: int) -> Tensor:
+    """The items from `first` on as the similarity sees them, [last - first, ...].
 
     A collective: every rank asks for the same rows, whatever its number of predictions.
     """
-    item_ids = torch.arange(first, last, device=device)
+    item_ids = torch.arange(first, last, device=next(model.dense.parameters()).device)
     features = retrieval_features(item_ids, item_ids[:0])
-    rows = rows_by_feature(model.tables(features))[ITEM_ID].values()
+    return _similarity(model).items(rows_by_feature(model.tables(features))[ITEM_ID].values())
+
+
+def _similarity(model: ParallelModel) -> Similarity:
     assert isinstance(model.dense, RetrieverTower)
-    return model.dense.unit(rows)
+    return model.dense.similarity
 
 
 def _means(sums: Tensor) -> dict[str, float]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from trainer.labels.config import LabelConfig
 from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, StageConfig
 from trainer.recipes import load_recipe
 
@@ -28,10 +29,9 @@ GROWING = (StageConfig(num_layers=1, keep_newest=4), StageConfig(num_layers=1, k
         ),
         ({"stages": GROWING}, "model.stages: keep_newest=4 has no effect behind a stage that keeps 4"),
         (CHANNELS | {"channels": (replace(CHANNEL, stages=GROWING),)}, "stages of channel 'clicks': keep_newest=4"),
-        ({"tasks": ()}, "model.tasks is empty"),
-        ({"tasks": ("like", "like")}, "must not repeat an action, got like, like"),
-        ({"task_weights": (1.0,)}, "needs model.tasks of the same length, got None"),
-        ({"tasks": ("like",), "task_weights": (0.0,)}, r"above 0, got \(0.0,\): leave out tasks"),
+        ({"labels": ()}, "model.labels is empty"),
+        ({"labels": (LabelConfig(name="like"), LabelConfig(name="like"))}, "must not repeat a name, got like, like"),
+        ({"head_hidden": (8, 0)}, r"model.head_hidden must hold widths of at least 1, got \(8, 0\)"),
     ],
 )
 def test_settings_that_contradict_or_have_no_effect_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -67,3 +67,21 @@ def test_fp8_beside_float32_is_refused(changes: dict[str, Any] | None) -> None:
     assert replace(recipe, model=model).precision == "bfloat16"
     with pytest.raises(ValueError, match="set precision=bfloat16, or fp8=false"):
         replace(recipe, model=model, precision="float32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": 0.0}, "weight of 'dwell' must be above 0, got 0.0: leave out"),
+        ({"huber": 1.0}, "huber of 'dwell' has no effect on kind=binary, only on regression"),
+        ({"kind": "regression", "thresholds": (1.0,)}, "thresholds of 'dwell' has no effect on kind=regression"),
+        ({"kind": "regression", "keep_rate": "shift"}, "keep_rate=shift of 'dwell' needs kind=binary"),
+        ({"kind": "regression", "huber": 0.0}, "huber of 'dwell' must be above 0"),
+        ({"kind": "ordered", "thresholds": (2.0, 1.0)}, r"must rise, got \(2.0, 1.0\)"),
+        ({"kind": "ordered", "thresholds": (1.0,), "buckets": 4}, "buckets of 'dwell' has no effect with thresholds"),
+        ({"kind": "ordered", "buckets": 1}, "buckets of 'dwell' must be at least 2"),
+    ],
+)
+def test_settings_that_a_label_cannot_have_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LabelConfig(name="dwell", **settings)

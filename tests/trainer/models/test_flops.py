@@ -101,7 +101,7 @@ def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
         StageConfig(num_layers=12, local=256, global_rows=256, keep_newest=1024),
     )
     ultra = ModelConfig(dim=512, max_len=40000, stages=stages)
-    data = {"inputs": InputWidths(event=9, candidate=0, context=0), "num_context": 0, "num_tasks": 8}
+    data = {"inputs": InputWidths(event=9, candidate=0, context=0), "num_context": 0, "num_outputs": 8}
     counts = [ranker_flops(c, 16384, 1, **data) for c in (config, interleaved, ultra)]
     assert counts[1].attention / counts[0].attention == pytest.approx(4, rel=0.001)
     assert counts[1].projections / counts[0].projections == pytest.approx(2, rel=0.001)
@@ -111,7 +111,7 @@ def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
 
 def test_counts_take_arrays_of_lengths() -> None:
     config = ModelConfig(dim=64, max_len=100, stages=(StageConfig(num_layers=2),))
-    data = {"inputs": InputWidths(event=36, candidate=32, context=64), "num_context": 2, "num_tasks": 3}
+    data = {"inputs": InputWidths(event=36, candidate=32, context=64), "num_context": 2, "num_outputs": 3}
     both = ranker_flops(config, np.array([5, 9]), np.array([1, 4]), **data).forward
     single = [ranker_flops(config, h, t, **data).forward.item() for h, t in ((5, 1), (9, 4))]
     assert both.tolist() == single

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from embeddings.config import TableConfig
 from embeddings.tables import build_tables
@@ -23,15 +21,10 @@ from tests.support.batches import (
     random_rows,
     small_selection,
 )
-from tests.support.distributed import run_ranks
-from trainer.models.config import (
-    ChannelConfig,
-    InputConfig,
-    LayerConfig,
-    ModelConfig,
-    NumberConfig,
-    StageConfig,
-)
+from tests.support.datasets import made_up_info
+from trainer.labels.config import LabelConfig
+from trainer.labels.loss import build_ranking_loss
+from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, NumberConfig, StageConfig
 from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
@@ -64,15 +57,18 @@ def small_ranker(
         if features
     ]
     tables = build_tables(configs, device=torch.device("cpu"))
-    tower = build_ranker_tower(config, selection=selection, widths=WIDTHS, action_names=ACTIONS)
-    return Model(tables, tower)
+    loss = build_ranking_loss(config.labels, made_up_info(num_items=NUM_ITEMS, actions=ACTIONS))
+    tower = build_ranker_tower(
+        config, selection=selection, widths=WIDTHS, action_names=ACTIONS, output_bits=loss.output_bits
+    )
+    return Model(tables, tower, loss)
 
 
 CONFIGS = {
     "paper": model_config(),
     "production": model_config(layer=replace(LAYER, variant="production", norm="group")),
     "interleaved": model_config(input=InputConfig(merge="interleave")),
-    "learned_action": model_config(input=InputConfig(candidate_action="learned"), head_hidden=8),
+    "learned_action": model_config(input=InputConfig(candidate_action="learned"), head_hidden=(8, 12)),
     "channels": model_config(
         stages=(),
         channels=(
@@ -96,9 +92,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     ranker = small_ranker(CONFIGS[name])
     # Stochastic depth then skips a layer for some users only.
     torch.manual_seed(1)
-    loss, output = ranker(random_batch([5, 0, 9], [2, 3, 1], context_names=CONTEXT))
-    loss.backward()
-    assert output.logits.shape == output.labels.shape == (6, NUM_ACTIONS)
+    ranker(random_batch([5, 0, 9], [2, 3, 1], context_names=CONTEXT)).backward()
     missing = [
         name for name, parameter in ranker.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]
@@ -110,14 +104,12 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, users: int) -> None:
     ranker = small_ranker(CONFIGS[name])
     batch = random_batch([0] * users, [0] * users, context_names=CONTEXT)
-    if users:
-        loss, output = ranker(batch)
-    else:
-        # TorchRec cannot look up for no samples at all, the tower computes on none.
-        embedded = [random_rows(batch, WIDTHS)]
-        loss, output = ranker.tower(embedded, batch)
+    # TorchRec cannot look up for no samples at all, the tower computes on none.
+    embedded = ranker.tables(batch.inputs.features) if users else [random_rows(batch, WIDTHS)]
+    outputs = ranker.tower(embedded, batch.inputs)
+    loss = ranker.loss(outputs, embedded, batch)
     loss.backward()
-    assert loss.item() == 0 and output.logits.shape == (0, NUM_ACTIONS)
+    assert loss.item() == 0 and outputs.shape == (0, NUM_ACTIONS)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in ranker.tower.parameters())
 
 
@@ -136,7 +128,7 @@ def test_counted_flops_are_those_of_the_products_that_run(name: str) -> None:
         np.array([2, 3, 1]),
         inputs=input_widths(selection, widths=WIDTHS, config=CONFIGS[name], num_actions=NUM_ACTIONS),
         num_context=len(CONTEXT),
-        num_tasks=NUM_ACTIONS,
+        num_outputs=NUM_ACTIONS,
         channel_history_lens={
             channel: np.array([int((values[rows] != 0).sum()) for rows in histories])
             for channel, values in chosen.items()
@@ -152,9 +144,9 @@ def test_data_without_context_times_and_actions_train(name: str) -> None:
     ranker = small_ranker(CONFIGS[name], context_names=())
     arrays = random_arrays([5, 0, 9], [2, 3, 1])
     arrays |= {"action": torch.zeros_like(arrays["action"]), "timestamp": torch.full_like(arrays["timestamp"], -1)}
-    loss, output = ranker(batch_of(arrays))
+    loss = ranker(batch_of(arrays))
     loss.backward()
-    assert loss.isfinite() and output.logits.shape == (6, NUM_ACTIONS)
+    assert loss.isfinite()
     encoder = ranker.tower.encoder
     for vectors in (encoder.age_vectors, encoder.candidate_gap_vectors):
         assert vectors.grad is not None and vectors.grad[0].any() and not vectors.grad[1:].any()
@@ -178,7 +170,7 @@ def test_scores_do_not_depend_on_the_other_candidates(name: str) -> None:
         "candidate_action": insert("candidate_action", [1, 2]),
     }
     alone, together = (batch_of(each) for each in (arrays, arrays | others))
-    scores = [ranker(batch)[1].logits for batch in (alone, together)]
+    scores = [ranker.score(batch.inputs) for batch in (alone, together)]
     torch.testing.assert_close(scores[1][2:], scores[0], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(scores[1][0], scores[1][2])
 
@@ -193,7 +185,7 @@ def test_permuted_candidates_keep_their_scores(name: str) -> None:
     for key in ("ids/item_id", "timestamp", "number/price", "candidate_action"):
         first = len(arrays[key]) - 8
         permuted[key] = torch.cat([arrays[key][:first], arrays[key][first + order_C]])
-    scores, moved = (ranker(batch_of(each))[1].logits for each in (arrays, permuted))
+    scores, moved = (ranker.score(batch_of(each).inputs) for each in (arrays, permuted))
     torch.testing.assert_close(moved, scores[order_C], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(moved, scores)
 
@@ -203,7 +195,7 @@ def test_labels_change_no_score(name: str) -> None:
     ranker = small_ranker(CONFIGS[name]).eval()
     arrays = random_arrays([4, 2], [2, 2], context_names=CONTEXT)
     batch, changed = (batch_of(each) for each in (arrays, arrays | {"candidate_action": torch.full((4,), 255).int()}))
-    torch.testing.assert_close(ranker(changed)[1].logits, ranker(batch)[1].logits, rtol=0, atol=0)
+    torch.testing.assert_close(ranker.score(changed.inputs), ranker.score(batch.inputs), rtol=0, atol=0)
 
 
 def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None:
@@ -215,7 +207,7 @@ def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None
     # Every event has some action, so the channel's choice runs and leaves out nothing.
     arrays["action"] = torch.where(arrays["action"] == 0, 1, arrays["action"])
     batch = batch_of(arrays)
-    losses = [ranker(batch)[0] for ranker in (plain, mixture)]
+    losses = [ranker(batch) for ranker in (plain, mixture)]
     assert losses[0].item() == losses[1].item()
 
 
@@ -223,7 +215,7 @@ def test_mixture_of_one_channel_over_all_events_equals_the_plain_tower() -> None
 def test_a_channel_may_have_a_name_that_pytorch_uses(name: str) -> None:
     channels = tuple(ChannelConfig(name=each, dim=16, stages=STAGES) for each in (name, "other"))
     ranker = small_ranker(model_config(stages=(), channels=channels))
-    assert ranker(random_batch([2], [1], context_names=CONTEXT))[0].isfinite()
+    assert ranker(random_batch([2], [1], context_names=CONTEXT)).isfinite()
 
 
 def test_unknown_action_of_a_channel_is_refused() -> None:
@@ -235,8 +227,8 @@ def test_unknown_action_of_a_channel_is_refused() -> None:
 def test_stochastic_depth_keeps_evaluation_and_changes_training() -> None:
     batch = random_batch([5, 3, 9], [2, 3, 1], context_names=CONTEXT)
     plain, skipping = small_ranker(model_config()), small_ranker(CONFIGS["stochastic depth"])
-    assert plain.eval()(batch)[0].item() == skipping.eval()(batch)[0].item()
-    losses = {skipping.train()(batch)[0].item() for _ in range(8)}
+    assert plain.eval()(batch).item() == skipping.eval()(batch).item()
+    losses = {skipping.train()(batch).item() for _ in range(8)}
     assert len(losses) > 1
 
 
@@ -247,7 +239,7 @@ def test_dropped_events_reach_candidates_through_earlier_layers_only() -> None:
     batch, changed = (batch_of(each) for each in (arrays, arrays | other_action))
     for stages, same in (((replace(STAGES[1], keep_newest=4),), True), (STAGES, False)):
         ranker = small_ranker(model_config(stages=stages)).eval()
-        assert torch.equal(ranker(batch)[1].logits, ranker(changed)[1].logits) is same
+        assert torch.equal(ranker.score(batch.inputs), ranker.score(changed.inputs)) is same
 
 
 @pytest.mark.gpu
@@ -258,7 +250,7 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
     channels = tuple(replace(channel, dim=64, layer=None) for channel in CONFIGS[name].channels)
     config = replace(CONFIGS[name], dim=64, layer=layer, channels=channels, max_len=512)
     device = torch.device("cuda")
-    tower = small_ranker(config, columns=CONFIGS[name] in WITH_COLUMNS).tower.to(device)
+    ranker = small_ranker(config, columns=CONFIGS[name] in WITH_COLUMNS).to(device)
     batch = random_batch([150, 3, 90], [2, 3, 1], context_names=CONTEXT).to(device)
     embedded = [random_rows(batch, WIDTHS)]
     for mode in ("default", "error"):
@@ -267,7 +259,7 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(name: str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with torch.autocast("cuda", torch.bfloat16):
-                loss, _ = tower(embedded, batch)
+                loss = ranker.loss(ranker.tower(embedded, batch.inputs), embedded, batch)
             loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -283,7 +275,7 @@ def test_compiled_model_computes_the_same(name: str) -> None:
     towers = [rankers[0].tower, torch.compile(rankers[1].tower, backend="aot_eager")]
     with torch.no_grad():
         embedded = rankers[0].tables(batch.features)
-    losses = [tower(embedded, batch)[0] for tower in towers]
+    losses = [rankers[0].loss(tower(embedded, batch.inputs), embedded, batch) for tower in towers]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-7)
     for loss in losses:
         loss.backward()
@@ -297,43 +289,8 @@ def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
         ranker(random_batch([9], [1], context_names=CONTEXT))
 
 
-def test_unknown_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="'swipe', which is none of the data's actions"):
-        small_ranker(model_config(tasks=("swipe",)))
-
-
-def pipelined_and_plain_losses() -> tuple[list[float], list[float]]:
-    """Losses of three steps through TorchRec's pipeline and through the plain model with the same values."""
-    batches = [random_batch([5, 2], [2, 1], context_names=CONTEXT, seed=seed) for seed in range(3)]
-    sharded = DistributedModelParallel(small_ranker(model_config()), device=torch.device("cpu"))
-    plain = small_ranker(model_config())
-    for name, parameter in sharded.named_parameters():
-        source = plain.state_dict()[name.replace("module.", "")]
-        local = parameter.local_shards()[0].tensor if hasattr(parameter, "local_shards") else parameter
-        local.detach().copy_(source)
-    optimizer = torch.optim.SGD([p for n, p in sharded.named_parameters() if "tables" not in n], lr=0.1)
-    pipeline = TrainPipelineSparseDist(sharded, optimizer, torch.device("cpu"), execute_all_batches=True)
-    iterator = iter(batches)
-    pipelined = []
-    try:
-        while True:
-            pipelined.append(float(pipeline.progress(iterator).logits.sum()))
-    except StopIteration:
-        pass
-    # The sharded tables' own optimizer, fused into the backward, is SGD with this rate unless told otherwise.
-    tables = {"params": list(plain.tables.parameters()), "lr": 0.01}
-    plain_optimizer = torch.optim.SGD([tables, {"params": list(plain.tower.parameters())}], lr=0.1)
-    losses = []
-    for batch in batches:
-        plain_optimizer.zero_grad()
-        loss, output = plain(batch)
-        loss.backward()
-        plain_optimizer.step()
-        losses.append(float(output.logits.sum()))
-    return pipelined, losses
-
-
-@pytest.mark.filterwarnings("ignore")  # TorchRec and FBGEMM warn about types of their own
-def test_torchrecs_pipeline_runs_the_ranker() -> None:
-    ((pipelined, plain),) = run_ranks(1, pipelined_and_plain_losses)
-    assert pipelined == pytest.approx(plain, rel=1e-4, abs=1e-5)
+def test_unknown_label_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="'swipe', which made up does not have; label columns: none; actions: action_0"
+    ):
+        small_ranker(model_config(labels=(LabelConfig(name="swipe"),)))

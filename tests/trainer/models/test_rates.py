@@ -20,7 +20,7 @@ TASK_BITS = (2, 0)
 def make_rates(*groups: str) -> Rates:
     torch.manual_seed(0)
     counts = [group_counts(group, len(ACTION_RATES)) for group in groups]
-    return Rates(counts, action_rates=ACTION_RATES, task_bits=TASK_BITS, dim=8)
+    return Rates(counts, action_rates=ACTION_RATES, output_bits=TASK_BITS, dim=8)
 
 
 def make_numbers(counts: tuple[Counts, ...], size: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def test_features_are_finite_for_counts_of_any_size() -> None:
 
 def test_actions_that_are_always_or_never_taken_say_nothing() -> None:
     counts = [group_counts("item", 2)]
-    rates = Rates(counts, action_rates=(0.0, 1.0), task_bits=(0, 1), dim=4)
+    rates = Rates(counts, action_rates=(0.0, 1.0), output_bits=(0, 1), dim=4)
     numbers = {"item_seen": torch.tensor([0.0, 50.0]), "item_taken_0": torch.zeros(2)}
     numbers["item_taken_1"] = numbers["item_seen"]
     assert (rates.features(numbers)[:, 1:] == 0).all()
@@ -97,6 +97,7 @@ def make_tower(action_rates: tuple[float, ...] | None) -> RankerTower:
         selection=Selection(features=(item, *columns), counts=counts),
         widths={ITEM_SPACE: 4},
         action_names=("a", "b", "c"),
+        output_bits=(0, 1, 2, None),
         action_rates=action_rates,
     )
 

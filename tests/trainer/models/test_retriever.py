@@ -9,11 +9,19 @@ from torch import Tensor
 from embeddings.config import TableConfig
 from embeddings.tables import build_tables
 from tests.support.batches import NUM_ITEMS, random_batch
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
+from trainer.labels.config import LabelConfig
+from trainer.models.config import (
+    InputConfig,
+    LayerConfig,
+    MixtureOfLogitsConfig,
+    ModelConfig,
+    RetrievalConfig,
+    StageConfig,
+)
 from trainer.models.layout import make_layout
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
-from trainer.models.retriever import build_retriever_tower, evaluated_rows, rows_with_next
+from trainer.models.retriever import build_retriever, evaluated_rows, rows_with_next
 
 HISTORY, CANDIDATES = [3, 1, 0, 5], [1, 0, 2, 1]
 LENS = [4, 1, 2, 6]
@@ -41,8 +49,7 @@ def small(model: ModelConfig) -> Model:
         num_embeddings=NUM_ITEMS,
         features=("item_id", NEGATIVE_FEATURE),
     )
-    tower = build_retriever_tower(model, embedding_dim=EMBEDDING_DIM)
-    return Model(build_tables([table], device=torch.device("cpu")), tower)
+    return build_retriever(model, tables=build_tables([table], device=torch.device("cpu")), embedding_dim=EMBEDDING_DIM)
 
 
 def batch_of(*, share: bool = True, negatives: int = NEGATIVES, world_size: int = 1) -> RetrievalBatch:
@@ -56,15 +63,17 @@ def batch_of(*, share: bool = True, negatives: int = NEGATIVES, world_size: int 
 @pytest.mark.parametrize("share", [True, False])
 def test_loss_is_the_sampled_softmax_of_each_next_item(share: bool, normalise: bool) -> None:
     model, batch = small(config(share=share, normalise=normalise)), batch_of(share=share)
-    loss, _ = model(batch)
+    loss = model(batch)
     table = next(model.tables.parameters())
-    outputs, layout = model.tower.encode(table[batch.item_ids], batch.lens, batch.lens_host)
+    encoded = model.score(batch.inputs)
+    outputs, layout = encoded.vectors, encoded.layout
+    outputs = torch.nn.functional.normalize(outputs, dim=1) if normalise else outputs
     vectors = torch.nn.functional.normalize(table, dim=1) if normalise else table
     drawn = batch.negative_ids.expand(9, NEGATIVES) if share else batch.negative_ids
     losses = []
     for start, end in zip(layout.offsets[:-1].tolist(), layout.offsets[1:].tolist(), strict=True):
         for row in range(start, end - 1):
-            target = int(batch.item_ids[row + 1])
+            target = int(batch.inputs.item_ids[row + 1])
             others = [n for n in drawn[len(losses)].tolist() if n != target]
             scores = vectors[[target, *others]] @ outputs[row] / TEMPERATURE
             losses.append(-torch.log_softmax(scores, 0)[0])
@@ -76,10 +85,10 @@ def test_loss_is_the_sampled_softmax_of_each_next_item(share: bool, normalise: b
 
 def test_history_and_candidates_are_one_sequence() -> None:
     batch = batch_of(negatives=0)
-    assert batch.lens_host.tolist() == LENS
-    assert batch.features["item_id"].values().tolist() == batch.item_ids.tolist()
+    assert batch.inputs.lens_host.tolist() == LENS
+    assert batch.inputs.features["item_id"].values().tolist() == batch.inputs.item_ids.tolist()
     assert batch.num_evaluated_host.tolist() == CANDIDATES
-    assert batch.features[NEGATIVE_FEATURE].values().numel() == 0
+    assert batch.inputs.features[NEGATIVE_FEATURE].values().numel() == 0
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -124,7 +133,7 @@ def test_a_batch_without_a_next_item_gives_zero_loss_and_zero_gradients(share: b
     batch = retrieval_batch(
         random_batch([1, 0], [0, 0]), num_items=NUM_ITEMS, num_negatives=4, shared=share, seed=0, world_size=1
     )
-    loss, _ = model(batch)
+    loss = model(batch)
     loss.backward()
     assert loss.item() == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
@@ -136,20 +145,36 @@ def test_a_users_later_events_do_not_change_earlier_outputs(stage: StageConfig) 
     rows = torch.randn(6, EMBEDDING_DIM)
 
     def outputs(count: int) -> Tensor:
-        encoded: Tensor = tower.encode(rows[:count], torch.tensor([count]), torch.tensor([count]))[0]
+        encoded: Tensor = tower.encode(rows[:count], torch.tensor([count]), torch.tensor([count])).vectors
         return encoded
 
     torch.testing.assert_close(outputs(6)[:4], outputs(4))
 
 
-def test_evaluation_gives_the_output_in_front_of_each_candidate() -> None:
+def test_a_batch_for_evaluation_needs_no_negatives_to_be_scored() -> None:
     model = small(config()).eval()
-    batch = batch_of(negatives=0)
-    loss, output = model(batch)
-    assert loss.item() == 0 and output.rows.tolist() == [2, 5, 11]
-    table = next(model.tables.parameters())
-    expected, _ = model.tower.encode(table[batch.item_ids], batch.lens, batch.lens_host)
-    torch.testing.assert_close(output.outputs, expected[output.rows])
+    scored, trained = model.score(batch_of(negatives=0).inputs), model.score(batch_of().inputs)
+    torch.testing.assert_close(scored.vectors, trained.vectors)
+    assert scored.vectors.shape == (sum(LENS), EMBEDDING_DIM)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_mixture_of_logits_trains_like_a_dot_product(share: bool) -> None:
+    """Every parameter gets a gradient, and a batch without predictions gives zero gradients."""
+    mixture = MixtureOfLogitsConfig(query_vectors=3, item_vectors=2, dim=4, hidden=5)
+    base = config(share=share)
+    assert base.retrieval is not None
+    model = small(replace(base, retrieval=replace(base.retrieval, mixture_of_logits=mixture)))
+    model(batch_of(share=share)).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    model.zero_grad()
+    none = retrieval_batch(
+        random_batch([1, 0], [0, 0]), num_items=NUM_ITEMS, num_negatives=4, shared=share, seed=0, world_size=1
+    )
+    loss = model(none)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
@@ -160,8 +185,8 @@ def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("click",)}, "model.tasks has no effect"),
-        ({"head_hidden": 4}, "model.head_hidden has no effect"),
+        ({"labels": (LabelConfig(name="click"),)}, "model.labels has no effect"),
+        ({"head_hidden": (4,)}, "model.head_hidden has no effect"),
         ({"input": InputConfig(candidate_action="learned")}, "only num_positions and dropout"),
         ({"stages": (StageConfig(num_layers=1, keep_newest=3),)}, "keep_newest must be null"),
         ({"stages": (StageConfig(num_layers=1, local=2, global_rows=1),)}, "stages.global_rows must be 0"),

@@ -1,0 +1,1 @@
+"""Tests of what a ranker predicts of a candidate."""

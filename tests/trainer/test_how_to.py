@@ -1,0 +1,113 @@
+"""CONTRIBUTING's "How to add" a label kind, a head, a metric and a task, followed here with something made up."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipelines.features import DatasetInfo
+from tests.support.batches import random_batch
+from tests.trainer.labels.test_kinds import NUMBERS, info
+from tests.trainer.models.test_retriever import batch_of, config, small
+from trainer import resolve
+from trainer.labels import build
+from trainer.labels.config import LabelConfig
+from trainer.labels.kind import LabelKind
+from trainer.labels.loss import build_ranking_loss
+from trainer.labels.measure import LabelMetrics
+from trainer.models import retriever
+from trainer.models.heads.similarity import Similarity
+from trainer.recipes import load_recipe
+
+
+class Count(LabelKind):
+    """A count, by its Poisson likelihood; its metric is new too."""
+
+    num_outputs = 1
+    metrics = ("largest_error",)
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def targets(self, labels: Any) -> Tensor:
+        return labels.values[self.name]  # type: ignore[no-any-return]
+
+    def start(self) -> Tensor:
+        return torch.tensor([2.0])
+
+    def loss(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
+        losses = F.poisson_nll_loss(outputs_CK[:, 0], targets_C.nan_to_num().float(), reduction="none")
+        return losses * ~targets_C.isnan()
+
+    def predict(self, outputs_CK: Tensor) -> Tensor:
+        return outputs_CK[:, 0].double().exp()
+
+    def evidence(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
+        return torch.stack([self.predict(outputs_CK), targets_C.double()], dim=1)
+
+    def measure(self, evidence: Tensor, weights_C: Tensor, user_ids_C: Tensor) -> dict[str, float]:
+        return {"largest_error": float((evidence[:, 0] - evidence[:, 1]).abs().max())}
+
+
+def build_count(config: LabelConfig, info: DatasetInfo) -> LabelKind:
+    return Count(config.name)
+
+
+def test_a_label_kind_and_its_metric_are_one_module_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(build.BUILD, "count", build_count)
+    kind: Any = "count"
+    loss = build_ranking_loss((LabelConfig(name="click"), LabelConfig(name="dwell", kind=kind)), info())
+    assert loss.num_outputs == 2 and loss.start()[1] == 2.0
+    outputs = torch.zeros(4, 2, requires_grad=True)
+    labels = SimpleNamespace(action=NUMBERS.action, values=NUMBERS.values, loss_denominator=torch.tensor(4.0))
+    loss(outputs, None, SimpleNamespace(labels=labels)).backward()
+    assert outputs.grad is not None and outputs.grad[:, 1].tolist() != [0.0] * 4
+    metrics = LabelMetrics(loss.kinds, torch.device("cpu"))
+    metrics.update(*loss.evidence(outputs.detach(), labels), torch.arange(4))
+    found = metrics.compute()
+    assert found["largest_error/dwell"] == pytest.approx(98.0) and "auc/click" in found
+
+
+class Distance(Similarity):
+    """Minus the squared distance."""
+
+    def queries(self, outputs_PE: Tensor) -> Tensor:
+        return outputs_PE.float()
+
+    def items(self, rows_NE: Tensor) -> Tensor:
+        return rows_NE.float()
+
+    def forward(self, queries: Tensor, items: Tensor) -> Tensor:
+        pairs = items if items.dim() == 3 else items[None]
+        return -(queries[:, None] - pairs).square().sum(2)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_head_is_one_module_and_one_choice(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retriever, "build_similarity", lambda config, *, embedding_dim: Distance())
+    model = small(config(share=share))
+    model(batch_of(share=share)).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_task_is_one_object_and_one_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ranks as usual, but on half of the history: nothing else asks which task a run has."""
+    shop, recipe = info(), load_recipe("kuairand_sample")
+    usual = resolve.make_task(recipe, shop)
+
+    class Renamed:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(usual, name)
+
+        def prepare(self, batch: Any, mesh: Any) -> Any:
+            return ("made up", batch)
+
+    monkeypatch.setattr(resolve, "make_task", lambda config, info: Renamed())
+    resolved = resolve.resolve(recipe, shop)
+    batch, mesh = random_batch([2], [1]), SimpleNamespace()
+    assert resolved.task.prepare(batch, mesh) == ("made up", batch)
+    assert resolved.tables == usual.tables

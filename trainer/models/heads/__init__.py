@@ -1,0 +1,1 @@
+"""Heads: from a tower's outputs to scores, one module a head."""
