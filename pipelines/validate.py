@@ -33,6 +33,9 @@ def check_schema(schema: pa.Schema, file: str, columns: Iterable[Column]) -> Non
         same = found == kind or (_is_list(found) and _is_list(kind) and found.value_type == kind.value_type)
         if not same:
             raise ValueError(f"{file}: column {name} must have the type {_text(kind)}, got {found}")
+    for name in set(LENGTH_COLUMNS) & set(schema.names):
+        if not pa.types.is_integer(schema.field(name).type):
+            raise ValueError(f"{file}: column {name} must hold whole numbers, got {schema.field(name).type}")
     for column in columns:
         found = schema.field(column.stored).type
         check_column(found, column, listed=column.part != "sample", where=f"{file}: column {column.stored}")

@@ -23,8 +23,6 @@ from pipelines.prepare.state import STATE, read_state
 
 logger = logging.getLogger(__name__)
 
-FIRST_PART = "."
-"""The part whose files lie in the split itself."""
 SPLITS = ("train", "eval")
 
 
@@ -45,7 +43,7 @@ def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -
             f"--extend {folder} keeps no state to go on from: prepare it with event_log, without --no-state"
         )
     chosen = SampleOptions(**{**info.details["options"], "split_time": None, **options})
-    parts = info.parts or (FIRST_PART,)
+    parts = info.parts
     part = f"part={len(parts):05d}"
     for split in SPLITS:
         if (folder / split / part).exists():

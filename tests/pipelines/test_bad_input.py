@@ -182,6 +182,13 @@ def test_wrong_length_column(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="row 2: history_length says"):
         read_all(write(tmp_path / "d", rows, change))
 
+    def as_text(table: pa.Table) -> pa.Table:
+        changed = change(table)
+        return changed.set_column(changed.column_names.index("history_length"), "history_length", [["9"] * 5])
+
+    with pytest.raises(ValueError, match="column history_length must hold whole numbers, got string"):
+        read_all(write(tmp_path / "text", rows, as_text))
+
 
 def test_truncated_parquet(tmp_path: Path) -> None:
     path = write(tmp_path / "d", made_up_rows(50))

@@ -129,7 +129,9 @@ def test_days_one_after_another(tmp_path: Path) -> None:
         info = read_dataset_info(str(out))
         assert info.parts == (".", *(f"part={number:05d}" for number in range(1, day + 1)))
         assert info.details["deliveries"][part]["statistics"]["events"] == len(rows)
-        assert read_back(out) == sum(split.samples for split in info.splits.values())
+        # All parts are trained on, the newest is for evaluation.
+        assert read_back(out) == info.splits["train"].samples + len(rows_in(out, "eval", part))
+        assert info.splits["eval"].samples == sum(len(rows_in(out, "eval", each)) for each in info.parts)
         check_same_ids(digests, info, data="grown", other="earlier")
         names = [path.name for path in out.iterdir()]
         assert not [name for name in names if name.startswith(".")]
