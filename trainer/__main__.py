@@ -1,7 +1,7 @@
 """The trainer's command line.
 
     python -m trainer recipes
-    python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--set key=value ...]
+    python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--init-from DIR] [--set key=value ...]
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
@@ -58,15 +58,28 @@ def train(
         int | None,
         typer.Option(metavar="N", help="Go back to the checkpoint of step N; later ones no longer count."),
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR", help="Begin with what this run has learnt: rows of tables by key, and the rest."
+        ),
+    ] = None,
+    init_parts: Annotated[
+        str, typer.Option(metavar="PARTS", help="What to take from it, separated by commas.")
+    ] = "tables,dense,optimizers",
     set_: Overrides = None,
 ) -> None:
     """Train a recipe, or go on with it if the run directory holds a checkpoint."""
     STOP.listen()
     config = _resolve(recipe, set_)
     # torch takes seconds to import; a wrong recipe or key is answered before.
-    from trainer.job import train_job
+    from trainer.job import Start, train_job
 
-    train_job(config, run_dir or Path("runs", recipe), plan, from_step)
+    train_job(
+        config,
+        run_dir or Path("runs", recipe),
+        Start(plan_file=plan, from_step=from_step, init_from=init_from, init_parts=tuple(init_parts.split(","))),
+    )
     STOP.ignore()
 
 

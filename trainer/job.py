@@ -6,7 +6,7 @@ Each checks everything it can before it changes anything on disk.
 import logging
 import math
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -42,12 +42,27 @@ from trainer.resolve import Resolved, resolve
 from trainer.run_dir import CHANGEABLE, RunDir, locked
 from trainer.run_log import logged
 from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
+from trainer.warm_start import INIT_PARTS, WarmStart
 from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None, from_step: int | None) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """How a training job begins, besides what its configuration says."""
+
+    plan_file: Path | None = None
+    """A sharding plan; None makes one."""
+    from_step: int | None = None
+    """Go back to the checkpoint of this step; None goes on from the newest."""
+    init_from: Path | None = None
+    """A run to begin with, where there is no checkpoint yet; None begins with initial values."""
+    init_parts: tuple[str, ...] = INIT_PARTS
+    """What is taken from it."""
+
+
+def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     """Train `config` in `run_dir`, going on from its newest complete checkpoint if it has one, or that of a step."""
     check_packages()
     if config.deterministic:
@@ -57,10 +72,11 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None, from_s
     resolved = resolve(config, dataset_info(config.data))
     check_same_ids(run.saved_vocabularies(), resolved.info, data=config.data.path, other=f"the run of {run.path}")
     check_settings(resolved, mesh)
-    plan = make_plan(resolved, machine_of(mesh), plan_file)
+    plan = make_plan(resolved, machine_of(mesh), start.plan_file)
     catalogue = Catalogue(open_store(str(run.checkpoints)))
-    newest = catalogue.newest() if from_step is None else catalogue.back_to(from_step)
+    newest = catalogue.newest() if start.from_step is None else catalogue.back_to(start.from_step)
     check_versions(newest, config)
+    warm = warm_start(start, resolved, newest)
     progress = newest.progress
     loader = training_loader(resolved, mesh, progress)
     settled = _settle(resolved, loader, progress)
@@ -76,6 +92,8 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None, from_s
             closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint, phase=watchdog.phase))
         )
         restart = checkpointer.restore(newest)
+        if warm is not None:
+            warm.load(model.tensors(), dist.new_group(backend="gloo"))
         if restart.progress != progress:
             # The newest checkpoint turned out to be damaged.
             progress = restart.progress
@@ -84,8 +102,8 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None, from_s
         if mesh.is_first:
             run.save_config(to_dict(config), vocabularies(resolved.info))
             write_plan(run.plan_file, plan)
-        announce(resolved, plan, model, mesh)
         total_samples = _total_samples(config, loader)
+        announce(resolved, plan, model, mesh)
         announce_resumption(progress, total_samples)
         # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
         remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
@@ -103,8 +121,18 @@ def train_job(config: TrainConfig, run_dir: Path, plan_file: Path | None, from_s
                 evaluator=Evaluator(resolved, model, run, mesh, loader=loader, recorder=recorder),
                 evaluated=restart.evaluated,
             )
-        logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
-        logger.info("next: python -m trainer evaluate %s\n      tensorboard --logdir %s", run.path, run.tensorboard)
+        announce_end(run, progress)
+
+
+def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | None:
+    """What another run offers, where one was named and this run has no checkpoint of its own yet."""
+    if start.init_from is None:
+        return None
+    warm = WarmStart(start.init_from, resolved.config.data.path, resolved.info, start.init_parts)
+    if newest.checkpoint is not None:
+        logger.info("--init-from %s: the run has a checkpoint of its own and goes on from that", start.init_from)
+        return None
+    return warm
 
 
 def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
@@ -225,6 +253,12 @@ def announce(resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -
     logger.info("data %s (%s)", resolved.config.data.path, resolved.info.name)
     logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.dense.parameters()):,}")
     logger.info("%s", plan_report(plan))
+
+
+def announce_end(run: RunDir, progress: Progress) -> None:
+    """Log what was done and what may come next."""
+    logger.info("done after %d steps and %d samples: %s", progress.step, progress.samples, run.path)
+    logger.info("next: python -m trainer evaluate %s\n      tensorboard --logdir %s", run.path, run.tensorboard)
 
 
 def announce_resumption(progress: Progress, total_samples: int | None) -> None:

@@ -80,10 +80,15 @@ def kill_job(process: subprocess.Popen[str]) -> None:
 
 
 def train(
-    run_dir: Path, ranks: int, *overrides: str, plan: Path | None = None, recipe: str = "kuairand_sample"
+    run_dir: Path,
+    ranks: int,
+    *overrides: str,
+    plan: Path | None = None,
+    recipe: str = "kuairand_sample",
+    options: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """Run the job to its end; returns the lines of metrics.jsonl."""
-    process = start_training(run_dir, ranks, *overrides, plan=plan, recipe=recipe)
+    process = start_training(run_dir, ranks, *overrides, plan=plan, recipe=recipe, options=options)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output[-6000:]
     return read_lines(run_dir / "metrics.jsonl")

@@ -145,11 +145,13 @@ def _rows(file: str, start: int, dtype: str, stored: Region, part: Region, live:
 def _grouped(reads: list[_Read]) -> Iterator[list[_Read]]:
     """Neighbours in a file together, as many as make `GROUP_BYTES`."""
     group: list[_Read] = []
+    num_bytes = 0
     for read in reads:
-        if group and (group[0].file != read.file or sum(other.num_bytes for other in group) >= GROUP_BYTES):
+        if group and (group[0].file != read.file or num_bytes >= GROUP_BYTES):
             yield group
-            group = []
+            group, num_bytes = [], 0
         group.append(read)
+        num_bytes += read.num_bytes
     if group:
         yield group
 
