@@ -1,6 +1,7 @@
 """The launcher's command line.  Needs torchx and typer, not torch.
 
     python -m launch submit RECIPE --scheduler NAME --nodes N --procs-per-node P [--dry-run] [--run-dir DIR] [--set ...]
+    python -m launch sweep RECIPE --set KEY=V1,V2 ...      (and the options of submit)
     python -m launch status|logs|cancel HANDLE
     python -m launch list|doctor --scheduler NAME
 
@@ -13,6 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,7 @@ from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.local import Local
 from launch.schedulers.protocol import JobStatus, Scheduler
 from launch.submit import check, connected
+from launch.sweep import runs_of
 from trainer.command_line import FAILED, STOPPED, WrongUse, run_command, show_findings
 from trainer.recipes import load_recipe
 from trainer.run_dir import RunDir
@@ -72,6 +75,39 @@ def submit_(
             print(record.handle)
             raise typer.Exit(status)
         print(connection.submit(request, options).handle)
+
+
+@app.command()
+@takes_request
+def sweep(
+    request: Request,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job; send and write nothing.")] = False,
+) -> None:
+    """Train a recipe with every combination of values, as --set model.dim=256,512 seed=0..4, each in a run directory
+    of its own below --run-dir (default: runs/RECIPE-sweep).  On slurm the runs are one job array."""
+    with _wrong_use(), connected(request.scheduler) as connection:
+        scheduler = connection.scheduler
+        if isinstance(scheduler, Local):
+            raise ValueError("a sweep of local jobs would run one after the other: submit each run by itself")
+        requests = []
+        for run in runs_of(request):
+            config = apply_overrides(load_recipe(run.recipe), run.overrides)
+            requests.append(with_absolute_data(run, config, in_container=scheduler.needs_image))
+            options = check(scheduler, requests[-1])
+            if not scheduler.needs_image:
+                RunDir(run.absolute_run_dir).check_same_run(to_dict(config))
+        # A folder of their own, which holds the code of all.
+        base = replace(request, run_dir=requests[0].absolute_run_dir.parent, overrides=[])
+        if dry_run:
+            print(connection.dry_run_of_sweep(requests, base, options))
+            return
+    with connected(request.scheduler) as connection:
+        if connection.scheduler.has_arrays:
+            sent = connection.sweep(requests, base, options)
+        else:
+            sent = [connection.submit(run, options) for run in requests]
+        for record in sent:
+            print(f"{record.handle}  {record.run_dir}")
 
 
 @app.command()

@@ -53,8 +53,10 @@ class Allocation:
 
     job_id: str
     """Slurm's number."""
+    code_dir: Path
+    """Where the code lies, and the batch script."""
     job_dir: Path
-    """Where the code lies and the output goes; its name is the submission's."""
+    """Where the output goes; its name is the submission's."""
     run_dir: Path
     """The run directory."""
     nodes: int
@@ -185,7 +187,7 @@ class Allocation:
         # Since Slurm 22.05 srun does not take over sbatch's cores a task: every process would share one core.
         options += [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []
         options += ["--wait=0", "--mpi=none", *more]
-        return ["srun", *options, "/bin/sh", "-c", _ENTER, "sh", str(self.job_dir), *command]
+        return ["srun", *options, "/bin/sh", "-c", _ENTER, "sh", str(self.code_dir), *command]
 
     def _warning_time(self, started: float) -> float | None:
         """When the run, `started` at that time, must be told to stop; None without a time limit."""
@@ -216,10 +218,12 @@ class Allocation:
     def _chain(self, reason: str, options: Sequence[str] = ()) -> int:
         """Leave the run to another job, which starts when this one has ended; its options go before the script's."""
         depends = f"--dependency=afternotok:{self.job_id}"
-        sbatch = slurm_queue.run(["sbatch", "--parsable", depends, *options, str(self.job_dir / SCRIPT)])
+        index = os.environ.get("SLURM_ARRAY_TASK_ID")
+        member = [f"--array={index}"] if index else []
+        sbatch = slurm_queue.run(["sbatch", "--parsable", depends, *member, *options, str(self.code_dir / SCRIPT)])
         if sbatch.returncode != 0:
             return self._say(FAILED, f": {reason}; Slurm has no other nodes for it: {' '.join(sbatch.stderr.split())}")
-        successor = sbatch.stdout.strip().split(";")[0]
+        successor = sbatch.stdout.strip().split(";")[0] + (f"_{index}" if index else "")
         record = find_in(self.job_dir)
         if record is not None:
             save_in(self.job_dir, replace(record, handle=f"{record.handle.rpartition('/')[0]}/{successor}"))
@@ -303,6 +307,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parse the arguments of the batch script and run; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launch.allocation", description="Run a job within an allocation.")
     parser.add_argument("--run-dir", type=Path, required=True, help="the run directory")
+    parser.add_argument("--job-dir", type=Path, required=True, help="where the output goes")
     parser.add_argument("--max-retries", type=int, required=True, help="failures in a row without a new checkpoint")
     parser.add_argument("--max-restarts", type=int, required=True, help="starts within the allocation")
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
@@ -315,7 +320,8 @@ def main(arguments: Sequence[str]) -> int:
     signals.hold()
     return Allocation(
         job_id=os.environ["SLURM_JOB_ID"],
-        job_dir=Path.cwd(),
+        code_dir=Path.cwd(),
+        job_dir=given.job_dir,
         run_dir=given.run_dir,
         nodes=given.nodes,
         cpus_per_task=given.cpus_per_task,

@@ -4,7 +4,7 @@ The worker command is a module and a list of arguments, never a shell string: `l
 the first node and starts the trainer's processes.
 """
 
-import json
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from torchx.specs import AppDef, BindMount, Role, VolumeMount, macros
@@ -24,6 +24,15 @@ def train(request: Request) -> AppDef:
     Raises:
         ValueError: the machine is unknown or too small, an override or a mount is malformed.
     """
+    return AppDef(name=request.job_name, roles=[_role(request)])
+
+
+def sweep(requests: Sequence[Request], name: str) -> AppDef:
+    """Runs that start apart from one another: a role each, alike but for their arguments."""
+    return AppDef(name=name, roles=[_role(request) for request in requests])
+
+
+def _role(request: Request) -> Role:
     trainer = ["-m", "trainer", "train", request.recipe, "--run-dir", str(request.absolute_run_dir)]
     if request.plan is not None:
         trainer += ["--plan", str(Path.cwd() / request.plan)]
@@ -31,7 +40,8 @@ def train(request: Request) -> AppDef:
         trainer += ["--set", override]
     node = ["-m", "launch.node", "--nodes", str(request.nodes), "--procs-per-node", str(request.procs_per_node)]
     node += ["--node-rank", macros.replica_id, "--first-node-variable", macros.rank0_env]
-    role = Role(
+    data = apply_overrides(load_recipe(request.recipe), request.overrides).data
+    return Role(
         name=ROLE,
         image=request.image or "",
         entrypoint=request.interpreter,
@@ -41,16 +51,14 @@ def train(request: Request) -> AppDef:
         resource=_machine(request).resource(),
         max_retries=request.max_retries,
         mounts=mounts_of(request),
+        metadata={
+            "run_dir": str(request.absolute_run_dir),
+            "procs_per_node": request.procs_per_node,
+            "max_restarts": request.max_restarts,
+            # What nodes read from a file system, for checks before the run.
+            "data": [path for path in (data.path, *data.mix_paths) if is_folder(path)],
+        },
     )
-    data = apply_overrides(load_recipe(request.recipe), request.overrides).data
-    metadata = {
-        "run_dir": str(request.absolute_run_dir),
-        "procs_per_node": str(request.procs_per_node),
-        "max_restarts": str(request.max_restarts),
-        # What nodes read from a file system, for checks before the run.
-        "data": json.dumps([path for path in (data.path, *data.mix_paths) if is_folder(path)]),
-    }
-    return AppDef(name=request.job_name, roles=[role], metadata=metadata)
 
 
 def _machine(request: Request) -> Machine:

@@ -78,7 +78,7 @@ class Request:
     def job_name(self) -> str:
         """Recipe and run, in the characters that every scheduler takes (Kubernetes is the strictest)."""
         run = self.absolute_run_dir.name
-        words = self.recipe if run == self.recipe else f"{self.recipe}-{run}"
+        words = run if run.startswith(self.recipe) else f"{self.recipe}-{run}"
         return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:40].strip("-")
 
 

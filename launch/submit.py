@@ -5,13 +5,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torchx.runner import Runner
-from torchx.specs import CfgVal
+from torchx.specs import AppDef, CfgVal
 from torchx.specs.api import AppDryRunInfo
 
 from launch import component, records
@@ -42,32 +42,54 @@ class Connection:
         """
         return self.runner.dryrun(component.train(request), request.scheduler, cfg=options)
 
+    def dry_run_of_sweep(
+        self, requests: Sequence[Request], base: Request, options: dict[str, CfgVal]
+    ) -> AppDryRunInfo[Any]:
+        """The same of many runs; of a scheduler without arrays, of the first."""
+        if not self.scheduler.has_arrays:
+            return self.dry_run(requests[0], options)
+        options = options | {"job_dir": str(self.scheduler.job_dir(base, "DRY-RUN"))}
+        return self.runner.dryrun(component.sweep(requests, base.job_name), base.scheduler, cfg=options)
+
     def submit(self, request: Request, options: dict[str, CfgVal]) -> records.JobRecord:
         """Send the job, with a copy of the code where it does not run in this checkout."""
+        (record,) = self._send([request], component.train(request), request, options)
+        return record
+
+    def sweep(self, requests: Sequence[Request], base: Request, options: dict[str, CfgVal]) -> list[records.JobRecord]:
+        """Send many runs at once, with one copy of the code in the directory of all, `base`'s."""
+        return self._send(requests, component.sweep(requests, base.job_name), base, options)
+
+    def _send(
+        self, requests: Sequence[Request], app: AppDef, base: Request, options: dict[str, CfgVal]
+    ) -> list[records.JobRecord]:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-        job_dir = self.scheduler.job_dir(request, name)
+        code_dir = self.scheduler.job_dir(base, name)
         workspace = None
-        if request.scheduler != "local_cwd":
+        if base.scheduler != "local_cwd":
             logger.info("copying the code with the job: %.1f MiB", check_workspace(ROOT))
             workspace = f"file://{ROOT}"
-        if job_dir is not None:
-            job_dir.parent.mkdir(parents=True, exist_ok=True)
-            options = options | {"job_dir": str(job_dir)}
+        if code_dir is not None:
+            code_dir.parent.mkdir(parents=True, exist_ok=True)
+            options = options | {"job_dir": str(code_dir)}
         started = time.time()
-        info = self.runner.dryrun(component.train(request), request.scheduler, cfg=options, workspace=workspace)
-        handle: str = self.runner.schedule(info)
-        if job_dir is not None:
-            job_dir.mkdir(exist_ok=True)
-        record = records.JobRecord(
-            handle=handle,
-            recipe=request.recipe,
-            run_dir=str(request.absolute_run_dir),
-            job_dir=str(job_dir or ""),
-            pid=os.getpid(),
-            time=started,
-        )
-        records.save(record)
-        return record
+        handle: str = self.runner.schedule(self.runner.dryrun(app, base.scheduler, cfg=options, workspace=workspace))
+        sent = []
+        for number, request in enumerate(requests):
+            job_dir = self.scheduler.job_dir(request, name)
+            if job_dir is not None:
+                job_dir.mkdir(parents=True, exist_ok=True)
+            record = records.JobRecord(
+                handle=handle if len(requests) == 1 else f"{handle}_{number}",
+                recipe=request.recipe,
+                run_dir=str(request.absolute_run_dir),
+                job_dir=str(job_dir or ""),
+                pid=os.getpid(),
+                time=started,
+            )
+            records.save(record)
+            sent.append(record)
+        return sent
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class Docker(DockerScheduler):
     """Containers of one Docker engine, on a network of their own."""
 
     needs_image: ClassVar[bool] = True
+    has_arrays: ClassVar[bool] = False
     without_effect: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, session_name: str) -> None:

@@ -66,6 +66,7 @@ class Kubernetes(DockerWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
     """Kubernetes with JobSet or Volcano."""
 
     needs_image: ClassVar[bool] = True
+    has_arrays: ClassVar[bool] = False
     without_effect: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, session_name: str) -> None:

@@ -48,6 +48,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
     """This machine; a node of a job is a process here."""
 
     needs_image: ClassVar[bool] = False
+    has_arrays: ClassVar[bool] = False
     without_effect: ClassVar[tuple[str, ...]] = ("image", "mounts", "machine", "max_retries")
 
     def __init__(self, session_name: str) -> None:

@@ -53,6 +53,8 @@ class Scheduler(Protocol):
     """Its name on the command line."""
     needs_image: ClassVar[bool]
     """Whether its jobs run in containers, with paths of their own."""
+    has_arrays: ClassVar[bool]
+    """Whether one request may hold many runs that start apart from one another."""
     without_effect: ClassVar[tuple[str, ...]]
     """Fields of a request that mean nothing to it, and are refused."""
 

@@ -5,19 +5,18 @@ and which is N entries in the queue.  Ours is what a Slurm user would write by h
 and at its end, is in `launch.allocation`.
 """
 
-import json
 import logging
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppResponse, Scheduler
-from torchx.specs import AppDef, AppState, CfgVal, macros, runopts
+from torchx.specs import AppDef, AppState, CfgVal, Role, macros, runopts
 from torchx.workspace.dir_workspace import DirWorkspaceMixin
 
 from launch import records
@@ -50,6 +49,9 @@ OURS = {
 BATCH_OUTPUT = "job.out"
 """What the job's batch script says, in the job's folder."""
 
+ARRAY_OUTPUT = "job-{}.out"
+"""The same of a job array's member, in the folder of the array's code."""
+
 NODE_OUTPUT = "node-{}.out"
 """What a node's processes say, in the job's folder."""
 
@@ -66,8 +68,10 @@ class SlurmRequest:
     """Of sbatch; an empty value is an option without one."""
     environment: dict[str, str]
     """Variables besides those of the submitting shell."""
-    command: tuple[str, ...]
-    """What the batch script becomes."""
+    commands: tuple[tuple[str, ...], ...]
+    """What the batch script becomes: one, or of a job array each member's."""
+    job_dirs: tuple[str, ...]
+    """Where the output of each goes; one job's is `job_dir`."""
 
     def script(self) -> str:
         """The file that sbatch reads: sending it again by hand does the same."""
@@ -75,8 +79,13 @@ class SlurmRequest:
             f"#SBATCH --{key}" + (f"={shlex.quote(value)}" if value else "") for key, value in self.options.items()
         ]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        lines += [f"cd {shlex.quote(self.job_dir)} || exit 1", f"exec {shlex.join(self.command)}", ""]
-        return "\n".join(["#!/bin/bash", *lines])
+        lines += [f"cd {shlex.quote(self.job_dir)} || exit 1"]
+        if len(self.commands) == 1:
+            lines += [f"exec {shlex.join(self.commands[0])}"]
+        else:
+            members = [f"{i}) exec {shlex.join(command)} ;;" for i, command in enumerate(self.commands)]
+            lines += ['case "$SLURM_ARRAY_TASK_ID" in', *members, "esac"]
+        return "\n".join(["#!/bin/bash", *lines, ""])
 
     def __str__(self) -> str:
         return f"sbatch {shlex.quote(f'{self.job_dir}/{SCRIPT}')}\n\n{self.script()}"
@@ -86,6 +95,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
     """Slurm of any version from 22.05 on, with or without accounting."""
 
     needs_image: ClassVar[bool] = False
+    has_arrays: ClassVar[bool] = True
     without_effect: ClassVar[tuple[str, ...]] = ("image", "mounts")
 
     def __init__(self, session_name: str) -> None:
@@ -107,37 +117,24 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         return request.absolute_run_dir / "jobs" / name
 
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[SlurmRequest]:
-        (role,) = app.roles
-        # One command for all nodes: each reads its number, and `launch.allocation` says who the first one is.
-        values = macros.Values(
-            img_root="", app_id="SLURM_JOB_ID", replica_id="SLURM_NODEID", rank0_env="TORCHX_RANK0_HOST"
-        )
-        node = values.apply(role)
+        role, job_dir = app.roles[0], str(cfg["job_dir"])
         given = {key: str(value) for key, value in cfg.items() if key != "job_dir"}
-        resource, job_dir = role.resource, str(cfg["job_dir"])
-        options = {"job-name": app.name, "nodes": str(role.num_replicas), "ntasks-per-node": "1"}
-        if resource.memMB > 0:
-            # A named machine type: the whole machine.
-            options |= {"exclusive": "", "mem": str(resource.memMB)}
-        if resource.gpu > 0:
-            options["gpus-per-node"] = str(resource.gpu)
-        options |= {"cpus-per-task": str(resource.cpu), "requeue": ""}
-        # What a site wants said otherwise takes the place of what we would say.
-        for ours, others in _INSTEAD.items():
-            if any(other in given for other in others):
-                options.pop(ours, None)
+        options = _options_of(app.name, role, given)
         options |= {"chdir": job_dir, "output": BATCH_OUTPUT, "open-mode": "append"} | given
-        own = ["-m", "launch.allocation", "--run-dir", app.metadata["run_dir"], "--max-retries", str(role.max_retries)]
-        own += ["--max-restarts", app.metadata["max_restarts"], "--nodes", str(role.num_replicas)]
-        own += ["--cpus-per-task", options.get("cpus-per-task", "0")]
-        own += ["--procs-per-node", app.metadata["procs_per_node"]]
-        own += [word for path in json.loads(app.metadata["data"]) for word in ("--data", path)]
+        job_dirs = [job_dir]
+        if len(app.roles) > 1:
+            options |= {"array": f"0-{len(app.roles) - 1}", "output": ARRAY_OUTPUT.format("%a")}
+            job_dirs = [f"{member.metadata['run_dir']}/jobs/{Path(job_dir).name}" for member in app.roles]
         request = SlurmRequest(
             job_dir=job_dir,
             options=options,
             # TorchX's name of the job is not known before it has a number.
-            environment={key: value for key, value in node.env.items() if key != "TORCHX_JOB_ID"},
-            command=(node.entrypoint, *own, "--", node.entrypoint, *node.args),
+            environment={key: value for key, value in role.env.items() if key != "TORCHX_JOB_ID"},
+            commands=tuple(
+                _command(member, folder, options.get("cpus-per-task", "0"))
+                for member, folder in zip(app.roles, job_dirs, strict=True)
+            ),
+            job_dirs=tuple(job_dirs),
         )
         return AppDryRunInfo(request, str)
 
@@ -151,12 +148,16 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         script = Path(request.job_dir, SCRIPT)
         try:
             script.write_text(request.script())
+            for number, folder in enumerate(request.job_dirs if len(request.job_dirs) > 1 else ()):
+                Path(folder).mkdir(parents=True)
+                Path(folder, BATCH_OUTPUT).symlink_to(Path(request.job_dir, ARRAY_OUTPUT.format(number)))
             sbatch = slurm_queue.run(["sbatch", "--parsable", str(script)])
             if sbatch.returncode != 0:
                 raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
         except Exception:
             # The copy of the code too.
-            shutil.rmtree(request.job_dir, ignore_errors=True)
+            for folder in (request.job_dir, *request.job_dirs):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         return sbatch.stdout.strip().split(";")[0]
 
@@ -223,6 +224,35 @@ _INSTEAD = {
     "exclusive": ("oversubscribe",),
 }
 """An option of ours -> options of a site that take its place."""
+
+
+def _options_of(name: str, role: Role, given: Mapping[str, str]) -> dict[str, str]:
+    """What a job asks for by itself."""
+    resource = role.resource
+    options = {"job-name": name, "nodes": str(role.num_replicas), "ntasks-per-node": "1"}
+    if resource.memMB > 0:
+        # A named machine type: the whole machine.
+        options |= {"exclusive": "", "mem": str(resource.memMB)}
+    if resource.gpu > 0:
+        options["gpus-per-node"] = str(resource.gpu)
+    options |= {"cpus-per-task": str(resource.cpu), "requeue": ""}
+    # What a site wants said otherwise takes the place of what we would say.
+    for ours, others in _INSTEAD.items():
+        if any(other in given for other in others):
+            options.pop(ours, None)
+    return options
+
+
+def _command(role: Role, job_dir: str, cpus_per_task: str) -> tuple[str, ...]:
+    """What happens within an allocation, and what of it on every node."""
+    # One command for all nodes: each reads its number, and `launch.allocation` says who the first one is.
+    values = macros.Values(img_root="", app_id="SLURM_JOB_ID", replica_id="SLURM_NODEID", rank0_env="TORCHX_RANK0_HOST")
+    node, about = values.apply(role), role.metadata
+    own = ["-m", "launch.allocation", "--run-dir", about["run_dir"], "--job-dir", job_dir]
+    own += ["--max-retries", str(role.max_retries), "--max-restarts", str(about["max_restarts"])]
+    own += ["--nodes", str(role.num_replicas), "--procs-per-node", str(about["procs_per_node"])]
+    own += ["--cpus-per-task", cpus_per_task, *(word for path in about["data"] for word in ("--data", path))]
+    return (node.entrypoint, *own, "--", node.entrypoint, *node.args)
 
 
 def _sbatch_option(key: str, value: str) -> dict[str, CfgVal]:

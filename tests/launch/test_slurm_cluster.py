@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from torchx.specs import AppDef, AppState
+from torchx.specs import AppState, Role
 
 from launch import attempts, component, logs, records
 from launch.progress import newest_checkpoint
@@ -24,6 +25,7 @@ from launch.resources import MACHINES
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm, SlurmRequest
 from launch.submit import check, connected
+from launch.sweep import runs_of
 from launch.workspace import ROOT
 from tests.support.slurm import UNSHARED, Cluster, missing_programs, slurm_cluster
 from tests.support.small_data import small_dataset
@@ -48,6 +50,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setenv("SLURM_CONF", running.environment["SLURM_CONF"])
         patch.setattr(records, "FILE", running.folder / "jobs.jsonl")
         yield running
+
+
+@pytest.fixture(scope="module")
+def robbed(cluster: Cluster) -> JobRecord:
+    """A job whose second node goes down; the first of all jobs, so that it takes no other one's node."""
+    record = _count(cluster.folder / "robbed", "60", "5")
+    _until_counting(record)
+    node = ["scontrol", "update", "nodename=longview-n2"]
+    assert slurm_queue.run([*node, "state=down", "reason=test"]).returncode == 0
+    _until(lambda: "running" not in str(Slurm("test").status(_job_id(record), record)).lower(), record)
+    # It may have come back by itself.
+    slurm_queue.run([*node, "state=resume"])
+    return record
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +92,7 @@ def test_every_machine_type_is_understood(cluster: Cluster, name: str, tmp_path:
     assert any(words in sbatch.stderr for words in wanted.split("|")), sbatch.stderr
 
 
-def test_nodes_find_each_other(limited: JobRecord, chained: JobRecord, tmp_path: Path) -> None:
+def test_nodes_find_each_other(robbed: JobRecord, limited: JobRecord, chained: JobRecord, tmp_path: Path) -> None:
     record = _send(_request(tmp_path), ["-m", "tests.launch.tiny_job", str(tmp_path)])
     _expect(record, AppState.SUCCEEDED)
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
@@ -118,6 +133,24 @@ def test_a_failure_after_progress_costs_no_retry(cluster: Cluster, tmp_path: Pat
     assert ends[0][1] >= 6
 
 
+def test_a_sweep_is_one_array_of_runs_with_a_directory_each(cluster: Cluster, tmp_path: Path) -> None:
+    base = _request(tmp_path / "sweep", nodes=1, overrides=["seed=0..1", "max_steps=4"])
+    runs = runs_of(base)
+    with (
+        _running(lambda asked: ["-m", "tests.launch.counting_job", str(asked.run_dir), "4", "2", "0", "3"]),
+        connected("slurm") as connection,
+    ):
+        sent = connection.sweep(runs, base, check(connection.scheduler, runs[0]))
+    assert [Path(record.run_dir).name for record in sent] == ["seed=0", "seed=1"]
+    assert len({record.handle.rpartition("_")[0] for record in sent}) == 1
+    for record in sent:
+        _expect(record, AppState.SUCCEEDED)
+        assert _counted(Path(record.run_dir)) == [1, 2, 3, 4]
+        # Each failed once and was started again by itself.
+        assert [attempt.ended for attempt in attempts.read(Path(record.run_dir))] == ["failed", "done"]
+        assert "the job ends with status 0" in _batch_output(record)
+
+
 def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     record = _count(tmp_path, "100000")
     _until_counting(record)
@@ -151,6 +184,12 @@ def test_a_node_that_is_not_fit_is_named_and_nothing_starts(cluster: Cluster, tm
     assert [attempt.ended for attempt in attempts.read(run_dir)] == ["unfit"]
 
 
+def test_a_node_that_goes_down_costs_no_retry(robbed: JobRecord) -> None:
+    _expect(robbed, AppState.SUCCEEDED)
+    assert _counted(Path(robbed.run_dir)) == list(range(1, 61))
+    assert "failed" not in [attempt.ended for attempt in attempts.read(Path(robbed.run_dir))]
+
+
 def test_where_requeueing_is_forbidden_a_successor_goes_on(chained: JobRecord) -> None:
     _expect(chained, AppState.SUCCEEDED)
     assert [attempt.ended for attempt in attempts.read(Path(chained.run_dir))] == ["stopped", "done"]
@@ -180,24 +219,30 @@ def _count(run_dir: Path, *arguments: str, **changes: object) -> JobRecord:
 def _send(request: Request, command: list[str], interpreter: str | None = None) -> JobRecord:
     """Submit a job that runs `command` on every process instead of the trainer; the nodes' interpreter may be another
     than the batch script's."""
-    real = component.train
-
-    def train(asked: Request) -> AppDef:
-        app = real(asked)
-        (role,) = app.roles
-        role.args = [*role.args[: role.args.index("--")], "--", *command]
-        # The job's copy of the code leaves the tests out.
-        role.env["PYTHONPATH"] = str(ROOT)
-        return app
-
-    with pytest.MonkeyPatch.context() as patch, connected("slurm") as connection:
-        patch.setattr(component, "train", train)
+    with _running(lambda asked: command) as patch, connected("slurm") as connection:
         if interpreter is not None:
             script = SlurmRequest.script
             patch.setattr(
                 SlurmRequest, "script", lambda self: script(self).replace(f" -- {sys.executable}", f" -- {interpreter}")
             )
         return connection.submit(request, check(connection.scheduler, request))
+
+
+@contextmanager
+def _running(command: Callable[[Request], list[str]]) -> Iterator[pytest.MonkeyPatch]:
+    """Let jobs run another command than the trainer's for the duration of the block."""
+    real = component._role
+
+    def role_of(asked: Request) -> Role:
+        role = real(asked)
+        role.args = [*role.args[: role.args.index("--")], "--", *command(asked)]
+        # The job's copy of the code leaves the tests out.
+        role.env["PYTHONPATH"] = str(ROOT)
+        return role
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(component, "_role", role_of)
+        yield patch
 
 
 def _job_id(record: JobRecord) -> str:
@@ -221,8 +266,12 @@ def _expect(record: JobRecord, state: AppState) -> None:
 
 
 def _until_counting(record: JobRecord) -> None:
+    _until(RunDir(Path(record.run_dir)).metrics_file.exists, record)
+
+
+def _until(true: Callable[[], bool], record: JobRecord) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while not RunDir(Path(record.run_dir)).metrics_file.exists():
+    while not true():
         assert time.monotonic() < deadline, _batch_output(record)
         signal.sigtimedwait([], 0.1)
 
