@@ -31,7 +31,7 @@ from launch.request import Request, takes_request
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.local import Local
 from launch.schedulers.protocol import JobStatus, Scheduler
-from launch.submit import check, connected
+from launch.submit import SESSION, check, connected
 from launch.sweep import runs_of
 from trainer.command_line import FAILED, STOPPED, WrongUse, run_command, show_findings
 from trainer.recipes import load_recipe
@@ -113,8 +113,8 @@ def sweep(
 @app.command()
 def status(handle: Handle) -> None:
     """Print a job's state, why, where and how far it is; exit status 1 if it failed or was cancelled."""
-    record = records.find(handle)
     with _scheduler_of(handle) as scheduler:
+        record = _record(scheduler, handle)
         found = _found(scheduler, handle, record)
     print(found.state.name)
     for name, value in (("reason", found.reason), ("nodes", found.nodes), ("time left", found.time_left)):
@@ -142,8 +142,8 @@ def logs(
     """Print a job's log: of the rank that failed first, or rank 0's if none did."""
     if (rank is not None) + (node is not None) + every > 1:
         raise WrongUse("--rank, --node and --all name different logs: give one")
-    record = records.find(handle)
     with _scheduler_of(handle) as scheduler:
+        record = _record(scheduler, handle)
         if node is not None or record is None:
             for line in scheduler.output(_app_id(handle), record, node or 0):
                 print(line, end="")
@@ -166,8 +166,8 @@ def logs(
 @app.command()
 def cancel(handle: Handle) -> None:
     """End a job.  It saves its state first; submitting again resumes it."""
-    record = records.find(handle)
     with _scheduler_of(handle) as scheduler:
+        record = _record(scheduler, handle)
         scheduler.cancel_job(_app_id(record.handle if record else handle), record)
 
 
@@ -176,7 +176,7 @@ def list_(scheduler: SchedulerName) -> None:
     """List our jobs, one a line: handle, state, recipe and run.  Local ones are those submitted from this checkout."""
     with _wrong_use(), connected(scheduler) as connection:
         for job in connection.scheduler.jobs():
-            words = f"{job.record.handle}  {job.state.name}" if job.record else f"{job.app_id}  {job.state.name}"
+            words = f"{scheduler}://{SESSION}/{job.app_id}  {job.state.name}"
             print(f"{words}  {job.record.recipe}  {job.record.run_dir}" if job.record else words)
 
 
@@ -206,6 +206,11 @@ def _scheduler_of(handle: str) -> Iterator[Scheduler]:
         raise WrongUse(f"{handle!r} is no job handle: expected SCHEDULER://SESSION/ID as `submit` prints it")
     with connected(name) as connection:
         yield connection.scheduler
+
+
+def _record(scheduler: Scheduler, handle: str) -> JobRecord | None:
+    """What this checkout noted of the job, or what the scheduler leads to."""
+    return records.find(handle) or scheduler.record_of(_app_id(handle))
 
 
 def _app_id(handle: str) -> str:

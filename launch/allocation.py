@@ -41,6 +41,8 @@ UNKNOWN_SAVE_S = 60.0
 TAKEN = ("NODE_FAIL", "PREEMPTED", "CANCELLED", "TIMEOUT", "REQUEUED", "COMPLETING", "DEADLINE", "BOOT_FAIL")
 """States in which Slurm is ending the job itself."""
 NODE_FAILURE = "node failure"
+MAX_STOPS = 3
+"""Starts in a row that may stop without a new checkpoint."""
 PREFLIGHT_S = 120
 """After which a node that has not said whether it is fit is not."""
 MAX_EXCLUSIONS = 3
@@ -91,13 +93,11 @@ class Allocation:
             job = slurm_queue.find_job(self.job_id)
             taken = _taken(job)
             if job is not None and taken and taken != NODE_FAILURE:
-                self._note("taken", taken, before, after)
-                # Slurm itself starts a requeued job again, and one that was cancelled was cancelled.
-                return self._chain(taken) if job.reason == "TimeLimit" else self._say(STOPPED, f": {taken}")
+                return self._end_taken(taken, job, before, after)
             if status == STOPPED or taken:
                 reason = taken or "stopped in good order"
                 self._note("taken" if taken else "stopped", reason, before, after)
-                return self._go_on(reason)
+                return self._too_short() or self._go_on(reason)
             reason = "a process failed"
             if status == WRONG_USE:
                 self._note("failed", reason, before, after)
@@ -114,6 +114,22 @@ class Allocation:
                 logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
                 continue
             return self._go_on(reason)
+
+    def _end_taken(self, how: str, job: SlurmJob, before: int, after: int) -> int:
+        """Slurm starts a job that it requeued again by itself, and one that was cancelled was cancelled; a time limit
+        that came before the run had stopped leaves it to a successor."""
+        limit = job.reason == "TimeLimit"
+        self._note("stopped" if limit else "taken", "the time limit" if limit else how, before, after)
+        if not limit:
+            return self._say(STOPPED, f": {how}")
+        return self._too_short() or self._chain("the time limit")
+
+    def _too_short(self) -> int:
+        """The exit status if allocations end again and again before the run has saved anything new; otherwise 0."""
+        count = attempts.stops_without_progress(attempts.read(self.run_dir, self.job_dir.name))
+        if count < MAX_STOPS:
+            return 0
+        return self._say(FAILED, f": {count} starts in a row stopped before a new checkpoint: ask for more time")
 
     def _unfit_nodes(self) -> dict[str, str]:
         """Nodes that cannot take part -> a line that says why."""

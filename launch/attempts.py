@@ -63,6 +63,16 @@ def read(run_dir: Path, submission: str | None = None) -> list[Attempt]:
     return found
 
 
+def stops_without_progress(attempts: list[Attempt]) -> int:
+    """How many starts in a row have stopped before a new checkpoint: their time is too short for one."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.progress or attempt.ended != "stopped":
+            break
+        count += 1
+    return count
+
+
 def failures_without_progress(attempts: list[Attempt]) -> int:
     """How many failures in a row have brought no new checkpoint; what is no failure neither counts nor ends the row."""
     count = 0

@@ -50,6 +50,10 @@ class Docker(DockerScheduler):
         with _answering():
             return str(super().schedule(dryrun_info))
 
+    def record_of(self, app_id: str) -> JobRecord | None:
+        """Nothing leads to it."""
+        return None
+
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """From the containers."""
         with _answering():

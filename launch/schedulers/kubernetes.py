@@ -105,6 +105,10 @@ class Kubernetes(DockerWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             )
         return f"{namespace}:{request.kind}:{created['metadata']['name']}"
 
+    def record_of(self, app_id: str) -> JobRecord | None:
+        """Nothing leads to it."""
+        return None
+
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """From the object's conditions, and where its pods are."""
         namespace, kind, name = _parts(app_id)

@@ -117,6 +117,10 @@ class Local(Scheduler[dict[str, CfgVal]]):
         Path(record.job_dir, _ENDED).write_text(json.dumps({"state": state.name, "time": time.time()}) + "\n")
         return status
 
+    def record_of(self, app_id: str) -> JobRecord | None:
+        """Nothing leads to it."""
+        return None
+
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """From what the submitting process left, or from whether it still runs."""
         if record is None:

@@ -64,6 +64,9 @@ class Scheduler(Protocol):
     def job_dir(self, request: Request, name: str) -> Path | None:
         """Where the code and the output of the job called `name` go; None where that is not a folder here."""
 
+    def record_of(self, app_id: str) -> JobRecord | None:
+        """The record of a job that another checkout submitted; None where nothing leads to it."""
+
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """What is known of a job; None where nothing remembers it."""
 

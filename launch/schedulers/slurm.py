@@ -170,7 +170,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
         """From the job's folder, which the run directory holds."""
-        job = record or self._record_of(app_id)
+        job = record or self.record_of(app_id)
         if job is None:
             raise ValueError(
                 f"job {app_id} is unknown to Slurm and to this checkout: where its output lies is not known"
@@ -199,7 +199,8 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         """Partitions, limits, GPUs, accounting."""
         return look_at_cluster()
 
-    def _record_of(self, app_id: str) -> JobRecord | None:
+    def record_of(self, app_id: str) -> JobRecord | None:
+        """From the job's folder, as Slurm knows it."""
         job = slurm_queue.find_job(app_id)
         return records.find_in(Path(job.work_dir)) if job and job.work_dir else None
 

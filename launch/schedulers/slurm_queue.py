@@ -33,6 +33,7 @@ NEVER = {
     "InvalidQOS": "the quality of service is not valid: --option qos=NAME",
     "JobHeldAdmin": "an administrator holds it",
     "JobHeldUser": "it is held: scontrol release it",
+    "PartitionConfig": "no node of the partition has the cores, memory or GPUs that it asks for",
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition is inactive",
     "PartitionNodeLimit": "it asks for more nodes than the partition lets a job have",

@@ -37,3 +37,19 @@ def test_a_torn_line_is_no_attempt(tmp_path: Path) -> None:
     with (tmp_path / attempts.FILE).open("a") as file:
         file.write('{"submission": "a", "en')
     assert len(attempts.read(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "stops"),
+    [
+        ([("stopped", 0), ("stopped", 0)], 2),
+        ([("stopped", 0), ("stopped", 1), ("stopped", 0)], 1),
+        # A preemption is another matter.
+        ([("stopped", 0), ("taken", 0)], 0),
+        ([], 0),
+    ],
+)
+def test_stops_before_a_new_checkpoint_are_counted(tmp_path: Path, ends: list[tuple[Ending, int]], stops: int) -> None:
+    for ended, progress in ends:
+        attempts.note(tmp_path, "a", ended=ended, reason="r", before=1, after=1 + progress)
+    assert attempts.stops_without_progress(attempts.read(tmp_path)) == stops

@@ -6,6 +6,7 @@ other, and looked at last.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from launch.request import Request
 from launch.resources import MACHINES
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm, SlurmRequest
+from launch.schedulers.slurm_queue import NEVER, SlurmError
 from launch.submit import check, connected
 from launch.sweep import runs_of
 from launch.workspace import ROOT
@@ -33,6 +35,8 @@ from tests.support.training import SMALL, losses, read_lines
 from trainer.run_dir import RunDir
 
 TIMEOUT_S = 300
+BARE_PYTHON = Path(sys.base_prefix, "bin", "python3")
+"""The interpreter that this environment was made from, without its packages."""
 ENDED = (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED)
 STEPS = 700
 """Of a counting job, a tenth of a second each: more than a minute's allocation has room for."""
@@ -80,16 +84,17 @@ def chained(cluster: Cluster) -> JobRecord:
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_every_machine_type_is_understood(cluster: Cluster, name: str, tmp_path: Path) -> None:
-    """This cluster has no such machines, and says so instead of finding fault with the script."""
+def test_every_machine_type_is_accepted(cluster: Cluster, name: str, tmp_path: Path) -> None:
     machine = MACHINES[name]
+    options = ["partition=gpu", "time=1:00:00", "comment=a 'b' \"c\" #d $e"]
+    procs = machine.gpus or machine.cpus
     with connected("slurm") as connection:
-        request = _request(tmp_path, nodes=200, procs_per_node=machine.gpus or machine.cpus, machine=name)
+        request = _request(tmp_path / "a b", procs_per_node=procs, machine=name, options=options)
         built = connection.dry_run(request, check(connection.scheduler, request)).request
     (tmp_path / "job.sh").write_text(built.script())
     sbatch = slurm_queue.run(["sbatch", "--test-only", str(tmp_path / "job.sh")])
-    wanted = "Invalid generic resource" if machine.gpus else "not available|Node count specification invalid"
-    assert any(words in sbatch.stderr for words in wanted.split("|")), sbatch.stderr
+    assert sbatch.returncode == 0, sbatch.stderr
+    assert "longview-g[1-2]" in sbatch.stderr
 
 
 def test_nodes_find_each_other(robbed: JobRecord, limited: JobRecord, chained: JobRecord, tmp_path: Path) -> None:
@@ -131,6 +136,45 @@ def test_a_failure_after_progress_costs_no_retry(cluster: Cluster, tmp_path: Pat
     assert [ended for ended, _ in ends] == ["failed", "done"]
     # It began again after the last checkpoint before the failure; its partner had one step more or less.
     assert ends[0][1] >= 6
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("partition=nope", "invalid partition specified: nope"), ("colour=red", "unrecognized option '--colour=red'")],
+)
+def test_what_slurm_refuses_is_said_in_its_words(cluster: Cluster, tmp_path: Path, option: str, words: str) -> None:
+    with pytest.raises(SlurmError, match=f"sbatch failed: .*{words}"):
+        _count(tmp_path, "1", options=[option])
+    assert list((tmp_path / "jobs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"procs_per_node": 64}, "PartitionConfig"),
+        ({"nodes": 3}, "PartitionNodeLimit"),
+        ({"options": ["partition=gpu", "time=13:00:00"]}, "PartitionTimeLimit"),
+    ],
+)
+def test_what_slurm_takes_but_can_never_start_is_said_by_status(
+    cluster: Cluster, tmp_path: Path, changes: dict[str, object], word: str
+) -> None:
+    record = _count(tmp_path, "1", **changes)
+    reason = f"can never start because {NEVER[word]} ({word})"
+    _until(lambda: reason in str(Slurm("test").status(_job_id(record), record)), record)
+    Slurm("test").cancel_job(_job_id(record), record)
+
+
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [("/nowhere/python", "/nowhere/python: No such file|not found"), (str(BARE_PYTHON), "No module named")],
+)
+def test_an_environment_that_is_none_is_said(cluster: Cluster, tmp_path: Path, python: str, words: str) -> None:
+    record = _count(tmp_path, "1", python=python)
+    _expect(record, AppState.FAILED)
+    found = logs.first_failure(record, logs.span_of(record))
+    assert found is not None
+    assert re.search(words, found.words)
 
 
 def test_a_sweep_is_one_array_of_runs_with_a_directory_each(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""A real Slurm of two nodes on this machine: Debian's slurmctld, two slurmd and munge, in a folder of their own.
+"""A real Slurm on this machine: Debian's slurmctld, slurmd and munge, in a folder of their own.
+
+Two nodes run jobs; two more have 8 GPUs each, made up of plain files, and only say which requests Slurm accepts.
 
     python -m tests.support.slurm install        # Debian's packages slurm-wlm and munge; needs root
     python -m tests.support.slurm run FOLDER     # start a cluster, print how to use it, stop it on Ctrl-C
@@ -21,10 +23,11 @@ from pathlib import Path
 
 PROGRAMS = ("unshare", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
 NODES = ("longview-n1", "longview-n2")
+GPU_NODES = ("longview-g1", "longview-g2")
 UNSHARED = "unshared"
 """A folder of the cluster's own that the last node does not share."""
 HOSTS = Path("/etc/hosts")
-HOSTS_LINE = f"127.0.0.1 {' '.join(NODES)}\n"
+HOSTS_LINE = f"127.0.0.1 {' '.join(NODES + GPU_NODES)}\n"
 START_TIMEOUT_S = 60.0
 
 _CONFIG = """\
@@ -53,6 +56,10 @@ SchedulerParameters=bf_interval=1
 SlurmdParameters=config_overrides
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory_mib}
 PartitionName=main Nodes={nodes} Default=YES State=UP
+GresTypes=gpu
+NodeName={gpu_nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_gpu_port}-{last_gpu_port}] CPUs=192 \
+RealMemory=2000000 Gres=gpu:8
+PartitionName=gpu Nodes={gpu_nodes} State=UP MaxTime=12:00:00
 """
 
 
@@ -127,7 +134,10 @@ def _write_configuration(folder: Path) -> None:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    controller_port = _free_ports(1 + len(NODES))
+    controller_port = _free_ports(1 + len(NODES + GPU_NODES))
+    for number in range(8):
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"NodeName=longview-g[1-2] Name=gpu File={folder}/gpu[0-7]\n")
     memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // len(NODES)
     configuration = _CONFIG.format(
         host=socket.gethostname(),
@@ -136,6 +146,9 @@ def _write_configuration(folder: Path) -> None:
         nodes="longview-n[1-2]",
         first_port=controller_port + 1,
         last_port=controller_port + len(NODES),
+        gpu_nodes="longview-g[1-2]",
+        first_gpu_port=controller_port + len(NODES) + 1,
+        last_gpu_port=controller_port + len(NODES + GPU_NODES),
         memory_mib=memory_mib,
     )
     (folder / "slurm.conf").write_text(configuration)
@@ -163,7 +176,7 @@ def _daemon_commands(folder: Path) -> list[list[str]]:
     # The last node sees another disk in the folder UNSHARED than the rest of the machine.
     hidden = f'mount -t tmpfs none "{folder}/{UNSHARED}" && exec "$@"'
     alone = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
-    nodes = [[*(alone if node == NODES[-1] else ()), "slurmd", "-D", "-N", node] for node in NODES]
+    nodes = [[*(alone if node == NODES[-1] else ()), "slurmd", "-D", "-N", node] for node in NODES + GPU_NODES]
     return [munged, ["slurmctld", "-D"], *nodes]
 
 
@@ -195,7 +208,7 @@ def _wait_until_idle(folder: Path, environment: dict[str, str], daemons: "list[s
     command = ["sinfo", "--noheader", "--Node", "--format=%T"]
     while True:
         sinfo = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-        if sinfo.stdout.split() == ["idle"] * len(NODES):
+        if sinfo.stdout.split() == ["idle"] * len(NODES + GPU_NODES):
             return
         ended = [daemon.args for daemon in daemons if daemon.poll() is not None]
         if ended or time.monotonic() > deadline:
