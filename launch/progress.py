@@ -7,8 +7,8 @@ from typing import Any
 
 from launch import attempts
 from launch.records import JobRecord
-from trainer.checkpoint.catalogue import COMPLETE, Catalogue, step_folder
-from trainer.checkpoint.store import open_store
+from trainer.checkpoint.catalogue import open_catalogue, step_folder
+from trainer.checkpoint.store import COMPLETE
 from trainer.run_dir import RunDir
 
 
@@ -24,8 +24,10 @@ def progress_lines(record: JobRecord) -> list[str]:
         lines.append(f"step: {last.get('step')}, loss {last.get('loss')}, {_age(last.get('time'))} ago")
     step = newest_checkpoint(run)
     if step:
-        written = (run.checkpoints / step_folder(step) / COMPLETE).stat().st_mtime
-        lines.append(f"last checkpoint: step {step}, {_age(written)} ago")
+        complete = run.checkpoints / step_folder(step) / COMPLETE
+        # On an object store nothing but its step is known.
+        age = f", {_age(complete.stat().st_mtime)} ago" if complete.is_file() else ""
+        lines.append(f"last checkpoint: step {step}{age}")
     else:
         lines.append("last checkpoint: none")
     starts = attempts.read(run.path, Path(record.job_dir).name) if record.job_dir else []
@@ -38,7 +40,8 @@ def progress_lines(record: JobRecord) -> list[str]:
 
 def newest_checkpoint(run: RunDir) -> int:
     """The step of the newest complete checkpoint; 0 where there is none."""
-    return max(Catalogue(open_store(str(run.checkpoints))).steps(), default=0)
+    saved = run.saved_config() or {}
+    return max(open_catalogue(run, saved.get("checkpoint", {}).get("store")).steps(), default=0)
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from typing import Annotated
 import typer
 
 from trainer.checkpoint import listing
-from trainer.checkpoint.catalogue import Catalogue
-from trainer.checkpoint.store import open_store
+from trainer.checkpoint.catalogue import open_catalogue
 from trainer.command_line import WrongUse, run_command, show_findings
 from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
@@ -109,9 +108,10 @@ def checkpoints(
 ) -> None:
     """List the complete checkpoints of a run; exit status 1 if one is damaged."""
     run = RunDir(run_dir)
-    if run.saved_config() is None:
+    saved = run.saved_config()
+    if saved is None:
         raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
-    catalogue = Catalogue(open_store(str(run.checkpoints)))
+    catalogue = open_catalogue(run, saved["checkpoint"].get("store"))
     for step, pinned in ((pin, True), (unpin, False)):
         if step is not None:
             listing.pin(catalogue, step, pinned)

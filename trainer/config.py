@@ -80,6 +80,9 @@ class CheckpointConfig:
     """Checkpoints of multiples of this step stay too; null for none."""
     keep_best: str | None = None
     """The checkpoint with the best metric of eval.jsonl stays too: max:NAME or min:NAME, as max:auc/is_click."""
+    store: str | None = None
+    """Where this run's checkpoints lie, and those of no other: a folder, or s3://, gs://, hdfs:// and a path; null for
+    RUN_DIR/checkpoints."""
     asynchronous: bool = True
     """Write beside the training from a copy of the state, which takes as much of the machine's memory as the state;
     false lets the training wait."""

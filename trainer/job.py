@@ -21,12 +21,11 @@ from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import check_overlap
 from pipelines.vocabulary import check_same_ids, vocabularies
 from trainer.build import build_parallel, machine_of, make_plan
-from trainer.checkpoint.catalogue import Catalogue, Newest
+from trainer.checkpoint.catalogue import Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.loading import load_checkpoint
 from trainer.checkpoint.manifest import writing_versions
 from trainer.checkpoint.progress import Progress
-from trainer.checkpoint.store import open_store
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.determinism import make_deterministic
@@ -73,7 +72,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     check_same_ids(run.saved_vocabularies(), resolved.info, data=config.data.path, other=f"the run of {run.path}")
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh), start.plan_file)
-    catalogue = Catalogue(open_store(str(run.checkpoints)))
+    catalogue = open_catalogue(run, config.checkpoint.store)
     newest = catalogue.newest() if start.from_step is None else catalogue.back_to(start.from_step)
     check_versions(newest, config)
     warm = warm_start(start, resolved, newest)
@@ -147,7 +146,7 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
         raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
     trained = from_dict(TrainConfig, saved)
     config = _overridden(trained, overrides)
-    catalogue = Catalogue(open_store(str(run.checkpoints)))
+    catalogue = open_catalogue(run, config.checkpoint.store)
     checkpoint = catalogue.choose(step)
     resolved = resolve(config, dataset_info(config.data))
     check_same_ids(run.saved_vocabularies(), resolved.info, data=config.data.path, other=f"the run of {run.path}")

@@ -19,14 +19,13 @@ from pipelines.columns import IntArray
 from pipelines.dataset_json import open_filesystem, read_dataset_info
 from pipelines.features import DatasetInfo, Space
 from pipelines.vocabulary import vocabularies
-from trainer.checkpoint.catalogue import Catalogue, Checkpoint, DamagedCheckpoint, step_folder
+from trainer.checkpoint.catalogue import Checkpoint, DamagedCheckpoint, open_catalogue, step_folder
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.layout import dtype_name
 from trainer.checkpoint.loading import fill, gather
 from trainer.checkpoint.manifest import StoredTensor
 from trainer.checkpoint.pieces import LivePiece, Tensors, local_pieces, narrowed
 from trainer.checkpoint.region import Region
-from trainer.checkpoint.store import open_store
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.run_dir import RunDir
@@ -63,8 +62,9 @@ class WarmStart:
             raise WrongUse(f"--init-from {run_dir} holds no config.json: name a run directory that `train` made")
         self._run, self._path, self._info, self._parts = run, path, info, set(parts)
         self._known = run.saved_vocabularies()
-        self._old_path = from_dict(TrainConfig, saved).data.path
-        self._catalogue = Catalogue(open_store(str(run.checkpoints)))
+        other = from_dict(TrainConfig, saved)
+        self._old_path = other.data.path
+        self._catalogue = open_catalogue(run, other.checkpoint.store)
         newest = self._catalogue.newest().checkpoint
         if newest is None:
             raise WrongUse(f"--init-from {run_dir} holds no complete checkpoint")

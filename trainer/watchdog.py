@@ -159,8 +159,9 @@ class Watchdog:
                     self._end()
                 late = self._late()
                 other = self._read_beat(following)
-                if other is None or other.phase == _OVER or other.count != seen:
-                    seen, seen_at = 0 if other is None else other.count, time.monotonic()
+                # Every rank has joined the job before one watches, so one that never said anything is silent too.
+                if other is not None and (other.phase == _OVER or other.count != seen):
+                    seen, seen_at = other.count, time.monotonic()
                 silent = time.monotonic() - seen_at
                 if late is None and silent > self._limits.least_s:
                     late = f"rank {following} has been silent for {silent:.0f} s"

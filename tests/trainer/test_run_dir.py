@@ -9,13 +9,13 @@ import pytest
 
 from trainer.run_dir import JsonLines, RunDir, forget_after, locked, write_json
 
-CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every": 5}}
+CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every_steps": 5, "store": None}}
 
 
 def test_settings_that_do_not_change_the_numbers_may_change(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     write_json(run.config_file, CONFIG)
-    run.check_same_run({**CONFIG, "max_steps": 99, "checkpoint": {"every": 1}})
+    run.check_same_run({**CONFIG, "max_steps": 99, "checkpoint": {"every_steps": 1, "store": None}})
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ def test_settings_that_do_not_change_the_numbers_may_change(tmp_path: Path) -> N
         ({"seed": 2}, "seed=1, now 2"),
         ({"name": "other"}, "recipe 'demo', not 'other'"),
         ({"new": 1}, "new=null, now 1"),
+        ({"checkpoint": {"every_steps": 5, "store": "s3://b"}}, 'checkpoint.store=null, now "s3://b"'),
     ],
 )
 def test_another_run_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

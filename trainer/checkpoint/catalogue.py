@@ -8,12 +8,12 @@ from functools import partial
 from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader
 from trainer.checkpoint.manifest import Manifest, decode, digest
 from trainer.checkpoint.progress import Progress
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.store import COMPLETE, Store, open_store
 from trainer.command_line import WrongUse
+from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -51,6 +51,11 @@ class Newest:
 def step_folder(step: int) -> str:
     """Name of the folder of the checkpoint taken after optimizer step `step`."""
     return f"step-{step:08d}"
+
+
+def open_catalogue(run: RunDir, address: str | None) -> "Catalogue":
+    """The checkpoints of a run; `address` as `checkpoint.store`."""
+    return Catalogue(open_store(str(run.checkpoints) if address is None else address))
 
 
 class Catalogue:

@@ -16,7 +16,6 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from trainer.checkpoint.catalogue import (
-    COMPLETE,
     MANIFEST,
     Catalogue,
     Checkpoint,
@@ -32,6 +31,7 @@ from trainer.checkpoint.pieces import Tensors, not_finite, written_pieces
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging
+from trainer.checkpoint.store import COMPLETE
 from trainer.config import CheckpointConfig
 from trainer.mesh import Mesh
 from trainer.run_dir import JsonLines, RunDir, forget_after, write_json

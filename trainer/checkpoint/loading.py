@@ -21,7 +21,7 @@ from trainer.checkpoint.store import Store
 
 T = TypeVar("T")
 
-GROUP_BYTES = 16 * CHUNK_BYTES
+GROUP_BYTES = 4 * CHUNK_BYTES
 """Bytes that one thread reads at a time."""
 MAX_THREADS = 8
 """Threads of a rank that read; each holds about `GROUP_BYTES`."""

@@ -12,6 +12,9 @@ from typing import BinaryIO, Protocol
 
 from trainer.run_dir import sync
 
+COMPLETE = "COMPLETE"
+"""The file that is written last, and without which a folder is no checkpoint."""
+
 
 class Store(Protocol):
     """Folders of files under one address; paths are `FOLDER/FILE`."""
@@ -110,5 +113,14 @@ class LocalStore:
 
 
 def open_store(address: str) -> Store:
-    """The store at an address that `Store.address` gave."""
-    return LocalStore(Path(address))
+    """The store at an address: a folder, or what pyarrow knows by its scheme, as s3://bucket/run.
+
+    Raises:
+        ValueError, OSError: there is no such kind of store, or it cannot be reached.
+    """
+    if "://" not in address:
+        return LocalStore(Path(address))
+    # It takes half a second to import, which the process that writes to a folder need not wait for.
+    from trainer.checkpoint.object_store import ObjectStore
+
+    return ObjectStore(address)

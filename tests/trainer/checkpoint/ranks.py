@@ -125,6 +125,29 @@ def _equal(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(_parts(one), _parts(other), strict=True))
 
 
+def store_works(address: str) -> tuple[int, list[str], list[str]]:
+    """Save and load at an address, with damage in between: (step, what differs, folders)."""
+    run = RunDir(Path(address.removeprefix("file://")).with_name("run"))
+    run.path.mkdir(exist_ok=True)
+    store, tensors = open_store(address), sharded(expected(), "row_wise")
+    saver = checkpointer(store, run, tensors, keep=2)
+    for step in (1, 2, 3):
+        for name, value in sharded(expected(step - 1), "row_wise").items():
+            _assign(tensors[name], value)
+        saver.save(Progress(step=step))
+    saver.wait()
+    if dist.get_rank() == 0:
+        with store.writing("step-00000003/rank-00001.bin") as file:
+            file.write(b"other bytes")
+    dist.barrier()
+    restart = saver.restore(Catalogue(store).newest())
+    saver.close()
+    wanted = sharded(expected(1), "row_wise")
+    differs = [name for name in wanted if not _equal(tensors[name], wanted[name])]
+    dist.barrier()
+    return restart.progress.step, differs, store.folders()
+
+
 def save_every_way(folder: str) -> None:
     """A run a layout; on an even number of ranks asynchronously."""
     ranks = dist.get_world_size()

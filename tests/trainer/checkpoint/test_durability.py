@@ -187,6 +187,12 @@ def test_what_was_never_finished_is_cleared_at_the_start(saved: Path, tmp_path: 
     assert _catalogue(run).store.folders() == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["a folder", "through pyarrow"])
+def test_any_store_saves_keeps_two_and_sets_a_damaged_one_aside(scheme: str, tmp_path: Path) -> None:
+    expected = (2, [], ["damaged-step-00000003", "step-00000002"])
+    assert run_ranks(2, ranks.store_works, f"{scheme}{tmp_path}/store") == [expected] * 2
+
+
 def _full_disk(run_dir: str) -> list[str]:
     """What every rank says when the first rank's disk takes no more."""
     run = RunDir(Path(run_dir))
