@@ -174,6 +174,23 @@ def test_keys_widen_without_losing_their_ids(tmp_path: Path) -> None:
     assert row["candidate_item_id"] == [8, 32, 31]
 
 
+def test_rare_items_share_id_0_on_every_day(tmp_path: Path) -> None:
+    def lines(day: int, items: str) -> list[str]:
+        rows = [f"u{n % 2},{item},{HOUR + day * DAY + 60 * n},{n % 2}" for n, item in enumerate(items)]
+        return ["who,what,when,buy", *rows]
+
+    options = ("--user-column", "who", "--item-column", "what", "--time-column", "when", "--action-columns", "buy")
+    write_lines(tmp_path / "day0" / "log.csv", lines(0, "zzabbaczzzzz"))
+    out = tmp_path / "out"
+    assert run(tmp_path / "day0", "--out", out, *options, "--min-count", 2, "--split-time", HOUR + 600) == 0
+    assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z"}
+    write_lines(tmp_path / "day1" / "log.csv", lines(1, "acddbez"))
+    assert run(tmp_path / "day1", "--extend", out, "--split-time", HOUR + 2 * DAY) == 0
+    assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z", 4: "d"}
+    rows = sorted(rows_in(out, "train", "part=00001"), key=lambda row: int(row["user_id"]))
+    assert [row["candidate_item_id"] for row in rows] == [[1, 4, 2, 3], [0, 4, 0]]
+
+
 def test_what_cannot_be_added_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = first_day(tmp_path)
     before = files_of(out)

@@ -293,40 +293,6 @@ def test_folders_of_keys_and_values_are_columns(tmp_path: Path) -> None:
     assert {row["user_id"]: lands.get(row["land"]) for row in content(tmp_path / "out")} == known
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
-def test_a_unit_of_time_that_cannot_be_is_refused_with_the_likely_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, unit: str
-) -> None:
-    size = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-    columns = events(1, t=[(HOUR + each) * size[unit] for each in OFFSETS])
-    for said, per_second in size.items():
-        status, _ = prepared(tmp_path, [(suffix, columns)], "--time-unit", said, name=said)
-        error = capsys.readouterr().err
-        if said == unit:
-            assert status == 0
-        else:
-            assert status == 1
-            assert f"in {unit} it is 2023-11-14" in error or f"--time-unit {said} right" in error
-            assert ("before 1990" in error) == (size[unit] < per_second)
-
-
-def test_a_log_that_no_unit_can_be_right_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert prepared(tmp_path, [("csv", events(1, t=[1, 2, 3, 4000]))])[0] == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "the log ends on 1970-01-01, before 1990" in error
-    assert "no unit makes it a time between 1990 and 2100" in error
-    dates = [datetime(1985, 1, day, tzinfo=UTC) for day in (1, 2, 3, 4)]
-    assert prepared(tmp_path, [("parquet", events(1, t=dates))], "--time-unit", "timestamp", name="dates")[0] == 1
-    assert "the log ends on 1985-01-04, before 1990" in capsys.readouterr().err
-
-
-def test_times_that_their_type_has_rounded_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    times = pa.array([float(HOUR + each) for each in OFFSETS], pa.float32())
-    assert prepared(tmp_path, [("parquet", events(1, t=times))])[0] == 1
-    assert "0.parquet, row 1: t is stored as FLOAT, which rounds such numbers of s" in capsys.readouterr().err
-
-
 def test_rows_delivered_twice_are_counted_and_can_be_dropped(tmp_path: Path) -> None:
     files = [("parquet", events(1)), ("csv", events(1)), ("parquet", events(2))]
     for options, number in (((), 12), (("--drop-duplicates",), 8)):
@@ -389,3 +355,26 @@ def test_times_in_a_zone_may_be_ids(tmp_path: Path) -> None:
     keys = [datetime(2024, 1, day, tzinfo=UTC) for day in (4, 3, 2, 1)]
     assert prepared(tmp_path, [("parquet", events(1, i=keys))])[0] == 0
     assert keys_of(tmp_path / "out", "item") == dict(enumerate(sorted(keys), 1))
+
+
+def test_words_of_actions_may_be_numbers_of_any_type(tmp_path: Path) -> None:
+    kinds = ([1, 2, 1, 2], [1.0, 2.0, 1.0, 2.0], ["1", "2", "1", "2"])
+    files = [("parquet", events(user, like=kind)) for user, kind in enumerate(kinds)]
+    for name, ordered in (("forth", files), ("back", files[::-1])):
+        status, out = prepared(tmp_path, ordered, "--action-values", "1,2", name=name)
+        assert status == 0
+        assert [row["history_action"] + row["candidate_action"] for row in rows_of(out, "eval")] == [[1, 2, 1, 2]] * 3
+
+
+def test_keys_of_attributes_may_be_stored_in_another_type(tmp_path: Path) -> None:
+    schema = 'user = "u"\nitem = "i"\ntime = "t"\nactions = ["like"]\n'
+    (tmp_path / "s.toml").write_text(schema + '[items]\nfiles = "items.csv"\ncolumns = { brand = "brand" }\n')
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(events(1)), tmp_path / "in" / "log.parquet")
+    write_lines(tmp_path / "in" / "items.csv", ["i,brand", "2,acme", "5,best"])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", "--schema", str(tmp_path / "s.toml"), *SPLIT) == 0
+    items, brands = keys_of(tmp_path / "out", "item"), keys_of(tmp_path / "out", "brand")
+    found = {
+        items[row["item_id"]]: brands.get(row["brand"]) for row in pq.read_table(tmp_path / "out" / "items").to_pylist()
+    }
+    assert found == {"2": "acme", "3": None, "4": None, "5": "best"}
