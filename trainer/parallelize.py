@@ -2,7 +2,8 @@
 
 1. tables that the plan replicates are set apart as ordinary parameters, the others get their fused optimizers;
 2. TorchRec shards these as the plan says, allocating only this rank's part (the tables were on the meta device);
-3. the dense model and the replicated tables have their gradients averaged over ranks (DistributedDataParallel);
+3. the dense model and the replicated tables have their gradients averaged over ranks, if there are several
+   (DistributedDataParallel);
 4. the tables get their initial values, which do not depend on the plan.
 
 TorchRec and DDP both average gradients over ranks; a batch's `loss_denominator` makes that average the global mean.
@@ -84,6 +85,8 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> Pa
         device=mesh.device,
         plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
+        # One process has nothing to average: DDP would copy each gradient for it.
+        init_data_parallel=mesh.world_size > 1,
         # An empty batch at the end of the data takes another path through autograd: no static graph.
         # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over
         # ranks; otherwise it reorders them after the first backward pass of a process, so after a resume too.
