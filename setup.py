@@ -16,6 +16,10 @@ setup(
     package_dir={"": "."},
     packages=[
         "attention_kernels",
+        "attention_kernels.attention",
+        "attention_kernels.attention.hopper",
+        "attention_kernels.attention.portable",
+        "attention_kernels.layer",
         "embeddings",
         "embeddings.kinds",
         "launch",

@@ -4,7 +4,8 @@ Slow and dense on purpose: it builds the boolean mask of each sequence.  Runs on
 (float64 inputs are computed in float64, all others in float32), a block of query rows at a time so that memory
 stays bounded however long a sequence is.  The backward is written out; tests compare it with autograd.
 
-Legend: T packed positions, H heads, K query-key size, V value size, R query rows of one block, N keys of a sequence.
+Legend: T packed positions, R rows that are computed, H heads, K query-key size, V value size, B rows of one block,
+N keys of a sequence.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attention_kernels.layer_reference import silu_slope
+from attention_kernels.attention.plan import AttentionPlan
+from attention_kernels.layer.reference import silu_slope
 from attention_kernels.mask import SemiLocalMask
 
 # Scores of one block of rows: heads x rows x keys elements, 64 MiB in float32.
@@ -30,69 +32,53 @@ def dense_mask(mask: SemiLocalMask, h: int, t: int, *, device: torch.device | st
     return _mask_rows(mask, mask.num_context, h, t, 0, mask.num_context + h + t, torch.device(device))
 
 
-def forward(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    offsets: Tensor,
-    mask: SemiLocalMask,
-    *,
-    num_targets: Tensor | None,
-    scale: float,
-    max_len: int,
-) -> Tensor:
-    """Attention output [T, H, V] in v's dtype: sum over allowed keys of silu(scale <q, k>) / max_len v[k]."""
-    out_THV = torch.empty(v_THV.shape, dtype=v_THV.dtype, device=v_THV.device)
-    for keys, rows, mask_RN in _blocks(q_THK, offsets, mask, num_targets):
-        q_HRK, k_HNK, v_HNV = _heads_first(q_THK[rows], k_THK[keys], v_THV[keys])
-        score_HRN = q_HRK @ k_HNK.transpose(1, 2) * scale
-        weight_HRN = torch.nn.functional.silu(score_HRN).masked_fill_(~mask_RN, 0.0) / max_len
-        out_THV[rows] = (weight_HRN @ v_HNV).transpose(0, 1).to(out_THV.dtype)
-    return out_THV
+def forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) -> Tensor:
+    """Attention output [R, H, V] in v's dtype: sum over allowed keys of silu(scale <q, k>) / max_len v[k]."""
+    out_RHV = torch.empty((q_RHK.shape[0], *v_THV.shape[1:]), dtype=v_THV.dtype, device=v_THV.device)
+    for keys, rows, mask_BN in _blocks(q_RHK, plan):
+        q_HBK, k_HNK, v_HNV = _heads_first(q_RHK[rows], k_THK[keys], v_THV[keys])
+        score_HBN = q_HBK @ k_HNK.transpose(1, 2) * plan.scale_of(q_RHK)
+        weight_HBN = torch.nn.functional.silu(score_HBN).masked_fill_(~mask_BN, 0.0) / plan.max_len
+        out_RHV[rows] = (weight_HBN @ v_HNV).transpose(0, 1).to(out_RHV.dtype)
+    return out_RHV
 
 
 def backward(
-    dout_THV: Tensor,
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    offsets: Tensor,
-    mask: SemiLocalMask,
-    *,
-    num_targets: Tensor | None,
-    scale: float,
-    max_len: int,
+    dout_RHV: Tensor, q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each in its tensor's dtype, accumulated in float32 (float64 for float64 inputs)."""
-    dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulate_dtype(x), device=x.device) for x in (q_THK, k_THK, v_THV))
-    for keys, rows, mask_RN in _blocks(q_THK, offsets, mask, num_targets):
-        q_HRK, k_HNK, v_HNV = _heads_first(q_THK[rows], k_THK[keys], v_THV[keys])
-        (dout_HRV,) = _heads_first(dout_THV[rows])
-        score_HRN = q_HRK @ k_HNK.transpose(1, 2) * scale
-        weight_HRN = torch.nn.functional.silu(score_HRN).masked_fill_(~mask_RN, 0.0) / max_len
-        dscore_HRN = (dout_HRV @ v_HNV.transpose(1, 2) * silu_slope(score_HRN)).masked_fill_(~mask_RN, 0.0)
-        dscore_HRN *= scale / max_len
-        dq[rows] += (dscore_HRN @ k_HNK).transpose(0, 1)
-        dk[keys] += (dscore_HRN.transpose(1, 2) @ q_HRK).transpose(0, 1)
-        dv[keys] += (weight_HRN.transpose(1, 2) @ dout_HRV).transpose(0, 1)
-    return dq.to(q_THK.dtype), dk.to(k_THK.dtype), dv.to(v_THV.dtype)
+    scale, max_len = plan.scale_of(q_RHK), plan.max_len
+    dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulate_dtype(x), device=x.device) for x in (q_RHK, k_THK, v_THV))
+    for keys, rows, mask_BN in _blocks(q_RHK, plan):
+        q_HBK, k_HNK, v_HNV = _heads_first(q_RHK[rows], k_THK[keys], v_THV[keys])
+        (dout_HBV,) = _heads_first(dout_RHV[rows])
+        score_HBN = q_HBK @ k_HNK.transpose(1, 2) * scale
+        weight_HBN = torch.nn.functional.silu(score_HBN).masked_fill_(~mask_BN, 0.0) / max_len
+        dscore_HBN = (dout_HBV @ v_HNV.transpose(1, 2) * silu_slope(score_HBN)).masked_fill_(~mask_BN, 0.0)
+        dscore_HBN *= scale / max_len
+        dq[rows] += (dscore_HBN @ k_HNK).transpose(0, 1)
+        dk[keys] += (dscore_HBN.transpose(1, 2) @ q_HBK).transpose(0, 1)
+        dv[keys] += (weight_HBN.transpose(1, 2) @ dout_HBV).transpose(0, 1)
+    return dq.to(q_RHK.dtype), dk.to(k_THK.dtype), dv.to(v_THV.dtype)
 
 
-def _blocks(
-    q_THK: Tensor, offsets: Tensor, mask: SemiLocalMask, num_targets: Tensor | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields (keys, query rows, mask [R, N]) of every sequence, few rows at a time.  Reads offsets on the host."""
-    bounds = offsets.tolist()
-    targets = [0] * (len(bounds) - 1) if num_targets is None else num_targets.tolist()
-    for start, end, t in zip(bounds[:-1], bounds[1:], targets, strict=True):
+def _blocks(q_RHK: Tensor, plan: AttentionPlan) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields (keys, rows, mask [B, N]) of every sequence, few rows at a time.  Reads offsets on the host."""
+    bounds = plan.offsets.tolist()
+    targets = [0] * (len(bounds) - 1) if plan.num_targets is None else plan.num_targets.tolist()
+    # Where a sequence's first computed row lies.
+    row_starts = bounds if plan.row_offsets is None else plan.row_offsets.tolist()
+    for i, (start, end, t) in enumerate(zip(bounds[:-1], bounds[1:], targets, strict=True)):
         n = end - start
         # An empty sequence holds fewer context tokens than the model has.
-        c = min(mask.num_context, n - t)
-        step = max(1, _MAX_BLOCK_ELEMENTS // max(1, n * q_THK.shape[1]))
-        for first in range(0, n, step):
+        c = min(plan.mask.num_context, n - t)
+        computed = 0 if plan.row_offsets is None else n - t
+        step = max(1, _MAX_BLOCK_ELEMENTS // max(1, n * q_RHK.shape[1]))
+        for first in range(computed, n, step):
             last = min(first + step, n)
-            mask_RN = _mask_rows(mask, c, n - c - t, t, first, last, q_THK.device)
-            yield slice(start, end), slice(start + first, start + last), mask_RN
+            rows = slice(row_starts[i] + first - computed, row_starts[i] + last - computed)
+            mask_BN = _mask_rows(plan.mask, c, n - c - t, t, first, last, q_RHK.device)
+            yield slice(start, end), rows, mask_BN
 
 
 def _mask_rows(mask: SemiLocalMask, c: int, h: int, t: int, first: int, last: int, device: torch.device) -> Tensor:

@@ -8,14 +8,14 @@ for the head sizes and the type of its model.  It is not a test suite: it looks 
 import itertools
 import sys
 import time
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from attention_kernels.checks import Backend
-from attention_kernels.interface import hstu_attention, hstu_projection_backward
+from attention_kernels.attention.checks import Backend
+from attention_kernels.attention.interface import attention_forward, projection_backward
+from attention_kernels.attention.plan import make_plan
 from attention_kernels.mask import SemiLocalMask
 
 _MASKS = (
@@ -81,10 +81,10 @@ def _run(
         for size in (key_size,) * 4 + (value_size,) * 3
     )
     offsets, targets = (torch.tensor(x, device=device) for x in (bounds, _TARGETS))
-    options: dict[str, Any] = {"num_targets": targets, "max_len": max(_LENGTHS), "backend": backend}
+    plan = make_plan(offsets, mask, num_targets=targets, max_len=max(_LENGTHS), backend=backend)
     # As a layer trains: random numbers stand for the slopes of SiLU at q, k and v.
-    sums = hstu_projection_backward(dout, q, k, v, offsets, mask, **options, scaled=True, out=(dq, dk, dv))
-    return [hstu_attention(q, k, v, offsets, mask, **options), dq, dk, dv, *sums]
+    sums = projection_backward(dout, q, k, v, plan, scaled=True, out=(dq, dk, dv))
+    return [attention_forward(q, k, v, plan), dq, dk, dv, *sums]
 
 
 def main() -> int:

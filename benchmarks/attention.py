@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from attention_kernels import SemiLocalMask, hstu_attention, hstu_attention_backward
+from attention_kernels import SemiLocalMask, attention_backward, attention_forward, hstu_attention, make_plan
 from trainer.models.flops import allowed_pairs
 
 TOKENS, HEADS, SIZE = 65536, 4, 128
@@ -102,17 +102,19 @@ def describe(row: dict[str, Any]) -> str:
 
 def graph_times(mask: SemiLocalMask, length: int) -> tuple[float, float]:
     """Milliseconds of our kernels alone, forward and backward, in replayed CUDA graphs."""
+    forward_ms, backward_ms = (
+        float(triton.testing.do_bench_cudagraph(run, rep=60, return_mode="median")) for run in _run_plan(mask, length)
+    )
+    return forward_ms, backward_ms
+
+
+def _run_plan(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Our kernels as a layer calls them: with a plan that its stage has made."""
     (q, k, v), offsets = _packed(length)
     q, k, v = (x.detach() for x in (q, k, v))
     gradient = torch.randn_like(v)
-    forward_ms, backward_ms = (
-        float(triton.testing.do_bench_cudagraph(run, rep=60, return_mode="median"))
-        for run in (
-            lambda: hstu_attention(q, k, v, offsets, mask, max_len=length),
-            lambda: hstu_attention_backward(gradient, q, k, v, offsets, mask, max_len=length),
-        )
-    )
-    return forward_ms, backward_ms
+    plan = make_plan(offsets, mask, max_len=length)
+    return (lambda: attention_forward(q, k, v, plan)), (lambda: attention_backward(gradient, q, k, v, plan))
 
 
 def hardware() -> dict[str, str]:
@@ -142,6 +144,10 @@ def _run_hstu(backend: Any, mask: SemiLocalMask, length: int) -> tuple[Callable[
 
 def run_ours(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return _run_hstu("triton", mask, length)
+
+
+def run_planned(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    return _run_plan(mask, length)
 
 
 def run_reference(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
@@ -196,6 +202,7 @@ def _backward_of(forward: Callable[[], Tensor], tensors: list[Tensor]) -> Callab
 
 RUNNERS: dict[str, Callable[[SemiLocalMask, int], tuple[Callable[[], Any], Callable[[], Any]] | None]] = {
     "ours": run_ours,
+    "planned": run_planned,
     "cudnn": run_cudnn,
     "flex": run_flex,
     "reference": run_reference,

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 import triton
 
-from attention_kernels import SemiLocalMask, reference, triton_attention
-from attention_kernels.tuning import AttentionConfig, TileConfig
+from attention_kernels import SemiLocalMask, make_plan, reference
+from attention_kernels.attention.portable import launchers
+from attention_kernels.attention.portable.launchers import Backward
+from attention_kernels.attention.portable.tuning import AttentionConfig, TileConfig
+from attention_kernels.attention.schedule import schedules
 
 HEADS, SIZE, TOKENS = 4, 128, 65536
 MASKS = {
@@ -59,25 +62,23 @@ def inputs(lengths: list[int], dtype: torch.dtype = torch.bfloat16) -> tuple[Any
 
 
 def runner(kernel: str, mask: SemiLocalMask, tile: TileConfig, data: tuple[Any, ...], max_len: int) -> Any:
-    """A function that runs one kernel alone (with the schedule it needs) and returns its results."""
+    """A function that runs one kernel alone, with a plan that has its schedule, and returns its results."""
     dout, q, k, v, offsets = data
-    scales: dict[str, Any] = {"scale": SIZE**-0.5, "max_len": max_len}
+    plan = make_plan(offsets, mask, max_len=max_len)
+    config = AttentionConfig(forward=tile, dq=tile, dkdv=tile)
     if kernel == "forward":
-        config = AttentionConfig(forward=tile, dq=tile, dkdv=tile)
-        return lambda: (triton_attention.forward(q, k, v, offsets, mask, num_targets=None, config=config, **scales),)
+        return lambda: (launchers.forward(q, k, v, plan, config=config),)
     dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
+    call = Backward(dout=dout, q=q, k=k, v=v, plan=plan, dq=dq, dk=dk, dv=dv)
     by_rows = kernel == "dq"
-    inputs = (dout, q, k, v)
+    blocks = {"row_block": tile.rows if by_rows else None, "key_block": None if by_rows else tile.keys}
+    rows, keys = schedules(plan, launchers.shape_of(q, k, v), **blocks)
 
     def run() -> tuple[torch.Tensor, ...]:
-        blocks = (tile.rows, None) if by_rows else (None, tile.keys)
-        rows, keys = triton_attention.build_schedule(mask, offsets, None, q, v, *blocks)
         if rows is not None:
-            triton_attention.backward_rows(inputs, dq, None, mask, None, rows, tile, scaled=False, **scales)
+            launchers.backward_rows(call, None, rows, tile)
         if keys is not None:
-            triton_attention.backward_keys(
-                inputs, (dk, dv), (None, None), mask, None, keys, tile, scaled=False, **scales
-            )
+            launchers.backward_keys(call, (None, None), keys, tile)
         return (dq,) if by_rows else (dk, dv)
 
     return run
@@ -90,16 +91,16 @@ def check(job: tuple[str, str, tuple[int | None, ...]]) -> tuple[tuple[str, str,
     data = inputs([1000, 0, 1, 777, 64, 2000])
     dout, q, k, v, offsets = data
     tile = tile_of(sizes)
-    scales: dict[str, Any] = {"num_targets": None, "scale": SIZE**-0.5, "max_len": 2000}
+    plan = make_plan(offsets, MASKS[name], max_len=2000)
     dout, q, k, v = (x.double() for x in (dout, q, k, v))
     try:
         results = runner(kernel, MASKS[name], tile, data, 2000)()
     except triton.runtime.errors.OutOfResources as error:
         return job, f"does not fit: {error}"
     if kernel == "forward":
-        expected: Any = (reference.forward(q, k, v, offsets, MASKS[name], **scales),)
+        expected: Any = (reference.forward(q, k, v, plan),)
     else:
-        gradients = reference.backward(dout, q, k, v, offsets, MASKS[name], **scales)
+        gradients = reference.backward(dout, q, k, v, plan)
         expected = gradients[:1] if kernel == "dq" else gradients[1:]
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
     return job, "" if max(errors) < 1e-2 else f"wrong: errors {errors}"

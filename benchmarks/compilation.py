@@ -45,7 +45,8 @@ def layer_steps(device: torch.device, *, small: bool) -> dict[str, Callable[[], 
     host = torch.full((tokens // length,), length)
     none = torch.zeros_like(host)
     layout = make_layout(host.to(device), none.to(device), host, none)
-    batch = LayerBatch(offsets=layout.offsets, num_candidates=layout.num_candidates, mask=MASK)
+    plan = layer.plan(layout, MASK)
+    batch = LayerBatch(plan=plan)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(tokens, dim, device=device, dtype=dtype)
 
@@ -53,7 +54,7 @@ def layer_steps(device: torch.device, *, small: bool) -> dict[str, Callable[[], 
         return plain_layer(x, layer.parameter_set(), layer.spec, batch).sum()
 
     def fused() -> Tensor:
-        out: Tensor = layer(x, layout, MASK)
+        out: Tensor = layer(x, plan)
         return out.sum()
 
     return {"plain layer": plain, "fused layer": fused}

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_kernels import SemiLocalMask, layer_reference
+from attention_kernels import SemiLocalMask
+from attention_kernels.layer import reference as layer_reference
 from trainer.metrics import retrieval_scores
 from trainer.models.heads.dot_product import DotProduct
 from trainer.models.hstu import HstuLayer, HstuTower, Stage

@@ -23,7 +23,7 @@ from attention_kernels import SemiLocalMask
 from trainer.models.config import LayerConfig
 from trainer.models.flops import TRAINING_FACTOR, allowed_pairs, layer_flops
 from trainer.models.hstu import HstuLayer, HstuTower, Stage, build_layer_spec
-from trainer.models.layout import SequenceLayout, make_layout
+from trainer.models.layout import SequenceLayout, candidate_rows, make_layout, take_rows
 
 TOKENS = 131072
 LAYERS = 2
@@ -175,11 +175,12 @@ def _fp8_errors(config: LayerConfig, dim: int, mask: SemiLocalMask) -> tuple[flo
     x = torch.randn(8192, dim, device="cuda", dtype=torch.bfloat16)
     layer = tower.layers[0]
     assert isinstance(layer, HstuLayer)
+    plan = layer.plan(layout, mask)
     with torch.no_grad():
-        exact = layer(x.float(), layout, mask)
-        rounded = layer(x, layout, mask)
+        exact = layer(x.float(), plan)
+        rounded = layer(x, plan)
         layer.spec = replace(layer.spec, fp8=True)
-        quantised = layer(x, layout, mask)
+        quantised = layer(x, plan)
     added = (exact - x.float()).norm()
     return float((quantised.float() - exact).norm() / added), float((rounded.float() - exact).norm() / added)
 
@@ -227,6 +228,49 @@ def _kernel_class(name: str) -> str:
     return "elementwise and the rest"
 
 
+def candidates() -> dict[str, Any]:
+    """Forward and backward of a ranker's last layer, of all rows and of 64 candidates a user, milliseconds.
+
+    `_gpu_ms` is the sum of the kernels' times: one layer alone waits for the host.  Inputs are sequences of 4,096 or
+    16,384 tokens, candidates included; the loss depends on candidates alone.
+    """
+    result: dict[str, Any] = {}
+    for name, config, dim, length, mask in (
+        ("d 512, L 4096, full causal", LayerConfig(), 512, 4096, FULL),
+        ("d 512, L 16384, full causal", LayerConfig(), 512, 16384, FULL),
+        ("d 512, L 16384, semi-local 256 + 256", LayerConfig(), 512, 16384, SEMI_LOCAL),
+        ("production: d 512, L 16384, full causal", LayerConfig(variant="production"), 512, 16384, FULL),
+        ("d 1024, L 4096, full causal", WIDE, 1024, 4096, FULL),
+    ):
+        tower = make_tower(config, dim, mask, layers=1)
+        history, number = torch.full((TOKENS // length,), length - 64), torch.full((TOKENS // length,), 64)
+        layout = make_layout(history.cuda(), number.cuda(), history, number)
+        leaf = torch.randn(TOKENS, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        rows = candidate_rows(layout)
+        dout = torch.randn(rows.numel(), dim, device="cuda", dtype=torch.bfloat16)
+
+        def all_rows(
+            tower: HstuTower = tower, leaf: Tensor = leaf, layout: SequenceLayout = layout, rows: Tensor = rows
+        ) -> Tensor:
+            return take_rows(tower(leaf, layout)[0], rows)
+
+        def at_candidates(tower: HstuTower = tower, leaf: Tensor = leaf, layout: SequenceLayout = layout) -> Tensor:
+            return tower.at_candidates(leaf, layout)
+
+        row: dict[str, float] = {}
+        for kind, function in (("all_rows", all_rows), ("at_candidates", at_candidates)):
+            run = partial(_backward, function, leaf, dout)
+            row[f"{kind}_ms"] = milliseconds(run)
+            row[f"{kind}_gpu_ms"] = LAYERS * sum(kernel_times(run)["classes"].values())
+        result[name] = row | {"gpu_share": row["at_candidates_gpu_ms"] / row["all_rows_gpu_ms"]}
+    return result
+
+
+def _backward(function: Callable[[], Tensor], leaf: Tensor, dout: Tensor) -> None:
+    leaf.grad = None
+    torch.autograd.backward(function(), dout)
+
+
 def synchronisations() -> int:
     """Host waits in a forward and a backward: 0, or torch raises."""
     tower, layout = make_tower(LayerConfig(), 512, SEMI_LOCAL), equal_layout(4096)
@@ -243,6 +287,7 @@ def synchronisations() -> int:
 
 PARTS: dict[str, Callable[[], Any]] = {
     "peers": peers_rows,
+    "candidates": candidates,
     "synchronisations": synchronisations,
     "breakdown": breakdown,
     "fp8": fp8,

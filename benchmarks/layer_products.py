@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import triton
 
-from attention_kernels import fp8, gated_norm, hopper_linear, layer_norm, linear, linear_kernel, silu
-from attention_kernels.linear_kernel import Epilogue
+from attention_kernels.layer import fp8, gated_norm, hopper_linear, layer_norm, linear, linear_kernel, silu
+from attention_kernels.layer.linear_kernel import Epilogue
 from attention_kernels.rows import is_hopper
 
 TOKENS = 131072

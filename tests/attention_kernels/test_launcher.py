@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attention_kernels import launcher
-from attention_kernels.hopper_attention import RingConfig
+from attention_kernels.attention.hopper.launchers import RingConfig
 from attention_kernels.launcher import Blocks, launch
 
 BUFFER = torch.zeros(1024, dtype=torch.bfloat16)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from attention_kernels import SemiLocalMask, hopper_attention, selfcheck, triton_attention
+from attention_kernels import SemiLocalMask, selfcheck
+from attention_kernels.attention.hopper import launchers as hopper
+from attention_kernels.attention.portable import launchers as portable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,7 +26,7 @@ def test_passes_here(dtype: torch.dtype) -> None:
 def test_names_versions_when_a_kernel_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (triton_attention, hopper_attention):
+    for module in (portable, hopper):
         monkeypatch.setattr(module, "forward", lambda *x, right=module.forward, **y: right(*x, **y) * 1.1)
     with pytest.raises(selfcheck.KernelMismatchError, match=r"output of .* heads of 16 and 24, .* Triton 3"):
         selfcheck.check_attention(DEVICE, torch.bfloat16, 16, 24)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from attention_kernels.gather import Gather, gather_sum
+from attention_kernels.layer.gather import Gather, gather_sum
 from pipelines.batch import Inputs
 from pipelines.features import UNKNOWN_TIME, Part
 from pipelines.selection import Feature, Selection

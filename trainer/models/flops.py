@@ -116,16 +116,25 @@ def _triangle(count: Count) -> Count:
     return count * (count + 1) / 2
 
 
-def layer_flops(layer: LayerConfig, *, dim: int, num_tokens: Count | float, pairs: Count | float) -> FlopCount:
-    """One layer over `num_tokens` tokens with `pairs` allowed pairs."""
+def layer_flops(
+    layer: LayerConfig,
+    *,
+    dim: int,
+    num_tokens: Count | float,
+    pairs: Count | float,
+    num_rows: Count | float | None = None,
+) -> FlopCount:
+    """One layer over `num_tokens` tokens with `pairs` allowed pairs, all rows or `num_rows` of which are computed."""
     tokens, pairs = np.asarray(num_tokens, dtype=np.float64), np.asarray(pairs, dtype=np.float64)
+    rows = tokens if num_rows is None else np.asarray(num_rows, dtype=np.float64)
     gate = layer.num_heads * layer.value_dim
-    width = 2 * layer.num_heads * (layer.value_dim + layer.qk_dim)
+    # V and K of all tokens, U and Q of the rows.
+    width = layer.num_heads * (layer.value_dim + layer.qk_dim)
     output_inputs = 2 * gate + dim if layer.variant == "production" else gate
     return FlopCount(
-        projections=2 * tokens * dim * width,
+        projections=2 * (tokens + rows) * dim * width,
         attention=2 * pairs * layer.num_heads * (layer.qk_dim + layer.value_dim),
-        outputs=2 * tokens * output_inputs * dim,
+        outputs=2 * rows * output_inputs * dim,
         ends=np.zeros_like(tokens),
     )
 
@@ -165,7 +174,7 @@ def ranker_flops(
             extra = np.asarray(2 * config.dim * channel.dim * tokens)
             total = _add(total, _no_flops(lens.shape, ends=extra))
     for dim, layer, stages, lens in towers:
-        total = _add(total, _tower_flops(dim, layer, stages, lens, candidates, num_context))
+        total = _add(total, _tower_flops(dim, layer, stages, lens, candidates, num_context, at_candidates=True))
     return total
 
 
@@ -203,7 +212,8 @@ def retriever_flops(
     maps = 4 * config.dim * embedding_dim if embedding_dim != config.dim else 0
     scores = _scoring_flops(config.retrieval, embedding_dim) * np.maximum(events - 1, 0)
     ends = _no_flops(events.shape, ends=np.asarray(maps * events + scores, dtype=np.float64))
-    return _add(ends, _tower_flops(config.dim, config.layer, config.stages, events, np.zeros_like(events), 0))
+    none = np.zeros_like(events)
+    return _add(ends, _tower_flops(config.dim, config.layer, config.stages, events, none, 0, at_candidates=False))
 
 
 def _scoring_flops(config: RetrievalConfig, embedding_dim: int) -> int:
@@ -230,8 +240,12 @@ def _tower_flops(
     history: npt.NDArray[np.int64],
     candidates: npt.NDArray[np.int64],
     num_context: int,
+    *,
+    at_candidates: bool,
 ) -> FlopCount:
+    """All layers; with `at_candidates` the last one computes the rows of candidates alone (`candidate_layer.py`)."""
     total = _no_flops(history.shape)
+    last = _no_flops(history.shape)
     for stage in stages:
         if stage.keep_newest is not None:
             history = np.minimum(history, stage.keep_newest)
@@ -243,11 +257,15 @@ def _tower_flops(
             global_rows=stage.global_rows,
             global_columns=stage.global_columns,
         )
-        tokens = num_context + history + candidates
-        one = layer_flops(layer, dim=dim, num_tokens=tokens.astype(np.float64), pairs=pairs)
+        tokens = (num_context + history + candidates).astype(np.float64)
+        one = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs)
         for _ in range(stage.num_layers):
-            total = _add(total, one)
-    return total
+            total, last = _add(total, last), one
+    # In FP8 the last layer computes all rows.
+    if at_candidates and not layer.fp8:
+        pairs = candidates * (num_context + history + 1.0)
+        last = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs, num_rows=candidates.astype(np.float64))
+    return _add(total, last)
 
 
 def _no_flops(shape: tuple[int, ...], ends: Count | None = None) -> FlopCount:

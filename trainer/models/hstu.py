@@ -1,19 +1,21 @@
 """The HSTU layer, and the tower: layers with a mask each over one packed batch of sequences.
 
-Shapes: T packed tokens, D model width.
+Shapes: T packed tokens, C candidates of all users, R rows (T or C), D model width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attention_kernels import SemiLocalMask
+from attention_kernels import AttentionPlan, SemiLocalMask, make_plan, plan_of_targets
+from trainer.models.candidate_layer import candidate_layer
 from trainer.models.config import LayerConfig, StageConfig
-from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec
+from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
 from trainer.models.layer_function import fused_layer
-from trainer.models.layout import SequenceLayout, keep_newest, take_rows
+from trainer.models.layout import SequenceLayout, candidate_rows, keep_newest, repeat_users, take_rows
 from trainer.models.precision import compute_dtype
 
 
@@ -47,19 +49,38 @@ class HstuLayer(nn.Module):
         nn.init.xavier_uniform_(self.uvqk_weight)
         nn.init.xavier_uniform_(self.output_weight)
 
-    def forward(self, x_TD: Tensor, layout: SequenceLayout, mask: SemiLocalMask) -> Tensor:
-        """Returns the layer's output [T, D], residual included, in the type of computation."""
-        dropout = self.spec.dropout if self.training else 0.0
-        batch = LayerBatch(
-            offsets=layout.offsets,
-            num_candidates=layout.num_candidates,
-            mask=mask,
-            dropout=dropout,
-            # Drawn on the host, from the generator that each step seeds: no wait for the device.
-            seed=int(torch.randint(2**31, ())) if dropout > 0 else 0,
-        )
-        out: Tensor = fused_layer(x_TD.to(compute_dtype(x_TD)), self.parameter_set(), self.spec, batch)
+    def forward(self, x_TD: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None) -> Tensor:
+        """Returns the layer's output [T, D], residual included, in the type of computation.
+
+        `weights` as in `layer_function.fused_layer`.
+        """
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        out: Tensor = fused_layer(x_TD, self.parameter_set(), self.spec, self._batch(plan), weights=weights)
         return out
+
+    def at_candidates(
+        self, x_TD: Tensor, rows_C: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None
+    ) -> Tensor:
+        """The rows of candidates of `forward`'s output, [C, D], computed alone.
+
+        Equal but for rounding, and for which elements dropout zeroes.  A layer in FP8 computes all rows.
+        """
+        if self.spec.fp8:
+            return take_rows(self(x_TD, plan, weights), rows_C)
+        x_TD, batch = x_TD.to(compute_dtype(x_TD)), self._batch(plan_of_targets(plan))
+        out: Tensor = candidate_layer(x_TD, rows_C, self.parameter_set(), self.spec, batch, weights=weights)
+        return out
+
+    def plan(self, layout: SequenceLayout, mask: SemiLocalMask) -> AttentionPlan:
+        """The attention of layers like this one over sequences that lie so."""
+        return make_plan(
+            layout.offsets, mask, num_targets=layout.num_candidates, scale=self.spec.scale, max_len=self.spec.max_len
+        )
+
+    def _batch(self, plan: AttentionPlan) -> LayerBatch:
+        dropout = self.spec.dropout if self.training else 0.0
+        # The seed is drawn on the host, from the generator that each step seeds: no wait for the device.
+        return LayerBatch(plan=plan, dropout=dropout, seed=int(torch.randint(2**31, ())) if dropout > 0 else 0)
 
     def parameter_set(self) -> LayerParameters:
         """The layer's parameters under their names."""
@@ -83,6 +104,15 @@ class Stage:
     keep_newest: int | None = None
 
 
+class _LastLayer(NamedTuple):
+    """What the tower's last layer takes."""
+
+    x_TD: Tensor
+    layout: SequenceLayout
+    plan: AttentionPlan
+    weights: ProductWeights
+
+
 class HstuTower(nn.Module):
     """Layers over one packed batch, stage by stage; a stage may first drop all but the newest events.
 
@@ -92,6 +122,8 @@ class HstuTower(nn.Module):
 
     def __init__(self, layers: Sequence[HstuLayer], stages: Sequence[Stage], *, stochastic_depth: float = 0.0) -> None:
         super().__init__()
+        if not layers:
+            raise ValueError("the tower has no layers, give it at least one")
         if len(layers) != sum(stage.num_layers for stage in stages):
             raise ValueError(f"the stages have {[stage.num_layers for stage in stages]} layers, got {len(layers)}")
         self.layers = nn.ModuleList(layers)
@@ -100,26 +132,59 @@ class HstuTower(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: SequenceLayout) -> tuple[Tensor, SequenceLayout]:
         """Returns the tokens of the last stage and their layout: all context and candidates, and the events left."""
+        last = self._all_but_the_last(x_TD, layout)
+        output_TD = self._layer(-1)(last.x_TD, last.plan, last.weights)
+        return self._skip(last.x_TD, output_TD, last.layout.user_T, len(self.layers), layout), last.layout
+
+    def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
+        """What `forward` makes of the candidates, [C, D]: of the last layer, no other row is computed."""
+        last = self._all_but_the_last(x_TD, layout)
+        rows_C = candidate_rows(last.layout)
+        output_CD = self._layer(-1).at_candidates(last.x_TD, rows_C, last.plan, last.weights)
+        if not (self.training and self.stochastic_depth > 0):
+            return output_CD
+        user_C = repeat_users(layout.num_candidates, rows_C.numel())
+        return self._skip(take_rows(last.x_TD, rows_C), output_CD, user_C, len(self.layers), layout)
+
+    def _all_but_the_last(self, x_TD: Tensor, layout: SequenceLayout) -> _LastLayer:
+        """The last layer's input."""
+        parameters = [self._layer(i).parameter_set() for i in range(len(self.layers))]
+        weights = cast_products(parameters, compute_dtype(x_TD))
         depth = 0
         for stage in self.stages:
             if stage.keep_newest is not None:
                 layout, rows = keep_newest(layout, stage.keep_newest)
                 x_TD = take_rows(x_TD, rows)
+            plan = self._layer(depth).plan(layout, stage.mask)
             for _ in range(stage.num_layers):
-                layer = self.layers[depth]
                 depth += 1
-                skip = self.stochastic_depth * depth / len(self.layers)
-                output_TD = layer(x_TD, layout, stage.mask)
-                x_TD = _skip_users(x_TD, output_TD, layout, skip) if self.training and skip > 0 else output_TD
-        return x_TD, layout
+                if depth < len(self.layers):
+                    output_TD = self._layer(depth - 1)(x_TD, plan, weights[depth - 1])
+                    x_TD = self._skip(x_TD, output_TD, layout.user_T, depth, layout)
+        return _LastLayer(x_TD, layout, plan, weights[-1])
+
+    def _layer(self, index: int) -> HstuLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, HstuLayer)
+        return layer
+
+    def _skip(self, x_RD: Tensor, output_RD: Tensor, user_R: Tensor, depth: int, layout: SequenceLayout) -> Tensor:
+        """The output of layer number `depth`, or while training with stochastic depth its input for some users."""
+        probability = self.stochastic_depth * depth / len(self.layers)
+        if not self.training or probability == 0:
+            return output_RD
+        return skip_users(x_RD, output_RD, user_R, layout.num_users, probability)
 
 
-def _skip_users(x_TD: Tensor, output_TD: Tensor, layout: SequenceLayout, probability: float) -> Tensor:
-    """Let each user skip the layer with this probability, and scale the others' change so that its mean stays."""
-    kept_B = torch.rand(layout.num_users, device=x_TD.device) >= probability
+def skip_users(x_RD: Tensor, output_RD: Tensor, user_R: Tensor, num_users: int, probability: float) -> Tensor:
+    """Let each user skip the layer with this probability, and scale the others' change so that its mean stays.
+
+    `user_R` says whose each row is.
+    """
+    kept_B = torch.rand(num_users, device=x_RD.device) >= probability
     # In float32: rounded to bfloat16, the factor itself would shift the mean.
-    factor_T1 = (kept_B / (1 - probability))[layout.user_T][:, None]
-    return torch.lerp(x_TD.float(), output_TD.float(), factor_T1).to(x_TD.dtype)
+    factor_R1 = (kept_B / (1 - probability))[user_R][:, None]
+    return torch.lerp(x_RD.float(), output_RD.float(), factor_R1).to(x_RD.dtype)
 
 
 def build_tower(

@@ -6,12 +6,15 @@ own backward.
 Shapes: T packed tokens, D model width, H heads, K query-key size, V value size, W = H * V gate width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attention_kernels import SemiLocalMask, hstu_attention, layer_reference
+from attention_kernels import AttentionPlan, hstu_attention
+from attention_kernels.layer import reference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,13 +71,19 @@ class LayerSpec:
 class LayerBatch:
     """What a layer needs to know of the batch."""
 
-    offsets: Tensor
-    num_candidates: Tensor
-    mask: SemiLocalMask
+    plan: AttentionPlan
     dropout: float = 0.0
     """The layer's dropout while training, 0 otherwise."""
     seed: int = 0
     """Decides which elements dropout zeroes."""
+
+
+class ProductWeights(NamedTuple):
+    """What a layer's products read, in the type of computation.  Not differentiable: gradients go to the parameters."""
+
+    uvqk_weight: Tensor
+    uvqk_bias: Tensor
+    output_weight: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,25 +100,47 @@ class LayerParameters:
     output_weight: Tensor
     """[output_inputs, D]."""
 
+    @property
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those that products read."""
+        return self.uvqk_weight, self.uvqk_bias, self.output_weight
+
+
+# Opaque to torch.compile, which would make one small kernel a tensor of it.
+@torch.compiler.disable
+@torch.no_grad()
+def cast_products(layers: Sequence[LayerParameters], dtype: torch.dtype) -> list[ProductWeights]:
+    """The weights of these layers' products in `dtype`, by one launch for all of them."""
+    sources = [source for layer in layers for source in layer.products]
+    if all(source.dtype == dtype for source in sources):
+        cast = [source.detach() for source in sources]
+    else:
+        # Kernels want rows that start at multiples of 16 bytes.
+        sizes = [-(-source.numel() // 64) * 64 for source in sources]
+        parts = torch.split(torch.empty(sum(sizes), dtype=dtype, device=sources[0].device), sizes)
+        cast = [part[: x.numel()].view(x.shape) for part, x in zip(parts, sources, strict=True)]
+        torch._foreach_copy_(cast, sources)
+    return [ProductWeights(*cast[i : i + 3]) for i in range(0, len(cast), 3)]
+
 
 def plain_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batch: LayerBatch) -> Tensor:
     """The layer's output, residual included, in x's type."""
     p, dtype = parameters, x_TD.dtype
-    normed_TD = layer_reference.layer_norm(x_TD, p.input_norm_weight, p.input_norm_bias, spec.norm_eps)
+    normed_TD = reference.layer_norm(x_TD, p.input_norm_weight, p.input_norm_bias, spec.norm_eps)
     uvqk = torch.addmm(p.uvqk_bias.to(dtype), normed_TD, p.uvqk_weight.to(dtype))
     u, vqk = uvqk[:, : spec.gate_width], uvqk[:, spec.gate_width :]
-    q_THK, k_THK, v_THV = spec.split_heads(vqk if spec.production else layer_reference.silu(vqk))
+    q_THK, k_THK, v_THV = spec.split_heads(vqk if spec.production else reference.silu(vqk))
     attention_THV = hstu_attention(
         q_THK,
         k_THK,
         v_THV,
-        batch.offsets,
-        batch.mask,
-        num_targets=batch.num_candidates,
-        scale=spec.scale,
-        max_len=spec.max_len,
+        batch.plan.offsets,
+        batch.plan.mask,
+        num_targets=batch.plan.num_targets,
+        scale=batch.plan.scale,
+        max_len=batch.plan.max_len,
     )
-    gated = layer_reference.gated_norm(
+    gated = reference.gated_norm(
         attention_THV.reshape(x_TD.shape[0], spec.gate_width),
         u,
         p.output_norm_weight,

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels import hstu_attention, hstu_projection_backward, layer_ops, linear
-from attention_kernels.checks import check_first_order
-from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec
+from attention_kernels import attention_forward, projection_backward
+from attention_kernels.attention.checks import check_first_order
+from attention_kernels.layer import linear, operations
+from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
 
 
 class _FusedLayer(torch.autograd.Function):
@@ -30,18 +31,23 @@ class _FusedLayer(torch.autograd.Function):
         spec: LayerSpec,
         batch: LayerBatch,
         has_backward: bool,
+        weights: ProductWeights,
         *parameters: Tensor,
     ) -> Tensor:
-        backend = layer_ops.layer_backend(x_TD)
+        backend = operations.layer_backend(x_TD)
         T, W = x_TD.shape[0], spec.gate_width
         # What is kept of V, Q and K's SiLU lies where their gradients will.
         keeps_slopes = has_backward and not spec.recompute_uvqk and not spec.production
         duvqk = _gradient_buffer(x_TD, spec) if keeps_slopes else None
         slopes = None if duvqk is None else duvqk[:, W:]
-        (u, vqk), normed_TD, mean, rstd = _project(parameters[:4], x_TD, slopes, spec, backend)
+        (u, vqk), normed_TD, mean, rstd = _project(
+            x_TD, slopes, parameters=parameters[:4], weights=weights, spec=spec, backend=backend
+        )
         attention = _attend(vqk, spec, batch).view(T, W)
-        out, gated = _output(attention, u, x_TD, parameters[4:], spec, batch, backend)
-        ctx.spec, ctx.batch, ctx.backend = spec, batch, backend
+        out, gated = output_rows(
+            attention, u, x_TD, parameters=parameters[4:], weights=weights, spec=spec, batch=batch, backend=backend
+        )
+        ctx.spec, ctx.batch, ctx.backend, ctx.weights = spec, batch, backend, weights
         ctx.save_for_backward(
             x_TD,
             u,
@@ -61,10 +67,10 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         check_first_order("an HSTU layer")
         x_TD, u, attention, mean, rstd, normed_TD, duvqk, vqk, gated, *parameters = ctx.saved_tensors
-        norm_weight, norm_bias, uvqk_weight, uvqk_bias, gate_weight, gate_bias, output_weight = parameters
+        norm_weight, norm_bias, _, uvqk_bias, gate_weight, gate_bias, _ = parameters
         spec: LayerSpec = ctx.spec
         batch: LayerBatch = ctx.batch
-        backend = ctx.backend
+        backend, weights = ctx.backend, ctx.weights
         T, dtype, W = x_TD.shape[0], x_TD.dtype, spec.gate_width
         dout_TD = dout_TD.contiguous()
         if duvqk is None:
@@ -73,37 +79,36 @@ class _FusedLayer(torch.autograd.Function):
             # Written over: PyTorch then refuses a second backward through this layer.
             torch.autograd.graph.increment_version(duvqk)
 
-        dgated = dout_TD @ output_weight.to(dtype).t()
-        dattention, residual_TD, rebuilt, dgate_weight, dgate_bias, du_bias = layer_ops.gated_norm_backward(
+        dgated = dout_TD @ weights.output_weight.t()
+        dattention, residual_TD, rebuilt, dgate_weight, dgate_bias, du_bias = operations.gated_norm_backward(
             dgated,
             attention,
             u,
             gate_weight,
             gate_bias,
             spec.norm_eps,
-            **_gate_options(spec, batch, x_TD),
+            **gate_options(spec, batch, x_TD),
             residual_TD=dout_TD,
             du=duvqk[:, :W],
             backend=backend,
         )
         del dgated
-        doutput_weight = _weight_gradient(rebuilt if gated is None else gated, dout_TD)
+        doutput_weight = weight_gradient(rebuilt if gated is None else gated, dout_TD)
         del rebuilt, gated
 
         norm = (norm_weight, norm_bias, spec.norm_eps)
         if normed_TD is None:
-            normed_TD, mean, rstd = layer_ops.layer_norm_forward(x_TD, *norm, backend=backend)
-        weight = uvqk_weight.to(dtype)
+            normed_TD, mean, rstd = operations.layer_norm_forward(x_TD, *norm, backend=backend)
         if vqk is None:
-            vqk = _vqk(normed_TD, weight, uvqk_bias, duvqk[:, W:], spec, dtype=dtype, backend=backend)
+            vqk = _vqk(normed_TD, weights.uvqk_weight, uvqk_bias, duvqk[:, W:], spec, dtype=dtype, backend=backend)
         dattention_THV = dattention.view(T, spec.num_heads, spec.value_dim)
         duvqk_bias = torch.cat([du_bias, *_attend_backward(dattention_THV, vqk, duvqk[:, W:], spec, batch)])
         del dattention, dattention_THV, vqk
-        duvqk_weight = _weight_gradient(normed_TD, duvqk)
+        duvqk_weight = weight_gradient(normed_TD, duvqk)
         del normed_TD
-        dnormed_TD = duvqk @ weight.t()
+        dnormed_TD = duvqk @ weights.uvqk_weight.t()
         del duvqk
-        dx_TD, dnorm_weight, dnorm_bias = layer_ops.layer_norm_backward(
+        dx_TD, dnorm_weight, dnorm_bias = operations.layer_norm_backward(
             dnormed_TD,
             x_TD,
             norm_weight,
@@ -116,25 +121,27 @@ class _FusedLayer(torch.autograd.Function):
         )
         gradients = (dnorm_weight, dnorm_bias, duvqk_weight, duvqk_bias, dgate_weight, dgate_bias, doutput_weight)
         typed = (gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True))
-        return (dx_TD, None, None, None, *typed)
+        return (dx_TD, None, None, None, None, *typed)
 
 
 def _project(
-    parameters: tuple[Tensor, ...],
     x_TD: Tensor,
     slopes: Tensor | None,
+    *,
+    parameters: tuple[Tensor, ...],
+    weights: ProductWeights,
     spec: LayerSpec,
-    backend: layer_ops.LayerBackend,
+    backend: operations.LayerBackend,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor, Tensor]:
     """(U before SiLU; V, Q and K), the normed input (None in FP8), its statistics; `slopes` as in `_vqk`."""
     norm_weight, norm_bias, weight, bias = parameters
     norm = (x_TD, norm_weight, norm_bias, spec.norm_eps)
     W, dtype = spec.gate_width, x_TD.dtype
     if not spec.fp8:
-        normed_TD, mean, rstd = layer_ops.layer_norm_forward(*norm, backend=backend)
-        weight = weight.to(dtype)
-        u = linear.linear(normed_TD, weight[:, :W], bias[:W], dtype=dtype, backend=backend)
-        vqk = _vqk(normed_TD, weight, bias, slopes, spec, dtype=dtype, backend=backend)
+        normed_TD, mean, rstd = operations.layer_norm_forward(*norm, backend=backend)
+        columns, u_bias = weights.uvqk_weight, weights.uvqk_bias[:W]
+        u = linear.linear(normed_TD, columns[:, :W], u_bias, dtype=dtype, backend=backend)
+        vqk = _vqk(normed_TD, columns, bias, slopes, spec, dtype=dtype, backend=backend)
         return (u, vqk), normed_TD, mean, rstd
     rows, row_scale, mean, rstd = linear.layer_norm_fp8(*norm, backend=backend)
     columns, column_scale = linear.quantise_columns(weight, backend=backend)
@@ -154,7 +161,7 @@ def _vqk(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype,
-    backend: layer_ops.LayerBackend,
+    backend: operations.LayerBackend,
 ) -> Tensor:
     """V, Q and K; the slopes of their SiLU, where the layer has one there, into `slopes` if given."""
     W = spec.gate_width
@@ -164,39 +171,31 @@ def _vqk(
     return linear.linear_silu(rows, columns, bias[W:], slopes=slopes, scales=scales, dtype=dtype, backend=backend)
 
 
-def _output(
+def output_rows(
     attention: Tensor,
     u: Tensor,
     x_TD: Tensor,
+    *,
     parameters: tuple[Tensor, ...],
+    weights: ProductWeights,
     spec: LayerSpec,
     batch: LayerBatch,
-    backend: layer_ops.LayerBackend,
+    backend: operations.LayerBackend,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer's output, and norm(attention) * silu(U) (None in FP8)."""
     norm_weight, norm_bias, weight = parameters
     gate = (attention, u, norm_weight, norm_bias, spec.norm_eps)
-    options = _gate_options(spec, batch, x_TD)
+    options = gate_options(spec, batch, x_TD)
     if not spec.fp8:
-        gated = layer_ops.gated_norm_forward(*gate, **options, backend=backend)
-        return linear.matmul_residual(gated, weight.to(x_TD.dtype), x_TD, backend=backend), gated
+        gated = operations.gated_norm_forward(*gate, **options, backend=backend)
+        return linear.matmul_residual(gated, weights.output_weight, x_TD, backend=backend), gated
     rows, scale = linear.gated_norm_fp8(*gate, **options, backend=backend)
     columns = linear.quantise_columns(weight, backend=backend)
     return linear.matmul_fp8(rows, scale, *columns, residual=x_TD, dtype=x_TD.dtype, backend=backend), None
 
 
 def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
-    q_THK, k_THK, v_THV = spec.split_heads(vqk)
-    return hstu_attention(
-        q_THK,
-        k_THK,
-        v_THV,
-        batch.offsets,
-        batch.mask,
-        num_targets=batch.num_candidates,
-        scale=spec.scale,
-        max_len=spec.max_len,
-    )
+    return attention_forward(*spec.split_heads(vqk), batch.plan)
 
 
 def _attend_backward(
@@ -204,23 +203,13 @@ def _attend_backward(
 ) -> tuple[Tensor, ...]:
     """Writes the gradients of the product of V, Q and K into `dvqk`, over the slopes of its SiLU if any; their sums."""
     q_THK, k_THK, v_THV = spec.split_heads(vqk)
-    q_sum, k_sum, v_sum = hstu_projection_backward(
-        dout_THV,
-        q_THK,
-        k_THK,
-        v_THV,
-        batch.offsets,
-        batch.mask,
-        num_targets=batch.num_candidates,
-        scale=spec.scale,
-        max_len=spec.max_len,
-        scaled=not spec.production,
-        out=spec.split_heads(dvqk),
+    q_sum, k_sum, v_sum = projection_backward(
+        dout_THV, q_THK, k_THK, v_THV, batch.plan, scaled=not spec.production, out=spec.split_heads(dvqk)
     )
     return v_sum.flatten(), q_sum.flatten(), k_sum.flatten()
 
 
-def _weight_gradient(rows_TX: Tensor, gradient_TY: Tensor) -> Tensor:
+def weight_gradient(rows_TX: Tensor, gradient_TY: Tensor) -> Tensor:
     """The gradient [X, Y] of a weight; a GPU need not round the product's float32 sums to the type of its operands."""
     if rows_TX.is_cuda and rows_TX.itemsize == 2:
         return torch.mm(rows_TX.t(), gradient_TY, out_dtype=torch.float32)
@@ -231,7 +220,7 @@ def _gradient_buffer(x_TD: Tensor, spec: LayerSpec) -> Tensor:
     return torch.empty(x_TD.shape[0], spec.uvqk_width, dtype=x_TD.dtype, device=x_TD.device)
 
 
-def _gate_options(spec: LayerSpec, batch: LayerBatch, x_TD: Tensor) -> dict[str, Any]:
+def gate_options(spec: LayerSpec, batch: LayerBatch, x_TD: Tensor) -> dict[str, Any]:
     return {
         "num_groups": spec.num_groups,
         "x_TD": x_TD if spec.production else None,
@@ -243,14 +232,25 @@ def _gate_options(spec: LayerSpec, batch: LayerBatch, x_TD: Tensor) -> dict[str,
 # Opaque to torch.compile, which would look into kernels and products that are already fused, and on a CPU stumbles over
 # the reference's autograd; what lies between layers is compiled.
 @torch.compiler.disable
-def fused_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batch: LayerBatch) -> Tensor:
-    """`layer.plain_layer` with its own backward; `x_TD` is contiguous and of the type of computation."""
+def fused_layer(
+    x_TD: Tensor,
+    parameters: LayerParameters,
+    spec: LayerSpec,
+    batch: LayerBatch,
+    *,
+    weights: ProductWeights | None = None,
+) -> Tensor:
+    """`layer.plain_layer` with its own backward; `x_TD` is contiguous and of the type of computation.
+
+    `weights` are `cast_products` of the parameters, if the caller has cast those of several layers at once.
+    """
     p = parameters
     out: Tensor = _FusedLayer.apply(  # type: ignore[no-untyped-call]  # torch.autograd has no types
         x_TD,
         spec,
         batch,
         torch.is_grad_enabled(),
+        weights or cast_products([p], x_TD.dtype)[0],
         p.input_norm_weight,
         p.input_norm_bias,
         p.uvqk_weight,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_kernels.gather import Gather, gather_sum
+from attention_kernels.layer.gather import Gather, gather_sum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from pipelines.batch import Inputs
 from pipelines.selection import Feature, Selection
 from trainer.models.config import ModelConfig
 from trainer.models.hstu import HstuTower, build_tower
-from trainer.models.layout import SequenceLayout, candidate_rows, count_events, keep_events, take_rows
+from trainer.models.layout import SequenceLayout, count_events, keep_events, take_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +65,8 @@ class Transducer(nn.Module):
         if not self.choice.selects_all:
             layout, rows = keep_events(layout, self.choice.keep(inputs))
             tokens_TD = take_rows(tokens_TD, rows)
-        outputs_TD, layout = self.tower(self.projection(tokens_TD), layout)
-        return take_rows(outputs_TD, candidate_rows(layout))
+        outputs_CD: Tensor = self.tower.at_candidates(self.projection(tokens_TD), layout)
+        return outputs_CD
 
 
 class MixtureOfTransducers(nn.Module):

@@ -1,5 +1,7 @@
 """FLOP counts: allowed pairs against the dense mask, the paper's figures, the paper's scaling fits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from attention_kernels import SemiLocalMask
 from attention_kernels.reference import dense_mask
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
 from trainer.models.flops import (
+    FlopCount,
     InputWidths,
     allowed_pairs,
     layer_flops,
@@ -107,6 +110,30 @@ def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
     assert counts[1].projections / counts[0].projections == pytest.approx(2, rel=0.001)
     assert counts[0].training.item() == 3 * counts[0].forward.item()
     assert counts[1].forward / counts[2].forward > 40
+
+
+def test_a_rankers_last_layer_costs_the_rows_of_candidates() -> None:
+    """V and K for all tokens, everything else for candidates; in FP8 it computes all rows."""
+    layer = LayerConfig(num_heads=2, qk_dim=8, value_dim=16)
+    data = {"inputs": InputWidths(event=9, candidate=0, context=0), "num_context": 2, "num_tasks": 3}
+
+    def count(num_layers: int, *, fp8: bool = False) -> FlopCount:
+        stages = (StageConfig(num_layers=num_layers, local=4),)
+        config = ModelConfig(dim=64, max_len=100, stages=stages, layer=replace(layer, fp8=fp8))
+        return ranker_flops(config, 50, 3, **data)
+
+    pairs = float(allowed_pairs(50, 3, num_context=2, local=4))
+    whole = layer_flops(layer, dim=64, num_tokens=55, pairs=pairs)
+    last = FlopCount(
+        projections=np.float64(2 * 64 * (55 * (32 + 16) + 3 * (32 + 16))),
+        attention=np.float64(2 * 3 * (2 + 50 + 1) * 2 * (8 + 16)),
+        outputs=np.float64(2 * 3 * 64 * 32),
+        ends=np.float64(0),
+    )
+    for field in ("projections", "attention", "outputs"):
+        assert getattr(count(1), field) == getattr(last, field)
+        assert getattr(count(3), field) == 2 * getattr(whole, field) + getattr(last, field)
+        assert getattr(count(3, fp8=True), field) == 3 * getattr(whole, field)
 
 
 def test_counts_take_arrays_of_lengths() -> None:

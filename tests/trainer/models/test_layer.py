@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_kernels import SemiLocalMask, layer_ops
+from attention_kernels import SemiLocalMask, make_plan
+from attention_kernels.layer import operations
 from attention_kernels.reference import dense_mask
 from trainer.models import layer_function
 from trainer.models.hstu import HstuLayer
@@ -54,7 +55,9 @@ def make(
         output_weight=random(spec.output_inputs(DIM), DIM),
     )
     offsets = torch.nn.functional.pad(lens.cumsum(0), (1, 0))
-    batch = LayerBatch(offsets=offsets.to(device), num_candidates=torch.tensor(CANDIDATES, device=device), mask=MASK)
+    number = torch.tensor(CANDIDATES, device=device)
+    plan = make_plan(offsets.to(device), MASK, num_targets=number, scale=spec.scale, max_len=spec.max_len)
+    batch = LayerBatch(plan=plan)
     return random(tokens, DIM), parameters, batch
 
 
@@ -73,7 +76,7 @@ def independent_layer(x: Tensor, p: LayerParameters, spec: LayerSpec, batch: Lay
     if not spec.production:
         v, q, k = silu(v), silu(q), silu(k)
     users = []
-    for (start, end), h, t in zip(pairwise(batch.offsets.tolist()), HISTORY, CANDIDATES, strict=True):
+    for (start, end), h, t in zip(pairwise(batch.plan.offsets.tolist()), HISTORY, CANDIDATES, strict=True):
         allowed = dense_mask(MASK, h, t)
         rows = []
         for v_head, q_head, k_head in zip(*(part[start:end].chunk(heads, dim=1) for part in (v, q, k)), strict=True):
@@ -125,7 +128,7 @@ def test_layer_equals_an_independent_float64_implementation(name: str, function:
 def test_rematerialisation_gives_identical_gradients(
     name: str, backend: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_ops, "layer_backend", lambda x: backend)
+    monkeypatch.setattr(operations, "layer_backend", lambda x: backend)
     x, parameters, batch = make(SPECS[name], torch.float32, DEVICE if backend == "triton" else CPU)
     batch = replace(batch, dropout=dropout, seed=5)
     results = []
@@ -166,7 +169,7 @@ def test_fused_kernels_equal_the_plain_layer(name: str, monkeypatch: pytest.Monk
     batch = replace(batch, **dropout)
     expected = plain_layer(x, parameters, spec, batch)
     wanted = [expected, *gradients(expected, x, parameters)]
-    monkeypatch.setattr(layer_ops, "layer_backend", lambda x: "triton")
+    monkeypatch.setattr(operations, "layer_backend", lambda x: "triton")
     x, parameters, batch = make(spec, torch.float32, DEVICE)
     batch = replace(batch, **dropout)
     out = fused_layer(x, parameters, spec, batch)

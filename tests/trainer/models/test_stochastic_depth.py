@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.models.hstu import _skip_users
+from trainer.models.hstu import skip_users
 from trainer.models.layout import make_layout
 
 
@@ -13,7 +13,7 @@ def test_a_skipped_layer_is_the_identity_and_the_others_make_up_for_it() -> None
     layout = make_layout(lens, none, lens, none)
     x, added = torch.randn(1200, 4), torch.randn(1200, 4)
     torch.manual_seed(0)
-    change = (_skip_users(x, x + added, layout, 0.25) - x).view(400, -1)
+    change = (skip_users(x, x + added, layout.user_T, 400, 0.25) - x).view(400, -1)
     kept = change.abs().amax(1) > 1e-4
     torch.testing.assert_close(change[kept], (added / 0.75).view(400, -1)[kept], rtol=1e-4, atol=1e-5)
     assert float(kept.double().mean()) == pytest.approx(0.75, abs=0.07)
@@ -25,6 +25,6 @@ def test_the_factor_is_not_rounded_to_the_type_of_computation() -> None:
     lens, none = torch.full((4000,), 1), torch.zeros(4000, dtype=torch.long)
     layout = make_layout(lens, none, lens, none)
     x, output = torch.zeros(4000, 4, dtype=torch.bfloat16), torch.full((4000, 4), 190.0, dtype=torch.bfloat16)
-    skipped = _skip_users(x, output, layout, 0.05)
+    skipped = skip_users(x, output, layout.user_T, 4000, 0.05)
     assert skipped.dtype == torch.bfloat16
     assert skipped.unique().tolist() == [0.0, 200.0]

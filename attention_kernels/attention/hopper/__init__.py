@@ -1,0 +1,1 @@
+"""Attention kernels for Hopper GPUs, warp-specialised in Gluon."""

@@ -1,0 +1,91 @@
+"""One attention problem: which sequences, which mask, which constants; and the tile tables that its kernels share.
+
+A plan is built once and serves every layer with the same sequences and mask, forward and backward: kernels look their
+tables up in it (`schedule.py`), and the first that needs one writes it.  What launches change (`Schedule.counters`) is
+left as it was found, so a table never has to be written again.  A plan belongs to one stream.
+
+Legend: T packed positions, B users, R rows that are computed.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attention_kernels.attention.checks import Backend, check_problem, check_values
+from attention_kernels.mask import SemiLocalMask
+
+if TYPE_CHECKING:
+    from attention_kernels.attention.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AttentionPlan:
+    """What `hstu_attention` takes beside q, k and v.  Made by `make_plan` or `plan_of_targets`, which check it."""
+
+    offsets: Tensor
+    """[B + 1], where each sequence starts among keys and values."""
+    mask: SemiLocalMask
+    num_targets: Tensor | None = None
+    """[B]; None: no sequence ends in targets."""
+    row_offsets: Tensor | None = None
+    """[B + 1], where each sequence's targets start among the rows, if only those are computed: q and the output are
+    then [R, heads, size].  None: all positions are rows, and start where keys do."""
+    scale: float | None = None
+    """Factor of the scores; None: 1 / sqrt(K)."""
+    max_len: int
+    backend: Backend = "auto"
+    schedules: dict[tuple[Any, ...], "Schedule"] = field(default_factory=dict, init=False, repr=False)
+    """Tables of tiles, by what decides them."""
+
+    def scale_of(self, q: Tensor) -> float:
+        """The factor of these queries' scores."""
+        return float(q.shape[2] ** -0.5 if self.scale is None else self.scale)
+
+
+def make_plan(
+    offsets: Tensor,
+    mask: SemiLocalMask,
+    *,
+    num_targets: Tensor | None = None,
+    scale: float | None = None,
+    max_len: int = 16384,
+    backend: Backend = "auto",
+) -> AttentionPlan:
+    """The plan of `hstu_attention`'s problem; arguments as there.
+
+    Raises:
+        ValueError: naming the argument that is wrong; values are checked where they lie in host memory.
+    """
+    check_problem(offsets, mask, num_targets, scale, max_len, backend)
+    check_values(offsets, num_targets, mask.num_context, max_len)
+    return AttentionPlan(
+        offsets=offsets.contiguous(),
+        mask=mask,
+        num_targets=None if num_targets is None else num_targets.contiguous(),
+        scale=scale,
+        max_len=max_len,
+        backend=backend,
+    )
+
+
+def plan_of_targets(plan: AttentionPlan) -> AttentionPlan:
+    """The same problem with targets as the only rows: q and the output hold them alone, one sequence's after another's.
+
+    A target sees context, history and itself whatever the mask, so the plan's mask is the narrowest.
+
+    Raises:
+        ValueError: the plan has no targets.
+    """
+    if plan.num_targets is None:
+        raise ValueError("num_targets is None: only sequences with targets can be computed at their targets alone")
+    return AttentionPlan(
+        offsets=plan.offsets,
+        mask=SemiLocalMask(local=0, num_context=plan.mask.num_context),
+        num_targets=plan.num_targets,
+        row_offsets=torch.nn.functional.pad(torch.cumsum(plan.num_targets, 0), (1, 0)),
+        scale=plan.scale,
+        max_len=plan.max_len,
+        backend=plan.backend,
+    )

@@ -1,0 +1,1 @@
+"""Attention kernels in Triton for any GPU and for the interpreter: they define what is computed."""

@@ -1,0 +1,116 @@
+"""Backward kernels: dq over tiles of query rows, dk and dv over tiles of keys, each over its own live tiles.
+
+Two kernels compute seven products a tile pair where one kernel with atomic additions to dq computes five; in exchange
+every sum has one owner and one order, so gradients are the same bits every time.
+
+With x = scale <q, k>: dsilu/dx = sigmoid(x) (1 + x - silu(x)).  The constants scale and 1 / max_len multiply the
+accumulated sums, not every element.
+"""
+
+import triton
+import triton.language as tl
+
+from attention_kernels.attention.items import load_item
+from attention_kernels.attention.tiles import (
+    Output,
+    element_mask,
+    is_full,
+    live_keys,
+    live_rows,
+    load_rows,
+    part_range,
+    partner_start,
+    product,
+    store_or_reduce,
+    twice_sigmoid,
+    twice_slope,
+)
+
+
+@triton.jit(do_not_specialize=["H", "half_scale", "dq_scale"])
+def dq_kernel(
+    dout, q, k, v, dq, sums, table, partials, arrivals, H, half_scale, dq_scale,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k]; one program a row tile and head."""
+    i_item = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
+    item = load_item(table, i_item)
+    start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
+    if i_item < tl.load(table):
+        b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, first, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
+        b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, first, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
+        partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
+        begin, end = part_range(partners, item.part, item.parts, SPLIT)
+        o_row = first + tl.arange(0, BLOCK_M)
+        b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for i in tl.range(begin, end, num_stages=STAGES):
+            key = partner_start(i, partners, BLOCK_N)
+            b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
+            b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
+            b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
+            b_dweight = product(b_dout, tl.trans(b_v), None, PRECISION)
+            b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
+            b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
+            if not is_full(first, last, key, key + BLOCK_N, bounds, HAS_LOCAL):
+                o_key = key + tl.arange(0, BLOCK_N)
+                m = element_mask(o_row[:, None], o_key[None, :], bounds, HAS_LOCAL, HAS_TARGETS)
+                b_dscore = tl.where(m, b_dscore, 0.0)
+            b_dq = product(b_dscore.to(b_k.dtype), b_k, b_dq, PRECISION)
+        output = Output(dq, stride_dt, stride_dh, sums, partials, arrivals)
+        store_or_reduce(output, b_dq * dq_scale, row_start, item, i_h, H, BLOCK_M, K, BLOCK_K, SPLIT, SCALED)
+
+
+@triton.jit(do_not_specialize=["H", "half_scale", "dk_scale", "dv_scale"])
+def dkdv_kernel(
+    dout, q, k, v, dk, dv, k_sums, v_sums, table, k_partials, v_partials, k_arrivals, v_arrivals,
+    H, half_scale, dk_scale, dv_scale,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_dkt, stride_dkh, stride_dvt, stride_dvh,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise; one program a key tile and head.
+
+    Scores are computed transposed, keys by rows, so that they are the left operand of both sums.
+    """
+    i_item = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
+    item = load_item(table, i_item)
+    start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
+    if i_item < tl.load(table):
+        b_k = load_rows(k, stride_kt, stride_kh, i_h, start, first, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
+        b_v = load_rows(v, stride_vt, stride_vh, i_h, start, first, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
+        partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)
+        begin, end = part_range(partners, item.part, item.parts, SPLIT)
+        o_key = first + tl.arange(0, BLOCK_N)
+        b_dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for i in tl.range(begin, end, num_stages=STAGES):
+            row = partner_start(i, partners, BLOCK_M)
+            b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, row, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
+            b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, row, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
+            b_half = product(b_k, tl.trans(b_q), None, PRECISION) * half_scale
+            b_dweight = product(b_v, tl.trans(b_dout), None, PRECISION)
+            b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
+            b_weight = b_half * b_sigmoid2
+            b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
+            if not is_full(row, row + BLOCK_M, first, last, bounds, HAS_LOCAL):
+                o_row = row + tl.arange(0, BLOCK_M)
+                m = element_mask(o_row[None, :], o_key[:, None], bounds, HAS_LOCAL, HAS_TARGETS)
+                b_weight = tl.where(m, b_weight, 0.0)
+                b_dscore = tl.where(m, b_dscore, 0.0)
+            b_dv = product(b_weight.to(b_dout.dtype), b_dout, b_dv, PRECISION)
+            b_dk = product(b_dscore.to(b_q.dtype), b_q, b_dk, PRECISION)
+        output = Output(dv, stride_dvt, stride_dvh, v_sums, v_partials, v_arrivals)
+        store_or_reduce(output, b_dv * dv_scale, start, item, i_h, H, BLOCK_N, V, BLOCK_V, SPLIT, SCALED)
+        output = Output(dk, stride_dkt, stride_dkh, k_sums, k_partials, k_arrivals)
+        store_or_reduce(output, b_dk * dk_scale, start, item, i_h, H, BLOCK_N, K, BLOCK_K, SPLIT, SCALED)

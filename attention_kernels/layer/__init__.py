@@ -1,0 +1,1 @@
+"""The fused kernels around attention in an HSTU layer: norms, products, gates, gathers."""

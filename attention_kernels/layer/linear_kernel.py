@@ -1,0 +1,253 @@
+"""A matrix product in Triton whose epilogue does what would otherwise be a pass of its own.  Validates nothing.
+
+out = act(A B * scales + bias + residual), written once, where every part but the product is optional: SiLU, its slopes
+as a second result, a residual tile by tile, and row and column scales for FP8 operands.  Tiles are moved by the tensor
+memory accelerator, so rows must start at multiples of 16 bytes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention_kernels.launcher import INTERPRETED, Blocks, launch
+from attention_kernels.layer.silu import approximate, sigmoid
+from attention_kernels.rows import cdiv, multiprocessors
+
+
+@triton.jit
+def _store(
+    acc,
+    out_desc,
+    slopes_desc,
+    residual_desc,
+    p_bias,
+    p_row_scale,
+    p_column_scale,
+    first_m,
+    first_n,
+    M,
+    N: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SLOPES: tl.constexpr,
+    SCALED: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue of BLOCK_M x BLOCK_N products."""
+    columns = first_n + tl.arange(0, BLOCK_N)
+    if SCALED:
+        rows = first_m + tl.arange(0, BLOCK_M)
+        row_scale = tl.load(p_row_scale + rows, mask=rows < M, other=0.0)
+        column_scale = tl.load(p_column_scale + columns, mask=columns < N, other=0.0)
+        acc = acc * row_scale[:, None] * column_scale[None, :]
+    if BIAS:
+        acc += tl.load(p_bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        acc += residual_desc.load([first_m, first_n]).to(tl.float32)
+    if SILU:
+        gate = sigmoid(acc, APPROXIMATE)
+        acc *= gate
+        if SLOPES:
+            slopes_desc.store([first_m, first_n], (gate + acc * (1.0 - gate)).to(out_desc.dtype))
+    out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
+
+
+@triton.jit
+def _tile(
+    tile,
+    a_desc,
+    b_desc,
+    out_desc,
+    slopes_desc,
+    residual_desc,
+    p_bias,
+    p_row_scale,
+    p_column_scale,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SLOPES: tl.constexpr,
+    SCALED: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    # Neighbouring programs share rows of A, so that A is read from memory about once.
+    tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    first_m = (tile // tiles_n) * BLOCK_M
+    first_n = (tile % tiles_n) * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = a_desc.load([first_m, k])
+        b = b_desc.load([first_n, k]).T if SCALED else b_desc.load([k, first_n])
+        acc = tl.dot(a, b, acc)
+    HALF: tl.constexpr = BLOCK_N // 2
+    if HALVES:
+        # Half the shared memory for what is stored: room for the next tile's loads, or for a second program.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _store(
+            left, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
+            SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, HALF,
+        )  # fmt: skip
+        _store(
+            right, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n + HALF,
+            M, N, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, HALF,
+        )  # fmt: skip
+    else:
+        _store(
+            acc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
+            SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _matmul_kernel(
+    a_desc,
+    b_desc,
+    out_desc,
+    slopes_desc,
+    residual_desc,
+    p_bias,
+    p_row_scale,
+    p_column_scale,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SLOPES: tl.constexpr,
+    SCALED: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    if PROGRAMS == 0:
+        _tile(
+            tl.program_id(0), a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
+            M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+        )  # fmt: skip
+    else:
+        tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+        # Flattened, the loads of a program's next tile are on their way during the epilogue of this one.
+        for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+            _tile(
+                tile, a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
+                M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+            )  # fmt: skip
+
+
+def tiles(*, fp8: bool, silu: bool) -> dict[str, int]:
+    """How a product is cut; `RESIDENT` programs a multiprocessor walk over tiles, with 0 there is a program a tile.
+
+    Two programs fit a multiprocessor, so that one's epilogue hides behind the other's products.  Products with SiLU
+    walk over tiles and store them in `HALVES`; a residual's loads would hold such a walk up.  Chosen from
+    `benchmarks.layer_products` (`benchmarks/results/layer_products.json`).
+    """
+    if INTERPRETED:
+        return {
+            "BLOCK_M": 32,
+            "BLOCK_N": 16,
+            "BLOCK_K": 32,
+            "HALVES": 0,
+            "RESIDENT": 0,
+            "num_warps": 4,
+            "num_stages": 1,
+        }
+    return {
+        "BLOCK_M": 128,
+        "BLOCK_N": 128,
+        "BLOCK_K": 128 if fp8 else 64,
+        "HALVES": int(silu),
+        "RESIDENT": 2 if silu else 0,
+        "num_warps": 4 if fp8 or silu else 8,
+        "num_stages": 3,
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epilogue:
+    """What happens to a product before it is stored; every part is optional."""
+
+    silu: bool = False
+    slopes: Tensor | None = None
+    """Where the slopes of SiLU are written."""
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    row_scale: Tensor | None = None
+    """Of FP8 operands, with `column_scale`; B is [N, K] then, as FP8 tensor cores read it."""
+    column_scale: Tensor | None = None
+
+    def arguments(self, out: Tensor, blocks: Callable[[Tensor], Blocks]) -> tuple[Any, ...]:
+        """A kernel's arguments from the result on; `blocks` are those in which it stores."""
+        out_blocks = blocks(out)
+        # What the kernel does not touch needs some blocks all the same.
+        tiles = (out_blocks if x is None else blocks(x) for x in (self.slopes, self.residual))
+        return (out_blocks, *tiles, self.bias, self.row_scale, self.column_scale)
+
+    def flags(self) -> dict[str, bool]:
+        """The kernel's compile-time arguments that say which parts there are."""
+        return {
+            "SILU": self.silu,
+            "BIAS": self.bias is not None,
+            "RESIDUAL": self.residual is not None,
+            "SLOPES": self.slopes is not None,
+            "SCALED": self.row_scale is not None,
+        }
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, *, config: dict[str, int] | None = None) -> None:
+    """Writes `out` [M, N], and the slopes of SiLU if the epilogue has any; accumulates in float32."""
+    (M, K), N = a.shape, out.shape[1]
+    fp8 = epilogue.row_scale is not None
+    chosen = dict(config or tiles(fp8=fp8, silu=epilogue.silu))
+    resident = chosen.pop("RESIDENT")
+    block_m, block_n, block_k = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["BLOCK_K"]
+    stored = [block_m, block_n // 2 if chosen["HALVES"] else block_n]
+    if M == 0:
+        return
+
+    count = cdiv(M, block_m) * cdiv(N, block_n)
+    programs = min(count, resident * multiprocessors(a.device)) if resident else 0
+    launch(
+        _matmul_kernel,
+        (programs or count,),
+        Blocks(a, [block_m, block_k]),
+        Blocks(b, [block_n, block_k] if fp8 else [block_k, block_n]),
+        *epilogue.arguments(out, lambda x: Blocks(x, stored)),
+        M,
+        N=N,
+        K=K,
+        APPROXIMATE=approximate(out),
+        PROGRAMS=programs,
+        **epilogue.flags(),
+        **chosen,
+    )
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the kernel takes these: 16-bit values (float32 would lose bits to TF32) in rows that the tensor memory
+    accelerator can move."""
+    return aligned(*tensors) and all(x.element_size() <= 2 and x.numel() > 0 for x in tensors)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 bytes."""
+    return all(
+        x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in tensors
+    )

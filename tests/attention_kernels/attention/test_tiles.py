@@ -1,0 +1,165 @@
+"""Every allowed pair lies in exactly one live tile, and a tile called full holds allowed pairs only.
+
+How many tiles are live and how many full: `test_tile_counts.py`.
+"""
+
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from attention_kernels import SemiLocalMask
+from attention_kernels.attention.items import Bounds
+from attention_kernels.attention.tiles import group_keys, group_rows, is_full, live_keys, live_rows
+from attention_kernels.reference import dense_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BLOCK = 16
+GROUP = 8
+
+
+@triton.jit
+def segments_kernel(
+    out, first, last, n, u, c, g, s, r, local, BLOCK: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr
+):
+    bounds = Bounds(n, u, c, g, s, r, local)
+    if BY_ROWS:
+        partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
+    else:
+        partners = live_rows(first, last, bounds, BLOCK, HAS_LOCAL)
+    for i in tl.static_range(6):
+        tl.store(out + i, partners[i])
+
+
+@triton.jit
+def groups_kernel(
+    out, first, last, n, u, c, g, s, r, local,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr,
+):  # fmt: skip
+    """(begin, end) of each group of a tile, among the tile's live partners."""
+    bounds = Bounds(n, u, c, g, s, r, local)
+    for i in range(BLOCK // GROUP):
+        own = first + i * GROUP
+        own_last = tl.minimum(own + GROUP, last)
+        if BY_ROWS:
+            partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
+            begin, end = group_keys(own, own_last, partners, bounds, BLOCK, HAS_LOCAL)
+        else:
+            partners = live_rows(first, last, bounds, BLOCK, HAS_LOCAL)
+            begin, end = group_rows(own, own_last, partners, bounds, BLOCK)
+        tl.store(out + 2 * i, begin)
+        tl.store(out + 2 * i + 1, end)
+
+
+@triton.jit
+def full_kernel(out, row, row_last, key, key_last, n, u, c, g, s, r, local, HAS_LOCAL: tl.constexpr):
+    tl.store(out, is_full(row, row_last, key, key_last, Bounds(n, u, c, g, s, r, local), HAS_LOCAL).to(tl.int32))
+
+
+def draw(generator: random.Random) -> tuple[SemiLocalMask, int, int]:
+    """A mask, a history length and a number of targets, small against the block as often as large."""
+    counts = [0, 1, 2, 15, 16, 17, 40]
+    mask = SemiLocalMask(num_context=generator.choice(counts))
+    if generator.random() < 0.85:
+        local, rows, columns, context = (generator.choice(counts) for _ in range(4))
+        mask = SemiLocalMask(local=local, global_rows=rows, global_columns=columns, num_context=context)
+    return mask, generator.randint(0, 90), generator.choice([0, 0, 1, 3, 20])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_live_tiles_cover_every_pair_once(seed: int) -> None:
+    mask, h, t = draw(random.Random(seed))
+    allowed = dense_mask(mask, h, t)
+    n = mask.num_context + h + t
+    bounds, classes = sequence(mask, h, t)
+    has_local = mask.local is not None
+    out, groups = (torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (6, 4))
+    for by_rows, first, last in classes:
+        segments_kernel[(1,)](out, first, last, *bounds, BLOCK=BLOCK, BY_ROWS=by_rows, HAS_LOCAL=has_local)
+        groups_kernel[(1,)](
+            groups, first, last, *bounds, BLOCK=BLOCK, GROUP=GROUP, BY_ROWS=by_rows, HAS_LOCAL=has_local
+        )
+        numbers = out.tolist()
+        starts = [
+            start + i * BLOCK for number, start in zip(numbers[:3], numbers[3:], strict=True) for i in range(number)
+        ]
+        assert (visits(n, starts)[needed(allowed, by_rows, first, last)] == 1).all(), (mask, h, t, by_rows, first)
+        for i in range(BLOCK // GROUP):
+            own, own_last = first + i * GROUP, min(first + (i + 1) * GROUP, last)
+            begin, end = groups[2 * i : 2 * i + 2].tolist()
+            seen = visits(n, starts[begin:end])
+            if own >= own_last:
+                assert begin >= end
+            else:
+                assert (seen[needed(allowed, by_rows, own, own_last)] == 1).all(), (mask, h, t, by_rows, own)
+
+
+def test_a_group_leaves_out_tiles_that_only_the_other_needs() -> None:
+    """A window of two blocks: either group needs all but one of the tiles that the two together need."""
+    mask = SemiLocalMask(local=2 * BLOCK)
+    bounds, _ = sequence(mask, 200, 0)
+    groups = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    for by_rows in (True, False):
+        arguments = (groups, 96, 96 + 2 * BLOCK, *bounds)
+        groups_kernel[(1,)](*arguments, BLOCK=2 * BLOCK, GROUP=BLOCK, BY_ROWS=by_rows, HAS_LOCAL=True)
+        (begin, end), (other_begin, other_end) = groups.view(2, 2).tolist()
+        assert end - begin <= 3 and other_end - other_begin <= 3
+
+
+def sequence(mask: SemiLocalMask, h: int, t: int) -> tuple[tuple[int, ...], list[tuple[bool, int, int]]]:
+    """(n, u, c, g, s, r, local) of a sequence, and its tiles: (whether of rows, first, last)."""
+    c, u, n = mask.num_context, mask.num_context + h, mask.num_context + h + t
+    has_local = mask.local is not None
+    g = max(c, u - mask.global_rows) if has_local else c
+    s = c + min(h, mask.global_columns)
+    row_classes = [(0, c), (c, g), (g, n)] if has_local else [(0, n)]
+    key_classes = [(0, s), (s, n)] if has_local else [(0, n)]
+    tiles = [
+        (by_rows, first, min(first + BLOCK, end))
+        for by_rows, classes in ((True, row_classes), (False, key_classes))
+        for begin, end in classes
+        for first in range(begin, end, BLOCK)
+    ]
+    return (n, u, c, g, s, 0, -1 if mask.local is None else mask.local), tiles
+
+
+def visits(n: int, starts: list[int]) -> torch.Tensor:
+    """How often tiles that begin at `starts` cover each position."""
+    counts = torch.zeros(n + 10 * BLOCK, dtype=torch.int64)
+    for start in starts:
+        counts[start : start + BLOCK] += 1
+    return counts[:n]
+
+
+def needed(allowed: torch.Tensor, by_rows: bool, first: int, last: int) -> torch.Tensor:
+    """Which positions the rows (or keys) first..last-1 are paired with."""
+    return allowed[first:last].any(0) if by_rows else allowed[:, first:last].any(1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_full_tiles_hold_allowed_pairs_only(seed: int) -> None:
+    """And a tile of one class of rows and one of keys is called full wherever it could be."""
+    generator = random.Random(seed)
+    mask, h, t = draw(generator)
+    allowed = dense_mask(mask, h, t)
+    c, u, n = mask.num_context, mask.num_context + h, mask.num_context + h + t
+    has_local = mask.local is not None
+    g = max(c, u - mask.global_rows) if has_local else c
+    bounds = (n, u, c, g, c + min(h, mask.global_columns), 0, mask.local if has_local else -1)
+    out = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for _ in range(20 if n else 0):
+        row, key = generator.randrange(n), generator.randrange(n)
+        tile = allowed[row : row + BLOCK, key : key + BLOCK]
+        full_kernel[(1,)](out, row, row + BLOCK, key, key + BLOCK, *bounds, HAS_LOCAL=has_local)
+        allowed_only = tile.shape == (BLOCK, BLOCK) and bool(tile.all())
+        if out.item():
+            assert allowed_only, (mask, h, t, row, key)
+        elif not crosses(row, (c, g, u)) and not crosses(key, (c, bounds[4], u)):
+            assert not allowed_only, (mask, h, t, row, key)
+
+
+def crosses(first: int, boundaries: tuple[int, ...]) -> bool:
+    """Whether a block that starts there holds positions of two classes."""
+    return any(first < boundary < first + BLOCK for boundary in boundaries)

@@ -1,0 +1,89 @@
+"""What a step launches, counted on any machine: layers run on tensors without data, and launches are written down.
+
+Such tensors refuse to be read, so a tower that passes does not wait for the device either.
+"""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from attention_kernels import SemiLocalMask, rows
+from attention_kernels.attention import interface
+from attention_kernels.attention.hopper import launchers as hopper
+from attention_kernels.layer import linear, operations
+from trainer.models import hstu
+from trainer.models.hstu import HstuLayer, HstuTower, Stage
+from trainer.models.layer import LayerSpec
+from trainer.models.layout import SequenceLayout, make_layout
+
+DIM, LAYERS = 128, 3
+FULL, WINDOW = SemiLocalMask(num_context=2), SemiLocalMask(local=256, global_rows=256, num_context=2)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of kernels as a Hopper GPU would be given them."""
+    names: list[str] = []
+
+    def record(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        names.append(kernel.__name__)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("attention_kernels.") and hasattr(module, "launch") and name != "attention_kernels.launcher":
+            monkeypatch.setattr(module, "launch", record)
+    for module in (rows, hopper, linear):
+        monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    monkeypatch.setattr(operations, "layer_backend", lambda x: "triton")
+    monkeypatch.setattr(interface, "_choose_backend", lambda *x: hopper)
+    # Autocast knows no device without data.
+    monkeypatch.setattr(hstu, "compute_dtype", lambda x: torch.bfloat16)
+    return names
+
+
+def tower_of(mask: SemiLocalMask) -> HstuTower:
+    spec = LayerSpec(num_heads=2, qk_dim=64, value_dim=64, max_len=4096)
+    with torch.device("meta"):
+        layers = [HstuLayer(dim=DIM, spec=spec) for _ in range(LAYERS)]
+    return HstuTower(layers, [Stage(num_layers=LAYERS, mask=mask)]).bfloat16()
+
+
+def layout() -> SequenceLayout:
+    history, candidates = torch.tensor([3000, 0, 700]), torch.tensor([3, 1, 64])
+    return make_layout(history.to("meta"), candidates.to("meta"), history, candidates, num_context=2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "forward", "backward"),
+    [
+        # Norm, the product of V, Q and K, attention, gated norm, output product.
+        (FULL, 5, 7),
+        (WINDOW, 5, 7),
+    ],
+)
+def test_launches_of_a_layer_and_of_its_stage(
+    mask: SemiLocalMask, forward: int, backward: int, launches: list[str]
+) -> None:
+    """A table of tiles is written once a stage and direction, however many layers there are."""
+    tower = tower_of(mask)
+    x = torch.randn(layout().num_tokens, DIM, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out, _ = tower(x, layout())
+    assert launches.count("schedule_kernel") == 1
+    assert len(launches) == 1 + LAYERS * forward
+    launches.clear()
+    out.backward(torch.empty_like(out))
+    assert launches.count("schedule_kernel") == 1
+    assert len(launches) == 1 + LAYERS * backward
+
+
+def test_a_ranker_computes_its_last_layer_at_candidates(launches: list[str]) -> None:
+    """Its attention has tables of its own, and no kernel is given a row of a token that is none."""
+    tower = tower_of(WINDOW)
+    x = torch.randn(layout().num_tokens, DIM, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out = tower.at_candidates(x, layout())
+    assert out.shape == (68, DIM)
+    assert launches.count("schedule_kernel") == 2 and launches.count("hopper_forward_kernel") == LAYERS
+    launches.clear()
+    out.backward(torch.empty_like(out))
+    assert launches.count("schedule_kernel") == 2 and launches.count("hopper_dq_kernel") == LAYERS
