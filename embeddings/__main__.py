@@ -1,32 +1,86 @@
-"""Read sharding plans, on any machine; needs no torch.
+"""Read sharding plans, and plan tables for clusters that need not be there; needs no torch.
 
     python -m embeddings PLAN           print the plan of a file: placement, reasons, memory of each rank
     python -m embeddings OLD NEW        print what changes between two plans, and how many bytes of rows move
+    python -m embeddings plan TABLES.json --machines h100x8,own.json --ranks 8..512
+                                        which clusters hold some tables, how fast, for how much (embeddings/capacity.py)
 
-`python -m trainer plan` makes such files.  Exit status: 0 done, 2 wrong use.
+`python -m trainer plan` makes files for the first two.  Exit status: 0 done, 1 no cluster holds the tables, 2 wrong
+use.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from embeddings.capacity import clusters, rank_numbers, read_demand, read_nodes, read_prices
+from embeddings.capacity_report import capacity_page, capacity_text
+from embeddings.machine import NODES
 from embeddings.plan_file import parse_plan
 from embeddings.report import plan_differences, plan_report
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m embeddings", description="Print a sharding plan, or compare two.")
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="a file that `python -m trainer plan --out` wrote")
-    parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help="print the differences to this plan")
-    parsed = parser.parse_args(arguments)
     try:
-        plan = parse_plan(parsed.plan)
-        print(plan_report(plan) if parsed.new is None else plan_differences(plan, parse_plan(parsed.new)))
+        return plan_capacity(arguments[1:]) if arguments[:1] == ["plan"] else show_plan(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def show_plan(arguments: list[str]) -> int:
+    """Print one plan, or how two differ.
+
+    Raises:
+        ValueError: a file is no plan.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m embeddings",
+        description="Print a sharding plan, or compare two.  `python -m embeddings plan --help`: plan for clusters.",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a file that `python -m trainer plan --out` wrote")
+    parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help="print the differences to this plan")
+    parsed = parser.parse_args(arguments)
+    plan = parse_plan(parsed.plan)
+    print(plan_report(plan) if parsed.new is None else plan_differences(plan, parse_plan(parsed.new)))
     return 0
+
+
+def plan_capacity(arguments: list[str]) -> int:
+    """Plan tables for clusters and print what comes out.
+
+    Raises:
+        ValueError: a wrong file or option.
+    """
+    parser = argparse.ArgumentParser(prog="python -m embeddings plan", description="Which clusters hold some tables.")
+    parser.add_argument("tables", type=Path, metavar="TABLES", help="the tables and lookups (embeddings/capacity.py)")
+    known = ", ".join(NODES)
+    parser.add_argument("--machines", required=True, metavar="NAME,...", help=f"{known}, or .json files of your own")
+    parser.add_argument("--ranks", required=True, metavar="A..B", help="numbers of GPUs, doubling from A to B")
+    parser.add_argument("--samples-per-day", type=float, default=1e6, metavar="N", help="for the hours and the price")
+    parser.add_argument("--prices", type=Path, metavar="FILE", help="JSON: price of a node's hour by its name")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with every rank's memory")
+    parsed = parser.parse_args(arguments)
+    if not parsed.samples_per_day > 0:
+        raise ValueError(f"--samples-per-day must be above 0, got {parsed.samples_per_day}")
+    found = clusters(
+        read_demand(parsed.tables),
+        read_nodes(parsed.machines.split(",")),
+        rank_numbers(parsed.ranks),
+        samples=parsed.samples_per_day,
+        prices={} if parsed.prices is None else read_prices(parsed.prices),
+    )
+    print(capacity_text(found))
+    if parsed.html is not None:
+        try:
+            parsed.html.write_text(capacity_page(found), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot write {parsed.html}: {error.strerror}") from error
+    if any(cluster.plan is not None for cluster in found):
+        return 0
+    print(f"error: {found[-1].problem}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

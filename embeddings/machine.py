@@ -1,7 +1,7 @@
 """The machines a plan is made for: ranks, memory and bandwidths.  Nothing here looks at the machine it runs on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +16,12 @@ class Bandwidths:
     """To ranks of other nodes, one direction."""
     host_link: float
     """Between device and host memory; matters for the fused_uvm kernels only."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"bandwidth {field.name} must be a number of GB/s above 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +42,48 @@ GPUS: dict[str, Gpu] = {
 }
 """Known GPUs by name."""
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeType:
+    """A kind of node that clusters are built of."""
+
+    gpus: int
+    """GPUs, a rank each."""
+    hbm_gib: float
+    """GiB of device memory a GPU."""
+    host_gib: float
+    """GiB of host memory a node."""
+    rates: Bandwidths
+    """Of a rank."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"a node has at least one GPU, got gpus={self.gpus}")
+
+    def cluster(self, ranks: int) -> "Machine":
+        """So many ranks on nodes of this type; fewer than a node has are a part of one."""
+        return Machine(
+            world_size=ranks,
+            local_world_size=min(ranks, self.gpus),
+            compute_device="cuda",
+            hbm_gib=self.hbm_gib,
+            ddr_gib=self.host_gib / self.gpus,
+            rates=self.rates,
+        )
+
+
+def _eight(gpu: str, host_gib: float) -> NodeType:
+    return NodeType(gpus=8, hbm_gib=GPUS[gpu].hbm_gib, host_gib=host_gib, rates=GPUS[gpu].bandwidths)
+
+
+NODES: dict[str, NodeType] = {
+    "a100-40x8": _eight("A100-40", 960),
+    "a100x8": _eight("A100-80", 960),
+    "h100x8": _eight("H100-80", 1800),
+    "h200x8": _eight("H200-141", 1800),
+}
+"""Known nodes by name; host memory as clouds commonly give it."""
+
 CPU_BANDWIDTHS = Bandwidths(device=50, within_node=10, across_nodes=3, host_link=50)
 """A rank of a multi-process job on one server: shared memory bandwidth, gloo over loopback and Ethernet."""
 
@@ -54,6 +102,8 @@ class Machine:
     """GiB of device memory a rank; required for cuda, null for cpu."""
     ddr_gib: float = 128.0
     """GiB of host memory a rank: all there is for cpu; for cuda, room for the fused_uvm kernels."""
+    rates: Bandwidths | None = None
+    """What the planner compares placements by; null takes those of the known GPU whose memory is nearest."""
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.local_world_size < 1 or self.world_size % self.local_world_size:
@@ -86,6 +136,8 @@ class Machine:
     @property
     def bandwidths(self) -> Bandwidths:
         """What the planner compares placements by."""
+        if self.rates is not None:
+            return self.rates
         name = self.nearest_gpu
         return CPU_BANDWIDTHS if name is None else GPUS[name].bandwidths
 
@@ -98,7 +150,7 @@ class Machine:
     def describe(self) -> str:
         """One line for reports and errors."""
         nodes = self.world_size // self.local_world_size
-        like = f", bandwidths of {self.nearest_gpu}" if self.nearest_gpu else ""
+        like = f", bandwidths of {self.nearest_gpu}" if self.nearest_gpu and self.rates is None else ""
         return (
             f"{self.world_size} {self.compute_device} ranks ({nodes} x {self.local_world_size}), "
             f"{self.memory_gib:g} GiB each{like}"

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from embeddings.config import KERNELS, VALUE_BYTES
 from embeddings.kinds.registry import KINDS
-from embeddings.machine import Machine
+from embeddings.machine import Bandwidths, Machine
 from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement, size_text
 from embeddings.planning import evaluate
 from embeddings.problem import BatchLoad, Problem, Reservation
@@ -218,7 +218,8 @@ def _plan(values: dict[str, Any]) -> Plan:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}")
-    machine = _record(Machine, values["machine"])
+    rates = values["machine"].get("rates")
+    machine = _record(Machine, values["machine"] | {"rates": rates and _record(Bandwidths, rates)})
     ranks: list[RankEstimate] = []
     for run in values.get("ranks", []):
         estimate = _record(RankEstimate, {k: v for k, v in run.items() if k not in ("first", "last")})

@@ -58,7 +58,7 @@ def _placement_table(plan: Plan) -> str:
         time = f"{table.candidates[0].table_ms:.3g}" if table.candidates else "-"
         size = size_text(table.weight_bytes)
         rows.append([name, _shape(table), size, table.sharding_type, table.kernel, _ranks(plan, name), time])
-    return _columns(rows) + _left_out(len(names) - MAX_TABLES, "tables")
+    return columns(rows) + _left_out(len(names) - MAX_TABLES, "tables")
 
 
 def _reasons(plan: Plan) -> str:
@@ -116,7 +116,7 @@ def _rank_table(plan: Plan) -> str:
         )
         numbers = [size_text(size) for size in sizes]
         rows.append([rank_ranges(groups[estimate]), *numbers, f"{estimate.step_ms:.3g}"])
-    return "memory of each rank:\n" + _columns(rows) + _left_out(len(order) - MAX_RANK_GROUPS, "groups of ranks")
+    return "memory of each rank:\n" + columns(rows) + _left_out(len(order) - MAX_RANK_GROUPS, "groups of ranks")
 
 
 def _totals(plan: Plan) -> str:
@@ -191,7 +191,7 @@ def _left_out(count: int, what: str) -> str:
     return f"\n  ... and {count} more {what}; the plan file has all" if count > 0 else ""
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
     """Aligned text: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

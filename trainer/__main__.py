@@ -4,7 +4,8 @@
     python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--init-from DIR] [--set key=value ...]
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
-    python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--out FILE] [--set key=value ...]
+    python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--host-gib G]
+                                [--out FILE] [--set key=value ...]
     python -m trainer doctor
 
 `train` is one process when started plainly and joins the job when started by torchrun.  A run directory that holds a
@@ -138,6 +139,7 @@ def plan(
         typer.Option(metavar="L", min=1, help="Processes a machine; default: the most up to 8 that divide W."),
     ] = None,
     hbm_gib: Annotated[float | None, typer.Option(metavar="G", help="Memory of a GPU in GiB; default: 80.")] = None,
+    host_gib: Annotated[float | None, typer.Option(metavar="G", help="Host memory a rank, GiB; default: 128.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan here, for train --plan.")] = None,
     set_: Overrides = None,
 ) -> None:
@@ -145,7 +147,9 @@ def plan(
     config = _resolve(recipe, set_)
     from trainer.job import plan_job
 
-    plan_job(config, world_size=world_size, local_world_size=local_world_size, hbm_gib=hbm_gib, out=out)
+    plan_job(
+        config, world_size=world_size, local_world_size=local_world_size, hbm_gib=hbm_gib, host_gib=host_gib, out=out
+    )
 
 
 def _resolve(recipe: str, overrides: list[str] | None) -> TrainConfig:

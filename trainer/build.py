@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from embeddings.host import host_memory_gib
 from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.plan_file import read_plan
@@ -39,6 +40,7 @@ def machine_of(mesh: Mesh) -> Machine:
         local_world_size=mesh.local_world_size,
         compute_device=mesh.device.type,
         hbm_gib=None if memory is None else memory / 2**30,
+        ddr_gib=host_memory_gib(mesh.local_world_size),
     )
 
 

@@ -171,7 +171,13 @@ def _overridden(trained: TrainConfig, overrides: list[str]) -> TrainConfig:
 
 
 def plan_job(
-    config: TrainConfig, *, world_size: int, local_world_size: int | None, hbm_gib: float | None, out: Path | None
+    config: TrainConfig,
+    *,
+    world_size: int,
+    local_world_size: int | None,
+    hbm_gib: float | None,
+    host_gib: float | None,
+    out: Path | None,
 ) -> None:
     """Plan the recipe's tables for GPUs that need not be here; print the plan and, with `out`, write it."""
     if local_world_size is None:
@@ -182,6 +188,7 @@ def plan_job(
             local_world_size=local_world_size,
             compute_device="cuda",
             hbm_gib=80.0 if hbm_gib is None else hbm_gib,
+            ddr_gib=128.0 if host_gib is None else host_gib,
         )
     except ValueError as error:
         raise WrongUse(str(error)) from None

@@ -1,0 +1,167 @@
+"""Capacity planning: each answer is the planner's for that cluster, the front is right, wrong files are named."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embeddings.__main__ import main
+from embeddings.capacity import clusters, pareto, rank_numbers, read_demand, read_nodes
+from embeddings.capacity_report import capacity_page
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.machine import GPUS, NODES, Machine
+from embeddings.planning import solve
+from embeddings.problem import GIB, BatchLoad, Problem, reserve
+
+TABLES: dict[str, Any] = {
+    "tables": [
+        {"name": "item", "num_embeddings": 1_000_000_000, "embedding_dim": 128, "ids_per_sample": 4096.0},
+        {"name": "city", "num_embeddings": 10_000, "embedding_dim": 16, "dtype": "float16"},
+    ],
+    "samples_per_rank": 32,
+    "dense_gib": 1.5,
+    "activation_gib": 20.0,
+    "dense_ms": 40.0,
+}
+OWN = {
+    "gpus": 4,
+    "hbm_gib": 200.0,
+    "host_gib": 800.0,
+    "rates": {"device": 5000.0, "within_node": 600.0, "across_nodes": 80.0, "host_link": 60.0},
+}
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """The tables' file."""
+    path = tmp_path / "tables.json"
+    path.write_text(json.dumps(TABLES))
+    return path
+
+
+def test_an_answer_is_the_planners(tables: Path) -> None:
+    (found,) = clusters(read_demand(tables), {"h100x8": NODES["h100x8"]}, [16], samples=1e6, prices={"h100x8": 80.0})
+    machine = Machine(
+        world_size=16,
+        local_world_size=8,
+        compute_device="cuda",
+        hbm_gib=GPUS["H100-80"].hbm_gib,
+        ddr_gib=225.0,
+        rates=GPUS["H100-80"].bandwidths,
+    )
+    placement = PlacementConfig(activation_gib=20.0)
+    plan = solve(
+        Problem(
+            tables=(
+                TableConfig(name="item", num_embeddings=1_000_000_000, embedding_dim=128, features=("item",)),
+                TableConfig(name="city", num_embeddings=10_000, embedding_dim=16, features=("city",), dtype="float16"),
+            ),
+            machine=machine,
+            placement=placement,
+            optimizer=SparseOptimizerConfig(),
+            load=BatchLoad(samples_per_rank=32, ids_per_sample={"item": 4096.0}),
+            reservation=reserve(machine, placement, dense_bytes=int(1.5 * GIB)),
+        )
+    )
+    assert found.plan is not None and found.plan.tables == plan.tables and found.plan.ranks == plan.ranks
+    assert found.step_ms == plan.step_ms + 40
+    assert found.samples_per_s == pytest.approx(16 * 32 / found.step_ms * 1000)
+    # A million samples, in hours of 16 GPUs, of which a node of 8 costs 80 an hour.
+    assert found.gpu_hours == pytest.approx(1e6 / found.samples_per_s / 3600 * 16)
+    assert found.price == pytest.approx(found.gpu_hours * 10)
+
+
+def test_no_cluster_of_the_front_is_beaten_and_every_other_is(tables: Path) -> None:
+    found = clusters(
+        read_demand(tables), NODES, [8, 16, 32, 64], samples=1e9, prices={name: 70.0 + len(name) for name in NODES}
+    )
+    best = pareto(found)
+    assert 0 < len(best) < len(found)
+
+    def beats(a: Any, b: Any) -> bool:
+        no_worse = a.samples_per_s >= b.samples_per_s and a.price <= b.price
+        return no_worse and (a.samples_per_s > b.samples_per_s or a.price < b.price)
+
+    for cluster in found:
+        if cluster.plan is None:
+            assert cluster not in best and "do not fit" in cluster.problem
+        else:
+            assert (cluster in best) != any(beats(other, cluster) for other in found if other.plan is not None)
+
+
+def test_command_answers_without_torch_and_writes_a_page_without_links(tables: Path, tmp_path: Path) -> None:
+    own, page = tmp_path / "own.json", tmp_path / "page.html"
+    own.write_text(json.dumps(OWN))
+    command = [sys.executable, "-X", "importtime", "-m", "embeddings", "plan", str(tables), "--ranks", "8..32"]
+    command += ["--machines", f"h200x8,{own}", "--html", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "torch" not in done.stderr
+    rows = [line.replace("*", "").split() for line in done.stdout.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[name, str(n)] for name in ("h200x8", "own") for n in (8, 16, 32)]
+    tags: list[str] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            tags.append(tag)
+            assert not {"src", "href"} & {name for name, _ in attrs}
+
+    Tags().feed(page.read_text())
+    assert tags.count("h2") == 6 and "script" not in tags
+    # A bar a rank.
+    assert page.read_text().count('title="rank ') == 2 * (8 + 16 + 32)
+
+
+def test_page_escapes_what_files_say(tables: Path) -> None:
+    nodes = {"<b>": NODES["h100x8"]}
+    text = capacity_page(clusters(read_demand(tables), nodes, [8], samples=1.0, prices={}))
+    assert "<b>" not in text and "&lt;b&gt;" in text
+
+
+def test_nothing_fits_is_status_1_with_what_is_missing(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tables), "--machines", "a100-40x8", "--ranks", "8"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the tables do not fit on 8 cuda ranks") and "fixes: " in error
+
+
+def test_numbers_of_ranks_double() -> None:
+    assert rank_numbers("8..100") == [8, 16, 32, 64]
+    assert rank_numbers("24") == [24]
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"tables": []}, [], "at least one table"),
+        ({"colour": 1}, [], "unknown key 'colour'"),
+        ({"tables": [{"name": "a"}]}, [], "num_embeddings"),
+        ({"tables": [{**TABLES["tables"][0], "dtype": "int4"}]}, [], "dtype must be one of"),
+        ({"tables": [{**TABLES["tables"][0], "ids_per_sample": -1}]}, [], "must be above 0"),
+        ({"compute_kernels": []}, [], "at least one choice"),
+        ({}, ["--machines", "h800x8"], "unknown machine 'h800x8': known are a100-40x8"),
+        ({}, ["--machines", "missing.json"], "cannot read missing.json"),
+        ({}, ["--ranks", "8.."], "--ranks must be a number or FIRST..LAST"),
+        ({}, ["--ranks", "16..8"], "--ranks must be a number or FIRST..LAST"),
+        ({}, ["--ranks", "12"], "12 ranks are no whole number of nodes h100x8"),
+        ({}, ["--samples-per-day", "0"], "--samples-per-day must be above 0"),
+        ({}, ["--prices", "missing.json"], "cannot read missing.json"),
+    ],
+)
+def test_wrong_file_or_option_is_named_in_one_line(
+    tables: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], arguments: list[str], message: str
+) -> None:
+    tables.write_text(json.dumps(TABLES | change))
+    assert main(["plan", str(tables), "--machines", "h100x8", "--ranks", "8", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_wrong_machine_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    for change in ({"rates": {"device": 1}}, {"gpus": 0}, {"rates": {**OWN["rates"], "device": -1.0}}, {"tpus": 1}):  # type: ignore[dict-item]
+        path.write_text(json.dumps(OWN | change))
+        with pytest.raises(ValueError, match=r"own\.json: a machine has gpus"):
+            read_nodes([str(path)])
