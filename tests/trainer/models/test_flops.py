@@ -115,7 +115,7 @@ def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
 def test_a_rankers_last_layer_costs_the_rows_of_candidates() -> None:
     """V and K for all tokens, everything else for candidates; in FP8 it computes all rows."""
     layer = LayerConfig(num_heads=2, qk_dim=8, value_dim=16)
-    data = {"inputs": InputWidths(event=9, candidate=0, context=0), "num_context": 2, "num_tasks": 3}
+    data = {"inputs": InputWidths(event=9, candidate=0, context=0), "num_context": 2, "num_outputs": 3}
 
     def count(num_layers: int, *, fp8: bool = False) -> FlopCount:
         stages = (StageConfig(num_layers=num_layers, local=4),)
