@@ -4,7 +4,6 @@ What goes on in several allocations waits for Slurm far longer than it works: th
 other, and looked at last.
 """
 
-import json
 import os
 import re
 import signal
@@ -31,7 +30,7 @@ from launch.sweep import runs_of
 from launch.workspace import ROOT
 from tests.support.slurm import UNSHARED, Cluster, missing_programs, slurm_cluster
 from tests.support.small_data import small_dataset
-from tests.support.training import SMALL, losses, read_lines
+from tests.support.training import SMALL, losses, read_lines, train
 from trainer.run_dir import RunDir
 
 TIMEOUT_S = 300
@@ -105,18 +104,16 @@ def test_nodes_find_each_other(robbed: JobRecord, limited: JobRecord, chained: J
     assert listed[record.handle] == AppState.SUCCEEDED
 
 
-def test_the_demo_trains_on_two_nodes_and_resumes(cluster: Cluster, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    _train(run_dir, "max_steps=3")
-    first = losses(read_lines(run_dir / "metrics.jsonl"))
-    assert sorted(first) == [1, 2, 3]
-    _train(run_dir, "max_steps=5")
-    lines = read_lines(run_dir / "metrics.jsonl")
-    assert sorted(losses(lines)) == [1, 2, 3, 4, 5]
+def test_the_demo_trains_on_two_nodes_and_goes_on_as_if_it_had_never_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    steps = ("max_steps=60", "data.num_epochs=2")
+    record = _train(tmp_path / "run", *steps)
+    _warn(record)
+    _expect(record, AppState.SUCCEEDED)
+    assert [attempt.ended for attempt in attempts.read(tmp_path / "run")] == ["stopped", "done"]
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert {line["world_size"] for line in lines} == {2}
-    assert {step: loss for step, loss in losses(lines).items() if step <= 3} == first
-    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
-    assert json.loads((run_dir / "config.json").read_text())["name"] == "kuairand_sample"
+    assert losses(lines) == losses(train(tmp_path / "unbroken", 2, *steps))
+    assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
 
 
 def test_a_run_that_always_fails_stops_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
@@ -330,16 +327,16 @@ def _counted(run_dir: Path) -> list[int]:
     return sorted({line["step"] for line in read_lines(run_dir / "metrics.jsonl")})
 
 
-def _train(run_dir: Path, *overrides: str) -> None:
+def _train(run_dir: Path, *overrides: str) -> JobRecord:
+    """Submit the demo, made small, as a user does."""
     size = ("--scheduler", "slurm", "--nodes", "2", "--procs-per-node", "1", "--option", "partition=main")
     command = [sys.executable, "-m", "launch", "submit", "kuairand_sample", *size, "--run-dir", str(run_dir)]
     command += ["--set", f"data.path={small_dataset()}", *SMALL, *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (record,) = [
-        job for job in map(records.find_in, (run_dir / "jobs").iterdir()) if job and job.handle == done.stdout.strip()
-    ]
-    _expect(record, AppState.SUCCEEDED)
+    (record,) = filter(None, map(records.find_in, (run_dir / "jobs").iterdir()))
+    assert done.stdout.strip() == record.handle
+    return record
 
 
 def _batch_output(record: JobRecord) -> str:
