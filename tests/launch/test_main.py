@@ -1,10 +1,14 @@
-"""The command line, in processes of its own in which torch cannot be imported."""
+"""The command line: in processes in which torch cannot be imported and, where that is beside the point, in this one."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from launch.__main__ import app
+from trainer.command_line import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +36,24 @@ def _launch(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("command", [(), ("submit",), ("status",), ("logs",), ("cancel",), ("list",), ("doctor",)])
+Here = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Run a command in this process, in an empty folder: its exit status and its one line on standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        status = run_command(app, list(arguments))
+        (line,) = capsys.readouterr().err.splitlines()
+        return status, line
+
+    return run
+
+
+@pytest.mark.parametrize("command", [(), ("submit",), ("sweep",), ("logs",)])
 def test_help(command: tuple[str, ...]) -> None:
     done = _launch(*command, "--help")
     assert done.returncode == 0, done.stderr
@@ -72,10 +93,9 @@ def test_set_takes_several_values(tmp_path: Path) -> None:
         (("logs", "slurm://longview/1", "--rank", "0", "--all"), "--rank, --node and --all name different logs"),
     ],
 )
-def test_wrong_use_is_one_line_and_status_2(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    done = _launch(*arguments, folder=tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_wrong_use_is_one_line_and_status_2(arguments: tuple[str, ...], message: str, here: Here) -> None:
+    status, line = here(*arguments)
+    assert status == 2
     assert line.startswith(f"error: {message}")
 
 
@@ -85,21 +105,18 @@ def test_wrong_use_is_one_line_and_status_2(arguments: tuple[str, ...], message:
         (("status", "local_cwd://longview/never"), "local_cwd knows no job local_cwd://longview/never"),
         (("cancel", "local_cwd://longview/never"), "no local job never was submitted from this checkout"),
         (("status", "slurm://longview/1"), "scontrol is not installed: run this where Slurm's commands are"),
-        (("list", "--scheduler", "local_docker"), "Docker does not answer"),
     ],
 )
-def test_failures_are_one_line_and_status_1(arguments: tuple[str, ...], message: str) -> None:
-    done = _launch(*arguments)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+def test_failures_are_one_line_and_status_1(arguments: tuple[str, ...], message: str, here: Here) -> None:
+    status, line = here(*arguments)
+    assert status == 1
     assert line.startswith(f"error: {message}")
 
 
-def test_a_plan_is_read_before_anything_is_sent(tmp_path: Path) -> None:
+def test_a_plan_is_read_before_anything_is_sent(tmp_path: Path, here: Here) -> None:
     def error_of(plan: Path) -> str:
-        done = _launch(*SUBMIT, "--plan", str(plan), folder=tmp_path)
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
+        status, line = here(*SUBMIT, "--plan", str(plan))
+        assert status == 2
         return line
 
     plan = tmp_path / "plan.json"
@@ -113,11 +130,10 @@ def test_a_plan_is_read_before_anything_is_sent(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_a_directory_that_is_no_run_of_this_recipe_is_left_alone(tmp_path: Path) -> None:
+def test_a_directory_that_is_no_run_of_this_recipe_is_left_alone(tmp_path: Path, here: Here) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    done = _launch(*SUBMIT, "--run-dir", str(tmp_path))
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    status, line = here(*SUBMIT, "--run-dir", str(tmp_path))
+    assert status == 2
     assert line.startswith(f"error: --run-dir {tmp_path} exists and holds no config.json")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -126,3 +142,10 @@ def test_doctor_says_what_is_missing() -> None:
     done = _launch("doctor", "--scheduler", "slurm")
     assert done.returncode == 1
     assert done.stdout.splitlines() == ["BAD  sinfo is not installed: run this where Slurm's commands are"]
+
+
+def test_an_engine_that_does_not_answer_is_one_line_and_status_1() -> None:
+    done = _launch("list", "--scheduler", "local_docker")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Docker does not answer")
