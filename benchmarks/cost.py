@@ -17,6 +17,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
 from pipelines.batch import Batch
 from pipelines.loader import dataset_info
-from pipelines.packed import NUMBER_PREFIX, Contents, bag_lens, pack
+from pipelines.packed import LENS_PREFIX, NUMBER_PREFIX, Contents, bag_lens, pack
 from pipelines.position import DataPosition
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
@@ -141,14 +142,19 @@ def made_up_batch(resolved: Resolved, history_lens: npt.NDArray[np.int64]) -> Ba
     info, generator = resolved.info, np.random.default_rng(0)
     samples, events = len(history_lens), int(history_lens.sum())
     sizes = {"event": events, "candidate": samples, "sample": samples}
-    ids, numbers = {}, {}
+    ids: dict[str, npt.NDArray[np.int64]] = {}
+    arrays: dict[str, Any] = {}
     for feature in resolved.task.selection.features:
         rows = sum(sizes[part] for part in feature.parts)
         if feature.space is None:
-            numbers[NUMBER_PREFIX + feature.name] = (np.float32, [generator.random(rows)])
+            arrays[NUMBER_PREFIX + feature.name] = (np.float32, [generator.random(rows)])
         else:
-            assert feature.kind == "id", "made-up data has no columns of many ids"
-            ids[feature.name] = generator.integers(0, info.spaces[feature.space].rows, rows)
+            count = rows
+            if feature.kind == "ids":
+                lens = generator.integers(0, 4, rows)
+                count = int(lens.sum())
+                arrays[LENS_PREFIX + feature.name] = (np.int64, [lens])
+            ids[feature.name] = generator.integers(0, info.spaces[feature.space].rows, count)
     ends = np.cumsum(history_lens)
     memory, places = pack(
         {
@@ -161,7 +167,7 @@ def made_up_batch(resolved: Resolved, history_lens: npt.NDArray[np.int64]) -> Ba
             "timestamp": (np.int64, [np.arange(events) - np.repeat(ends - history_lens, history_lens), history_lens]),
             "candidate_action": (np.int32, [generator.integers(0, 1 << len(info.actions), samples, dtype=np.int32)]),
             "loss_denominator": (np.float32, [np.array([samples], np.float32)]),
-            **numbers,
+            **arrays,
         }
     )
     contents = Contents(
