@@ -56,7 +56,10 @@ def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize("document", ["README.md", "pipelines/prepare/README.md"])
 def test_the_documented_command_prepares_a_log_of_that_form(tmp_path: Path, document: str) -> None:
     text = (ROOT / document).read_text()
-    words = text[text.index("pipelines.prepare event_log") :].split("```")[0].replace("\\\n", " ").split()
+    block = next(
+        each for each in text.split("```") if "pipelines.prepare event_log" in each and "--user-column" in each
+    )
+    words = block.replace("\\\n", " ").split()
     end = words.index("dwell_s") + 1
     options = words[words.index("--user-column") : end]
     header, row = (ROOT / "README.md").read_text().split("customer,sku", 1)[1].split("```")[0].splitlines()[:2]
