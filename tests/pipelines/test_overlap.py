@@ -41,18 +41,18 @@ def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> 
     world_size = dist.get_world_size()
     mesh = Mesh(rank=dist.get_rank(), world_size=world_size, local_world_size=world_size, device=torch.device(device))
     model = build_parallel(resolved, make_plan(resolved, machine_of(mesh)), mesh)
-
+    share: Any = {"rank": mesh.rank, "world_size": world_size, "selection": resolved.task.selection}
     evaluated = 0
 
     def evaluate() -> None:
         nonlocal evaluated
         with torch.no_grad():
-            for batch in build_loader(config.data, split="eval", rank=mesh.rank, world_size=world_size):
+            for batch in build_loader(config.data, split="eval", **share):
                 model.module(batch.to(mesh.device))
                 evaluated += batch.global_samples
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
-    batches = iter(build_loader(config.data, split="train", rank=mesh.rank, world_size=world_size))
+    batches = iter(build_loader(config.data, split="train", **share))
     losses = []
     while True:
         model.optimizers.set_step(len(losses) + 1)

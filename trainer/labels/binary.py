@@ -50,6 +50,9 @@ class Binary(LabelKind):
 
     def loss(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
         """[C] cross entropies."""
+        if self.bit is not None:
+            # Bits are always known, and many labels of a step are actions: a launch each, no more.
+            return F.binary_cross_entropy_with_logits(outputs_CK[:, 0], targets_C, reduction="none")
         known_C = ~targets_C.isnan()
         losses_C = F.binary_cross_entropy_with_logits(outputs_CK[:, 0], targets_C.nan_to_num(), reduction="none")
         return losses_C * known_C
