@@ -43,14 +43,18 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_two_ranks_train_and_evaluate_like_one(two_ranks: Path, share: bool, tmp_path: Path) -> None:
-    """Losses, table, optimizers and metrics, with shared negatives and with each prediction's own."""
+MIXTURE = 'model.retrieval.mixture_of_logits={"query_vectors":2,"item_vectors":2,"dim":8,"hidden":4}'
+
+
+@pytest.mark.parametrize("setting", [None, "model.retrieval.share_negatives=false", MIXTURE])
+def test_two_ranks_train_and_evaluate_like_one(two_ranks: Path, setting: str | None, tmp_path: Path) -> None:
+    """Losses, tables, optimizers and metrics: shared negatives, each prediction's own, a head with parameters."""
     pair = two_ranks
-    if not share:
+    settings = () if setting is None else (setting,)
+    if settings:
         pair = tmp_path / "pair"
-        retrieve(pair, 2, "model.retrieval.share_negatives=false")
-    single = retrieve(tmp_path / "one", 1, f"model.retrieval.share_negatives={str(share).lower()}")
+        retrieve(pair, 2, *settings)
+    single = retrieve(tmp_path / "one", 1, *settings)
     assert losses(single) == pytest.approx(losses(read_lines(pair / "metrics.jsonl")), rel=1e-5)
     assert evaluations(tmp_path / "one") == pytest.approx(evaluations(pair), abs=1e-3)
     found, wanted = (read_checkpoint(run / "checkpoints" / f"step-{STEPS:08d}") for run in (tmp_path / "one", pair))

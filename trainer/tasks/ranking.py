@@ -1,6 +1,7 @@
 """Rank candidates: predict labels of each of a sample's candidates."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 from embeddings.config import TableConfig
@@ -140,6 +141,10 @@ class Ranking:
             unseen=unseen,
         )
         found = evaluate(model, batches, mesh, constant=set(self.labels.names) - set(self.actions))
-        baseline = {**found.constant, **(baseline_metrics(data, self.actions, mesh, unseen) if self.actions else {})}
+        rates = baseline_metrics(data, self.actions, mesh, unseen) if self.actions else {}
+        if self.info.weight is not None or self.info.keep_rate is not None:
+            # Rates count every candidate alike, the model's NE as much as its weight says: not to be compared.
+            rates = {name: math.nan if name.startswith("ne/") else value for name, value in rates.items()}
+        baseline = {**found.constant, **rates}
         table = ranking_table(found.metrics, baseline, self.labels.kinds) if mesh.is_first else ""
         return Evaluation(found.metrics, table)
