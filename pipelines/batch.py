@@ -30,7 +30,18 @@ class Inputs:
     @cached_property
     def features(self) -> KeyedJaggedTensor:
         """The ids to look up: a key a feature of ids.  Bags are not rows (`packed.bag_lens`)."""
-        return KeyedJaggedTensor(list(self._contents.lookups), self._array("ids"), lengths=self._array("bag_lens"))
+        return KeyedJaggedTensor(
+            list(self._contents.lookups),
+            self._array("ids"),
+            lengths=self._array("bag_lens"),
+            # Otherwise TorchRec asks the device, and waits for it.
+            length_per_key=self._lookup_counts.tolist(),
+        )
+
+    @cached_property
+    def _lookup_counts(self) -> Tensor:
+        """[features of ids] int64 ids of each."""
+        return self._host_array("bag_lens").view(len(self._contents.lookups), -1).sum(1)
 
     @cached_property
     def lens(self) -> Mapping[str, Tensor]:
@@ -46,7 +57,7 @@ class Inputs:
         """[its ids] int64 of one feature of ids."""
         keys = self._contents.lookups
         place = keys.index(name)
-        counts = self._host_array("bag_lens").view(len(keys), -1).sum(1)
+        counts = self._lookup_counts
         first = int(counts[:place].sum())
         return self._host_array("ids")[first : first + int(counts[place])]
 

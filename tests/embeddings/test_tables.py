@@ -10,6 +10,8 @@ import embeddings.tables as tables_module
 from embeddings.config import SparseOptimizerConfig, TableConfig
 from embeddings.optimizers import attach_optimizers
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
+from tests.support.batches import random_batch
+from trainer.models.negatives import retrieval_features
 
 CPU = torch.device("cpu")
 
@@ -69,6 +71,22 @@ def test_float16_rows_are_looked_up_in_float32() -> None:
 def test_wrong_tables_are_refused(tables: list[TableConfig], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_tables(tables, device=CPU)
+
+
+def test_lookups_know_their_counts_without_asking_the_device() -> None:
+    """A tensor on the meta device has no values: whatever needed some, as a wait for a GPU does, would fail."""
+    meta = torch.device("meta")
+    batch = random_batch([5, 0, 9], [2, 3, 1], context_names=("country",)).to(meta)
+    names = batch.features.keys()
+    tables = build_tables([table(f"t{i}", features=(name,)) for i, name in enumerate(names)], device=meta)
+    rows = rows_by_feature(tables(batch.features))
+    assert {name: len(rows[name].values()) for name in ("item_id", "sample.country")} == {
+        "item_id": 5 + 9 + 2 + 3 + 1,
+        "sample.country": 3,
+    }
+    pair = retrieval_features(torch.arange(7, device=meta), torch.arange(4, device=meta))
+    tables = build_tables([table(features=tuple(pair.keys()))], device=meta)
+    assert [len(each.values()) for each in rows_by_feature(tables(pair)).values()] == [7, 4]
 
 
 def test_initial_values_are_uniform_within_the_bound() -> None:

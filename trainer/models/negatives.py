@@ -109,9 +109,10 @@ def retrieval_batch(
 
 def retrieval_features(item_ids: Tensor, negative_ids: Tensor) -> KeyedJaggedTensor:
     """The lookups of these ids, int64, `negative_ids` of any shape; their bags are not samples (`packed.bag_lens`)."""
-    lens = torch.from_numpy(bag_lens([item_ids.numel(), negative_ids.numel()])).to(item_ids.device)
+    counts = [item_ids.numel(), negative_ids.numel()]
+    lens = torch.from_numpy(bag_lens(counts)).to(item_ids.device)
     ids = torch.cat([item_ids, negative_ids.flatten()])
-    return KeyedJaggedTensor([ITEM_ID, NEGATIVE_FEATURE], ids, lengths=lens)
+    return KeyedJaggedTensor([ITEM_ID, NEGATIVE_FEATURE], ids, lengths=lens, length_per_key=counts)
 
 
 def _in_sequences(inputs: Inputs) -> Tensor:
