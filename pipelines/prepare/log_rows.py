@@ -95,6 +95,8 @@ def _insert(
         shown = execute(connection, f"SELECT {quoted(rule.column)}::VARCHAR FROM {rows} WHERE {ROW} = {row}")[0][0]
         place = row % ROWS_OF_A_FILE - 1 + file.first_row
         got = "nothing" if shown is None else repr(shown[:100])
+        if rule.explain is not None and shown is not None:
+            got += f"; {rule.explain(shown)}"
         raise ValueError(f"{file.path}, {file.row_name} {place}: {rule.text} ({count} such row(s)); got {got}")
     counts = file.rejected(connection) if options.skip_invalid else Counter()
     counts += Counter({rules[number].text: count for number, count, _ in found})

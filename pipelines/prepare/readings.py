@@ -8,7 +8,7 @@ A value is missing where it is null, NaN (whole numbers with gaps are often stor
 that the description of the log names.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class Rule:
     """What is demanded, beginning with the column's name."""
     column: str
     """The column whose value a message shows."""
+    explain: Callable[[str], str] | None = None
+    """What a message adds, given the value as text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from decimal import Decimal
 
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.readings import EXACT, SIGNED, TEXT, Reading, Rule, Stored
@@ -48,7 +49,8 @@ def read_time(stored: Stored, unit: str) -> Reading:
             text = f"{name} is stored as {stored.type}, which rounds such numbers of {unit}: write integers"
             rules.append(Rule(condition=f"abs({column}) < {EXACT[stored.type]}", text=text, column=name))
     text = f"{name} lies after the year 2100: is --time-unit {unit} right?"
-    rules.append(Rule(condition=f"{later} < {YEAR_2100}", text=text, column=name))
+    explain = (lambda shown: likely_unit(int(Decimal(shown)), unit)) if unit != TIMESTAMP else None
+    rules.append(Rule(condition=f"{later} < {YEAR_2100}", text=text, column=name, explain=explain))
     return Reading(value=value, rules=tuple(rules))
 
 

@@ -24,8 +24,9 @@ def test_a_unit_of_time_that_cannot_be_is_refused_with_the_likely_one(
             assert status == 0
         else:
             assert status == 1
-            assert f"in {unit} it is 2023-11-14" in error or f"--time-unit {said} right" in error
+            assert f"in {unit} it is 2023-11-14: give that --time-unit" in error
             assert ("before 1990" in error) == (size[unit] < per_second)
+            assert (f"--time-unit {said} right?" in error) == (size[unit] > per_second)
 
 
 def test_a_log_that_no_unit_can_be_right_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
