@@ -133,8 +133,8 @@ class Allocation:
 
     def _unfit_nodes(self) -> dict[str, str]:
         """Nodes that cannot take part -> a line that says why."""
-        token = f".preflight-{self.job_id}-{time.time_ns()}"
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        # In the job's folder: what a killed start leaves behind there is nothing of the run's.
+        token = f"jobs/{self.job_dir.name}/preflight-{self.job_id}-{time.time_ns()}"
         (self.run_dir / token).write_text(token)
         question = [self.command[0], "-m", "launch.fitness", "--as", fitness.as_argument(fitness.facts_here(token))]
         question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
