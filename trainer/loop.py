@@ -72,16 +72,16 @@ def run_steps(
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
-    loss, logs = None, False
+    factor, logs = None, False
     with watchdog.phase("evaluation"):
         evaluates = evaluator.begin(progress, evaluated=evaluated)
-    for loss, factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.rank, count=recorder.count):
+    for factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.rank, count=recorder.count):
         watchdog.stepped(progress.step)
         saves = _due(progress.step, config.checkpoint.every_steps)
         evaluates = evaluator.due(progress.step)
         logs = _due(progress.step, config.log_every)
         if logs:
-            recorder.log(progress, loss, factor)
+            recorder.log(progress, factor)
         stops = (logs or saves or evaluates) and agree_to_stop(mesh)
         if saves or stops:
             save()
@@ -93,8 +93,8 @@ def run_steps(
         if progress.ends_part:
             between_steps(lambda: evaluator.meet_part(progress))
     # A run's last step is logged whatever its number, so that a short run has a metric too.
-    if loss is not None and not logs:
-        recorder.log(progress, loss, factor)
+    if factor is not None and not logs:
+        recorder.log(progress, factor)
     save()
     if not evaluates:
         between_steps(lambda: evaluator.evaluate(progress.step))
@@ -109,9 +109,10 @@ def _steps(
     *,
     seed: int,
     rank: int,
-    count: Callable[[Consumed], None],
-) -> Iterator[tuple[Tensor, float]]:
-    """Take one step after another until the feed ends: (this rank's loss, factor of the learning rates)."""
+    count: Callable[[Consumed, Tensor], None],
+) -> Iterator[float]:
+    """Take one step after another until the feed ends: the factor of the learning rates of each."""
+    STOP.heeded = True
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(seed, progress.step + 1, rank)
@@ -121,8 +122,8 @@ def _steps(
             return
         consumed = feed.done()
         progress.advance(consumed.samples, consumed.position)
-        count(consumed)
-        yield loss, factor
+        count(consumed, loss)
+        yield factor
 
 
 def _due(step: int, every: int | None) -> bool:

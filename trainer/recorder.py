@@ -67,9 +67,9 @@ class Recorder:
             disable=not mesh.is_first,
         )
 
-    def count(self, consumed: Consumed) -> None:
-        """Add one step's work to the interval since the last logged step."""
-        self._interval.add(consumed)
+    def count(self, consumed: Consumed, loss: Tensor) -> None:
+        """Add one step's work, and this rank's loss, to the interval since the last logged step."""
+        self._interval.add(consumed, loss)
         self._bar.update(consumed.samples)
 
     @contextmanager
@@ -84,24 +84,21 @@ class Recorder:
         finally:
             self._interval.start += time.perf_counter() - start
 
-    def log(self, progress: Progress, loss: Tensor, learning_rate_factor: float) -> None:
-        """Log the interval that ends with this step; `loss` is this rank's, of this step only.  Called by every rank.
+    def log(self, progress: Progress, learning_rate_factor: float) -> None:
+        """Log the interval that ends with this step; the loss is of this step only.  Called by every rank.
 
         Raises:
             FloatingPointError: the loss is not finite, or not what it was though the run is deterministic.
         """
         interval, self._interval = self._interval, _Interval()
-        local = [0.0, interval.flops(self._resolved), interval.tokens(self._resolved)]
-        sums = torch.tensor(local, dtype=torch.float64, device=loss.device)
-        sums[0] = loss / self._mesh.world_size
+        counts = [interval.flops(self._resolved), interval.tokens(self._resolved)]
+        losses = torch.stack(interval.losses).double() / self._mesh.world_size
+        sums = torch.cat([losses, torch.tensor(counts, dtype=torch.float64, device=losses.device)])
         dist.all_reduce(sums)  # every rank, on the default group and stream
         # Waits for the device, once for all numbers.
-        mean_loss, flops, tokens = sums.tolist()
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                f"the loss of step {progress.step} is {mean_loss}; what is saved is from before: "
-                "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
-            )
+        *mean_losses, flops, tokens = sums.tolist()
+        interval.check_finite(mean_losses, progress)
+        mean_loss = mean_losses[-1]
         self._check_same(progress.step, mean_loss)
         seconds = time.perf_counter() - interval.start
         record: dict[str, Any] = {
@@ -117,8 +114,8 @@ class Recorder:
             "time": time.time(),
             "world_size": self._mesh.world_size,
         }
-        if loss.device.type == "cuda":
-            record["peak_gib"] = torch.cuda.max_memory_allocated(loss.device) / 2**30
+        if losses.device.type == "cuda":
+            record["peak_gib"] = torch.cuda.max_memory_allocated(losses.device) / 2**30
             if self._peak_flops is not None:
                 record["mfu"] = flops / seconds / self._mesh.world_size / self._peak_flops
         self._write(record)
@@ -161,18 +158,41 @@ class _Interval:
         self.start = time.perf_counter()
         self.steps = self.samples = 0
         self.imbalances: list[float] = []
+        self.losses: list[Tensor] = []
+        """This rank's, a step; on the device, where nothing waits for them."""
+        self._samples: list[int] = []
         self._history_lens: list[IntArray] = []
         self._num_candidates: list[IntArray] = []
         self._channel_history_lens: dict[str, list[IntArray]] = {}
 
-    def add(self, consumed: Consumed) -> None:
+    def add(self, consumed: Consumed, loss: Tensor) -> None:
         self.steps += 1
+        self.losses.append(loss)
+        self._samples.append(consumed.samples)
         self.samples += consumed.samples
         self.imbalances.append(consumed.imbalance)
         self._history_lens.append(consumed.history_lens)
         self._num_candidates.append(consumed.num_candidates)
         for name, lens in consumed.channel_history_lens.items():
             self._channel_history_lens.setdefault(name, []).append(lens)
+
+    def check_finite(self, mean_losses: list[float], progress: Progress) -> None:
+        """Name the first step of the interval, which ends at `progress`, whose loss is not finite.
+
+        Raises:
+            FloatingPointError: there is one.
+        """
+        last = progress.samples - self.samples
+        for step, (loss, samples) in enumerate(
+            zip(mean_losses, self._samples, strict=True), progress.step - self.steps + 1
+        ):
+            first, last = last, last + samples
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of step {step} is {loss}; its batch is the samples {first} to {last - 1} of the run's "
+                    "order; what is saved is from before: look at these samples, or start again in another --run-dir "
+                    "with lower learning rates or a longer schedule.warmup_steps"
+                )
 
     def flops(self, resolved: Resolved) -> float:
         """Model FLOPs of this rank's part, counted for all steps at once, because a count takes as long as a launch."""

@@ -5,6 +5,10 @@ Standard library only: the signals are heard before torch is imported, which tak
 
 import os
 import signal
+import sys
+import time
+from pathlib import Path
+from threading import Thread
 
 
 class StoppedEarly(InterruptedError):
@@ -17,6 +21,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self.heeded = False
+        """Whether the training loop looks at it: from its first step on."""
 
     def listen(self) -> None:
         """From now on, in the main thread; what the process's launcher held back for it arrives here."""
@@ -24,6 +30,20 @@ class StopSignal:
         for number in numbers:
             signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*numbers, signal.SIGCHLD})
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            Thread(target=self._follow, args=(os.getppid(),), name="follow-agent", daemon=True).start()
+
+    def _follow(self, agent: int) -> None:
+        """Stop when the agent that started this process dies; at once where nothing has been trained, for the ranks
+        that it would have started may never come."""
+        # Processes whose parent has died are given to the first of the machine, which is an agent in containers only.
+        orphaned = agent == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
+        while not orphaned and os.getppid() == agent:
+            time.sleep(1.0)
+        print("error: the agent that started this rank has died; stopping", file=sys.stderr, flush=True)
+        if not self.heeded:
+            os._exit(1)
+        self.requested = True
 
     def _note(self, signum: int, frame: object) -> None:
         self.requested = True

@@ -120,7 +120,6 @@ class Watchdog:
         self.clock = Clock(limits)
         self._limits = limits
         self._main = threading.main_thread().ident
-        self._parent = os.getppid()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -153,7 +152,6 @@ class Watchdog:
         try:
             while not self._over.wait(BEAT_S):
                 count += 1
-                self._follow_agent()
                 self._tell(count)
                 if self._store.check([_VERDICT]):
                     self._end()
@@ -172,13 +170,6 @@ class Watchdog:
             if not self._over.is_set():
                 logger.error("the job's store is gone (%s); stopping", str(error).splitlines()[0])
                 STOP.requested = True
-
-    def _follow_agent(self) -> None:
-        """Ask this rank to stop, saving its state, when the agent that started it has died."""
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
-            self._parent = os.getppid()
-            logger.error("the agent that started this rank has died; stopping")
-            STOP.requested = True
 
     def _tell(self, count: int) -> None:
         clock = self.clock

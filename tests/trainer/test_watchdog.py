@@ -127,3 +127,12 @@ def test_ranks_whose_agent_dies_save_and_end(tmp_path: Path) -> None:
     last = read_lines(run / "metrics.jsonl")[-1]["step"]
     assert f"stopped after step {last}, which is saved" in output, output[-3000:]
     assert read_checkpoint(run / "checkpoints" / f"step-{last:08d}")
+
+
+def test_ranks_whose_agent_dies_before_they_have_met_end_at_once(tmp_path: Path) -> None:
+    """Each would wait for the others, whom nobody starts, for ten minutes."""
+    process = start_training(tmp_path / "run", 2, *ENDLESS)
+    _wait_until(lambda: len(_ranks_of(process)) == 2, process)
+    process.kill()
+    process.communicate(timeout=120)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
