@@ -6,13 +6,13 @@ A process, because the trainer launches its steps from Python: threads that read
 when it wants it.  Batches are handed over by torch's DataLoader, one piece of memory each.
 """
 
-import atexit
 import multiprocessing
 import signal
 from collections.abc import Generator, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import DataLoader
@@ -162,8 +162,9 @@ def _batches(handed_over: Iterator[Packed | Failure], processes: list[BaseProces
         for process in processes:
             process.kill()
 
-    # Where nobody closed the iterator, Python would wait at its exit for a process that no longer listens.
-    atexit.register(kill)
+    # Where nobody closed the iterator, Python would wait at its exit for a process that no longer listens.  A finalizer
+    # of multiprocessing, for the processes that it started run nothing of atexit.
+    at_exit = Finalize(None, kill, exitpriority=0)
     try:
         while (item := _next(handed_over, processes)) is not None:
             if isinstance(item, Failure):
@@ -173,7 +174,7 @@ def _batches(handed_over: Iterator[Packed | Failure], processes: list[BaseProces
     finally:
         # The last reference: DataLoader ends its processes when it is collected.
         del handed_over
-        atexit.unregister(kill)
+        at_exit.cancel()
 
 
 def _next(handed_over: Iterator[Packed | Failure], processes: list[BaseProcess]) -> Packed | Failure | None:

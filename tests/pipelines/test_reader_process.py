@@ -14,6 +14,7 @@ import pytest
 from pipelines.config import DataConfig
 from pipelines.loader import Loader, build_loader
 from tests.pipelines.made_up import write_dataset
+from tests.support.distributed import run_ranks
 
 PATIENCE_S = 60
 # Takes one batch, says which process reads, and goes on as told.
@@ -101,6 +102,18 @@ def test_consumer_that_fails_with_an_open_iterator_ends_at_once(tmp_path: Path) 
     assert process.returncode == 1
     assert "something else" in errors
     wait_until_gone(int(output))
+
+
+def _fails_with_an_open_iterator(folder: str) -> None:
+    batches = iter(loader(Path(folder)))
+    next(batches)
+    raise KeyError("made up")
+
+
+def test_a_failing_process_of_a_test_ends_though_its_iterator_is_open(tmp_path: Path) -> None:
+    """Of multiprocessing, which runs nothing of atexit."""
+    with pytest.raises(Exception, match="made up"):
+        run_ranks(1, _fails_with_an_open_iterator, str(tmp_path / "data"))
 
 
 def test_killed_consumer_leaves_no_reader(tmp_path: Path) -> None:
