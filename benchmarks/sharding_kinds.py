@@ -1,0 +1,107 @@
+"""What a step's lookups and update of one small table cost under each sharding kind, on gloo processes of this machine.
+
+Run: python -m benchmarks.sharding_kinds [--rows 1000] [--dim 64] [--ids 20000] [--ranks 2] [--rounds 15]
+
+Forward, backward and update of the table alone, the kinds in turn within each round, so that other work on the machine
+meets all of them; medians of the slowest rank.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.machine import Machine
+from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.planner import plan_tables
+from embeddings.problem import BatchLoad
+from embeddings.sharding import apply_plan
+from embeddings.tables import Rows, build_tables, init_tables, rows_by_feature
+
+KINDS = ("row_wise", "table_wise", "replicated")
+BAG_IDS = 32
+"""Ids of a bag, as the trainer packs them."""
+
+
+class Model(nn.Module):
+    """One table."""
+
+    def __init__(self, table: TableConfig) -> None:
+        super().__init__()
+        self.tables = build_tables([table], device=torch.device("meta"))
+
+    def forward(self, features: KeyedJaggedTensor) -> list[Rows]:
+        looked_up: list[Rows] = self.tables(features)
+        return looked_up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One small table under each sharding kind, on gloo processes.")
+    for name, default in (("rows", 1000), ("dim", 64), ("ids", 20_000), ("ranks", 2), ("rounds", 15)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_run, (folder, arguments), nprocs=arguments.ranks, join=True)  # type: ignore[no-untyped-call]
+        times = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(arguments.ranks)]
+    for kind in KINDS:
+        print(f"{kind:>12} {max(statistics.median(rank[kind]) for rank in times):8.2f} ms")
+
+
+def _run(rank: int, folder: str, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=arguments.ranks)
+    steps = {kind: _parallel(kind, arguments) for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    generator = torch.Generator().manual_seed(rank)
+    for number in range(arguments.rounds + 2):
+        ids = torch.randint(arguments.rows, (arguments.ids,), generator=generator)
+        full, rest = divmod(arguments.ids, BAG_IDS)
+        features = KeyedJaggedTensor(["small"], ids, lengths=torch.tensor([BAG_IDS] * full + [rest]))
+        for kind, (model, optimizers) in steps.items():
+            dist.barrier()  # every rank; so that none waits for another within the time
+            start = time.perf_counter()
+            optimizers.zero_grad()
+            rows_by_feature(model(features))["small"].values().square().sum().backward()
+            optimizers.step()
+            if number >= 2:
+                times[kind].append(1000 * (time.perf_counter() - start))
+    torch.save(times, Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def _parallel(kind: str, arguments: argparse.Namespace) -> tuple[DistributedModelParallel, TableOptimizers]:
+    table = TableConfig(name="small", num_embeddings=arguments.rows, embedding_dim=arguments.dim, features=("small",))
+    model, optimizer = Model(table), SparseOptimizerConfig()
+    plan = plan_tables(
+        model,
+        [table],
+        machine=Machine(world_size=arguments.ranks, local_world_size=arguments.ranks, compute_device="cpu"),
+        placement=PlacementConfig(sharding_types=(kind,)),
+        optimizer=optimizer,
+        load=BatchLoad(samples_per_rank=1, ids_per_sample={"small": float(arguments.ids)}),
+    )
+    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
+    attach_optimizers(model.tables, optimizer)
+    parallel = DistributedModelParallel(
+        model,
+        device=torch.device("cpu"),
+        plan=sharding_plan,
+        sharders=[EmbeddingCollectionSharder()],
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+    )
+    init_tables(model.tables, 0)
+    return parallel, TableOptimizers(model.tables, optimizer, parallel.fused_optimizer)
+
+
+if __name__ == "__main__":
+    main()
