@@ -32,7 +32,7 @@ from trainer.metrics import score
 
 SEEDS = (0, 1, 2)
 MIN_POSITIVES = 200
-MADE_UP = (("interests", 30_000), ("items", 30_000), ("funnel", 30_000), ("users", 30_000))
+MADE_UP = (("interests", 30_000), ("funnel", 30_000), ("items", 30_000), ("items", 100_000))
 MADE_UP_COLUMNS = ("--user-column", "user", "--item-column", "item", "--time-column", "at", "--action-columns")
 
 

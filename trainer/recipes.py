@@ -41,8 +41,14 @@ def own_log() -> TrainConfig:
     """
     return TrainConfig(
         name="own_log",
+        # Batches are small: a reader process would take more of a few cores than it saves.
         data=DataConfig(
-            path="data/own_log", global_batch_size=64, eval_batch_size=256, max_history_len=128, num_epochs=3
+            path="data/own_log",
+            global_batch_size=64,
+            eval_batch_size=256,
+            max_history_len=128,
+            num_epochs=3,
+            reader_threads=0,
         ),
         model=ModelConfig(
             dim=64,

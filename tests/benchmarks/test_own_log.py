@@ -1,4 +1,4 @@
-"""The made-up logs hold what they say."""
+"""The made-up logs hold what they say, and the README shows the results that are committed."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks.made_up_logs import KINDS
-from benchmarks.own_log import merged
+from benchmarks.own_log import merged, table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "own_log.json"
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -43,3 +46,7 @@ def test_a_log_measured_again_takes_its_place(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     file.write_text(json.dumps(merged(file, [{"name": "a", "n": 1}, {"name": "b", "n": 2}])))
     assert [log["n"] for log in merged(file, [{"name": "a", "n": 3}])["logs"]] == [3, 2]
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    assert table(json.loads(RESULTS.read_text())) in (ROOT / "README.md").read_text()
