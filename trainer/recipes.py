@@ -15,18 +15,25 @@ def kuairand_sample() -> TrainConfig:
     return TrainConfig(
         name="kuairand_sample",
         # A reader process would take longer to start than it saves on so few and small batches.
-        data=DataConfig(path="data/kuairand_sample", global_batch_size=128, max_history_len=96, reader_threads=0),
+        data=DataConfig(
+            path="data/kuairand_sample",
+            global_batch_size=64,
+            eval_batch_size=256,
+            max_history_len=96,
+            num_epochs=3,
+            reader_threads=0,
+        ),
         model=ModelConfig(
             dim=64,
             max_len=256,
-            layer=LayerConfig(num_heads=2, qk_dim=32, value_dim=32, dropout=0.1),
+            layer=LayerConfig(num_heads=2, qk_dim=32, value_dim=32, dropout=0.2),
             stages=(StageConfig(num_layers=2, local=32, global_rows=16),),
             input=InputConfig(num_positions=128, num_time_buckets=64),
         ),
         embedding_dim=32,
-        sparse_optimizer=SparseOptimizerConfig(learning_rate=0.03),
-        optimizer=DenseOptimizerConfig(learning_rate=2e-3),
-        schedule=ScheduleConfig(warmup_steps=20),
+        sparse_optimizer=SparseOptimizerConfig(learning_rate=0.005),
+        optimizer=DenseOptimizerConfig(learning_rate=3e-3),
+        schedule=ScheduleConfig(warmup_steps=5, kind="cosine"),
         checkpoint=CheckpointConfig(every_steps=100),
     )
 

@@ -20,6 +20,9 @@ TIMEOUT_S = 240
 # A model and batches small enough for many runs; no dropout, whose random numbers follow the number of ranks.
 SMALL = (
     "data.global_batch_size=12",
+    "data.num_epochs=1",
+    # A decay ends with the run, so that a run that goes on further would have had other rates.
+    "schedule.kind=constant",
     "data.eval_batch_size=1024",
     "data.max_history_len=24",
     "model.max_len=160",
