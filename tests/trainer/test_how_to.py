@@ -1,5 +1,6 @@
-"""CONTRIBUTING's "How to add" a label kind, a head, a metric and a task, followed here with something made up."""
+"""CONTRIBUTING's "How to add" a feature, a table, a label kind, a head, a metric and a task, followed here."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.features import DatasetInfo
+from embeddings.tables import build_tables
+from pipelines.features import DatasetInfo, parse_dataset_info
 from tests.support.batches import random_batch
+from tests.support.datasets import made_up_info
 from tests.trainer.labels.test_kinds import NUMBERS, info
 from tests.trainer.models.test_retriever import batch_of, config, small
 from trainer import resolve
+from trainer.config import TableSettings
 from trainer.labels import build
 from trainer.labels.config import LabelConfig
 from trainer.labels.kind import LabelKind
@@ -21,6 +25,23 @@ from trainer.labels.measure import LabelMetrics
 from trainer.models import retriever
 from trainer.models.heads.similarity import Similarity
 from trainer.recipes import load_recipe
+
+
+def test_a_feature_is_a_column_and_its_table_a_setting() -> None:
+    """What is read, and its table, follow from the description of the data; a width of its own is a word."""
+    values = made_up_info(num_items=9, actions=("click",), numbers=("dwell_s",)).as_dict()
+    values["spaces"]["brand"] = {"rows": 5}
+    values["item"] = {"brand": "brand", "kinds": ["brand"]}
+    data = parse_dataset_info(values, "made up")
+    recipe = load_recipe("own_log")
+    stated = replace(recipe, tables={"brand": TableSettings(embedding_dim=4)})
+    found = resolve.resolve(stated, data)
+    tables = {table.name: table for table in found.tables}
+    assert set(tables["brand"].features) == {"item.brand", "item.kinds"}
+    assert (tables["brand"].embedding_dim, tables["item"].embedding_dim) == (4, recipe.embedding_dim)
+    assert found.task.build(build_tables(found.tables, device=torch.device("meta"))).tower is not None
+    with pytest.raises(ValueError, match=r"tables names 'colour', which is none of the model's tables"):
+        resolve.resolve(replace(recipe, tables={"colour": TableSettings(embedding_dim=4)}), data)
 
 
 class Count(LabelKind):
