@@ -5,6 +5,7 @@ prefetch      as sparse_dist, and rows of batch i+1 move from host memory into t
 plain         one after another; the definition that the others are tested against
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.distributed.types import ShardedModule
 from torchrec.streamable import Pipelineable
+
+logger = logging.getLogger(__name__)
 
 Overlap = Literal["sparse_dist", "prefetch", "plain"]
 Forward = Callable[[Any], tuple[Tensor, Tensor]]
@@ -50,7 +54,11 @@ class StepPipeline:
         self._optimizer, self._device, self._forward = optimizer, device, forward
         self._torchrec: TrainPipelineSparseDist | None = None
         check_overlap(overlap, device)
-        if overlap != "plain":
+        sharded = any(isinstance(module, ShardedModule) for module in model.modules())
+        if overlap != "plain" and not sharded:
+            # TorchRec's pipeline traces up to sharded tables; without one it would trace through the whole model.
+            logger.info("no table is sharded: no input dist to overlap with compute, overlap=%s is as plain", overlap)
+        elif overlap != "plain":
             kinds = {"sparse_dist": TrainPipelineSparseDist, "prefetch": PrefetchTrainPipelineSparseDist}
             self._torchrec = kinds[overlap](model, optimizer, device, custom_model_fwd=forward)
 
