@@ -31,6 +31,7 @@ setup(
         "trainer.labels",
         "trainer.models",
         "trainer.models.heads",
+        "trainer.report",
         "trainer.tasks",
     ],
     install_requires=[

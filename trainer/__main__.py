@@ -3,6 +3,7 @@
     python -m trainer recipes
     python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--init-from DIR] [--set key=value ...]
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
+    python -m trainer report RUN_DIR [RUN_DIR ...] [--out FILE]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--host-gib G]
                                 [--out FILE] [--set key=value ...]
@@ -24,6 +25,7 @@ from trainer.checkpoint.catalogue import open_catalogue
 from trainer.command_line import WrongUse, run_command, show_findings
 from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
+from trainer.report.page import write_report
 from trainer.run_dir import RunDir
 from trainer.stop_signal import STOP
 from trainer.typed_values import apply_overrides
@@ -98,6 +100,16 @@ def evaluate(
     from trainer.job import evaluate_job
 
     evaluate_job(run_dir, step, set_ or [])
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR ...", help="Run directories.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    """Show runs on one page: curves, evaluations, plan, configuration; it loads nothing from elsewhere."""
+    write_report(run_dirs, out)
+    print(out)
 
 
 @app.command()

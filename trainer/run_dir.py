@@ -221,7 +221,7 @@ class JsonLines:
             ValueError: a line in the middle is no object with a step.
         """
         self._path = path
-        lines, rest = _whole_lines(path)
+        lines, rest = whole_lines(path)
         if rest:
             logger.warning("%s ended in the middle of a line, which is dropped", path)
             _replace_text(path, "".join(lines))
@@ -249,7 +249,7 @@ def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
 
     A run that goes on from a checkpoint takes those steps again; its lines say what led to its state.
     """
-    lines, rest = _whole_lines(path)
+    lines, rest = whole_lines(path)
     objects = [json.loads(line) for line in lines]
     if rest or any(values["step"] > step for values in objects):
         kept = [line for line, values in zip(lines, objects, strict=True) if values["step"] <= step]
@@ -257,7 +257,7 @@ def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     return [values for values in objects if values["step"] > step]
 
 
-def _whole_lines(path: Path) -> tuple[list[str], list[str]]:
+def whole_lines(path: Path) -> tuple[list[str], list[str]]:
     """(lines up to the first that is no object with a step, the rest), each with its end.
 
     Raises:

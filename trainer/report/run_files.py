@@ -1,0 +1,117 @@
+"""What the files of a run directory say, read while the run may still be writing them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embeddings.plan import Plan
+from embeddings.plan_file import parse_plan
+from trainer.command_line import WrongUse
+from trainer.run_dir import VOCABULARIES, RunDir, whole_lines
+
+Record = dict[str, Any]
+"""One line of a file of JSON lines."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFiles:
+    """A run as its directory tells it."""
+
+    name: str
+    """What the page calls it; no two runs of a page share one."""
+    config: dict[str, Any]
+    """The resolved configuration, and the digests of its vocabularies."""
+    metrics: list[Record]
+    """A record a logged step; at least one."""
+    evaluations: dict[str, list[Record]]
+    """By the data that was scored: "" is the run's own evaluation split."""
+    progressive: list[Record]
+    """A record a part of the data that was scored before it was trained on."""
+    plan: Plan | None
+    """The sharding plan in force."""
+    start: dict[str, str]
+    """What the first rank's log says of its last start: `recipe` (and the devices), `versions`."""
+    notes: list[str]
+    """What is missing from the directory, or was passed over in it; a sentence each."""
+
+    @property
+    def last(self) -> Record:
+        """The newest logged step."""
+        return self.metrics[-1]
+
+
+def read_runs(paths: list[Path]) -> list[RunFiles]:
+    """The runs in the order given, named by their folders, or by their whole paths where two folders share a name.
+
+    Raises:
+        WrongUse: a directory is named twice, is no run's, or holds no logged step yet.
+        ValueError: a file is damaged in a way that no crash leaves behind.
+    """
+    resolved = [path.resolve() for path in paths]
+    for path, place in zip(paths, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise WrongUse(f"{path} is named twice: name each run once")
+    names = [path.name for path in resolved]
+    unique = len(set(names)) == len(names)
+    return [_read(path, place.name if unique else str(place)) for path, place in zip(paths, resolved, strict=True)]
+
+
+def _read(path: Path, name: str) -> RunFiles:
+    run, notes = RunDir(path), list[str]()
+    config = run.saved_config()
+    if config is None:
+        what = "holds no config.json" if path.is_dir() else "is no directory"
+        raise WrongUse(f"{path} {what}: name a run directory that `train` made")
+    metrics = _records(run.metrics_file, notes)
+    if not metrics:
+        raise WrongUse(f"{path} holds no logged step yet: wait for the first line of {run.metrics_file.name}")
+    others = {file.stem.removeprefix("eval_"): file for file in sorted(path.glob("eval_*.jsonl"))}
+    evaluations = {data: _records(file, notes) for data, file in {"": run.eval_file, **others}.items()}
+    step, max_steps = metrics[-1]["step"], config.get("max_steps")
+    if max_steps is not None and step < max_steps:
+        notes.append(f"stands at step {step:,} of {max_steps:,}")
+    if not evaluations[""]:
+        notes.append("has not been evaluated yet")
+    return RunFiles(
+        name=name,
+        config={**config, VOCABULARIES: run.saved_vocabularies()},
+        metrics=metrics,
+        evaluations={data: records for data, records in evaluations.items() if records},
+        progressive=_records(run.progressive_file, notes),
+        plan=_plan(run.plan_file, notes),
+        start=_start(run.log_file(0)),
+        notes=notes,
+    )
+
+
+def _records(file: Path, notes: list[str]) -> list[Record]:
+    lines, torn = whole_lines(file)
+    if torn:
+        notes.append(f"{file.name} ends in the middle of a line, which is left out")
+    return [json.loads(line) for line in lines]
+
+
+def _plan(file: Path, notes: list[str]) -> Plan | None:
+    if not file.is_file():
+        notes.append(f"holds no {file.name}")
+        return None
+    try:
+        return parse_plan(file)
+    except ValueError as error:
+        # The curves of an old run are worth showing whatever has become of the format of plans.
+        notes.append(f"its plan is not shown: {error}")
+        return None
+
+
+def _start(log: Path) -> dict[str, str]:
+    """By its first word, what the job said of itself when it last started, as far as the log is there."""
+    said: dict[str, str] = {}
+    if log.is_file():
+        with log.open(errors="replace") as lines:
+            for line in lines:
+                _, ours, text = line.partition(" trainer.job: ")
+                word, _, rest = text.strip().partition(" ")
+                if ours and word in ("recipe", "versions"):
+                    said[word] = rest
+    return said
