@@ -143,6 +143,16 @@ def test_runs_lie_over_each_other_and_differences_are_marked(tmp_path: Path) -> 
     assert "stands at step 20 of 30" in page.text
 
 
+def test_runs_of_different_tasks_have_rows_for_what_they_measure(tmp_path: Path) -> None:
+    ranker, retriever = _run(tmp_path / "ranker"), _run(tmp_path / "retriever")
+    (ranker / "eval.jsonl").write_text(_lines([{"step": 30, "ne/click": 0.9321}]))
+    (retriever / "eval.jsonl").write_text(_lines([{"step": 20, "hr@10": 0.2}, {"step": 30, "hr@10": 0.25}]))
+    page = _report(ranker, retriever)
+    found = [row for _, row in page.rows if row[0] in ("click", "all")]
+    assert found == [["click", "ranker", "30", "0.9321", "-"], ["all", "retriever", "30", "-", "0.2500"]]
+    assert "HR@10" in page.captions() and "NE of click" not in page.captions()
+
+
 def test_the_page_loads_and_runs_nothing_and_has_a_dark_form(tmp_path: Path) -> None:
     page = _report(_run(tmp_path / "a"))
     assert not [attrs for _, attrs in page.tags if {"src", "href", "srcset", "onload"} & set(attrs)]

@@ -34,7 +34,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[
 
 
 def evaluation_table(records: Sequence[Sequence[Record]], runs: Sequence[RunFiles]) -> str:
-    """The newest evaluation of each run, a row a label and run, a column a metric; `records` by run."""
+    """The newest evaluation of each run, a row a label and run that has it, a column a metric."""
     newest = [(run.name, of_run[-1]) for run, of_run in zip(runs, records, strict=True) if of_run]
     names = list(dict.fromkeys(name for _, record in newest for name in record if name != "step"))
     pairs = [name.partition("/")[::2] for name in names]
@@ -48,7 +48,8 @@ def evaluation_table(records: Sequence[Sequence[Record]], runs: Sequence[RunFile
             of_label = {metric: record.get(f"{metric}/{label}" if label else metric) for metric in metrics}
             half = {metric: record.get(f"{metric}{_INTERVAL}/{label}") for metric in metrics}
             cells = [_measured(of_label[metric], half[metric]) for metric in metrics]
-            rows.append([label or "all", run, f"{record['step']:,}", *cells])
+            if any(cell != ABSENT for cell in cells):
+                rows.append([label or "all", run, f"{record['step']:,}", *cells])
     return table(["label", "run", "step", *map(metric_title, metrics)], rows, kind="named")
 
 
