@@ -162,7 +162,7 @@ def test_pre_commit_runs_what_make_check_runs() -> None:
     assert hooks == made
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/files.md", "docs/glossary.md", "docs/walks.md"])
 def test_documents_name_existing_files(document: str) -> None:
     text = (ROOT / document).read_text()
     links = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text))
@@ -176,7 +176,7 @@ def test_documents_name_existing_files(document: str) -> None:
 
 def _file_map(text: str) -> str:
     """Paths of the block after the heading "File map", where an indented name lies in the folder above it."""
-    block = text.partition("## File map")[2].partition("```\n")[2].partition("```")[0]
+    block = text.partition("# File map")[2].partition("```\n")[2].partition("```")[0]
     folders: list[str] = []
     paths = []
     for line in block.splitlines():
