@@ -51,6 +51,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(reason)
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", running.environment["SLURM_CONF"])
+        # Jobs inherit it: with other numbers of threads, sums differ in their last bits.
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(records, "FILE", running.folder / "jobs.jsonl")
         yield running
 
