@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipelines.loader import dataset_info
 from pipelines.packed import LENS_PREFIX, NUMBER_PREFIX, Contents, bag_lens, pack
 from pipelines.position import DataPosition
 from trainer.build import build_parallel, machine_of, make_plan
-from trainer.config import TrainConfig
+from trainer.config import ScheduleConfig, TrainConfig
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.parallelize import ParallelModel
 from trainer.recipes import load_recipe
@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of the larger batches")
     parser.add_argument("--json", type=Path, default=None, help="write measurements and fit to this file")
     arguments = parser.parse_args()
-    config = apply_overrides(load_recipe(arguments.recipe), arguments.set)
+    # A rate that decays to the end of a run has none here.
+    config = replace(apply_overrides(load_recipe(arguments.recipe), arguments.set), schedule=ScheduleConfig())
     mesh = discover_mesh()
     with joined(mesh):
         measurements = measure(config, mesh, arguments.tokens)

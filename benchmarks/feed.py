@@ -29,7 +29,7 @@ from pipelines.config import DataConfig
 from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
 from trainer.build import build_parallel, machine_of, make_plan
-from trainer.config import TrainConfig
+from trainer.config import ScheduleConfig, TrainConfig
 from trainer.feed import Feed
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, StageConfig
@@ -77,7 +77,8 @@ def main() -> None:
 
 def make_config(folder: str, arguments: argparse.Namespace) -> TrainConfig:
     """The demo's recipe with the width and masks of the papers' models."""
-    recipe = load_recipe("kuairand_sample")
+    # A rate that decays to the end of a run has none here.
+    recipe = replace(load_recipe("kuairand_sample"), schedule=ScheduleConfig())
     layer = LayerConfig(num_heads=2, qk_dim=8, value_dim=8) if arguments.small else LayerConfig()
     model = replace(
         recipe.model,

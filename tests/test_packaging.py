@@ -162,7 +162,9 @@ def test_pre_commit_runs_what_make_check_runs() -> None:
     assert hooks == made
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/files.md", "docs/glossary.md", "docs/walks.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/files.md", "docs/glossary.md", "docs/walks.md"]
+)
 def test_documents_name_existing_files(document: str) -> None:
     text = (ROOT / document).read_text()
     links = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text))

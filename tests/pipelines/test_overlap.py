@@ -14,7 +14,7 @@ from pipelines.overlap import StepPipeline
 from tests.pipelines.made_up import write_dataset
 from tests.support.distributed import run_ranks
 from trainer.build import build_parallel, machine_of, make_plan
-from trainer.config import TrainConfig
+from trainer.config import ScheduleConfig, TrainConfig
 from trainer.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
@@ -31,7 +31,9 @@ def make_config(path: str, overlap: Any) -> TrainConfig:
     )
     layer = replace(recipe.model.layer, dropout=0.0, qk_dim=8, value_dim=8)
     model = replace(recipe.model, dim=16, layer=layer)
-    return replace(recipe, data=data, model=model, embedding_dim=8, overlap=overlap, precision="float32")
+    # The recipe's rate decays to the end of a run, which nobody has settled here.
+    recipe = replace(recipe, schedule=ScheduleConfig(), overlap=overlap, precision="float32")
+    return replace(recipe, data=data, model=model, embedding_dim=8)
 
 
 def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> tuple[list[float], int]:

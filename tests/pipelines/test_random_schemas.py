@@ -67,6 +67,7 @@ def make_world(folder: Path, seed: int) -> World:
         "item": columns("item", 3),
         "label": columns("label", 2),
         "actions": ["click", "like"],
+        "clock": "relative",
         "splits": {"train": {"samples": 20, "history_events": 0, "candidates": 0}},
         "source": "made up",
         "licence": "none",
