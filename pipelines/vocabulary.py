@@ -34,6 +34,12 @@ def vocabularies(info: DatasetInfo) -> dict[str, str]:
     return {name: space.digest for name, space in info.spaces.items() if space.digest is not None}
 
 
+def grown_spaces(known: Mapping[str, str], info: DatasetInfo) -> set[str]:
+    """Spaces to which keys were added since the digests `known`; the ids of earlier keys stayed."""
+    earlier = info.details.get("earlier_digests", {})
+    return {name for name, digest in known.items() if digest in earlier.get(name, ())}
+
+
 def check_same_ids(known: Mapping[str, str], info: DatasetInfo, *, data: str, other: str) -> None:
     """Raise ValueError if ids of `data`, which `info` describes, mean something else than `other` took them for.
 

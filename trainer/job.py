@@ -19,7 +19,7 @@ from embeddings.plan_file import write_plan
 from embeddings.report import plan_report
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import check_overlap
-from pipelines.vocabulary import check_same_ids, vocabularies
+from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -69,7 +69,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     mesh, run = discover_mesh(), RunDir(run_dir)
     run.check_same_run(to_dict(config))
     resolved = resolve(config, dataset_info(config.data))
-    check_same_ids(run.saved_vocabularies(), resolved.info, data=config.data.path, other=f"the run of {run.path}")
+    grown = _check_ids(run, resolved)
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh), start.plan_file)
     catalogue = open_catalogue(run, config.checkpoint.store)
@@ -87,9 +87,10 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         batches = opened.enter_context(closing(iter(loader)))
         check_machines(mesh, config.model.layers, getattr(torch, config.precision))
         model = build_parallel(settled, plan, mesh)
-        checkpointer = opened.enter_context(
-            closing(Checkpointer(run, catalogue, mesh, model.tensors, config.checkpoint, phase=watchdog.phase))
+        checkpointer = Checkpointer(
+            run, catalogue, mesh, model.tensors, config.checkpoint, phase=watchdog.phase, grown=grown
         )
+        opened.enter_context(closing(checkpointer))
         restart = checkpointer.restore(newest)
         if warm is not None:
             warm.load(model.tensors(), dist.new_group(backend="gloo"))
@@ -99,8 +100,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
             batches.close()
             batches = opened.enter_context(closing(iter(training_loader(resolved, mesh, progress))))
         if mesh.is_first:
-            run.save_config(to_dict(config), vocabularies(resolved.info))
-            write_plan(run.plan_file, plan)
+            write_settings(run, resolved, plan)
         total_samples = _total_samples(config, loader)
         announce(resolved, plan, model, mesh)
         announce_resumption(progress, total_samples)
@@ -121,6 +121,12 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
                 evaluated=restart.evaluated,
             )
         announce_end(run, progress)
+
+
+def write_settings(run: RunDir, resolved: Resolved, plan: Plan) -> None:
+    """Write what the run is made of: its configuration, what its ids mean, and its plan."""
+    run.save_config(to_dict(resolved.config), vocabularies(resolved.info))
+    write_plan(run.plan_file, plan)
 
 
 def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | None:
@@ -149,13 +155,21 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
     catalogue = open_catalogue(run, config.checkpoint.store)
     checkpoint = catalogue.choose(step)
     resolved = resolve(config, dataset_info(config.data))
-    check_same_ids(run.saved_vocabularies(), resolved.info, data=config.data.path, other=f"the run of {run.path}")
+    grown = _check_ids(run, resolved)
     plan = make_plan(resolved, machine_of(mesh))
     file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
     with logged(run, mesh), joined(mesh):
         model = build_parallel(resolved, plan, mesh)
-        load_checkpoint(catalogue, checkpoint, model.tensors(), dist.new_group(backend="gloo"))
+        group = dist.new_group(backend="gloo")
+        load_checkpoint(catalogue, checkpoint, model.tensors(), group, grown)
         evaluate(resolved, model, file, mesh, checkpoint.step)
+
+
+def _check_ids(run: RunDir, resolved: Resolved) -> set[str]:
+    """Refuse data whose ids mean something else than the run took them for; returns the tables that have grown."""
+    known, path = run.saved_vocabularies(), resolved.config.data.path
+    check_same_ids(known, resolved.info, data=path, other=f"the run of {run.path}")
+    return grown_spaces(known, resolved.info)
 
 
 def _overridden(trained: TrainConfig, overrides: list[str]) -> TrainConfig:

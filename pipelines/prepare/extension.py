@@ -94,10 +94,7 @@ def _meaning(column: Column) -> Column:
 def _grown(space: Space, added: Space) -> Space:
     """A space after new keys; its rows grow only where there was no room."""
     if added.used > space.rows:
-        logger.warning(
-            "%s: %d ids outgrow its %d rows; a run goes on over larger tables with --init-from",
-            *(space.name, added.used, space.rows),
-        )
+        logger.info("%s: %d ids outgrow its %d rows; its table grows with it", space.name, added.used, space.rows)
     return replace(added, rows=max(space.rows, added.used))
 
 

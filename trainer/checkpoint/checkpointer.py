@@ -7,7 +7,7 @@ The thread of every rank talks to the others by a gloo group of its own, so noth
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -77,9 +77,13 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         phase: Phase = nullcontext,
+        grown: Collection[str] = (),
     ) -> None:
-        """`tensors` returns the live state, `phase` tells a watchdog what goes on; needs the job's process group."""
-        self._phase = phase
+        """`tensors` returns the live state, `phase` tells a watchdog what goes on; needs the job's process group.
+
+        `grown` names tables that may have more rows than a checkpoint: keys have come in since.
+        """
+        self._phase, self._grown = phase, grown
         self._run, self._catalogue, self._mesh = run, catalogue, mesh
         self._tensors, self._config = tensors, config
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # every rank
@@ -109,7 +113,7 @@ class Checkpointer:
         self._check_same_view(found.step if found else None)
         while found is not None:
             try:
-                load_checkpoint(self._catalogue, found, self._tensors(), self._group)
+                load_checkpoint(self._catalogue, found, self._tensors(), self._group, self._grown)
                 break
             except DamagedCheckpoint as damage:
                 found = self._one_before(found.step, damage)

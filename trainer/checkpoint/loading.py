@@ -1,7 +1,7 @@
 """Fill live tensors from a checkpoint: each rank reads the regions that overlap with its own, whatever wrote them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +43,16 @@ class _Read:
         return self.rows.numel * self.dtype.itemsize
 
 
-def load_checkpoint(catalogue: Catalogue, checkpoint: Checkpoint, tensors: Tensors, group: dist.ProcessGroup) -> None:
+def load_checkpoint(
+    catalogue: Catalogue,
+    checkpoint: Checkpoint,
+    tensors: Tensors,
+    group: dist.ProcessGroup,
+    grown: Collection[str] = (),
+) -> None:
     """Fill `tensors` in place from a checkpoint that any number of ranks wrote.  Called by every rank of `group`.
+
+    Tables named in `grown` may have more rows than were stored; those keep the values that they have.
 
     Raises, on every rank alike:
         ValueError: the checkpoint lacks a tensor of the model, holds one that the model lacks, or one of another shape.
@@ -56,7 +64,7 @@ def load_checkpoint(catalogue: Catalogue, checkpoint: Checkpoint, tensors: Tenso
     held = {name: (dtype_name(value.dtype), whole_shape(value)) for name, value in tensors.items()}
     needed = {name: kind for kinds in gather(held, group) for name, kind in kinds.items()}
     try:
-        check_fits(checkpoint.manifest, needed)
+        check_fits(checkpoint.manifest, needed, grown)
     except ValueError as error:
         raise ValueError(f"checkpoint {catalogue.store.address}/{folder} {error}") from None
     reason = None
@@ -76,8 +84,10 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
     return values  # type: ignore[return-value]  # all are filled
 
 
-def check_fits(manifest: Manifest, needed: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+def check_fits(manifest: Manifest, needed: dict[str, tuple[str, tuple[int, ...]]], grown: Collection[str] = ()) -> None:
     """Refuse a checkpoint whose tensors are not those of the model; `needed`: name -> (type, shape), of all ranks.
+
+    Tables named in `grown`, and their optimizers' state, may have more rows in the model.
 
     Raises:
         ValueError: naming the first tensor that one lacks or that differs.
@@ -90,10 +100,19 @@ def check_fits(manifest: Manifest, needed: dict[str, tuple[str, tuple[int, ...]]
         )
         raise ValueError(f"{problem}: it is of another model (code or configuration)")
     for name, (dtype, shape) in needed.items():
-        if stored[name] != (dtype, shape):
+        there = stored[name][1]
+        if _of_table(name) in grown and shape and there and there[0] < shape[0]:
+            there = (shape[0], *there[1:])
+        if (stored[name][0], there) != (dtype, shape):
             raise ValueError(
                 f"holds {name!r} of shape {stored[name][1]} and type {stored[name][0]}, the model's is {shape}, {dtype}"
             )
+
+
+def _of_table(name: str) -> str | None:
+    """The table that a tensor belongs to, `tables/TABLE` or `tables_optimizer/TABLE/STATE`; None for dense ones."""
+    kind, _, rest = name.partition("/")
+    return rest.split("/")[0] if kind in ("tables", "tables_optimizer") else None
 
 
 def fill(store: Store, folder: str, manifest: Manifest, pieces: list[LivePiece]) -> None:
