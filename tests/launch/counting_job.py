@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 from launch.progress import newest_checkpoint
@@ -69,8 +70,10 @@ def _agreed(run: RunDir, rank: int) -> bool:
 
 
 def _write(log: Path, words: str) -> None:
+    # With milliseconds, as the trainer's logs: starts may follow one another within a second.
+    now = datetime.now()
     with log.open("a") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 {words}\n")
+        file.write(f"{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d} {words}\n")
 
 
 if __name__ == "__main__":
