@@ -34,10 +34,14 @@ def vocabularies(info: DatasetInfo) -> dict[str, str]:
     return {name: space.digest for name, space in info.spaces.items() if space.digest is not None}
 
 
+def earlier_digests(info: DatasetInfo, space: str) -> tuple[str, ...]:
+    """Digests that a space had before keys were added to it, which changed no id."""
+    return tuple(info.details.get("earlier_digests", {}).get(space, ()))
+
+
 def grown_spaces(known: Mapping[str, str], info: DatasetInfo) -> set[str]:
     """Spaces to which keys were added since the digests `known`; the ids of earlier keys stayed."""
-    earlier = info.details.get("earlier_digests", {})
-    return {name for name, digest in known.items() if digest in earlier.get(name, ())}
+    return {name for name, digest in known.items() if digest in earlier_digests(info, name)}
 
 
 def check_same_ids(known: Mapping[str, str], info: DatasetInfo, *, data: str, other: str) -> None:
@@ -45,10 +49,8 @@ def check_same_ids(known: Mapping[str, str], info: DatasetInfo, *, data: str, ot
 
     `known` holds the digests of `other`; spaces of which one side has no digest cannot be compared.
     """
-    earlier = info.details.get("earlier_digests", {})
     for name, digest in vocabularies(info).items():
-        # Keys that were added since have changed no id.
-        if name in known and known[name] not in (digest, *earlier.get(name, ())):
+        if name in known and known[name] not in (digest, *earlier_digests(info, name)):
             raise ValueError(
                 f"ids of the space {name!r} mean something else in {data} (digest {digest}) than in {other} (digest "
                 f"{known[name]}): the keys were numbered anew; use data with the old numbers, or start a new run"

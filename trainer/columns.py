@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from embeddings.config import TableConfig
 from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
 from pipelines.selection import Selection, select
-from trainer.config import TrainConfig
+from trainer.config import TableSettings, TrainConfig
 from trainer.labels.loss import label_columns
 
 
@@ -57,15 +57,15 @@ def table_configs(
         raise ValueError(f"tables names {unknown[0]!r}, which is none of the model's tables: {', '.join(features)}")
     tables = []
     for space, names in features.items():
-        settings = config.tables.get(space)
+        settings = config.tables.get(space, TableSettings())
         tables.append(
             TableConfig(
                 name=space,
                 num_embeddings=info.spaces[space].rows,
-                embedding_dim=(settings and settings.embedding_dim) or config.embedding_dim,
+                embedding_dim=settings.embedding_dim or config.embedding_dim,
                 features=tuple(names),
-                dtype=settings.dtype if settings else "float32",
-                optimizer=settings.optimizer if settings else None,
+                dtype=settings.dtype,
+                optimizer=settings.optimizer,
             )
         )
     return tuple(tables)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pipelines.columns import IntArray
 from pipelines.dataset_json import open_filesystem, read_dataset_info
 from pipelines.features import DatasetInfo, Space
-from pipelines.vocabulary import vocabularies
+from pipelines.vocabulary import earlier_digests, vocabularies
 from trainer.checkpoint.catalogue import Checkpoint, DamagedCheckpoint, open_catalogue, step_folder
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.layout import dtype_name
@@ -69,7 +69,7 @@ class WarmStart:
         if newest is None:
             raise WrongUse(f"--init-from {run_dir} holds no complete checkpoint")
         self._checkpoint: Checkpoint = newest
-        self._rows: dict[str, IntArray | None] = {}
+        self._rows: dict[str, IntArray] = {}
 
     def load(self, tensors: Tensors, group: dist.ProcessGroup) -> None:
         """Fill what the other run has of `tensors`, in place.  Called by every rank of `group`.
@@ -130,16 +130,15 @@ class WarmStart:
         """[rows here] the row there of each id, -1 where there is none."""
         if table not in self._rows:
             self._rows[table] = self._map_rows(table, num_rows)
-        rows = self._rows[table]
-        assert rows is not None
-        return rows
+        return self._rows[table]
 
     def _map_rows(self, table: str, num_rows: int) -> IntArray:
         space = self._info.spaces[table]
         known, digest = self._known.get(table), vocabularies(self._info).get(table)
-        earlier = (digest, *self._info.details.get("earlier_digests", {}).get(table, ()))
         same = np.arange(space.rows)
-        if known in earlier or (known is None and digest is None and num_rows == space.rows):
+        if known in (digest, *earlier_digests(self._info, table)) or (
+            known is None and digest is None and num_rows == space.rows
+        ):
             logger.info("table %s: ids mean what they meant", table)
             return np.where(same < num_rows, same, -1)
         if known is None or digest is None:

@@ -85,9 +85,7 @@ class NumberEncoder(nn.Module):
         self.logarithmic = tuple(number.transform == "log" for number in chosen)
         borders = [_borders(feature, number) for feature, number in zip(features, chosen, strict=True)]
         most = max(len(each) for each in borders)
-        # Finite, because a checkpoint holds no other numbers.
-        beyond = torch.finfo(torch.float32).max
-        padded = torch.tensor([[*each, *[beyond] * (most - len(each))] for each in borders], dtype=torch.float32)
+        padded = torch.tensor([[*each, *[NO_BORDER] * (most - len(each))] for each in borders], dtype=torch.float32)
         moments = [_moments(feature, number) for feature, number in zip(features, chosen, strict=True)]
         self.register_buffer("borders", padded)
         self.register_buffer("center", torch.tensor([mean for mean, _ in moments], dtype=torch.float32))
