@@ -136,9 +136,9 @@ class WarmStart:
         space = self._info.spaces[table]
         known, digest = self._known.get(table), vocabularies(self._info).get(table)
         same = np.arange(space.rows)
-        if known in (digest, *earlier_digests(self._info, table)) or (
-            known is None and digest is None and num_rows == space.rows
-        ):
+        unkeyed = known is None and digest is None
+        # Without keys, as of a hash, ids mean the same only where there are as many.
+        if (num_rows == space.rows) if unkeyed else known in (digest, *earlier_digests(self._info, table)):
             logger.info("table %s: ids mean what they meant", table)
             return np.where(same < num_rows, same, -1)
         if known is None or digest is None:

@@ -135,6 +135,9 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(trained: tup
     piece = LivePiece("tables/item", (9, 8), Region((0, 0), (9, 8)), torch.zeros(9, 8))
     with pytest.raises(ValueError, match="ids of table 'item' cannot be compared"):
         warm._found(piece)
+    warm._known.clear()
+    with pytest.raises(ValueError, match="ids of table 'item' cannot be compared"):
+        warm._found(piece)
     wider = LivePiece("tables/item", (9, 16), Region((0, 0), (9, 16)), torch.zeros(9, 16))
     with pytest.raises(ValueError, match=r"'tables/item' has the shape .* leave tables out by --init-parts"):
         warm._found(wider)
