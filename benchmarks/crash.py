@@ -1,14 +1,17 @@
 """Does a run that is struck again and again end like one that never was?
 
-Run: python -m benchmarks.crash [--kills 100] [--ranks 2] [--seed 0] [--json FILE]
+Run: python -m benchmarks.crash [--kills 100] [--minutes 60] [--ranks 2] [--seed 0] [--json FILE]
 
 A small model trains on `--ranks` processes.  Its job is struck at a random moment, by a random kind of fault, and
-started again, until it has ended; then the next run begins, until `--kills` faults have struck.  Every run must write
-the losses and evaluations of one that nothing happened to, bit for bit and each once, and its checkpoints must verify.
+started again, until it has ended; then the next run begins, until `--kills` faults have struck or `--minutes` are over.
+Every run must write the losses and evaluations of one that nothing happened to, bit for bit and each once, and its
+checkpoints must verify.  Results are added to those that the file holds, after every run.
 """
 
 import argparse
+import datetime
 import json
+import math
 import os
 import platform
 import random
@@ -18,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -144,6 +147,11 @@ class Tally:
     ended_s: list[float] = field(default_factory=list)
     """From the strike to the end of every process of the job."""
 
+    def add(self, other: "Tally") -> None:
+        """The strikes of both."""
+        self.strikes += other.strikes
+        self.ended_s += other.ended_s
+
 
 def wait(process: subprocess.Popen[bytes], pids: list[int]) -> None:
     """Until the job and every process that was part of it have ended.
@@ -180,10 +188,11 @@ def trial(run_dir: Path, data: str, ranks: int, chance: random.Random, budget: i
             time.sleep(0.02)
         # Ranks that wait for one which never joined the job give up after ten minutes, too long for here.
         kinds = [kind for kind in FAULTS if kind != "stop a rank" or num_joined(run_dir) == before + ranks]
-        kind = chance.choice(kinds)
         pids = family(process.pid)
         began = time.monotonic()
-        if process.poll() is None and FAULTS[kind](process.pid, chance):
+        # The first of a random order that finds what it strikes.
+        candidates = chance.sample(kinds, len(kinds)) if process.poll() is None else []
+        if kind := next((kind for kind in candidates if FAULTS[kind](process.pid, chance)), None):
             struck += 1
             tally = tallies.setdefault(kind, Tally())
             tally.strikes += 1
@@ -210,8 +219,50 @@ def result(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def campaign(folder: Path, data: str, *, kills: int, ranks: int, seed: int) -> dict[str, Tally]:
-    """Strike runs `kills` times in all.
+@dataclass
+class Outcome:
+    """What the runs of one campaign, or of several, came to."""
+
+    runs: int = 0
+    unstruck_s: float = 0.0
+    """What as many runs took that nothing happened to."""
+    struck_s: float = 0.0
+    """What they took, all their starts together."""
+    faults: dict[str, Tally] = field(default_factory=dict)
+    """By kind."""
+
+    @property
+    def strikes(self) -> int:
+        """Of all kinds."""
+        return sum(tally.strikes for tally in self.faults.values())
+
+    def add(self, other: "Outcome") -> None:
+        """The runs of both."""
+        self.runs += other.runs
+        self.unstruck_s += other.unstruck_s
+        self.struck_s += other.struck_s
+        for kind, tally in other.faults.items():
+            self.faults.setdefault(kind, Tally()).add(tally)
+
+    def summary(self) -> dict[str, Any]:
+        """What a fault costs, and how much of the time is work where one strikes every five minutes."""
+        cost_s = (self.struck_s - self.unstruck_s) / max(1, self.strikes)
+        return {
+            "strikes": self.strikes,
+            "cost_of_a_fault_s": round(cost_s, 1),
+            "goodput_at_a_fault_every_five_minutes": round(1 - cost_s / 300.0, 3),
+            "ended_s_by_kind": {
+                kind: {"median": round(median(tally.ended_s), 1), "max": round(max(tally.ended_s), 1)}
+                for kind, tally in sorted(self.faults.items())
+                if tally.ended_s
+            },
+        }
+
+
+def campaign(
+    folder: Path, data: str, *, kills: int, ranks: int, seed: int, limit_s: float = math.inf
+) -> Iterator[Outcome]:
+    """Strike runs `kills` times in all, or until no run may begin any longer; the outcome of each.
 
     Raises:
         AssertionError: a run did not end like the one that nothing happened to.
@@ -222,15 +273,12 @@ def campaign(folder: Path, data: str, *, kills: int, ranks: int, seed: int) -> d
     wait(process, family(process.pid))
     assert process.returncode == 0, f"the run without faults failed; see {folder / 'whole'}.out"
     whole_s, expected = time.monotonic() - began, result(folder / "whole")
-    totals: dict[str, Tally] = {}
-    number = 0
-    while (left := kills - sum(tally.strikes for tally in totals.values())) > 0:
+    struck = number = 0
+    while struck < kills and time.monotonic() - began < limit_s:
         number += 1
-        run_dir = folder / f"run-{number}"
-        for kind, tally in trial(run_dir, data, ranks, chance, min(4, left), whole_s).items():
-            total = totals.setdefault(kind, Tally())
-            total.strikes += tally.strikes
-            total.ended_s += tally.ended_s
+        run_dir, run_began = folder / f"run-{number}", time.monotonic()
+        faults = trial(run_dir, data, ranks, chance, min(4, kills - struck), whole_s)
+        run_s = time.monotonic() - run_began
         assert result(run_dir) == expected, f"{run_dir} ended otherwise than {folder / 'whole'}"
         subprocess.run(
             [sys.executable, "-m", "trainer", "checkpoints", str(run_dir), "--verify"],
@@ -238,39 +286,66 @@ def campaign(folder: Path, data: str, *, kills: int, ranks: int, seed: int) -> d
             stdout=subprocess.DEVNULL,
         )
         shutil.rmtree(run_dir)
-        print(f"run {number}: equal after {sum(t.strikes for t in totals.values())} faults", flush=True)
-    return totals
+        outcome = Outcome(1, whole_s, run_s, faults)
+        struck += outcome.strikes
+        print(f"run {number}: equal after {struck} faults", flush=True)
+        yield outcome
+
+
+def read_outcomes(file: Path) -> dict[str, Outcome]:
+    """What a file of results holds, by number of ranks."""
+    if not file.is_file():
+        return {}
+    return {
+        ranks: Outcome(
+            runs=values["runs"],
+            unstruck_s=values["unstruck_s"],
+            struck_s=values["struck_s"],
+            faults={kind: Tally(**tally) for kind, tally in values["faults"].items()},
+        )
+        for ranks, values in json.loads(file.read_text())["ranks"].items()
+    }
+
+
+def write_outcomes(file: Path, outcomes: dict[str, Outcome]) -> None:
+    """All runs, and what they come to; they ended equal, or there would be nothing to write."""
+    total = Outcome()
+    for outcome in outcomes.values():
+        total.add(outcome)
+    values = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
+        "all": total.summary(),
+        "ranks": {ranks: asdict(outcomes[ranks]) for ranks in sorted(outcomes)},
+    }
+    file.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Strike a training run until it ends.")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", default="data/kuairand_sample")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/crash.json"))
     arguments = parser.parse_args()
+    outcomes = read_outcomes(arguments.json)
     with tempfile.TemporaryDirectory(prefix="longview-crash-") as folder:
-        totals = campaign(
-            Path(folder), arguments.data, kills=arguments.kills, ranks=arguments.ranks, seed=arguments.seed
-        )
-    rows = {
-        kind: {
-            "strikes": tally.strikes,
-            "ended_s_median": round(median(tally.ended_s), 1) if tally.ended_s else None,
-            "ended_s_max": round(max(tally.ended_s), 1) if tally.ended_s else None,
-        }
-        for kind, tally in sorted(totals.items())
-    }
-    for kind, row in rows.items():
-        print(f"{kind:<22}{row}")
-    hardware = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "ranks": arguments.ranks,
-        "seed": arguments.seed,
-    }
-    arguments.json.write_text(json.dumps({"hardware": hardware, "equal": True, "faults": rows}, indent=2) + "\n")
+        for outcome in campaign(
+            Path(folder),
+            arguments.data,
+            kills=arguments.kills,
+            ranks=arguments.ranks,
+            seed=arguments.seed,
+            limit_s=60 * arguments.minutes,
+        ):
+            outcomes.setdefault(str(arguments.ranks), Outcome()).add(outcome)
+            write_outcomes(arguments.json, outcomes)
+    total = Outcome()
+    for outcome in outcomes.values():
+        total.add(outcome)
+    print(json.dumps(total.summary(), indent=1))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,11 @@ class StepPipeline:
         self._optimizer.step()
         return output
 
+    def close(self) -> None:
+        """Give the model its own forward back; batches in flight are dropped."""
+        if self._torchrec is not None:
+            self._torchrec.detach()
+
     def outside(self, action: Callable[[], object]) -> None:
         """Run `action` between two steps with the model's own forward, as an evaluation needs.
 

@@ -132,6 +132,21 @@ class TableSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NonFiniteConfig:
+    """What happens where a batch makes the loss or the gradients NaN or infinite."""
+
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
+    """stop: the run ends.  skip: it goes back to the newest checkpoint and leaves that batch out.  roll_back: likewise,
+    and leaves out what lies between, too.  A run that may go back saves its beginning."""
+    limit: int = 3
+    """Times that a run goes on past such a batch before it stops after all."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"nonfinite.limit must be at least 1, got {self.limit}: nonfinite.policy=stop allows none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WatchConfig:
     """When a rank counts as hung, which ends the job with the stacks of all ranks."""
 
@@ -174,6 +189,8 @@ class TrainConfig:
     """Checkpoints."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluations during training."""
+    nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
+    """Batches that spoil the model."""
     watch: WatchConfig = field(default_factory=WatchConfig)
     """Hung ranks."""
     max_steps: int | None = None

@@ -4,7 +4,7 @@ The pipeline pulls batches ahead of the step that trains on them; the record say
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import nullcontext
 
 from torchrec.streamable import Pipelineable
@@ -19,23 +19,53 @@ from trainer.watchdog import Phase
 class Feed:
     """An iterator over prepared batches."""
 
-    def __init__(self, batches: Iterator[Batch], resolved: Resolved, mesh: Mesh, phase: Phase = nullcontext) -> None:
-        """`phase` tells a watchdog what goes on."""
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        resolved: Resolved,
+        mesh: Mesh,
+        phase: Phase = nullcontext,
+        *,
+        step: int = 0,
+        left_out: Container[int] = (),
+    ) -> None:
+        """`phase` tells a watchdog what goes on; the batches come after `step`, and those of `left_out` steps are not
+        handed out."""
         self._batches, self._resolved, self._mesh = batches, resolved, mesh
         self._phase = phase
+        self._step, self._left_out = step, left_out
         self._in_flight: deque[Consumed] = deque()
 
     def __iter__(self) -> Iterator[Pipelineable]:
         return self
 
     def __next__(self) -> Pipelineable:
-        with self._phase("data"):
-            batch = next(self._batches)
-        self._in_flight.append(describe(batch, self._resolved))
+        batch = self._pull()
+        while self._step in self._left_out:
+            batch = self._pull()
         return self._resolved.task.prepare(batch, self._mesh)
 
+    def _pull(self) -> Batch:
+        with self._phase("data"):
+            batch = next(self._batches)
+        self._step += 1
+        self._in_flight.append(describe(batch, self._resolved))
+        return batch
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the batch of `step`, the next one, is not handed out: then it is on the record at once.
+
+        Raises:
+            StopIteration: there is no further batch.
+        """
+        if step not in self._left_out:
+            return False
+        if not self._in_flight:
+            self._pull()
+        return True
+
     def done(self) -> Consumed:
-        """Take the oldest batch off the record: its step has been taken."""
+        """Take the oldest batch off the record: its step has been taken, or left out."""
         return self._in_flight.popleft()
 
 

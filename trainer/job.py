@@ -5,6 +5,7 @@ Each checks everything it can before it changes anything on disk.
 
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,12 +18,13 @@ from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.plan_file import write_plan
 from embeddings.report import plan_report
+from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
-from pipelines.overlap import check_overlap
+from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Newest, open_catalogue
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer, Restart
 from trainer.checkpoint.loading import load_checkpoint
 from trainer.checkpoint.manifest import writing_versions
 from trainer.checkpoint.progress import Progress
@@ -31,6 +33,7 @@ from trainer.config import TrainConfig
 from trainer.determinism import make_deterministic
 from trainer.evaluator import Evaluator, evaluate
 from trainer.feed import Feed
+from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.optim import settle_schedule
@@ -94,33 +97,78 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         restart = checkpointer.restore(newest)
         if warm is not None:
             warm.load(model.tensors(), dist.new_group(backend="gloo"))
-        if restart.progress != progress:
-            # The newest checkpoint turned out to be damaged.
-            progress = restart.progress
-            batches.close()
-            batches = opened.enter_context(closing(iter(training_loader(resolved, mesh, progress))))
         if mesh.is_first:
             write_settings(run, resolved, plan)
-        total_samples = _total_samples(config, loader)
         announce(resolved, plan, model, mesh)
+        session = _Session(run, settled, mesh, model, checkpointer, watchdog, LeftOut(run, config.nonfinite, mesh))
+        if restart.progress == progress:
+            spoilt = session.train(restart, loader, batches)
+        else:
+            # The newest checkpoint turned out to be damaged.
+            spoilt = session.train_anew(restart)
+        while spoilt is not None:
+            # A save that is under way is of an earlier step.
+            checkpointer.wait()
+            newest = catalogue.newest()
+            session.left_out.add(spoilt, newest.progress.step)
+            spoilt = session.train_anew(checkpointer.restore(newest))
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """What a job trains with, from whichever checkpoint."""
+
+    run: RunDir
+    resolved: Resolved
+    """With a schedule that knows its end."""
+    mesh: Mesh
+    model: ParallelModel
+    checkpointer: Checkpointer
+    watchdog: Watchdog
+    left_out: LeftOut
+
+    def train_anew(self, restart: Restart) -> NotFinite | None:
+        """As `train`, with a reader of its own."""
+        loader = training_loader(self.resolved, self.mesh, restart.progress)
+        with closing(iter(loader)) as batches:
+            return self.train(restart, loader, batches)
+
+    def train(self, restart: Restart, loader: Loader, batches: Iterator[Batch]) -> NotFinite | None:
+        """Train on the batches after `restart` to the end; returns what spoilt the model, if something did."""
+        config, progress, mesh = self.resolved.config, restart.progress, self.mesh
+        total_samples = _total_samples(config, loader)
         announce_resumption(progress, total_samples)
         # Cut here, not in the loop: the pipeline looks ahead, and must see where the data ends.
         remaining = None if config.max_steps is None else max(0, config.max_steps - progress.step)
-        feed = Feed(islice(batches, remaining), resolved, mesh, watchdog.phase)
-        with closing(Recorder(run, mesh, restart, resolved, total_samples=total_samples)) as recorder:
-            run_steps(
-                model,
-                feed,
-                progress,
-                config=config,
-                mesh=mesh,
-                recorder=recorder,
-                checkpointer=checkpointer,
-                watchdog=watchdog,
-                evaluator=Evaluator(resolved, model, run, mesh, loader=loader, recorder=recorder),
-                evaluated=restart.evaluated,
-            )
-        announce_end(run, progress)
+        feed = Feed(
+            islice(batches, remaining),
+            self.resolved,
+            mesh,
+            self.watchdog.phase,
+            step=progress.step,
+            left_out=self.left_out,
+        )
+        model, recorder = self.model, Recorder(self.run, mesh, restart, self.resolved, total_samples=total_samples)
+        pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
+        with closing(recorder), closing(pipeline):
+            try:
+                run_steps(
+                    model,
+                    feed,
+                    progress,
+                    pipeline=pipeline,
+                    config=config,
+                    mesh=mesh,
+                    recorder=recorder,
+                    checkpointer=self.checkpointer,
+                    watchdog=self.watchdog,
+                    evaluator=Evaluator(self.resolved, model, self.run, mesh, loader=loader, recorder=recorder),
+                    evaluated=restart.evaluated,
+                )
+            except NotFinite as found:
+                return found
+        announce_end(self.run, progress)
+        return None
 
 
 def write_settings(run: RunDir, resolved: Resolved, plan: Plan) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pipelines.overlap import StepPipeline
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -21,7 +20,7 @@ from trainer.evaluator import Evaluator
 from trainer.feed import Feed
 from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
-from trainer.recorder import Consumed, Recorder
+from trainer.recorder import Consumed, Outcome, Recorder
 from trainer.stop_signal import STOP, StoppedEarly
 from trainer.watchdog import Watchdog
 
@@ -45,6 +44,7 @@ def run_steps(
     feed: Feed,
     progress: Progress,
     *,
+    pipeline: StepPipeline,
     config: TrainConfig,
     mesh: Mesh,
     recorder: Recorder,
@@ -55,11 +55,14 @@ def run_steps(
 ) -> None:
     """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
 
+    A run that may go back past a batch saves its beginning.
+
     An evaluation that was due where the run goes on, and was not made (`evaluated`), comes first.
 
     Raises:
         StoppedEarly: SIGTERM, SIGUSR1 or Ctrl-C came; the state of the last step is saved.
-        OSError, FloatingPointError: the state cannot be written, or it or the loss of a logged step is not finite.
+        NotFinite: the loss or the gradients of a step are not, found where it is logged or saved.
+        OSError, FloatingPointError: the state cannot be written, or is not finite.
     """
 
     def save() -> None:
@@ -70,8 +73,9 @@ def run_steps(
         with recorder.paused(), watchdog.phase("evaluation"):
             pipeline.outside(look)
 
-    pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
+    if config.nonfinite.policy != "stop" and progress.step == 0:
+        save()
     factor, logs = None, False
     with watchdog.phase("evaluation"):
         evaluates = evaluator.begin(progress, evaluated=evaluated)
@@ -82,6 +86,9 @@ def run_steps(
         logs = _due(progress.step, config.log_every)
         if logs:
             recorder.log(progress, factor)
+        elif saves or evaluates:
+            # A step that spoils the model is named before what it spoils.
+            recorder.check_finite(progress)
         stops = (logs or saves or evaluates) and agree_to_stop(mesh)
         if saves or stops:
             save()
@@ -109,20 +116,22 @@ def _steps(
     *,
     seed: int,
     rank: int,
-    count: Callable[[Consumed, Tensor], None],
+    count: Callable[[Consumed, Outcome | None], None],
 ) -> Iterator[float]:
     """Take one step after another until the feed ends: the factor of the learning rates of each."""
     STOP.heeded = True
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(seed, progress.step + 1, rank)
+        outcome = None
         try:
-            loss = pipeline.step(feed)
+            if not feed.leaves_out(progress.step + 1):
+                outcome = pipeline.step(feed), model.optimizers.gradient_norm
         except StopIteration:
             return
         consumed = feed.done()
         progress.advance(consumed.samples, consumed.position)
-        count(consumed, loss)
+        count(consumed, outcome)
         yield factor
 
 

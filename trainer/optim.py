@@ -74,7 +74,9 @@ class Optimizers:
             fused=True,
         )
         self.tables = tables
-        self._max_norm = config.max_gradient_norm
+        self._max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
+        self.gradient_norm = torch.zeros(())
+        """[] of all dense gradients in the newest step, before clipping; on the device."""
         self._schedule = schedule
         self._base_rates = [group["lr"] for group in self._groups()]
 
@@ -95,8 +97,10 @@ class Optimizers:
 
     def step(self) -> None:
         """Clip and apply the dense gradients; they are the same on every rank, so no communication is needed."""
-        if self._max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(self._names), self._max_norm)
+        parameters = list(self._names)
+        self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if math.isfinite(self._max_norm):
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self.gradient_norm)
         self._dense.step()
         self.tables.step()
 

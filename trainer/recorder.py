@@ -18,9 +18,13 @@ from pipelines.columns import IntArray
 from pipelines.position import DataPosition
 from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
+from trainer.left_out import check_finite
 from trainer.mesh import Mesh
 from trainer.resolve import Resolved
 from trainer.run_dir import JsonLines, RunDir
+
+Outcome = tuple[Tensor, Tensor]
+"""(this rank's loss, norm of the dense gradients) of a step, both [] on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,10 @@ class Recorder:
             disable=not mesh.is_first,
         )
 
-    def count(self, consumed: Consumed, loss: Tensor) -> None:
-        """Add one step's work, and this rank's loss, to the interval since the last logged step."""
-        self._interval.add(consumed, loss)
+    def count(self, consumed: Consumed, outcome: Outcome | None) -> None:
+        """Add one step's work to the interval since the last logged step; the outcome is None where its batch was left
+        out."""
+        self._interval.add(consumed, outcome)
         self._bar.update(consumed.samples)
 
     @contextmanager
@@ -88,23 +93,22 @@ class Recorder:
         """Log the interval that ends with this step; the loss is of this step only.  Called by every rank.
 
         Raises:
-            FloatingPointError: the loss is not finite, or not what it was though the run is deterministic.
+            NotFinite: the loss or the gradients of a step since the last logged one are not finite.
+            FloatingPointError: the loss is not what it was though the run is deterministic.
         """
+        counts = [self._interval.flops(self._resolved), self._interval.tokens(self._resolved)]
+        losses, norms, (flops, tokens) = self._over_ranks(counts, progress)
         interval, self._interval = self._interval, _Interval()
-        counts = [interval.flops(self._resolved), interval.tokens(self._resolved)]
-        losses = torch.stack(interval.losses).double() / self._mesh.world_size
-        sums = torch.cat([losses, torch.tensor(counts, dtype=torch.float64, device=losses.device)])
-        dist.all_reduce(sums)  # every rank, on the default group and stream
-        # Waits for the device, once for all numbers.
-        *mean_losses, flops, tokens = sums.tolist()
-        interval.check_finite(mean_losses, progress)
-        mean_loss = mean_losses[-1]
-        self._check_same(progress.step, mean_loss)
+        # A step whose batch was left out has neither.
+        mean_loss, norm = (losses[-1], norms[-1]) if interval.took_last else (math.nan, math.nan)
+        if interval.took_last:
+            self._check_same(progress.step, mean_loss)
         seconds = time.perf_counter() - interval.start
         record: dict[str, Any] = {
             "step": progress.step,
             "samples": progress.samples,
             "loss": mean_loss,
+            "gradient_norm": norm,
             "samples_per_s": interval.samples / seconds,
             "tokens_per_s": tokens / seconds,
             "step_ms": 1e3 * seconds / interval.steps,
@@ -114,11 +118,37 @@ class Recorder:
             "time": time.time(),
             "world_size": self._mesh.world_size,
         }
-        if losses.device.type == "cuda":
-            record["peak_gib"] = torch.cuda.max_memory_allocated(losses.device) / 2**30
+        if self._mesh.device.type == "cuda":
+            record["peak_gib"] = torch.cuda.max_memory_allocated(self._mesh.device) / 2**30
             if self._peak_flops is not None:
                 record["mfu"] = flops / seconds / self._mesh.world_size / self._peak_flops
         self._write(record)
+
+    def check_finite(self, progress: Progress) -> None:
+        """Look at the steps since the last logged one, up to that of `progress`.  Called by every rank.
+
+        Raises:
+            NotFinite: the loss or the gradients of one are not finite.
+        """
+        self._over_ranks([], progress)
+
+    def _over_ranks(self, counts: list[float], progress: Progress) -> tuple[list[float], list[float], list[float]]:
+        """Of the interval: means of losses and of gradients' norms, each a step taken, and sums of `counts`."""
+        interval = self._interval
+        values = (
+            torch.stack([value for outcome in interval.outcomes for value in outcome]) if interval.outcomes else None
+        )
+        if values is None and not counts:
+            return [], [], []
+        sums = torch.tensor(counts, dtype=torch.float64, device=self._mesh.device)
+        if values is not None:
+            sums = torch.cat([values.double() / self._mesh.world_size, sums])
+        dist.all_reduce(sums)  # every rank, on the default group and stream
+        # Waits for the device, once for all numbers.
+        found, taken = sums.tolist(), 2 * len(interval.outcomes)
+        losses, norms = found[:taken:2], found[1:taken:2]
+        check_finite(losses, norms, interval.steps_taken(progress))
+        return losses, norms, found[taken:]
 
     def _check_same(self, step: int, loss: float) -> None:
         """On the first rank, under deterministic=true: a step that is taken again has the loss that it had."""
@@ -158,49 +188,51 @@ class _Interval:
         self.start = time.perf_counter()
         self.steps = self.samples = 0
         self.imbalances: list[float] = []
-        self.losses: list[Tensor] = []
-        """This rank's, a step; on the device, where nothing waits for them."""
-        self._samples: list[int] = []
+        self.outcomes: list[Outcome] = []
+        """A step that was taken; on the device, where nothing waits for them."""
+        self._samples: list[tuple[int, bool]] = []
         self._history_lens: list[IntArray] = []
         self._num_candidates: list[IntArray] = []
         self._channel_history_lens: dict[str, list[IntArray]] = {}
 
-    def add(self, consumed: Consumed, loss: Tensor) -> None:
+    @property
+    def took_last(self) -> bool:
+        """Whether the newest batch was not left out."""
+        return self._samples[-1][1]
+
+    def add(self, consumed: Consumed, outcome: Outcome | None) -> None:
         self.steps += 1
-        self.losses.append(loss)
-        self._samples.append(consumed.samples)
+        self._samples.append((consumed.samples, outcome is not None))
         self.samples += consumed.samples
         self.imbalances.append(consumed.imbalance)
+        if outcome is None:
+            return
+        self.outcomes.append(outcome)
         self._history_lens.append(consumed.history_lens)
         self._num_candidates.append(consumed.num_candidates)
         for name, lens in consumed.channel_history_lens.items():
             self._channel_history_lens.setdefault(name, []).append(lens)
 
-    def check_finite(self, mean_losses: list[float], progress: Progress) -> None:
-        """Name the first step of the interval, which ends at `progress`, whose loss is not finite.
-
-        Raises:
-            FloatingPointError: there is one.
-        """
-        last = progress.samples - self.samples
-        for step, (loss, samples) in enumerate(
-            zip(mean_losses, self._samples, strict=True), progress.step - self.steps + 1
-        ):
-            first, last = last, last + samples
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss of step {step} is {loss}; its batch is the samples {first} to {last - 1} of the run's "
-                    "order; what is saved is from before: look at these samples, or start again in another --run-dir "
-                    "with lower learning rates or a longer schedule.warmup_steps"
-                )
+    def steps_taken(self, progress: Progress) -> list[tuple[int, int, int]]:
+        """(step, first sample, last sample) of each outcome; `progress` is that of the newest step."""
+        first, taken = progress.samples - self.samples, []
+        for step, (samples, took) in enumerate(self._samples, progress.step - self.steps + 1):
+            if took:
+                taken.append((step, first, first + samples - 1))
+            first += samples
+        return taken
 
     def flops(self, resolved: Resolved) -> float:
         """Model FLOPs of this rank's part, counted for all steps at once, because a count takes as long as a launch."""
+        if not self.outcomes:
+            return 0.0
         channels = {name: np.concatenate(lens) for name, lens in self._channel_history_lens.items()}
         return float(resolved.training_flops(*self._lens(), channel_history_lens=channels).sum())
 
     def tokens(self, resolved: Resolved) -> float:
         """Tokens of this rank's part."""
+        if not self.outcomes:
+            return 0.0
         return float(resolved.token_count(*self._lens()).sum())
 
     def _lens(self) -> tuple[IntArray, IntArray]:

@@ -41,6 +41,7 @@ CHANGEABLE = (
     "checkpoint.asynchronous",
     "checkpoint.strict",
     "evaluation.",
+    "nonfinite.",
     "watch.",
     "placement.",
     "schedule.",
@@ -79,6 +80,11 @@ class RunDir:
         """One object a part of the data that was scored before it was trained on."""
         return self.path / "progressive.jsonl"
 
+    @property
+    def left_out_file(self) -> Path:
+        """One object an event: steps whose batches are left out."""
+        return self.path / "left_out.jsonl"
+
     def eval_file_of(self, data_path: str) -> Path:
         """One object an evaluation on other data than the run's own."""
         return self.path / f"eval_{PurePosixPath(data_path).name}.jsonl"
@@ -109,7 +115,8 @@ class RunDir:
 
     def flush(self) -> None:
         """Let what the first rank has written here so far reach the disk."""
-        for file in (self.config_file, self.plan_file, self.metrics_file, self.eval_file, self.progressive_file):
+        texts = (self.metrics_file, self.eval_file, self.progressive_file, self.left_out_file)
+        for file in (self.config_file, self.plan_file, *texts):
             if file.is_file():
                 sync(file)
         sync(self.path)

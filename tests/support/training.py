@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,16 +57,21 @@ def start_training(
     plan: Path | None = None,
     recipe: str = "kuairand_sample",
     options: tuple[str, ...] = (),
+    module: str = "trainer",
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[str]:
-    """Start a recipe, made small, on `ranks` processes; the caller waits for it or calls `kill_job`."""
+    """Start a recipe, made small, on `ranks` processes; the caller waits for it or calls `kill_job`.
+
+    `module` is run in place of the trainer's command line, `environment` is added to this process's.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "trainer", "train", recipe, "--run-dir", str(run_dir)]
+    command = [sys.executable, *launcher, "-m", module, "train", recipe, "--run-dir", str(run_dir)]
     command += [*(["--plan", str(plan)] if plan else []), *options]
     return subprocess.Popen(
         [*command, "--set", f"data.path={small_dataset()}", *SMALL, *overrides],
         cwd=ROOT,
         # One thread a process: sums then do not depend on how busy the machine is.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,5 @@
 """What is counted of a step, and what is not."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
     expected = 0.0
     for seed in (0, 1):
         arrays = random_arrays(histories, candidates, seed=seed)
-        interval.add(describe(batch_of(arrays), resolved), torch.tensor(0.5))
+        interval.add(describe(batch_of(arrays), resolved), (torch.tensor(0.5), torch.tensor(1.0)))
         rows = (slice(0, 6), slice(6, 6), slice(6, 15))
         seen = {
             "clicks": np.array([int((arrays["action"][own] >> 1 & 1).sum()) for own in rows]),
@@ -75,14 +74,12 @@ def test_saving_and_evaluating_take_no_time_of_the_steps(monkeypatch: pytest.Mon
     assert now[0] - recorder._interval.start == 5.0
 
 
-def test_the_first_step_that_is_not_finite_is_named_with_its_samples() -> None:
-    """Looked at where a step is logged, for all steps since the last one; samples are those of all ranks."""
+def test_steps_are_known_by_number_and_samples_though_batches_between_them_were_left_out() -> None:
     interval = _Interval()
     arrays = random_arrays([3, 2], [1, 1], seed=0)
     consumed = describe(batch_of(arrays), resolve(load_recipe("kuairand_sample"), INFO))
-    for samples in (10, 20, 30):
-        interval.add(replace(consumed, samples=samples), torch.tensor(0.5))
-    interval.check_finite([0.1, 0.2, 0.3], Progress(step=8, samples=160))
-    said = r"the loss of step 7 is nan; its batch is the samples 110 to 129 of the run's order"
-    with pytest.raises(FloatingPointError, match=said):
-        interval.check_finite([0.1, math.nan, math.inf], Progress(step=8, samples=160))
+    outcome = (torch.tensor(0.5), torch.tensor(1.0))
+    for samples, left_out in ((10, False), (20, True), (30, False)):
+        interval.add(replace(consumed, samples=samples), None if left_out else outcome)
+    assert interval.steps_taken(Progress(step=8, samples=160)) == [(6, 100, 109), (8, 130, 159)]
+    assert len(interval.outcomes) == 2 and interval.took_last

@@ -22,6 +22,7 @@ _LOG_FACTOR = 5
 _NOT_DRAWN = ("step", "samples", "time", "world_size")
 _TITLES = {
     "loss": "loss",
+    "gradient_norm": "norm of the dense gradients",
     "samples_per_s": "samples/s",
     "tokens_per_s": "tokens/s",
     "step_ms": "step, ms",
