@@ -40,6 +40,13 @@ class Evaluator:
         every = self._resolved.config.evaluation.every_steps
         return every is not None and step % every == 0
 
+    def look(self, progress: Progress) -> None:
+        """Between two steps: score the evaluation split if it is due, and meet a part that comes next."""
+        if self.due(progress.step):
+            self.evaluate(progress.step)
+        if progress.ends_part:
+            self.meet_part(progress)
+
     def evaluate(self, step: int) -> None:
         """Score the evaluation split."""
         metrics = evaluate(self._resolved, self._model, self._run.eval_file, self._mesh, step)

@@ -100,6 +100,9 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         if mesh.is_first:
             write_settings(run, resolved, plan)
         announce(resolved, plan, model, mesh)
+        if config.nonfinite.policy != "stop" and restart.progress.step == 0:
+            # There is a beginning to go back to.
+            checkpointer.save(restart.progress)
         session = _Session(run, settled, mesh, model, checkpointer, watchdog, LeftOut(run, config.nonfinite, mesh))
         if restart.progress == progress:
             spoilt = session.train(restart, loader, batches)

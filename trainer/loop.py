@@ -34,6 +34,11 @@ def agree_to_stop(mesh: Mesh) -> bool:
     return bool(asked)
 
 
+def stopped_after(step: int) -> StoppedEarly:
+    """What is said when the run stops in good order."""
+    return StoppedEarly(f"stopped after step {step}, which is saved: start the same command to go on")
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout as a function of seed, step and rank: a resumed run draws what an uninterrupted one would."""
     torch.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
@@ -55,8 +60,6 @@ def run_steps(
 ) -> None:
     """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
 
-    A run that may go back past a batch saves its beginning.
-
     An evaluation that was due where the run goes on, and was not made (`evaluated`), comes first.
 
     Raises:
@@ -74,8 +77,6 @@ def run_steps(
             pipeline.outside(look)
 
     model.module.train()
-    if config.nonfinite.policy != "stop" and progress.step == 0:
-        save()
     factor, logs = None, False
     with watchdog.phase("evaluation"):
         evaluates = evaluator.begin(progress, evaluated=evaluated)
@@ -87,20 +88,17 @@ def run_steps(
         if logs:
             recorder.log(progress, factor)
         elif saves or evaluates:
-            # A step that spoils the model is named before what it spoils.
-            recorder.check_finite(progress)
+            recorder.check_finite(progress)  # A step that spoils the model is named before what it spoils.
         stops = (logs or saves or evaluates) and agree_to_stop(mesh)
         if saves or stops:
             save()
         if stops:
             checkpointer.wait()
-            raise StoppedEarly(f"stopped after step {progress.step}, which is saved: start the same command to go on")
-        if evaluates:
-            between_steps(lambda: evaluator.evaluate(progress.step))
-        if progress.ends_part:
-            between_steps(lambda: evaluator.meet_part(progress))
-    # A run's last step is logged whatever its number, so that a short run has a metric too.
+            raise stopped_after(progress.step)
+        if evaluates or progress.ends_part:
+            between_steps(lambda: evaluator.look(progress))
     if factor is not None and not logs:
+        # A run's last step is logged whatever its number: a short run has a metric too.
         recorder.log(progress, factor)
     save()
     if not evaluates:
