@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from attention_kernels import SemiLocalMask
+from embeddings.hardware import GPUS
 from trainer.models.config import LayerConfig
 from trainer.models.flops import TRAINING_FACTOR, allowed_pairs, layer_flops
 from trainer.models.hstu import HstuLayer, HstuTower, Stage, build_layer_spec
@@ -27,7 +28,7 @@ from trainer.models.layout import SequenceLayout, candidate_rows, make_layout, t
 
 TOKENS = 131072
 LAYERS = 2
-PEAK_TFLOPS = 989.0
+PEAK_TFLOPS = GPUS["H200-141"].bf16_tflops
 """Dense bfloat16 of the H100 and H200, by their data sheet; MFU is relative to it."""
 FULL = SemiLocalMask()
 SEMI_LOCAL = SemiLocalMask(local=256, global_rows=256)

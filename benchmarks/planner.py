@@ -116,7 +116,7 @@ def _ours(tables: Sequence[TableConfig], machine: Machine, load: BatchLoad) -> t
 
 def torchrec_topology(machine: Machine) -> Topology:
     """`machine` in TorchRec's terms."""
-    rates = machine.bandwidths
+    rates = machine.effective_rates
     return TopologyFactory.create_topology(
         TrainerConfig(world_size=machine.world_size, local_world_size=machine.local_world_size),
         HardwareConfig(
@@ -158,7 +158,9 @@ def torchrec_plan(tables: Sequence[TableConfig], machine: Machine, load: BatchLo
     seconds = time.process_time() - start
     best = planner._best_plan
     widths = {table.name: table.embedding_dim for table in tables}
-    fixed_ms = machine.lookup_group_ms * len({(widths[option.name], option.sharding_type) for option in best})
+    fixed_ms = machine.effective_rates.lookup_group_ms * len(
+        {(widths[option.name], option.sharding_type) for option in best}
+    )
     return float(NoopPerfModel(topology).rate(best)) + fixed_ms, seconds
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from embeddings.capacity import clusters, rank_numbers, read_demand, read_nodes, read_prices
 from embeddings.capacity_report import capacity_page, capacity_text
-from embeddings.machine import NODES
+from embeddings.hardware import NODES
 from embeddings.plan_file import parse_plan
 from embeddings.report import plan_differences, plan_report
 

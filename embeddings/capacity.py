@@ -12,14 +12,14 @@ All but `tables` may be left out.  `dense_gib` is the dense model's memory for p
 `dense_ms` its time a step, as a run measured it, which is added to the tables' time.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.machine import NODES, Bandwidths, NodeType
+from embeddings.hardware import NodeType, node_type, read_object
+from embeddings.machine import cluster
 from embeddings.plan import Plan
 from embeddings.planning import solve
 from embeddings.problem import GIB, BatchLoad, Problem, reserve
@@ -71,7 +71,7 @@ def read_demand(path: Path) -> Demand:
     Raises:
         ValueError: it cannot be read, or a key or value in it is wrong; one line.
     """
-    values = _json(path)
+    values = read_object(path)
     try:
         return _demand(dict(values))
     except (KeyError, TypeError, ValueError) as error:
@@ -85,20 +85,7 @@ def read_nodes(names: Sequence[str]) -> dict[str, NodeType]:
     Raises:
         ValueError: neither a known name nor a file, or a wrong file.
     """
-    nodes = {}
-    for name in names:
-        if name in NODES:
-            nodes[name] = NODES[name]
-            continue
-        if not name.endswith(".json"):
-            raise ValueError(f"unknown machine {name!r}: known are {', '.join(NODES)}, or name a .json file")
-        values = _json(Path(name))
-        try:
-            rates = Bandwidths(**values["rates"])
-            nodes[Path(name).stem] = NodeType(**{**values, "rates": rates})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{name}: a machine has gpus, hbm_gib, host_gib and rates ({error})") from error
-    return nodes
+    return {Path(name).stem if name.endswith(".json") else name: node_type(name) for name in names}
 
 
 def read_prices(path: Path) -> dict[str, float]:
@@ -107,7 +94,7 @@ def read_prices(path: Path) -> dict[str, float]:
     Raises:
         ValueError: it cannot be read, or a price is no positive number.
     """
-    prices = _json(path)
+    prices = read_object(path)
     wrong = [name for name, price in prices.items() if not isinstance(price, int | float) or not price > 0]
     if wrong:
         raise ValueError(f"{path}: the price of {wrong[0]!r} must be a number above 0, got {prices[wrong[0]]!r}")
@@ -145,7 +132,7 @@ def clusters(
     found = []
     for name, node in nodes.items():
         for number in ranks:
-            if number > node.gpus and number % node.gpus:
+            if number > node.gpus > 0 and number % node.gpus:
                 raise ValueError(f"{number} ranks are no whole number of nodes {name}, which have {node.gpus} GPUs")
             found.append(_cluster(demand, name, node, number, samples, prices.get(name)))
     return found
@@ -174,7 +161,7 @@ def pareto(found: Sequence[Cluster]) -> list[Cluster]:
 def _cluster(
     demand: Demand, name: str, node: NodeType, ranks: int, samples: float, node_price: float | None
 ) -> Cluster:
-    machine = node.cluster(ranks)
+    machine = cluster(node, ranks)
     problem = Problem(
         tables=demand.tables,
         machine=machine,
@@ -232,15 +219,3 @@ def _demand(values: dict[str, Any]) -> Demand:
     if not tables:
         raise ValueError("there must be at least one table")
     return demand
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return values

@@ -120,6 +120,9 @@ class PlacementConfig:
     null takes all that there are (`embeddings/kinds`).  Training is the same under each."""
     compute_kernels: tuple[ComputeKernel, ...] = ("fused",)
     """Kernels to choose from.  Add fused_uvm_caching to let tables that do not fit overflow into host memory."""
+    machine: str | None = None
+    """Machine type, or .json file of one, whose rates estimates are made from (`embeddings/hardware.py`;
+    `python -m embeddings probe` measures a file); null takes the known GPU whose memory is nearest."""
     tables: dict[str, TableConstraint] = field(default_factory=dict)
     """Constraints of single tables, by table name."""
     reserved_fraction: float = 0.15

@@ -109,13 +109,18 @@ class Plan:
 
     @property
     def lookup_groups(self) -> int:
-        """Widths, sharding types and kernels in use together; each costs `machine.lookup_group_ms`."""
+        """Widths, sharding types and kernels in use together; each costs `lookup_group_ms`."""
         return len({(table.embedding_dim, table.sharding_type, table.kernel) for table in self.tables.values()})
+
+    @property
+    def lookup_groups_ms(self) -> float:
+        """Fixed time of all lookup groups, a step."""
+        return self.lookup_groups * self.machine.effective_rates.lookup_group_ms
 
     @property
     def step_ms(self) -> float:
         """Estimated time of all tables on the busiest rank, a step."""
-        return max(rank.step_ms for rank in self.ranks) + self.lookup_groups * self.machine.lookup_group_ms
+        return max(rank.step_ms for rank in self.ranks) + self.lookup_groups_ms
 
     def shards(self, name: str) -> tuple[Shard, ...]:
         """Where each part of a table lies."""

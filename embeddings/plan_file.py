@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embeddings.config import KERNELS, VALUE_BYTES
+from embeddings.hardware import Rates
 from embeddings.kinds.registry import KINDS
-from embeddings.machine import Bandwidths, Machine
+from embeddings.machine import Machine
 from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement, size_text
 from embeddings.planning import evaluate
 from embeddings.problem import BatchLoad, Problem, Reservation
@@ -219,7 +220,7 @@ def _plan(values: dict[str, Any]) -> Plan:
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}")
     rates = values["machine"].get("rates")
-    machine = _record(Machine, values["machine"] | {"rates": rates and _record(Bandwidths, rates)})
+    machine = _record(Machine, values["machine"] | {"rates": rates and _record(Rates, rates)})
     ranks: list[RankEstimate] = []
     for run in values.get("ranks", []):
         estimate = _record(RankEstimate, {k: v for k, v in run.items() if k not in ("first", "last")})

@@ -188,7 +188,7 @@ def make_packer(problem: Problem, options: Sequence[Sequence[Option]]) -> Packer
         local_world_size=problem.machine.local_world_size,
         memory_bytes=problem.available_bytes,
         host_bytes=problem.host_bytes,
-        lookup_group_ms=problem.machine.lookup_group_ms,
+        lookup_group_ms=problem.machine.effective_rates.lookup_group_ms,
     )
 
 

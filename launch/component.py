@@ -11,7 +11,7 @@ from torchx.specs import AppDef, BindMount, Role, VolumeMount, macros
 
 from launch.paths import is_folder
 from launch.request import Request
-from launch.resources import Machine, machine_named
+from launch.resources import requested
 from trainer.recipes import load_recipe
 from trainer.typed_values import apply_overrides
 
@@ -48,7 +48,7 @@ def _role(request: Request) -> Role:
         # `$` starts a macro in TorchX's arguments; a doubled one is itself.
         args=[*node, "--", *(argument.replace("$", "$$") for argument in trainer)],
         num_replicas=request.nodes,
-        resource=_machine(request).resource(),
+        resource=requested(request.machine, procs_per_node=request.procs_per_node),
         max_retries=request.max_retries,
         mounts=mounts_of(request),
         metadata={
@@ -59,12 +59,6 @@ def _role(request: Request) -> Role:
             "data": [path for path in (data.path, *data.mix_paths) if is_folder(path)],
         },
     )
-
-
-def _machine(request: Request) -> Machine:
-    if request.machine:
-        return machine_named(request.machine, procs_per_node=request.procs_per_node)
-    return Machine(name="unnamed", cpus=request.procs_per_node, memory_mib=0, gpus=0)
 
 
 def mounts_of(request: Request) -> list[BindMount | VolumeMount]:

@@ -30,7 +30,8 @@ class Request:
     ] = field(default_factory=list)
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A sharding plan to use.")] = None
     machine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Machine type of launch/resources.py; default: P cores, no GPU.")
+        str | None,
+        typer.Option(metavar="NAME", help="Machine type of embeddings/hardware.py, or a .json file; default: P cores."),
     ] = None
     python: Annotated[
         str | None,

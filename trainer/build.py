@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from embeddings.hardware import node_type
 from embeddings.host import host_memory_gib
 from embeddings.machine import Machine
 from embeddings.plan import Plan
@@ -32,8 +33,18 @@ def build_model(resolved: Resolved, device: torch.device) -> Model:
     return model
 
 
-def machine_of(mesh: Mesh) -> Machine:
-    """The machines that this job runs on, as the planner sees them."""
+def machine_of(mesh: Mesh, rates_of: str | None = None) -> Machine:
+    """The machines that this job runs on, as the planner sees them; `rates_of` is `placement.machine`.
+
+    Raises:
+        WrongUse: there is no such machine type or file, or it is one without GPUs for a job on GPUs, or the reverse.
+    """
+    try:
+        node = None if rates_of is None else node_type(rates_of)
+    except ValueError as error:
+        raise WrongUse(f"placement.machine: {error}") from None
+    if node is not None and bool(node.gpus) != (mesh.device.type == "cuda"):
+        raise WrongUse(f"placement.machine={rates_of} has {node.gpus} GPUs, but this job runs on {mesh.device.type}")
     memory = torch.cuda.get_device_properties(mesh.device).total_memory if mesh.device.type == "cuda" else None
     return Machine(
         world_size=mesh.world_size,
@@ -41,6 +52,8 @@ def machine_of(mesh: Mesh) -> Machine:
         compute_device=mesh.device.type,
         hbm_gib=None if memory is None else memory / 2**30,
         ddr_gib=host_memory_gib(mesh.local_world_size),
+        rates=None if node is None else node.rates,
+        calibration="" if node is None else node.calibration,
     )
 
 

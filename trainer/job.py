@@ -10,11 +10,13 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from embeddings.machine import Machine
+from embeddings.hardware import node_type
+from embeddings.machine import Machine, cluster
 from embeddings.plan import Plan
 from embeddings.plan_file import write_plan
 from embeddings.report import plan_report
@@ -74,7 +76,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     resolved = resolve(config, dataset_info(config.data))
     grown = _check_ids(run, resolved)
     check_settings(resolved, mesh)
-    plan = make_plan(resolved, machine_of(mesh), start.plan_file)
+    plan = make_plan(resolved, machine_of(mesh, config.placement.machine), start.plan_file)
     catalogue = open_catalogue(run, config.checkpoint.store)
     newest = catalogue.newest() if start.from_step is None else catalogue.back_to(start.from_step)
     check_versions(newest, config)
@@ -207,7 +209,7 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
     checkpoint = catalogue.choose(step)
     resolved = resolve(config, dataset_info(config.data))
     grown = _check_ids(run, resolved)
-    plan = make_plan(resolved, machine_of(mesh))
+    plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
     file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
     with logged(run, mesh), joined(mesh):
         model = build_parallel(resolved, plan, mesh)
@@ -245,16 +247,15 @@ def plan_job(
     out: Path | None,
 ) -> None:
     """Plan the recipe's tables for GPUs that need not be here; print the plan and, with `out`, write it."""
-    if local_world_size is None:
-        local_world_size = max(size for size in range(1, 9) if world_size % size == 0)
+    given: dict[str, Any] = {"local_world_size": local_world_size, "hbm_gib": hbm_gib, "ddr_gib": host_gib}
+    stated = {name: value for name, value in given.items() if value is not None}
     try:
-        machine = Machine(
-            world_size=world_size,
-            local_world_size=local_world_size,
-            compute_device="cuda",
-            hbm_gib=80.0 if hbm_gib is None else hbm_gib,
-            ddr_gib=128.0 if host_gib is None else host_gib,
-        )
+        if config.placement.machine is not None:
+            machine = replace(cluster(node_type(config.placement.machine), world_size), **stated)
+        else:
+            local = max(size for size in range(1, 9) if world_size % size == 0)
+            usual: dict[str, Any] = {"local_world_size": local, "hbm_gib": 80.0, "ddr_gib": 128.0}
+            machine = Machine(world_size=world_size, compute_device="cuda", **{**usual, **stated})
     except ValueError as error:
         raise WrongUse(str(error)) from None
     plan = make_plan(resolve(config, dataset_info(config.data)), machine)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from embeddings.hardware import gpu_with_name
 from pipelines.columns import IntArray
 from pipelines.position import DataPosition
 from trainer.checkpoint.checkpointer import Restart
@@ -240,9 +241,8 @@ class _Interval:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of the device by its datasheet, for MFU; None where it is not known."""
+    """Dense bfloat16 FLOP/s of the device by its data sheet, for MFU; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-    return next((value for key, value in known.items() if key in name), None)
+    gpu = gpu_with_name(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.bf16_tflops * 1e12

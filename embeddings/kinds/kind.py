@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embeddings.config import ComputeKernel, TableConfig, state_bytes_per_row
+from embeddings.hardware import CACHED_PART
 from embeddings.machine import Machine
 
 ID_BYTES = 8
 """Of an id on its way to the rank that holds its row."""
 FLOAT_BYTES = 4
 """Of a value of a looked-up row and of its gradient, whatever the type of the table's rows."""
-CACHED_PART = 0.2
-"""Part of a fused_uvm_caching table's rows that FBGEMM keeps on the device."""
-
 _BACKWARD_OVER_FORWARD = 2.0
 _GB_PER_S_IN_BYTES_PER_MS = 1e6
 
@@ -86,16 +84,15 @@ class Work:
 
     @property
     def device_bytes_per_ms(self) -> float:
-        """Rate at which a lookup reads rows, as TorchRec takes it for the kernel."""
-        rates = self.machine.bandwidths
-        cached = CACHED_PART * rates.device + (1 - CACHED_PART) * rates.host_link
-        rate = {"fused": rates.device, "fused_uvm_caching": cached / 10, "fused_uvm": rates.host_link / 10}
+        """Rate at which a lookup reads rows; where it is not measured, as TorchRec takes it for the kernel."""
+        rates = self.machine.effective_rates
+        rate = {"fused": rates.device, "fused_uvm_caching": rates.cached_rows, "fused_uvm": rates.uncached_rows}
         return rate[self.kernel] * _GB_PER_S_IN_BYTES_PER_MS
 
     @property
     def link_bytes_per_ms(self) -> float:
         """Rate of an exchange among all ranks: that of the slowest link in it."""
-        rates = self.machine.bandwidths
+        rates = self.machine.effective_rates
         across = self.machine.world_size > self.machine.local_world_size
         return (rates.across_nodes if across else rates.within_node) * _GB_PER_S_IN_BYTES_PER_MS
 

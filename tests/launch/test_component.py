@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torchx.specs import AppDef, BindMount, Role, VolumeMount
 
+from embeddings.hardware import NODES
 from launch.component import train
 from launch.request import Request, takes_request
-from launch.resources import MACHINES
 
 
 def request(**changes: Any) -> Request:
@@ -45,9 +45,9 @@ def test_workers_are_a_module_with_an_argument_list() -> None:
 
 def test_one_replica_a_node_asks_for_the_whole_machine() -> None:
     _, role = _train(max_retries=2)
-    machine = MACHINES["h200-8"]
+    machine = NODES["h200-8"]
     assert role.num_replicas == 2
-    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (machine.cpus, 8, machine.memory_mib)
+    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (machine.cpus, 8, machine.host_mib)
     assert role.max_retries == 2
 
 

@@ -88,7 +88,7 @@ def test_one_template_makes_all_nodes(kind: str) -> None:
         assert (resource["spec"]["tasks"][0]["replicas"], resource["spec"]["minAvailable"]) == (5, 5)
         assert (number, first) == ("VC_TASK_INDEX", "VC_TRAINER_HOSTS")
         assert resource["spec"]["queue"] == "q"
-    limits = {"cpu": "184", "memory": "1900000Mi", "nvidia.com/gpu": "8", "rdma/hca": "8"}
+    limits = {"cpu": "184", "memory": "1843200Mi", "nvidia.com/gpu": "8", "rdma/hca": "8"}
     assert container["resources"]["limits"] == limits
     assert pod["nodeSelector"] == {"gpu": "h100", "zone": "a"}
     assert pod["terminationGracePeriodSeconds"] == 300

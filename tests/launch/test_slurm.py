@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torchx.specs import AppState
 
+from embeddings.hardware import NODES
 from launch import component, records
 from launch.records import JobRecord
-from launch.resources import MACHINES
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import OURS, Slurm
 from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob, app_state, parse_scontrol
@@ -28,10 +28,10 @@ def _options(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("name", NODES)
 @pytest.mark.parametrize("nodes", [1, 200])
 def test_a_job_of_any_size_is_one_job_of_whole_machines(name: str, nodes: int) -> None:
-    machine = MACHINES[name]
+    machine = NODES[name]
     script = _script(machine=name, nodes=nodes, procs_per_node=machine.gpus or machine.cpus)
     options = _options(script)
     assert {f"--nodes={nodes}", "--ntasks-per-node=1", "--exclusive", "--requeue"} <= set(options)

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from torchx.specs import AppState, Role
 
+from embeddings.hardware import NODES
 from launch import attempts, component, logs, records
 from launch.progress import newest_checkpoint
 from launch.records import JobRecord
 from launch.request import Request
-from launch.resources import MACHINES
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm, SlurmRequest
 from launch.schedulers.slurm_queue import NEVER, SlurmError
@@ -84,9 +84,9 @@ def chained(cluster: Cluster) -> JobRecord:
     return record
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("name", NODES)
 def test_every_machine_type_is_accepted(cluster: Cluster, name: str, tmp_path: Path) -> None:
-    machine = MACHINES[name]
+    machine = NODES[name]
     options = ["partition=gpu", "time=1:00:00", "comment=a 'b' \"c\" #d $e"]
     procs = machine.gpus or machine.cpus
     with connected("slurm") as connection:

@@ -28,6 +28,12 @@ from trainer.typed_values import apply_overrides, from_dict, to_dict
         (["plan", "kuairand_sample"], "Missing option '--world-size'"),
         (["plan", "kuairand_sample", "--world-size", "0"], "Invalid value for '--world-size'"),
         (["plan", "kuairand_sample", "--world-size", "12", "--local-world-size", "8"], "local_world_size=8"),
+        (
+            ["plan", "kuairand_sample", "--world-size", "8", "--set", "placement.machine=h900-8"],
+            "unknown machine 'h900-8'",
+        ),
+        (["plan", "kuairand_sample", "--world-size", "8", "--set", "placement.machine=cpu-2"], "nodes with GPUs"),
+        (["train", "kuairand_sample", "--set", "placement.machine=h900-8"], "unknown machine 'h900-8'"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_two(
@@ -44,6 +50,21 @@ def test_other_ranks_leave_the_line_to_the_first(
     monkeypatch.setenv("RANK", "1")
     assert run_command(app, ["train", "nothing"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_plan_says_which_machine_it_is_for_and_how_its_rates_were_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.json"
+    rates = {"device": 3000, "within_node": 400, "across_nodes": 40, "host_link": 50}
+    node = {"gpus": 4, "hbm_gib": 70, "host_gib": 500, "rates": rates, "calibration": "measured on a Tuesday"}
+    own.write_text(json.dumps(node))
+    command = ["plan", "kuairand_sample", "--world-size", "8", "--set", f"placement.machine={own}"]
+    assert run_command(app, command) == 0
+    assert "8 cuda ranks (2 x 4), 70 GiB each, rates measured on a Tuesday" in capsys.readouterr().out
+    # What the command line says goes before the file.
+    assert run_command(app, [*command, "--hbm-gib", "60", "--local-world-size", "8"]) == 0
+    assert "8 cuda ranks (1 x 8), 60 GiB each, rates measured on a Tuesday" in capsys.readouterr().out
 
 
 def test_recipes_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
