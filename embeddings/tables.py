@@ -5,7 +5,6 @@ function of (seed, table name, row, column), so they depend neither on the plan,
 device.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from embeddings.config import TableConfig
-
-INIT_CHUNK_ELEMENTS = 1 << 17
+from embeddings.initial_rows import fill
 
 _DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}
 
@@ -91,7 +89,7 @@ def init_tables(tables: Tables, seed: int) -> None:
     by_name = {config.name: config for config in tables.configs}
     for name, value in table_weights(tables).items():
         for first_row, first_column, block in _local_blocks(value):
-            _fill(block, by_name[name], first_row, first_column, seed=seed)
+            fill(block, by_name[name], first_row, first_column, seed=seed)
 
 
 def table_weights(tables: Tables) -> dict[str, Tensor | ShardedTensor]:
@@ -137,36 +135,3 @@ def _local_blocks(value: Tensor | ShardedTensor) -> Iterator[tuple[int, int, Ten
     for shard in value.local_shards():
         first_row, first_column = shard.metadata.shard_offsets
         yield first_row, first_column, shard.tensor.detach()
-
-
-def _fill(block: Tensor, table: TableConfig, first_row: int, first_column: int, *, seed: int) -> None:
-    """Write the initial values of a block of the table, whose first row and column these are, chunk by chunk."""
-    digest = hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest()
-    key = int.from_bytes(digest, "little", signed=True)
-    bound = table.embedding_dim**-0.5
-    chunk_rows = max(1, INIT_CHUNK_ELEMENTS // table.embedding_dim)
-    column = torch.arange(first_column, first_column + block.shape[1], device=block.device)
-    for start in range(0, len(block), chunk_rows):
-        chunk = block[start : start + chunk_rows]
-        row = torch.arange(first_row + start, first_row + start + len(chunk), device=block.device)
-        counter = row[:, None] * table.embedding_dim + column
-        # Exact in float32, so that every device writes the same bits: 24 random bits, scaled by a power of two.
-        unit = _random_bits(counter, key).bitwise_right_shift_(40).bitwise_and_(0xFFFFFF).to(torch.float32)
-        chunk.copy_(unit.mul_(2.0**-23).sub_(1.0).mul_(bound))
-
-
-def _random_bits(counter: Tensor, key: int) -> Tensor:
-    """The splitmix64 generator at positions `counter` of stream `key`, in int64 that wraps; overwrites `counter`."""
-    bits = counter.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits.bitwise_xor_(_logical_right_shift(bits, shift)).mul_(_signed(factor))
-    return bits.bitwise_xor_(_logical_right_shift(bits, 31))
-
-
-def _logical_right_shift(bits: Tensor, shift: int) -> Tensor:
-    """Zeros enter at the top; torch's shift of a signed integer repeats the sign bit."""
-    return (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

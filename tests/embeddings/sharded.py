@@ -115,9 +115,9 @@ def weights(feature: str, ids: Tensor, step: int) -> Tensor:
     return torch.sin(ids[:, None] * 0.7 + columns * 0.3 + step + len(feature))
 
 
-def oracle() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+def oracle(tables: Sequence[TableConfig] = TABLES) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """(state under the checkpoint's names, embeddings a feature and step) of the unsharded model after `STEPS`."""
-    unsharded = build_tables(TABLES, device=torch.device("cpu"))
+    unsharded = build_tables(tables, device=torch.device("cpu"))
     init_tables(unsharded, SEED)
     rows = {name: value.clone() for name, value in table_weights(unsharded).items()}
     sums: dict[str, Tensor] = {}
@@ -127,14 +127,14 @@ def oracle() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         leaves = {name: value.float().requires_grad_() for name, value in rows.items()}
         embedded = {}
         loss = torch.zeros(())
-        for table in TABLES:
+        for table in tables:
             for feature in table.features:
                 ids = flat(batch[feature])
                 embedded[feature] = leaves[table.name][ids]
                 loss = loss + (embedded[feature] * weights(feature, ids, step)).sum()
         loss.backward()
         outputs.append({feature: value.detach() for feature, value in embedded.items()})
-        for table in TABLES:
+        for table in tables:
             gradient = leaves[table.name].grad
             assert gradient is not None
             change = _update(table, gradient, sums)

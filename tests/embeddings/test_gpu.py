@@ -1,5 +1,6 @@
 """The kernels that only a GPU has, on one: values, updates, checkpoints between kernels, and the planned memory."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,12 @@ pytestmark = [
 ]
 
 KERNELS: tuple[ComputeKernel, ...] = ("fused", "fused_uvm_caching", "fused_uvm")
+
+BY_OPTIMIZER = {
+    # FBGEMM can be built without the kernels of an optimizer: then the others are tested still.
+    "plain_adagrad": tuple(table for table in sharded.TABLES if table.name == "tag"),
+    "others": tuple(table for table in sharded.TABLES if table.name != "tag"),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,9 +96,10 @@ def whole(model: DistributedModelParallel, optimizers: TableOptimizers) -> dict[
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_training_equals_the_unsharded_tables_on_a_cpu(kernel: ComputeKernel) -> None:
-    _, model, optimizers = shard(kernel)
-    expected, outputs = sharded.oracle()
+@pytest.mark.parametrize("tables", BY_OPTIMIZER.values(), ids=list(BY_OPTIMIZER))
+def test_training_equals_the_unsharded_tables_on_a_cpu(tables: tuple[TableConfig, ...], kernel: ComputeKernel) -> None:
+    _, model, optimizers = shard(kernel, tables)
+    expected, outputs = sharded.oracle(tables)
     for step, embedded in enumerate(train(model, optimizers)):
         for feature, values in outputs[step].items():
             # FBGEMM rounds float16 rows up or down at random on a GPU.
@@ -116,8 +124,11 @@ def test_initial_values_equal_those_on_a_cpu(kernel: ComputeKernel) -> None:
 
 @pytest.mark.parametrize("loaded", KERNELS)
 @pytest.mark.parametrize("saved", ["fused", "fused_uvm_caching"])
-def test_checkpoint_carries_over_between_kernels(saved: ComputeKernel, loaded: ComputeKernel, tmp_path: Path) -> None:
-    tables = tuple(table for table in sharded.TABLES if table.dtype == "float32")
+@pytest.mark.parametrize("optimizers", BY_OPTIMIZER)
+def test_checkpoint_carries_over_between_kernels(
+    optimizers: str, saved: ComputeKernel, loaded: ComputeKernel, tmp_path: Path
+) -> None:
+    tables = tuple(table for table in BY_OPTIMIZER[optimizers] if table.dtype == "float32")
     _, source, source_optimizers = shard(saved, tables)
     train(source, source_optimizers)
     dcp.save(sharded.state(sharded.tables_of(source), source_optimizers), checkpoint_id=tmp_path)
@@ -155,6 +166,8 @@ def test_adam_counts_steps_and_not_evaluations_and_resumes_exactly(tmp_path: Pat
 def test_planned_memory_is_what_is_allocated(kernel: ComputeKernel, tolerance: float) -> None:
     """Of a cached table we take TorchRec's estimate, which leaves out the cache's bookkeeping: 16 bytes a row."""
     table = TableConfig(name="item", num_embeddings=4_000_000, embedding_dim=128, features=("item",))
+    # Models of earlier tests may lie in reference cycles, to be freed in the midst of this one.
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     plan, model, _ = shard(kernel, (table,))

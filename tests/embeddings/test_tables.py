@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-import embeddings.tables as tables_module
+from embeddings import initial_rows
 from embeddings.config import SparseOptimizerConfig, TableConfig
 from embeddings.optimizers import attach_optimizers
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
@@ -111,7 +111,7 @@ def test_initial_values_differ_by_seed_and_table_only() -> None:
 
 def test_initial_values_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     values = initial(table())
-    monkeypatch.setattr(tables_module, "INIT_CHUNK_ELEMENTS", 7 * 16)
+    monkeypatch.setattr(initial_rows, "CHUNK_VALUES", 7 * 16)
     torch.testing.assert_close(initial(table()), values, rtol=0, atol=0)
 
 
@@ -126,7 +126,7 @@ def test_initial_values_follow_splitmix64() -> None:
         return bits ^ (bits >> 31)
 
     positions = [0, 1, 2**32 + 5, 2**45 + 11]
-    bits = tables_module._random_bits(torch.tensor(positions), -12345)
+    bits = initial_rows._random_bits(torch.tensor(positions), -12345)
     assert [int(value) & mask for value in bits] == [splitmix(position, -12345 & mask) for position in positions]
 
 
