@@ -110,8 +110,9 @@ def _check_lengths(resolved: Resolved) -> None:
 def _most_candidates(config: TrainConfig, info: DatasetInfo) -> int:
     """Data that others prepared may not say it: then this is their mean, and the model itself refuses a longer sequence
     when it comes."""
-    described = info.details.get("statistics", {}).get("splits", {})
-    counted = [split.get("num_candidates") for split in described.values()]
+    deliveries = [info.details, *info.details.get("deliveries", {}).values()]
+    described = [split for each in deliveries for split in each.get("statistics", {}).get("splits", {}).values()]
+    counted = [split.get("num_candidates") for split in described]
     prepared = max((lens["q100"] for lens in counted if lens), default=None)
     if prepared is None:
         prepared = max(

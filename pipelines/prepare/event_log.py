@@ -15,6 +15,7 @@ from pipelines.dataset_json import read_dataset_info
 from pipelines.features import ITEM_SPACE, USER_ID, Column, DatasetInfo, Part
 from pipelines.prepare.log_files import attribute_paths, log_paths, open_files
 from pipelines.prepare.log_ids import (
+    add_earlier_attributes,
     leave_out_late_rows,
     make_events,
     make_items,
@@ -173,6 +174,7 @@ def _load(
     types, left_out = _read(schema, known, connection, source.resolve(), scratch)
     if known is not None:
         left_out |= leave_out_late_rows(connection, schema, skip=schema.skip_invalid)
+        add_earlier_attributes(connection, schema)
     [(rows, last)] = connection.execute(f"SELECT count(*), max(rank) FROM {RAW}").fetchall()
     if not rows:
         reasons = "".join(f"; left out: {what} ({count} rows)" for what, count in left_out.items())

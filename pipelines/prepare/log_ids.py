@@ -17,7 +17,7 @@ from pipelines.prepare.log_tables import ITEMS, RAW, USERS, log_columns, raw_nam
 from pipelines.prepare.readings import IdType, Stored
 from pipelines.prepare.source import USER_SPACE, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
-from pipelines.prepare.state import EVENTS, ITEMS_BEFORE, USERS_BEFORE
+from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
 from pipelines.prepare.times import PER_SECOND
 
 
@@ -110,7 +110,8 @@ def make_users(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces:
     connection.execute(f"CREATE TABLE users_of_log AS SELECT user_key AS key{known} FROM {RAW} GROUP BY user_key")
     attributes = schema.users.columns if schema.users else ()
     _join_attributes(connection, "users", USER_SPACE, of_log, attributes, spaces)
-    _join_earlier(connection, "users", "user_id", USERS_BEFORE, first=of_log, newest=attributes)
+    if table_exists(connection, USERS_BEFORE):
+        _join_first_known(connection, of_log, attributes)
 
 
 def make_items(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
@@ -118,30 +119,38 @@ def make_items(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces:
     if schema.items is not None:
         connection.execute("CREATE TABLE items_of_log AS SELECT item_key AS key FROM item_ids")
         _join_attributes(connection, "items", ITEM_SPACE, (), schema.items.columns, spaces)
-        _join_earlier(connection, "items", "item_id", ITEMS_BEFORE, first=(), newest=schema.items.columns)
 
 
-def _join_earlier(
-    connection: duckdb.DuckDBPyConnection,
-    table: str,
-    key: str,
-    before: str,
-    *,
-    first: Sequence[LogColumn],
-    newest: Sequence[LogColumn],
+def add_earlier_attributes(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> None:
+    """Add what earlier deliveries said of users and items that this one says nothing of.
+
+    Raises:
+        ValueError: the state of the data set does not hold it.
+    """
+    for table, attributes in ((USERS, schema.users), (ITEMS, schema.items)):
+        if attributes is None:
+            continue
+        if not table_exists(connection, table + BEFORE):
+            raise ValueError(f"the data set's state is of an earlier version, without {table}: prepare the data again")
+        connection.execute(
+            f"CREATE TABLE completed AS SELECT * FROM {table} UNION ALL BY NAME SELECT * FROM {table + BEFORE} "
+            f"WHERE key NOT IN (SELECT key FROM {table}); DROP TABLE {table}; ALTER TABLE completed RENAME TO {table}"
+        )
+
+
+def _join_first_known(
+    connection: duckdb.DuckDBPyConnection, of_log: Sequence[LogColumn], attributes: Sequence[LogColumn]
 ) -> None:
-    """Complete `users` or `items` by what earlier parts knew: the first known value, or the newest, of each column."""
-    if not table_exists(connection, before):
-        return
-    values = ""
-    for column in (*first, *newest):
-        one, other = ("b", "t") if column in first else ("t", "b")
-        name = quoted(column.name)
-        values += f", CASE WHEN {_is_known(f'{one}.{name}', column)} THEN {one}.{name} ELSE "
-        values += f"coalesce({other}.{name}, {one}.{name}) END AS {name}"
+    """Let `users` keep what earlier parts of the log told first."""
+    values = "".join(
+        f", CASE WHEN {_is_known(f'b.{quoted(each.name)}', each)} THEN b.{quoted(each.name)} "
+        f"ELSE coalesce(t.{quoted(each.name)}, b.{quoted(each.name)}) END AS {quoted(each.name)}"
+        for each in of_log
+    )
+    values += "".join(f", t.{quoted(each.name)}" for each in attributes)
     connection.execute(
-        f"CREATE TABLE completed AS SELECT {key}{values} FROM {table} AS t FULL JOIN {before} AS b USING ({key}); "
-        f"DROP TABLE {table}; ALTER TABLE completed RENAME TO {table}"
+        f"CREATE TABLE completed AS SELECT user_id{values} FROM users AS t FULL JOIN {USERS_BEFORE} AS b USING "
+        "(user_id); DROP TABLE users; ALTER TABLE completed RENAME TO users"
     )
 
 

@@ -2,7 +2,7 @@
 
     events_before    each user's newest events
     users_before     columns of samples, by user
-    items_before     columns of items, by item
+    TABLE_before     the newest row of each user and item in files of attributes, also of those without an id yet
     GROUP_before     what was counted of each group (`pipelines.prepare.counts`)
 
 The dictionaries of its spaces are stored already.  In an extension these tables stand beside those of the new log.
@@ -15,11 +15,13 @@ import duckdb
 from pipelines.features import DatasetInfo
 from pipelines.prepare.counts import GROUPS
 from pipelines.prepare.engine import literal, quoted, table_exists
+from pipelines.prepare.log_tables import ITEMS, USERS
 
 STATE = "state"
 """The folder of the state, followed by the number of the part that it includes, if that is not the first."""
-EVENTS, USERS_BEFORE, ITEMS_BEFORE = "events_before", "users_before", "items_before"
-TABLES = (EVENTS, USERS_BEFORE, ITEMS_BEFORE, *(f"{group}_before" for group in GROUPS))
+BEFORE = "_before"
+EVENTS, USERS_BEFORE = f"events{BEFORE}", f"users{BEFORE}"
+TABLES = (EVENTS, USERS_BEFORE, USERS + BEFORE, ITEMS + BEFORE, *(group + BEFORE for group in GROUPS))
 
 
 def write_state(connection: duckdb.DuckDBPyConnection, folder: Path, max_history: int, values: list[str]) -> None:
@@ -36,9 +38,11 @@ def write_state(connection: duckdb.DuckDBPyConnection, folder: Path, max_history
         f"(PARTITION BY user_id ORDER BY rank DESC, log_row DESC) AS age FROM "
         f"(SELECT log_row, {names} FROM events WHERE candidate{older})) WHERE age <= {max_history}"
     )
-    for table, source in ((USERS_BEFORE, "users"), (ITEMS_BEFORE, "items")):
-        if table_exists(connection, source):
-            connection.execute(f"CREATE OR REPLACE TABLE {table} AS SELECT * FROM {source}")
+    connection.execute(f"CREATE OR REPLACE TABLE {USERS_BEFORE} AS SELECT * FROM users")
+    for table in (USERS, ITEMS):
+        if table_exists(connection, table):
+            rows = f"SELECT * EXCLUDE (log_row, broken) FROM {table}"
+            connection.execute(f"CREATE OR REPLACE TABLE {table + BEFORE} AS {rows}")
     for table in TABLES:
         if table_exists(connection, table):
             path = literal(str(folder / f"{table}.parquet"))

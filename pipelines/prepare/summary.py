@@ -41,20 +41,23 @@ class SampleCounter:
         self._history_len = LengthCounter()
         self._num_candidates = LengthCounter()
         self._positives = dict.fromkeys(actions, 0)
+        self._candidates = 0
 
     def add(self, table: pa.Table) -> None:
         """Count one more table of samples."""
         self._history_len.add(table["history_length"])
         self._num_candidates.add(table["num_candidates"])
         taken = table["candidate_action"].combine_chunks().flatten().to_numpy()
+        self._candidates += len(taken)
         for bit, name in enumerate(self._positives):
             self._positives[name] += int(np.count_nonzero(taken >> bit & 1))
 
     def summary(self) -> dict[str, Any]:
-        """Lengths of histories, numbers of candidates, and how many of these are positive for each action."""
+        """Lengths of histories, numbers of candidates, and of all of these how many are positive for each action."""
         return {
             "history_len": self._history_len.summary(),
             "num_candidates": self._num_candidates.summary(),
+            "candidates": self._candidates,
             "positives": self._positives,
         }
 

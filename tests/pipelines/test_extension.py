@@ -36,6 +36,19 @@ columns = { brand = "brand" }
 rows = 40
 """
 
+ATTRIBUTES = """
+user = "who"
+item = "what"
+time = "when"
+actions = ["buy"]
+[users]
+files = "users.parquet"
+columns = { age = "number", club = "club" }
+[items]
+files = "items.parquet"
+columns = { brand = "brand", tags = ["tag"] }
+"""
+
 
 def day_of(day: int, users: Iterable[int], items: int, seed: int = 0) -> list[dict[str, Any]]:
     """A day's events, no two of a user in one second; later days have more items and tags."""
@@ -141,6 +154,57 @@ def test_days_one_after_another(tmp_path: Path) -> None:
     assert brands_by_item["i0"] == "b0"
     assert brands_by_item["i1"] == "new"
     assert info.spaces["item"].rows == 40
+
+
+def test_the_newest_row_of_attributes_counts_as_a_whole_and_waits_for_its_item(tmp_path: Path) -> None:
+    """As one preparation of both logs with the newest row of each user and item has it."""
+    (tmp_path / "schema.toml").write_text(ATTRIBUTES)
+    first_items = {
+        "keeps": ("b1", ["t1"]),
+        "changes": ("b1", ["t1", "t2"]),
+        "loses": ("b2", ["t1"]),
+        "waits": ("b3", ["t3"]),
+    }
+    then_items = {"changes": ("b4", ["t4"]), "loses": (None, [])}
+    first_users = {"stays": (1.0, "c1"), "moves": (2.0, "c2"), "comes": (3.0, "c3")}
+    then_users = {"moves": (None, "c4")}
+
+    def write(name: str, events: list[tuple[str, str]], start: int, items: Any, users: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        log = [{"who": u, "what": i, "when": start + 60 * n, "buy": n % 2} for n, (u, i) in enumerate(events)]
+        pq.write_table(pa.Table.from_pylist(log), folder / "log.parquet")
+        rows = [{"what": key, "brand": brand, "tags": tags} for key, (brand, tags) in items.items()]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "items.parquet")
+        rows = [{"who": key, "age": age, "club": club} for key, (age, club) in users.items()]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "users.parquet")
+        return folder
+
+    events = [(user, item) for item in ("keeps", "changes", "loses") for user in ("stays", "moves")] * 2
+    quiet = [("stays", "keeps"), ("stays", "changes")]
+    later = [(user, item) for item in ("waits", "keeps") for user in ("stays", "moves", "comes")]
+    out = tmp_path / "out"
+    first = write("day0", events, HOUR, first_items, first_users)
+    options = ("--schema", tmp_path / "schema.toml", "--min-history", 0, "--split-time", HOUR + 360)
+    assert run(first, "--out", out, *options) == 0
+    # The user who moves is not in this day's log.
+    for name, day, rows, items, users in (
+        ("day1", 1, quiet, then_items, then_users),
+        ("day2", 2, later, {"keeps": ("b1", ["t1"])}, {"stays": (1.0, "c1")}),
+    ):
+        source = write(name, rows, HOUR + day * DAY, items, users)
+        assert run(source, "--extend", out, "--split-time", HOUR + (day + 1) * DAY) == 0
+    keys = {space: keys_of(out, space) for space in ("item", "user", "brand", "tag", "club")}
+    found = {
+        keys["item"][row["item_id"]]: (keys["brand"].get(row["brand"]), [keys["tag"][tag] for tag in row["tags"]])
+        for row in pq.read_table(out / "items").to_pylist()
+        if row["item_id"]
+    }
+    assert found == {**first_items, **then_items}
+    samples = {keys["user"][row["user_id"]]: row for row in rows_in(out, "train", "part=00002")}
+    told = {user: (row["age"], keys["club"][row["club"]]) for user, row in samples.items()}
+    assert told.pop("moves") == (pytest.approx(float("nan"), nan_ok=True), "c4")
+    assert told == {"stays": (1.0, "c1"), "comes": (3.0, "c3")}
 
 
 def test_histories_are_as_long_as_the_state(tmp_path: Path) -> None:

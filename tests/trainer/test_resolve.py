@@ -28,6 +28,12 @@ INFO = made_up_info(
 )
 
 
+def test_a_later_delivery_may_bring_more_candidates() -> None:
+    later = {"splits": {"train": {"num_candidates": {"q100": 120}}}}
+    info = replace(INFO, details={"statistics": COUNTED, "deliveries": {"part=00001": {"statistics": later}}})
+    assert resolve(load_recipe("own_log"), info).most_candidates == 120
+
+
 @pytest.mark.parametrize(
     ("counted", "max_candidates", "expected"),
     [

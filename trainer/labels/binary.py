@@ -88,9 +88,13 @@ def build(config: LabelConfig, info: DatasetInfo) -> Binary:
 
 
 def action_rates(info: DatasetInfo) -> dict[str, float]:
-    """How often each action was taken of the training split's candidates, as far as the data's description says."""
+    """How often each action was taken of the training split's candidates, as far as the data's description says.
+
+    Where the data has several parts, it is the first whose candidates are counted.
+    """
+    described = info.details.get("statistics", {}).get("splits", {}).get("train", {})
     candidates = info.splits["train"].candidates if "train" in info.splits else 0
-    positives: dict[str, int] = (
-        info.details.get("statistics", {}).get("splits", {}).get("train", {}).get("positives", {})
-    )
+    if len(info.parts) > 1:
+        candidates = described.get("candidates", 0)
+    positives: dict[str, int] = described.get("positives", {})
     return {name: count / candidates for name, count in positives.items()} if candidates else {}

@@ -1,6 +1,7 @@
 """Each kind of label: targets, loss, prediction and metrics against definitions written out here."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.features import DatasetInfo, parse_dataset_info
+from trainer.labels.binary import action_rates
 from trainer.labels.build import build_labels
 from trainer.labels.config import LabelConfig
 from trainer.labels.kind import LabelKind
@@ -36,6 +38,15 @@ def info(**numbers: dict[str, Any]) -> DatasetInfo:
         "statistics": {"splits": {"train": {"positives": {"view": 90, "click": 20}}}},
     }
     return parse_dataset_info(values, "shop")
+
+
+def test_rates_of_a_first_part_are_measured_by_its_own_candidates() -> None:
+    """The others' candidates are counted elsewhere: with them every action would look rarer than it is."""
+    first = info()
+    counted = {"candidates": 40, "positives": {"view": 30, "click": 10}}
+    several = replace(first, parts=(".", "part=00001"), details={"statistics": {"splits": {"train": counted}}})
+    assert action_rates(several) == {"view": 0.75, "click": 0.25}
+    assert action_rates(first) == {"view": 0.9, "click": 0.2}
 
 
 def labels(**values: Tensor) -> Any:
