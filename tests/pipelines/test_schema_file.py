@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,18 @@ def random_schema(generator: np.random.Generator) -> dict[str, dict[str, str]]:
     return schema
 
 
-def toml_of(schema: dict[str, dict[str, str]]) -> str:
+WEIGHTS = {"weight": "importance", "keep_rate": "kept"}
+"""Columns of the log that some schemas name for these."""
+
+
+def toml_of(schema: dict[str, dict[str, str]], weights: Iterable[str] = ()) -> str:
     """The schema file; many ids are lists in Parquet and JSON, and divided by | in CSV."""
 
     def entry(kind: str) -> str:
         space = kind.strip("[]")
         return f'{{ of = ["{space}"], separator = "|" }}' if kind.startswith("[") else f'"{space}"'
 
-    text = HEAD
+    text = HEAD + "".join(f'{name} = "{WEIGHTS[name]}"\n' for name in weights)
     for part, columns in schema.items():
         table = f"{part}.columns" if part in ("users", "items") else part
         lines = [f"{name} = {entry(kind)}" for name, kind in columns.items()]
@@ -82,6 +87,7 @@ def random_log(schema: dict[str, dict[str, str]], generator: np.random.Generator
         for time in times:
             row = {"who": f"u{user}", "what": f"i{generator.integers(0, 8)}", "when": HOUR + int(time)}
             row |= {"buy": int(generator.integers(2)), "like": int(generator.integers(2))}
+            row |= {"importance": float(generator.integers(5)), "kept": float(generator.integers(1, 5)) / 4}
             for name, kind in columns.items():
                 row[name] = random_value(kind, generator, gaps=0.0 if name in labels else 0.2)
             rows.append(row)
@@ -140,6 +146,7 @@ def test_random_schemas_against_a_plain_reading(tmp_path: Path, seed: int) -> No
     generator = np.random.default_rng(seed)
     schema = random_schema(generator)
     rows = random_log(schema, generator)
+    weights = [name for name in WEIGHTS if generator.random() < 0.5]
     kinds = {name: kind for part in ("sample", *STORED) for name, kind in schema[part].items()}
     attributes = {
         "users": [{"who": f"u{user}"} for user in range(5)],
@@ -154,9 +161,9 @@ def test_random_schemas_against_a_plain_reading(tmp_path: Path, seed: int) -> No
             write_rows(source / f"{name}.csv", entries, schema[name])
     for number, suffix in enumerate(generator.choice(["csv", "parquet", "jsonl"], 3)):
         write_rows(source / f"{number}.{suffix}", rows[number::3], kinds)
-    (tmp_path / "schema.toml").write_text(toml_of(schema))
+    (tmp_path / "schema.toml").write_text(toml_of(schema, weights))
     options = ("--schema", str(tmp_path / "schema.toml"), "--samples-per-user", "0", "--candidates", "3", "--no-counts")
-    assert prepare("event_log", source, tmp_path / "out", *options) == 0
+    assert prepare("event_log", source, tmp_path / "out", *options, "--split-time", str(HOUR + 30_000)) == 0
 
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     reading = Reading(tmp_path / "out")
@@ -176,6 +183,8 @@ def test_random_schemas_against_a_plain_reading(tmp_path: Path, seed: int) -> No
                 assert len(values) == len(spans[part])
                 assert all(reading.same(kind, each, row[name]) for each, row in zip(values, spans[part], strict=True))
                 checked += len(values)
+        for name in weights:
+            assert sample[f"label_{info[name]}"] == [row[WEIGHTS[name]] for row in spans["label"]]
         for name, kind in schema["sample"].items():
             known = [row[name] for row in ours if row[name] not in (None, [])]
             assert reading.same(kind, sample[name], known[0] if known else None)
