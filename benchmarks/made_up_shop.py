@@ -4,7 +4,7 @@ Every day brings new users, new items, new keys of nearly every column and, for 
 decides an action is the item's brand, the user's taste for its category, and the surface that it was shown on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,12 @@ def write_delivery(folder: Path, days: Sequence[Day]) -> Path:
     (folder / "attributes").mkdir(parents=True)
     for number, day in enumerate(days):
         pq.write_table(day.log, folder / f"log-{number}.parquet")
-    for name, key in (("users", "customer"), ("items", "sku")):
-        pq.write_table(newest(getattr(day, name) for day in days), folder / "attributes" / f"{name}.parquet")
-        assert key in getattr(days[0], name).column_names
+    for name, tables in (("users", [day.users for day in days]), ("items", [day.items for day in days])):
+        pq.write_table(newest(tables), folder / "attributes" / f"{name}.parquet")
     return folder
 
 
-def newest(tables: Any) -> pa.Table:
+def newest(tables: Iterable[pa.Table]) -> pa.Table:
     """The last row of each key, the first column."""
     table = pa.concat_tables(tables)
     keys = table.column(0).to_numpy(zero_copy_only=False)

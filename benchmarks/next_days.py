@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the result goes")
     arguments = parser.parse_args()
     found = three_days(arguments.work, arguments.users, changing=not arguments.unchanging)
-    report = {"hardware": hardware(), "users": arguments.users, **found}
+    report = {"hardware": {**hardware(), "cores": os.cpu_count()}, "users": arguments.users, **found}
     print(table(report))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
