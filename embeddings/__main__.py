@@ -1,15 +1,19 @@
-"""Read sharding plans, and plan tables for clusters that need not be there; needs no torch.
+"""Read sharding plans, and plan tables for clusters that need not be there; needs no torch but to measure a machine.
 
     python -m embeddings PLAN           print the plan of a file: placement, reasons, memory of each rank
     python -m embeddings OLD NEW        print what changes between two plans, and how many bytes of rows move
-    python -m embeddings plan TABLES.json --machines h100x8,own.json --ranks 8..512
+    python -m embeddings plan TABLES.json --machines h100-8,own.json --ranks 8..512
                                         which clusters hold some tables, how fast, for how much (embeddings/capacity.py)
+    python -m embeddings probe --out MACHINE.json
+                                        measure this machine for the planner (embeddings/probe.py)
 
 `python -m trainer plan` makes files for the first two.  Exit status: 0 done, 1 no cluster holds the tables, 2 wrong
 use.
 """
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +27,9 @@ from embeddings.report import plan_differences, plan_report
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
     try:
-        return plan_capacity(arguments[1:]) if arguments[:1] == ["plan"] else show_plan(arguments)
+        commands = {"plan": plan_capacity, "probe": probe_machine}
+        command = commands.get(arguments[0]) if arguments else None
+        return show_plan(arguments) if command is None else command(arguments[1:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -81,6 +87,29 @@ def plan_capacity(arguments: list[str]) -> int:
         return 0
     print(f"error: {found[-1].problem}", file=sys.stderr)
     return 1
+
+
+def probe_machine(arguments: list[str]) -> int:
+    """Measure this machine and write its file.
+
+    Raises:
+        ValueError: the file cannot be written, or the machine was too busy to be measured.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m embeddings probe", description="Measure this machine for the planner (embeddings/probe.py)."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="MACHINE.json", help="the file to write")
+    out = parser.parse_args(arguments).out
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
+    # torch takes seconds to import, and the other commands do without.
+    from embeddings.probe import machine_file, probe
+
+    text = json.dumps(machine_file(probe()), indent=1) + "\n"
+    if os.environ.get("RANK", "0") == "0":
+        out.write_text(text, encoding="utf-8")
+        print(text + f"written to {out}; use it with --machines {out}, or --set placement.machine={out}")
+    return 0
 
 
 if __name__ == "__main__":

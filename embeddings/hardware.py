@@ -36,11 +36,14 @@ class Rates:
     lookup_group_ms: float = 0.2
     """Fixed time a step of each lookup group: tables of one width, sharding type and kernel share one exchange of ids,
     one kernel and one exchange of rows, each way."""
+    lookups_ms: float = 0.0
+    """Fixed time a step of all lookups together; it makes no placement better than another."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not 0 < value < math.inf:
+            least = 0 if field.name == "lookups_ms" else math.ulp(0)
+            if value is not None and not least <= value < math.inf:
                 unit = "ms" if field.name.endswith("_ms") else "GB/s"
                 raise ValueError(f"rate {field.name} must be a number of {unit} above 0, got {value}")
 

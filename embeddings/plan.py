@@ -113,14 +113,15 @@ class Plan:
         return len({(table.embedding_dim, table.sharding_type, table.kernel) for table in self.tables.values()})
 
     @property
-    def lookup_groups_ms(self) -> float:
-        """Fixed time of all lookup groups, a step."""
-        return self.lookup_groups * self.machine.effective_rates.lookup_group_ms
+    def fixed_ms(self) -> float:
+        """Fixed time of the lookups and of each lookup group, a step."""
+        rates = self.machine.effective_rates
+        return rates.lookups_ms + self.lookup_groups * rates.lookup_group_ms
 
     @property
     def step_ms(self) -> float:
         """Estimated time of all tables on the busiest rank, a step."""
-        return max(rank.step_ms for rank in self.ranks) + self.lookup_groups_ms
+        return max(rank.step_ms for rank in self.ranks) + self.fixed_ms
 
     def shards(self, name: str) -> tuple[Shard, ...]:
         """Where each part of a table lies."""

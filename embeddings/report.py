@@ -130,7 +130,7 @@ def _totals(plan: Plan) -> str:
         f"+ {size_text(reserved.dense_bytes)} dense model + {size_text(reserved.activation_bytes)} activations",
         f"imbalance (largest over mean): memory {_imbalance(memory):.2f}, time {_imbalance(times):.2f}; "
         f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank, of which "
-        f"{plan.lookup_groups_ms:.3g} ms are fixed costs of {plan.lookup_groups} "
+        f"{plan.fixed_ms:.3g} ms are fixed costs of {plan.lookup_groups} "
         f"lookup group{'s' if plan.lookup_groups > 1 else ''}",
     ]
     return "\n".join(lines)

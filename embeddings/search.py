@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations
 
+from embeddings.hardware import Rates
 from embeddings.kinds.kind import ShardCost
 from embeddings.options import Option
 from embeddings.problem import Problem
@@ -79,14 +80,14 @@ class Packer:
         local_world_size: int,
         memory_bytes: int,
         host_bytes: int,
-        lookup_group_ms: float,
+        rates: Rates,
     ) -> None:
         self.options = options
         self.memory_bytes = memory_bytes
         self._world_size = world_size
         self._local_world_size = local_world_size
         self._host_bytes = host_bytes
-        self._lookup_group_ms = lookup_group_ms
+        self._rates = rates
 
     def pack(self, choice: Choice) -> Packing:
         """Deal out `choice` by time, which balances better; if that does not fit, by size, which fits more."""
@@ -176,7 +177,7 @@ class Packer:
         excess = sum(memory - self.memory_bytes for memory in loads.memory if memory > self.memory_bytes)
         excess += sum(host - self._host_bytes for host in loads.host if host > self._host_bytes)
         groups = {self.options[i][index].group for i, index in enumerate(choice)}
-        busiest = max(loads.ms) + len(groups) * self._lookup_group_ms
+        busiest = max(loads.ms) + self._rates.lookups_ms + len(groups) * self._rates.lookup_group_ms
         return Packing(choice, ranks_of, (excess, busiest, sum(loads.ms), max(loads.memory)))
 
 
@@ -188,7 +189,7 @@ def make_packer(problem: Problem, options: Sequence[Sequence[Option]]) -> Packer
         local_world_size=problem.machine.local_world_size,
         memory_bytes=problem.available_bytes,
         host_bytes=problem.host_bytes,
-        lookup_group_ms=problem.machine.effective_rates.lookup_group_ms,
+        rates=problem.machine.effective_rates,
     )
 
 

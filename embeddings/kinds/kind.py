@@ -91,7 +91,9 @@ class Work:
 
     @property
     def link_bytes_per_ms(self) -> float:
-        """Rate of an exchange among all ranks: that of the slowest link in it."""
+        """Rate of an exchange among all ranks: that of the slowest link in it.  One rank exchanges nothing."""
+        if self.machine.world_size == 1:
+            return math.inf
         rates = self.machine.effective_rates
         across = self.machine.world_size > self.machine.local_world_size
         return (rates.across_nodes if across else rates.within_node) * _GB_PER_S_IN_BYTES_PER_MS
@@ -155,6 +157,10 @@ def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:
 
 
 def buffer_bytes(work: Work, ids: float, columns: int) -> float:
-    """Ids and rows in flight on a rank that looks up `ids`; a GPU's pipeline holds the ids of two batches."""
-    batches = 2 if work.machine.compute_device == "cuda" else 1
-    return batches * math.ceil(ids * ID_BYTES) + math.ceil(ids * columns * FLOAT_BYTES)
+    """Ids and rows in flight on a rank that looks up `ids`; a GPU's pipeline holds the ids of two batches.
+
+    The rows lie there three times on a GPU, as measured on one (`benchmarks/placements.py`): as looked up, as their
+    gradient, and once more in the order of the other side while either is put into it.
+    """
+    batches, copies = (2, 3) if work.machine.compute_device == "cuda" else (1, 1)
+    return batches * math.ceil(ids * ID_BYTES) + copies * math.ceil(ids * columns * FLOAT_BYTES)

@@ -264,12 +264,13 @@ def whole(parts_of_ranks: Sequence[dict[str, list[Part]]]) -> dict[str, Tensor]:
     tensors = {}
     for name, pieces in parts.items():
         ends = [[first + size for first, size in zip(offset, values.shape, strict=True)] for offset, values in pieces]
-        tensor = torch.full([max(sizes) for sizes in zip(*ends, strict=True)], torch.nan, dtype=pieces[0][1].dtype)
+        tensor = torch.zeros([max(sizes) for sizes in zip(*ends, strict=True)], dtype=pieces[0][1].dtype)
+        there = torch.zeros(tensor.shape, dtype=torch.bool)
         for (offset, values), end in zip(pieces, ends, strict=True):
             place = tuple(slice(first, last) for first, last in zip(offset, end, strict=True))
-            assert tensor[place].isnan().all() or torch.equal(tensor[place], values), name
-            tensor[place] = values
-        assert not tensor.isnan().any(), name
+            assert not there[place].any() or torch.equal(tensor[place], values.cpu()), name
+            tensor[place], there[place] = values.cpu(), True
+        assert there.all() and not tensor.isnan().any(), name
         tensors[name] = tensor
     return tensors
 

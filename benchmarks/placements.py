@@ -1,0 +1,214 @@
+"""Predicted time and memory of tables beside what a GPU takes, the way through the modules beside FBGEMM's bare kernel.
+
+Run on a GPU: python -m benchmarks.placements [--machine MACHINE.json] [--json FILE] [--parts init placements bare]
+
+`placements`: tables of one rank, looked up and updated with uniform ids; estimates from peaks and, with `--machine`,
+from the rates that `python -m embeddings probe` measured there.  `bare`: the same ids through FBGEMM's
+SplitTableBatchedEmbeddingBags without TorchRec.  `init`: initial rows a second.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch._C._distributed_c10d import HashStore
+
+from embeddings.config import ComputeKernel, PlacementConfig, RowType, TableConfig
+from embeddings.hardware import node_type
+from embeddings.initial_rows import fill
+from embeddings.machine import Machine
+from embeddings.plan import Plan
+from embeddings.planning import evaluate
+from embeddings.problem import Problem
+from embeddings.trial import BATCHES, OPTIMIZER, Trial, median_ms
+
+Case = tuple[int, int, int, int, RowType, ComputeKernel]
+"""Tables, rows and columns of each, ids of each, type of rows, kernel."""
+
+CASES: dict[str, Case] = {
+    "1 x 40M x 128, 1M ids": (1, 40_000_000, 128, 2**20, "float32", "fused"),
+    "1 x 40M x 128, 52K ids": (1, 40_000_000, 128, 52_416, "float32", "fused"),
+    "10 x 4M x 128, 105K ids": (10, 4_000_000, 128, 104_832, "float32", "fused"),
+    "50 x 500K x 128, 4K ids": (50, 500_000, 128, 4096, "float32", "fused"),
+    "50 x 500K x 128, 32K ids": (50, 500_000, 128, 32_768, "float32", "fused"),
+    "4 x 5M x 512, 64K ids": (4, 5_000_000, 512, 65_536, "float32", "fused"),
+    "1 x 40M x 16, 1M ids": (1, 40_000_000, 16, 2**20, "float32", "fused"),
+    "4 x 10M x 64, 262K ids": (4, 10_000_000, 64, 2**18, "float32", "fused"),
+    "1 x 40M x 128 fp16, 1M ids": (1, 40_000_000, 128, 2**20, "float16", "fused"),
+    "10 x 1M x 256 fp16, 52K ids": (10, 1_000_000, 256, 52_416, "float16", "fused"),
+    "1 x 20M x 128 cached, 262K ids": (1, 20_000_000, 128, 2**18, "float32", "fused_uvm_caching"),
+    "4 x 4M x 64 cached, 64K ids": (4, 4_000_000, 64, 65_536, "float32", "fused_uvm_caching"),
+    "1 x 8M x 128 in host memory, 64K ids": (1, 8_000_000, 128, 65_536, "float32", "fused_uvm"),
+}
+DEVICE = torch.device("cuda")
+
+
+def tables_of(case: Case) -> list[TableConfig]:
+    """The tables of a case, one feature each."""
+    count, rows, columns, _, dtype, _ = case
+    return [
+        TableConfig(name=f"t{i}", num_embeddings=rows, embedding_dim=columns, features=(f"t{i}",), dtype=dtype)
+        for i in range(count)
+    ]
+
+
+def one_rank(machine_file: str | None) -> Machine:
+    """This GPU; with a machine's file, at its rates."""
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    machine = Machine(world_size=1, local_world_size=1, compute_device="cuda", hbm_gib=memory, ddr_gib=100.0)
+    if machine_file is None:
+        return machine
+    node = node_type(machine_file)
+    return replace(machine, rates=node.rates, calibration=node.calibration)
+
+
+def placements(machine_file: str | None) -> dict[str, Any]:
+    """Each case measured, and what was predicted of it."""
+    return {"cases": {name: placement(case, machine_file) for name, case in CASES.items()}}
+
+
+def placement(case: Case, machine_file: str | None) -> dict[str, float]:
+    """Milliseconds and GiB of one case, predicted and measured."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    machine = one_rank(machine_file)
+    trial = made(case, machine)
+    # A pipeline holds two batches; the other six are the trial's own.
+    own = sum(batch.values().nbytes for batch in trial.batches[2:])
+    row = {"measured_ms": median_ms(trial.step, DEVICE), "planned_ms": trial.plan.step_ms}
+    row["peak_gib"] = (torch.cuda.max_memory_allocated() - before - own) / 2**30
+    row["planned_gib"] = trial.plan.ranks[0].memory_bytes / 2**30
+    row["peaks_ms"] = at_peaks(trial.plan, case).step_ms
+    return row
+
+
+def made(case: Case, machine: Machine) -> Trial:
+    """The case on this GPU."""
+    placed = PlacementConfig(compute_kernels=(case[5],), reserved_fraction=0.0)
+    return Trial(tables_of(case), case[3], machine=machine, placement=placed, rank=0)
+
+
+def at_peaks(plan: Plan, case: Case) -> Plan:
+    """The same plan with the data sheet's rates."""
+    machine = replace(plan.machine, rates=None, calibration="")
+    problem = Problem(
+        tables=tuple(tables_of(case)),
+        machine=machine,
+        placement=PlacementConfig(compute_kernels=(case[5],)),
+        optimizer=OPTIMIZER,
+        load=plan.load,
+        reservation=plan.reservation,
+    )
+    tables = {name: replace(table, candidates=()) for name, table in plan.tables.items()}
+    return evaluate(problem, tables)
+
+
+def bare(machine_file: str | None) -> dict[str, Any]:
+    """FBGEMM's kernel called with the trial's own batches, beside the whole way."""
+    rows = {}
+    for name in ("1 x 40M x 128, 1M ids", "10 x 4M x 128, 105K ids", "10 x 1M x 128, 5K ids"):
+        case = CASES.get(name, (10, 1_000_000, 128, 5_248, "float32", "fused"))
+        gc.collect()
+        torch.cuda.empty_cache()
+        trial = made(case, one_rank(machine_file))
+        row = {"trial_ms": median_ms(trial.step, DEVICE)}
+        step = bare_step(case, trial)
+        row["bare_ms"] = median_ms(step, DEVICE)
+        rows[name] = row | {"ratio": row["trial_ms"] / row["bare_ms"]}
+    return rows
+
+
+def bare_step(case: Case, trial: Trial) -> Callable[[], None]:
+    """Lookup without pooling, backward pass and update of the trial's batches in turn."""
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        [
+            (table.num_embeddings, table.embedding_dim, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
+            for table in tables_of(case)
+        ],
+        pooling_mode=PoolingMode.NONE,
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.02,
+        device=DEVICE,
+    )
+    gradient = torch.randn(case[0] * case[3], case[2], device=DEVICE)
+    numbers = itertools.cycle(range(BATCHES))
+
+    def step() -> None:
+        batch = trial.batches[next(numbers)]
+        kernel(batch.values(), batch.offsets()).backward(gradient)
+
+    return step
+
+
+def init(machine_file: str | None) -> dict[str, float]:
+    """GB/s at which initial rows are made."""
+    del machine_file
+    table = TableConfig(name="t", num_embeddings=40_000_000, embedding_dim=128, features=("t",))
+    rates = {}
+    for dtype in (torch.float32, torch.float16):
+        block = torch.empty(table.num_embeddings, table.embedding_dim, dtype=dtype, device=DEVICE)
+        ms = median_ms(lambda block=block: fill(block, table, 0, 0, seed=1), DEVICE)  # type: ignore[misc]
+        rates[str(dtype)] = block.nbytes / ms / 1e6
+        del block
+        torch.cuda.empty_cache()
+    return rates
+
+
+def errors(cases: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Of all cases: median error of time and memory, part of the pairs in the right order."""
+    rows = list(cases.values())
+    pairs = list(itertools.combinations(rows, 2))
+    right = [(a["planned_ms"] < b["planned_ms"]) == (a["measured_ms"] < b["measured_ms"]) for a, b in pairs]
+    time_errors = [abs(row["planned_ms"] / row["measured_ms"] - 1) for row in rows]
+    memory_errors = [abs(row["planned_gib"] / row["peak_gib"] - 1) for row in rows]
+    return {
+        "median_time_error": statistics.median(time_errors),
+        "median_memory_error": statistics.median(memory_errors),
+        "largest_memory_error": max(memory_errors),
+        "pairs_in_order": sum(right) / len(right),
+    }
+
+
+PARTS: dict[str, Callable[[str | None], dict[str, Any]]] = {"init": init, "placements": placements, "bare": bare}
+
+
+def main() -> None:
+    """Runs the parts, prints each as it is done, and writes JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--machine", help="a machine's file, for its rates")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/placements.json"))
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    arguments = parser.parse_args()
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1)
+    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    if arguments.machine is not None:
+        results["rates"] = json.loads(Path(arguments.machine).read_text())["rates"]
+    for part in arguments.parts:
+        results[part] = PARTS[part](arguments.machine)
+        if part == "placements":
+            results["errors"] = errors(results[part]["cases"])
+        print(part, json.dumps(results[part], indent=1), flush=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results.get("errors", {})))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Measure what the planner assumes, on the machine at hand, and write a machine's file.
+
+    python -m embeddings probe --out MACHINE.json                              one process
+    torchrun --nproc-per-node 8 -m embeddings probe --out MACHINE.json         exchanges too
+
+What is measured are the steps that the planner estimates, lookup with backward pass and update through the same
+modules as in training, so that rates are those that lookups reach and not peaks.  A rate is what makes the kind's own
+estimate equal to the time that further ids take; what few ids take is the fixed time of a lookup group.  Rates that a
+job of this size cannot measure keep the data sheet's, and `calibration` says so.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
+from embeddings.hardware import CPU_RATES, NodeType, Rates, gpu_with_name
+from embeddings.host import host_memory_gib
+from embeddings.kinds.kind import Blocks, Work
+from embeddings.kinds.registry import KINDS
+from embeddings.machine import Machine
+from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
+
+FEW_IDS = BAG_IDS
+MANY_IDS = {"cuda": (2**19, 2**21), "cpu": (2**13, 2**16)}
+"""Two numbers of ids between whose times the rate is told: on a GPU, so many that it does not wait for its host."""
+ROWS = {"cuda": 4_000_000, "cpu": 200_000}
+WIDTH = 128
+WIDTHS = (64, 96, 128, 160)
+"""As many lookup groups."""
+EXCHANGED_BYTES = {"cuda": 2**28, "cpu": 2**24}
+COPIED_BYTES = 2**28
+
+_VERY_FAST = 1e15
+
+
+def probe() -> NodeType:
+    """The node that this process runs on, with the rates that it reaches.  Called by every rank of a job.
+
+    Raises:
+        ValueError: more ids took no more time, so that no rate can be told.
+    """
+    with _joined() as machine:
+        device = torch.device(machine.compute_device)
+        rates, measured = machine.effective_rates, ["lookups"]
+        if machine.world_size > 1:
+            link = _exchange_rate(machine.world_size, device)
+            across = machine.world_size > machine.local_world_size
+            rates = replace(rates, **{"across_nodes" if across else "within_node": link})
+            measured.append(f"exchange of {machine.world_size} ranks")
+        if device.type == "cuda":
+            rates = replace(rates, host_link=_copy_rate())
+            measured += ["host link", "host tables"]
+        lookups_ms, group_ms = _fixed_ms(replace(machine, rates=rates))
+        rates = replace(rates, lookups_ms=lookups_ms, lookup_group_ms=group_ms)
+        rates = replace(rates, device=_lookup_rate(replace(machine, rates=rates), "fused", "device"))
+        if device.type == "cuda":
+            rates = replace(rates, cached=_lookup_rate(replace(machine, rates=rates), "fused_uvm_caching", "cached"))
+            rates = replace(rates, uncached=_lookup_rate(replace(machine, rates=rates), "fused_uvm", "uncached"))
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+        return NodeType(
+            cpus=os.cpu_count() or 0,
+            gpus=torch.cuda.device_count(),
+            hbm_gib=machine.hbm_gib,
+            host_gib=host_memory_gib(1),
+            rates=rates,
+            calibration=f"measured on {name} ({', '.join(measured)})",
+        )
+
+
+def machine_file(node: NodeType) -> dict[str, object]:
+    """What the file of a machine holds; rates to four digits, which is more than a second measurement repeats."""
+    values = {key: value for key, value in asdict(node).items() if value is not None}
+    return values | {"rates": {key: float(f"{rate:.4g}") for key, rate in values["rates"].items() if rate is not None}}
+
+
+@contextmanager
+def _joined() -> Iterator[Machine]:
+    """The job's ranks, as torchrun's variables say; one without them."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if cuda else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else None
+    known = gpu_with_name(torch.cuda.get_device_name()) if cuda else None
+    try:
+        yield Machine(
+            world_size=world_size,
+            local_world_size=local_world_size,
+            compute_device="cuda" if cuda else "cpu",
+            hbm_gib=memory,
+            ddr_gib=host_memory_gib(local_world_size),
+            rates=CPU_RATES if not cuda else known.rates if known is not None else None,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _table(width: int, rows: int) -> TableConfig:
+    name = f"wide_{width}"
+    return TableConfig(name=name, num_embeddings=rows, embedding_dim=width, features=(name,))
+
+
+def _kind(machine: Machine) -> str:
+    return "row_wise" if machine.world_size > 1 else "table_wise"
+
+
+def _step_ms(tables: list[TableConfig], ids: int, machine: Machine, kernel: ComputeKernel) -> float:
+    placement = PlacementConfig(sharding_types=(_kind(machine),), compute_kernels=(kernel,))
+    trial = Trial(tables, ids, machine=machine, placement=placement, rank=dist.get_rank())
+    return median_ms(trial.step, torch.device(machine.compute_device))
+
+
+def _fixed_ms(machine: Machine) -> tuple[float, float]:
+    """What lookups take at all, and what each group adds, of next to no ids."""
+    tables = [_table(width, 1000 * machine.world_size) for width in WIDTHS]
+    one, all_of_them = (_step_ms(few, FEW_IDS, machine, "fused") for few in (tables[:1], tables))
+    # Where one group takes more than its part, the rest is the beginning's.
+    group_ms = max(all_of_them - one, 0.1 * one) / (len(tables) - 1)
+    return max(one - group_ms, 0.0), group_ms
+
+
+def _lookup_rate(machine: Machine, kernel: ComputeKernel, rate: str) -> float:
+    """The value of `rate` with which the estimate of further ids is what they take."""
+    table = _table(WIDTH, ROWS[machine.compute_device])
+    few, many = MANY_IDS[machine.compute_device]
+    taken = _step_ms([table], many, machine, kernel) - _step_ms([table], few, machine, kernel)
+    rest = _estimate_ms(machine, table, kernel, rate, _VERY_FAST, many - few)
+    of_rate = _estimate_ms(machine, table, kernel, rate, 1.0, many - few) - rest
+    if not rest < taken:
+        raise ValueError(
+            f"{many:,} ids of a {kernel} table took {taken:.3g} ms longer than {few:,}, less than their exchange alone "
+            f"({rest:.3g} ms): measure again while nothing else runs on the machine"
+        )
+    return of_rate / (taken - rest)
+
+
+def _estimate_ms(
+    machine: Machine, table: TableConfig, kernel: ComputeKernel, rate: str, value: float, ids: int
+) -> float:
+    """What the planner makes of so many ids when a rate has this value."""
+    assert machine.rates is not None
+    rates: Rates = replace(machine.rates, **{rate: value})
+    work = Work(
+        table=table, optimizer=OPTIMIZER.kind, kernel=kernel, machine=replace(machine, rates=rates), ids=float(ids)
+    )
+    kind = KINDS[_kind(machine)]
+    blocks: Blocks = kind.cuts(table, machine.world_size)[0][0]
+    return kind.cost(work, blocks).ms
+
+
+def _exchange_rate(world_size: int, device: torch.device) -> float:
+    """GB/s that a rank sends while all send to all, its own part included, as estimates count."""
+    sent = torch.ones(EXCHANGED_BYTES[device.type] // 4 // world_size * world_size, device=device)
+    received = torch.empty_like(sent)
+    ms = median_ms(lambda: dist.all_to_all_single(received, sent), device)
+    return sent.numel() * 4 / ms / 1e6
+
+
+def _copy_rate() -> float:
+    """GB/s from pinned host memory to the device."""
+    source = torch.ones(COPIED_BYTES // 4, pin_memory=True)
+    target = torch.empty(COPIED_BYTES // 4, device="cuda")
+    ms = median_ms(lambda: target.copy_(source, non_blocking=True), torch.device("cuda"))
+    return COPIED_BYTES / ms / 1e6
