@@ -27,6 +27,11 @@ class Inputs:
     def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor) -> None:
         self._contents, self._host_memory, self._memory = contents, host_memory, memory
 
+    @property
+    def padded(self) -> bool:
+        """Whether the last sample is padding, which stands for nothing."""
+        return self._contents.padded
+
     @cached_property
     def features(self) -> KeyedJaggedTensor:
         """The ids to look up: a key a feature of ids.  Bags are not rows (`packed.bag_lens`)."""
@@ -159,6 +164,20 @@ class Batch(Pipelineable):
         self.imbalance = contents.imbalance
 
     @property
+    def contents(self) -> Contents:
+        """What is known of it besides its arrays."""
+        return self._contents
+
+    @property
+    def host_memory(self) -> Tensor:
+        """[bytes] uint8: its arrays as they were read."""
+        return self._host_memory
+
+    def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from which a device copies asynchronously."""
+        return Batch(self._contents, self._host_memory.pin_memory())
+
+    @property
     def features(self) -> KeyedJaggedTensor:
         """The inputs' ids to look up: what a model's tables are called with."""
         return self.inputs.features
@@ -166,6 +185,10 @@ class Batch(Pipelineable):
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The batch with its memory on `device`."""
         return Batch(self._contents, self._host_memory, self._memory.to(device, non_blocking=non_blocking))
+
+    def copy_(self, other: "Batch") -> None:
+        """Write another batch of the same sizes over this one's device memory."""
+        self._memory.copy_(other._memory, non_blocking=True)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` uses the device tensors."""

@@ -68,6 +68,8 @@ class Contents:
     """History events and candidates of the global batch."""
     imbalance: float
     """Largest over mean modelled cost of the ranks' shares of this global batch; the same number on every rank."""
+    padded: bool = False
+    """The last sample is padding: see `pipelines.padding`."""
 
 
 @dataclass(frozen=True, slots=True)

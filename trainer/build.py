@@ -16,6 +16,7 @@ from trainer.command_line import WrongUse
 from trainer.mesh import Mesh
 from trainer.models.model import Model
 from trainer.parallelize import ParallelModel, parallelize
+from trainer.recording import record_steps
 from trainer.resolve import Resolved
 
 
@@ -78,4 +79,6 @@ def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = Non
 
 def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:
     """The model, sharded as `plan` says, with initial values.  Called by every rank, with the same plan."""
-    return parallelize(build_model(resolved, mesh.device), plan, resolved.config, mesh)
+    model = parallelize(build_model(resolved, mesh.device), plan, resolved.config, mesh)
+    record_steps(model, resolved, mesh)
+    return model

@@ -205,6 +205,9 @@ class TrainConfig:
     deterministic: bool = False
     """Only operations that give the same bits every time, on a GPU too (a CPU's do); slower.  Losses of steps that are
     taken again after a failure must then be the same, or the run stops."""
+    recorded: Literal["auto", "on", "off"] = "auto"
+    """Replay the dense part of steps as CUDA graphs, one for each size of batch, instead of launching kernel by kernel
+    (`trainer.recording`).  auto: where that can be, and the log says why where it cannot; on: else an error."""
     overlap: Literal["sparse_dist", "prefetch", "plain"] = "sparse_dist"
     """sparse_dist: the copy and input dist of coming batches overlap with a step.  prefetch: the filling of the tables'
     device cache too (for fused_uvm_caching tables).  plain: nothing does."""

@@ -42,6 +42,7 @@ from trainer.optim import settle_schedule
 from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
+from trainer.recording import check_recorded
 from trainer.resolve import Resolved, resolve
 from trainer.run_dir import CHANGEABLE, RunDir, locked
 from trainer.run_log import logged
@@ -270,6 +271,7 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     config = resolved.config
     resolved.task.check_training_data()
     check_overlap(config.overlap, mesh.device)
+    check_recorded(resolved, mesh)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
     open_source(config.data, "eval", resolved.task.selection)

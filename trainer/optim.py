@@ -6,6 +6,7 @@ the dense parameters only.  The learning rate is a pure function of the step; a 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,21 +65,29 @@ class Optimizers:
         self, dense_module: nn.Module, tables: TableOptimizers, config: DenseOptimizerConfig, schedule: ScheduleConfig
     ) -> None:
         self._names = {parameter: name for name, parameter in dense_module.named_parameters()}
+        device = next(iter(self._names)).device
+        # Steps that are recorded read the rate on the device, and others the same one: so they have the same bits.
+        on_gpu = device.type == "cuda"
+        rate = torch.tensor(config.learning_rate, dtype=torch.float32, device=device) if on_gpu else None
         self._dense = torch.optim.Adam(
             self._names,
-            lr=config.learning_rate,
+            lr=config.learning_rate if rate is None else rate,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
             # One kernel for all parameters.
             fused=True,
+            capturable=on_gpu,
         )
+        self.update: Callable[[], None] = self.clip_and_update
+        """Clips and applies the dense gradients; `trainer.recording` puts a recording in its place."""
         self.tables = tables
         self._max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
-        self.gradient_norm = torch.zeros(())
+        self._norm = torch.zeros((), device=device)
+        self.gradient_norm = self._norm
         """[] of all dense gradients in the newest step, before clipping; on the device."""
         self._schedule = schedule
-        self._base_rates = [group["lr"] for group in self._groups()]
+        self._base_rates = [float(group["lr"]) for group in self._groups()]
 
     def _groups(self) -> list[dict[str, Any]]:
         return [*self._dense.param_groups, *self.tables.param_groups]
@@ -87,7 +96,10 @@ class Optimizers:
         """Set every learning rate for optimizer step `step`, before its forward pass; returns the factor."""
         factor = learning_rate_factor(step, self._schedule)
         for group, rate in zip(self._groups(), self._base_rates, strict=True):
-            group["lr"] = rate * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
         return factor
 
     def zero_grad(self) -> None:
@@ -97,12 +109,18 @@ class Optimizers:
 
     def step(self) -> None:
         """Clip and apply the dense gradients; they are the same on every rank, so no communication is needed."""
-        parameters = list(self._names)
-        self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if math.isfinite(self._max_norm):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self.gradient_norm)
-        self._dense.step()
+        self.update()
+        # The next step overwrites it.
+        self.gradient_norm = self._norm.clone()
         self.tables.step()
+
+    def clip_and_update(self) -> None:
+        """The dense part of a step."""
+        parameters = list(self._names)
+        self._norm.copy_(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if math.isfinite(self._max_norm):
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self._norm)
+        self._dense.step()
 
     def dense_state(self) -> dict[str, Tensor]:
         """Adam's state, one live tensor a key `parameter/state`; zeros before a first step."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import reference
+from attention_kernels.attention import padding
 from attention_kernels.attention.checks import (
     TRITON_DTYPES,
     Backend,
@@ -85,8 +86,11 @@ def attention_forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: Attenti
         ValueError: naming the tensor that is wrong.
     """
     check_tensors(q_RHK, k_THK, v_THV, plan.offsets, only_targets=plan.row_offsets is not None)
-    check_total(k_THK, plan.offsets)
-    out: Tensor = _choose_backend(plan.backend, q_RHK, k_THK, v_THV).forward(q_RHK, k_THK, v_THV, plan)
+    check_total(k_THK, plan.offsets, padded=plan.padded)
+    module = _choose_backend(plan.backend, q_RHK, k_THK, v_THV)
+    out: Tensor = module.forward(q_RHK, k_THK, v_THV, plan)
+    if plan.padded:
+        padding.zero([(out, _row_ends(plan))], on_host=module is reference)
     return out
 
 
@@ -147,7 +151,7 @@ def _backward_out(
     """Checks, writes the gradients, and returns their sums over positions if asked for."""
     q, k, v = inputs
     check_tensors(q, k, v, plan.offsets, only_targets=plan.row_offsets is not None)
-    check_total(k, plan.offsets)
+    check_total(k, plan.offsets, padded=plan.padded)
     check_like("dout_RHV", dout, v, rows=q.shape[0], strided=False)
     for i, (gradient, tensor) in enumerate(zip(out, inputs, strict=True)):
         check_like(f"out[{i}]", gradient, tensor, rows=tensor.shape[0])
@@ -171,7 +175,14 @@ def _backward_out(
     total: tuple[Tensor, ...] | None = module.backward(
         Backward(dout=dout, q=q, k=k, v=v, plan=plan, dq=dq, dk=dk, dv=dv, scaled=scaled), sums=sums
     )
+    if plan.padded:
+        padding.zero([(dq, _row_ends(plan)), (dk, plan.offsets), (dv, plan.offsets)])
     return total
+
+
+def _row_ends(plan: AttentionPlan) -> Tensor:
+    """Where each sequence's rows start, and the last one's end."""
+    return plan.offsets if plan.row_offsets is None else plan.row_offsets
 
 
 @functools.cache

@@ -35,6 +35,8 @@ class AttentionPlan:
     scale: float | None = None
     """Factor of the scores; None: 1 / sqrt(K)."""
     max_len: int
+    padded: bool = False
+    """Positions behind the last sequence are padding: nothing sees them, and their output and gradients are 0."""
     backend: Backend = "auto"
     schedules: dict[tuple[Any, ...], "Schedule"] = field(default_factory=dict, init=False, repr=False)
     """Tables of tiles, by what decides them."""
@@ -51,9 +53,13 @@ def make_plan(
     num_targets: Tensor | None = None,
     scale: float | None = None,
     max_len: int = 16384,
+    padded: bool = False,
     backend: Backend = "auto",
 ) -> AttentionPlan:
     """The plan of `hstu_attention`'s problem; arguments as there.
+
+    `padded`: T may lie behind offsets[-1].  What the padding holds has to be finite: tiles of keys reach into it, and
+    their weights of 0 multiply it.
 
     Raises:
         ValueError: naming the argument that is wrong; values are checked where they lie in host memory.
@@ -66,6 +72,7 @@ def make_plan(
         num_targets=None if num_targets is None else num_targets.contiguous(),
         scale=scale,
         max_len=max_len,
+        padded=padded,
         backend=backend,
     )
 
@@ -87,5 +94,6 @@ def plan_of_targets(plan: AttentionPlan) -> AttentionPlan:
         row_offsets=torch.nn.functional.pad(torch.cumsum(plan.num_targets, 0), (1, 0)),
         scale=plan.scale,
         max_len=plan.max_len,
+        padded=plan.padded,
         backend=plan.backend,
     )

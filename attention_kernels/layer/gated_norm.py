@@ -50,7 +50,7 @@ def normalise(p_attention, rows, columns, mask, W: tl.constexpr, C: tl.constexpr
     return centred * rstd[:, None], mean, rstd
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _forward_kernel(
     p_attention,
     p_u,
@@ -60,7 +60,7 @@ def _forward_kernel(
     p_out,
     num_rows,
     eps,
-    seed,
+    p_seed,
     threshold,
     scale,
     W: tl.constexpr,
@@ -81,6 +81,8 @@ def _forward_kernel(
     mask = m_row[:, None] & m_column[None, :]
     Y: tl.constexpr = W + D if CONCAT else 0
     p_rows = p_out + rows[:, None] * (Y + W)
+    if DROPOUT:
+        seed = tl.load(p_seed)
     xhat, _, _ = normalise(p_attention, rows, columns, mask, W, C, group, eps)
     weight = tl.load(p_weight + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + group * C + columns, mask=m_column, other=0.0).to(tl.float32)
@@ -103,7 +105,7 @@ def _forward_kernel(
             tl.store(p_rows + W + x_columns[None, :], x.to(p_out.dtype.element_ty), mask=m_x)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _backward_kernel(
     p_dout,
     p_attention,
@@ -122,7 +124,7 @@ def _backward_kernel(
     du_stride,
     num_rows,
     eps,
-    seed,
+    p_seed,
     threshold,
     scale,
     W: tl.constexpr,
@@ -145,6 +147,8 @@ def _backward_kernel(
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
     du_sum = tl.zeros([ROWS, COLS], tl.float32)
+    if DROPOUT:
+        seed = tl.load(p_seed)
     # A while loop: with numpy 2.4, Triton's interpreter cannot use its tensors as bounds of a range.
     first = tl.program_id(0) * ROWS
     while first < num_rows:
@@ -235,7 +239,7 @@ def forward(
     num_groups: int,
     x_TD: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """`reference.gated_norm` of contiguous inputs.  A program for a block of rows and a group."""
     num_rows = attention_TW.shape[0]
@@ -276,7 +280,7 @@ def backward(
     x_TD: Tensor | None,
     residual_TD: Tensor,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     du: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward`, and its result once more for the output product's weights.

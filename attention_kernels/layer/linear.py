@@ -162,7 +162,7 @@ def gated_norm_fp8(
     num_groups: int,
     x_TD: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     backend: LayerBackend,
 ) -> tuple[Tensor, Tensor]:
     """`operations.gated_norm_forward` and quantisation of its rows: (E4M3 rows, scale).

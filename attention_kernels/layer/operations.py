@@ -83,11 +83,11 @@ def gated_norm_forward(
     num_groups: int = 1,
     x_TD: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | None = None,
     backend: LayerBackend,
 ) -> Tensor:
-    """`reference.gated_norm`."""
-    _check_gated_norm(attention_TW, u_TW, weight, bias, num_groups, x_TD, dropout)
+    """`reference.gated_norm`; `seed` is on x's device, and only dropout needs one."""
+    _check_gated_norm(attention_TW, u_TW, weight, bias, num_groups, x_TD, dropout, seed)
     function = gated_norm_kernels.forward if backend == "triton" else reference.gated_norm
     return function(attention_TW, u_TW, weight, bias, eps, num_groups=num_groups, x_TD=x_TD, dropout=dropout, seed=seed)
 
@@ -105,7 +105,7 @@ def gated_norm_backward(
     num_groups: int = 1,
     x_TD: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | None = None,
     backend: LayerBackend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `gated_norm_forward`; `du` [T, W] is overwritten and may be a slice of a wider buffer.
@@ -113,7 +113,7 @@ def gated_norm_backward(
     Returns (dattention, residual_TD plus the gradient of the concatenated x, the forward's result, dweight, dbias, the
     sum of du over rows).
     """
-    _check_gated_norm(attention_TW, u_TW, weight, bias, num_groups, x_TD, dropout)
+    _check_gated_norm(attention_TW, u_TW, weight, bias, num_groups, x_TD, dropout, seed)
     _check_rows(residual_TD.shape if x_TD is None else x_TD.shape, {"residual_TD": residual_TD}, {})
     width = attention_TW.shape[1] if x_TD is None else 2 * attention_TW.shape[1] + x_TD.shape[1]
     _check_rows((attention_TW.shape[0], width), {"dout": dout}, {})
@@ -163,6 +163,7 @@ def _check_gated_norm(
     num_groups: int,
     x_TD: Tensor | None,
     dropout: float,
+    seed: Tensor | None,
 ) -> None:
     rows = {"attention_TW": attention_TW, "u_TW": u_TW}
     _check_rows(attention_TW.shape, rows, {"weight": weight, "bias": bias})
@@ -172,6 +173,8 @@ def _check_gated_norm(
         raise ValueError(f"num_groups={num_groups} does not divide the width {attention_TW.shape[1]}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+    if dropout > 0 and seed is None:
+        raise ValueError(f"dropout={dropout} needs a seed, a tensor [1] of int64 beside the rows")
 
 
 def _check_rows(shape: Sequence[int], rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:

@@ -47,7 +47,7 @@ def gated_norm(
     num_groups: int = 1,
     x_TD: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """norm(attention) * g with g = silu(u), [T, W]; with `x_TD` the concatenation [g, x, norm(attention) * g],
     [T, 2 W + D].
@@ -61,12 +61,13 @@ def gated_norm(
     if x_TD is not None:
         gated = torch.cat([gate, x_TD.to(kind), gated], dim=1)
     if dropout > 0:
+        assert seed is not None
         gated = gated * keep_mask(gated.shape, dropout, seed, gated.device) / (1 - dropout)
     return gated.to(attention_TW.dtype)
 
 
-def keep_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """Which elements dropout keeps: a hash of seed, row and column, so that a backward can draw it again."""
+def keep_mask(shape: torch.Size, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
+    """Which elements dropout keeps: a hash of seed [1] int64, row and column, so that a backward can draw it again."""
     rows = torch.arange(shape[0], device=device)[:, None]
     columns = torch.arange(shape[1], device=device)[None, :]
     return _hash(_hash(rows + seed) ^ _low_bits(columns * 0x9E3779B9)) >= int(dropout * 2**32)

@@ -85,7 +85,7 @@ def test_a_label_kind_and_its_metric_are_one_module_and_one_entry(monkeypatch: p
     assert loss.num_outputs == 2 and loss.start()[1] == 2.0
     outputs = torch.zeros(4, 2, requires_grad=True)
     labels = SimpleNamespace(action=NUMBERS.action, values=NUMBERS.values, loss_denominator=torch.tensor(4.0))
-    loss(outputs, None, SimpleNamespace(labels=labels)).backward()
+    loss(outputs, None, SimpleNamespace(inputs=SimpleNamespace(padded=False), labels=labels)).backward()
     assert outputs.grad is not None and outputs.grad[:, 1].tolist() != [0.0] * 4
     metrics = LabelMetrics(loss.kinds, torch.device("cpu"))
     metrics.update(*loss.evidence(outputs.detach(), labels), torch.arange(4))

@@ -59,8 +59,8 @@ class RankingLoss(nn.Module):
     def forward(self, outputs_CK: Tensor, looked_up: object, batch: Batch) -> Tensor:
         """This rank's part of the loss: the weighted sum over candidates, over `loss_denominator` of the labels.
 
-        Candidates without a label add nothing to its loss, and count in the denominator.  An empty batch gives 0, with
-        zero gradients.
+        Candidates without a label add nothing to its loss, and count in the denominator; padding does neither.
+        An empty batch gives 0, with zero gradients.
         """
         labels = batch.labels
         targets = [kind.targets(labels) for kind in self.kinds]
@@ -73,8 +73,11 @@ class RankingLoss(nn.Module):
             ],
             dim=1,
         )
-        weights_CL = self._weights(labels, [None] * len(targets))
-        return (losses_CL * weights_CL * self.shares).sum() / labels.loss_denominator
+        terms_CL = losses_CL * self._weights(labels, [None] * len(targets)) * self.shares
+        if batch.inputs.padded:
+            real = batch.inputs.num_candidates[:-1].sum()
+            terms_CL = torch.where(torch.arange(len(terms_CL), device=real.device)[:, None] < real, terms_CL, 0)
+        return terms_CL.sum() / labels.loss_denominator
 
     @property
     def kinds(self) -> list[LabelKind]:

@@ -99,6 +99,13 @@ class InputEncoder(nn.Module):
             gathers.append(Gather(source=context_BCD.flatten(0, 1), rows=tokens.context_rows, once=True))
         return F.dropout(gather_sum(gathers, dtype), self.dropout, self.training), tokens.layout
 
+    def longest(self, inputs: Inputs) -> int:
+        """Tokens of the batch's longest sequence; 0 for an empty batch."""
+        events, candidates = inputs.history_lens_host, inputs.num_candidates_host
+        lens = len(self.context) + (2 if self.interleave else 1) * events + candidates
+        lens = lens[: lens.numel() - inputs.padded]
+        return int(lens.max()) if lens.numel() else 0
+
     def _positions(self, tokens: "_Tokens") -> Tensor:
         """Row of every token in the table of positions, [T]; -1 for context."""
         last = self.position_vectors.shape[0] - 1
@@ -184,6 +191,7 @@ def _pack(inputs: Inputs, num_context: int, *, interleave: bool) -> _Tokens:
         factor * inputs.history_lens_host,
         inputs.num_candidates_host,
         num_context=num_context,
+        padded=inputs.padded,
     )
     user_T, index_T = layout.user_T, layout.index_T - num_context
     is_history_T, is_candidate_T = history_mask(layout), candidate_mask(layout)

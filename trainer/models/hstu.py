@@ -73,14 +73,22 @@ class HstuLayer(nn.Module):
 
     def plan(self, layout: SequenceLayout, mask: SemiLocalMask) -> AttentionPlan:
         """The attention of layers like this one over sequences that lie so."""
+        # Attention leaves out the padding of a padded layout, its last sequence.
+        sequences = layout.num_users - layout.padded
         return make_plan(
-            layout.offsets, mask, num_targets=layout.num_candidates, scale=self.spec.scale, max_len=self.spec.max_len
+            layout.offsets[: sequences + 1],
+            mask,
+            num_targets=layout.num_candidates[:sequences],
+            scale=self.spec.scale,
+            max_len=self.spec.max_len,
+            padded=layout.padded,
         )
 
     def _batch(self, plan: AttentionPlan) -> LayerBatch:
         dropout = self.spec.dropout if self.training else 0.0
-        # The seed is drawn on the host, from the generator that each step seeds: no wait for the device.
-        return LayerBatch(plan=plan, dropout=dropout, seed=int(torch.randint(2**31, ())) if dropout > 0 else 0)
+        # Drawn where it is read, from the generator that each step seeds: a recorded step draws anew.
+        seed = torch.randint(2**31, (1,), device=self.uvqk_weight.device) if dropout > 0 else None
+        return LayerBatch(plan=plan, dropout=dropout, seed=seed)
 
     def parameter_set(self) -> LayerParameters:
         """The layer's parameters under their names."""

@@ -74,8 +74,8 @@ class LayerBatch:
     plan: AttentionPlan
     dropout: float = 0.0
     """The layer's dropout while training, 0 otherwise."""
-    seed: int = 0
-    """Decides which elements dropout zeroes."""
+    seed: Tensor | None = None
+    """[1] int64 on the device: decides which elements dropout zeroes; None without dropout."""
 
 
 class ProductWeights(NamedTuple):

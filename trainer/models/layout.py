@@ -34,6 +34,8 @@ class SequenceLayout:
     """The sequence that each token belongs to, [T] int64."""
     index_T: Tensor
     """Each token's index within its sequence, [T] int64."""
+    padded: bool = False
+    """The last sequence is padding: it fills the batch up to sizes that many batches share."""
 
     @property
     def num_users(self) -> int:
@@ -45,12 +47,6 @@ class SequenceLayout:
         """T."""
         return self.user_T.numel()
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence; 0 for an empty batch."""
-        lens = self.num_context + self.history_lens_host + self.num_candidates_host
-        return int(lens.max()) if lens.numel() else 0
-
 
 def make_layout(
     history_lens: Tensor,
@@ -59,6 +55,7 @@ def make_layout(
     num_candidates_host: Tensor,
     *,
     num_context: int = 0,
+    padded: bool = False,
 ) -> SequenceLayout:
     """The layout of sequences with these lengths."""
     lens = num_context + history_lens + num_candidates
@@ -74,6 +71,7 @@ def make_layout(
         offsets=offsets,
         user_T=user_T,
         index_T=torch.arange(num_tokens, device=lens.device) - offsets[user_T],
+        padded=padded,
     )
 
 
@@ -105,8 +103,10 @@ def candidate_rows(layout: SequenceLayout) -> Tensor:
 def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tensor]:
     """Cut every history to its newest `keep` events.
 
-    Returns the new layout and, for each of its tokens, the token's row in the old one.
+    Returns the new layout and, for each of its tokens, the token's row in the old one; -1 for padding.
     """
+    if layout.padded:
+        return _keep_newest_padded(layout, keep)
     new = make_layout(
         layout.history_lens.clamp(max=keep),
         layout.num_candidates,
@@ -114,9 +114,32 @@ def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tens
         layout.num_candidates_host,
         num_context=layout.num_context,
     )
+    return new, _rows_before(layout, new)
+
+
+def _keep_newest_padded(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tensor]:
+    """The same to a number of tokens that does not depend on lengths: padding takes what the others leave."""
+    events = min(int(layout.history_lens_host.sum()), keep * (layout.num_users - 1))
+    kept, kept_host = (
+        torch.cat([lens, events - lens.sum(0, keepdim=True)])
+        for lens in (layout.history_lens[:-1].clamp(max=keep), layout.history_lens_host[:-1].clamp(max=keep))
+    )
+    new = make_layout(
+        kept,
+        layout.num_candidates,
+        kept_host,
+        layout.num_candidates_host,
+        num_context=layout.num_context,
+        padded=True,
+    )
+    return new, torch.where(new.user_T == layout.num_users - 1, -1, _rows_before(layout, new))
+
+
+def _rows_before(layout: SequenceLayout, new: SequenceLayout) -> Tensor:
+    """The row in `layout` of each token of `new`, which has dropped the oldest events of some histories."""
     dropped = (layout.history_lens - new.history_lens)[new.user_T]
     skip = torch.where(new.index_T >= layout.num_context, dropped, torch.zeros_like(dropped))
-    return new, layout.offsets[new.user_T] + new.index_T + skip
+    return layout.offsets[new.user_T] + new.index_T + skip
 
 
 def count_events(history_lens_host: Tensor, keep_host: Tensor) -> Tensor:
@@ -156,6 +179,6 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def take_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
-    """`x_TD[rows]` for rows that are all different."""
+    """`x_TD[rows]` for rows that are all different, or -1, which gives a row of zeros."""
     taken: Tensor = gather_sum([Gather(source=x_TD, rows=rows, once=True)], x_TD.dtype)
     return taken

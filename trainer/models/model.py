@@ -5,7 +5,20 @@ from typing import Any
 from torch import Tensor, nn
 from torchrec.streamable import Pipelineable
 
-from embeddings.tables import Tables
+from embeddings.tables import Rows, Tables
+
+
+class Objective(nn.Module):
+    """Everything behind the tables: from their rows and a batch to this rank's part of the loss."""
+
+    def __init__(self, tower: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.loss = tower, loss
+
+    def forward(self, looked_up: list[Rows], batch: Pipelineable) -> Tensor:
+        """The loss of a batch."""
+        loss: Tensor = self.loss(self.tower(looked_up, batch.inputs), looked_up, batch)
+        return loss
 
 
 class Model(nn.Module):
@@ -21,12 +34,25 @@ class Model(nn.Module):
 
     def __init__(self, tables: Tables, tower: nn.Module, loss: nn.Module) -> None:
         super().__init__()
-        self.tables, self.tower, self.loss = tables, tower, loss
+        self.tables = tables
+        # Any: what records steps (`trainer.recording`) puts itself in its place.
+        self.objective: Any = Objective(tower, loss)
+
+    @property
+    def tower(self) -> nn.Module:
+        """All dense parameters."""
+        tower: nn.Module = self.objective.tower
+        return tower
+
+    @property
+    def loss(self) -> nn.Module:
+        """What the outputs are judged by."""
+        loss: nn.Module = self.objective.loss
+        return loss
 
     def forward(self, batch: Pipelineable) -> Tensor:
         """This rank's part of the loss of a batch."""
-        rows = self.tables(batch.inputs.features)
-        loss: Tensor = self.loss(self.tower(rows, batch.inputs), rows, batch)
+        loss: Tensor = self.objective(self.tables(batch.inputs.features), batch)
         return loss
 
     def score(self, inputs: Any) -> Any:

@@ -40,6 +40,8 @@ class SequenceInputs:
     """[B] int64 items of each sequence, on the batch's device."""
     lens_host: Tensor
     """[B] likewise, in host memory."""
+    padded: bool = False
+    """Whether the last sample is padding, which stands for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

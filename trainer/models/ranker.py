@@ -43,19 +43,24 @@ class RankerTower(nn.Module):
         if self.rates is not None:
             self.head.output.weight.zero_()
 
+    def check(self, inputs: Inputs) -> None:
+        """Raises ValueError where a sequence is longer than the model's constant."""
+        longest = self.encoder.longest(inputs)
+        if longest > self.max_len:
+            raise ValueError(
+                f"a sequence has {longest} tokens, more than model.max_len={self.max_len}: raise max_len, or "
+                "lower data.max_history_len or data.max_candidates"
+            )
+
     def forward(self, looked_up: list[Rows], inputs: Inputs) -> Tensor:
         """The outputs of every candidate, [C, K] float32.
 
         Raises:
             ValueError: a sequence is longer than the model's constant.
         """
+        self.check(inputs)
         of_rates_CD, of_rates_CK = (None, None) if self.rates is None else self.rates(inputs.numbers)
         tokens_TD, layout = self.encoder(rows_by_feature(looked_up), inputs, of_rates_CD)
-        if layout.longest > self.max_len:
-            raise ValueError(
-                f"a sequence has {layout.longest} tokens, more than model.max_len={self.max_len}: raise max_len, or "
-                "lower data.max_history_len or data.max_candidates"
-            )
         outputs_CK: Tensor = self.head(self.tower(tokens_TD, layout, inputs))
         return outputs_CK if of_rates_CK is None else outputs_CK + of_rates_CK
 

@@ -68,22 +68,29 @@ class RetrieverTower(nn.Module):
         # As in the HSTU papers' code, so that items outweigh positions.
         self.item_factor = dim**0.5
 
+    def check(self, inputs: SequenceInputs) -> None:
+        """Raises ValueError where a sequence is longer than the model's constant."""
+        lens = inputs.lens_host[: inputs.lens_host.numel() - inputs.padded]
+        if lens.numel() and int(lens.max()) > self.max_len:
+            raise ValueError(
+                f"a sequence has {int(lens.max())} events, more than model.max_len={self.max_len}: raise max_len, or "
+                "lower data.max_history_len or data.max_candidates"
+            )
+
     def forward(self, looked_up: list[Rows], inputs: SequenceInputs) -> EventOutputs:
         """The output at every event.
 
         Raises:
             ValueError: a sequence is longer than the model's constant.
         """
-        return self.encode(rows_by_feature(looked_up)[ITEM_ID].values(), inputs.lens, inputs.lens_host)
+        self.check(inputs)
+        items_SE = rows_by_feature(looked_up)[ITEM_ID].values()
+        return self.encode(items_SE, inputs.lens, inputs.lens_host, padded=inputs.padded)
 
-    def encode(self, items_SE: Tensor, lens: Tensor, lens_host: Tensor) -> EventOutputs:
-        """The same from the events' item rows, oldest first, and the lengths [B] of sequences."""
-        layout = make_layout(lens, torch.zeros_like(lens), lens_host, torch.zeros_like(lens_host))
-        if layout.longest > self.max_len:
-            raise ValueError(
-                f"a sequence has {layout.longest} events, more than model.max_len={self.max_len}: raise max_len, or "
-                "lower data.max_history_len or data.max_candidates"
-            )
+    def encode(self, items_SE: Tensor, lens: Tensor, lens_host: Tensor, *, padded: bool = False) -> EventOutputs:
+        """The same from the events' item rows, oldest first, and the lengths [B] of sequences, `max_len` at most."""
+        none, none_host = torch.zeros_like(lens), torch.zeros_like(lens_host)
+        layout = make_layout(lens, none, lens_host, none_host, padded=padded)
         dtype = compute_dtype(self.position_vectors)
         position_S = layout.index_T.clamp(max=self.position_vectors.shape[0] - 1)
         tokens_SD = self.item_projection(items_SE.to(dtype)) * self.item_factor
@@ -110,13 +117,17 @@ class SampledSoftmax(nn.Module):
         rows = rows_by_feature(looked_up)
         items_SE, negatives = rows[ITEM_ID].values(), rows[NEGATIVE_FEATURE].values()
         rows_P = rows_with_next(outputs.layout)
+        # Behind -1, which is no event, stands none.
+        next_P = rows_P + (rows_P >= 0)
         own = batch.negative_ids.dim() == 2
         losses_P = self.of_predictions(
             take_rows(outputs.vectors, rows_P),
-            take_rows(items_SE, rows_P + 1),
+            take_rows(items_SE, next_P),
             negatives.view(*batch.negative_ids.shape, negatives.shape[1]) if own else negatives,
-            batch.negative_ids == batch.inputs.item_ids[rows_P + 1][:, None],
+            batch.negative_ids == batch.inputs.item_ids[next_P][:, None],
         )
+        if outputs.layout.padded:
+            losses_P = torch.where(rows_P >= 0, losses_P, 0)
         # The last terms keep every parameter and row in the graph of a batch without predictions.
         unused = (outputs.vectors.sum() + negatives.sum()) * 0 if not rows_P.numel() else 0
         return losses_P.sum() / batch.loss_denominator + unused
@@ -134,9 +145,22 @@ class SampledSoftmax(nn.Module):
 
 
 def rows_with_next(layout: SequenceLayout) -> Tensor:
-    """Every event but each user's last, [P]; for layouts without context and candidates."""
+    """Every event but each user's last, [P]; for layouts without context and candidates.
+
+    Of a padded layout, as many as there are events but one: -1 behind those that another follows.
+    """
+    if layout.padded:
+        return _padded_rows_with_next(layout)
     count, count_host = ((lens - 1).clamp(min=0) for lens in (layout.history_lens, layout.history_lens_host))
     return _rows(layout.offsets[:-1], count, count_host)
+
+
+def _padded_rows_with_next(layout: SequenceLayout) -> Tensor:
+    count, total = (layout.history_lens[:-1] - 1).clamp(min=0), layout.num_tokens - 1
+    count = torch.cat([count, total - count.sum(0, keepdim=True)])
+    user_P = repeat_users(count, total)
+    index_P = torch.arange(total, device=user_P.device) - (torch.cumsum(count, 0) - count)[user_P]
+    return torch.where(user_P < layout.num_users - 1, layout.offsets[user_P] + index_P, -1)
 
 
 def evaluated_rows(layout: SequenceLayout, count: Tensor, count_host: Tensor) -> Tensor:

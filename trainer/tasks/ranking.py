@@ -9,6 +9,7 @@ from embeddings.tables import Tables
 from pipelines.batch import Batch
 from pipelines.features import DatasetInfo
 from pipelines.loader import build_loader
+from pipelines.padding import Padding
 from pipelines.selection import Selection
 from trainer.baseline import baseline_metrics
 from trainer.columns import ranker_columns, table_configs, widths
@@ -126,6 +127,11 @@ class Ranking:
     def prepare(self, batch: Batch, mesh: Mesh) -> Batch:
         """The data's batch as it is."""
         return batch
+
+    @property
+    def padding(self) -> Padding:
+        """One more sample."""
+        return Padding(self.selection)
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """The metrics of each label: of actions beside the rates of items and users, of others beside what is known

@@ -35,6 +35,7 @@ from trainer.models.layout import take_rows
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch, retrieval_features
 from trainer.models.retriever import RetrieverTower, build_retriever, evaluated_rows
+from trainer.models.sequence_padding import SequencePadding
 from trainer.parallelize import ParallelModel
 from trainer.tasks.task import Evaluation, Flops
 
@@ -97,6 +98,11 @@ class Retrieval:
     def prepare(self, batch: Batch, mesh: Mesh) -> RetrievalBatch:
         """All events in one sequence a sample, with negatives."""
         return self._form(batch, mesh, self.settings.num_negatives)
+
+    @property
+    def padding(self) -> SequencePadding:
+        """One more sequence."""
+        return SequencePadding()
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Hit rate, NDCG and MRR of each candidate's rank among all items, beside popularity.  Called by every rank.

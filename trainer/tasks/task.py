@@ -12,6 +12,7 @@ from torchrec.streamable import Pipelineable
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
 from pipelines.batch import Batch
+from pipelines.padding import BatchPadding
 from pipelines.selection import Selection
 from trainer.mesh import Mesh
 from trainer.models.flops import FlopCount
@@ -70,6 +71,10 @@ class Task(Protocol):
 
     def prepare(self, batch: Batch, mesh: Mesh) -> Pipelineable:
         """A training batch of the data in the form that the model reads, still in host memory."""
+
+    @property
+    def padding(self) -> BatchPadding:
+        """How its batches are padded to few sizes."""
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Score the evaluation split, beside what knows no sequences.  Called by every rank.

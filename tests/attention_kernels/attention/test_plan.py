@@ -135,3 +135,33 @@ def test_a_plan_without_targets_has_no_plan_of_them() -> None:
     plan = make_plan(torch.tensor([0, 3], device=DEVICE), SemiLocalMask())
     with pytest.raises(ValueError, match="num_targets is None"):
         plan_of_targets(plan)
+
+
+@pytest.mark.parametrize("only_targets", [False, True])
+@pytest.mark.parametrize("mask", [SemiLocalMask(num_context=2), SEMI_LOCAL])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_padding_is_seen_by_nothing_and_gets_zeros(mask: SemiLocalMask, only_targets: bool, backend: str) -> None:
+    """A padded problem's sequences have the bits of the same without padding; behind them is 0 where poison was."""
+    extra, size = 37, 64 if CUDA else 16
+    plan, rows = problem(mask, SEQUENCES, backend)
+    assert plan.num_targets is not None
+    padded = make_plan(
+        plan.offsets, mask, num_targets=plan.num_targets, max_len=plan.max_len, padded=True, backend=plan.backend
+    )
+    wanted, plans = int(plan.offsets[-1]), (plan, padded)
+    q, k, v, dout = tensors(plan, torch.bfloat16 if CUDA else torch.float32, size)
+    if only_targets:
+        q, dout, wanted = q[rows], dout[rows], rows.numel()
+        plans = (plan_of_targets(plan), plan_of_targets(padded))
+    # What no kernel may let through is finite, as a tower's padding is.
+    wide = [torch.cat([x, torch.full_like(x[:1], 9.0).expand(extra, -1, -1)]) for x in (q, k, v, dout)]
+    results = []
+    for each, (a, b, c, d) in zip(plans, ((q, k, v, dout), wide), strict=True):
+        gradients = attention_backward(
+            d, a, b, c, each, out=(torch.full_like(a, 7.0), torch.full_like(b, 7.0), torch.full_like(c, 7.0))
+        )
+        results.append([attention_forward(a, b, c, each), *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found[: len(expected)], expected)
+        assert len(found) == len(expected) + extra and not found[len(expected) :].any()
+    assert len(results[0][0]) == wanted

@@ -118,7 +118,7 @@ def test_quantised_norms_equal_quantisation_after_the_norm(rows: int) -> None:
     width = 64
     x, u = random(rows, width, seed=0), random(rows, width, seed=1)
     weight, bias = random(width, seed=2), random(width, seed=3)
-    options = {"num_groups": 1, "x_TD": None, "dropout": 0.0, "seed": 0}
+    options = {"num_groups": 1, "x_TD": None, "dropout": 0.0, "seed": None}
     for function, inputs in (
         (lambda backend: linear.layer_norm_fp8(x, weight, bias, 1e-6, backend=backend), 4),
         (lambda backend: linear.gated_norm_fp8(x, u, weight, bias, 1e-6, backend=backend, **options), 2),
@@ -154,7 +154,7 @@ def test_what_is_not_fused_is_logged_once_with_the_reason(caplog: pytest.LogCapt
     linear._log_unfused.cache_clear()
     x, vector = random(8, 32, seed=0, dtype=torch.float16), torch.ones(32, device=DEVICE)
     narrow = random(8, 12, seed=1, dtype=torch.float16)
-    gate = {"num_groups": 1, "x_TD": None, "dropout": 0.0, "seed": 0}
+    gate = {"num_groups": 1, "x_TD": None, "dropout": 0.0, "seed": None}
     for _ in range(2):
         linear.matmul_residual(x, x.new_ones(32, 32), x, backend="triton")
         linear.gated_norm_fp8(x, x, vector, vector, 1e-6, **gate, backend="triton")
@@ -163,7 +163,15 @@ def test_what_is_not_fused_is_logged_once_with_the_reason(caplog: pytest.LogCapt
         linear.matmul_residual(x[:0], x.new_ones(32, 12), narrow[:0], backend="triton")
         linear.matmul_residual(x, x.new_ones(32, 12), narrow, backend="triton")
         linear.linear_silu(x.float(), torch.ones(32, 32, device=DEVICE), vector, dtype=torch.float32, backend="triton")
-        linear.gated_norm_fp8(x, x, vector, vector, 1e-6, **gate | {"dropout": 0.1}, backend="triton")
+        linear.gated_norm_fp8(
+            x,
+            x,
+            vector,
+            vector,
+            1e-6,
+            **gate | {"dropout": 0.1, "seed": torch.zeros(1, dtype=torch.long, device=DEVICE)},
+            backend="triton",
+        )
     assert [record.getMessage() for record in caplog.records] == [
         "the output product with its residual is not fused: a width whose rows do not start at multiples of 16 bytes",
         "the product of V, Q and K with SiLU is not fused: float32",

@@ -79,7 +79,7 @@ def test_gated_norm_equals_reference(
     weight, bias = random(width, dtype=torch.float32, seed=3), random(width, dtype=torch.float32, seed=4)
     x = random(rows, x_width, dtype=dtype, seed=5)
     residual = random(rows, x_width, dtype=dtype, seed=6)
-    options = {"num_groups": groups, "dropout": dropout, "seed": seed}
+    options = {"num_groups": groups, "dropout": dropout, "seed": torch.tensor([seed], device=DEVICE)}
 
     def function(a: Tensor, u: Tensor, w: Tensor, b: Tensor, x: Tensor) -> Tensor:
         return layer_reference.gated_norm(a, u, w, b, EPS, x_TD=x if concat else None, **options) + 0 * x.sum()
@@ -135,7 +135,7 @@ def test_reference_backend_gives_the_same_gradients(concat: bool) -> None:
                     residual_TD=residual,
                     du=du,
                     dropout=0.25,
-                    seed=3,
+                    seed=torch.tensor([3], device=DEVICE),
                     backend=backend,
                 ),
                 du,
@@ -147,9 +147,9 @@ def test_reference_backend_gives_the_same_gradients(concat: bool) -> None:
 
 def test_dropout_keeps_the_right_share_and_scales_it() -> None:
     ones = torch.ones(200, 64, device=DEVICE)
-    kept = layer_reference.keep_mask(ones.shape, 0.25, 7, DEVICE)
+    kept = layer_reference.keep_mask(ones.shape, 0.25, torch.tensor([7], device=DEVICE), DEVICE)
     assert float(kept.double().mean()) == pytest.approx(0.75, abs=0.015)
-    assert not torch.equal(kept, layer_reference.keep_mask(ones.shape, 0.25, 8, DEVICE))
+    assert not torch.equal(kept, layer_reference.keep_mask(ones.shape, 0.25, torch.tensor([8], device=DEVICE), DEVICE))
 
 
 def test_wrong_shapes_are_refused_with_the_arguments_name() -> None:

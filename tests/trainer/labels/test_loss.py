@@ -23,7 +23,7 @@ def weighted(**changes: Any) -> DatasetInfo:
 
 def batch(actions: torch.Tensor, *, denominator: float = 1.0, **values: torch.Tensor) -> Any:
     labels = SimpleNamespace(action=actions, values=values, loss_denominator=torch.tensor(denominator))
-    return SimpleNamespace(labels=labels)
+    return SimpleNamespace(inputs=SimpleNamespace(padded=False), labels=labels)
 
 
 def test_the_loss_is_the_weighted_mean_over_labels_of_weighted_sums_over_candidates() -> None:

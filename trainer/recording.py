@@ -1,0 +1,276 @@
+"""Record the dense part of a step once for each size of batch, and replay it: the host launches it as one.
+
+    looked-up rows, batch -> fixed memory -> | forward, loss, backward | -> gradients of rows and of parameters
+    gradients of parameters               -> | clipping, Adam          | -> parameters
+
+What stands between bars is a CUDA graph.  Batches are padded to few sizes (`pipelines.padding`), and everything that
+kernels are given but sizes lies on the device, lengths and seeds of dropout included.  A size's first batch is launched
+as ever, which also compiles its kernels; its second is recorded; from then on it is replayed.  All three compute the
+same bits, because they launch the same kernels on the same memory.
+
+Graphs share one pool of memory: only one of them runs at a time, and what it leaves is read before the next one.
+Fixed memory of rows is shared by sizes within a factor of two.  Evaluation launches as ever, without padding.
+
+Applied outside the model, by `record_steps`.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from embeddings.tables import Rows, rows_by_feature
+from pipelines.padding import BatchPadding, Count
+from trainer.mesh import Mesh
+from trainer.models.model import Objective
+from trainer.parallelize import ParallelModel
+from trainer.resolve import Resolved
+
+logger = logging.getLogger(__name__)
+
+MAX_SIZES = 64
+"""Sizes that are recorded; batches of others are launched."""
+
+
+class Recording:
+    """A function of nothing, over fixed memory: launched at its first call, recorded at its second, then replayed."""
+
+    def __init__(self, name: str, function: Callable[[], None], pool: Any) -> None:
+        """`pool` is what graphs share memory in; None launches every time."""
+        self._name, self._function, self._pool = name, function, pool
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._graph is None and (self._pool is None or self._calls == 1):
+            self._function()
+            return
+        if self._graph is None:
+            self._graph = self._record()
+        self._graph.replay()
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+        try:
+            # Other threads read data and pin memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._function()
+        except RuntimeError as error:
+            raise RuntimeError(f"{self._name} cannot be recorded, set recorded=off to launch it: {error}") from error
+        taken = (torch.cuda.memory_reserved() - before) / 2**20
+        logger.info("recorded %s; memory of all recordings grew by %.0f MiB", self._name, taken)
+        return graph
+
+
+class _Memory:
+    """Fixed memory of float32, shared by what is not used at the same time: one piece for each power of two."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pieces: dict[int, Tensor] = {}
+
+    def take(self, size: int) -> Tensor:
+        """[size], the same for the same size."""
+        power = 1 << max(0, size - 1).bit_length()
+        if power not in self._pieces:
+            self._pieces[power] = torch.zeros(power, dtype=torch.float32, device=self._device)
+        return self._pieces[power][:size]
+
+
+class _Sized:
+    """What batches of one size are computed in."""
+
+    def __init__(
+        self,
+        batch: Any,
+        counts: Mapping[str, Sequence[Count]],
+        widths: Sequence[int],
+        rows: _Memory,
+        gradients: _Memory,
+    ) -> None:
+        """`widths` are those of the features' rows."""
+        self.batch = batch
+        totals = [sum(count.padded for count in each) for each in counts.values()]
+        sizes = [total * width for total, width in zip(totals, widths, strict=True)]
+        self.all_rows = rows.take(sum(sizes))
+        shapes = list(zip(totals, widths, strict=True))
+        self.rows = _views(self.all_rows, shapes)
+        self.gradients = _views(gradients.take(sum(sizes)), shapes)
+        self.loss = torch.zeros((), device=self.all_rows.device)
+        self.step: Callable[[], None] = lambda: None
+
+
+def _views(memory: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    parts = torch.split(memory, [count * width for count, width in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class RecordedObjective(nn.Module):
+    """In the place of an `Objective`: the same loss and gradients, of padded batches, replayed.
+
+    While training, parameters' gradients are written into memory that stays theirs.  The loss must be differentiated as
+    it is, not a function of it.
+
+    Args:
+        objective: what is recorded.
+        padding: of the task's batches.
+        pool: see `Recording`.
+    """
+
+    def __init__(self, objective: Objective, padding: BatchPadding, *, pool: Any) -> None:
+        super().__init__()
+        self.objective, self._padding, self._pool = objective, padding, pool
+        self._parameters_of_tower = list(objective.tower.parameters())
+        shapes = [(parameter.numel(), 1) for parameter in self._parameters_of_tower]
+        first = self._parameters_of_tower[0]
+        memory = torch.zeros(sum(count for count, _ in shapes), dtype=first.dtype, device=first.device)
+        views = zip(_views(memory, shapes), self._parameters_of_tower, strict=True)
+        self._gradients = [view.view(parameter.shape) for view, parameter in views]
+        self._unused: set[int] = set()
+        self._memories = _Memory(first.device), _Memory(first.device)
+        self._sized: dict[tuple[int, ...], _Sized] = {}
+
+    @property
+    def tower(self) -> nn.Module:
+        """Of the objective."""
+        return self.objective.tower
+
+    @property
+    def loss(self) -> nn.Module:
+        """Of the objective."""
+        return self.objective.loss
+
+    def forward(self, looked_up: list[Rows], batch: Any) -> Tensor:
+        """The loss of a batch."""
+        if not (self.training and torch.is_grad_enabled()):
+            loss: Tensor = self.objective(looked_up, batch)
+            return loss
+        self.tower.check(batch.inputs)  # type: ignore[operator]  # torch does not know a module's methods
+        counts = self._padding.lookups(batch)
+        rows = rows_by_feature(looked_up)
+        values = [rows[name].values() for name in counts]
+        replayed: Tensor = _Replayed.apply(self, batch, counts, *values)  # type: ignore[no-untyped-call]  # torch
+        return replayed
+
+    def run(self, batch: Any, counts: Mapping[str, Sequence[Count]], values: Sequence[Tensor]) -> _Sized:
+        """Leave the batch's loss and gradients in the memory of its size."""
+        sizes = self._padding.sizes(batch)
+        sized = self._sized.get(sizes)
+        if sized is None:
+            sized = self._sized[sizes] = self._of_size(sizes, batch, counts, [x.shape[1] for x in values])
+        else:
+            self._padding.fill(sized.batch, batch)
+        sized.all_rows.zero_()
+        places = [part for place, each in zip(sized.rows, counts.values(), strict=True) for part in _real(place, each)]
+        sources = [
+            part
+            for value, each in zip(values, counts.values(), strict=True)
+            for part in torch.split(value.detach(), [count.real for count in each])
+        ]
+        torch._foreach_copy_(places, sources)
+        sized.step()
+        for index, (parameter, gradient) in enumerate(zip(self._parameters_of_tower, self._gradients, strict=True)):
+            parameter.grad = None if index in self._unused else gradient
+        return sized
+
+    def _of_size(
+        self, sizes: tuple[int, ...], batch: Any, counts: Mapping[str, Sequence[Count]], widths: Sequence[int]
+    ) -> _Sized:
+        pool = self._pool
+        if pool is not None and len(self._sized) >= MAX_SIZES:
+            pool = None
+            logger.warning("batches of sizes %s are launched: %d sizes are recorded already", sizes, MAX_SIZES)
+        sized = _Sized(self._padding.kept(batch, self._gradients[0].device), counts, widths, *self._memories)
+        names = list(counts)
+        sized.step = Recording(f"the step of sizes {sizes}", lambda: self._differentiate(sized, names), pool)
+        return sized
+
+    def _differentiate(self, sized: _Sized, names: Sequence[str]) -> None:
+        """Forward and backward from the fixed memory of inputs to that of the loss and of gradients."""
+        kind = sized.all_rows.device.type
+        rows = [x.detach().requires_grad_() for x in sized.rows]
+        # Encoders read values alone; the lengths of what was looked up are the batch's.
+        none = torch.zeros(0, dtype=torch.long, device=sized.all_rows.device)
+        looked_up = {name: JaggedTensor(x, lengths=none) for name, x in zip(names, rows, strict=True)}
+        # Weights that are cast once for several uses would outlive the recording that they were cast in.
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+            loss = self.objective([looked_up], sized.batch)
+        inputs = [*rows, *self._parameters_of_tower]
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, allow_unused=True)
+        of_rows, of_parameters = found[: len(rows)], found[len(rows) :]
+        self._unused = {index for index, gradient in enumerate(of_parameters) if gradient is None}
+        pairs = list(zip([*sized.gradients, *self._gradients], [*of_rows, *of_parameters], strict=True))
+        torch._foreach_copy_(
+            [place for place, gradient in pairs if gradient is not None],
+            [gradient for _, gradient in pairs if gradient is not None],
+        )
+        for place, gradient in zip(sized.gradients, of_rows, strict=True):
+            if gradient is None:
+                place.zero_()
+        sized.loss.copy_(loss.detach())
+
+
+def _real(rows: Tensor, counts: Sequence[Count]) -> list[Tensor]:
+    """The parts of padded rows without their padding."""
+    parts = torch.split(rows, [count.padded for count in counts])
+    return [part[: count.real] for part, count in zip(parts, counts, strict=True)]
+
+
+class _Replayed(torch.autograd.Function):
+    """From looked-up rows to the loss; the backward has happened by then."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, objective: RecordedObjective, batch: Any, counts: Mapping[str, Sequence[Count]], *values: Tensor
+    ) -> Tensor:
+        ctx.sized, ctx.counts = objective.run(batch, counts, values), counts
+        # The next step overwrites it.
+        loss: Tensor = ctx.sized.loss.clone()
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = []
+        for rows, counts in zip(ctx.sized.gradients, ctx.counts.values(), strict=True):
+            parts = _real(rows, counts)
+            gradients.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return None, None, None, *gradients
+
+
+def why_launched(resolved: Resolved, mesh: Mesh) -> str | None:
+    """Why steps cannot be recorded; None if they can."""
+    config = resolved.config
+    if mesh.device.type != "cuda":
+        return f"only a GPU replays, this run computes on {mesh.device.type}"
+    if mesh.world_size > 1:
+        return f"gradients are averaged over {mesh.world_size} processes while they are computed"
+    if config.model.channels:
+        return "channels choose their events on the host"
+    if config.model.retrieval is not None and not config.model.retrieval.share_negatives:
+        return "share_negatives=false draws another number of negatives for every batch"
+    return None
+
+
+def check_recorded(resolved: Resolved, mesh: Mesh) -> None:
+    """Raises ValueError where steps have to be recorded and cannot be."""
+    reason = why_launched(resolved, mesh)
+    if resolved.config.recorded == "on" and reason is not None:
+        raise ValueError(f"recorded=on, but {reason}: set recorded=auto")
+
+
+def record_steps(model: ParallelModel, resolved: Resolved, mesh: Mesh) -> None:
+    """Let the model's steps be recorded as the configuration says, in place."""
+    if resolved.config.recorded == "off":
+        return
+    reason = why_launched(resolved, mesh)
+    if reason is not None:
+        logger.info("steps are launched, not replayed: %s", reason)
+        return
+    pool = torch.cuda.graph_pool_handle()
+    model.model.objective = RecordedObjective(model.model.objective, resolved.task.padding, pool=pool)
+    model.optimizers.update = Recording("the dense update", model.optimizers.update, pool)
