@@ -79,12 +79,18 @@ def class_metrics(log_probabilities: Tensor, hits: Tensor, classes: Tensor, weig
     """
     total = weights.sum()
     log_loss = -(weights * log_probabilities).sum() / total
-    rates = torch.bincount(classes, weights=weights) / total
+    rates = _sums(classes, weights) / total
     return {
         "log_loss": float(log_loss),
         "ne": _ratio(log_loss, torch.special.entr(rates).sum()),
         "accuracy": float((weights * hits).sum() / total),
     }
+
+
+def _sums(index: Tensor, values: Tensor) -> Tensor:
+    """[largest index + 1] the sum of the values of each index, added up in one order on a GPU, too."""
+    # On a GPU torch adds them up as threads come, which a deterministic run refuses.
+    return torch.bincount(index.cpu(), weights=values.cpu()).to(values.device)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
@@ -113,7 +119,7 @@ def _auc_95(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
     auc = wins[positive].mean()
     part = (wins - auc) / torch.where(positive, positive.sum(), (~positive).sum())
     user = torch.unique(user_ids, return_inverse=True)[1]
-    return 1.96 * float(torch.bincount(user, weights=part).square().sum().sqrt())
+    return 1.96 * float(_sums(user, part).square().sum().sqrt())
 
 
 def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
@@ -133,9 +139,9 @@ def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
     mean_place = (run_ends - 0.5 * (torch.bincount(run) - 1)).double()[run]
     count = torch.bincount(user)
     rank = mean_place - (count.cumsum(0) - count)[user]
-    positives = torch.bincount(user, weights=labels.double())
+    positives = _sums(user, labels.double())
     negatives = count - positives
-    rank_sum = torch.bincount(user, weights=rank * labels)
+    rank_sum = _sums(user, rank * labels)
     auc = (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
     return float(auc[(positives > 0) & (negatives > 0)].mean())
 
