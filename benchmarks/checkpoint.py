@@ -1,10 +1,12 @@
 """How long does the training stand still for a checkpoint, and how fast is it written and read?
 
-Run: python -m benchmarks.checkpoint [--gib 1] [--folder DIR] [--repeats 3] [--json FILE]
+Run: python -m benchmarks.checkpoint [--gib 1] [--alone] [--lookups 1.0] [--folder DIR] [--repeats 3] [--json FILE]
 
 One process, tables of `--gib` in all on the GPU if there is one; beside torch.save, PyTorch's distributed checkpoint
-(DCP), and a plain copy of the same bytes, all with fsync, in the same run.  Before each reading the files leave the
-page cache (posix_fadvise).  Medians; the stall of an asynchronous save is the time until `save` returns.
+(DCP), and a plain copy of the same bytes, all with fsync, in the same run (`--alone`: without the first two).  Before
+each reading the files leave the page cache (posix_fadvise).  Medians; the stall of an asynchronous save is the time
+until `save` returns.  A delta follows a full checkpoint after `--lookups` times as many lookups as there are rows, of
+ids that are Zipf-distributed with exponent 1.05.  The plain copy off the device goes into page-locked memory.
 """
 
 import argparse
@@ -23,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
+from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
@@ -36,7 +40,10 @@ from trainer.config import CheckpointConfig
 from trainer.mesh import Mesh
 from trainer.run_dir import RunDir
 
-TABLES = 4
+TABLES, DIM = 4, 128
+ZIPF = 1.05
+LINK_BYTES = 2**30
+"""Page-locked memory that a plain copy of the state goes into, again and again."""
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
@@ -83,15 +90,53 @@ def save_torch(tensors: dict[str, Tensor], file: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def copy_off(tensors: dict[str, Tensor], into: Tensor) -> None:
+    """Every byte off the device, at the link's speed; on a CPU a copy in memory."""
+    for tensor in tensors.values():
+        for part in torch.split(tensor.view(-1).view(torch.uint8), into.numel()):
+            into[: part.numel()].copy_(part, non_blocking=True)
+
+
+class Lookups:
+    """Which rows so many lookups of Zipf-distributed ids touch, in each table."""
+
+    def __init__(self, rows: int, lookups: float, device: torch.device) -> None:
+        # An id of rank r is drawn with a probability of about r^-ZIPF: the integral of that, inverted.
+        uniform = torch.rand(int(rows * lookups), dtype=torch.float64, device=device)
+        top = (rows + 1.0) ** (1 - ZIPF) - 1
+        ranks = ((1 + uniform * top) ** (1 / (1 - ZIPF))).long() - 1
+        self._marks = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._marks.index_fill_(0, ranks.clamp_(0, rows - 1), True)
+        self.fraction = self._marks.double().mean().item()
+
+    def rows(self, table: str, first_row: int) -> Tensor:
+        """As `trainer.checkpoint.pieces.Touched`."""
+        return self._marks.nonzero().view(-1)
+
+    def clear(self) -> None:
+        """As `trainer.checkpoint.pieces.Touched`; the next lookups touch the same."""
+
+
 class Saves:
     """Ours, synchronous or not."""
 
-    def __init__(self, folder: Path, tensors: dict[str, Tensor], mesh: Mesh, *, asynchronous: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, Tensor],
+        mesh: Mesh,
+        *,
+        asynchronous: bool,
+        touched: Lookups | None = None,
+    ) -> None:
         self._run = RunDir(folder)
         folder.mkdir()
         self._catalogue = Catalogue(open_store(str(self._run.checkpoints)))
-        config = CheckpointConfig(keep=1, asynchronous=asynchronous)
-        self._checkpointer = Checkpointer(self._run, self._catalogue, mesh, lambda: dict(tensors), config)
+        config = CheckpointConfig(keep=1, asynchronous=asynchronous, deltas=10**6)
+        state = {name: init_from_local_shards([_shard(tensor)], *tensor.shape) for name, tensor in tensors.items()}
+        self._checkpointer = Checkpointer(
+            self._run, self._catalogue, mesh, lambda: dict(state), config, touched=touched
+        )
         self._step = 0
 
     def save(self) -> None:
@@ -101,34 +146,73 @@ class Saves:
     def wait(self) -> None:
         self._checkpointer.wait()
 
+    def num_bytes(self) -> int:
+        """Of the newest."""
+        return self._catalogue.choose(None).manifest.num_bytes
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
     def load(self) -> None:
         self._checkpointer.restore(self._catalogue.newest())
 
 
-def measure(folder: Path, tensors: dict[str, Tensor], mesh: Mesh, repeats: int) -> dict[str, float]:
-    """Seconds by what was done."""
+def _shard(tensor: Tensor) -> Shard:
+    return Shard.from_tensor_and_offsets(tensor, [0, 0], 0)
+
+
+def measure(
+    folder: Path, tensors: dict[str, Tensor], mesh: Mesh, *, lookups: float, repeats: int, alone: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(seconds by what was done, what deltas held)."""
     content = memoryview(bytearray(sum(tensor.nbytes for tensor in tensors.values())))
     (folder / "dcp").mkdir()
+    link = torch.zeros(LINK_BYTES, dtype=torch.uint8, pin_memory=mesh.device.type == "cuda")
+    saves: dict[str, Callable[[], object]] = {
+        "write plain": lambda: write_plain(folder / "plain", content),
+        "copy off the device": lambda: copy_off(tensors, link),
+        "finite check": lambda: not_finite(local_pieces(dict(tensors))),
+    }
+    loads: dict[str, Callable[[], object]] = {"read plain": lambda: read_plain(folder / "plain", content)}
+    if not alone:
+        saves["write torch.save"] = lambda: save_torch(tensors, folder / "torch")
+        saves["write DCP"] = lambda: save_dcp(dict(tensors), storage_writer=FileSystemWriter(folder / "dcp"))
+        loads["read torch.load"] = lambda: torch.load(folder / "torch", map_location=mesh.device)
+        loads["read DCP"] = lambda: load_dcp(dict(tensors), storage_reader=FileSystemReader(folder / "dcp"))
     synchronous = Saves(folder / "synchronous", tensors, mesh, asynchronous=False)
+    saves["write ours"], loads["read ours"] = synchronous.save, synchronous.load
+    seconds = repeat(saves, loads, folder, mesh, repeats)
+    for part in ("plain", "torch"):
+        (folder / part).unlink(missing_ok=True)
+    for part in ("dcp", "synchronous"):
+        shutil.rmtree(folder / part)
     beside = Saves(folder / "beside", tensors, mesh, asynchronous=True)
     # Takes its memory and starts its process, once a run.
     beside.save()
     beside.wait()
-    saves = {
-        "write plain": lambda: write_plain(folder / "plain", content),
-        "write torch.save": lambda: save_torch(tensors, folder / "torch"),
-        "write DCP": lambda: save_dcp(dict(tensors), storage_writer=FileSystemWriter(folder / "dcp")),
-        "write ours": synchronous.save,
-        "stall ours": beside.save,
-        "rest ours": beside.wait,
-        "finite check": lambda: not_finite(local_pieces(dict(tensors))),
-    }
-    loads = {
-        "read plain": lambda: read_plain(folder / "plain", content),
-        "read torch.load": lambda: torch.load(folder / "torch", map_location=mesh.device),
-        "read DCP": lambda: load_dcp(dict(tensors), storage_reader=FileSystemReader(folder / "dcp")),
-        "read ours": synchronous.load,
-    }
+    seconds |= repeat({"stall ours": beside.save, "rest ours": beside.wait}, {}, folder, mesh, repeats)
+    full = beside.num_bytes()
+    beside.close()
+    shutil.rmtree(folder / "beside")
+    touched = Lookups(next(iter(tensors.values())).shape[0], lookups, mesh.device)
+    deltas = Saves(folder / "deltas", tensors, mesh, asynchronous=True, touched=touched)
+    deltas.save()
+    deltas.wait()
+    seconds |= repeat({"stall delta": deltas.save, "rest delta": deltas.wait}, {}, folder, mesh, repeats)
+    share = deltas.num_bytes() / full
+    seconds |= repeat({}, {"read delta": deltas.load}, folder, mesh, 1)
+    deltas.close()
+    return seconds, {"lookups_a_row": lookups, "rows_touched": touched.fraction, "share_of_full_bytes": share}
+
+
+def repeat(
+    saves: dict[str, Callable[[], object]],
+    loads: dict[str, Callable[[], object]],
+    folder: Path,
+    mesh: Mesh,
+    repeats: int,
+) -> dict[str, float]:
+    """Median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in (*saves, *loads)}
     for _ in range(repeats):
         for name, action in saves.items():
@@ -142,6 +226,8 @@ def measure(folder: Path, tensors: dict[str, Tensor], mesh: Mesh, repeats: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Checkpoints beside torch.save, DCP and a plain copy.")
     parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--alone", action="store_true", help="without torch.save and DCP")
+    parser.add_argument("--lookups", type=float, default=1.0, help="before a delta, a row")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: the temporary one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/checkpoint.json"))
@@ -149,13 +235,21 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     mesh = Mesh(rank=0, world_size=1, local_world_size=1, device=device)
-    rows = int(arguments.gib * 2**30) // (TABLES * 128 * 4)
-    tensors = {f"tables/{number}": torch.rand(rows, 128, device=device) for number in range(TABLES)}
+    rows = int(arguments.gib * 2**30) // (TABLES * DIM * 4)
+    tensors = {f"tables/{number}": torch.rand(rows, DIM, device=device) for number in range(TABLES)}
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        seconds = measure(folder, tensors, mesh, arguments.repeats)
+        seconds, deltas = measure(
+            folder,
+            tensors,
+            mesh,
+            lookups=arguments.lookups,
+            repeats=arguments.repeats,
+            alone=arguments.alone,
+        )
     finally:
         shutil.rmtree(folder)
+    print(deltas)
     for name, value in seconds.items():
         print(f"{name:<20}{value:8.3f} s{arguments.gib / value:9.2f} GiB/s")
     hardware = {
@@ -164,7 +258,9 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    arguments.json.write_text(json.dumps({"hardware": hardware, "gib": arguments.gib, "s": seconds}, indent=2) + "\n")
+    arguments.json.write_text(
+        json.dumps({"hardware": hardware, "gib": arguments.gib, "s": seconds, "deltas": deltas}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ class CheckpointConfig:
     store: str | None = None
     """Where this run's checkpoints lie, and those of no other: a folder, or s3://, gs://, hdfs:// and a path; null for
     RUN_DIR/checkpoints."""
+    deltas: int = 0
+    """Checkpoints after a full one that hold of sharded tables only the rows that were looked up since it; the next one
+    is full again, and so is one that would take more than half of the space, and the first of each start."""
     asynchronous: bool = True
     """Write beside the training from a copy of the state, which takes as much of the machine's memory as the state;
     false lets the training wait."""
@@ -94,6 +97,8 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.every_steps must be at least 1, or null, got {self.every_steps}")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}")
+        if self.deltas < 0:
+            raise ValueError(f"checkpoint.deltas must be at least 0, got {self.deltas}")
         if self.keep_every_steps is not None and self.keep_every_steps < 1:
             raise ValueError(f"checkpoint.keep_every_steps must be at least 1, or null, got {self.keep_every_steps}")
         if self.keep_best is not None and not self.keep_best.startswith(("max:", "min:")):

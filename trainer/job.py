@@ -20,6 +20,7 @@ from embeddings.machine import Machine, cluster
 from embeddings.plan import Plan
 from embeddings.plan_file import write_plan
 from embeddings.report import plan_report
+from embeddings.touched import TouchedRows
 from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import StepPipeline, check_overlap
@@ -94,7 +95,14 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         check_machines(mesh, config.model.layers, getattr(torch, config.precision))
         model = build_parallel(settled, plan, mesh)
         checkpointer = Checkpointer(
-            run, catalogue, mesh, model.tensors, config.checkpoint, phase=watchdog.phase, grown=grown
+            run,
+            catalogue,
+            mesh,
+            model.tensors,
+            config.checkpoint,
+            phase=watchdog.phase,
+            grown=grown,
+            touched=TouchedRows(model.tables) if config.checkpoint.deltas else None,
         )
         opened.enter_context(closing(checkpointer))
         restart = checkpointer.restore(newest)

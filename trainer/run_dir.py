@@ -38,6 +38,7 @@ CHANGEABLE = (
     "data.prefetch_batches",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.deltas",
     "checkpoint.asynchronous",
     "checkpoint.strict",
     "evaluation.",

@@ -19,7 +19,7 @@ from pipelines.columns import IntArray
 from pipelines.dataset_json import open_filesystem, read_dataset_info
 from pipelines.features import DatasetInfo, Space
 from pipelines.vocabulary import earlier_digests, vocabularies
-from trainer.checkpoint.catalogue import Checkpoint, DamagedCheckpoint, open_catalogue, step_folder
+from trainer.checkpoint.catalogue import Checkpoint, DamagedCheckpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.layout import dtype_name
 from trainer.checkpoint.loading import fill, gather
@@ -87,7 +87,7 @@ class WarmStart:
         self._agree(problem, group)
         reason = None
         try:
-            fill(self._catalogue.store, step_folder(self._checkpoint.step), self._checkpoint.manifest, pieces)
+            fill(self._catalogue.store, self._checkpoint, pieces)
         except (ChunkError, OSError) as error:
             reason = str(error)
         reasons = [each for each in gather(reason, group) if each is not None]

@@ -118,15 +118,33 @@ def losses(lines: list[dict[str, Any]]) -> dict[int, float]:
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole, by the format's description alone."""
     manifest = json.loads((folder / "manifest.json").read_text())
+    before = {} if manifest["base"] is None else read_checkpoint(folder.with_name(f"step-{manifest['base']:08d}"))
     content = {name: (folder / name).read_bytes() for name in manifest["files"]}
     tensors = {}
     for name, stored in manifest["tensors"].items():
         dtype = getattr(torch, stored["dtype"])
-        tensors[name] = torch.empty(stored["shape"], dtype=dtype)
+        tensors[name] = before.get(name, torch.empty(stored["shape"], dtype=dtype))
         for piece in stored["pieces"]:
+            if "rows" in piece:
+                _read_rows(tensors[name], piece, content[piece["file"]])
+                continue
             values = torch.frombuffer(
                 bytearray(content[piece["file"]]), dtype=dtype, offset=piece["start"], count=prod(piece["sizes"])
             )
             box = tuple(slice(o, o + n) for o, n in zip(piece["offsets"], piece["sizes"], strict=True))
             tensors[name][box] = values.view(piece["sizes"])
     return tensors
+
+
+def _read_rows(tensor: Tensor, piece: dict[str, Any], content: bytes) -> None:
+    """The rows that a piece holds by their numbers."""
+    count, columns = piece["rows"]["count"], piece["sizes"][1:]
+    if not count:
+        return
+    rows = torch.frombuffer(bytearray(content), dtype=torch.int64, offset=piece["rows"]["start"], count=count)
+    values = torch.frombuffer(
+        bytearray(content), dtype=tensor.dtype, offset=piece["start"], count=count * prod(columns)
+    )
+    for row, value in zip(rows.tolist(), values.view(count, *columns), strict=True):
+        assert piece["offsets"][0] <= row < piece["offsets"][0] + piece["sizes"][0]
+        tensor[(row, *(slice(o, o + n) for o, n in zip(piece["offsets"][1:], columns, strict=True)))] = value

@@ -6,6 +6,9 @@ A checkpoint is a folder that needs nothing but JSON and plain bytes to be read,
     manifest.json          what lies where, checksums, progress (step, samples, data position), versions
     COMPLETE               the manifest's SHA-256; written when everything else has reached the disk
 
+A delta leaves out the rows of sharded tables that have not been looked up since its base, a full checkpoint, from which
+they are read.
+
 Names of tensors do not depend on the sharding plan:
 
     tables/...             embedding tables              (sharded: pieces of several files)

@@ -29,6 +29,8 @@ class Checkpoint:
 
     step: int
     manifest: Manifest
+    base: "Checkpoint | None" = None
+    """The full one that holds what this one leaves out, if it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Catalogue:
         return [step for step in self._folders() if self.store.size(f"{step_folder(step)}/{COMPLETE}") is not None]
 
     def open(self, step: int) -> Checkpoint:
-        """Read and check the manifest, and the size of every file that it names.
+        """Read and check the manifest, and the size of every file that it names; of its base, if it has one, too.
 
         Raises:
             DamagedCheckpoint: they are not as they were written.
@@ -88,10 +90,15 @@ class Catalogue:
                     raise ValueError(f"{name} {has}, {record.num_bytes} were written")
         except (OSError, ValueError) as error:
             raise self.damaged(step, error) from None
-        return Checkpoint(step, manifest)
+        if manifest.base is None:
+            return Checkpoint(step, manifest)
+        try:
+            return Checkpoint(step, manifest, self.open(manifest.base))
+        except DamagedCheckpoint as damage:
+            raise self.damaged(step, f"it needs that of step {manifest.base}, but {damage}") from None
 
     def verify(self, step: int) -> Checkpoint:
-        """As `open`, and read every file.
+        """As `open`, and read every file of its own.
 
         Raises:
             DamagedCheckpoint: something of it is not as it was written.
@@ -172,6 +179,13 @@ class Catalogue:
             name = f"{word}-{step_folder(step)}-{number}"
         self.store.rename(step_folder(step), name)
         return name
+
+    def base(self, step: int) -> int | None:
+        """Step of the checkpoint that this one needs; None where it needs none, or is damaged."""
+        try:
+            return self.open(step).manifest.base
+        except DamagedCheckpoint:
+            return None
 
     def is_pinned(self, step: int) -> bool:
         """Whether the checkpoint stays whatever retention says."""

@@ -26,8 +26,15 @@ from trainer.checkpoint.catalogue import (
 from trainer.checkpoint.chunks import FileRecord, write_chunks
 from trainer.checkpoint.layout import Layout, dtype_name, lay_out
 from trainer.checkpoint.loading import gather, load_checkpoint
-from trainer.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, digest, writing_versions
-from trainer.checkpoint.pieces import Tensors, not_finite, written_pieces
+from trainer.checkpoint.manifest import (
+    Manifest,
+    StoredPiece,
+    StoredRows,
+    StoredTensor,
+    digest,
+    writing_versions,
+)
+from trainer.checkpoint.pieces import Tensors, Touched, not_finite, touched_pieces, written_pieces
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging
@@ -78,12 +85,14 @@ class Checkpointer:
         *,
         phase: Phase = nullcontext,
         grown: Collection[str] = (),
+        touched: Touched | None = None,
     ) -> None:
         """`tensors` returns the live state, `phase` tells a watchdog what goes on; needs the job's process group.
 
-        `grown` names tables that may have more rows than a checkpoint: keys have come in since.
+        `grown` names tables that may have more rows than a checkpoint: keys have come in since.  `touched` knows the
+        rows that deltas hold; without it every checkpoint is full.
         """
-        self._phase, self._grown = phase, grown
+        self._phase, self._grown, self._touched = phase, grown, touched
         self._run, self._catalogue, self._mesh = run, catalogue, mesh
         self._tensors, self._config = tensors, config
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # every rank
@@ -91,6 +100,10 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest_step: int | None = None
+        self._full_step: int | None = None
+        """The full checkpoint since which rows are marked as touched."""
+        self._deltas = 0
+        """Checkpoints since that one."""
         self._started = 0.0
 
     def restore(self, newest: Newest) -> Restart:
@@ -117,7 +130,7 @@ class Checkpointer:
                 break
             except DamagedCheckpoint as damage:
                 found = self._one_before(found.step, damage)
-        progress = Progress()
+        progress, self._full_step = Progress(), None
         if found is not None:
             self._newest_step = found.step
             progress = replace(found.manifest.progress)
@@ -187,12 +200,28 @@ class Checkpointer:
         self._started = time.monotonic()
         tensors = self._tensors()
         self._check_finite(tensors, progress.step)
-        layout = lay_out(written_pieces(tensors, self._mesh.rank, self._mesh.world_size))
+        layout, base = self._lay_out(tensors)
         if self._config.asynchronous:
             if self._staging is None:
                 self._staging = Staging(layout.num_bytes, self._mesh.device, self._mesh.local_world_size)
             self._staging.fill(layout)
-        self._pending = self._thread.submit(self._write, layout, replace(progress))
+        self._pending = self._thread.submit(self._write, layout, replace(progress), base)
+
+    def _lay_out(self, tensors: Tensors) -> tuple[Layout, int | None]:
+        """(what this rank writes, the step of the full checkpoint that it needs); on every rank a delta or on none."""
+        pieces = written_pieces(tensors, self._mesh.rank, self._mesh.world_size)
+        whole = lay_out(pieces)
+        if self._touched is not None and self._full_step is not None and self._deltas < self._config.deltas:
+            delta = lay_out(touched_pieces(pieces, tensors, self._touched))
+            sizes = gather((delta.num_bytes, whole.num_bytes), self._group)
+            if 2 * sum(size for size, _ in sizes) <= sum(size for _, size in sizes):
+                self._deltas += 1
+                return delta, self._full_step
+        # Known again when the full one is complete.
+        self._full_step, self._deltas = None, 0
+        if self._touched is not None:
+            self._touched.clear()
+        return whole, None
 
     def wait(self) -> None:
         """Return when what was saved is complete.  Raises OSError, on every rank alike, if it cannot be written."""
@@ -218,7 +247,7 @@ class Checkpointer:
                 "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
             )
 
-    def _write(self, layout: Layout, progress: Progress) -> None:
+    def _write(self, layout: Layout, progress: Progress, base: int | None) -> None:
         """In the thread: write this rank's file; the first rank commits when every file is there."""
         problem = None
         parts = gather(self._write_part(layout, step_folder(progress.step)), self._group)
@@ -227,12 +256,13 @@ class Checkpointer:
             problem = problems[0]
         elif self._mesh.is_first:
             try:
-                self._commit(parts, progress)
+                self._commit(parts, progress, base)
             except (OSError, ValueError) as error:
                 problem = str(error)
         problem = gather(problem, self._group)[0]
         if problem is None:
             self._newest_step = progress.step
+            self._full_step = progress.step if base is None else base
             if self._mesh.is_first:
                 # How long before an allocation's end a launcher must warn the run.
                 write_json(self._run.saving_file, {"step": progress.step, "seconds": time.monotonic() - self._started})
@@ -244,9 +274,11 @@ class Checkpointer:
     def _write_part(self, layout: Layout, folder: str) -> _Part:
         name = f"rank-{self._mesh.rank:05d}.bin"
         tensors: dict[str, StoredTensor] = {}
-        for piece, start in layout.places:
+        for place in layout.places:
+            piece = place.piece
             known = tensors.setdefault(piece.name, StoredTensor(dtype_name(piece.tensor.dtype), piece.shape, ()))
-            pieces = (*known.pieces, StoredPiece(name, start, piece.region))
+            rows = None if piece.rows is None else StoredRows(place.rows_start, len(piece.rows))
+            pieces = (*known.pieces, StoredPiece(name, place.start, piece.region, rows))
             tensors[piece.name] = replace(known, pieces=pieces)
         try:
             if self._staging is not None:
@@ -259,7 +291,7 @@ class Checkpointer:
             return _Part(FileRecord(0, ()), {}, str(error))
         return _Part(record, tensors)
 
-    def _commit(self, parts: list[_Part], progress: Progress) -> None:
+    def _commit(self, parts: list[_Part], progress: Progress, base: int | None) -> None:
         """Every file has reached the disk: let the checkpoint count, then delete what it makes superfluous."""
         store, folder = self._catalogue.store, step_folder(progress.step)
         tensors: dict[str, StoredTensor] = {}
@@ -270,6 +302,7 @@ class Checkpointer:
         content = Manifest(
             progress=progress,
             world_size=self._mesh.world_size,
+            base=base,
             versions=writing_versions(),
             files={f"rank-{rank:05d}.bin": part.record for rank, part in enumerate(parts)},
             tensors=tensors,
@@ -285,9 +318,9 @@ class Checkpointer:
         logger.info("checkpoint of step %d is complete: %s/%s", progress.step, store.address, folder)
         steps = self._catalogue.steps()
         best = best_step(self._run.eval_file, self._config.keep_best, steps)
-        for step in superfluous(steps, self._config, best):
-            if not self._catalogue.is_pinned(step):
-                self._catalogue.remove(step)
+        pinned = filter(self._catalogue.is_pinned, steps)
+        for step in superfluous(steps, self._config, (best, *pinned), self._catalogue.base):
+            self._catalogue.remove(step)
 
     def _give_up(self, step: int) -> None:
         """Free what an unfinished checkpoint takes; where even that fails, the next start does it."""

@@ -4,33 +4,52 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoint.chunks import CHUNK_BYTES
 from trainer.checkpoint.manifest import DTYPE_BYTES
-from trainer.checkpoint.pieces import LivePiece
+from trainer.checkpoint.pieces import LivePiece, aligned
 
-ALIGNMENT = 64
-"""Every piece starts at a multiple, so that its bytes can be read as numbers where they lie."""
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a piece lies."""
+
+    piece: LivePiece
+    rows_start: int
+    """Where the numbers of its rows begin, int64, if not all are stored."""
+    start: int
+    """Where its values begin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A rank's file."""
 
-    places: tuple[tuple[LivePiece, int], ...]
-    """(piece, its first byte), one after another."""
+    places: tuple[Place, ...]
+    """One after another."""
     num_bytes: int
     """Size of the file."""
 
     def blocks(self) -> Iterator[memoryview]:
         """The file's content, from the live tensors, a few MiB at a time."""
         written = 0
-        for piece, start in self.places:
+        for start, content in self.content(CHUNK_BYTES):
+            block = content.cpu().numpy().data
             yield memoryview(bytes(start - written))
-            flat = piece.tensor.contiguous().reshape(-1).view(torch.uint8)
-            for first in range(0, piece.num_bytes, CHUNK_BYTES):
-                yield flat[first : first + CHUNK_BYTES].cpu().numpy().data
-            written = start + piece.num_bytes
+            yield block
+            written = start + block.nbytes
+
+    def content(self, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """(first byte in the file, [at most about `max_bytes`] uint8 on the device) of all that is in it."""
+        for place in self.places:
+            piece, start = place.piece, place.start
+            if piece.rows is not None:
+                rows = piece.rows + piece.region.offsets[0]
+                yield place.rows_start, rows.view(torch.uint8)
+            for part in piece.parts(max_bytes):
+                yield start, part
+                start += part.numel()
 
 
 def lay_out(pieces: list[LivePiece]) -> Layout:
@@ -44,8 +63,9 @@ def lay_out(pieces: list[LivePiece]) -> Layout:
         dtype = dtype_name(piece.tensor.dtype)
         if dtype not in DTYPE_BYTES:
             raise ValueError(f"{piece.name!r} is of type {dtype}, which checkpoints do not know")
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        places.append((piece, start))
+        rows_start = aligned(end)
+        start = rows_start if piece.rows is None else rows_start + aligned(piece.rows.nbytes)
+        places.append(Place(piece, rows_start, start))
         end = start + piece.num_bytes
     return Layout(tuple(places), end)
 

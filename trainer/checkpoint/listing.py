@@ -15,6 +15,8 @@ def list_checkpoints(catalogue: Catalogue, *, verify: bool) -> tuple[list[str], 
             lines.append(f"{step:>10}{'-':>9}{'-':>7}{'-':>14}  {damage}")
             continue
         state = ("verified" if verify else "complete") + (", pinned" if catalogue.is_pinned(step) else "")
+        if manifest.base is not None:
+            state += f", rows touched since step {manifest.base}"
         gib, samples = manifest.num_bytes / 2**30, manifest.progress.samples
         lines.append(f"{step:>10}{gib:>9.2f}{manifest.world_size:>7}{samples:>14,}  {state}")
     counted = set(map(step_folder, catalogue.steps()))

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -69,7 +70,7 @@ def load_checkpoint(
         raise ValueError(f"checkpoint {catalogue.store.address}/{folder} {error}") from None
     reason = None
     try:
-        fill(catalogue.store, folder, checkpoint.manifest, pieces)
+        fill(catalogue.store, checkpoint, pieces)
     except (ChunkError, OSError) as error:
         reason = str(error)
     reasons = [reason for reason in gather(reason, group) if reason is not None]
@@ -115,18 +116,23 @@ def _of_table(name: str) -> str | None:
     return rest.split("/")[0] if kind in ("tables", "tables_optimizer") else None
 
 
-def fill(store: Store, folder: str, manifest: Manifest, pieces: list[LivePiece]) -> None:
-    """Read every value of `pieces` from a checkpoint that `check_fits`.
+def fill(store: Store, checkpoint: Checkpoint, pieces: list[LivePiece]) -> None:
+    """Read every value of `pieces` from a checkpoint that `check_fits`, and from its base what it leaves out.
 
     Raises:
         ChunkError: bytes that are needed are not what was written.
         OSError: they cannot be read.
     """
+    if checkpoint.base is not None:
+        fill(store, checkpoint.base, pieces)
+    folder, manifest = step_folder(checkpoint.step), checkpoint.manifest
     groups = list(_grouped(sorted(_reads(manifest, pieces), key=lambda read: (read.file, read.start))))
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
         # The first error ends the load.
         for _ in pool.map(partial(_fill_group, store, folder, manifest), groups):
+            pass
+        for _ in pool.map(partial(_fill_rows, store, folder, manifest), pieces):
             pass
 
 
@@ -135,7 +141,7 @@ def _reads(manifest: Manifest, pieces: list[LivePiece]) -> Iterator[_Read]:
         stored = manifest.tensors[live.name]
         for piece in stored.pieces:
             part = piece.region.overlap(live.region)
-            if part is not None:
+            if part is not None and piece.rows is None:
                 yield from _rows(piece.file, piece.start, stored.dtype, piece.region, part, live)
 
 
@@ -182,3 +188,29 @@ def _fill_group(store: Store, folder: str, manifest: Manifest, reads: list[_Read
         content = reader.bytes(read.start, read.start + read.num_bytes)
         values = torch.frombuffer(content, dtype=read.dtype).view(read.rows.sizes)
         read.target.copy_(narrowed(values, read.rows, read.part))
+
+
+def _fill_rows(store: Store, folder: str, manifest: Manifest, live: LivePiece) -> None:
+    """Fill the rows of `live` that pieces hold by their numbers."""
+    tensor = manifest.tensors[live.name]
+    for piece in tensor.pieces:
+        part = piece.region.overlap(live.region)
+        if part is None or piece.rows is None:
+            continue
+        name = f"{folder}/{piece.file}"
+        reader = ChunkReader(name, manifest.files[piece.file], partial(store.read, name))
+        content = reader.bytes(piece.rows.start, piece.rows.start + 8 * piece.rows.count)
+        rows = torch.frombuffer(bytearray(content), dtype=torch.int64) if piece.rows.count else torch.empty(0).long()
+        first, last = torch.searchsorted(
+            rows, torch.tensor([part.offsets[0], part.offsets[0] + part.sizes[0]])
+        ).tolist()
+        row_bytes = prod(piece.region.sizes[1:]) * DTYPE_BYTES[tensor.dtype]
+        target, step = narrowed(live.tensor, live.region, part), max(1, GROUP_BYTES // row_bytes)
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            content = reader.bytes(piece.start + begin * row_bytes, piece.start + end * row_bytes)
+            held = Region((0, *piece.region.offsets[1:]), (end - begin, *piece.region.sizes[1:]))
+            values = torch.frombuffer(content, dtype=getattr(torch, tensor.dtype)).view(held.sizes)
+            wanted = narrowed(values, held, Region((0, *part.offsets[1:]), (end - begin, *part.sizes[1:])))
+            places = rows[begin:end] - part.offsets[0]
+            target.index_copy_(0, places.to(target.device), wanted.to(target.device))

@@ -5,7 +5,7 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.progress import Progress, progress_from_dict
 from trainer.checkpoint.region import Region
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format; a reader refuses a newer one."""
 DTYPE_BYTES = {
     "float64": 8,
@@ -39,6 +39,21 @@ class StoredPiece:
     file: str
     start: int
     region: Region
+    rows: "StoredRows | None" = None
+    """Where not all rows of the region are stored, but the others are as in the checkpoint before: which ones are."""
+
+    @property
+    def numel(self) -> int:
+        """Values that are stored."""
+        return self.region.numel if self.rows is None else self.rows.count * prod(self.region.sizes[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Numbers of rows of the whole tensor, ascending, as int64 from byte `start` of the piece's file on."""
+
+    start: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +73,8 @@ class Manifest:
     """How far the run had come."""
     world_size: int
     """Ranks that wrote it."""
+    base: int | None
+    """Step of the checkpoint that holds the rows which this one leaves out; None for a full one."""
     versions: Mapping[str, str]
     """Of the packages that wrote it."""
     files: Mapping[str, FileRecord]
@@ -75,8 +92,12 @@ class Manifest:
     def _check(self, name: str, tensor: StoredTensor) -> None:
         for piece in tensor.pieces:
             inside = Region((0,) * len(tensor.shape), tensor.shape).overlap(piece.region) == piece.region
-            end = piece.start + piece.region.numel * DTYPE_BYTES[tensor.dtype]
-            if not inside or piece.start < 0 or end > self.files[piece.file].num_bytes:
+            end = piece.start + piece.numel * DTYPE_BYTES[tensor.dtype]
+            first = piece.start
+            if piece.rows is not None:
+                first, end = min(first, piece.rows.start), max(end, piece.rows.start + 8 * piece.rows.count)
+                inside = inside and self.base is not None and 0 <= piece.rows.count <= piece.region.sizes[0]
+            if not inside or first < 0 or end > self.files[piece.file].num_bytes:
                 raise ValueError(f"a piece of {name!r} lies outside its tensor or file")
         held, needed = sum(piece.region.numel for piece in tensor.pieces), prod(tensor.shape)
         if held != needed:
@@ -94,20 +115,23 @@ class Manifest:
             "versions": dict(self.versions),
             "progress": self.progress.as_dict(),
             "world_size": self.world_size,
+            "base": self.base,
             "files": {name: {"bytes": file.num_bytes, "crc32": file.crc32} for name, file in self.files.items()},
             "tensors": {
                 name: {
                     "dtype": tensor.dtype,
                     "shape": tensor.shape,
-                    "pieces": [
-                        {"file": p.file, "start": p.start, "offsets": p.region.offsets, "sizes": p.region.sizes}
-                        for p in tensor.pieces
-                    ],
+                    "pieces": [_piece_values(piece) for piece in tensor.pieces],
                 }
                 for name, tensor in self.tensors.items()
             },
         }
         return (json.dumps(values) + "\n").encode()
+
+
+def _piece_values(piece: StoredPiece) -> dict[str, Any]:
+    values = {"file": piece.file, "start": piece.start, "offsets": piece.region.offsets, "sizes": piece.region.sizes}
+    return values if piece.rows is None else {**values, "rows": asdict(piece.rows)}
 
 
 def decode(content: bytes) -> Manifest:
@@ -126,6 +150,7 @@ def decode(content: bytes) -> Manifest:
         return Manifest(
             progress=progress_from_dict(values["progress"]),
             world_size=values["world_size"],
+            base=values["base"],
             versions=values["versions"],
             files={name: FileRecord(file["bytes"], tuple(file["crc32"])) for name, file in values["files"].items()},
             tensors={name: _tensor(tensor) for name, tensor in values["tensors"].items()},
@@ -136,7 +161,12 @@ def decode(content: bytes) -> Manifest:
 
 def _tensor(values: Mapping[str, Any]) -> StoredTensor:
     pieces = [
-        StoredPiece(piece["file"], piece["start"], Region(tuple(piece["offsets"]), tuple(piece["sizes"])))
+        StoredPiece(
+            piece["file"],
+            piece["start"],
+            Region(tuple(piece["offsets"]), tuple(piece["sizes"])),
+            StoredRows(**piece["rows"]) if "rows" in piece else None,
+        )
         for piece in values["pieces"]
     ]
     return StoredTensor(values["dtype"], tuple(values["shape"]), tuple(pieces))

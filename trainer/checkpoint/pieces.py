@@ -1,6 +1,8 @@
 """Which parts of which tensors a rank holds: the live state, cut into regions."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +12,10 @@ from trainer.checkpoint.region import Region
 
 Tensors = dict[str, Tensor | ShardedTensor]
 """Flat state: a name independent of the plan -> tensor or ShardedTensor, sharing memory with the live model."""
+
+
+ALIGNMENT = 64
+"""Everything in a file starts at a multiple, so that its bytes can be read as numbers where they lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +30,50 @@ class LivePiece:
     """Which part this is."""
     tensor: Tensor
     """Its live values, [*region.sizes]."""
+    rows: Tensor | None = None
+    """[touched] int64 the rows, counted from the region's first, that are stored; None for all of the region."""
+
+    @property
+    def num_values(self) -> int:
+        """That are stored."""
+        if self.rows is None:
+            return self.tensor.numel()
+        return len(self.rows) * (self.tensor.numel() // len(self.tensor))
 
     @property
     def num_bytes(self) -> int:
-        """Size of the values."""
-        return self.tensor.numel() * self.tensor.element_size()
+        """Size of the values that are stored."""
+        return self.num_values * self.tensor.element_size()
+
+    @property
+    def room(self) -> int:
+        """Size of what is stored, with the numbers of the rows where they stand before the values."""
+        return self.num_bytes if self.rows is None else aligned(self.rows.nbytes) + self.num_bytes
+
+    def parts(self, max_bytes: int) -> Iterator[Tensor]:
+        """The stored values as bytes, [at most about `max_bytes`] uint8 each, on the tensor's device."""
+        if self.rows is None:
+            yield from torch.split(self.tensor.contiguous().reshape(-1).view(torch.uint8), max_bytes)
+            return
+        row_bytes = self.tensor.element_size() * (self.tensor.numel() // len(self.tensor))
+        for rows in torch.split(self.rows.to(self.tensor.device), max(1, max_bytes // row_bytes)):
+            yield self.tensor.index_select(0, rows).reshape(-1).view(torch.uint8)
+
+
+def aligned(num_bytes: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class Touched(Protocol):
+    """Which rows may differ from what they were when `clear` was called."""
+
+    def rows(self, table: str, first_row: int) -> Tensor | None:
+        """[touched] int64, ascending, of the shard that begins with `first_row`, counted from there; None if nobody
+        knows."""
+
+    def clear(self) -> None:
+        """From now on."""
 
 
 def local_pieces(tensors: Tensors) -> list[LivePiece]:
@@ -62,6 +107,24 @@ def written_pieces(tensors: Tensors, rank: int, world_size: int) -> list[LivePie
     return [
         piece for piece in local_pieces(tensors) if piece.name in mine or isinstance(tensors[piece.name], ShardedTensor)
     ]
+
+
+def touched_pieces(pieces: list[LivePiece], tensors: Tensors, touched: Touched) -> list[LivePiece]:
+    """The same pieces, those of sharded tables and their optimizers' state with the rows that were touched alone, where
+    that takes less space."""
+    found: dict[tuple[str, int], Tensor | None] = {}
+
+    def of(piece: LivePiece) -> Tensor | None:
+        kind, _, rest = piece.name.partition("/")
+        if not isinstance(tensors[piece.name], ShardedTensor) or kind not in ("tables", "tables_optimizer"):
+            return None
+        key = rest.split("/")[0], piece.region.offsets[0]
+        if key not in found:
+            found[key] = touched.rows(*key)
+        return found[key]
+
+    shorter = [replace(piece, rows=of(piece)) for piece in pieces]
+    return [min(pair, key=lambda piece: piece.room) for pair in zip(pieces, shorter, strict=True)]
 
 
 def narrowed(tensor: Tensor, held: Region, part: Region) -> Tensor:

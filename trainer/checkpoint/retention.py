@@ -1,18 +1,22 @@
 """Which checkpoints stay."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trainer.config import CheckpointConfig
 
 
-def superfluous(steps: list[int], config: CheckpointConfig, best: int | None) -> list[int]:
-    """Those of the complete `steps` (oldest first) that may be deleted: no reason of `config` keeps them."""
-    kept = set(steps[-config.keep :]) | {best}
+def superfluous(
+    steps: list[int], config: CheckpointConfig, also: Iterable[int | None], base: Callable[[int], int | None]
+) -> list[int]:
+    """Those of the complete `steps` (oldest first) that may be deleted, newest first: no reason of `config` keeps them,
+    they are not in `also`, and none that stays needs them as its `base`."""
+    kept = set(steps[-config.keep :]) | (set(also) & set(steps))
     if config.keep_every_steps is not None:
         kept |= {step for step in steps if step % config.keep_every_steps == 0}
-    return [step for step in steps if step not in kept]
+    kept |= {base(step) for step in kept if step is not None}
+    return [step for step in reversed(steps) if step not in kept]
 
 
 def best_step(eval_file: Path, metric: str | None, steps: Iterable[int]) -> int | None:

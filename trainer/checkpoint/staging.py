@@ -18,6 +18,9 @@ from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.layout import Layout
 from trainer.checkpoint.store import Store
 
+PART_BYTES = 64 * 2**20
+"""Bytes of one copy; of rows that are gathered first, this much memory is taken beside the state."""
+
 
 class WriterGone(OSError):
     """The writer process has ended by itself."""
@@ -59,10 +62,8 @@ class Staging:
     def fill(self, layout: Layout) -> None:
         """Copy the live tensors; when this returns, they may change."""
         assert layout.num_bytes <= self._num_bytes, "the state has grown since the run began"
-        for piece, start in layout.places:
-            target = self._memory[start : start + piece.num_bytes]
-            source = piece.tensor.contiguous().reshape(-1).view(torch.uint8)
-            target.copy_(source, non_blocking=True)
+        for start, content in layout.content(PART_BYTES):
+            self._memory[start : start + content.numel()].copy_(content, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

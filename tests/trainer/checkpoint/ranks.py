@@ -11,7 +11,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_f
 
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.pieces import Tensors
+from trainer.checkpoint.pieces import Tensors, Touched
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import Store, open_store
 from trainer.config import CheckpointConfig
@@ -19,7 +19,9 @@ from trainer.mesh import Mesh
 from trainer.run_dir import RunDir
 
 LAYOUTS = ("row_wise", "column_wise", "table_wise", "grid", "replicated")
-ROWS, COLUMNS = 11, 6
+ROWS, COLUMNS = 47, 6
+TOUCHED = (0, 3, 4, 10, 46)
+"""Rows that change between the two checkpoints of a run with a delta."""
 
 
 def expected(seed: int = 0) -> dict[str, Tensor]:
@@ -32,6 +34,39 @@ def expected(seed: int = 0) -> dict[str, Tensor]:
         "dense/mask": torch.tensor([True, False, seed == 0]),
         "dense_optimizer/weight/step": torch.tensor(5 + seed),
     }
+
+
+def expected_after(touched: tuple[int, ...]) -> dict[str, Tensor]:
+    """The whole state when those rows of the tables have changed, and everything else."""
+    before, after = expected(0), expected(1)
+    rows = torch.tensor(touched, dtype=torch.int64)
+    return {
+        name: before[name].index_copy(0, rows, value[rows]) if name.startswith("tables") else value
+        for name, value in after.items()
+    }
+
+
+class TouchedOfTest:
+    """Rows of any shard."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.rows_of = {
+            shard.metadata.shard_offsets[0]: shard.metadata.shard_sizes[0]
+            for value in tensors.values()
+            if isinstance(value, ShardedTensor)
+            for shard in value.local_shards()
+        }
+        self.clears = 0
+
+    def rows(self, table: str, first_row: int) -> Tensor | None:
+        """As `trainer.checkpoint.pieces.Touched`."""
+        assert table == "item"
+        inside = [row - first_row for row in TOUCHED if 0 <= row - first_row < self.rows_of[first_row]]
+        return torch.tensor(inside, dtype=torch.int64)
+
+    def clear(self) -> None:
+        """As `trainer.checkpoint.pieces.Touched`."""
+        self.clears += 1
 
 
 def _blocks(layout: str, rank: int, ranks: int) -> list[tuple[slice, slice]]:
@@ -76,11 +111,15 @@ def _owns(row: int, rank: int, ranks: int) -> bool:
     return (0 if row == 0 else 2) % ranks == rank
 
 
-def checkpointer(store: Store, run: RunDir, tensors: Tensors, **config: Any) -> Checkpointer:
+def checkpointer(
+    store: Store, run: RunDir, tensors: Tensors, touched: Touched | None = None, **config: Any
+) -> Checkpointer:
     """Of this rank."""
     ranks = dist.get_world_size()
     mesh = Mesh(rank=dist.get_rank(), world_size=ranks, local_world_size=ranks, device=torch.device("cpu"))
-    return Checkpointer(run, Catalogue(store), mesh, lambda: tensors, replace(CheckpointConfig(), **config))
+    return Checkpointer(
+        run, Catalogue(store), mesh, lambda: tensors, replace(CheckpointConfig(), **config), touched=touched
+    )
 
 
 def save(run_dir: str, layout: str, steps: tuple[int, ...] = (1,), **config: Any) -> None:
@@ -100,6 +139,26 @@ def save(run_dir: str, layout: str, steps: tuple[int, ...] = (1,), **config: Any
     saver.close()
 
 
+def save_delta(run_dir: str, layout: str, *, asynchronous: bool) -> None:
+    """A full checkpoint of step 1 and a delta of step 2."""
+    run = RunDir(Path(run_dir))
+    run.path.mkdir(exist_ok=True, parents=True)
+    tensors = sharded(expected(), layout)
+    touched = TouchedOfTest(tensors)
+    saver = checkpointer(
+        open_store(str(run.checkpoints)), run, tensors, touched, deltas=1, keep=1, asynchronous=asynchronous
+    )
+    saver.save(Progress(step=1))
+    saver.wait()
+    for name, value in sharded(expected_after(TOUCHED), layout).items():
+        _assign(tensors[name], value)
+    saver.save(Progress(step=2))
+    saver.wait()
+    saver.close()
+    # Replicated tables are in a delta as in a full one, which it then is.
+    assert touched.clears == (2 if layout == "replicated" else 1)
+
+
 def load(run_dir: str, layout: str, **config: Any) -> tuple[int, list[str]]:
     """(the step that was restored, what differs from its state)."""
     run = RunDir(Path(run_dir))
@@ -108,7 +167,8 @@ def load(run_dir: str, layout: str, **config: Any) -> tuple[int, list[str]]:
     loader = checkpointer(store, run, tensors, **config)
     progress = loader.restore(Catalogue(store).newest()).progress
     loader.close()
-    wanted = sharded(expected(progress.step - 1), layout)
+    delta = run_dir.endswith("-delta")
+    wanted = sharded(expected_after(TOUCHED) if delta else expected(progress.step - 1), layout)
     return progress.step, [name for name in wanted if not _equal(tensors[name], wanted[name])]
 
 
@@ -153,6 +213,8 @@ def save_every_way(folder: str) -> None:
     ranks = dist.get_world_size()
     for layout in LAYOUTS:
         save(f"{folder}/{layout}-{ranks}", layout, asynchronous=ranks % 2 == 0)
+        # Of replicated tables nobody knows the rows.
+        save_delta(f"{folder}/{layout}-{ranks}-delta", layout, asynchronous=ranks % 2 == 1)
 
 
 def load_every_way(folder: str) -> dict[tuple[str, str], tuple[int, list[str]]]:

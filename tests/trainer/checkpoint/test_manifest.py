@@ -12,6 +12,7 @@ from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.region import Region
 
 MANIFEST = Manifest(
+    base=None,
     progress=Progress(step=3, samples=12, position=DataPosition(order=("of a test",), samples=12)),
     world_size=2,
     versions={"torch": "2"},
@@ -41,7 +42,7 @@ def _item(values: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format=2), "of format 2, written by .*: use the code that wrote it"),
+        (lambda v: v.update(format=3), "of format 3, written by .*: use the code that wrote it"),
         (lambda v: v.pop("format"), "lacks something"),
         (lambda v: v["progress"].pop("position"), "lacks something"),
         (lambda v: v["progress"]["position"].pop("order"), "data position must have the keys"),
