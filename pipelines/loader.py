@@ -195,17 +195,19 @@ def _next(handed_over: Iterator[Packed | Failure], processes: list[BaseProcess])
 def _reader_context() -> ForkServerContext:
     """Starts reader processes from a server process that has imported what they need and has no threads.
 
-    Not by forking this process, whose CUDA and communication threads do not survive that.  SIGINT and SIGTERM do not
-    reach the readers, though shells and schedulers send them to all processes of a job: the trainer still needs
+    Not by forking this process, whose CUDA and communication threads do not survive that.  SIGINT, SIGTERM and SIGUSR1
+    do not reach the readers, though shells and schedulers send them to all processes of a job: the trainer still needs
     batches until it has saved its state, and then ends them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.reader"])
-    # Starts a helper process and unblocks the signals, so it comes first.
-    resource_tracker.ensure_running()
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    asking = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    # What is started below, and what it forks, inherits the mask.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
     try:
-        # The server, and what it forks, inherits the mask.
+        # Starts a helper process and unblocks two of the signals, so it comes first.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, asking)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -7,8 +7,24 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What asks a run to save and stop."""
+
+
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """What is started within the block never hears of a stop: schedulers and terminals signal every process of a job,
+    and a run needs its helpers until it has saved its state."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StoppedEarly(InterruptedError):
@@ -26,10 +42,9 @@ class StopSignal:
 
     def listen(self) -> None:
         """From now on, in the main thread; what the process's launcher held back for it arrives here."""
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        for number in numbers:
+        for number in ASKING:
             signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*numbers, signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ASKING, signal.SIGCHLD})
         if "TORCHELASTIC_RUN_ID" in os.environ:
             Thread(target=self._follow, args=(os.getppid(),), name="follow-agent", daemon=True).start()
 

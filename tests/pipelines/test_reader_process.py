@@ -78,10 +78,10 @@ def test_reading_begins_before_the_first_batch_is_asked_for(tmp_path: Path) -> N
 
 
 def test_signals_for_all_processes_of_a_job_leave_the_reader_to_its_consumer(tmp_path: Path) -> None:
-    """A scheduler's SIGTERM and a terminal's SIGINT: the trainer still takes steps before it saves."""
+    """A scheduler's SIGTERM, its warning, and a terminal's SIGINT: the trainer still takes steps before it saves."""
     with closing(iter(loader(tmp_path / "data"))) as iterator:
         next(iterator)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             process = reader()
             assert process.pid is not None
             os.kill(process.pid, number)

@@ -17,6 +17,7 @@ import torch
 from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.layout import Layout
 from trainer.checkpoint.store import Store
+from trainer.stop_signal import kept_from_children
 
 PART_BYTES = 64 * 2**20
 """Bytes of one copy; of rows that are gathered first, this much memory is taken beside the state."""
@@ -50,14 +51,15 @@ class Staging:
                     f"{num_bytes / 2**30:.1f} GiB for copies of the state cannot be page-locked (CUDA error {code}): "
                     "raise the limit of locked memory (ulimit -l), or set checkpoint.asynchronous=false"
                 )
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.checkpoint.writer", str(self._file), str(num_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self._file],
-            # Signals that a terminal or a launcher sends to the ranks are not for it: it ends with its rank.
-            start_new_session=True,
-        )
+        # Signals that a terminal or a launcher sends to the ranks are not for it: it ends with its rank.
+        with kept_from_children():
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.checkpoint.writer", str(self._file), str(num_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[self._file],
+                start_new_session=True,
+            )
 
     def fill(self, layout: Layout) -> None:
         """Copy the live tensors; when this returns, they may change."""

@@ -7,7 +7,6 @@ hold its interpreter.  No torch: it starts in a moment.  It ends with its rank, 
 import json
 import mmap
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from queue import SimpleQueue
@@ -20,8 +19,6 @@ from trainer.checkpoint.store import open_store
 
 def main(descriptor: int, num_bytes: int) -> None:
     """Serve requests until the rank is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     memory = mmap.mmap(descriptor, max(1, num_bytes), access=mmap.ACCESS_READ)
     requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
