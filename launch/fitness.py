@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -32,6 +33,26 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 MIN_FREE_MIB = {"run directory": 1024, "/dev/shm": 256, "temporary folder": 256}
 MAX_BEHIND_S, MAX_AHEAD_S = 10.0, 120.0
 """How far a node's clock may be from the first one's, which told its time a little earlier."""
+
+XIDS = {
+    48: "a memory error that could not be corrected",
+    62: "its micro-controller halted",
+    64: "broken memory rows that could not be replaced",
+    74: "an NVLink error",
+    79: "it has fallen off the bus",
+    95: "a memory error that could not be contained",
+    119: "its system processor does not answer",
+    120: "its system processor failed",
+    140: "a memory error that nothing recovered",
+    143: "it could not be initialised",
+}
+"""Errors that NVIDIA's driver reports to the kernel's log and after which a GPU needs a reset, a restart of the node or
+a replacement (NVIDIA's "Xid Errors"); all others are faults of programs, or mended by the driver."""
+
+XID_AGE_S = 3600.0
+"""Older ones are left alone: a reset that mended them leaves no trace there."""
+
+_XID = re.compile(r"\[ *(\d+\.\d+)\] NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +152,27 @@ def _gpu_problems(procs_per_node: int, *, wanted: bool) -> Iterator[str]:
         yield f"nvidia-smi fails: {' '.join(asked.stdout.split()) or ' '.join(asked.stderr.split())}"
         return
     yield from gpu_faults(asked.stdout, procs_per_node)
+    yield from _reported_faults()
+
+
+def _reported_faults() -> Iterator[str]:
+    """From the kernel's log, where this user may read it."""
+    try:
+        log = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    yield from xid_faults(log.stdout, float(Path("/proc/uptime").read_text().split()[0]))
+
+
+def xid_faults(kernel_log: str, uptime_s: float) -> Iterator[str]:
+    """From lines of dmesg: what GPUs have reported within the last hour and not got over, each kind once a GPU."""
+    told = {
+        (gpu, int(number)): XIDS[int(number)]
+        for stamp, gpu, number in _XID.findall(kernel_log)
+        if int(number) in XIDS and uptime_s - float(stamp) <= XID_AGE_S
+    }
+    for (gpu, number), what in told.items():
+        yield f"its GPU at {gpu} has reported Xid {number} ({what}): reset it, or restart the node"
 
 
 def gpu_faults(listing: str, procs_per_node: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 from launch import fitness
 from launch.allocation import read_answers
-from launch.fitness import Facts, facts_here, gpu_faults, problems
+from launch.fitness import Facts, facts_here, gpu_faults, problems, xid_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = ".preflight-1-2"
@@ -94,6 +95,31 @@ def test_a_full_disk_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch, fu
 )
 def test_broken_gpus_are_named(listing: str, words: list[str]) -> None:
     assert list(gpu_faults(listing, 2)) == words
+
+
+KERNEL_LOG = """\
+[    1.000000] NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  580.1
+[ 9000.000000] NVRM: Xid (PCI:0000:1a:00): 31, pid=77, name=python, Ch 00000001, MMU Fault: ENGINE GRAPHICS
+[ 9001.500000] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+[ 9001.600000] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+[ 9002.000000] something of Xid (PCI:0000:5e:00): 79
+"""
+FALLEN = "its GPU at 0000:3b:00 has reported Xid 79 (it has fallen off the bus): reset it, or restart the node"
+
+
+@pytest.mark.parametrize(("uptime_s", "words"), [(9100.0, [FALLEN]), (90000.0, [])])
+def test_a_gpu_that_has_reported_a_hardware_fault_is_named(uptime_s: float, words: list[str]) -> None:
+    # A program's own fault (31) is none of the node's, and what was long ago has been dealt with.
+    assert list(xid_faults(KERNEL_LOG, uptime_s)) == words
+
+
+def test_nodes_with_gpus_ask_the_driver_and_the_kernel(run_dir: Path, commands: Callable[..., None]) -> None:
+    stamp = float(Path("/proc/uptime").read_text().split()[0])
+    line = f"[{stamp:.6f}] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."
+    commands(**{"nvidia-smi": "echo '0, 0'; echo '1, 3'", "dmesg": f"echo '{line}'"})
+    first = replace(facts_here(TOKEN), driver="NVIDIA 1")
+    broken = "its GPU 1 has 3 uncorrected memory errors: reset or replace it"
+    assert _found(first, first, run_dir, procs_per_node=2) == [broken, FALLEN]
 
 
 def test_the_code_is_told_by_its_content(tmp_path: Path) -> None:
