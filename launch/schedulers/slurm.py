@@ -46,6 +46,9 @@ OURS = {
 }
 """Options of sbatch that a job sets itself, and what from; all others may be given."""
 
+ONCE = ("begin", "dependency", "hold")
+"""Options about when a job may start: said of its first submission only, not of its successors."""
+
 BATCH_OUTPUT = "job.out"
 """What the job's batch script says, in the job's folder."""
 
@@ -75,9 +78,7 @@ class SlurmRequest:
 
     def script(self) -> str:
         """The file that sbatch reads: sending it again by hand does the same."""
-        lines = [
-            f"#SBATCH --{key}" + (f"={shlex.quote(value)}" if value else "") for key, value in self.options.items()
-        ]
+        lines = [f"#SBATCH {_option(k, shlex.quote(v) if v else v)}" for k, v in self.options.items() if k not in ONCE]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
         lines += [f"cd {shlex.quote(self.job_dir)} || exit 1"]
         if len(self.commands) == 1:
@@ -87,8 +88,13 @@ class SlurmRequest:
             lines += ['case "$SLURM_ARRAY_TASK_ID" in', *members, "esac"]
         return "\n".join(["#!/bin/bash", *lines, ""])
 
+    def submission(self) -> list[str]:
+        """The command that sends it the first time."""
+        once = [_option(key, value) for key, value in self.options.items() if key in ONCE]
+        return ["sbatch", "--parsable", *once, f"{self.job_dir}/{SCRIPT}"]
+
     def __str__(self) -> str:
-        return f"sbatch {shlex.quote(f'{self.job_dir}/{SCRIPT}')}\n\n{self.script()}"
+        return f"{shlex.join(self.submission())}\n\n{self.script()}"
 
 
 class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
@@ -151,7 +157,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             for number, folder in enumerate(request.job_dirs if len(request.job_dirs) > 1 else ()):
                 Path(folder).mkdir(parents=True)
                 Path(folder, BATCH_OUTPUT).symlink_to(Path(request.job_dir, ARRAY_OUTPUT.format(number)))
-            sbatch = slurm_queue.run(["sbatch", "--parsable", str(script)])
+            sbatch = slurm_queue.run(request.submission())
             if sbatch.returncode != 0:
                 raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
         except Exception:
@@ -215,6 +221,10 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
     def _cancel_existing(self, app_id: str) -> None:
         self.cancel_job(app_id, None)
+
+
+def _option(key: str, value: str) -> str:
+    return f"--{key}={value}" if value else f"--{key}"
 
 
 _INSTEAD = {

@@ -64,6 +64,13 @@ def test_any_option_of_sbatch_passes_and_takes_the_place_of_ours() -> None:
     assert {option.partition("=")[0] for option in options}.isdisjoint({"--requeue", "--gpus-per-node"})
 
 
+def test_when_a_job_may_start_is_not_asked_of_its_successors() -> None:
+    script = _script(options=["hold=", "begin=now+1hour", "account=abc"])
+    assert script.splitlines()[0].startswith("sbatch --parsable --hold --begin=now+1hour ")
+    assert {option.partition("=")[0] for option in _options(script)}.isdisjoint({"--hold", "--begin"})
+    assert "--account=abc" in _options(script)
+
+
 @pytest.mark.parametrize("key", OURS)
 def test_options_that_the_job_sets_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match=f"--option {key}=1: the job sets sbatch's --{key} itself"):
