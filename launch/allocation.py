@@ -85,7 +85,7 @@ class Allocation:
             if unfit:
                 self._note("unfit", "; ".join(unfit.values()), before, before)
                 return self._leave_out(unfit)
-            status = self._start()
+            status, told_to_stop = self._start()
             after = self._newest_step()
             if status == 0:
                 self._note("done", "", before, after)
@@ -109,7 +109,8 @@ class Allocation:
                     FAILED,
                     f": {failures} failures in a row without a new checkpoint, --max-retries is {self.max_retries}",
                 )
-            if restarts < self.max_restarts:
+            # An allocation that is about to end, or was asked to, is no place for another start.
+            if restarts < self.max_restarts and not told_to_stop:
                 restarts += 1
                 logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
                 continue
@@ -169,8 +170,8 @@ class Allocation:
         excluded = ",".join([*filter(None, [job.excluded if job else ""]), *unfit])
         return self._chain(why, [f"--exclude={excluded}"])
 
-    def _start(self) -> int:
-        """Run the command on all nodes; returns the exit status of the whole."""
+    def _start(self) -> tuple[int, bool]:
+        """Run the command on all nodes; returns the exit status of the whole, and whether it was told to stop."""
         environment = {
             **os.environ,
             "TORCHX_RANK0_HOST": os.environ.get("SLURMD_NODENAME", "localhost"),
@@ -195,7 +196,7 @@ class Allocation:
                 stopping = True
                 # srun ends its step on SIGTERM and SIGINT; SIGUSR1 it passes on.
                 srun.send_signal(signal.SIGUSR1)
-        return job_status(srun.returncode)
+        return job_status(srun.returncode), stopping
 
     def _srun(self, command: Sequence[str], more: Sequence[str]) -> list[str]:
         """`command` on every node, in the job's folder."""

@@ -1,6 +1,7 @@
 """A real Slurm on this machine: Debian's slurmctld, slurmd and munge, in a folder of their own.
 
-Two nodes run jobs; two more have 8 GPUs each, made up of plain files, and only say which requests Slurm accepts.
+Two nodes run jobs.  Four more have 8 GPUs each, made up of plain files, and say which requests Slurm accepts; on two of
+them jobs of the partition `low` make way for those of `urgent`.  Two hundred others are down, for jobs that only wait.
 
     python -m tests.support.slurm install        # Debian's packages slurm-wlm and munge; needs root
     python -m tests.support.slurm run FOLDER     # start a cluster, print how to use it, stop it on Ctrl-C
@@ -23,7 +24,7 @@ from pathlib import Path
 
 PROGRAMS = ("unshare", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
 NODES = ("longview-n1", "longview-n2")
-GPU_NODES = ("longview-g1", "longview-g2")
+GPU_NODES = ("longview-g1", "longview-g2", "longview-g3", "longview-g4")
 UNSHARED = "unshared"
 """A folder of the cluster's own that the last node does not share."""
 HOSTS = Path("/etc/hosts")
@@ -55,11 +56,17 @@ ReturnToService=2
 SchedulerParameters=bf_interval=1
 SlurmdParameters=config_overrides
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory_mib}
-PartitionName=main Nodes={nodes} Default=YES State=UP
+PartitionName=main Nodes={nodes} Default=YES State=UP PreemptMode=OFF
 GresTypes=gpu
 NodeName={gpu_nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_gpu_port}-{last_gpu_port}] CPUs=192 \
 RealMemory=2000000 Gres=gpu:8
-PartitionName=gpu Nodes={gpu_nodes} State=UP MaxTime=12:00:00
+PartitionName=gpu Nodes={gpu_nodes} State=UP PreemptMode=OFF MaxTime=12:00:00
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes=longview-g[1-2] State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=40
+PartitionName=urgent Nodes=longview-g[1-2] State=UP PriorityTier=9 PreemptMode=OFF
+NodeName=longview-w[1-200] NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 State=DOWN
+PartitionName=wide Nodes=longview-w[1-200] State=UP
 """
 
 
@@ -71,6 +78,8 @@ class Cluster:
     """Configuration, logs and state."""
     environment: dict[str, str]
     """What Slurm's commands need besides the usual environment."""
+    node_pids: dict[str, int]
+    """The process of each node's slurmd."""
 
 
 def missing_programs() -> list[str]:
@@ -118,7 +127,12 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
                 # One by one: those already started are stopped if the next one cannot be.
                 daemons += [_start(command, folder, environment)]
             _wait_until_idle(folder, environment, daemons)
-            yield Cluster(folder=folder, environment=environment)
+            pids = [daemon.pid for daemon in daemons[-len(NODES + GPU_NODES) :]]
+            yield Cluster(
+                folder=folder,
+                environment=environment,
+                node_pids=dict(zip(NODES + GPU_NODES, pids, strict=True)),
+            )
         finally:
             for daemon in reversed(daemons):
                 _stop(daemon)
@@ -137,7 +151,7 @@ def _write_configuration(folder: Path) -> None:
     controller_port = _free_ports(1 + len(NODES + GPU_NODES))
     for number in range(8):
         (folder / f"gpu{number}").touch()
-    (folder / "gres.conf").write_text(f"NodeName=longview-g[1-2] Name=gpu File={folder}/gpu[0-7]\n")
+    (folder / "gres.conf").write_text(f"NodeName=longview-g[1-4] Name=gpu File={folder}/gpu[0-7]\n")
     memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // len(NODES)
     configuration = _CONFIG.format(
         host=socket.gethostname(),
@@ -146,7 +160,7 @@ def _write_configuration(folder: Path) -> None:
         nodes="longview-n[1-2]",
         first_port=controller_port + 1,
         last_port=controller_port + len(NODES),
-        gpu_nodes="longview-g[1-2]",
+        gpu_nodes="longview-g[1-4]",
         first_gpu_port=controller_port + len(NODES) + 1,
         last_gpu_port=controller_port + len(NODES + GPU_NODES),
         memory_mib=memory_mib,
@@ -205,10 +219,10 @@ def _stop(daemon: "subprocess.Popen[bytes]") -> None:
 
 def _wait_until_idle(folder: Path, environment: dict[str, str], daemons: "list[subprocess.Popen[bytes]]") -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(NODES + GPU_NODES)}", "--format=%N %T"]
     while True:
         sinfo = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-        if sinfo.stdout.split() == ["idle"] * len(NODES + GPU_NODES):
+        if set(sinfo.stdout.splitlines()) == {f"{node} idle" for node in NODES + GPU_NODES}:
             return
         ended = [daemon.args for daemon in daemons if daemon.poll() is not None]
         if ended or time.monotonic() > deadline:
