@@ -76,7 +76,10 @@ def baseline_scores(
     user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
 
     info = dataset_info(config)
-    scored = open_source(config, "eval") if unseen is None else open_source(config, "train", part=info.parts[unseen])
+    if unseen is None:
+        scored = open_source(config, info, "eval")
+    else:
+        scored = open_source(config, info, "train", part=info.parts[unseen])
     units = ((scored, unit) for unit in range(len(scored.unit_rows)))
     found = list(_candidates(units, config, _bits(info, tasks)))
     user_id = np.concatenate([part[0] for part in found])
@@ -157,7 +160,8 @@ def _training_units(
     config: DataConfig, share: int, shares: int, unseen: int | None = None
 ) -> Iterator[tuple[Source, int]]:
     """A share of the units of all parts of the training split, or of those before the unseen one."""
-    sources = [open_source(config, "train", part=part) for part in dataset_info(config).parts[:unseen]]
+    info = dataset_info(config)
+    sources = [open_source(config, info, "train", part=part) for part in info.parts[:unseen]]
     units = ((source, unit) for source in sources for unit in range(len(source.unit_rows)))
     return itertools.islice(units, share, None, shares)
 

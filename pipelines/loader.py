@@ -65,7 +65,7 @@ def build_loader(
         raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
     info = dataset_info(config)
     selection = selection or select(info, event=(ITEM_ID,), candidate=(ITEM_ID,), context=())
-    sources = _open_sources(config, split, selection, unseen)
+    sources = _open_sources(config, info, split, selection, unseen)
     shuffled = split == "train" and config.order == "shuffled"
     orders = [
         SampleOrder(
@@ -91,15 +91,16 @@ def build_loader(
     return Loader(reader, batches, info, in_process=config.reader_threads == 0, pin_memory=pin_memory)
 
 
-def _open_sources(config: DataConfig, split: Split, selection: Selection, unseen: int | None) -> list[Source]:
+def _open_sources(
+    config: DataConfig, info: DatasetInfo, split: Split, selection: Selection, unseen: int | None
+) -> list[Source]:
     """What a stream is made of: parts in their order, the sources of a mix, or the one part that is evaluated."""
-    info = dataset_info(config)
     if unseen is not None:
-        return [open_source(config, "train", selection, info.parts[unseen])]
+        return [open_source(config, info, "train", selection, info.parts[unseen])]
     if split == "eval":
-        return [open_source(config, "eval", selection)]
+        return [open_source(config, info, "eval", selection)]
     if not config.mix_paths:
-        sources = [open_source(config, "train", selection, part) for part in info.parts]
+        sources = [open_source(config, info, "train", selection, part) for part in info.parts]
         stored = [source for source in sources if isinstance(source, ParquetSource)]
         if len(stored) > 1:
             check_whole(f"train of {config.path}", info.splits.get("train"), stored)
@@ -215,15 +216,14 @@ def _reader_context() -> ForkServerContext:
 
 
 def open_source(
-    config: DataConfig, split: Split, selection: Selection | None = None, part: str | None = None
+    config: DataConfig, info: DatasetInfo, split: Split, selection: Selection | None = None, part: str | None = None
 ) -> Source:
-    """One part of a split of `config.path`; `selection` None reads what every data set has.
+    """One part of a split of `config.path`, which `info` describes; `selection` None reads what every data set has.
 
     `part` None is the first one for training, and for evaluation the newest that has samples for it.
     """
     if config.path == SYNTHETIC_PATH:
         return SyntheticSource(config.synthetic, split)
-    info = read_dataset_info(config.path)
     if part is None:
         part = info.parts[0] if split == "train" else newest_part(config.path, info, split)
     return ParquetSource(config.path, info, split, selection, part)

@@ -282,7 +282,7 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     check_recorded(resolved, mesh)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
-    open_source(config.data, "eval", resolved.task.selection)
+    open_source(config.data, resolved.info, "eval", resolved.task.selection)
 
 
 def check_versions(newest: Newest, config: TrainConfig) -> None:

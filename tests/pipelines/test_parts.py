@@ -8,8 +8,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import loader
 from pipelines.baseline import count_rates, item_counts
 from pipelines.config import DataConfig
+from pipelines.dataset_json import read_dataset_info
+from pipelines.features import DatasetInfo
 from pipelines.loader import build_loader
 from pipelines.position import DataPosition, position_from_dict
 from tests.pipelines.made_up import dataset_json, made_up_rows, table_of
@@ -130,3 +133,22 @@ def test_a_missing_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train" / NAMES[2] / "part-0.parquet").unlink()
     with pytest.raises(ValueError, match=r"part=00002 holds no .parquet file"):
         stream(configuration(tmp_path))
+
+
+def test_the_description_is_read_as_often_for_many_parts_as_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(path: str) -> DatasetInfo:
+        read.append(path)
+        return read_dataset_info(path)
+
+    monkeypatch.setattr(loader, "read_dataset_info", counted)
+    times = []
+    for count in (1, 3):
+        write_parts(tmp_path / str(count), count)
+        read.clear()
+        build_loader(configuration(tmp_path / str(count)), split="train", rank=0, world_size=1)
+        times.append(len(read))
+    assert times == [1, 1]
