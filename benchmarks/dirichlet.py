@@ -35,6 +35,7 @@ from trainer.models.heads.dot_product import DotProduct
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
 from trainer.models.layout import SequenceLayout, take_rows
+from trainer.models.negatives import SequenceInputs, retrieval_features
 from trainer.models.precision import compute_dtype
 from trainer.models.retriever import EventOutputs, RetrieverTower, SampledSoftmax, rows_with_next
 
@@ -173,7 +174,17 @@ class NextItem(nn.Module):
     def encode(self, ids_BL: Tensor) -> EventOutputs:
         """Outputs at users' events."""
         lens_host = torch.full((ids_BL.shape[0],), ids_BL.shape[1])
-        return self.retriever.encode(self.items(ids_BL.flatten()), lens_host.to(ids_BL.device), lens_host)
+        ids_S, none_S = ids_BL.flatten(), torch.zeros(ids_BL.numel(), dtype=torch.long, device=ids_BL.device)
+        inputs = SequenceInputs(
+            features=retrieval_features(ids_S, ids_S[:0]),
+            item_ids=ids_S,
+            action=none_S.int(),
+            time=none_S,
+            next_time=none_S,
+            lens=lens_host.to(ids_BL.device),
+            lens_host=lens_host,
+        )
+        return self.retriever.encode(self.items(ids_S), inputs)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Mean sampled softmax of every event that has one in front of it; one draw of negatives for all."""

@@ -253,6 +253,8 @@ def why_launched(resolved: Resolved, mesh: Mesh) -> str | None:
         return "channels choose their events on the host"
     if config.model.retrieval is not None and not config.model.retrieval.share_negatives:
         return "share_negatives=false draws another number of negatives for every batch"
+    if config.model.retrieval is not None and config.model.reads_more_than_items:
+        return "actions, times and relative biases of a retriever have no padded form"
     return None
 
 

@@ -42,6 +42,12 @@ class SampleOptions:
     """Newest events of each user that are for evaluation, whatever their time, in place of a split in time: the next
     item by its place in the order, as published tables have it.  Other users' later events then stand in the training
     split, and a history may end in its candidates' own second, so such data is for retrieval."""
+    drop_last: int = 0
+    """Newest events of each user that are left out before all else, with --leave-last: what is chosen on the event
+    before them has not seen them."""
+    train_history: int | None = None
+    """Newest events of a training sample's history that are kept, if fewer than max_history: with --samples-per-user 0
+    and many candidates, each event of a long history is trained on once."""
     max_users: int | None = None
     """Users kept, in the order of a hash of their ids; all if not given."""
     min_count: int = 1
@@ -59,9 +65,13 @@ class SampleOptions:
     """Threads of the engine; all cores if not given."""
 
     def __post_init__(self) -> None:
-        minima = {"candidates": 1, "eval_candidates": 1, "max_history": 1, "min_history": 0}
+        minima = {"candidates": 1, "eval_candidates": 1, "max_history": 1, "min_history": 0, "drop_last": 0}
         minima |= {"min_candidates": 1, "min_count": 1, "row_group_events": 1, "file_events": 1}
-        minima |= {name: 1 for name in ("leave_last", "max_users", "threads") if getattr(self, name) is not None}
+        minima |= {
+            name: 1
+            for name in ("leave_last", "train_history", "max_users", "threads")
+            if getattr(self, name) is not None
+        }
         if self.samples_per_user is not None:
             minima["samples_per_user"] = 0
         for name, minimum in minima.items():
@@ -74,6 +84,8 @@ class SampleOptions:
                 f"--min-count={self.min_count} would make the shared id of rare items the next item to find: with "
                 "--leave-last, leave it out"
             )
+        if self.drop_last and self.leave_last is None:
+            raise ValueError(f"--drop-last={self.drop_last} has no effect without --leave-last: give both")
         if not 0 < self.train_fraction < 1:
             raise ValueError(f"--train-fraction must lie between 0 and 1, got {self.train_fraction}")
         if self.memory_gib < 0.25:

@@ -90,7 +90,8 @@ def cut(events: UserEvents, split_time: int, options: SampleOptions) -> Iterator
 def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[Spans, ...]:
     """The ranges of events that make the training and then the evaluation samples, each in the order of the events."""
     starts = np.flatnonzero(np.diff(events.user_id, prepend=events.user_id[0] - 1))
-    ends = np.append(starts[1:], len(events.user_id))
+    bounds = np.append(starts[1:], len(events.user_id))
+    ends = np.maximum(starts, bounds - options.drop_last)
     cuts = _cuts(events, starts, by_place=options.leave_last is not None)
     unlabelled = np.add.reduceat((~events.candidate).astype(np.int64), starts)
     first = cuts.after[np.minimum(starts + np.maximum(unlabelled, options.min_history), ends)]
@@ -100,7 +101,7 @@ def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[
         splits = np.maximum(starts, ends - options.leave_last)
     # A request that goes on over the split is history of what follows, and nobody's candidates.
     begin, end = _groups(cuts, first, cuts.before[splits], options.candidates)
-    newest = _newest(np.searchsorted(ends, begin, side="right"), options.newest_samples)
+    newest = _newest(np.searchsorted(bounds, begin, side="right"), options.newest_samples)
     chosen = newest & (end - begin >= options.min_candidates)
     train = begin[chosen], end[chosen]
 
@@ -113,11 +114,14 @@ def spans(events: UserEvents, split_time: int, options: SampleOptions) -> tuple[
         evaluation = begin[end > begin], end[end > begin]
     return tuple(
         Spans(
-            start=np.maximum(starts[np.searchsorted(ends, begin, side="right")], begin - options.max_history),
+            start=np.maximum(starts[np.searchsorted(bounds, begin, side="right")], begin - kept),
             middle=begin,
             end=end,
         )
-        for begin, end in (train, evaluation)
+        for (begin, end), kept in (
+            (train, min(options.max_history, options.train_history or options.max_history)),
+            (evaluation, options.max_history),
+        )
     )
 
 

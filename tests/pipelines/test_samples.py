@@ -1,7 +1,7 @@
 """Users' events cut into samples, beside a plain reading of the rules that goes from event to event."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -77,7 +77,9 @@ def expected(users: Sequence[User], split_time: int, options: SampleOptions) -> 
     evaluation: list[Range] = []
     offset = 0
     for user in users:
-        size, by_place = len(user.times), options.leave_last is not None
+        whole, by_place = len(user.times), options.leave_last is not None
+        size = max(0, whole - options.drop_last)
+        user = User(user.times[:size], user.requests[:size], user.unlabelled)
         places = [place for place in range(size + 1) if by_place or may_begin(user, place)]
         first = min((p for p in places if p >= max(user.unlabelled, options.min_history)), default=size)
         split = sum(time < split_time for time in user.times)
@@ -89,7 +91,7 @@ def expected(users: Sequence[User], split_time: int, options: SampleOptions) -> 
             limit = 1 if by_place else 0
         cut_groups = cut_groups[-limit:]
         train += [
-            (offset + max(0, b - options.max_history), offset + b, offset + e)
+            (offset + max(0, b - min(options.max_history, options.train_history or 99)), offset + b, offset + e)
             for b, e in cut_groups
             if e - b >= options.min_candidates
         ]
@@ -101,7 +103,7 @@ def expected(users: Sequence[User], split_time: int, options: SampleOptions) -> 
         evaluation += [
             (offset + max(0, b - options.max_history), offset + b, offset + e) for b, e in cut_groups if e > b
         ]
-        offset += size
+        offset += whole
     return train, evaluation
 
 
@@ -128,6 +130,11 @@ OPTIONS = st.builds(
     min_history=st.integers(0, 3),
     min_candidates=st.integers(1, 2),
     leave_last=st.sampled_from([None, None, 1, 3]),
+    train_history=st.sampled_from([None, 1, 4]),
+).flatmap(
+    lambda options: st.sampled_from([0, 0, 1, 2] if options.leave_last is not None else [0]).map(
+        lambda dropped: replace(options, drop_last=dropped)
+    )
 )
 
 
@@ -168,6 +175,21 @@ def test_each_users_newest_events_are_left_for_evaluation() -> None:
     ]
     frozen = SampleOptions(leave_last=2, candidates=1, eval_groups=False)
     assert found(users, 0, frozen)[1] == [(0, 2, 4), (5, 6, 7), (7, 11, 13)]
+
+
+def test_what_is_chosen_on_the_event_before_the_last_has_not_seen_the_last() -> None:
+    users = [User(list(range(n))) for n in (4, 6)]
+    train, evaluation = found(users, 0, SampleOptions(leave_last=1, drop_last=1, candidates=1))
+    assert (train, evaluation) == ([(0, 1, 2), (4, 7, 8)], [(0, 2, 3), (4, 8, 9)])
+    with pytest.raises(ValueError, match="--drop-last=1 has no effect without --leave-last"):
+        SampleOptions(drop_last=1)
+
+
+def test_pieces_of_a_long_history_train_on_each_event_once() -> None:
+    pieces = SampleOptions(leave_last=1, samples_per_user=0, candidates=4, train_history=1, max_history=5)
+    train, evaluation = found([User(list(range(10)))], 0, pieces)
+    assert train == [(0, 1, 5), (4, 5, 9)]
+    assert evaluation == [(4, 9, 10)]
 
 
 def test_next_items_go_by_place_whatever_the_times() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.labels.config import LabelConfig
+from trainer.models.relative_config import RelativeBiasConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +38,8 @@ class LayerConfig:
     What is kept is used up by the backward: a second one through the same forward is refused."""
     recompute_gated: bool = True
     """Rebuild norm(attention) * silu(U) in the backward pass instead of keeping it."""
+    relative_bias: RelativeBiasConfig | None = None
+    """For retrievers on sequences of hundreds: scores are whole matrices (`attention_kernels.relative_bias`)."""
     fp8: bool = False
     """Forward products in FP8 (E4M3, one scale a row); the backward stays in the input's type.  Widths must be
     multiples of 16.  Made for GPUs with FP8 tensor cores (Hopper and later), emulated on a CPU.  The gated norm
@@ -55,6 +58,13 @@ class LayerConfig:
                 "layer.fp8=true keeps no 16-bit inputs of its products: layer.recompute_normed and "
                 "layer.recompute_gated must be true"
             )
+        if self.relative_bias is not None and (self.variant, self.norm, self.fp8) != ("paper", "layer", False):
+            raise ValueError(
+                f"layer.relative_bias has the paper's layer only, got variant={self.variant}, norm={self.norm}, "
+                f"fp8={str(self.fp8).lower()}: take variant=paper, norm=layer, fp8=false"
+            )
+        if self.relative_bias is not None and self.stochastic_depth:
+            raise ValueError("layer.stochastic_depth has no effect with layer.relative_bias: set it to 0")
         if self.scale is not None and self.scale <= 0:
             raise ValueError(f"layer.scale must be above 0, or null for 1 / sqrt(qk_dim), got {self.scale}")
         if self.norm_eps <= 0:
@@ -239,8 +249,8 @@ class MixtureOfLogitsConfig:
 class RetrievalConfig:
     """Next-item prediction: sampled softmax in training, the whole corpus in evaluation."""
 
-    num_negatives: int = 128
-    """Items drawn uniformly beside each true one."""
+    num_negatives: int | None = 128
+    """Items drawn uniformly beside each true one; null for all items (a full softmax), which a few thousand allow."""
     share_negatives: bool = True
     """One draw serves all predictions of a global batch; false draws for each prediction, at as many lookups."""
     temperature: float = 0.05
@@ -249,6 +259,10 @@ class RetrievalConfig:
     """L2-normalise outputs and item vectors: scores are then cosines."""
     mixture_of_logits: MixtureOfLogitsConfig | None = None
     """Score items by a mixture of logits; null for one dot product."""
+    read_actions: bool = False
+    """An event's token tells its actions too."""
+    read_next_time: bool = False
+    """An event's token tells how long after it the next one comes: when the question is asked."""
     exclude_seen: bool = False
     """Leave the items of a user's history, as far as data.max_history_len reads it, out of the ranking: for data in
     which nobody takes an item twice."""
@@ -256,9 +270,16 @@ class RetrievalConfig:
     """Items that evaluation scores at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("num_negatives", "corpus_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.retrieval.{name} must be at least 1, got {getattr(self, name)}")
+        if self.corpus_chunk < 1:
+            raise ValueError(f"model.retrieval.corpus_chunk must be at least 1, got {self.corpus_chunk}")
+        if self.num_negatives is not None and self.num_negatives < 1:
+            raise ValueError(
+                f"model.retrieval.num_negatives must be at least 1, or null for all items, got {self.num_negatives}"
+            )
+        if self.num_negatives is None and not self.share_negatives:
+            raise ValueError(
+                "model.retrieval.share_negatives=false has no effect with num_negatives=null, all items: leave it out"
+            )
         if self.temperature <= 0:
             raise ValueError(f"model.retrieval.temperature must be above 0, got {self.temperature}")
 
@@ -305,11 +326,20 @@ class ModelConfig:
             raise ValueError(f"model.head_hidden must hold widths of at least 1, got {self.head_hidden}")
         if self.retrieval is not None:
             self._check_retriever()
+        elif any(layer.relative_bias for layer in self.layers):
+            raise ValueError("layer.relative_bias is for retrievers: leave it out, or give model.retrieval")
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
         """The tower's layer, or each channel's."""
         return tuple(channel.layer or self.layer for channel in self.channels) or (self.layer,)
+
+    @property
+    def reads_more_than_items(self) -> bool:
+        """Whether a retriever reads actions or times."""
+        retrieval = self.retrieval
+        told = retrieval is not None and (retrieval.read_actions or retrieval.read_next_time)
+        return told or self.layer.relative_bias is not None
 
     def _check_channels(self) -> None:
         if not self.channels:
@@ -337,11 +367,12 @@ class ModelConfig:
 
     def _check_retriever(self) -> None:
         """A retriever has neither candidates nor labels: settings for them would have no effect."""
-        plain = InputConfig(num_positions=self.input.num_positions, dropout=self.input.dropout)
-        if self.input != plain:
-            raise ValueError(
-                "model.retrieval: of model.input only num_positions and dropout have an effect, drop the rest"
-            )
+        assert self.retrieval is not None
+        read = ("num_positions", "dropout", *(("num_time_buckets",) if self.retrieval.read_next_time else ()))
+        if self.input != InputConfig(**{name: getattr(self.input, name) for name in read}):
+            raise ValueError(f"model.retrieval: of model.input only {', '.join(read)} have an effect, drop the rest")
+        if self.layer.relative_bias is not None and any(stage.local is not None for stage in self.stages):
+            raise ValueError("layer.relative_bias has no windows: stages.local must be null")
         for name in ("channels", "labels", "head_hidden"):
             if getattr(self, name):
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")

@@ -201,25 +201,26 @@ def retriever_flops(
     num_candidates: Lengths = 0,
     *,
     embedding_dim: int,
+    num_items: int,
     channel_history_lens: Mapping[str, Lengths] | None = None,
 ) -> FlopCount:
     """A retriever, to which candidates are the newest events and which has no channels.
 
-    All but a sample's last event are scored against negatives and the next item.
+    All but a sample's last event are scored against negatives (all `num_items` for a full softmax) and the next item.
     """
     assert config.retrieval is not None and not channel_history_lens
     events = np.asarray(history_len, dtype=np.int64) + np.asarray(num_candidates, dtype=np.int64)
     maps = 4 * config.dim * embedding_dim if embedding_dim != config.dim else 0
-    scores = _scoring_flops(config.retrieval, embedding_dim) * np.maximum(events - 1, 0)
+    scores = _scoring_flops(config.retrieval, embedding_dim, num_items) * np.maximum(events - 1, 0)
     ends = _no_flops(events.shape, ends=np.asarray(maps * events + scores, dtype=np.float64))
     none = np.zeros_like(events)
     return _add(ends, _tower_flops(config.dim, config.layer, config.stages, events, none, 0, at_candidates=False))
 
 
-def _scoring_flops(config: RetrievalConfig, embedding_dim: int) -> int:
+def _scoring_flops(config: RetrievalConfig, embedding_dim: int, num_items: int) -> int:
     """Of a prediction against its negatives and the next item.  The items' side of negatives that a whole batch shares
     is left out: it is small."""
-    pairs = config.num_negatives + 1
+    pairs = (num_items if config.num_negatives is None else config.num_negatives) + 1
     mixture = config.mixture_of_logits
     if mixture is None:
         return 2 * embedding_dim * pairs

@@ -36,6 +36,12 @@ class SequenceInputs:
     """Keys: `item_id`, all sequences' items, and `negative_item_id`, empty but in training."""
     item_ids: Tensor
     """[S] int64, each sequence oldest first."""
+    action: Tensor
+    """[S] int32 what was done with each item, bit i for action i."""
+    time: Tensor
+    """[S] int64 seconds."""
+    next_time: Tensor
+    """[S] int64 seconds of the event behind each; of a sequence's last event, its own."""
     lens: Tensor
     """[B] int64 items of each sequence, on the batch's device."""
     lens_host: Tensor
@@ -73,21 +79,28 @@ class RetrievalBatch(Pipelineable):
 
     def _mapped(self, change: Callable[[Any], Any]) -> "RetrievalBatch":
         """The batch with each tensor that belongs on the device changed."""
-        inputs = {name: change(getattr(self.inputs, name)) for name in ("features", "item_ids", "lens")}
+        inputs = {
+            name: change(getattr(self.inputs, name))
+            for name in ("features", "item_ids", "action", "time", "next_time", "lens")
+        }
         own = {name: change(getattr(self, name)) for name in ("negative_ids", "num_evaluated", "loss_denominator")}
         return replace(self, inputs=replace(self.inputs, **inputs), **own)
 
 
 def retrieval_batch(
-    batch: Batch, *, num_items: int, num_negatives: int, shared: bool, seed: int, world_size: int
+    batch: Batch, *, num_items: int, num_negatives: int | None, shared: bool, seed: int, world_size: int
 ) -> RetrievalBatch:
-    """The retriever's form of a batch in host memory; with `num_negatives` 0, as evaluation needs it."""
+    """The retriever's form of a batch in host memory; with `num_negatives` 0, as evaluation needs it, None for all
+    items."""
     inputs = batch.inputs
     lens = inputs.history_lens_host + inputs.num_candidates_host
-    item_ids = inputs.ids_host(ITEM_ID)[_in_sequences(inputs)]
+    rows = _in_sequences(inputs)
+    item_ids, time = inputs.ids_host(ITEM_ID)[rows], inputs.timestamp[rows]
     negative_ids = torch.zeros(0, dtype=torch.long)
     key = (seed, _PURPOSE, batch.position.batches)
-    if num_negatives and shared:
+    if num_negatives is None:
+        negative_ids = torch.arange(num_items)
+    elif num_negatives and shared:
         negative_ids = torch.from_numpy(_draw(key, np.arange(num_negatives), num_items))
     elif num_negatives:
         predictions = (lens - 1).clamp(min=0)
@@ -100,7 +113,13 @@ def retrieval_batch(
     predictions_of_all = max(1, batch.global_tokens - batch.global_samples)
     return RetrievalBatch(
         inputs=SequenceInputs(
-            features=retrieval_features(item_ids, negative_ids), item_ids=item_ids, lens=lens, lens_host=lens
+            features=retrieval_features(item_ids, negative_ids),
+            item_ids=item_ids,
+            action=torch.cat([inputs.action, batch.labels.action])[rows],
+            time=time,
+            next_time=_next(time, lens),
+            lens=lens,
+            lens_host=lens,
         ),
         negative_ids=negative_ids,
         num_evaluated=inputs.num_candidates_host,
@@ -122,6 +141,13 @@ def _in_sequences(inputs: Inputs) -> Tensor:
     history, candidates = inputs.history_lens_host.numpy(), inputs.num_candidates_host.numpy()
     user = np.concatenate([np.repeat(np.arange(len(lens)), lens) for lens in (history, candidates)])
     return torch.from_numpy(np.argsort(user, kind="stable"))
+
+
+def _next(values: Tensor, lens: Tensor) -> Tensor:
+    """[S] the value behind each within its sequence; of a sequence's last, its own."""
+    following = torch.arange(1, values.numel() + 1)
+    following[lens[lens > 0].cumsum(0) - 1] -= 1
+    return values[following]
 
 
 def _draw(key: tuple[int, ...], index: np.ndarray, num_items: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention_kernels.relative_bias import log_bucket
 from embeddings.tables import Rows, Tables, rows_by_feature
 from pipelines.features import ITEM_ID
 from trainer.models.config import ModelConfig, RetrievalConfig
@@ -23,6 +24,7 @@ from trainer.models.layout import SequenceLayout, make_layout, repeat_users, tak
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, SequenceInputs
 from trainer.models.precision import compute_dtype
+from trainer.models.relative import RelativeTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class RetrieverTower(nn.Module):
         embedding_dim: E; where it is not D, one linear map before the tower and one behind it.
         max_len: the longest sequence that the tower's attention is made for.
         num_positions: position vectors, counted from the oldest event; later events share the last.
+        num_actions: actions that tokens tell.
+        num_time_buckets: vectors of the time to the next event that tokens tell; 0 for none.
         dropout: probability of zeroing an element of the tokens while training.
     """
 
@@ -57,6 +61,8 @@ class RetrieverTower(nn.Module):
         embedding_dim: int,
         max_len: int,
         num_positions: int,
+        num_actions: int = 0,
+        num_time_buckets: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -65,6 +71,8 @@ class RetrieverTower(nn.Module):
         self.item_projection = nn.Identity() if same else nn.Linear(embedding_dim, dim)
         self.output_projection = nn.Identity() if same else nn.Linear(dim, embedding_dim)
         self.position_vectors = nn.Parameter(torch.empty(num_positions, dim).normal_(std=0.02))
+        self.action_vectors = _vectors(num_actions, dim)
+        self.next_time_vectors = _vectors(num_time_buckets, dim)
         # As in the HSTU papers' code, so that items outweigh positions.
         self.item_factor = dim**0.5
 
@@ -84,19 +92,34 @@ class RetrieverTower(nn.Module):
             ValueError: a sequence is longer than the model's constant.
         """
         self.check(inputs)
-        items_SE = rows_by_feature(looked_up)[ITEM_ID].values()
-        return self.encode(items_SE, inputs.lens, inputs.lens_host, padded=inputs.padded)
+        return self.encode(rows_by_feature(looked_up)[ITEM_ID].values(), inputs)
 
-    def encode(self, items_SE: Tensor, lens: Tensor, lens_host: Tensor, *, padded: bool = False) -> EventOutputs:
-        """The same from the events' item rows, oldest first, and the lengths [B] of sequences, `max_len` at most."""
+    def encode(self, items_SE: Tensor, inputs: SequenceInputs) -> EventOutputs:
+        """The same from the events' item rows, oldest first, for sequences of `max_len` at most."""
+        lens, lens_host = inputs.lens, inputs.lens_host
         none, none_host = torch.zeros_like(lens), torch.zeros_like(lens_host)
-        layout = make_layout(lens, none, lens_host, none_host, padded=padded)
+        layout = make_layout(lens, none, lens_host, none_host, padded=inputs.padded)
         dtype = compute_dtype(self.position_vectors)
         position_S = layout.index_T.clamp(max=self.position_vectors.shape[0] - 1)
-        tokens_SD = self.item_projection(items_SE.to(dtype)) * self.item_factor
+        tokens_SD = (self.item_projection(items_SE.to(dtype)) + self._told(inputs, dtype)) * self.item_factor
         tokens_SD = tokens_SD + F.embedding(position_S, self.position_vectors.to(dtype))
-        outputs_SD, layout = self.tower(F.dropout(tokens_SD, self.dropout, self.training), layout)
+        tokens_SD = F.dropout(tokens_SD, self.dropout, self.training)
+        if isinstance(self.tower, RelativeTower):
+            outputs_SD = self.tower(tokens_SD, layout, inputs.time, inputs.next_time)
+        else:
+            outputs_SD, layout = self.tower(tokens_SD, layout)
         return EventOutputs(self.output_projection(outputs_SD), layout)
+
+    def _told(self, inputs: SequenceInputs, dtype: torch.dtype) -> Tensor | float:
+        """What tokens tell of events besides their items, [S, D]; 0 for nothing."""
+        told: Tensor | float = 0.0
+        if self.action_vectors is not None:
+            bits = torch.arange(self.action_vectors.shape[0], device=inputs.action.device)
+            told = (inputs.action[:, None] >> bits & 1).to(dtype) @ self.action_vectors.to(dtype)
+        if self.next_time_vectors is not None:
+            bucket_S = log_bucket(inputs.next_time - inputs.time, self.next_time_vectors.shape[0])
+            told = told + F.embedding(bucket_S, self.next_time_vectors.to(dtype))
+        return told
 
 
 class SampledSoftmax(nn.Module):
@@ -178,6 +201,10 @@ def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
     return first[user_P] + index_P
 
 
+def _vectors(count: int, dim: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(count, dim).normal_(std=0.02)) if count else None
+
+
 def build_similarity(config: RetrievalConfig, *, embedding_dim: int) -> Similarity:
     """How the config scores items."""
     mixture = config.mixture_of_logits
@@ -193,16 +220,26 @@ def build_similarity(config: RetrievalConfig, *, embedding_dim: int) -> Similari
     )
 
 
-def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int) -> Model:
-    """The retriever that the config describes."""
+def _build_event_tower(config: ModelConfig) -> nn.Module:
+    dim, layer, stages, max_len = config.dim, config.layer, config.stages, config.max_len
+    if layer.relative_bias is None:
+        return build_tower(dim=dim, layer=layer, stages=stages, num_context=0, max_len=max_len)
+    num_layers = sum(stage.num_layers for stage in stages)
+    return RelativeTower(dim=dim, layer=layer, num_layers=num_layers, max_len=max_len)
+
+
+def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int, num_actions: int) -> Model:
+    """The retriever that the config describes, for data with so many actions."""
     assert config.retrieval is not None
     tower = RetrieverTower(
-        build_tower(dim=config.dim, layer=config.layer, stages=config.stages, num_context=0, max_len=config.max_len),
+        _build_event_tower(config),
         build_similarity(config.retrieval, embedding_dim=embedding_dim),
         dim=config.dim,
         embedding_dim=embedding_dim,
         max_len=config.max_len,
         num_positions=config.input.num_positions,
+        num_actions=num_actions if config.retrieval.read_actions else 0,
+        num_time_buckets=config.input.num_time_buckets if config.retrieval.read_next_time else 0,
         dropout=config.input.dropout,
     )
     return Model(tables, tower, SampledSoftmax(tower.similarity, temperature=config.retrieval.temperature))

@@ -80,7 +80,9 @@ class Retrieval:
     @property
     def flops(self) -> Flops:
         """Tower, and scores of each prediction's items."""
-        return functools.partial(retriever_flops, self.config.model, embedding_dim=self._item_width)
+        return functools.partial(
+            retriever_flops, self.config.model, embedding_dim=self._item_width, num_items=self.info.num_items
+        )
 
     def check_training_data(self) -> None:
         """Any events will do."""
@@ -89,11 +91,16 @@ class Retrieval:
         """Each event's item, and the negatives: of a step, or of every prediction."""
         events = max(1.0, events + candidates)
         sharing = samples_per_rank if self.settings.share_negatives else 1 / events
-        return {ITEM_ID: events, NEGATIVE_FEATURE: self.settings.num_negatives / sharing}
+        return {ITEM_ID: events, NEGATIVE_FEATURE: (self.settings.num_negatives or self.info.num_items) / sharing}
 
     def build(self, tables: Tables) -> Model:
         """The retriever."""
-        return build_retriever(self.config.model, tables=tables, embedding_dim=self._item_width)
+        return build_retriever(
+            self.config.model,
+            tables=tables,
+            embedding_dim=self._item_width,
+            num_actions=len(self.info.actions),
+        )
 
     def prepare(self, batch: Batch, mesh: Mesh) -> RetrievalBatch:
         """All events in one sequence a sample, with negatives."""
@@ -120,7 +127,7 @@ class Retrieval:
         )
         return Evaluation(metrics, retrieval_table(metrics, by_popularity) if mesh.is_first else "")
 
-    def _form(self, batch: Batch, mesh: Mesh, num_negatives: int) -> RetrievalBatch:
+    def _form(self, batch: Batch, mesh: Mesh, num_negatives: int | None) -> RetrievalBatch:
         made = retrieval_batch(
             batch,
             num_items=self.info.num_items,

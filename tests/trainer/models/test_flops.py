@@ -149,7 +149,7 @@ def test_a_retriever_scores_all_events_but_the_last_against_negatives_and_the_ne
         dim=64, max_len=100, stages=(StageConfig(num_layers=2),), retrieval=RetrievalConfig(num_negatives=31)
     )
     layer = layer_flops(config.layer, dim=64, num_tokens=10, pairs=55).forward
-    assert retriever_flops(config, 10, embedding_dim=64).forward == 2 * layer + 9 * 2 * 64 * 32
-    assert retriever_flops(config, 0, embedding_dim=64).forward == 0
-    mapped = retriever_flops(config, 10, embedding_dim=16).forward
+    assert retriever_flops(config, 10, embedding_dim=64, num_items=100).forward == 2 * layer + 9 * 2 * 64 * 32
+    assert retriever_flops(config, 0, embedding_dim=64, num_items=100).forward == 0
+    mapped = retriever_flops(config, 10, embedding_dim=16, num_items=100).forward
     assert mapped == 2 * layer + 9 * 2 * 16 * 32 + 10 * 2 * (2 * 16 * 64)

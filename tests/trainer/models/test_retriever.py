@@ -8,7 +8,7 @@ from torch import Tensor
 
 from embeddings.config import TableConfig
 from embeddings.tables import build_tables
-from tests.support.batches import NUM_ITEMS, random_batch
+from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, random_batch
 from trainer.labels.config import LabelConfig
 from trainer.models.config import (
     InputConfig,
@@ -21,6 +21,7 @@ from trainer.models.config import (
 from trainer.models.layout import make_layout
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
+from trainer.models.relative_config import RelativeBiasConfig
 from trainer.models.retriever import build_retriever, evaluated_rows, rows_with_next
 
 HISTORY, CANDIDATES = [3, 1, 0, 5], [1, 0, 2, 1]
@@ -49,7 +50,12 @@ def small(model: ModelConfig) -> Model:
         num_embeddings=NUM_ITEMS,
         features=("item_id", NEGATIVE_FEATURE),
     )
-    return build_retriever(model, tables=build_tables([table], device=torch.device("cpu")), embedding_dim=EMBEDDING_DIM)
+    return build_retriever(
+        model,
+        tables=build_tables([table], device=torch.device("cpu")),
+        embedding_dim=EMBEDDING_DIM,
+        num_actions=NUM_ACTIONS,
+    )
 
 
 def batch_of(*, share: bool = True, negatives: int = NEGATIVES, world_size: int = 1) -> RetrievalBatch:
@@ -145,7 +151,10 @@ def test_a_users_later_events_do_not_change_earlier_outputs(stage: StageConfig) 
     rows = torch.randn(6, EMBEDDING_DIM)
 
     def outputs(count: int) -> Tensor:
-        encoded: Tensor = tower.encode(rows[:count], torch.tensor([count]), torch.tensor([count])).vectors
+        inputs = retrieval_batch(
+            random_batch([count], [0]), num_items=NUM_ITEMS, num_negatives=0, shared=True, seed=0, world_size=1
+        ).inputs
+        encoded: Tensor = tower.encode(rows[:count], inputs).vectors
         return encoded
 
     torch.testing.assert_close(outputs(6)[:4], outputs(4))
@@ -156,6 +165,65 @@ def test_a_batch_for_evaluation_needs_no_negatives_to_be_scored() -> None:
     scored, trained = model.score(batch_of(negatives=0).inputs), model.score(batch_of().inputs)
     torch.testing.assert_close(scored.vectors, trained.vectors)
     assert scored.vectors.shape == (sum(LENS), EMBEDDING_DIM)
+
+
+def informed() -> ModelConfig:
+    """A retriever that reads all that it can, with a full softmax."""
+    base = config()
+    assert base.retrieval is not None
+    return replace(
+        base,
+        layer=replace(base.layer, relative_bias=RelativeBiasConfig(num_time_buckets=9)),
+        input=replace(base.input, num_time_buckets=9),
+        retrieval=replace(base.retrieval, num_negatives=None, read_actions=True, read_next_time=True),
+    )
+
+
+def test_a_full_softmax_scores_every_item_once() -> None:
+    model = small(informed())
+    batch = retrieval_batch(
+        random_batch(HISTORY, CANDIDATES), num_items=NUM_ITEMS, num_negatives=None, shared=True, seed=3, world_size=1
+    )
+    outputs = model.score(batch.inputs)
+    rows = rows_with_next(outputs.layout)
+    table = torch.nn.functional.normalize(next(model.tables.parameters()), dim=1)
+    scores = torch.nn.functional.normalize(outputs.vectors[rows], dim=1) @ table.T / TEMPERATURE
+    expected = torch.nn.functional.cross_entropy(scores, batch.inputs.item_ids[rows + 1])
+    loss = model(batch)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_an_output_knows_its_past_and_when_the_next_event_comes_and_nothing_else() -> None:
+    model = small(informed()).eval()
+    batch = retrieval_batch(
+        random_batch([5], [1]), num_items=NUM_ITEMS, num_negatives=0, shared=True, seed=0, world_size=1
+    )
+
+    seconds = 10 * torch.arange(6)
+    known = replace(batch.inputs, time=seconds, next_time=seconds + 10)
+
+    def changed(**inputs: Tensor) -> list[bool]:
+        """Which of the six outputs differ from those of the batch."""
+        first, second = (model.score(x).vectors for x in (known, replace(known, **inputs)))
+        return (first != second).any(1).tolist()
+
+    at_3 = torch.arange(6) == 3
+    action = torch.where(at_3, known.action ^ 1, known.action).int()
+    assert changed(action=action) == [False, False, False, True, True, True]
+    next_time = torch.where(at_3, known.next_time + 10**6, known.next_time)
+    assert changed(next_time=next_time) == [False, False, False, True, True, True]
+
+
+def test_the_next_time_is_that_of_the_event_behind_and_actions_are_those_of_events_and_candidates() -> None:
+    batch = random_batch(HISTORY, CANDIDATES)
+    inputs = retrieval_batch(batch, num_items=NUM_ITEMS, num_negatives=0, shared=True, seed=0, world_size=1).inputs
+    events, candidates = iter(batch.inputs.action.tolist()), iter(batch.labels.action.tolist())
+    expected = [next(of) for h, c in zip(HISTORY, CANDIDATES, strict=True) for of in [*[events] * h, *[candidates] * c]]
+    assert inputs.action.tolist() == expected
+    times = torch.split(inputs.time, LENS)
+    assert inputs.next_time.tolist() == [t for own in times for t in [*own[1:].tolist(), int(own[-1])]]
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -187,7 +255,7 @@ def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
     [
         ({"labels": (LabelConfig(name="click"),)}, "model.labels has no effect"),
         ({"head_hidden": (4,)}, "model.head_hidden has no effect"),
-        ({"input": InputConfig(candidate_action="learned")}, "only num_positions and dropout"),
+        ({"input": InputConfig(candidate_action="learned")}, "only num_positions, dropout have an effect"),
         ({"stages": (StageConfig(num_layers=1, keep_newest=3),)}, "keep_newest must be null"),
         ({"stages": (StageConfig(num_layers=1, local=2, global_rows=1),)}, "stages.global_rows must be 0"),
     ],

@@ -1,0 +1,80 @@
+"""HSTU layers whose attention knows how far a key lies back, in places and in time: for sequences of hundreds.
+
+Shapes as in `layer.py`; M position biases, G time buckets.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_kernels.relative_bias import RelativePlaces, make_places, relative_attention
+from trainer.models.config import LayerConfig
+from trainer.models.hstu import HstuLayer, build_layer_spec
+from trainer.models.layer import LayerSpec
+from trainer.models.layout import SequenceLayout
+from trainer.models.precision import compute_dtype
+
+INIT_STD = 0.02
+
+
+class RelativeLayer(HstuLayer):
+    """The paper's layer (`HstuLayer`) with relative biases, a table of each a head; differentiated by autograd."""
+
+    def __init__(self, *, dim: int, spec: LayerSpec, num_time_buckets: int) -> None:
+        super().__init__(dim=dim, spec=spec)
+        self.position_bias = nn.Parameter(torch.empty(spec.num_heads, spec.max_len).normal_(std=INIT_STD))
+        self.time_bias = nn.Parameter(torch.empty(spec.num_heads, num_time_buckets).normal_(std=INIT_STD))
+
+    def at_places(self, x_TD: Tensor, places: RelativePlaces) -> Tensor:
+        """The layer's output [T, D], residual included."""
+        spec, dtype = self.spec, compute_dtype(x_TD)
+        normed_TD = F.layer_norm(x_TD, x_TD.shape[1:], self.input_norm_weight, self.input_norm_bias, spec.norm_eps)
+        uvqk = F.silu(torch.addmm(self.uvqk_bias.to(dtype), normed_TD.to(dtype), self.uvqk_weight.to(dtype)))
+        u, vqk = uvqk[:, : spec.gate_width], uvqk[:, spec.gate_width :]
+        attention_THV = relative_attention(
+            *spec.split_heads(vqk),
+            places,
+            position_HM=self.position_bias,
+            time_HG=self.time_bias,
+            scale=spec.qk_dim**-0.5 if spec.scale is None else spec.scale,
+            max_len=spec.max_len,
+        )
+        normed = F.layer_norm(
+            attention_THV.flatten(1).float(),
+            (spec.gate_width,),
+            self.output_norm_weight,
+            self.output_norm_bias,
+            spec.norm_eps,
+        )
+        gated = F.dropout(normed * u, spec.dropout, self.training)
+        return x_TD + gated.to(dtype) @ self.output_weight.to(dtype)
+
+
+class RelativeTower(nn.Module):
+    """Layers over one packed batch of events that all see their whole past."""
+
+    def __init__(self, *, dim: int, layer: LayerConfig, num_layers: int, max_len: int) -> None:
+        super().__init__()
+        assert layer.relative_bias is not None
+        self.num_time_buckets = layer.relative_bias.num_time_buckets
+        spec = build_layer_spec(layer, max_len=max_len)
+        self.layers = nn.ModuleList(
+            RelativeLayer(dim=dim, spec=spec, num_time_buckets=self.num_time_buckets) for _ in range(num_layers)
+        )
+
+    def forward(self, x_TD: Tensor, layout: SequenceLayout, time_T: Tensor, asked_T: Tensor) -> Tensor:
+        """The last layer's output; `time_T` is when each event happened, `asked_T` when the next does."""
+        lens = layout.history_lens_host
+        places = make_places(
+            layout.user_T,
+            layout.index_T,
+            time_T,
+            asked_T,
+            num_users=layout.num_users,
+            longest=int(lens.max()) if lens.numel() else 0,
+            num_buckets=self.num_time_buckets,
+        )
+        for layer in self.layers:
+            assert isinstance(layer, RelativeLayer)
+            x_TD = layer.at_places(x_TD, places)
+        return x_TD
