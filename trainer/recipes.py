@@ -169,7 +169,7 @@ def _ml1m_hstu(name: str, *, num_layers: int, num_heads: int, head_dim: int) -> 
 
 
 def ml1m_longview() -> TrainConfig:
-    """Next film of MovieLens-1M, the best that this stack does: whole histories, ratings, times; Adam: for a GPU.
+    """Next film of MovieLens-1M with whole histories, ratings and times; not yet trained to its end.  Adam: for a GPU.
 
     Prepare the data first: python -m pipelines.prepare movielens --source DIR --out data/ml1m_longview --ties gr
     --leave-last 1 --samples-per-user 0 --candidates 199 --train-history 1 --max-history 199

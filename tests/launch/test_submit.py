@@ -33,7 +33,7 @@ def test_docker_containers_share_a_network_and_know_the_first() -> None:
     hosts = {container.kwargs["environment"]["TORCHX_RANK0_HOST"] for container in built.containers}
     assert hosts == {built.containers[0].kwargs["name"]}
     assert {container.kwargs["network"] for container in built.containers} == {"torchx"}
-    assert {container.kwargs["mem_limit"] for container in built.containers} == {"7000m"}
+    assert {container.kwargs["mem_limit"] for container in built.containers} == {"6912m"}
 
 
 @pytest.mark.parametrize("scheduler", ["kubernetes", "local_docker"])
