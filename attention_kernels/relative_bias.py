@@ -72,7 +72,7 @@ def make_places(
 
 
 def log_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
-    """Logarithmic bucket of distances in seconds, int64 in [0, num_buckets)."""
+    """Logarithmic bucket of distances in seconds, int64 in [0, num_buckets); negative distances count as none."""
     return (torch.log(seconds.clamp(min=1).float()) / LOG_BUCKET_WIDTH).long().clamp(max=num_buckets - 1)
 
 

@@ -7,13 +7,7 @@ from collections.abc import Callable
 from embeddings.config import SparseOptimizerConfig
 from pipelines.config import DataConfig, StochasticLengthConfig
 from trainer.config import CheckpointConfig, DenseOptimizerConfig, EvaluationConfig, ScheduleConfig, TrainConfig
-from trainer.models.config import (
-    InputConfig,
-    LayerConfig,
-    ModelConfig,
-    RetrievalConfig,
-    StageConfig,
-)
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
 from trainer.models.relative_config import RelativeBiasConfig
 
 

@@ -15,16 +15,14 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from attention_kernels.layer.gather import Gather, gather_sum
+from attention_kernels.relative_bias import log_bucket
 from pipelines.batch import Inputs
 from pipelines.features import UNKNOWN_TIME, Part
 from pipelines.selection import Feature, Selection
 from trainer.models.config import InputConfig
 from trainer.models.layout import SequenceLayout, candidate_mask, history_mask, make_layout
 from trainer.models.precision import compute_dtype
-from trainer.models.rows import INIT_STD, RowEncoder
-
-LOG_BUCKET_WIDTH = 0.301
-"""Width of a time bucket in natural logarithms of seconds, as in the HSTU paper: about a factor 1.35."""
+from trainer.models.rows import RowEncoder, learned_vectors
 
 
 class InputEncoder(nn.Module):
@@ -60,15 +58,15 @@ class InputEncoder(nn.Module):
         self.of_events = if_any("event")
         self.of_candidates = if_any("candidate")
         # One vector for "something happened" (an impression without any action is an event), then one a bit.
-        self.action_vectors = _vectors(1 + num_actions, dim)
-        self.candidate_action = _vectors(1, dim) if config.candidate_action == "learned" else None
+        self.action_vectors = learned_vectors(1 + num_actions, dim)
+        self.candidate_action = learned_vectors(1, dim) if config.candidate_action == "learned" else None
         # Row 0 is the candidates'.
-        self.position_vectors = _vectors(1 + config.num_positions, dim)
+        self.position_vectors = learned_vectors(1 + config.num_positions, dim)
         # Row 0 is the unknown time's.
-        self.age_vectors = _vectors(1 + config.num_time_buckets, dim)
-        self.candidate_gap_vectors = _vectors(1 + config.num_time_buckets, dim)
+        self.age_vectors = learned_vectors(1 + config.num_time_buckets, dim)
+        self.candidate_gap_vectors = learned_vectors(1 + config.num_time_buckets, dim)
         self.context = nn.ModuleList(encoder([feature]) for feature in selection.of("sample"))
-        self.context_vectors = _vectors(len(self.context), dim) if self.context else None
+        self.context_vectors = learned_vectors(len(self.context), dim) if self.context else None
         self.register_buffer("action_bits", torch.arange(num_actions, dtype=torch.int32), persistent=False)
 
     def forward(
@@ -120,7 +118,7 @@ class InputEncoder(nn.Module):
         newest_T = timestamp_S[torch.where(inputs.history_lens > 0, 1 + last_B, 0)][tokens.layout.user_T]
         time_T = timestamp_S[1 + tokens.rows]
         distance_T = torch.where(tokens.is_candidate, time_T - newest_T, newest_T - time_T)
-        bucket_T = 1 + time_bucket(distance_T, self.age_vectors.shape[0] - 1)
+        bucket_T = 1 + log_bucket(distance_T, self.age_vectors.shape[0] - 1)
         bucket_T = torch.where((time_T != UNKNOWN_TIME) & (newest_T != UNKNOWN_TIME), bucket_T, 0)
         bucket_T = bucket_T + tokens.is_candidate * self.age_vectors.shape[0]
         return torch.where(tokens.rows < 0, -1, bucket_T)
@@ -150,16 +148,6 @@ class InputEncoder(nn.Module):
             source_ND = torch.cat([source_ND, torch.stack(candidates).sum(0)])
             rows_T = torch.where(tokens.is_candidate, tokens.rows, rows_T)
         return Gather(source=source_ND, rows=rows_T, once=True)
-
-
-def time_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
-    """Logarithmic bucket of a distance in seconds, in [0, num_buckets); negative distances count as none."""
-    bucket = torch.log(seconds.clamp(min=1).float()) / LOG_BUCKET_WIDTH
-    return bucket.long().clamp(max=num_buckets - 1)
-
-
-def _vectors(count: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(count, dim).normal_(std=INIT_STD))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

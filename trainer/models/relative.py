@@ -13,8 +13,7 @@ from trainer.models.hstu import HstuLayer, build_layer_spec
 from trainer.models.layer import LayerSpec
 from trainer.models.layout import SequenceLayout
 from trainer.models.precision import compute_dtype
-
-INIT_STD = 0.02
+from trainer.models.rows import learned_vectors
 
 
 class RelativeLayer(HstuLayer):
@@ -22,8 +21,8 @@ class RelativeLayer(HstuLayer):
 
     def __init__(self, *, dim: int, spec: LayerSpec, num_time_buckets: int) -> None:
         super().__init__(dim=dim, spec=spec)
-        self.position_bias = nn.Parameter(torch.empty(spec.num_heads, spec.max_len).normal_(std=INIT_STD))
-        self.time_bias = nn.Parameter(torch.empty(spec.num_heads, num_time_buckets).normal_(std=INIT_STD))
+        self.position_bias = learned_vectors(spec.num_heads, spec.max_len)
+        self.time_bias = learned_vectors(spec.num_heads, num_time_buckets)
 
     def at_places(self, x_TD: Tensor, places: RelativePlaces) -> Tensor:
         """The layer's output [T, D], residual included."""

@@ -25,6 +25,7 @@ from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, SequenceInputs
 from trainer.models.precision import compute_dtype
 from trainer.models.relative import RelativeTower
+from trainer.models.rows import learned_vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,9 @@ class RetrieverTower(nn.Module):
         same = embedding_dim == dim
         self.item_projection = nn.Identity() if same else nn.Linear(embedding_dim, dim)
         self.output_projection = nn.Identity() if same else nn.Linear(dim, embedding_dim)
-        self.position_vectors = nn.Parameter(torch.empty(num_positions, dim).normal_(std=0.02))
-        self.action_vectors = _vectors(num_actions, dim)
-        self.next_time_vectors = _vectors(num_time_buckets, dim)
+        self.position_vectors = learned_vectors(num_positions, dim)
+        self.action_vectors = learned_vectors(num_actions, dim) if num_actions else None
+        self.next_time_vectors = learned_vectors(num_time_buckets, dim) if num_time_buckets else None
         # As in the HSTU papers' code, so that items outweigh positions.
         self.item_factor = dim**0.5
 
@@ -199,10 +200,6 @@ def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
     user_P = repeat_users(count, total)
     index_P = torch.arange(total, device=user_P.device) - (torch.cumsum(count, 0) - count)[user_P]
     return first[user_P] + index_P
-
-
-def _vectors(count: int, dim: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.empty(count, dim).normal_(std=0.02)) if count else None
 
 
 def build_similarity(config: RetrievalConfig, *, embedding_dim: int) -> Similarity:

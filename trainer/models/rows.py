@@ -91,7 +91,7 @@ class NumberEncoder(nn.Module):
         self.register_buffer("center", torch.tensor([mean for mean, _ in moments], dtype=torch.float32))
         self.register_buffer("scale", torch.tensor([std for _, std in moments], dtype=torch.float32))
         # A number's vectors: missing, then its buckets.
-        self.vectors = nn.Parameter(torch.empty(len(features) * (most + 2), dim).normal_(std=INIT_STD))
+        self.vectors = learned_vectors(len(features) * (most + 2), dim)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """([N, 2 F] values and whether they are known, [N, D] sum of the buckets' vectors), float32."""
@@ -108,6 +108,11 @@ class NumberEncoder(nn.Module):
         scaled_NF = (torch.stack(scaled, dim=1) - self.center) / self.scale
         known_NF = known_FN.t()
         return torch.cat([torch.where(known_NF, scaled_NF, 0), known_NF.to(scaled_NF.dtype)], dim=1), vectors_ND
+
+
+def learned_vectors(count: int, dim: int) -> nn.Parameter:
+    """[count, dim] with the initial values of every table of vectors that is learned with a model."""
+    return nn.Parameter(torch.empty(count, dim).normal_(std=INIT_STD))
 
 
 def pool(values: Tensor, lens_N: Tensor, *, mean: bool) -> Tensor:

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from attention_kernels.relative_bias import log_bucket
 from tests.support.batches import batch_of, looked_up, random_arrays, small_selection
 from trainer.models.config import InputConfig
-from trainer.models.encoding import InputEncoder, time_bucket
+from trainer.models.encoding import InputEncoder
 
 HISTORY, CANDIDATES, CONTEXT = [5, 0, 9, 2], [2, 3, 1, 0], ("user_id", "country")
 NUM_ACTIONS, NUM_POSITIONS, NUM_BUCKETS, DIM, ROW = 8, 6, 7, 16, 12
@@ -81,5 +82,5 @@ def test_tokens_are_the_sums_of_item_action_position_and_time(interleave: bool, 
 
 def test_time_buckets_are_logarithmic_and_bounded() -> None:
     seconds = torch.tensor([-5, 0, 1, 2, 60, 3600, 86400, 10**9])
-    assert time_bucket(seconds, 128).tolist() == [0, 0, 0, 2, 13, 27, 37, 68]
-    assert time_bucket(seconds, 20).tolist() == [0, 0, 0, 2, 13, 19, 19, 19]
+    assert log_bucket(seconds, 128).tolist() == [0, 0, 0, 2, 13, 27, 37, 68]
+    assert log_bucket(seconds, 20).tolist() == [0, 0, 0, 2, 13, 19, 19, 19]
