@@ -34,7 +34,7 @@ from trainer.metrics import retrieval_scores
 from trainer.models.heads.dot_product import DotProduct
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
-from trainer.models.layout import SequenceLayout, take_rows
+from trainer.models.layout import EventTimes, SequenceLayout, take_rows
 from trainer.models.negatives import SequenceInputs, retrieval_features
 from trainer.models.precision import compute_dtype
 from trainer.models.retriever import EventOutputs, RetrieverTower, SampledSoftmax, rows_with_next
@@ -115,13 +115,13 @@ class DenseTower(nn.Module):
         self.layers = tower.layers
         self.softmax = softmax
 
-    def forward(self, x_TD: Tensor, layout: SequenceLayout) -> tuple[Tensor, SequenceLayout]:
-        """As `HstuTower.forward`."""
+    def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
+        """As `HstuTower.at_events`."""
         x_TD = x_TD.to(compute_dtype(x_TD))
         for layer in self.layers:
             assert isinstance(layer, HstuLayer)
             x_TD = self._layer(layer, x_TD, layout.num_users)
-        return x_TD, layout
+        return x_TD
 
     def _layer(self, layer: HstuLayer, x_TD: Tensor, users: int) -> Tensor:
         p, spec = layer.parameter_set(), layer.spec

@@ -2,6 +2,8 @@
 
 A configuration is a tree of frozen dataclasses.  This module walks such a tree by its type annotations; it knows no
 particular configuration, and imports the standard library only.
+
+Where an annotation is a union of dataclasses, each has a field `kind`, a Literal with a default, that tells them apart.
 """
 
 import dataclasses
@@ -41,12 +43,12 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
                     )
                 parent[name] = _parse(text, fields[name])
                 continue
-            group = _group(fields[name])
-            if group is None:
-                raise ValueError(f"unknown key {key!r}: {'.'.join(path[: depth + 1])} is a value, not a group")
+            groups, where = _groups(fields[name]), ".".join(path[: depth + 1])
+            if not groups:
+                raise ValueError(f"unknown key {key!r}: {where} is a value, not a group")
             if parent[name] is None:
-                raise ValueError(f"key {key!r}: {'.'.join(path[: depth + 1])} is null here, set it whole as JSON first")
-            parent, kind = parent[name], group
+                raise ValueError(f"key {key!r}: {where} is null here, set it whole as JSON first")
+            parent, kind = parent[name], _group_of(parent[name], groups, where)
     return from_dict(type(config), values)
 
 
@@ -93,10 +95,20 @@ def _field_types(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _group(kind: Any) -> Any:
-    """The dataclass that `kind` is, or is where it is not null; None if there is none."""
+def _groups(kind: Any) -> list[Any]:
+    """The dataclasses that values of `kind` may be."""
     choices = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
+    return [choice for choice in choices if dataclasses.is_dataclass(choice)]
+
+
+def _group_of(values: dict[str, Any], groups: list[Any], key: str) -> Any:
+    """The one of `groups` that `values` are of: the only one, or that of their `kind`."""
+    if len(groups) == 1:
+        return groups[0]
+    by_kind = {typing.get_args(_field_types(group)["kind"])[0]: group for group in groups}
+    if values.get("kind") not in by_kind:
+        raise ValueError(f"key '{key}.kind' must be one of {', '.join(by_kind)}, got {json.dumps(values.get('kind'))}")
+    return by_kind[values["kind"]]
 
 
 def _parse(text: str, kind: Any) -> Any:
@@ -140,12 +152,14 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...], key: str) -> Any:
+    groups = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+    if groups and isinstance(value, dict):
+        return from_dict(_group_of(value, groups, key), value, key + ".")
     for choice in choices:
         try:
             return _convert(value, choice, key)
         except ValueError:
-            if dataclasses.is_dataclass(choice) and isinstance(value, dict):
-                raise
+            continue
     kinds = " or ".join(_describe(choice) for choice in choices)
     raise ValueError(f"key {key!r} must be {kinds}, got {json.dumps(value)}")
 

@@ -43,7 +43,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-MIXTURE = 'model.retrieval.mixture_of_logits={"query_vectors":2,"item_vectors":2,"dim":8,"hidden":4}'
+MIXTURE = (
+    'model.retrieval.similarity={"kind":"mixture_of_logits","query_vectors":2,"item_vectors":2,"dim":8,"hidden":4}'
+)
 
 
 @pytest.mark.parametrize("setting", [None, "model.retrieval.share_negatives=false", MIXTURE])

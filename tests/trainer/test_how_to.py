@@ -1,12 +1,12 @@
 """CONTRIBUTING's "How to add" a feature, a table, a label kind, a head, a metric and a task, followed here."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embeddings.tables import build_tables
@@ -14,7 +14,7 @@ from pipelines.features import DatasetInfo, parse_dataset_info
 from tests.support.batches import random_batch
 from tests.support.datasets import made_up_info
 from tests.trainer.labels.test_kinds import NUMBERS, info
-from tests.trainer.models.test_retriever import batch_of, config, small
+from tests.trainer.models.test_retriever import NEGATIVES, batch_of, config, small
 from trainer import resolve
 from trainer.config import TableSettings
 from trainer.labels import build
@@ -22,7 +22,9 @@ from trainer.labels.config import LabelConfig
 from trainer.labels.kind import LabelKind
 from trainer.labels.loss import build_ranking_loss
 from trainer.labels.measure import LabelMetrics
-from trainer.models import retriever
+from trainer.models.flops import retriever_flops
+from trainer.models.heads import build as heads
+from trainer.models.heads.rank_head import RankHead
 from trainer.models.heads.similarity import Similarity
 from trainer.recipes import load_recipe
 
@@ -107,12 +109,74 @@ class Distance(Similarity):
         return -(queries[:, None] - pairs).square().sum(2)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistanceConfig:
+    """Its settings, and its FLOPs."""
+
+    kind: Literal["distance"] = "distance"
+
+    def query_flops(self, embedding_dim: int) -> int:
+        return 0
+
+    def item_flops(self, embedding_dim: int) -> int:
+        return 0
+
+    def pair_flops(self, embedding_dim: int) -> int:
+        return 3 * embedding_dim
+
+
 @pytest.mark.parametrize("share", [True, False])
-def test_a_head_is_one_module_and_one_choice(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retriever, "build_similarity", lambda config, *, embedding_dim: Distance())
-    model = small(config(share=share))
+def test_a_head_that_scores_items_is_one_module_its_settings_and_one_entry(
+    share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(heads.SIMILARITIES, DistanceConfig, lambda config, *, embedding_dim: Distance())
+    usual = config(share=share)
+    assert usual.retrieval is not None
+    similarity: Any = DistanceConfig()
+    other = replace(usual, retrieval=replace(usual.retrieval, similarity=similarity))
+    model = small(other)
+    assert isinstance(model.tower.similarity, Distance)
     model(batch_of(share=share)).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    costs = [retriever_flops(each, 5, embedding_dim=12, num_items=40).forward for each in (other, usual)]
+    assert costs[0] - costs[1] == 4 * (NEGATIVES + 1) * 12
+
+
+class Plain(RankHead):
+    """One linear map."""
+
+    def __init__(self, dim: int, num_outputs: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(dim, num_outputs)
+
+    def forward(self, hidden_CD: Tensor) -> Tensor:
+        return self.output(hidden_CD.float())  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def start_at(self, outputs_K: Tensor, *, alike: bool) -> None:
+        self.output.bias.copy_(outputs_K)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainConfig:
+    """Its settings, and its FLOPs."""
+
+    kind: Literal["plain"] = "plain"
+
+    def flops(self, dim: int, num_outputs: int) -> int:
+        return 2 * dim * num_outputs
+
+
+def test_a_rankers_head_is_one_module_its_settings_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        heads.RANK_HEADS, PlainConfig, lambda config, *, dim, num_outputs: Plain(dim=dim, num_outputs=num_outputs)
+    )
+    recipe = load_recipe("kuairand_sample")
+    head: Any = PlainConfig()
+    found = resolve.resolve(replace(recipe, model=replace(recipe.model, head=head)), info())
+    model = found.task.build(build_tables(found.tables, device=torch.device("meta")))
+    assert isinstance(model.tower.head, Plain)
+    assert found.task.flops(9, 2).forward == resolve.resolve(recipe, info()).task.flops(9, 2).forward
 
 
 def test_a_task_is_one_object_and_one_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,25 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Circle:
+    kind: Literal["circle"] = "circle"
+    radius: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Square:
+    kind: Literal["square"] = "square"
+    side: float = 1.0
+    radius: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outer:
     name: str
     on: bool = False
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
+    shape: Circle | Square = field(default_factory=Circle)
 
 
 CONFIG = Outer(name="x")
@@ -51,6 +65,14 @@ def test_an_optional_group_is_overridden_where_it_is_set() -> None:
     assert apply_overrides(CONFIG, ['maybe={"rate": 2}', "maybe.window=4"]).maybe == Inner(rate=2.0, window=4)
 
 
+def test_a_group_of_several_kinds_is_the_one_that_its_kind_names() -> None:
+    square = apply_overrides(CONFIG, ['shape={"kind": "square", "radius": 2}', "shape.side=3"])
+    assert square.shape == Square(radius=2.0, side=3.0)
+    assert from_dict(Outer, to_dict(square)) == square
+    assert apply_overrides(CONFIG, ["shape.radius=4"]).shape == Circle(radius=4.0)
+    assert apply_overrides(CONFIG, ["shape.radius=4", "shape.kind=square"]).shape == Square(radius=4.0)
+
+
 def test_text_needs_no_quotes_and_may_hold_an_equals_sign() -> None:
     assert apply_overrides(CONFIG, ["name=a=b"]).name == "a=b"
     assert apply_overrides(CONFIG, ["name=3"]).name == "3"
@@ -64,6 +86,11 @@ def test_text_needs_no_quotes_and_may_hold_an_equals_sign() -> None:
         ("name.x=1", "is a value, not a group"),
         ("inner=1", "names a group"),
         ("maybe.rate=1", "maybe is null here"),
+        ("shape.side=1", r"unknown key 'shape.side': shape has kind, radius"),
+        ("shape.kind=star", "'shape.kind' must be one of circle, square, got \"star\""),
+        ('shape={"side": 1}', "'shape.kind' must be one of circle, square, got null"),
+        ('shape={"kind": "square", "edge": 1}', r"unknown key 'shape.edge'"),
+        ("shape=square", r"'shape' must be a group of keys \(Circle\) or a group of keys \(Square\), got \"square\""),
         ("inner.rate=fast", "'inner.rate' must be a number"),
         ("inner.rate=NaN", "'inner.rate' must be a finite number"),
         ("inner.rate=Infinity", "'inner.rate' must be a finite number"),

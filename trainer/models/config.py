@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.labels.config import LabelConfig
+from trainer.models.heads.config import DotProductConfig, MlpConfig, RankHeadConfig, SimilarityConfig
 from trainer.models.relative_config import RelativeBiasConfig
 
 
@@ -225,27 +226,6 @@ class ChannelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureOfLogitsConfig:
-    """Scores as a gated mixture of small dot products (`trainer.models.heads.mixture_of_logits`)."""
-
-    query_vectors: int = 8
-    """Vectors of a prediction."""
-    item_vectors: int = 4
-    """Vectors of an item; every one meets every vector of the prediction."""
-    dim: int = 32
-    """Width of a vector."""
-    hidden: int = 128
-    """Width of the hidden layers of the gate's networks."""
-
-    def __post_init__(self) -> None:
-        for name in ("query_vectors", "item_vectors", "dim", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"model.retrieval.mixture_of_logits.{name} must be at least 1, got {getattr(self, name)}"
-                )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalConfig:
     """Next-item prediction: sampled softmax in training, the whole corpus in evaluation."""
 
@@ -255,10 +235,9 @@ class RetrievalConfig:
     """One draw serves all predictions of a global batch; false draws for each prediction, at as many lookups."""
     temperature: float = 0.05
     """Divides the scores."""
-    normalise: bool = True
-    """L2-normalise outputs and item vectors: scores are then cosines."""
-    mixture_of_logits: MixtureOfLogitsConfig | None = None
-    """Score items by a mixture of logits; null for one dot product."""
+    similarity: SimilarityConfig = field(default_factory=DotProductConfig)
+    """How items are scored: {"kind":"dot_product"}, {"kind":"mixture_of_logits"}, and settings of that kind
+    (`trainer.models.heads.config`)."""
     read_actions: bool = False
     """An event's token tells its actions too."""
     read_next_time: bool = False
@@ -303,8 +282,9 @@ class ModelConfig:
     """How events become tokens."""
     labels: tuple[LabelConfig, ...] | None = None
     """What a ranker predicts of every candidate; null predicts every action of the data set."""
-    head_hidden: tuple[int, ...] = ()
-    """Widths of hidden layers between a candidate's output and the labels' outputs."""
+    head: RankHeadConfig = field(default_factory=MlpConfig)
+    """From a ranker's output at a candidate to its labels' outputs: {"kind":"mlp"}, {"kind":"experts"}, and settings of
+    that kind (`trainer.models.heads.config`)."""
     retrieval: RetrievalConfig | None = None
     """Predict the next item instead of ranking candidates: candidates then count as the newest events, and tokens are
     items and positions alone.  Null for a ranker."""
@@ -322,8 +302,6 @@ class ModelConfig:
         _check_truncation("model.stages", self.stages)
         self._check_channels()
         self._check_labels()
-        if any(width < 1 for width in self.head_hidden):
-            raise ValueError(f"model.head_hidden must hold widths of at least 1, got {self.head_hidden}")
         if self.retrieval is not None:
             self._check_retriever()
         elif any(layer.relative_bias for layer in self.layers):
@@ -373,8 +351,8 @@ class ModelConfig:
             raise ValueError(f"model.retrieval: of model.input only {', '.join(read)} have an effect, drop the rest")
         if self.layer.relative_bias is not None and any(stage.local is not None for stage in self.stages):
             raise ValueError("layer.relative_bias has no windows: stages.local must be null")
-        for name in ("channels", "labels", "head_hidden"):
-            if getattr(self, name):
+        for name, unset in (("channels", ()), ("labels", None), ("head", MlpConfig())):
+            if getattr(self, name) != unset:
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")
         if any(stage.keep_newest is not None for stage in self.stages):
             raise ValueError("model.retrieval predicts behind every event: stages.keep_newest must be null")

@@ -7,7 +7,6 @@ three forward passes.  This is the count behind every MFU in this project.
 All functions take one length or a numpy array of lengths, one a sequence.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -161,8 +160,7 @@ def ranker_flops(
     ends = 2 * config.dim * (inputs.event * history + of_candidates + inputs.context)
     ends = ends + 2 * inputs.rates * num_outputs * candidates
     head_width = sum(channel.dim for channel in config.channels) or config.dim
-    head = [head_width, *config.head_hidden, num_outputs]
-    ends = ends + 2 * candidates * sum(below * above for below, above in itertools.pairwise(head))
+    ends = ends + candidates * config.head.flops(head_width, num_outputs)
     total = _no_flops(history.shape, ends=np.asarray(ends, dtype=np.float64))
     towers: list[tuple[int, LayerConfig, Sequence[StageConfig], npt.NDArray[np.int64]]]
     towers = [(config.dim, config.layer, config.stages, factor * history)] if config.stages else []
@@ -221,17 +219,9 @@ def _scoring_flops(config: RetrievalConfig, embedding_dim: int, num_items: int) 
     """Of a prediction against its negatives and the next item.  The items' side of negatives that a whole batch shares
     is left out: it is small."""
     pairs = (num_items if config.num_negatives is None else config.num_negatives) + 1
-    mixture = config.mixture_of_logits
-    if mixture is None:
-        return 2 * embedding_dim * pairs
-    products = mixture.query_vectors * mixture.item_vectors
-    query, item = (
-        2 * (embedding_dim * vectors * mixture.dim + mixture.hidden * (embedding_dim + products))
-        for vectors in (mixture.query_vectors, mixture.item_vectors)
-    )
-    # Dot products, the gate's network, and the sum that the gate weighs.
-    pair = 2 * (products * mixture.dim + 2 * products * mixture.hidden)
-    return query + item * (1 if config.share_negatives else pairs) + pair * pairs
+    how, own_items = config.similarity, 1 if config.share_negatives else pairs
+    query, item, pair = (flops(embedding_dim) for flops in (how.query_flops, how.item_flops, how.pair_flops))
+    return query + item * own_items + pair * pairs
 
 
 def _tower_flops(

@@ -15,7 +15,7 @@ from trainer.models.candidate_layer import candidate_layer
 from trainer.models.config import LayerConfig, StageConfig
 from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
 from trainer.models.layer_function import fused_layer
-from trainer.models.layout import SequenceLayout, candidate_rows, keep_newest, repeat_users, take_rows
+from trainer.models.layout import EventTimes, SequenceLayout, candidate_rows, keep_newest, repeat_users, take_rows
 from trainer.models.precision import compute_dtype
 
 
@@ -143,6 +143,11 @@ class HstuTower(nn.Module):
         last = self._all_but_the_last(x_TD, layout)
         output_TD = self._layer(-1)(last.x_TD, last.plan, last.weights)
         return self._skip(last.x_TD, output_TD, last.layout.user_T, len(self.layers), layout), last.layout
+
+    def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
+        """The output at every event of a batch of nothing but events, none of which a stage drops.  Attention here
+        knows no `times`."""
+        return self(x_TD, layout)[0]  # type: ignore[no-any-return]  # torch
 
     def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
         """What `forward` makes of the candidates, [C, D]: of the last layer, no other row is computed."""

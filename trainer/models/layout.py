@@ -7,6 +7,7 @@ Shapes: B users, T packed tokens, C candidates of all users, D any width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,15 @@ class SequenceLayout:
     def num_tokens(self) -> int:
         """T."""
         return self.user_T.numel()
+
+
+class EventTimes(NamedTuple):
+    """When the events of a packed batch happened, for towers that ask; both [T] int64 seconds."""
+
+    happened: Tensor
+    """Each event."""
+    asked: Tensor
+    """The event behind it, which is asked for; of a sequence's last event, its own."""
 
 
 def make_layout(

@@ -5,7 +5,6 @@ Shapes: C candidates of all users, D width of the tower's outputs, K outputs of 
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from embeddings.tables import Rows, rows_by_feature
@@ -13,7 +12,8 @@ from pipelines.batch import Inputs
 from pipelines.selection import Selection
 from trainer.models.config import ModelConfig
 from trainer.models.encoding import InputEncoder
-from trainer.models.heads.mlp import MlpHead
+from trainer.models.heads.build import build_rank_head
+from trainer.models.heads.rank_head import RankHead
 from trainer.models.rates import Rates
 from trainer.models.transducers import MixtureOfTransducers, build_mixture
 
@@ -26,22 +26,19 @@ class RankerTower(nn.Module):
         *,
         encoder: InputEncoder,
         tower: MixtureOfTransducers,
-        head: MlpHead,
+        head: RankHead,
         rates: Rates | None,
         max_len: int,
     ) -> None:
         super().__init__()
         self.encoder, self.tower, self.head, self.rates, self.max_len = encoder, tower, head, rates, max_len
 
-    @torch.no_grad()
     def start_at(self, outputs_K: Tensor) -> None:
         """Let the untrained model give these outputs, since a rare label would need many steps to be rare.
 
         Where counts tell how item and user differ from them, that is all that is added at first.
         """
-        self.head.output.bias.copy_(outputs_K)
-        if self.rates is not None:
-            self.head.output.weight.zero_()
+        self.head.start_at(outputs_K, alike=self.rates is not None)
 
     def check(self, inputs: Inputs) -> None:
         """Raises ValueError where a sequence is longer than the model's constant."""
@@ -94,9 +91,9 @@ def build_ranker_tower(
             selection, widths=widths, config=config.input, dim=config.dim, num_actions=len(action_names)
         ),
         tower=build_mixture(config, selection=selection, action_names=action_names),
-        head=MlpHead(
+        head=build_rank_head(
+            config.head,
             dim=sum(channel.dim for channel in config.channels) or config.dim,
-            hidden=config.head_hidden,
             num_outputs=len(output_bits),
         ),
         rates=rates,

@@ -11,7 +11,7 @@ from attention_kernels.relative_bias import RelativePlaces, make_places, relativ
 from trainer.models.config import LayerConfig
 from trainer.models.hstu import HstuLayer, build_layer_spec
 from trainer.models.layer import LayerSpec
-from trainer.models.layout import SequenceLayout
+from trainer.models.layout import EventTimes, SequenceLayout
 from trainer.models.precision import compute_dtype
 from trainer.models.rows import learned_vectors
 
@@ -61,14 +61,14 @@ class RelativeTower(nn.Module):
             RelativeLayer(dim=dim, spec=spec, num_time_buckets=self.num_time_buckets) for _ in range(num_layers)
         )
 
-    def forward(self, x_TD: Tensor, layout: SequenceLayout, time_T: Tensor, asked_T: Tensor) -> Tensor:
-        """The last layer's output; `time_T` is when each event happened, `asked_T` when the next does."""
+    def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
+        """The last layer's output at every event."""
         lens = layout.history_lens_host
         places = make_places(
             layout.user_T,
             layout.index_T,
-            time_T,
-            asked_T,
+            times.happened,
+            times.asked,
             num_users=layout.num_users,
             longest=int(lens.max()) if lens.numel() else 0,
             num_buckets=self.num_time_buckets,

@@ -7,6 +7,7 @@ Shapes: B users, S events of all users, P predictions, N negatives, D model widt
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,11 @@ from torch.nn import functional as F
 from attention_kernels.relative_bias import log_bucket
 from embeddings.tables import Rows, Tables, rows_by_feature
 from pipelines.features import ITEM_ID
-from trainer.models.config import ModelConfig, RetrievalConfig
-from trainer.models.heads.dot_product import DotProduct
-from trainer.models.heads.mixture_of_logits import MixtureOfLogits
+from trainer.models.config import ModelConfig
+from trainer.models.heads.build import build_similarity
 from trainer.models.heads.similarity import Similarity
 from trainer.models.hstu import build_tower
-from trainer.models.layout import SequenceLayout, make_layout, repeat_users, take_rows
+from trainer.models.layout import EventTimes, SequenceLayout, make_layout, repeat_users, take_rows
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, SequenceInputs
 from trainer.models.precision import compute_dtype
@@ -36,6 +36,13 @@ class EventOutputs:
     """[S, E]: to be compared with items by the tower's similarity."""
     layout: SequenceLayout
     """Where each user's events lie."""
+
+
+class EventTower(Protocol):
+    """Causal layers over tokens of events."""
+
+    def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
+        """The output at every event of a batch of nothing but events, [T, D]."""
 
 
 class RetrieverTower(nn.Module):
@@ -55,7 +62,7 @@ class RetrieverTower(nn.Module):
 
     def __init__(
         self,
-        tower: nn.Module,
+        tower: EventTower,
         similarity: Similarity,
         *,
         dim: int,
@@ -105,10 +112,7 @@ class RetrieverTower(nn.Module):
         tokens_SD = (self.item_projection(items_SE.to(dtype)) + self._told(inputs, dtype)) * self.item_factor
         tokens_SD = tokens_SD + F.embedding(position_S, self.position_vectors.to(dtype))
         tokens_SD = F.dropout(tokens_SD, self.dropout, self.training)
-        if isinstance(self.tower, RelativeTower):
-            outputs_SD = self.tower(tokens_SD, layout, inputs.time, inputs.next_time)
-        else:
-            outputs_SD, layout = self.tower(tokens_SD, layout)
+        outputs_SD = self.tower.at_events(tokens_SD, layout, EventTimes(inputs.time, inputs.next_time))
         return EventOutputs(self.output_projection(outputs_SD), layout)
 
     def _told(self, inputs: SequenceInputs, dtype: torch.dtype) -> Tensor | float:
@@ -202,22 +206,7 @@ def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
     return first[user_P] + index_P
 
 
-def build_similarity(config: RetrievalConfig, *, embedding_dim: int) -> Similarity:
-    """How the config scores items."""
-    mixture = config.mixture_of_logits
-    if mixture is None:
-        return DotProduct(normalise=config.normalise)
-    return MixtureOfLogits(
-        embedding_dim=embedding_dim,
-        query_vectors=mixture.query_vectors,
-        item_vectors=mixture.item_vectors,
-        dim=mixture.dim,
-        hidden=mixture.hidden,
-        normalise=config.normalise,
-    )
-
-
-def _build_event_tower(config: ModelConfig) -> nn.Module:
+def _build_event_tower(config: ModelConfig) -> EventTower:
     dim, layer, stages, max_len = config.dim, config.layer, config.stages, config.max_len
     if layer.relative_bias is None:
         return build_tower(dim=dim, layer=layer, stages=stages, num_context=0, max_len=max_len)
@@ -230,7 +219,7 @@ def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int, 
     assert config.retrieval is not None
     tower = RetrieverTower(
         _build_event_tower(config),
-        build_similarity(config.retrieval, embedding_dim=embedding_dim),
+        build_similarity(config.retrieval.similarity, embedding_dim=embedding_dim),
         dim=config.dim,
         embedding_dim=embedding_dim,
         max_len=config.max_len,

@@ -22,6 +22,7 @@ from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.labels.config import LabelConfig
 from trainer.mesh import Mesh
+from trainer.models.heads.config import ExpertsConfig
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 
@@ -75,7 +76,7 @@ def config_of(path: str) -> TrainConfig:
     recipe = replace(load_recipe("kuairand_sample"), schedule=ScheduleConfig())
     data = DataConfig(path=path, global_batch_size=24, max_history_len=24, max_samples=96, reader_threads=0)
     layer = replace(recipe.model.layer, dropout=0.0, qk_dim=8, value_dim=8)
-    model = replace(recipe.model, dim=16, layer=layer, labels=LABELS, head_hidden=(12,))
+    model = replace(recipe.model, dim=16, layer=layer, labels=LABELS, head=ExpertsConfig(num_experts=2, hidden=12))
     return replace(recipe, data=data, model=model, embedding_dim=8, overlap="plain")
 
 

@@ -31,7 +31,6 @@ GROWING = (StageConfig(num_layers=1, keep_newest=4), StageConfig(num_layers=1, k
         (CHANNELS | {"channels": (replace(CHANNEL, stages=GROWING),)}, "stages of channel 'clicks': keep_newest=4"),
         ({"labels": ()}, "model.labels is empty"),
         ({"labels": (LabelConfig(name="like"), LabelConfig(name="like"))}, "must not repeat a name, got like, like"),
-        ({"head_hidden": (8, 0)}, r"model.head_hidden must hold widths of at least 1, got \(8, 0\)"),
     ],
 )
 def test_settings_that_contradict_or_have_no_effect_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -6,7 +6,7 @@ from attention_kernels import SemiLocalMask
 from benchmarks.dirichlet import DenseTower
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
-from trainer.models.layout import make_layout
+from trainer.models.layout import EventTimes, make_layout
 
 
 def test_dense_silu_attention_equals_the_tower_and_softmax_does_not() -> None:
@@ -16,6 +16,9 @@ def test_dense_silu_attention_equals_the_tower_and_softmax_does_not() -> None:
     lens, none = torch.tensor([6, 6, 6]), torch.zeros(3, dtype=torch.long)
     layout = make_layout(lens, none, lens, none)
     x = torch.randn(18, 16)
-    expected, _ = tower(x, layout)
-    torch.testing.assert_close(DenseTower(tower, softmax=False)(x, layout)[0], expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(DenseTower(tower, softmax=True)(x, layout)[0], expected, rtol=1e-2)
+    times = EventTimes(torch.arange(18), torch.arange(18))
+    expected, silu, softmax = (
+        each.at_events(x, layout, times) for each in (tower, *(DenseTower(tower, softmax=x) for x in (False, True)))
+    )
+    torch.testing.assert_close(silu, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(softmax, expected, rtol=1e-2)

@@ -26,6 +26,7 @@ from trainer.labels.config import LabelConfig
 from trainer.labels.loss import build_ranking_loss
 from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, NumberConfig, StageConfig
 from trainer.models.flops import input_widths, ranker_flops
+from trainer.models.heads.config import MlpConfig
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
 
@@ -68,7 +69,7 @@ CONFIGS = {
     "paper": model_config(),
     "production": model_config(layer=replace(LAYER, variant="production", norm="group")),
     "interleaved": model_config(input=InputConfig(merge="interleave")),
-    "learned_action": model_config(input=InputConfig(candidate_action="learned"), head_hidden=(8, 12)),
+    "learned_action": model_config(input=InputConfig(candidate_action="learned"), head=MlpConfig(hidden=(8, 12))),
     "channels": model_config(
         stages=(),
         channels=(

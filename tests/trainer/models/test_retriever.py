@@ -13,11 +13,11 @@ from trainer.labels.config import LabelConfig
 from trainer.models.config import (
     InputConfig,
     LayerConfig,
-    MixtureOfLogitsConfig,
     ModelConfig,
     RetrievalConfig,
     StageConfig,
 )
+from trainer.models.heads.config import DotProductConfig, MixtureOfLogitsConfig, MlpConfig
 from trainer.models.layout import make_layout
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
@@ -37,7 +37,10 @@ def config(*, share: bool = True, normalise: bool = True, dim: int = 16, max_len
         stages=(StageConfig(num_layers=2),),
         input=InputConfig(num_positions=4),
         retrieval=RetrievalConfig(
-            num_negatives=NEGATIVES, share_negatives=share, normalise=normalise, temperature=TEMPERATURE
+            num_negatives=NEGATIVES,
+            share_negatives=share,
+            temperature=TEMPERATURE,
+            similarity=DotProductConfig(normalise=normalise),
         ),
     )
 
@@ -232,7 +235,7 @@ def test_a_mixture_of_logits_trains_like_a_dot_product(share: bool) -> None:
     mixture = MixtureOfLogitsConfig(query_vectors=3, item_vectors=2, dim=4, hidden=5)
     base = config(share=share)
     assert base.retrieval is not None
-    model = small(replace(base, retrieval=replace(base.retrieval, mixture_of_logits=mixture)))
+    model = small(replace(base, retrieval=replace(base.retrieval, similarity=mixture)))
     model(batch_of(share=share)).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     model.zero_grad()
@@ -254,7 +257,7 @@ def test_too_long_a_sequence_is_refused_with_the_fix() -> None:
     ("changes", "message"),
     [
         ({"labels": (LabelConfig(name="click"),)}, "model.labels has no effect"),
-        ({"head_hidden": (4,)}, "model.head_hidden has no effect"),
+        ({"head": MlpConfig(hidden=(4,))}, "model.head has no effect"),
         ({"input": InputConfig(candidate_action="learned")}, "only num_positions, dropout have an effect"),
         ({"stages": (StageConfig(num_layers=1, keep_newest=3),)}, "keep_newest must be null"),
         ({"stages": (StageConfig(num_layers=1, local=2, global_rows=1),)}, "stages.global_rows must be 0"),

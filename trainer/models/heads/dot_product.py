@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.models.heads.config import DotProductConfig
 from trainer.models.heads.similarity import Similarity
 
 
@@ -32,3 +33,8 @@ class DotProduct(Similarity):
             if items.dim() == 2:
                 return queries @ items.t()
             return torch.einsum("pe,pne->pn", queries, items)
+
+
+def build(config: DotProductConfig, *, embedding_dim: int) -> DotProduct:
+    """The dot product that the config describes; it takes any width."""
+    return DotProduct(normalise=config.normalise)

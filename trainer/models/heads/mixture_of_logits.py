@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.models.heads.config import MixtureOfLogitsConfig
 from trainer.models.heads.similarity import Similarity
 
 
@@ -84,3 +85,15 @@ class MixtureOfLogits(Similarity):
 
 def _network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+def build(config: MixtureOfLogitsConfig, *, embedding_dim: int) -> MixtureOfLogits:
+    """The mixture that the config describes, for rows of this width."""
+    return MixtureOfLogits(
+        embedding_dim=embedding_dim,
+        query_vectors=config.query_vectors,
+        item_vectors=config.item_vectors,
+        dim=config.dim,
+        hidden=config.hidden,
+        normalise=config.normalise,
+    )

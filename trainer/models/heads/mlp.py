@@ -1,6 +1,6 @@
-"""The ranker's head: a norm, hidden layers, and the outputs of all labels.
+"""A norm, hidden layers, and the outputs of all labels.
 
-Shapes: C candidates, D width of the tower's outputs, K outputs of all labels.
+Shapes as in `rank_head`.
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from trainer.models.heads.config import MlpConfig
+from trainer.models.heads.rank_head import RankHead
 
-class MlpHead(nn.Module):
+
+class MlpHead(RankHead):
     """An MLP over a candidate's output, with SiLU behind each of the layers of width `hidden`; linear without any."""
 
     def __init__(self, *, dim: int, hidden: Sequence[int], num_outputs: int) -> None:
@@ -24,7 +27,18 @@ class MlpHead(nn.Module):
     def forward(self, hidden_CD: Tensor) -> Tensor:
         """[C, K] float32."""
         hidden_CD = self.layers(hidden_CD)
-        # In bfloat16 many candidates would have the same score.
         with torch.autocast(hidden_CD.device.type, enabled=False):
             outputs_CK: Tensor = self.output(hidden_CD.float())
         return outputs_CK
+
+    @torch.no_grad()
+    def start_at(self, outputs_K: Tensor, *, alike: bool) -> None:
+        """As biases; `alike` without weights."""
+        self.output.bias.copy_(outputs_K)
+        if alike:
+            self.output.weight.zero_()
+
+
+def build(config: MlpConfig, *, dim: int, num_outputs: int) -> MlpHead:
+    """The head that the config describes, over a tower of width `dim`."""
+    return MlpHead(dim=dim, hidden=config.hidden, num_outputs=num_outputs)
