@@ -33,7 +33,8 @@ from launch.schedulers.local import Local
 from launch.schedulers.protocol import JobStatus, Scheduler
 from launch.submit import SESSION, check, connected
 from launch.sweep import runs_of
-from trainer.command_line import FAILED, STOPPED, WrongUse, run_command, show_findings
+from trainer.command_line import WrongUse, run_command, show_findings
+from trainer.exit_status import FAILED, STOPPED
 from trainer.recipes import load_recipe
 from trainer.run_dir import RunDir
 from trainer.typed_values import apply_overrides, to_dict

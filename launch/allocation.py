@@ -29,7 +29,7 @@ from launch.records import find_in, save_in
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
 from launch.schedulers.slurm_queue import SlurmJob
-from trainer.command_line import FAILED, STOPPED, WRONG_USE
+from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from launch import signals
+from launch.environment import check_environment
 from launch.processes import Place, run_processes
-from trainer.command_line import FAILED, STOPPED, WRONG_USE
+from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 
 DEFAULT_PORT = 29500
 """Where the job's processes meet, unless MASTER_PORT says otherwise: free in a container, which has its own ports."""
@@ -125,6 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     signals.hold()
     try:
+        check_environment()
         place = place_of(
             nodes=given.nodes,
             procs_per_node=given.procs_per_node,

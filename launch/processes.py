@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch import signals
-from trainer.command_line import FAILED, STOPPED
+from trainer.exit_status import FAILED, STOPPED
 
 GRACE_S = 15.0
 """How long the others may take to end after one has failed: their collectives fail at once, or never."""

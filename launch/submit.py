@@ -19,6 +19,7 @@ from launch.request import Request
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Scheduler
 from launch.workspace import ROOT, check_workspace
+from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class Connection:
     ) -> list[records.JobRecord]:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
         code_dir = self.scheduler.job_dir(base, name)
+        if code_dir is not None:
+            RunDir(base.absolute_run_dir).make()
         workspace = None
         if base.scheduler != "local_cwd":
             logger.info("copying the code with the job: %.1f MiB", check_workspace(ROOT))

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import typer
 
+from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 from trainer.stop_signal import StoppedEarly
-
-FAILED, WRONG_USE, STOPPED = 1, 2, 3
-"""Exit statuses besides 0, done; STOPPED: in good order, the same command goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

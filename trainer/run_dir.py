@@ -3,6 +3,7 @@
 Opening an existing directory checks that it belongs to the same run before anything in it is touched.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -114,6 +115,21 @@ class RunDir:
         """The folder of all checkpoints."""
         return self.path / "checkpoints"
 
+    def make(self) -> None:
+        """Make the directory, where it does not exist.
+
+        Raises:
+            WrongUse: it cannot be made, or this user may not write in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise WrongUse(
+                f"--run-dir {self.path} cannot be written ({error.strerror}): name one in which you may write"
+            ) from None
+
     def flush(self) -> None:
         """Let what the first rank has written here so far reach the disk."""
         texts = (self.metrics_file, self.eval_file, self.progressive_file, self.left_out_file)
@@ -185,9 +201,9 @@ def locked(run: RunDir) -> Iterator[None]:
     """Keep other trainers out of the run directory; the system ends the lock with this process, however it ends.
 
     Raises:
-        WrongUse: another process is training the run.
+        WrongUse: another process is training the run, or the directory cannot be written.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
+    run.make()
     with run.lock_file.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

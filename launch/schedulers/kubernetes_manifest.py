@@ -6,7 +6,7 @@ from typing import Any
 
 from torchx.specs import AppDef, BindMount, Role, VolumeMount, macros
 
-from trainer.command_line import STOPPED
+from trainer.exit_status import STOPPED
 
 OPTIONS = {
     "kind": "jobset (the default) or volcano: which controller of the cluster runs the job",

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -21,12 +22,17 @@ from launch.node import free_port, job_status
 from launch.records import JobRecord
 from launch.request import Request
 from launch.schedulers.protocol import JobStatus, ListedJob, options_from
-from trainer.command_line import FAILED, STOPPED, Finding
+from launch.workspace import ROOT
+from trainer.command_line import Finding
+from trainer.exit_status import FAILED, STOPPED
 
 logger = logging.getLogger(__name__)
 
 _ENDED = "ended.json"
 _FIRST_NODE = "TORCHX_RANK0_HOST"
+
+MAX_PROCESSES_A_CORE = 4
+"""Enough for trying out what more machines would do; above it they only wait for each other, and memory runs out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +62,19 @@ class Local(Scheduler[dict[str, CfgVal]]):
         self._nodes: dict[str, list[subprocess.Popen[bytes]]] = {}
 
     def check(self, request: Request) -> dict[str, CfgVal]:
-        """There are no options."""
+        """There are no options; the processes must have an interpreter and some room."""
 
         def refuse(key: str, value: str) -> dict[str, CfgVal]:
             raise ValueError(f"--option {key}={value}: scheduler local_cwd has no options")
 
+        if shutil.which(request.interpreter) is None:
+            raise ValueError(f"--python {request.interpreter} is no program on this machine: name an interpreter")
+        processes, cores = request.nodes * request.procs_per_node, len(os.sched_getaffinity(0))
+        if processes > MAX_PROCESSES_A_CORE * cores:
+            raise ValueError(
+                f"{processes} processes on this machine, which has {cores} cores: "
+                f"ask for at most {MAX_PROCESSES_A_CORE * cores}, nodes times processes a node"
+            )
         return options_from(request, parse=refuse)
 
     def job_dir(self, request: Request, name: str) -> Path:
@@ -75,7 +89,12 @@ class Local(Scheduler[dict[str, CfgVal]]):
             values = macros.Values(img_root="", app_id=app_id, replica_id=str(node), rank0_env=_FIRST_NODE)
             replica = values.apply(role)
             commands.append((replica.entrypoint, *replica.args))
-        environment = {_FIRST_NODE: "localhost", "MASTER_PORT": str(free_port())}
+        environment = {
+            _FIRST_NODE: "localhost",
+            "MASTER_PORT": str(free_port()),
+            # Another interpreter may not have this checkout installed.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
         return AppDryRunInfo(LocalRequest(app_id=app_id, commands=tuple(commands), environment=environment), str)
 
     def schedule(self, dryrun_info: AppDryRunInfo[LocalRequest]) -> str:

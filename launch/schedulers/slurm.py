@@ -27,6 +27,7 @@ from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.schedulers.slurm_doctor import look_at_cluster
 from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob
 from trainer.command_line import Finding
+from trainer.exit_status import WRONG_USE
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class SlurmRequest:
         """The file that sbatch reads: sending it again by hand does the same."""
         lines = [f"#SBATCH {_option(k, shlex.quote(v) if v else v)}" for k, v in self.options.items() if k not in ONCE]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        lines += [f"cd {shlex.quote(self.job_dir)} || exit 1"]
+        lines += [f"cd {shlex.quote(self.job_dir)} || exit 1", *_checks(self.commands[0][0])]
         if len(self.commands) == 1:
             lines += [f"exec {shlex.join(self.commands[0])}"]
         else:
@@ -221,6 +222,17 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
     def _cancel_existing(self, app_id: str) -> None:
         self.cancel_job(app_id, None)
+
+
+def _checks(interpreter: str) -> list[str]:
+    """That the first node can run our code at all; what it lacks is one line, and another start would lack it, too."""
+    python = shlex.quote(interpreter)
+    words = "error: %s has no interpreter %s: name one with --python that all nodes have"
+    return [
+        f'refuse() {{ echo "the job ends with status {WRONG_USE}"; exit {WRONG_USE}; }}',
+        f"command -v {python} >/dev/null || {{ printf '{words}\\n' \"$(hostname)\" {python} >&2; refuse; }}",
+        f"{python} -m launch.environment || refuse",
+    ]
 
 
 def _option(key: str, value: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.training import TIMEOUT_S, losses, read_lines, start_training, train
-from trainer.command_line import STOPPED
+from trainer.exit_status import STOPPED
 
 STEPS = "max_steps=16"
 READER = "data.reader_threads=2"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.progress import newest_checkpoint
 from trainer.checkpoint.catalogue import COMPLETE, step_folder
-from trainer.command_line import STOPPED
+from trainer.exit_status import STOPPED
 from trainer.run_dir import RunDir
 from trainer.stop_signal import STOP
 

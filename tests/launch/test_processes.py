@@ -10,7 +10,7 @@ import pytest
 
 from launch.node import job_status
 from launch.processes import Place
-from trainer.command_line import FAILED, STOPPED, WRONG_USE
+from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,6 @@ other, and looked at last.
 """
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from launch.schedulers.slurm import Slurm
 from launch.schedulers.slurm_queue import NEVER, SlurmError
 from launch.submit import check, connected
 from launch.sweep import runs_of
+from tests.launch.test_new_user import BARE_PYTHON
 from tests.support.slurm import Cluster
 from tests.support.slurm_jobs import (
     batch_output,
@@ -35,9 +35,6 @@ from tests.support.slurm_jobs import (
     warn,
 )
 from trainer.run_dir import RunDir
-
-BARE_PYTHON = Path(sys.base_prefix, "bin", "python3")
-"""The interpreter that this environment was made from, without its packages."""
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +135,17 @@ def test_what_slurm_takes_but_can_never_start_is_said_by_status(
 
 @pytest.mark.parametrize(
     ("python", "words"),
-    [("/nowhere/python", "/nowhere/python: No such file|not found"), (str(BARE_PYTHON), "No module named")],
+    [
+        ("/nowhere/python", "error: .* has no interpreter /nowhere/python: name one with --python that all nodes have"),
+        (str(BARE_PYTHON), f"error: {BARE_PYTHON} on .* has no .*torch, .*: name an interpreter with --python"),
+    ],
 )
 def test_an_environment_that_is_none_is_said(cluster: Cluster, tmp_path: Path, python: str, words: str) -> None:
     record = count(tmp_path, "1", python=python)
     expect(record, AppState.FAILED)
     found = logs.first_failure(record, logs.span_of(record))
     assert found is not None
-    assert re.search(words, found.words)
+    assert re.fullmatch(words + ".*", found.words)
 
 
 def test_a_sweep_is_one_array_of_runs_with_a_directory_each(cluster: Cluster, tmp_path: Path) -> None:

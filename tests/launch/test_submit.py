@@ -65,7 +65,10 @@ def test_runs_that_would_end_with_their_container_are_refused(
         ({"scheduler": "lsf"}, "unknown scheduler 'lsf': known are local_cwd, slurm, kubernetes, local_docker"),
         ({"scheduler": "local_cwd", "machine": "cpu-2"}, "--machine has no effect with scheduler local_cwd"),
         ({"scheduler": "local_cwd", "max_retries": 2}, "--max-retries has no effect with scheduler local_cwd"),
-        ({"scheduler": "local_cwd", "options": ["a=b"]}, "--option a=b: scheduler local_cwd has no options"),
+        (
+            {"scheduler": "local_cwd", "procs_per_node": 1, "options": ["a=b"]},
+            "--option a=b: scheduler local_cwd has no options",
+        ),
     ],
 )
 def test_what_has_no_effect_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,35 @@
+"""Has the interpreter that runs this the packages of a job?  Standard library only, so that it can say what is missing.
+
+PYTHON -m launch.environment
+"""
+
+import importlib.util
+import socket
+import sys
+
+from trainer.exit_status import WRONG_USE
+
+NEEDED = ("numpy", "pyarrow", "torch", "torchrec", "torchx", "typer")
+"""Enough to tell an environment of this project from any other."""
+
+
+def check_environment() -> None:
+    """Make sure that the packages are there, without importing them, which takes seconds.
+
+    Raises:
+        ValueError: some are not; names them.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{sys.executable} on {socket.gethostname()} has no {', '.join(missing)}: name an interpreter with "
+            "--python whose environment has the packages of requirements/"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        check_environment()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE)
