@@ -5,6 +5,8 @@
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer report RUN_DIR [RUN_DIR ...] [--out FILE]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
+    python -m trainer export RUN_DIR --out DIR [--step N] [--data DIR]
+    python -m trainer import DIR --out RUN_DIR [--data DIR]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--host-gib G]
                                 [--out FILE] [--set key=value ...]
     python -m trainer doctor
@@ -16,7 +18,7 @@ goes on).
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +31,9 @@ from trainer.report.page import write_report
 from trainer.run_dir import RunDir
 from trainer.stop_signal import STOP
 from trainer.typed_values import apply_overrides
+
+if TYPE_CHECKING:
+    from trainer.export.description import Export
 
 app = typer.Typer(
     add_completion=False,
@@ -132,6 +137,42 @@ def checkpoints(
     print(*lines, sep="\n")
     if not fine:
         raise typer.Exit(1)
+
+
+KeysOf = Annotated[
+    str | None, typer.Option(metavar="DIR", help="The data set whose keys the tables have, if it has moved.")
+]
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory with a complete checkpoint.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    step: Annotated[int | None, typer.Option(metavar="N", help="Default: the newest complete checkpoint.")] = None,
+    data: KeysOf = None,
+) -> None:
+    """Write dense weights as safetensors and tables as Parquet by key."""
+    from trainer.export.write import export_run
+
+    exported = export_run(run_dir, out, step=step, data=data)
+    print(f"step {exported.step} of {run_dir}: {_counted(exported)} in {out}")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote, edited or not.")],
+    out: Annotated[Path, typer.Option(metavar="RUN_DIR", help="A new run directory.")],
+    data: KeysOf = None,
+) -> None:
+    """Make a run at step 0 of an export; its optimizers begin anew."""
+    from trainer.export.read import import_run
+
+    imported = import_run(folder, out, data=data)
+    print(f"{_counted(imported)} in {out}; next: python -m trainer evaluate {out}")
+
+
+def _counted(exported: "Export") -> str:
+    return f"{len(exported.tables)} tables, {len(exported.dense)} dense tensors"
 
 
 @app.command()

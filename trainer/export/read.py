@@ -1,0 +1,139 @@
+"""`python -m trainer import DIR --out RUN_DIR`: an export, edited or not, as a run at step 0.
+
+    lines of Parquet, rows by key -> a file of each table -> checkpoint of step 0
+
+The run directory appears when all of it has been checked and written.
+"""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from embeddings.config import TableConfig
+from embeddings.initial_rows import fill
+from pipelines.prepare.engine import connect
+from pipelines.prepare.stages import workspace
+from trainer.checkpoint.catalogue import open_catalogue
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.layout import dtype_name
+from trainer.checkpoint.pieces import Tensors
+from trainer.checkpoint.progress import Progress
+from trainer.command_line import WrongUse
+from trainer.config import CheckpointConfig, TrainConfig
+from trainer.export.description import DENSE, UNKNOWN, Export, ExportedTable, TensorKind, read_description, table_file
+from trainer.export.keys import Identities
+from trainer.export.rows import TableRows
+from trainer.mesh import Mesh, joined
+from trainer.run_dir import RunDir
+from trainer.typed_values import from_dict, to_dict
+
+MEMORY_GIB = 2.0
+"""What DuckDB may take to find rows by their keys."""
+
+
+def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
+    """Make the new run directory `run_dir` of an export; it appears whole or not at all.
+
+    Raises:
+        WrongUse: `folder` holds no export, or `run_dir` exists.
+        ValueError: a tensor is missing, unknown, of another type or shape or not finite; a row is missing, unknown or
+            there twice; or the data set (`data`, or else the exported run's) has other keys.
+    """
+    export = read_description(folder)
+    if run_dir.exists():
+        raise WrongUse(f"--out {run_dir} exists already: name a new run directory")
+    config = from_dict(TrainConfig, dict(export.config))
+    identities = Identities(data or config.data.path)
+    tensors: Tensors = {f"dense/{name}": value for name, value in _read_dense(folder / DENSE, export.dense).items()}
+    unknown = _read_dense(folder / UNKNOWN, _unknown_rows(export))
+    files = {name: TableRows(table_file(folder, name), name, table) for name, table in export.tables.items()}
+    for name, rows in files.items():
+        identities.check(name, export.vocabularies.get(name))
+        rows.check_columns(identities)
+    for file in sorted((folder / "tables").iterdir()):
+        if file.stem not in files:
+            raise ValueError(f"{file} is of no table: the tables are {', '.join(files)}")
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with workspace(run_dir.parent, f".{run_dir.name}") as work:
+        for name, table in export.tables.items():
+            target = tensors[f"tables/{name}"] = _mapped(work / f"{name}.bin", table.kind)
+            scratch = work / name
+            scratch.mkdir()
+            with closing(connect(scratch, MEMORY_GIB, None)) as connection:
+                files[name].match(identities, connection)
+                files[name].copy_into(target, connection)
+            _fill_rest(target, name, table, config.seed)
+            if name in unknown:
+                target[0] = unknown[name]
+        for number, (name, kind) in enumerate(export.optimizers.items()):
+            # A file of zeros takes no room.
+            tensors[name] = _mapped(work / f"optimizer-{number}.bin", kind)
+        _write_run(work / "result", config, export, tensors)
+        (work / "result").rename(run_dir)
+    return export
+
+
+def _unknown_rows(export: Export) -> dict[str, TensorKind]:
+    """Row 0 of each table whose file does not hold it."""
+    return {
+        name: TensorKind(dtype=table.kind.dtype, shape=table.kind.shape[1:])
+        for name, table in export.tables.items()
+        if table.first
+    }
+
+
+def _read_dense(file: Path, needed: Mapping[str, TensorKind]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises ValueError unless they are those that are needed, and finite."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    for name in sorted(set(needed) ^ set(tensors)):
+        raise ValueError(f"{file} {'lacks' if name in needed else 'holds the unknown'} {name!r}")
+    for name, kind in needed.items():
+        value = tensors[name]
+        if (dtype_name(value.dtype), tuple(value.shape)) != (kind.dtype, kind.shape):
+            raise ValueError(
+                f"{file}: {name!r} has the shape {tuple(value.shape)} and type {dtype_name(value.dtype)}, it must have "
+                f"{kind.shape} and {kind.dtype}"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{file}: {name!r} has a value that is not finite")
+    return tensors
+
+
+def _mapped(file: Path, kind: TensorKind) -> Tensor:
+    """Zeros that lie in a new file."""
+    size, dtype = torch.Size(kind.shape).numel(), getattr(torch, kind.dtype)
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(kind.shape)
+
+
+def _fill_rest(target: Tensor, name: str, table: ExportedTable, seed: int) -> None:
+    """Rows for keys to come have the values that a new run gives them."""
+    first = table.first + table.count
+    rows, columns = table.kind.shape
+    fill(
+        target[first:],
+        TableConfig(name=name, num_embeddings=rows, embedding_dim=columns, features=(name,)),
+        first,
+        0,
+        seed=seed,
+    )
+
+
+def _write_run(path: Path, config: TrainConfig, export: Export, tensors: Tensors) -> None:
+    """A run directory with a checkpoint of step 0, which lies in it wherever the exported run's did."""
+    run, mesh = RunDir(path), Mesh(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+    path.mkdir()
+    here = replace(config, checkpoint=replace(config.checkpoint, store=None))
+    run.save_config(to_dict(here), dict(export.vocabularies))
+    with joined(mesh):
+        writing = CheckpointConfig(asynchronous=False)
+        with closing(Checkpointer(run, open_catalogue(run, None), mesh, lambda: tensors, writing)) as checkpointer:
+            checkpointer.save(Progress())

@@ -1,0 +1,127 @@
+"""`python -m trainer export RUN_DIR --out DIR`: a checkpoint's weights as safetensors and Parquet."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipelines.features import UNKNOWN_ID
+from pipelines.prepare.stages import workspace
+from trainer.checkpoint.catalogue import Catalogue, Checkpoint, open_catalogue
+from trainer.checkpoint.chunks import ChunkError
+from trainer.checkpoint.loading import fill
+from trainer.checkpoint.manifest import DTYPE_BYTES
+from trainer.checkpoint.pieces import LivePiece
+from trainer.checkpoint.region import Region
+from trainer.command_line import WrongUse
+from trainer.config import TrainConfig
+from trainer.export.description import DENSE, UNKNOWN, VALUES, Export, ExportedTable, TensorKind, table_file, value_type
+from trainer.export.keys import Identities
+from trainer.run_dir import RunDir
+from trainer.typed_values import from_dict
+
+PART_BYTES = 64 * 2**20
+"""Of a table's rows, read and written at a time."""
+
+
+def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) -> Export:
+    """Export the newest checkpoint of a run, or that of a step, into the new folder `out`, which appears whole or not
+    at all.
+
+    Raises:
+        WrongUse: there is no such run or step, or `out` exists.
+        ValueError: the data set (`data`, or else the run's) has other keys than the run was trained with.
+        DamagedCheckpoint: bytes of the checkpoint are not what was written.
+    """
+    run = RunDir(run_dir)
+    saved = run.saved_config()
+    if saved is None:
+        raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
+    if out.exists():
+        raise WrongUse(f"--out {out} exists already: remove it or name another folder")
+    config = from_dict(TrainConfig, saved)
+    catalogue = open_catalogue(run, config.checkpoint.store)
+    reader = CheckpointReader(catalogue, catalogue.choose(step))
+    identities, known = Identities(data or config.data.path), run.saved_vocabularies()
+    for name in reader.names("tables"):
+        identities.check(name, known.get(name))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with workspace(out.parent, f".{out.name}") as work:
+        folder = work / "result"
+        (folder / "tables").mkdir(parents=True)
+        export = Export(
+            run=str(run_dir),
+            step=reader.checkpoint.step,
+            config=saved,
+            vocabularies=known,
+            tables={name: _write_table(folder, reader, name, identities) for name in reader.names("tables")},
+            dense={name: reader.kind(f"dense/{name}") for name in reader.names("dense")},
+            optimizers={
+                f"{part}/{name}": reader.kind(f"{part}/{name}")
+                for part in ("tables_optimizer", "dense_optimizer")
+                for name in reader.names(part)
+            },
+        )
+        unknown = {name: table for name, table in export.tables.items() if table.first > UNKNOWN_ID}
+        save_file({name: reader.rows(f"tables/{name}", UNKNOWN_ID, 1)[0] for name in unknown}, folder / UNKNOWN)
+        save_file({name: reader.whole(f"dense/{name}") for name in export.dense}, folder / DENSE)
+        export.write(folder)
+        folder.rename(out)
+    return export
+
+
+class CheckpointReader:
+    """Tensors of a checkpoint, whole or some rows at a time."""
+
+    def __init__(self, catalogue: Catalogue, checkpoint: Checkpoint) -> None:
+        self._catalogue, self.checkpoint = catalogue, checkpoint
+
+    def names(self, part: str) -> list[str]:
+        """Names of the tensors of a part (`tables`), without it."""
+        stored = self.checkpoint.manifest.tensors
+        return [name.removeprefix(f"{part}/") for name in sorted(stored) if name.startswith(f"{part}/")]
+
+    def kind(self, name: str) -> TensorKind:
+        """Type and shape of a tensor."""
+        stored = self.checkpoint.manifest.tensors[name]
+        return TensorKind(dtype=stored.dtype, shape=stored.shape)
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """[count, ...] some rows."""
+        shape = self.kind(name).shape
+        return self._read(name, Region((first, *(0 for _ in shape[1:])), (count, *shape[1:])))
+
+    def whole(self, name: str) -> Tensor:
+        """The tensor."""
+        shape = self.kind(name).shape
+        return self._read(name, Region((0,) * len(shape), shape))
+
+    def _read(self, name: str, region: Region) -> Tensor:
+        kind = self.kind(name)
+        values = torch.empty(region.sizes, dtype=getattr(torch, kind.dtype))
+        try:
+            if region.numel:
+                fill(self._catalogue.store, self.checkpoint, [LivePiece(name, kind.shape, region, values)])
+        except (ChunkError, OSError) as error:
+            raise self._catalogue.damaged(self.checkpoint.step, error) from None
+        return values
+
+
+def _write_table(folder: Path, reader: CheckpointReader, name: str, identities: Identities) -> ExportedTable:
+    kind = reader.kind(f"tables/{name}")
+    rows, columns = kind.shape
+    identity, first_row = identities.kind(name), identities.first_row(name)
+    list_type = pa.list_(value_type(kind), columns)
+    schema = pa.schema([pa.field(identity, identities.type(name)), pa.field(VALUES, list_type)])
+    part_rows, count = max(1, PART_BYTES // (columns * DTYPE_BYTES[kind.dtype])), 0
+    # Learnt numbers do not repeat: a dictionary of them takes time and room.
+    with pq.ParquetWriter(table_file(folder, name), schema, compression="none", use_dictionary=False) as writer:
+        for first, part in identities.parts(name, rows=rows, part_rows=part_rows):
+            values = reader.rows(f"tables/{name}", first, len(part)).numpy().reshape(-1)
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(values), type=list_type)
+            writer.write_batch(pa.record_batch([part, lists], schema=schema))
+            count += len(part)
+    return ExportedTable(kind=kind, identity=identity, first=first_row, count=count)
