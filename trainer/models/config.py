@@ -170,10 +170,16 @@ class InputConfig:
     the history)."""
     candidate_action: Literal["zero", "learned"] = "zero"
     """What is added to a candidate in the place of its action: nothing, or one learned vector (with merge=add)."""
+    causal: bool = False
+    """Whether an event's token depends on nothing that comes later: positions count from the oldest event, times from
+    the event before, and columns of a sample, which describe its request, are added to candidates instead of standing
+    in front of the history."""
     num_positions: int = 8192
-    """Position vectors; an event's position counts back from the newest, and older ones share the last vector."""
+    """Position vectors; an event's position counts back from the newest (with `causal` up from the oldest), and those
+    beyond share the last vector."""
     num_time_buckets: int = 128
-    """Vectors for the logarithm of an event's age (and, apart, of a candidate's distance from the newest event)."""
+    """Vectors for the logarithm of an event's age, or with `causal` of its distance from the event before (and, apart,
+    of a candidate's distance from the newest event)."""
     dropout: float = 0.0
     """Probability of zeroing an element of the tokens while training."""
 

@@ -31,7 +31,7 @@ class InputEncoder(nn.Module):
     Interleaved, both tokens of an event carry its position and its time.
 
     Args:
-        selection: the features; those of samples become one token each, before the history.
+        selection: the features; those of samples become one token each, before the history, or parts of candidates.
         widths: width of each space's table.
         config: how they enter.
         dim: D.
@@ -44,7 +44,7 @@ class InputEncoder(nn.Module):
         self, selection: Selection, *, widths: Mapping[str, int], config: InputConfig, dim: int, num_actions: int
     ) -> None:
         super().__init__()
-        self.interleave = config.merge == "interleave"
+        self.interleave, self.causal = config.merge == "interleave", config.causal
         self.dropout = config.dropout
 
         def encoder(features: Sequence[Feature]) -> RowEncoder:
@@ -66,7 +66,8 @@ class InputEncoder(nn.Module):
         self.age_vectors = learned_vectors(1 + config.num_time_buckets, dim)
         self.candidate_gap_vectors = learned_vectors(1 + config.num_time_buckets, dim)
         self.context = nn.ModuleList(encoder([feature]) for feature in selection.of("sample"))
-        self.context_vectors = learned_vectors(len(self.context), dim) if self.context else None
+        self.num_context = num_context(selection, config)
+        self.context_vectors = learned_vectors(self.num_context, dim) if self.num_context else None
         self.register_buffer("action_bits", torch.arange(num_actions, dtype=torch.int32), persistent=False)
 
     def forward(
@@ -77,7 +78,7 @@ class InputEncoder(nn.Module):
         `of_candidates` [C, D] is added to candidates' tokens.
         """
         dtype = compute_dtype(self.position_vectors)
-        tokens = _pack(inputs, len(self.context), interleave=self.interleave)
+        tokens = _pack(inputs, self.num_context, interleave=self.interleave)
         gathers = [
             Gather(source=self.position_vectors, rows=self._positions(tokens), once=False),
             # One table of both kinds of distance: rows of candidates follow those of events.
@@ -91,23 +92,31 @@ class InputEncoder(nn.Module):
         if self.shared is not None:
             rows_T = torch.where(tokens.is_action, -1, tokens.rows) if self.interleave else tokens.rows
             gathers.append(Gather(source=self.shared(embedded, inputs, dtype), rows=rows_T, once=True))
-        if self.context_vectors is not None:
+        if self.context:
             context_BCD = torch.stack([encoder(embedded, inputs, dtype) for encoder in self.context], dim=1)
-            context_BCD = context_BCD + self.context_vectors.to(dtype)
-            gathers.append(Gather(source=context_BCD.flatten(0, 1), rows=tokens.context_rows, once=True))
+            gathers.append(self._of_samples(context_BCD, tokens, dtype))
         return F.dropout(gather_sum(gathers, dtype), self.dropout, self.training), tokens.layout
 
     def longest(self, inputs: Inputs) -> int:
         """Tokens of the batch's longest sequence; 0 for an empty batch."""
         events, candidates = inputs.history_lens_host, inputs.num_candidates_host
-        lens = len(self.context) + (2 if self.interleave else 1) * events + candidates
+        lens = self.num_context + (2 if self.interleave else 1) * events + candidates
         lens = lens[: lens.numel() - inputs.padded]
         return int(lens.max()) if lens.numel() else 0
+
+    def _of_samples(self, context_BCD: Tensor, tokens: "_Tokens", dtype: torch.dtype) -> Gather:
+        """What a sample's columns say, as tokens of their own or at its candidates."""
+        if self.context_vectors is None:
+            rows_T = torch.where(tokens.is_candidate, tokens.layout.user_T, -1)
+            return Gather(source=context_BCD.sum(1), rows=rows_T, once=False)
+        context_BCD = context_BCD + self.context_vectors.to(dtype)
+        return Gather(source=context_BCD.flatten(0, 1), rows=tokens.context_rows, once=True)
 
     def _positions(self, tokens: "_Tokens") -> Tensor:
         """Row of every token in the table of positions, [T]; -1 for context."""
         last = self.position_vectors.shape[0] - 1
-        position_T = torch.where(tokens.is_candidate, 0, (tokens.num_events - tokens.event).clamp(max=last))
+        place_T = 1 + tokens.event if self.causal else tokens.num_events - tokens.event
+        position_T = torch.where(tokens.is_candidate, 0, place_T.clamp(max=last))
         return torch.where(tokens.rows < 0, -1, position_T)
 
     def _times(self, tokens: "_Tokens", inputs: Inputs) -> Tensor:
@@ -116,10 +125,14 @@ class InputEncoder(nn.Module):
         last_B = torch.cumsum(inputs.history_lens, 0) - 1
         timestamp_S = F.pad(inputs.timestamp, (1, 0), value=UNKNOWN_TIME)
         newest_T = timestamp_S[torch.where(inputs.history_lens > 0, 1 + last_B, 0)][tokens.layout.user_T]
-        time_T = timestamp_S[1 + tokens.rows]
+        time_T, other_T = timestamp_S[1 + tokens.rows], newest_T
         distance_T = torch.where(tokens.is_candidate, time_T - newest_T, newest_T - time_T)
+        if self.causal:
+            before_T = torch.where(tokens.event > 0, timestamp_S[tokens.rows], UNKNOWN_TIME)
+            other_T = torch.where(tokens.is_candidate, newest_T, before_T)
+            distance_T = time_T - other_T
         bucket_T = 1 + log_bucket(distance_T, self.age_vectors.shape[0] - 1)
-        bucket_T = torch.where((time_T != UNKNOWN_TIME) & (newest_T != UNKNOWN_TIME), bucket_T, 0)
+        bucket_T = torch.where((time_T != UNKNOWN_TIME) & (other_T != UNKNOWN_TIME), bucket_T, 0)
         bucket_T = bucket_T + tokens.is_candidate * self.age_vectors.shape[0]
         return torch.where(tokens.rows < 0, -1, bucket_T)
 
@@ -148,6 +161,11 @@ class InputEncoder(nn.Module):
             source_ND = torch.cat([source_ND, torch.stack(candidates).sum(0)])
             rows_T = torch.where(tokens.is_candidate, tokens.rows, rows_T)
         return Gather(source=source_ND, rows=rows_T, once=True)
+
+
+def num_context(selection: Selection, config: InputConfig) -> int:
+    """Context tokens of a sample."""
+    return 0 if config.causal else len(selection.of("sample"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

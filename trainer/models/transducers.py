@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipelines.batch import Inputs
 from pipelines.selection import Feature, Selection
 from trainer.models.config import ModelConfig
+from trainer.models.encoding import num_context
 from trainer.models.hstu import HstuTower, build_tower
 from trainer.models.layout import SequenceLayout, count_events, keep_events, take_rows
 
@@ -143,7 +144,7 @@ def build_mixture(config: ModelConfig, *, selection: Selection, action_names: tu
     Raises:
         ValueError: a channel selects by an action that the data set does not have, or by a column that is not read.
     """
-    common = {"num_context": len(selection.of("sample")), "max_len": config.max_len}
+    common = {"num_context": num_context(selection, config.input), "max_len": config.max_len}
     if config.stages:
         tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, **common)
         only = Transducer(choice=EventChoice(), model_dim=config.dim, dim=config.dim, tower=tower)

@@ -18,6 +18,7 @@ from trainer.evaluate import evaluate, ranking_table
 from trainer.labels.binary import action_rates
 from trainer.labels.loss import RankingLoss, build_ranking_loss
 from trainer.mesh import Mesh
+from trainer.models.encoding import num_context
 from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
@@ -66,8 +67,8 @@ class Ranking:
 
     @property
     def num_context(self) -> int:
-        """One a column of samples."""
-        return len(self.selection.of("sample"))
+        """One a column of samples, where they stand in front of the history."""
+        return num_context(self.selection, self.config.model.input)
 
     @property
     def flops(self) -> Flops:

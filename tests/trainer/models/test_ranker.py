@@ -25,6 +25,7 @@ from tests.support.datasets import made_up_info
 from trainer.labels.config import LabelConfig
 from trainer.labels.loss import build_ranking_loss
 from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, NumberConfig, StageConfig
+from trainer.models.encoding import num_context
 from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.heads.config import MlpConfig
 from trainer.models.model import Model
@@ -70,6 +71,7 @@ CONFIGS = {
     "production": model_config(layer=replace(LAYER, variant="production", norm="group")),
     "interleaved": model_config(input=InputConfig(merge="interleave")),
     "learned_action": model_config(input=InputConfig(candidate_action="learned"), head=MlpConfig(hidden=(8, 12))),
+    "causal": model_config(input=InputConfig(causal=True)),
     "channels": model_config(
         stages=(),
         channels=(
@@ -128,7 +130,7 @@ def test_counted_flops_are_those_of_the_products_that_run(name: str) -> None:
         np.array([5, 0, 9]),
         np.array([2, 3, 1]),
         inputs=input_widths(selection, widths=WIDTHS, config=CONFIGS[name], num_actions=NUM_ACTIONS),
-        num_context=len(CONTEXT),
+        num_context=num_context(selection, CONFIGS[name].input),
         num_outputs=NUM_ACTIONS,
         channel_history_lens={
             channel: np.array([int((values[rows] != 0).sum()) for rows in histories])
