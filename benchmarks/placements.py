@@ -4,7 +4,8 @@ Run on a GPU: python -m benchmarks.placements [--machine MACHINE.json] [--json F
 
 `placements`: tables of one rank, looked up and updated with uniform ids; estimates from peaks and, with `--machine`,
 from the rates that `python -m embeddings probe` measured there.  `bare`: the same ids through FBGEMM's
-SplitTableBatchedEmbeddingBags without TorchRec.  `init`: initial rows a second.
+SplitTableBatchedEmbeddingBags without TorchRec: what the GPU takes, and what its host takes to ask for it.  `init`:
+initial rows a second.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import gc
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.planning import evaluate
 from embeddings.problem import Problem
-from embeddings.trial import BATCHES, OPTIMIZER, Trial, median_ms
+from embeddings.trial import OPTIMIZER, Trial, median_ms
 
 Case = tuple[int, int, int, int, RowType, ComputeKernel]
 """Tables, rows and columns of each, ids of each, type of rows, kernel."""
@@ -52,6 +54,9 @@ CASES: dict[str, Case] = {
     "10 x 1M x 256 fp16, 52K ids": (10, 1_000_000, 256, 52_416, "float16", "fused"),
     "1 x 20M x 128 cached, 262K ids": (1, 20_000_000, 128, 2**18, "float32", "fused_uvm_caching"),
     "4 x 4M x 64 cached, 64K ids": (4, 4_000_000, 64, 65_536, "float32", "fused_uvm_caching"),
+    "2 x 2M x 32, 131K ids": (2, 2_000_000, 32, 2**17, "float32", "fused"),
+    "20 x 1M x 96, 16K ids": (20, 1_000_000, 96, 16_384, "float32", "fused"),
+    "1 x 10M x 256 cached, 32K ids": (1, 10_000_000, 256, 32_768, "float32", "fused_uvm_caching"),
     "1 x 8M x 128 in host memory, 64K ids": (1, 8_000_000, 128, 65_536, "float32", "fused_uvm"),
 }
 DEVICE = torch.device("cuda")
@@ -89,10 +94,9 @@ def placement(case: Case, machine_file: str | None) -> dict[str, float]:
     before = torch.cuda.memory_allocated()
     machine = one_rank(machine_file)
     trial = made(case, machine)
-    # A pipeline holds two batches; the other six are the trial's own.
-    own = sum(batch.values().nbytes for batch in trial.batches[2:])
-    row = {"measured_ms": median_ms(trial.step, DEVICE), "planned_ms": trial.plan.step_ms}
-    row["peak_gib"] = (torch.cuda.max_memory_allocated() - before - own) / 2**30
+    measured = median_ms(trial.step, DEVICE, prepare=trial.exchange)
+    row = {"measured_ms": measured, "planned_ms": trial.plan.step_ms}
+    row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     row["planned_gib"] = trial.plan.ranks[0].memory_bytes / 2**30
     row["peaks_ms"] = at_peaks(trial.plan, case).step_ms
     return row
@@ -127,15 +131,29 @@ def bare(machine_file: str | None) -> dict[str, Any]:
         gc.collect()
         torch.cuda.empty_cache()
         trial = made(case, one_rank(machine_file))
-        row = {"trial_ms": median_ms(trial.step, DEVICE)}
         step = bare_step(case, trial)
-        row["bare_ms"] = median_ms(step, DEVICE)
-        rows[name] = row | {"ratio": row["trial_ms"] / row["bare_ms"]}
+        row = {"trial_ms": median_ms(trial.step, DEVICE, prepare=trial.exchange)}
+        row["bare_ms"] = median_ms(step, DEVICE, prepare=trial.exchange)
+        row["ratio"] = row["trial_ms"] / row["bare_ms"]
+        row["trial_host_ms"], row["bare_host_ms"] = host_ms(trial.step, trial), host_ms(step, trial)
+        rows[name] = row | {"exchange_host_ms": host_ms(trial.exchange, trial)}
     return rows
 
 
+def host_ms(step: Callable[[], None], trial: Trial) -> float:
+    """Median time that the host takes to ask the GPU for a step, which does not begin before."""
+    times = []
+    for _ in range(16):
+        trial.exchange()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - start) * 1000)
+    return statistics.median(times)
+
+
 def bare_step(case: Case, trial: Trial) -> Callable[[], None]:
-    """Lookup without pooling, backward pass and update of the trial's batches in turn."""
+    """Lookup without pooling, backward pass and update of the trial's batch."""
     kernel = SplitTableBatchedEmbeddingBagsCodegen(
         [
             (table.num_embeddings, table.embedding_dim, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
@@ -147,11 +165,9 @@ def bare_step(case: Case, trial: Trial) -> Callable[[], None]:
         device=DEVICE,
     )
     gradient = torch.randn(case[0] * case[3], case[2], device=DEVICE)
-    numbers = itertools.cycle(range(BATCHES))
 
     def step() -> None:
-        batch = trial.batches[next(numbers)]
-        kernel(batch.values(), batch.offsets()).backward(gradient)
+        kernel(trial.batch.values(), trial.batch.offsets()).backward(gradient)
 
     return step
 

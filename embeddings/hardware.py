@@ -38,13 +38,15 @@ class Rates:
     one kernel and one exchange of rows, each way."""
     lookups_ms: float = 0.0
     """Fixed time a step of all lookups together; it makes no placement better than another."""
+    id_ns: float = 0.0
+    """Time in ns of each id besides its row: an update sorts ids first.  0 where it is not measured, as in TorchRec."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "lookups_ms" else math.ulp(0)
+            least = 0 if field.name in ("lookups_ms", "id_ns") else math.ulp(0)
             if value is not None and not least <= value < math.inf:
-                unit = "ms" if field.name.endswith("_ms") else "GB/s"
+                unit = {"ms": "ms", "ns": "ns"}.get(field.name[-2:], "GB/s")
                 raise ValueError(f"rate {field.name} must be a number of {unit} above 0, got {value}")
 
     @property

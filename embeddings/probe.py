@@ -27,8 +27,10 @@ from embeddings.machine import Machine
 from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 
 FEW_IDS = BAG_IDS
-MANY_IDS = {"cuda": (2**19, 2**21), "cpu": (2**13, 2**16)}
-"""Two numbers of ids between whose times the rate is told: on a GPU, so many that it does not wait for its host."""
+MANY_IDS = {"cuda": (2**18, 2**20), "cpu": (2**13, 2**16)}
+"""Two numbers of ids between whose times a rate is told."""
+HOST_IDS = (2**15, 2**17)
+"""Of rows in host memory, so few that a cache has room for all of a step's."""
 ROWS = {"cuda": 4_000_000, "cpu": 200_000}
 WIDTH = 128
 WIDTHS = (64, 96, 128, 160)
@@ -58,6 +60,8 @@ def probe() -> NodeType:
             measured += ["host link", "host tables"]
         lookups_ms, group_ms = _fixed_ms(replace(machine, rates=rates))
         rates = replace(rates, lookups_ms=lookups_ms, lookup_group_ms=group_ms)
+        if device.type == "cuda":
+            rates = replace(rates, id_ns=_id_ns(replace(machine, rates=rates)))
         rates = replace(rates, device=_lookup_rate(replace(machine, rates=rates), "fused", "device"))
         if device.type == "cuda":
             rates = replace(rates, cached=_lookup_rate(replace(machine, rates=rates), "fused_uvm_caching", "cached"))
@@ -119,7 +123,7 @@ def _kind(machine: Machine) -> str:
 def _step_ms(tables: list[TableConfig], ids: int, machine: Machine, kernel: ComputeKernel) -> float:
     placement = PlacementConfig(sharding_types=(_kind(machine),), compute_kernels=(kernel,))
     trial = Trial(tables, ids, machine=machine, placement=placement, rank=dist.get_rank())
-    return median_ms(trial.step, torch.device(machine.compute_device))
+    return median_ms(trial.step, torch.device(machine.compute_device), prepare=trial.exchange)
 
 
 def _fixed_ms(machine: Machine) -> tuple[float, float]:
@@ -131,10 +135,18 @@ def _fixed_ms(machine: Machine) -> tuple[float, float]:
     return max(one - group_ms, 0.0), group_ms
 
 
+def _id_ns(machine: Machine) -> float:
+    """What an id takes besides its row on a GPU: more ids of narrower rows, as many bytes, take longer."""
+    few, many = MANY_IDS["cuda"]
+    narrow = _step_ms([_table(WIDTH, ROWS["cuda"])], many, machine, "fused")
+    wide = _step_ms([_table(WIDTH * many // few, ROWS["cuda"])], few, machine, "fused")
+    return max(narrow - wide, 0.0) / (many - few) * 1e6
+
+
 def _lookup_rate(machine: Machine, kernel: ComputeKernel, rate: str) -> float:
     """The value of `rate` with which the estimate of further ids is what they take."""
     table = _table(WIDTH, ROWS[machine.compute_device])
-    few, many = MANY_IDS[machine.compute_device]
+    few, many = MANY_IDS[machine.compute_device] if kernel == "fused" else HOST_IDS
     taken = _step_ms([table], many, machine, kernel) - _step_ms([table], few, machine, kernel)
     rest = _estimate_ms(machine, table, kernel, rate, _VERY_FAST, many - few)
     of_rate = _estimate_ms(machine, table, kernel, rate, 1.0, many - few) - rest

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +17,15 @@ from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
 from embeddings.problem import BatchLoad
 from embeddings.sharding import apply_plan
-from embeddings.tables import build_tables, init_tables, rows_by_feature
+from embeddings.tables import Rows, build_tables, init_tables, rows_by_feature
 
 BAG_IDS = 32
 """Ids of a bag, as the trainer packs them."""
 OPTIMIZER = SparseOptimizerConfig()
-BATCHES = 8
-"""Batches that take turns, so that a cache of rows is not measured on the ids that it has just read."""
+WARM_STEPS = 8
+"""Steps before those that are timed: compilation, a cache that fills."""
+_HEAD_START_CYCLES = 20_000_000
+"""Of the GPU, some 10 ms: in them its host comes through a step, so that the GPU then does not wait for its host."""
 
 
 class _Model(nn.Module):
@@ -32,14 +33,17 @@ class _Model(nn.Module):
         super().__init__()
         self.tables = build_tables(tables, device=torch.device("meta"))
 
-    def forward(self, features: KeyedJaggedTensor) -> Any:
-        return self.tables(features)
+    def forward(self, features: KeyedJaggedTensor) -> list[Rows]:
+        looked_up: list[Rows] = self.tables(features)
+        return looked_up
 
 
 class Trial:
     """Tables with one feature each, placed by the planner on the ranks of the process group, and a step of them.
 
-    Tables are sharded, not replicated: allow a kind that is.
+    As in the trainer's pipeline, the ids of a step are drawn and exchanged before it.  Every step has new ids, so that
+    a cache of rows is not measured on those that it has just read.  Tables are sharded, not replicated: allow a kind
+    that is.
     """
 
     def __init__(
@@ -60,43 +64,76 @@ class Trial:
             model, device=device, plan=sharding_plan, sharders=[EmbeddingCollectionSharder()], init_data_parallel=False
         )
         init_tables(model.tables, seed=0)
+        self._collections = list(model.tables.collections)
         self._optimizers = TableOptimizers(model.tables, OPTIMIZER, self._model.fused_optimizer)
-        generator = torch.Generator().manual_seed(rank)
-        self.batches = [random_ids(tables, ids, generator).to(device) for _ in range(BATCHES)]
+        self._generator = torch.Generator(device).manual_seed(rank)
         self._gradients = [torch.randn(ids, table.embedding_dim, device=device) for table in tables]
-        self._features = [table.features[0] for table in tables]
-        self._number = 0
+        self._tables, self._ids = tuple(tables), ids
+        self.exchange()
+
+    def exchange(self) -> None:
+        """Draw the ids of the next step and bring them to the ranks that hold their rows."""
+        self.batch = random_ids(self._tables, self._ids, self._generator)
+        contexts = [collection.create_context() for collection in self._collections]
+        self._inputs = [
+            (context, collection.input_dist(context, self.batch).wait().wait())
+            for collection, context in zip(self._collections, contexts, strict=True)
+        ]
 
     def step(self) -> None:
-        """Lookup, backward pass and update of the next batch, by all ranks."""
+        """Lookup, exchange of rows, backward pass and update, by all ranks."""
         self._optimizers.zero_grad()
-        rows = rows_by_feature(self._model(self.batches[self._number % BATCHES]))
-        torch.autograd.backward([rows[feature].values() for feature in self._features], self._gradients)
+        looked_up = [
+            collection.compute_and_output_dist(context, ids)
+            for collection, (context, ids) in zip(self._collections, self._inputs, strict=True)
+        ]
+        rows = rows_by_feature(looked_up)
+        torch.autograd.backward([rows[table.features[0]].values() for table in self._tables], self._gradients)
         self._optimizers.step()
-        self._number += 1
 
 
 def random_ids(tables: Sequence[TableConfig], ids: int, generator: torch.Generator) -> KeyedJaggedTensor:
-    """Uniform ids of each table's first feature, in bags."""
-    values = [torch.randint(0, table.num_embeddings, (ids,), generator=generator) for table in tables]
-    lengths = torch.full((len(tables) * ids // BAG_IDS,), BAG_IDS, dtype=torch.int64)
+    """Uniform ids of each table's first feature, in bags, on the generator's device."""
+    device = generator.device
+    values = [torch.randint(0, table.num_embeddings, (ids,), generator=generator, device=device) for table in tables]
+    lengths = torch.full((len(tables) * ids // BAG_IDS,), BAG_IDS, dtype=torch.int64, device=device)
     return KeyedJaggedTensor([table.features[0] for table in tables], torch.cat(values), lengths=lengths)
 
 
-def median_ms(step: Callable[[], object], device: torch.device, *, rounds: int = 16) -> float:
-    """Median time of a step, of the slowest rank; the first rounds (compilation, a cold cache) are left out."""
+def median_ms(
+    step: Callable[[], object],
+    device: torch.device,
+    *,
+    prepare: Callable[[], object] = lambda: None,
+    rounds: int = 16,
+) -> float:
+    """Median time of a step, of the slowest rank; `prepare` is called before each and not timed.
+
+    On a GPU the time that the GPU takes for what the step asks of it: in training its host runs ahead.
+    """
     times = []
-    for _ in range(BATCHES + rounds):
-        _wait(device)
-        start = time.perf_counter()
-        step()
-        _wait(device)
-        times.append((time.perf_counter() - start) * 1000)
-    slowest: Tensor = torch.tensor(statistics.median(times[BATCHES:]), device=device)
+    for number in range(WARM_STEPS + rounds):
+        prepare()
+        took = _gpu_ms(step) if device.type == "cuda" else _cpu_ms(step)
+        if number >= WARM_STEPS:
+            times.append(took)
+    slowest: Tensor = torch.tensor(statistics.median(times), device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return slowest.item()
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _gpu_ms(step: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_HEAD_START_CYCLES)
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _cpu_ms(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1000

@@ -18,6 +18,10 @@ ID_BYTES = 8
 FLOAT_BYTES = 4
 """Of a value of a looked-up row and of its gradient, whatever the type of the table's rows."""
 _BACKWARD_OVER_FORWARD = 2.0
+_SORTED_BYTES = 52
+"""Of an id while a GPU's update sorts the ids of a step, as measured (`benchmarks/placements.py`)."""
+_CACHED_ROW_BYTES = 8
+"""Bookkeeping of each row of a cached table, in the cache or not, as measured."""
 _GB_PER_S_IN_BYTES_PER_MS = 1e6
 
 
@@ -134,10 +138,11 @@ class ShardingKind(ABC):
 
 
 def lookup_ms(work: Work, ids: float, columns: int, *, penalty: float = 1.0, least_columns: int = 0) -> float:
-    """Reading `ids` and their rows of `columns`, writing them out, and the backward pass with the update."""
+    """Reading `ids` and their rows of `columns`, writing them out, the backward pass and the sorted update."""
     value_bytes = work.table.row_bytes // work.table.embedding_dim
     read = ids * (ID_BYTES + max(columns, least_columns) * value_bytes + columns * FLOAT_BYTES)
-    return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD)
+    sorting = ids * work.machine.effective_rates.id_ns * 1e-6
+    return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD) + sorting
 
 
 def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:
@@ -149,8 +154,9 @@ def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:
         return ShardCost(ms=ms, weight_bytes=weights, optimizer_bytes=state, io_bytes=math.ceil(io_bytes), host_bytes=0)
     cache = 0
     if work.kernel == "fused_uvm_caching":
-        # Rows and state of the cached part, and FBGEMM's bookkeeping: 4 bytes a row and 16 a place in the cache.
-        cache = math.ceil((weights + state) * CACHED_PART + block.num_rows * (4 + 16 * CACHED_PART))
+        # Rows and state of the cached part, and FBGEMM's bookkeeping: some bytes a row and 16 a place in the cache.
+        bookkeeping = block.num_rows * (_CACHED_ROW_BYTES + 16 * CACHED_PART)
+        cache = math.ceil((weights + state) * CACHED_PART + bookkeeping)
     return ShardCost(
         ms=ms, weight_bytes=cache, optimizer_bytes=0, io_bytes=math.ceil(io_bytes), host_bytes=weights + state
     )
@@ -160,7 +166,11 @@ def buffer_bytes(work: Work, ids: float, columns: int) -> float:
     """Ids and rows in flight on a rank that looks up `ids`; a GPU's pipeline holds the ids of two batches.
 
     The rows lie there three times on a GPU, as measured on one (`benchmarks/placements.py`): as looked up, as their
-    gradient, and once more in the order of the other side while either is put into it.
+    gradient, and once more in the order of the other side while either is put into it; a fourth time where they come
+    from host memory.
     """
-    batches, copies = (2, 3) if work.machine.compute_device == "cuda" else (1, 1)
-    return batches * math.ceil(ids * ID_BYTES) + copies * math.ceil(ids * columns * FLOAT_BYTES)
+    row = columns * FLOAT_BYTES
+    if work.machine.compute_device == "cpu":
+        return math.ceil(ids * ID_BYTES) + math.ceil(ids * row)
+    copies = 4 if work.kernel == "fused_uvm" else 3
+    return 2 * math.ceil(ids * ID_BYTES) + math.ceil(ids * (copies * row + _SORTED_BYTES))

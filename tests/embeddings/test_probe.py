@@ -25,6 +25,7 @@ TRUE = Rates(
     uncached=31.0,
     lookup_group_ms=0.4,
     lookups_ms=1.7,
+    id_ns=0.3,
 )
 
 
@@ -61,7 +62,7 @@ def test_rates_are_found_that_make_the_estimates_true(
 ) -> None:
     monkeypatch.setattr(probe, "_step_ms", planned_ms)
     guess: dict[str, Any] = {"device": TRUE.device if rate != "device" else 1000.0}
-    rates = Rates(**guess, within_node=310.0, across_nodes=41.0, host_link=54.0)
+    rates = Rates(**guess, within_node=310.0, across_nodes=41.0, host_link=54.0, id_ns=TRUE.id_ns)
     machine = Machine(
         world_size=world_size,
         local_world_size=min(world_size, 8),
