@@ -1,7 +1,8 @@
 """The trainer's command line.
 
     python -m trainer recipes
-    python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--init-from DIR] [--set key=value ...]
+    python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--init-from DIR]
+                                [--init-only NAMES ...] [--set key=value ...]
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer report RUN_DIR [RUN_DIR ...] [--out FILE]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
@@ -71,9 +72,12 @@ def train(
             metavar="RUN_DIR", help="Begin with what this run has learnt: rows of tables by key, and the rest."
         ),
     ] = None,
-    init_parts: Annotated[
-        str, typer.Option(metavar="PARTS", help="What to take from it, separated by commas.")
-    ] = "tables,dense,optimizers",
+    init_only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES ...", help="Take from it only what is called so, as 'tables/*', or OLD=NEW under a new name."
+        ),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Train a recipe, or go on with it if the run directory holds a checkpoint."""
@@ -85,7 +89,7 @@ def train(
     train_job(
         config,
         run_dir or Path("runs", recipe),
-        Start(plan_file=plan, from_step=from_step, init_from=init_from, init_parts=tuple(init_parts.split(","))),
+        Start(plan_file=plan, from_step=from_step, init_from=init_from, init_only=tuple(init_only or ())),
     )
     STOP.ignore()
 

@@ -10,6 +10,9 @@ import typer
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 from trainer.stop_signal import StoppedEarly
 
+SEVERAL = ("--set", "--init-only")
+"""Options that take several values."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
@@ -38,7 +41,7 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
     """Run one command of `app`.  Exit status: 0 done, 1 failed, 2 wrong use, 3 stopped in good order; all but the first
     are said in one line."""
     try:
-        return int(app(_expand_set(arguments), standalone_mode=False) or 0)
+        return int(app(_expand(arguments), standalone_mode=False) or 0)
     except (WrongUse, typer.TyperException) as error:
         # Every rank of a job finds the same mistake in its command line; one of them says so.
         if os.environ.get("RANK", "0") == "0":
@@ -58,14 +61,14 @@ def _say(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
-def _expand_set(arguments: list[str]) -> list[str]:
-    """Let one `--set` take several values: `--set a=1 b=2` becomes `--set a=1 --set b=2`."""
+def _expand(arguments: list[str]) -> list[str]:
+    """Let one option of `SEVERAL` take several values: `--set a=1 b=2` becomes `--set a=1 --set b=2`."""
     expanded: list[str] = []
-    in_set = False
+    option: str | None = None
     for argument in arguments:
         if argument.startswith("-"):
-            in_set = argument == "--set"
-        elif in_set and expanded[-1] != "--set":
-            expanded.append("--set")
+            option = argument if argument in SEVERAL else None
+        elif option is not None and expanded[-1] != option:
+            expanded.append(option)
         expanded.append(argument)
     return expanded

@@ -48,7 +48,7 @@ from trainer.resolve import Resolved, resolve
 from trainer.run_dir import CHANGEABLE, RunDir, locked
 from trainer.run_log import logged
 from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
-from trainer.warm_start import INIT_PARTS, WarmStart
+from trainer.warm_start import WarmStart
 from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class Start:
     """Go back to the checkpoint of this step; None goes on from the newest."""
     init_from: Path | None = None
     """A run to begin with, where there is no checkpoint yet; None begins with initial values."""
-    init_parts: tuple[str, ...] = INIT_PARTS
-    """What is taken from it."""
+    init_only: tuple[str, ...] = ()
+    """Patterns of what is taken from it (`trainer.name_patterns`); none for everything."""
 
 
 def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
@@ -194,8 +194,10 @@ def write_settings(run: RunDir, resolved: Resolved, plan: Plan) -> None:
 def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | None:
     """What another run offers, where one was named and this run has no checkpoint of its own yet."""
     if start.init_from is None:
+        if start.init_only:
+            raise WrongUse("--init-only has no effect without --init-from RUN_DIR")
         return None
-    warm = WarmStart(start.init_from, resolved.config.data.path, resolved.info, start.init_parts)
+    warm = WarmStart(start.init_from, resolved.config.data.path, resolved.info, start.init_only)
     if newest.checkpoint is not None:
         logger.info("--init-from %s: the run has a checkpoint of its own and goes on from that", start.init_from)
         return None

@@ -1,13 +1,13 @@
-"""Start a run from another run's newest checkpoint: `train --init-from RUN_DIR`.
+"""Start a run from another run's newest checkpoint: `train --init-from RUN_DIR`, or from parts of it: `--init-only`.
 
 Rows of a table follow the keys behind their ids, not their numbers: where the other run's data had fewer keys, the new
 ones keep their initial rows; where keys were numbered anew, each row is looked for by its key.
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,39 +28,38 @@ from trainer.checkpoint.pieces import LivePiece, Tensors, local_pieces, narrowed
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
+from trainer.name_patterns import renaming
 from trainer.run_dir import RunDir
 from trainer.typed_values import from_dict
 
 logger = logging.getLogger(__name__)
 
-InitPart = Literal["tables", "dense", "optimizers"]
-INIT_PARTS: tuple[InitPart, ...] = ("tables", "dense", "optimizers")
-_PREFIXES: dict[str, InitPart] = {
-    "tables": "tables",
-    "tables_optimizer": "optimizers",
-    "dense": "dense",
-    "dense_optimizer": "optimizers",
-}
-"""The part that a tensor belongs to, by the first word of its name."""
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What was found for a tensor."""
+
+    source: str
+    """Its name in the other run."""
+    rows: tuple[int, int] | None
+    """Of a table: (rows that were found, rows that there are)."""
 
 
 class WarmStart:
     """What another run offers to start from.  Making one reads and checks it, and changes nothing."""
 
-    def __init__(self, run_dir: Path, path: str, info: DatasetInfo, parts: Collection[str]) -> None:
-        """`info` describes the data at `path`, of the run that is to start.
+    def __init__(self, run_dir: Path, path: str, info: DatasetInfo, only: Sequence[str]) -> None:
+        """`info` describes the data at `path`, of the run that is to start; `only` names what is taken, as `Renaming`,
+        all if it is empty.
 
         Raises:
-            WrongUse: `run_dir` holds no run with a complete checkpoint, or a part is unknown.
+            WrongUse: `run_dir` holds no run with a complete checkpoint, or nothing of such a name.
         """
-        unknown = sorted(set(parts) - set(INIT_PARTS))
-        if unknown or not parts:
-            raise WrongUse(f"--init-parts must name some of {', '.join(INIT_PARTS)}, got {', '.join(parts) or 'none'}")
         run = RunDir(run_dir)
         saved = run.saved_config()
         if saved is None:
             raise WrongUse(f"--init-from {run_dir} holds no config.json: name a run directory that `train` made")
-        self._run, self._path, self._info, self._parts = run, path, info, set(parts)
+        self._run, self._path, self._info = run, path, info
         self._known = run.saved_vocabularies()
         other = from_dict(TrainConfig, saved)
         self._old_path = other.data.path
@@ -69,72 +68,114 @@ class WarmStart:
         if newest is None:
             raise WrongUse(f"--init-from {run_dir} holds no complete checkpoint")
         self._checkpoint: Checkpoint = newest
-        self._rows: dict[str, IntArray] = {}
+        self._all = not only
+        try:
+            self._renamings = [renaming(text) for text in only] or [renaming("*")]
+            self._sources = self._choose()
+        except ValueError as error:
+            raise WrongUse(f"--init-only {error}") from None
+        self._rows: dict[tuple[str, str], IntArray] = {}
+
+    def _choose(self) -> dict[str, str]:
+        """Name here -> name there, of all that the patterns mean."""
+        sources: dict[str, str] = {}
+        stored = self._checkpoint.manifest.tensors
+        for each in self._renamings:
+            found = {here: there for there in stored if (here := each(there)) is not None}
+            if not found:
+                raise ValueError(f"{each} is none of the names in {self._run.path}, as {', '.join(_examples(stored))}")
+            for here, there in found.items():
+                if _kind(here) != _kind(there):
+                    raise ValueError(f"{each} would make {there!r} another part of the model, {here!r}")
+                if sources.setdefault(here, there) != there:
+                    raise ValueError(
+                        f"{each} takes {there!r} for {here!r}, for which {sources[here]!r} is taken already"
+                    )
+        return sources
 
     def load(self, tensors: Tensors, group: dist.ProcessGroup) -> None:
-        """Fill what the other run has of `tensors`, in place.  Called by every rank of `group`.
+        """Fill what the other run has of `tensors`, in place, and log what that was.  Called by every rank of `group`.
 
         Raises, on every rank alike:
-            ValueError: a dense tensor or a table's width differs, or keys cannot be compared.
+            ValueError: a tensor's shape or type differs, keys cannot be compared, or a name is none of the model's.
             DamagedCheckpoint: bytes of the checkpoint are not what was written.
         """
         problem, pieces = None, []
+        taken: dict[str, _Taken] = {}
         try:
             for piece in local_pieces(tensors):
-                pieces += self._found(piece)
+                found, part = self._found(piece)
+                if found is not None:
+                    taken[piece.name] = found
+                    pieces.append((found.source, part))
         except ValueError as error:
             problem = str(error)
         self._agree(problem, group)
+        # A rank has no name for a table of which it holds no shard.
+        names = sorted({name for each in gather(list(tensors), group) for name in each})
+        taken = {name: found for each in gather(taken, group) for name, found in each.items()}
+        self._check_all_used(names)
         reason = None
         try:
-            fill(self._catalogue.store, self._checkpoint, pieces)
+            fill(self._catalogue.store, self._checkpoint, [part for _, parts in pieces for part in parts])
         except (ChunkError, OSError) as error:
             reason = str(error)
         reasons = [each for each in gather(reason, group) if each is not None]
         if reasons:
             raise DamagedCheckpoint(f"--init-from {self._run.path}: {reasons[0]}")
-        taken = sorted({piece.name.split("/")[0] for piece in pieces})
-        logger.info("started from step %d of %s: %s", self._checkpoint.step, self._run.path, ", ".join(taken))
+        left = sorted(set(self._checkpoint.manifest.tensors) - {found.source for found in taken.values()})
+        lines = [*_table(names, taken), *(f"  {name:<50} not taken" for name in left if _is_weight(name))]
+        logger.info("started from step %d of %s:\n%s", self._checkpoint.step, self._run.path, "\n".join(lines))
+
+    def _check_all_used(self, names: Collection[str]) -> None:
+        """Raise ValueError if a pattern was given that means nothing of the model, whose tensors have these `names`."""
+        for each in self._renamings:
+            means = {each(there) for there in self._checkpoint.manifest.tensors} - {None}
+            if not self._all and means.isdisjoint(names):
+                raise ValueError(
+                    f"--init-only {each} is nothing of this model, which has {', '.join(_examples(names))}"
+                )
 
     def _agree(self, problem: str | None, group: dist.ProcessGroup) -> None:
         problems = [each for each in gather(problem, group) if each is not None]
         if problems:
             raise ValueError(f"--init-from {self._run.path}: {problems[0]}")
 
-    def _found(self, piece: LivePiece) -> list[LivePiece]:
-        """The parts of a live tensor that the checkpoint has, by the place that they have there."""
-        kind, name = piece.name.split("/", 1)
-        if _PREFIXES[kind] not in self._parts:
-            return []
-        stored = self._checkpoint.manifest.tensors.get(piece.name)
-        if stored is None:
-            if kind.startswith("tables"):
-                return []  # a table that the other model did not have
-            raise ValueError(f"the checkpoint lacks {piece.name!r}: leave {_PREFIXES[kind]} out by --init-parts")
-        of_rows = kind.startswith("tables") and bool(piece.shape)
-        self._check_shape(piece, stored, of_rows)
+    def _found(self, piece: LivePiece) -> tuple[_Taken | None, list[LivePiece]]:
+        """What the checkpoint has for a live tensor, and the parts of it by the place that they have there."""
+        source = self._sources.get(piece.name)
+        of_rows = _kind(piece.name).startswith("tables") and bool(piece.shape)
+        if source is None:
+            # A table that the other model did not have is a reason to take the others.
+            if self._all and not of_rows:
+                raise ValueError(f"the checkpoint lacks {piece.name!r}: name what is to be taken by --init-only")
+            return None, []
+        stored = self._checkpoint.manifest.tensors[source]
+        self._check_shape(piece, source, stored, of_rows)
+        there = replace(piece, name=source, shape=stored.shape)
         if not of_rows:
-            return [piece]
-        return list(_by_rows(piece, self._rows_of(name.split("/")[0], stored.shape[0])))
+            return _Taken(source, None), [there]
+        rows = self._rows_of(_table_of(piece.name), _table_of(source), stored.shape[0])
+        return _Taken(source, (int((rows >= 0).sum()), len(rows))), list(_by_rows(there, rows))
 
-    def _check_shape(self, piece: LivePiece, stored: StoredTensor, of_rows: bool) -> None:
+    def _check_shape(self, piece: LivePiece, source: str, stored: StoredTensor, of_rows: bool) -> None:
         first, dtype = int(of_rows), dtype_name(piece.tensor.dtype)
         same = stored.shape[first:] == piece.shape[first:] and len(stored.shape) == len(piece.shape)
         if not same or stored.dtype != dtype:
             raise ValueError(
-                f"{piece.name!r} has the shape {stored.shape} and type {stored.dtype} there, {piece.shape} and {dtype} "
-                f"here: leave {_PREFIXES[piece.name.split('/')[0]]} out by --init-parts, or make the models alike"
+                f"{source!r} has the shape {stored.shape} and type {stored.dtype} there, {piece.name!r} {piece.shape} "
+                f"and {dtype} here: make the models alike, or name what is to be taken by --init-only"
             )
 
-    def _rows_of(self, table: str, num_rows: int) -> IntArray:
+    def _rows_of(self, table: str, source: str, num_rows: int) -> IntArray:
         """[rows here] the row there of each id, -1 where there is none."""
-        if table not in self._rows:
-            self._rows[table] = self._map_rows(table, num_rows)
-        return self._rows[table]
+        if (table, source) not in self._rows:
+            self._rows[table, source] = self._map_rows(table, source, num_rows)
+        return self._rows[table, source]
 
-    def _map_rows(self, table: str, num_rows: int) -> IntArray:
+    def _map_rows(self, table: str, source: str, num_rows: int) -> IntArray:
         space = self._info.spaces[table]
-        known, digest = self._known.get(table), vocabularies(self._info).get(table)
+        known, digest = self._known.get(source), vocabularies(self._info).get(table)
         same = np.arange(space.rows)
         unkeyed = known is None and digest is None
         # Without keys, as of a hash, ids mean the same only where there are as many.
@@ -144,19 +185,19 @@ class WarmStart:
         if known is None or digest is None:
             raise ValueError(
                 f"ids of table {table!r} cannot be compared: one of the data sets has no keys for them, and the tables "
-                f"have {num_rows} and {space.rows} rows; leave tables out by --init-parts"
+                f"have {num_rows} and {space.rows} rows; name what else is to be taken by --init-only"
             )
-        return self._by_key(table, space, num_rows)
+        return self._by_key(table, source, num_rows)
 
-    def _by_key(self, table: str, space: Space, num_rows: int) -> IntArray:
+    def _by_key(self, table: str, source: str, num_rows: int) -> IntArray:
         """Rows by the keys of both data sets."""
-        old_info = read_dataset_info(self._old_path)
-        if vocabularies(old_info).get(table) != self._known[table]:
+        space, old_info = self._info.spaces[table], read_dataset_info(self._old_path)
+        if vocabularies(old_info).get(source) != self._known[source]:
             raise ValueError(
-                f"keys of table {table!r} were numbered anew, and {self._old_path} no longer holds those that "
-                "the other run was trained with: leave tables out by --init-parts"
+                f"keys of table {source!r} were numbered anew, and {self._old_path} no longer holds those that "
+                "the other run was trained with: name what else is to be taken by --init-only"
             )
-        old, new = _keys(self._old_path, old_info.spaces[table]), _keys(self._path, space)
+        old, new = _keys(self._old_path, old_info.spaces[source]), _keys(self._path, space)
         if old[0].type != new[0].type:
             old, new = (old[0].cast(pa.string()), old[1]), (new[0].cast(pa.string()), new[1])
         place = pc.index_in(new[0], value_set=old[0]).fill_null(-1).to_numpy()
@@ -166,6 +207,40 @@ class WarmStart:
         rows[rows >= num_rows] = -1
         logger.info("table %s: %d of %d keys found by name", table, int((rows >= 0).sum()), space.used)
         return rows
+
+
+def _kind(name: str) -> str:
+    return name.split("/")[0]
+
+
+def _table_of(name: str) -> str:
+    return name.split("/")[1]
+
+
+def _is_weight(name: str) -> bool:
+    """Whether it is no optimizer's state."""
+    return _kind(name) in ("tables", "dense")
+
+
+def _examples(names: Collection[str]) -> list[str]:
+    """One weight of each kind, for a message."""
+    first = {_kind(name): name for name in sorted(names, reverse=True) if _is_weight(name)}
+    return sorted(map(repr, first.values()))
+
+
+def _table(names: Collection[str], taken: Mapping[str, _Taken]) -> Iterator[str]:
+    """A line a weight of the model: what it begins with."""
+    for name in filter(_is_weight, names):
+        found = taken.get(name)
+        if found is None:
+            yield f"  {name:<50} begins anew"
+            continue
+        origin = "" if found.source == name else f" from {found.source}"
+        rows = "" if found.rows is None else f", {found.rows[0]:,} of {found.rows[1]:,} rows"
+        kind, _, rest = name.partition("/")
+        of_optimizer = {slot in taken for slot in names if slot.startswith(f"{kind}_optimizer/{rest}/")}
+        optimizer = "" if not of_optimizer else ", with its optimizer" if all(of_optimizer) else ", its optimizer anew"
+        yield f"  {name:<50} taken{origin}{rows}{optimizer}"
 
 
 def _by_rows(piece: LivePiece, rows: IntArray) -> Iterator[LivePiece]:

@@ -1,6 +1,7 @@
 """A run that begins with what another has learnt: rows by key, whatever their numbers; what is new keeps its values."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from pipelines.dataset_json import read_dataset_info
 from pipelines.vocabulary import keys_digest
 from tests.support.distributed import run_ranks
 from tests.support.small_data import SOURCE, small_dataset
-from tests.support.training import read_checkpoint, train
+from tests.support.training import TIMEOUT_S, read_checkpoint, start_training, train
 from trainer.checkpoint.pieces import LivePiece
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
-from trainer.warm_start import INIT_PARTS, WarmStart, _by_rows
+from trainer.warm_start import WarmStart, _by_rows
 
 UNTOUCHED = -7.0
 
@@ -76,8 +77,9 @@ def renumbered(data: Path, folder: Path) -> np.ndarray:
     return np.concatenate([[0], old])
 
 
-def loaded(run: Path, data: str, parts: tuple[str, ...], rows: int) -> dict[str, Tensor]:
-    """What a warm start fills of a model with so many items; called in a process group."""
+def loaded(run: Path, data: str, only: tuple[str, ...], rows: int, renamed: bool = False) -> dict[str, Tensor]:
+    """What a warm start fills of a model with so many items, whose encoder may be called `input`; called in a process
+    group."""
     whole = read_checkpoint(max((run / "checkpoints").glob("step-*")))
     tensors = {
         name: torch.full((rows, *value.shape[1:]), UNTOUCHED)
@@ -85,14 +87,16 @@ def loaded(run: Path, data: str, parts: tuple[str, ...], rows: int) -> dict[str,
         else torch.full_like(value, UNTOUCHED)
         for name, value in whole.items()
     }
-    WarmStart(run, data, read_dataset_info(data), parts).load(tensors, dist.new_group(backend="gloo"))
+    if renamed:
+        tensors = {name.replace("/encoder.", "/input."): value for name, value in tensors.items()}
+    WarmStart(run, data, read_dataset_info(data), only).load(tensors, dist.new_group(backend="gloo"))
     return tensors
 
 
 def test_rows_follow_their_keys_and_new_ones_keep_their_values(trained: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = trained
     old = renumbered(data, tmp_path / "data")
-    [tensors] = run_ranks(1, loaded, run, str(tmp_path / "data"), INIT_PARTS, len(old))
+    [tensors] = run_ranks(1, loaded, run, str(tmp_path / "data"), (), len(old))
     whole = read_checkpoint(max((run / "checkpoints").glob("step-*")))
     assert {name.split("/")[0] for name in whole} == {"tables", "tables_optimizer", "dense", "dense_optimizer"}
     for name, value in whole.items():
@@ -104,12 +108,31 @@ def test_rows_follow_their_keys_and_new_ones_keep_their_values(trained: tuple[Pa
             assert torch.equal(tensors[name], value), name
 
 
-def test_only_the_parts_asked_for_are_taken(trained: tuple[Path, Path]) -> None:
+def taken(tensors: dict[str, Tensor]) -> set[str]:
+    return {name for name, value in tensors.items() if not (value == UNTOUCHED).all()}
+
+
+def test_only_what_is_named_is_taken(trained: tuple[Path, Path]) -> None:
     data, run = trained
     rows = read_dataset_info(str(data)).num_items
-    [tensors] = run_ranks(1, loaded, run, str(data), ("dense",), rows)
-    taken = {name.split("/")[0] for name, value in tensors.items() if not (value == UNTOUCHED).all()}
-    assert taken == {"dense"}
+    for only, wanted in (
+        (("dense/*",), lambda name: name.startswith("dense/")),
+        (("tables/item", "tables_optimizer/it*"), lambda name: "/item" in name and not name.startswith("dense")),
+    ):
+        [tensors] = run_ranks(1, loaded, run, str(data), only, rows)
+        assert taken(tensors) == {name for name in tensors if wanted(name)}
+
+
+def test_what_is_named_otherwise_is_taken_by_both_names(trained: tuple[Path, Path]) -> None:
+    """On two ranks, of which each fills its own memory."""
+    data, run = trained
+    rows = read_dataset_info(str(data)).num_items
+    whole = read_checkpoint(max((run / "checkpoints").glob("step-*")))
+    of_encoder = {name for name in whole if "/encoder." in name}
+    for tensors in run_ranks(2, loaded, run, str(data), ("dense*/encoder.*=dense*/input.*",), rows, True):
+        assert taken(tensors) == {name.replace("/encoder.", "/input.") for name in of_encoder}
+        for name in of_encoder:
+            assert torch.equal(tensors[name.replace("/encoder.", "/input.")], whole[name])
 
 
 def test_a_run_begins_with_what_another_has_learnt(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -123,15 +146,58 @@ def test_a_run_begins_with_what_another_has_learnt(trained: tuple[Path, Path], t
     assert first["dense_optimizer/" + next(n for n in learnt if n.endswith("/step")).split("/", 1)[1]] == 4
 
 
+def test_a_run_begins_with_parts_of_another_and_says_which(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = trained
+    process = start_training(
+        tmp_path / "run",
+        1,
+        "max_steps=1",
+        f"data.path={data}",
+        options=("--init-from", str(run), "--init-only", "tables/author", "tables/music=tables/author"),
+    )
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2
+    assert "--init-only tables/music=tables/author takes 'tables/music' for 'tables/author', for which" in output
+    assert not (tmp_path / "run").exists()
+    wrong = ("--init-from", str(run), "--init-only", "tables/author", "tables/music=tables/autor")
+    process = start_training(tmp_path / "run", 1, "max_steps=1", f"data.path={data}", options=wrong)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "--init-only tables/music=tables/autor is nothing of this model, which has 'dense/" in output
+    options = ("--init-from", str(run), "--init-only", "tables/*", "tables_optimizer/item/*")
+    train(tmp_path / "run", 1, "max_steps=1", f"data.path={data}", options=options)
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    rows = read_dataset_info(str(data)).num_items
+    assert re.search(rf"  tables/item +taken, {rows:,} of {rows:,} rows, with its optimizer\n", log)
+    assert re.search(r"  tables/author +taken, 835 of 835 rows, its optimizer anew\n", log)
+    assert re.search(r"  dense/\S+ +begins anew\n", log)
+    assert re.search(r"  dense/\S+ +not taken\n", log)
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("tables/itm", r"--init-only tables/itm is none of the names in .*, as 'dense/.*', 'tables/author'"),
+        ("weights", "--init-only weights is none of the names"),
+        ("tables/*=tables/item", r"must be NAMES, or OLD=NEW with as many \* on both sides"),
+        ("=tables/item", "must be NAMES, or OLD=NEW"),
+        ("tables/author=dense/author", "would make 'tables/author' another part of the model, 'dense/author'"),
+        ("tables/author=tables/item", "tables/author=tables/item takes 'tables/author' for 'tables/item', for which"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(trained: tuple[Path, Path], only: str, message: str) -> None:
+    data, run = trained
+    with pytest.raises(WrongUse, match=message):
+        WarmStart(run, str(data), read_dataset_info(str(data)), ("tables/item", only))
+
+
 def test_what_cannot_be_taken_is_refused_before_anything_is_written(trained: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = trained
     info = read_dataset_info(str(data))
     with pytest.raises(WrongUse, match=r"holds no config\.json"):
-        WarmStart(tmp_path, str(data), info, INIT_PARTS)
-    with pytest.raises(WrongUse, match="--init-parts must name some of tables, dense, optimizers, got weights"):
-        WarmStart(run, str(data), info, ("weights",))
+        WarmStart(tmp_path, str(data), info, ())
     spaces = {**info.spaces, "item": replace(info.spaces["item"], digest=None, keys=None, rows=9)}
-    warm = WarmStart(run, str(data), replace(info, spaces=spaces), INIT_PARTS)
+    warm = WarmStart(run, str(data), replace(info, spaces=spaces), ())
     piece = LivePiece("tables/item", (9, 8), Region((0, 0), (9, 8)), torch.zeros(9, 8))
     with pytest.raises(ValueError, match="ids of table 'item' cannot be compared"):
         warm._found(piece)
@@ -139,5 +205,8 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(trained: tup
     with pytest.raises(ValueError, match="ids of table 'item' cannot be compared"):
         warm._found(piece)
     wider = LivePiece("tables/item", (9, 16), Region((0, 0), (9, 16)), torch.zeros(9, 16))
-    with pytest.raises(ValueError, match=r"'tables/item' has the shape .* leave tables out by --init-parts"):
+    with pytest.raises(
+        ValueError,
+        match=r"'tables/item' has the shape .* make the models alike",
+    ):
         warm._found(wider)
