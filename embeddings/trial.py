@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,14 +124,16 @@ def median_ms(
 
 
 def _gpu_ms(step: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(_HEAD_START_CYCLES)
+    # Any: these of torch's functions have no types.
+    cuda: Any = torch.cuda
+    start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    cuda.synchronize()
+    cuda._sleep(_HEAD_START_CYCLES)
     start.record()
     step()
     end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    cuda.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def _cpu_ms(step: Callable[[], object]) -> float:
