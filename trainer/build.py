@@ -67,7 +67,7 @@ def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = Non
         machine=machine,
         placement=resolved.config.placement,
         optimizer=resolved.config.sparse_optimizer,
-        load=resolved.lookup_load(machine.world_size),
+        load=resolved.lookup_load(machine.world_size // resolved.config.context_parallel),
     )
     if plan_file is None:
         return solve(problem)

@@ -213,6 +213,9 @@ class TrainConfig:
     recorded: Literal["auto", "on", "off"] = "auto"
     """Replay the dense part of steps as CUDA graphs, one for each size of batch, instead of launching kernel by kernel
     (`trainer.recording`).  auto: where that can be, and the log says why where it cannot; on: else an error."""
+    context_parallel: int = 1
+    """Ranks that train on the same samples and compute a part of their tokens each (`trainer.context_parallel`): for
+    histories too long for one GPU.  It divides the heads of every layer."""
     overlap: Literal["sparse_dist", "prefetch", "plain"] = "sparse_dist"
     """sparse_dist: the copy and input dist of coming batches overlap with a step.  prefetch: the filling of the tables'
     device cache too (for fused_uvm_caching tables).  plain: nothing does."""
@@ -223,8 +226,27 @@ class TrainConfig:
             raise ValueError("layer.fp8=true contradicts precision=float32: set precision=bfloat16, or fp8=false")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or null, got {self.max_steps}")
+        self._check_sharing()
         if self.log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {self.log_every}")
+
+    def _check_sharing(self) -> None:
+        shared = self.context_parallel
+        if shared < 1:
+            raise ValueError(f"context_parallel must be at least 1, got {shared}")
+        if shared == 1:
+            return
+        for layer in self.model.layers:
+            if layer.num_heads % shared:
+                raise ValueError(
+                    f"context_parallel={shared} shares the heads of a layer, which are {layer.num_heads}: choose a "
+                    "divisor of it, or more heads (model.layer.num_heads)"
+                )
+            if layer.relative_bias is not None:
+                raise ValueError(
+                    f"context_parallel={shared} shares plain layers, and layer.relative_bias is for histories of "
+                    "hundreds: set context_parallel=1"
+                )
 
 
 def _check_width(name: str, width: int) -> None:

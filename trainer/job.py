@@ -73,7 +73,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     check_packages()
     if config.deterministic:
         make_deterministic()
-    mesh, run = discover_mesh(), RunDir(run_dir)
+    mesh, run = discover_mesh(config.context_parallel), RunDir(run_dir)
     run.check_same_run(to_dict(config))
     resolved = resolve(config, dataset_info(config.data))
     grown = _check_ids(run, resolved)
@@ -303,8 +303,8 @@ def training_loader(resolved: Resolved, mesh: Mesh, progress: Progress) -> Loade
     return build_loader(
         resolved.config.data,
         split="train",
-        rank=mesh.rank,
-        world_size=mesh.world_size,
+        rank=mesh.data_rank,
+        world_size=mesh.data_ranks,
         position=progress.position,
         selection=resolved.task.selection,
         cost=resolved.balanced_cost,

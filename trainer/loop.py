@@ -40,7 +40,8 @@ def stopped_after(step: int) -> StoppedEarly:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed dropout as a function of seed, step and rank: a resumed run draws what an uninterrupted one would."""
+    """Seed dropout as a function of seed, step and part of the batch: a resumed run draws what an uninterrupted one
+    would."""
     torch.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
 
 
@@ -80,7 +81,7 @@ def run_steps(
     factor, logs = None, False
     with watchdog.phase("evaluation"):
         evaluates = evaluator.begin(progress, evaluated=evaluated)
-    for factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.rank, count=recorder.count):
+    for factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.data_rank, count=recorder.count):
         watchdog.stepped(progress.step)
         saves = _due(progress.step, config.checkpoint.every_steps)
         evaluates = evaluator.due(progress.step)

@@ -23,7 +23,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mesh:
-    """The place of this process in the job; tables are sharded and batches split over its one axis."""
+    """The place of this process in the job; tables are sharded over all its ranks, batches split over groups of
+    them."""
 
     rank: int
     """Index of this process in the job, from 0."""
@@ -33,6 +34,18 @@ class Mesh:
     """Number of processes of the job on this machine."""
     device: torch.device
     """Where this process computes."""
+    sharing: int = 1
+    """Neighbouring ranks that train on the same samples (`trainer.context_parallel`)."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a global batch this process trains on."""
+        return self.rank // self.sharing
+
+    @property
+    def data_ranks(self) -> int:
+        """Parts of a global batch."""
+        return self.world_size // self.sharing
 
     @property
     def is_first(self) -> bool:
@@ -54,11 +67,12 @@ def _environment(name: str, default: int) -> int:
     return int(text)
 
 
-def discover_mesh() -> Mesh:
+def discover_mesh(sharing: int = 1) -> Mesh:
     """Read this process's place from torchrun's variables; without them, the job is this one process.
 
     Raises:
-        ValueError: a variable is not a number, or this machine has fewer GPUs than processes of the job.
+        ValueError: a variable is not a number, this machine has fewer GPUs than processes of the job, or the processes
+            are no multiple of those that share samples.
     """
     local_rank = _environment("LOCAL_RANK", 0)
     local_world_size = _environment("LOCAL_WORLD_SIZE", 1)
@@ -70,11 +84,18 @@ def discover_mesh() -> Mesh:
                 f"each process needs its own, so start at most {torch.cuda.device_count()} a machine"
             )
         device = torch.device("cuda", local_rank)
+    world_size = _environment("WORLD_SIZE", 1)
+    if world_size % sharing:
+        raise ValueError(
+            f"context_parallel={sharing} ranks share their samples, but the job has {world_size}: start a multiple of "
+            f"{sharing}, or set context_parallel=1"
+        )
     return Mesh(
         rank=_environment("RANK", 0),
-        world_size=_environment("WORLD_SIZE", 1),
+        world_size=world_size,
         local_world_size=local_world_size,
         device=device,
+        sharing=sharing,
     )
 
 

@@ -1,10 +1,11 @@
 """Turn the single-process model into the parallel one.  All parallelism is applied here, in this order:
 
-1. tables that the plan replicates are set apart as ordinary parameters, the others get their fused optimizers;
-2. TorchRec shards these as the plan says, allocating only this rank's part (the tables were on the meta device);
-3. the dense model and the replicated tables have their gradients averaged over ranks, if there are several
+1. towers are shared by the ranks that train on the same samples, if there are such (`trainer.context_parallel`);
+2. tables that the plan replicates are set apart as ordinary parameters, the others get their fused optimizers;
+3. TorchRec shards these as the plan says, allocating only this rank's part (the tables were on the meta device);
+4. the dense model and the replicated tables have their gradients averaged over ranks, if there are several
    (DistributedDataParallel);
-4. the tables get their initial values, which do not depend on the plan.
+5. the tables get their initial values, which do not depend on the plan.
 
 TorchRec and DDP both average gradients over ranks; a batch's `loss_denominator` makes that average the global mean.
 """
@@ -25,6 +26,7 @@ from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, init_tables, table_weights
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
+from trainer.context_parallel import share_histories
 from trainer.mesh import Mesh
 from trainer.models.model import Model
 from trainer.optim import Optimizers
@@ -78,6 +80,7 @@ class ParallelModel:
 
 def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
     """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
+    share_histories(model, mesh)
     sharding_plan = apply_plan(model, plan, device=mesh.device)
     attach_optimizers(model.tables, config.sparse_optimizer)
     module = DistributedModelParallel(

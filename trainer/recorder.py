@@ -97,7 +97,11 @@ class Recorder:
             NotFinite: the loss or the gradients of a step since the last logged one are not finite.
             FloatingPointError: the loss is not what it was though the run is deterministic.
         """
-        counts = [self._interval.flops(self._resolved), self._interval.tokens(self._resolved)]
+        # Ranks that share samples would count them several times.
+        counts = [
+            count / self._mesh.sharing
+            for count in (self._interval.flops(self._resolved), self._interval.tokens(self._resolved))
+        ]
         losses, norms, (flops, tokens) = self._over_ranks(counts, progress)
         interval, self._interval = self._interval, _Interval()
         # A step whose batch was left out has neither.

@@ -48,6 +48,8 @@ CHANGEABLE = (
     "placement.",
     "schedule.",
     "overlap",
+    "recorded",
+    "context_parallel",
 )
 
 

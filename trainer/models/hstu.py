@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from attention_kernels import AttentionPlan, SemiLocalMask, make_plan, plan_of_targets
 from trainer.models.candidate_layer import candidate_layer
 from trainer.models.config import LayerConfig, StageConfig
-from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
+from trainer.models.layer import Attention, LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
 from trainer.models.layer_function import fused_layer
 from trainer.models.layout import EventTimes, SequenceLayout, candidate_rows, keep_newest, repeat_users, take_rows
 from trainer.models.precision import compute_dtype
+
+ALL_AT_HAND = Attention()
 
 
 class HstuLayer(nn.Module):
@@ -49,13 +51,19 @@ class HstuLayer(nn.Module):
         nn.init.xavier_uniform_(self.uvqk_weight)
         nn.init.xavier_uniform_(self.output_weight)
 
-    def forward(self, x_TD: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        plan: AttentionPlan,
+        weights: ProductWeights | None = None,
+        attention: Attention = ALL_AT_HAND,
+    ) -> Tensor:
         """Returns the layer's output [T, D], residual included, in the type of computation.
 
         `weights` as in `layer_function.fused_layer`.
         """
-        x_TD = x_TD.to(compute_dtype(x_TD))
-        out: Tensor = fused_layer(x_TD, self.parameter_set(), self.spec, self._batch(plan), weights=weights)
+        x_TD, batch = x_TD.to(compute_dtype(x_TD)), self._batch(plan, attention)
+        out: Tensor = fused_layer(x_TD, self.parameter_set(), self.spec, batch, weights=weights)
         return out
 
     def at_candidates(
@@ -67,12 +75,12 @@ class HstuLayer(nn.Module):
         """
         if self.spec.fp8:
             return take_rows(self(x_TD, plan, weights), rows_C)
-        x_TD, batch = x_TD.to(compute_dtype(x_TD)), self._batch(plan_of_targets(plan))
+        x_TD, batch = x_TD.to(compute_dtype(x_TD)), self._batch(plan_of_targets(plan), ALL_AT_HAND)
         out: Tensor = candidate_layer(x_TD, rows_C, self.parameter_set(), self.spec, batch, weights=weights)
         return out
 
-    def plan(self, layout: SequenceLayout, mask: SemiLocalMask) -> AttentionPlan:
-        """The attention of layers like this one over sequences that lie so."""
+    def plan(self, layout: SequenceLayout, mask: SemiLocalMask, *, padded: bool = False) -> AttentionPlan:
+        """The attention of layers like this one over sequences that lie so; `padded`: with rows behind them."""
         # Attention leaves out the padding of a padded layout, its last sequence.
         sequences = layout.num_users - layout.padded
         return make_plan(
@@ -81,14 +89,16 @@ class HstuLayer(nn.Module):
             num_targets=layout.num_candidates[:sequences],
             scale=self.spec.scale,
             max_len=self.spec.max_len,
-            padded=layout.padded,
+            padded=padded or layout.padded,
         )
 
-    def _batch(self, plan: AttentionPlan) -> LayerBatch:
+    def _batch(self, plan: AttentionPlan, attention: Attention) -> LayerBatch:
         dropout = self.spec.dropout if self.training else 0.0
         # Drawn where it is read, from the generator that each step seeds: a recorded step draws anew.
         seed = torch.randint(2**31, (1,), device=self.uvqk_weight.device) if dropout > 0 else None
-        return LayerBatch(plan=plan, dropout=dropout, seed=seed)
+        if seed is not None and attention.part:
+            seed += attention.part
+        return LayerBatch(plan=plan, attention=attention, dropout=dropout, seed=seed)
 
     def parameter_set(self) -> LayerParameters:
         """The layer's parameters under their names."""
@@ -161,8 +171,7 @@ class HstuTower(nn.Module):
 
     def _all_but_the_last(self, x_TD: Tensor, layout: SequenceLayout) -> _LastLayer:
         """The last layer's input."""
-        parameters = [self._layer(i).parameter_set() for i in range(len(self.layers))]
-        weights = cast_products(parameters, compute_dtype(x_TD))
+        weights = self._weights(compute_dtype(x_TD))
         depth = 0
         for stage in self.stages:
             if stage.keep_newest is not None:
@@ -175,6 +184,11 @@ class HstuTower(nn.Module):
                     output_TD = self._layer(depth - 1)(x_TD, plan, weights[depth - 1])
                     x_TD = self._skip(x_TD, output_TD, layout.user_T, depth, layout)
         return _LastLayer(x_TD, layout, plan, weights[-1])
+
+    def _weights(self, dtype: torch.dtype) -> list[ProductWeights]:
+        parameters = [self._layer(i).parameter_set() for i in range(len(self.layers))]
+        weights: list[ProductWeights] = cast_products(parameters, dtype)
+        return weights
 
     def _layer(self, index: int) -> HstuLayer:
         layer = self.layers[index]

@@ -7,13 +7,13 @@ Shapes: T packed tokens, D model width, H heads, K query-key size, V value size,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attention_kernels import AttentionPlan, hstu_attention
+from attention_kernels import AttentionPlan, attention_forward, hstu_attention, projection_backward
 from attention_kernels.layer import reference
 
 
@@ -67,11 +67,37 @@ class LayerSpec:
         return q.view(key_shape), k.view(key_shape), v.view(T, self.num_heads, self.value_dim)
 
 
+class Attention:
+    """How a layer's rows attend to each other: here, all of them are at hand.  Autograd does not look inside."""
+
+    part = 0
+    """Which part of the batch's rows a layer holds: dropout draws for each part anew."""
+
+    def forward(self, q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) -> Tensor:
+        """[T, H, V]."""
+        out: Tensor = attention_forward(q_THK, k_THK, v_THV, plan)
+        return out
+
+    def backward(
+        self,
+        dout_THV: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        plan: AttentionPlan,
+        *,
+        scaled: bool,
+        out: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `attention_kernels.projection_backward`."""
+        sums: tuple[Tensor, Tensor, Tensor] = projection_backward(dout_THV, *qkv, plan, scaled=scaled, out=out)
+        return sums
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerBatch:
     """What a layer needs to know of the batch."""
 
     plan: AttentionPlan
+    attention: Attention = field(default_factory=Attention)
     dropout: float = 0.0
     """The layer's dropout while training, 0 otherwise."""
     seed: Tensor | None = None

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels import attention_forward, projection_backward
 from attention_kernels.attention.checks import check_first_order
 from attention_kernels.layer import linear, operations
 from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
@@ -195,16 +194,15 @@ def output_rows(
 
 
 def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
-    return attention_forward(*spec.split_heads(vqk), batch.plan)
+    return batch.attention.forward(*spec.split_heads(vqk), batch.plan)
 
 
 def _attend_backward(
     dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpec, batch: LayerBatch
 ) -> tuple[Tensor, ...]:
     """Writes the gradients of the product of V, Q and K into `dvqk`, over the slopes of its SiLU if any; their sums."""
-    q_THK, k_THK, v_THV = spec.split_heads(vqk)
-    q_sum, k_sum, v_sum = projection_backward(
-        dout_THV, q_THK, k_THK, v_THV, batch.plan, scaled=not spec.production, out=spec.split_heads(dvqk)
+    q_sum, k_sum, v_sum = batch.attention.backward(
+        dout_THV, spec.split_heads(vqk), batch.plan, scaled=not spec.production, out=spec.split_heads(dvqk)
     )
     return v_sum.flatten(), q_sum.flatten(), k_sum.flatten()
 

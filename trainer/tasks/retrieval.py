@@ -134,7 +134,7 @@ class Retrieval:
             num_negatives=num_negatives,
             shared=self.settings.share_negatives,
             seed=self.config.seed,
-            world_size=mesh.world_size,
+            world_size=mesh.data_ranks,
         )
         return made.pin_memory() if mesh.device.type == "cuda" else made
 
