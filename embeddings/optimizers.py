@@ -67,6 +67,8 @@ class TableOptimizers:
             name: torch.zeros((), dtype=torch.int64) for name, config in configs.items() if config.kind == "adam"
         }
         self._adam_kernels = _kernels_of(self._sharded, set(self._steps)) if self._steps else []
+        self.stateless = frozenset(name for name, config in configs.items() if config.kind == "sgd")
+        """Tables whose optimizer keeps no state."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

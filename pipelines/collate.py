@@ -10,6 +10,7 @@ from pipelines.columns import Selection as Rows
 from pipelines.config import DataConfig
 from pipelines.features import ITEM_ID, USER_ID
 from pipelines.global_batches import BatchPlan
+from pipelines.hiding import hide, sample_keys
 from pipelines.packed import LABEL_PREFIX, LENS_PREFIX, NUMBER_PREFIX, Contents, Packed, bag_lens, pack
 from pipelines.selection import Feature, Selection
 from pipelines.stochastic_length import choose_events
@@ -63,6 +64,8 @@ def collate(
         history = candidates = np.zeros(1, dtype=np.int64)
         user = np.full(1, NO_USER)
     ids, arrays = _columns(share, items, selection)
+    if config.unknown_share and share.units:
+        _hide(ids, arrays, plan, selection, config)
     memory, places = pack(
         {
             "ids": (np.int64, list(ids.values())),
@@ -114,6 +117,25 @@ def _columns(share: _Share, items: Mapping[str, Values], selection: Selection) -
         kind = np.float64 if label.kind == "number" else np.int64
         arrays[LABEL_PREFIX + label.name] = (kind, [np.asarray(join_values(share.of_candidates(label.stored)))])
     return ids, arrays
+
+
+def _hide(ids: dict[str, AnyArray], arrays: Arrays, plan: BatchPlan, selection: Selection, config: DataConfig) -> None:
+    """Let a share of the ids of every feature stand for the unknown one, in place.
+
+    What an item's id leads to has been joined by then: of a new item its own columns are known.
+    """
+    keys = sample_keys(plan.samples, config.seed)
+    rows = {"sample": np.ones_like(plan.history), "event": plan.history, "candidate": plan.candidates}
+    salts = {"sample": 0, "event": 0, "candidate": 1}
+    for number, feature in enumerate(selection.features):
+        if feature.name not in ids:
+            continue
+        bounds = np.concatenate([[0], *(rows[part] for part in feature.parts)]).cumsum()
+        if feature.kind == "ids":
+            (lens,) = arrays[LENS_PREFIX + feature.name][1]
+            bounds = np.concatenate(([0], np.cumsum(lens)))[bounds]
+        salted = np.concatenate([keys ^ salts[part] for part in feature.parts])
+        hide(ids[feature.name], bounds, salted, config.unknown_share, number)
 
 
 def _values(feature: Feature, share: _Share, items: Mapping[str, Values], item_ids: Mapping[str, IntArray]) -> Values:

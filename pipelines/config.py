@@ -113,6 +113,9 @@ class DataConfig:
     """Further prepared data sets of the same features; each sample comes from one of them or from path."""
     mix_weights: tuple[float, ...] = ()
     """Share of the samples drawn from path and from each of mix_paths, in this order; scaled to sum to one."""
+    unknown_share: float = 0.0
+    """Share of the ids of training samples that stand for the unknown one, drawn anew in every pass, so that its row is
+    learnt for ids that training never meets."""
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     """Random shortening of histories in training."""
     balance: Literal["none", "equal", "bounded"] = "equal"
@@ -139,6 +142,8 @@ class DataConfig:
             raise ValueError(f'data.synthetic has no effect with data.path={self.path}; set data.path="synthetic"')
         if SYNTHETIC_PATH in self.mix_paths:
             raise ValueError(f'data.mix_paths must name prepared data sets; "{SYNTHETIC_PATH}" can only be data.path')
+        if not 0 <= self.unknown_share < 1:
+            raise ValueError(f"data.unknown_share must lie in [0, 1), got {self.unknown_share}; 0.01 suffices")
         if self.attention_cost <= 0:
             raise ValueError(f"data.attention_cost must be above 0, got {self.attention_cost}; 1 counts FLOPs")
         if self.balance == "none" and self.attention_cost != 1:

@@ -9,6 +9,7 @@ when it wants it.  Batches are handed over by torch's DataLoader, one piece of m
 import multiprocessing
 import signal
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -85,6 +86,8 @@ def build_loader(
     units = [order.units_in_window() for order in orders]
     # A batch may reach into the next window, and reading ahead does.
     kept = 2 * (sum(units) if config.mix_paths else max(units)) + 1
+    if split == "eval":
+        config = replace(config, unknown_share=0.0)
     reader = Reader(
         config, batches, sources, position=position, world_size=world_size, kept_units=kept, selection=selection
     )

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.batch import Batch
+from embeddings.trained import TrainedRows
+from pipelines.batch import Batch, Inputs
+from pipelines.features import ITEM_ID
 from trainer.labels.kind import LabelKind
 from trainer.labels.loss import RankingLoss
 from trainer.labels.measure import LabelMetrics
@@ -30,6 +34,10 @@ class LabelScores:
     """Of the model."""
     constant: dict[str, float]
     """Of what each label's kind says without a look at the candidate, for the labels that were asked for."""
+    unknown: dict[str, float]
+    """Of the model, over the candidates with an unknown item alone; empty where there is none."""
+    unknown_share: float
+    """Which part of the candidates those are."""
 
 
 @torch.no_grad()
@@ -47,23 +55,54 @@ def evaluate(
     places = [place for place, name in enumerate(labels.names) if name in constant]
     metrics = LabelMetrics(kinds, mesh.device)
     of_constant = LabelMetrics([kinds[place] for place in places], mesh.device)
+    of_unknown = LabelMetrics(kinds, mesh.device)
+    counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    trained = model.trained_rows(mesh.device)
     start_K = labels.start().to(mesh.device)
     was_training = model.module.training
     model.module.eval()
     try:
         for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
             on_device = batch.to(mesh.device, non_blocking=True)
-            outputs_CK = model.score(on_device.inputs)
+            outputs_CK = model.score(on_device.inputs, trained)
+            unknown_C = _unknown_items(on_device.inputs, trained)
             users = torch.repeat_interleave(on_device.inputs.user_id, on_device.inputs.num_candidates)
             evidence, weights_CL = labels.evidence(outputs_CK, on_device.labels)
             metrics.update(evidence, weights_CL, users)
+            of_unknown.update([each[unknown_C] for each in evidence], weights_CL[unknown_C], users[unknown_C])
+            counts += torch.stack([unknown_C.sum(), torch.ones_like(unknown_C).sum()])
             if places:
                 evidence, _ = labels.evidence(start_K.expand_as(outputs_CK), on_device.labels)
                 of_constant.update([evidence[place] for place in places], weights_CL[:, places], users)
     finally:
         model.module.train(was_training)
     # The collectives here: torchmetrics gathers every rank's candidates.
-    return LabelScores(metrics.compute(), of_constant.compute() if places else {})
+    dist.all_reduce(counts)
+    unknown, candidates = counts.tolist()
+    return LabelScores(
+        metrics=metrics.compute(),
+        constant=of_constant.compute() if places else {},
+        unknown=of_unknown.compute() if unknown else {},
+        unknown_share=unknown / max(1, candidates),
+    )
+
+
+def _unknown_items(inputs: Inputs, trained: TrainedRows) -> Tensor:
+    """[C] whether a candidate's item has no trained row of its own."""
+    keys = inputs.features.keys()
+    if ITEM_ID not in keys:
+        return torch.zeros(int(inputs.num_candidates_host.sum()), dtype=torch.bool, device=inputs.user_id.device)
+    ids = inputs.features.values().split(inputs.features.length_per_key())[keys.index(ITEM_ID)]
+    # Candidates come after all events.
+    return ~trained.known(ITEM_ID, ids[len(ids) - int(inputs.num_candidates_host.sum()) :])
+
+
+def with_unknown(found: LabelScores) -> dict[str, float]:
+    """The metrics that are written: the model's, and with `_unknown` those over unknown items, where there are any."""
+    if not found.unknown:
+        return found.metrics
+    of_unknown = {name.replace("/", "_unknown/", 1): value for name, value in found.unknown.items()}
+    return {**found.metrics, "unknown_share": found.unknown_share, **of_unknown}
 
 
 def ranking_table(model: Mapping[str, float], baseline: Mapping[str, float], kinds: Iterable[LabelKind]) -> str:
@@ -79,6 +118,18 @@ def ranking_table(model: Mapping[str, float], baseline: Mapping[str, float], kin
         values = "".join(_cell(metrics[f"{metric}/{label}"], 12) for metrics in (model, baseline))
         tables.append(f"{label:<18}{metric:<14}{values}")
     return "\n".join(tables)
+
+
+def unknown_lines(found: LabelScores, kinds: Iterable[LabelKind]) -> str:
+    """What the table says of candidates whose item no training has seen; nothing where there are none."""
+    if not found.unknown:
+        return ""
+    lines = [f"\n{found.unknown_share:.2%} of the candidates have an unknown item, which no training has seen:"]
+    for kind in kinds:
+        values = {name: found.unknown[f"{name}/{kind.name}"] for name in kind.metrics if name != "auc_95"}
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value)]
+        lines.append(f"{kind.name:<18}{', '.join(shown)}")
+    return "\n".join(lines)
 
 
 def comparison_table(model: Mapping[str, float], baseline: Mapping[str, float], labels: tuple[str, ...]) -> str:

@@ -24,6 +24,7 @@ from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
 from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, init_tables, table_weights
+from embeddings.trained import TrainedRows
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
 from trainer.context_parallel import share_histories
@@ -52,10 +53,14 @@ class ParallelModel:
             loss: Tensor = self.module(batch)
         return loss, loss.detach()
 
-    def score(self, inputs: Any) -> Any:
+    def score(self, inputs: Any, trained: TrainedRows | None = None) -> Any:
         """`Model.score`, in the run's precision.  A collective: every rank looks up as often."""
         with self.autocast():
-            return self.model.score(inputs)
+            return self.model.score(inputs, trained)
+
+    def trained_rows(self, device: torch.device) -> TrainedRows:
+        """Which rows have been trained so far.  A collective."""
+        return TrainedRows(self.tables, self.optimizers.tables, device)
 
     @property
     def tables(self) -> Tables:

@@ -57,6 +57,7 @@ def own_log() -> TrainConfig:
             max_history_len=128,
             num_epochs=3,
             reader_threads=0,
+            unknown_share=0.01,
         ),
         model=ModelConfig(
             dim=64,

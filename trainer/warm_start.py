@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 import torch.distributed as dist
 
 from pipelines.columns import IntArray
@@ -33,6 +34,9 @@ from trainer.run_dir import RunDir
 from trainer.typed_values import from_dict
 
 logger = logging.getLogger(__name__)
+
+TRAINED = 1e-30
+"""State of an optimizer by which a row counts as trained, though its steps are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,9 @@ class WarmStart:
         """
         problem, pieces = None, []
         taken: dict[str, _Taken] = {}
+        live = local_pieces(tensors)
         try:
-            for piece in local_pieces(tensors):
+            for piece in live:
                 found, part = self._found(piece)
                 if found is not None:
                     taken[piece.name] = found
@@ -118,6 +123,8 @@ class WarmStart:
         reason = None
         try:
             fill(self._catalogue.store, self._checkpoint, [part for _, parts in pieces for part in parts])
+            for piece in live:
+                self._mark_trained(piece)
         except (ChunkError, OSError) as error:
             reason = str(error)
         reasons = [each for each in gather(reason, group) if each is not None]
@@ -157,6 +164,29 @@ class WarmStart:
             return _Taken(source, None), [there]
         rows = self._rows_of(_table_of(piece.name), _table_of(source), stored.shape[0])
         return _Taken(source, (int((rows >= 0).sum()), len(rows))), list(_by_rows(there, rows))
+
+    def _mark_trained(self, piece: LivePiece) -> None:
+        """Where a table is taken without its optimizer, let that one's state say which rows were trained there.
+
+        See `embeddings.trained`; the first update swallows so small a number.
+        """
+        source = self._sources.get(f"tables/{_table_of(piece.name)}")
+        if source is None or _kind(piece.name) != "tables_optimizer" or piece.name in self._sources or not piece.shape:
+            return
+        stored = self._checkpoint.manifest.tensors
+        rows = self._rows_of(_table_of(piece.name), _table_of(source), stored[source].shape[0])
+        prefix = f"tables_optimizer/{_table_of(source)}/"
+        states = {name: each.shape[1:] for name, each in stored.items() if name.startswith(prefix) and each.shape}
+        first, count = piece.region.offsets[0], piece.region.sizes[0]
+        # Without any state, as of plain SGD, nobody knows better than that all rows are trained.
+        trained = torch.from_numpy(rows[first : first + count] >= 0) & (not states)
+        for name, columns in states.items():
+            there = torch.zeros(count, *columns)
+            region = Region((first, *(0 for _ in columns)), (count, *columns))
+            whole = LivePiece(name, (len(rows), *columns), region, there)
+            fill(self._catalogue.store, self._checkpoint, list(_by_rows(whole, rows)))
+            trained |= (there.reshape(count, -1) != 0).any(1)
+        piece.tensor[trained.to(piece.tensor.device)] = TRAINED
 
     def _check_shape(self, piece: LivePiece, source: str, stored: StoredTensor, of_rows: bool) -> None:
         first, dtype = int(of_rows), dtype_name(piece.tensor.dtype)

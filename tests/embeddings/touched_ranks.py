@@ -1,4 +1,4 @@
-"""What the ranks of the test of touched rows run."""
+"""What the ranks of the tests of touched and of trained rows run."""
 
 from pathlib import Path
 
@@ -8,18 +8,19 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from embeddings.tables import rows_by_feature, table_weights
 from embeddings.touched import TouchedRows
-from tests.embeddings.sharded import LAYOUTS, STEPS, global_batch, jagged, shard, tables_of
+from embeddings.trained import TrainedRows
+from tests.embeddings.sharded import LAYOUTS, STEPS, TABLES, global_batch, jagged, shard, tables_of
 
 Shards = list[tuple[str, int, int, list[int], list[int]]]
 """(table, first row, rows, rows of the table that are marked, those after `clear`) of each shard."""
 
 
-def train_every_layout(folder: str) -> dict[str, Shards]:
-    """This rank's shards after some steps, and evaluations of other rows."""
+def train_every_layout(folder: str) -> dict[str, tuple[Shards, dict[str, list[int]]]]:
+    """After some steps, and evaluations of other rows: this rank's shards; what each feature's ids are replaced by."""
     return {layout: _train(layout, Path(folder)) for layout in LAYOUTS}
 
 
-def _train(layout: str, folder: Path) -> Shards:
+def _train(layout: str, folder: Path) -> tuple[Shards, dict[str, list[int]]]:
     _, model, optimizers = shard(layout, folder)
     tables = tables_of(model)
     touched = TouchedRows(tables)
@@ -41,10 +42,15 @@ def _train(layout: str, folder: Path) -> Shards:
     ]
     marked = [_rows(touched, name, first) for name, first, _ in held]
     touched.clear()
-    return [
+    shards = [
         (name, first, count, rows, _rows(touched, name, first))
         for (name, first, count), rows in zip(held, marked, strict=True)
     ]
+    trained = TrainedRows(tables, optimizers, torch.device("cpu"))
+    every = {feature: [[*range(table.num_embeddings)]] for table in TABLES for feature in table.features}
+    replaced = trained.replace_unknown(jagged({**every, "noise": [[10**9]]}))
+    parts = replaced.values().split(replaced.length_per_key())
+    return shards, {name: ids.tolist() for name, ids in zip(replaced.keys(), parts, strict=True)}
 
 
 def _rows(touched: TouchedRows, table: str, first: int) -> list[int]:

@@ -22,7 +22,7 @@ from tests.support.training import TIMEOUT_S, read_checkpoint, start_training, t
 from trainer.checkpoint.pieces import LivePiece
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
-from trainer.warm_start import WarmStart, _by_rows
+from trainer.warm_start import TRAINED, WarmStart, _by_rows
 
 UNTOUCHED = -7.0
 
@@ -133,6 +133,17 @@ def test_what_is_named_otherwise_is_taken_by_both_names(trained: tuple[Path, Pat
         assert taken(tensors) == {name.replace("/encoder.", "/input.") for name in of_encoder}
         for name in of_encoder:
             assert torch.equal(tensors[name.replace("/encoder.", "/input.")], whole[name])
+
+
+def test_rows_that_were_trained_count_as_trained_without_their_optimizer(trained: tuple[Path, Path]) -> None:
+    """State that no update feels, at the rows that had some."""
+    data, run = trained
+    rows = read_dataset_info(str(data)).num_items
+    [tensors] = run_ranks(1, loaded, run, str(data), ("tables/*",), rows)
+    whole = read_checkpoint(max((run / "checkpoints").glob("step-*")))
+    stored, found = (each["tables_optimizer/item/momentum1"] for each in (whole, tensors))
+    assert 0 < (stored > 0).sum() < rows
+    assert torch.equal(found, torch.where(stored > 0, torch.tensor(TRAINED), torch.tensor(UNTOUCHED)))
 
 
 def test_a_run_begins_with_what_another_has_learnt(trained: tuple[Path, Path], tmp_path: Path) -> None:

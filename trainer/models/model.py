@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchrec.streamable import Pipelineable
 
 from embeddings.tables import Rows, Tables
+from embeddings.trained import TrainedRows
 
 
 class Objective(nn.Module):
@@ -55,6 +56,10 @@ class Model(nn.Module):
         loss: Tensor = self.objective(self.tables(batch.inputs.features), batch)
         return loss
 
-    def score(self, inputs: Any) -> Any:
-        """The tower's outputs: of a ranker [C, outputs of all labels], of a retriever one at every event."""
-        return self.tower(self.tables(inputs.features), inputs)
+    def score(self, inputs: Any, trained: TrainedRows | None = None) -> Any:
+        """The tower's outputs: of a ranker [C, outputs of all labels], of a retriever one at every event.
+
+        Ids whose row is not among the `trained` ones read that of the unknown id.
+        """
+        features = inputs.features if trained is None else trained.replace_unknown(inputs.features)
+        return self.tower(self.tables(features), inputs)

@@ -14,7 +14,7 @@ from pipelines.selection import Selection
 from trainer.baseline import baseline_metrics
 from trainer.columns import ranker_columns, table_configs, widths
 from trainer.config import TrainConfig
-from trainer.evaluate import evaluate, ranking_table
+from trainer.evaluate import evaluate, ranking_table, unknown_lines, with_unknown
 from trainer.labels.binary import action_rates
 from trainer.labels.loss import RankingLoss, build_ranking_loss
 from trainer.mesh import Mesh
@@ -153,5 +153,8 @@ class Ranking:
             # Rates count every candidate alike, the model's NE as much as its weight says: not to be compared.
             rates = {name: math.nan if name.startswith("ne/") else value for name, value in rates.items()}
         baseline = {**found.constant, **rates}
-        table = ranking_table(found.metrics, baseline, self.labels.kinds) if mesh.is_first else ""
-        return Evaluation(found.metrics, table)
+        table = ""
+        if mesh.is_first:
+            table = ranking_table(found.metrics, baseline, self.labels.kinds)
+            table += unknown_lines(found, self.labels.kinds)
+        return Evaluation(with_unknown(found), table)

@@ -85,7 +85,12 @@ class Retrieval:
         )
 
     def check_training_data(self) -> None:
-        """Any events will do."""
+        """Any events will do, under their own ids."""
+        if self.config.data.unknown_share:
+            raise ValueError(
+                f"data.unknown_share={self.config.data.unknown_share} is for rankers: a retriever would learn to "
+                "predict the unknown item, and its negatives train the rows of items that nobody took; set it to 0"
+            )
 
     def ids_per_sample(self, events: float, candidates: float, samples_per_rank: int) -> dict[str, float]:
         """Each event's item, and the negatives: of a step, or of every prediction."""
