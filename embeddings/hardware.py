@@ -27,6 +27,8 @@ class Rates:
     """To other ranks of the node, one direction."""
     across_nodes: float
     """To ranks of other nodes, one direction."""
+    across_racks: float | None = None
+    """To ranks of nodes behind another switch, one direction; null takes `across_nodes`."""
     host_link: float
     """Between device and host memory; matters for the fused_uvm kernels only."""
     cached: float | None = None

@@ -14,6 +14,8 @@ class Machine:
     """Ranks."""
     local_world_size: int
     """Ranks a node."""
+    racks: int = 1
+    """Groups of nodes, each behind a switch of its own, that the nodes are spread over."""
     compute_device: str
     """Where tables and model live: cuda or cpu."""
     hbm_gib: float | None = None
@@ -31,6 +33,9 @@ class Machine:
                 f"world_size={self.world_size} must be a positive multiple of "
                 f"local_world_size={self.local_world_size}: every node runs the same number of ranks"
             )
+        nodes = self.world_size // self.local_world_size
+        if not 1 <= self.racks <= nodes:
+            raise ValueError(f"racks={self.racks} must be between 1 and the number of nodes, {nodes}")
         if self.compute_device not in ("cuda", "cpu"):
             raise ValueError(f"compute_device must be cuda or cpu, got {self.compute_device!r}")
         if (self.compute_device == "cuda") != (self.hbm_gib is not None):
@@ -61,13 +66,27 @@ class Machine:
         name = self.nearest_gpu
         return CPU_RATES if name is None else GPUS[name].rates
 
+    @property
+    def network_rate(self) -> float:
+        """GB/s of a rank to other nodes: where there are several racks, across them."""
+        rates = self.effective_rates
+        return rates.across_racks if self.racks > 1 and rates.across_racks else rates.across_nodes
+
+    @property
+    def exchange_rate(self) -> float:
+        """GB/s of a rank in an exchange among all: that of the slowest link in it.  One rank exchanges nothing."""
+        if self.world_size == 1:
+            return math.inf
+        return self.network_rate if self.world_size > self.local_world_size else self.effective_rates.within_node
+
     def describe(self) -> str:
         """One line for reports and errors."""
         nodes = self.world_size // self.local_world_size
         like = f", bandwidths of {self.nearest_gpu}" if self.nearest_gpu and self.rates is None else ""
+        racks = f", {self.racks} racks" if self.racks > 1 else ""
         like = f", rates {self.calibration}" if self.calibration else like
         return (
-            f"{self.world_size} {self.compute_device} ranks ({nodes} x {self.local_world_size}), "
+            f"{self.world_size} {self.compute_device} ranks ({nodes} x {self.local_world_size}{racks}), "
             f"{self.memory_gib:g} GiB each{like}"
         )
 

@@ -31,6 +31,7 @@ from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
 from launch.schedulers.slurm_queue import SlurmJob
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 from trainer.run_dir import RunDir
+from trainer.stop_signal import ASKING
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +191,8 @@ class Allocation:
                 # The limit may have been extended since, and the run knows better how long it takes to save.
                 warn_at = self._warning_time(started)
             near = warn_at is not None and time.time() >= warn_at
-            if not stopping and (near or received in signals.STOPPING):
-                why = received.name if received in signals.STOPPING else "the time limit is near"
+            if not stopping and (near or received in ASKING):
+                why = received.name if received in ASKING else "the time limit is near"
                 logger.info("%s: the run saves its state and stops", why)
                 stopping = True
                 # srun ends its step on SIGTERM and SIGINT; SIGUSR1 it passes on.

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from launch import signals
 from trainer.exit_status import FAILED, STOPPED
+from trainer.stop_signal import AGENT, OWN_AGENT
+from trainer.stopped import LOOK_S, LOST, StoppedProcesses
 
-GRACE_S = 15.0
+GRACE_S = 5.0
 """How long the others may take to end after one has failed: their collectives fail at once, or never."""
 
 
@@ -48,8 +50,7 @@ class Place:
             "MASTER_ADDR": self.first_host,
             "MASTER_PORT": str(self.port),
             "PYTHONUNBUFFERED": "1",
-            # That an agent started it, whose end is the job's.
-            "TORCHELASTIC_RUN_ID": "launch",
+            AGENT: OWN_AGENT,
         }
         if self.procs_per_node > 1:
             own["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", "1")
@@ -61,6 +62,8 @@ def run_processes(command: Sequence[str], place: Place) -> int:
 
     To be called with signals held.  The first that asks to stop is passed on, and then waited for as long as saving
     takes; a second Ctrl-C ends the processes.  When one fails, the others are asked to end and, after GRACE_S, made to.
+    One that a signal has stopped for good is ended, and counts as failed.  The end of the process that started this one
+    asks to stop.
     """
     running = {
         local_rank: subprocess.Popen(command, env=place.variables(local_rank, os.environ), start_new_session=True)
@@ -68,12 +71,20 @@ def run_processes(command: Sequence[str], place: Place) -> int:
     }
     status, deadline = 0, None
     asked: set[signal.Signals] = set()
+    stopped, lost = StoppedProcesses(), set[int]()
+    started_by = os.getppid()
     while running:
-        received = signals.next_signal(None if deadline is None else deadline - time.monotonic())
-        if received is None:
+        received = signals.next_signal(LOOK_S)
+        if deadline is not None and time.monotonic() >= deadline:
             _send(signal.SIGKILL, running)
             deadline = None
-        elif received != signal.SIGCHLD:
+        if received is None:
+            lost |= set(stopped.look(process.pid for process in running.values()))
+            _send(signal.SIGKILL, {rank: process for rank, process in running.items() if process.pid in lost})
+            if os.getppid() != started_by and not asked:
+                # Nobody is left to whom the job belongs.
+                received = signal.SIGTERM
+        if received not in (None, signal.SIGCHLD):
             if received == signal.SIGINT and received in asked:
                 _send(signal.SIGKILL, running)
             elif not asked:
@@ -85,7 +96,8 @@ def run_processes(command: Sequence[str], place: Place) -> int:
                 continue
             del running[local_rank]
             if status in (0, STOPPED) and code not in (0, STOPPED):
-                print(_how_it_failed(place, local_rank, code), file=sys.stderr, flush=True)
+                how = LOST if process.pid in lost else _how_it_ended(code)
+                print(_failure(place, local_rank, how), file=sys.stderr, flush=True)
                 _send(signal.SIGTERM, running)
                 deadline = time.monotonic() + GRACE_S
                 status = code if code > 0 else FAILED
@@ -99,13 +111,15 @@ def _send(number: signal.Signals, running: Mapping[int, "subprocess.Popen[bytes]
         process.send_signal(number)
 
 
-def _how_it_failed(place: Place, local_rank: int, code: int) -> str:
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with status {code}"
+    by_whom = " (by the system when memory runs out, or by hand)" if -code == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-code).name}{by_whom}"
+
+
+def _failure(place: Place, local_rank: int, how: str) -> str:
     """One line with a time, by which the first failure of all nodes is found."""
-    how = f"ended with status {code}"
-    if code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            how += " (by the system when memory runs out, or by hand)"
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     moment = time.strftime("%Y-%m-%d %H:%M:%S")
     return f"{moment} rank {place.rank(local_rank)} failed: it {how} (node {place.node_rank}, {host})"

@@ -9,27 +9,28 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What asks a job to save and stop: a scheduler's end, Ctrl-C, a scheduler's early warning."""
+from trainer.stop_signal import asking, leave_terminal
 
-_HELD = {*STOPPING, signal.SIGCHLD}
+
+def _held() -> set[signal.Signals]:
+    return {*asking(), signal.SIGCHLD}
 
 
 def hold() -> None:
     """Hold back the signals that ask to stop, and the end of a child, until this process ends: one that comes in its
     last moments does not change how it ends."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _held())
 
 
 @contextmanager
 def held() -> Iterator[None]:
     """The same for the duration of the block only."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _held())
     try:
         yield
     finally:
         # What came and was not taken has been dealt with by what came before it: a second Ctrl-C, the last child's end.
-        while signal.sigtimedwait(_HELD, 0) is not None:
+        while signal.sigtimedwait(_held(), 0) is not None:
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -37,6 +38,12 @@ def held() -> Iterator[None]:
 def next_signal(timeout_s: float | None) -> signal.Signals | None:
     """Wait for a signal that is held back; None after `timeout_s` seconds without one (None: wait for ever)."""
     if timeout_s is None:
-        return signal.Signals(signal.sigwait(_HELD))
-    taken = signal.sigtimedwait(_HELD, max(0.0, timeout_s))
-    return None if taken is None else signal.Signals(taken.si_signo)
+        return _taken(signal.sigwait(_held()))
+    taken = signal.sigtimedwait(_held(), max(0.0, timeout_s))
+    return None if taken is None else _taken(taken.si_signo)
+
+
+def _taken(number: int) -> signal.Signals:
+    if number == signal.SIGHUP:
+        leave_terminal()
+    return signal.Signals(number)

@@ -1,8 +1,11 @@
 """From a resolved run to its model: the single-process one, where its tables go, and the parallel one."""
 
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from embeddings.hardware import node_type
 from embeddings.host import host_memory_gib
@@ -58,6 +61,31 @@ def machine_of(mesh: Mesh, rates_of: str | None = None) -> Machine:
     )
 
 
+def agreed_machine(machine: Machine, mesh: Mesh) -> Machine:
+    """What all ranks have, so that all make the same plan: the least memory of any, and the racks of all.  Called by
+    every rank, each with its own machine.
+
+    Raises:
+        ValueError: nodes run different numbers of processes.
+    """
+    mine = (socket.gethostname(), mesh.rack, machine)
+    ranks: list[tuple[str, str, Machine]] = [mine] * mesh.world_size
+    dist.all_gather_object(ranks, mine)  # every rank
+    for host, _, other in ranks:
+        if other.local_world_size != ranks[0][2].local_world_size:
+            raise ValueError(
+                f"node {host} runs {other.local_world_size} processes, node {ranks[0][0]} runs "
+                f"{ranks[0][2].local_world_size}: start as many on every node"
+            )
+    machines = [other for _, _, other in ranks]
+    return replace(
+        machines[0],
+        hbm_gib=min((other.hbm_gib for other in machines if other.hbm_gib is not None), default=None),
+        ddr_gib=min(other.ddr_gib for other in machines),
+        racks=len({rack for _, rack, _ in ranks}),
+    )
+
+
 def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = None) -> Plan:
     """Read the plan of `plan_file`, checked against tables and machine, or make one.  Every rank makes the same."""
     problem = problem_of(
@@ -75,6 +103,16 @@ def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = Non
         return read_plan(plan_file, problem)
     except ValueError as error:
         raise WrongUse(str(error)) from None
+
+
+def agreed_plan(plan: Plan, resolved: Resolved, mesh: Mesh, plan_file: Path | None = None) -> Plan:
+    """The plan for what all ranks have, where that is not what this one saw alone.  Called by every rank.
+
+    Raises:
+        ValueError: nodes run different numbers of processes, or the tables do not fit the smallest node.
+    """
+    machine = agreed_machine(plan.machine, mesh)
+    return plan if machine == plan.machine else make_plan(resolved, machine, plan_file)
 
 
 def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:

@@ -25,7 +25,7 @@ from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
-from trainer.build import build_parallel, machine_of, make_plan
+from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer, Restart
 from trainer.checkpoint.loading import load_checkpoint
@@ -93,6 +93,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
         batches = opened.enter_context(closing(iter(loader)))
         check_machines(mesh, config.model.layers, getattr(torch, config.precision))
+        plan = agreed_plan(plan, resolved, mesh, start.plan_file)
         model = build_parallel(settled, plan, mesh)
         checkpointer = Checkpointer(
             run,
@@ -223,7 +224,7 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
     file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
     with logged(run, mesh), joined(mesh):
-        model = build_parallel(resolved, plan, mesh)
+        model = build_parallel(resolved, agreed_plan(plan, resolved, mesh), mesh)
         group = dist.new_group(backend="gloo")
         load_checkpoint(catalogue, checkpoint, model.tensors(), group, grown)
         evaluate(resolved, model, file, mesh, checkpoint.step)

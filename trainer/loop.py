@@ -118,7 +118,6 @@ def _steps(
     count: Callable[[Consumed, Outcome | None], None],
 ) -> Iterator[float]:
     """Take one step after another until the feed ends: the factor of the learning rates of each."""
-    STOP.heeded = True
     while True:
         factor = model.optimizers.set_step(progress.step + 1)
         seed_step(seed, progress.step + 1, rank)
@@ -131,6 +130,7 @@ def _steps(
         consumed = feed.done()
         progress.advance(consumed.samples, consumed.position)
         count(consumed, outcome)
+        STOP.heeded = True
         yield factor
 
 

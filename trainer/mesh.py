@@ -34,6 +34,8 @@ class Mesh:
     """Number of processes of the job on this machine."""
     device: torch.device
     """Where this process computes."""
+    rack: str = ""
+    """The switch that this machine is behind, as the scheduler calls it; empty where it does not say."""
     sharing: int = 1
     """Neighbouring ranks that train on the same samples (`trainer.context_parallel`)."""
 
@@ -67,6 +69,11 @@ def _environment(name: str, default: int) -> int:
     return int(text)
 
 
+def _rack() -> str:
+    """From Slurm's address of the node, SPINE.LEAF.NODE; without a topology that is the node's name alone."""
+    return os.environ.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[0]
+
+
 def discover_mesh(sharing: int = 1) -> Mesh:
     """Read this process's place from torchrun's variables; without them, the job is this one process.
 
@@ -95,6 +102,7 @@ def discover_mesh(sharing: int = 1) -> Mesh:
         world_size=world_size,
         local_world_size=local_world_size,
         device=device,
+        rack=_rack(),
         sharing=sharing,
     )
 

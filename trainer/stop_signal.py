@@ -1,10 +1,11 @@
-"""Being asked to stop: noted at any time, obeyed by the training loop where all ranks can agree.
+"""Being asked to stop: obeyed by the training loop where all ranks can agree; before the first step, at once.
 
 Standard library only: the signals are heard before torch is imported, which takes seconds.
 """
 
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -12,8 +13,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What asks a run to save and stop."""
+from trainer.exit_status import STOPPED
+from trainer.stopped import LOOK_S, LOST, StoppedProcesses, children, rank_of
+
+AGENT, OWN_AGENT = "TORCHELASTIC_RUN_ID", "launch"
+"""The variable by which a process knows that an agent started it, whose end is the job's; its value from ours."""
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""What asks a run to save and stop: a scheduler's end, its early warning, Ctrl-C, a terminal that is closed."""
+
+
+def asking() -> set[signal.Signals]:
+    """Those of this process: one that nohup started stays when its terminal goes."""
+    return {number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def leave_terminal() -> None:
+    """Write nowhere from now on: a terminal that is gone answers every word with an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
+    os.close(nowhere)
 
 
 @contextmanager
@@ -32,47 +53,80 @@ class StoppedEarly(InterruptedError):
 
 
 class StopSignal:
-    """Notes SIGTERM, which schedulers send before they take a machine back, SIGUSR1, by which they warn in time, and
-    Ctrl-C.  A second Ctrl-C stops the process at once."""
+    """Notes what asks to stop.  A second Ctrl-C stops the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
         self.heeded = False
-        """Whether the training loop looks at it: from its first step on."""
+        """Whether the training loop looks at it: once there is a step to save.  Until then a stop ends the process."""
 
     def listen(self) -> None:
         """From now on, in the main thread; what the process's launcher held back for it arrives here."""
-        for number in ASKING:
+        heard, arrives = os.pipe()
+        os.set_blocking(arrives, False)
+        for number in asking():
             signal.signal(number, self._note)
+        # Handlers wait until the main thread is back from C, where imports and meetings of ranks spend minutes.
+        signal.set_wakeup_fd(arrives, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        Thread(target=self._hear, args=(heard,), name="stop-signal", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ASKING, signal.SIGCHLD})
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if AGENT in os.environ:
             Thread(target=self._follow, args=(os.getppid(),), name="follow-agent", daemon=True).start()
 
     def _follow(self, agent: int) -> None:
-        """Stop when the agent that started this process dies; at once where nothing has been trained, for the ranks
-        that it would have started may never come."""
+        """Stop when the agent that started this process dies, and see that no sibling stands still for good."""
         # Processes whose parent has died are given to the first of the machine, which is an agent in containers only.
         orphaned = agent == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
+        stopped = StoppedProcesses()
         while not orphaned and os.getppid() == agent:
-            time.sleep(1.0)
-        print("error: the agent that started this rank has died; stopping", file=sys.stderr, flush=True)
+            time.sleep(LOOK_S)
+            # Our own agent looks for itself; torchrun does not.
+            if os.environ[AGENT] != OWN_AGENT:
+                _end_lost(stopped, agent)
+        self.ask("the agent that started this rank has died")
+
+    def ask(self, why: str) -> None:
+        """Stop, because something has gone on which the job depends; saves what there is to save.  From any thread."""
+        print(f"error: {why}; stopping", file=sys.stderr, flush=True)
         if not self.heeded:
             os._exit(1)
         self.requested = True
 
+    def _hear(self, heard: int) -> None:
+        while number := os.read(heard, 1):
+            if number[0] in ASKING and not self.heeded:
+                if number[0] == signal.SIGHUP:
+                    leave_terminal()
+                if os.environ.get("RANK", "0") == "0":
+                    os.write(2, b"stopped before the first step: start the same command to go on\n")
+                os._exit(STOPPED)
+
     def _note(self, signum: int, frame: object) -> None:
         self.requested = True
+        if signum == signal.SIGHUP:
+            leave_terminal()
         if signum != signal.SIGINT:
             self.ignore()
         # torchrun passes Ctrl-C on to processes that the terminal has told already.
-        if signum == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if signum == signal.SIGINT and AGENT not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @staticmethod
     def ignore() -> None:
         """From now on: the process stops or is done, and must not be ended by another signal while Python clears up."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _end_lost(stopped: StoppedProcesses, agent: int) -> None:
+    """End ranks that have been stopped too long; the first that runs of those that an agent has started does so."""
+    ranks = [pid for pid in children(agent) if rank_of(pid) is not None]
+    lost = stopped.look(ranks)
+    if os.getpid() == next((pid for pid in ranks if pid not in lost), None):
+        for pid in lost:
+            print(f"error: rank {rank_of(pid)} {LOST}; ending it", file=sys.stderr, flush=True)
+            os.kill(pid, signal.SIGKILL)
 
 
 STOP = StopSignal()

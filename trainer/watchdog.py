@@ -35,6 +35,8 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 """`Watchdog.phase`, or `nullcontext` where nobody watches."""
 
 BEAT_S = 1.0
+PAUSE_S = 5 * BEAT_S
+"""Between two beats of a process that stood still as a whole."""
 FACTOR = 10.0
 """Times the longest phase of its kind so far."""
 FIRST = 5
@@ -89,6 +91,10 @@ class Clock:
             return self._limits.first_s
         return max(self._limits.least_s, FACTOR * self._longest[phase])
 
+    def forgive(self, seconds: float) -> None:
+        """Take time out of the phase, for nothing of this process ran in it."""
+        self._since += seconds
+
     def enter(self, phase: str) -> None:
         """A phase begins; the one around it stands still."""
         self._since = time.monotonic()
@@ -121,6 +127,8 @@ class Watchdog:
         self._limits = limits
         self._main = threading.main_thread().ident
         self._over = threading.Event()
+        # Whoever is lost from now on has said which process it is.
+        self._tell(0)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -144,13 +152,19 @@ class Watchdog:
         self.clock.enter(_OVER)
         # The store may have ended with the first node's agent.
         with contextlib.suppress(RuntimeError):
-            self._tell(0)
+            self._tell(-1)
 
     def _run(self) -> None:
         count, seen, seen_at = 0, -1, time.monotonic()
+        looked_at = seen_at
         following = (self._mesh.rank + 1) % self._mesh.world_size
         try:
             while not self._over.wait(BEAT_S):
+                pause, looked_at = time.monotonic() - looked_at, time.monotonic()
+                if pause > PAUSE_S:
+                    # A job that is suspended, with its machine or by its scheduler, goes on where it was.
+                    self.clock.forgive(pause)
+                    seen_at += pause
                 count += 1
                 self._tell(count)
                 if self._store.check([_VERDICT]):
@@ -168,8 +182,7 @@ class Watchdog:
         except RuntimeError as error:
             # The store's process, the first node's agent, has gone: so will this job.
             if not self._over.is_set():
-                logger.error("the job's store is gone (%s); stopping", str(error).splitlines()[0])
-                STOP.requested = True
+                STOP.ask(f"the job's store is gone ({str(error).splitlines()[0]})")
 
     def _tell(self, count: int) -> None:
         clock = self.clock

@@ -95,12 +95,8 @@ class Work:
 
     @property
     def link_bytes_per_ms(self) -> float:
-        """Rate of an exchange among all ranks: that of the slowest link in it.  One rank exchanges nothing."""
-        if self.machine.world_size == 1:
-            return math.inf
-        rates = self.machine.effective_rates
-        across = self.machine.world_size > self.machine.local_world_size
-        return (rates.across_nodes if across else rates.within_node) * _GB_PER_S_IN_BYTES_PER_MS
+        """Rate of an exchange among all ranks."""
+        return self.machine.exchange_rate * _GB_PER_S_IN_BYTES_PER_MS
 
 
 class ShardingKind(ABC):

@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.planner import torchrec_plan
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
+from embeddings.hardware import Rates
 from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.planner import DENSE_COPIES, dense_bytes, plan_tables
@@ -312,3 +313,14 @@ def test_model_with_other_tables_than_the_plan_is_refused() -> None:
         model.tables = build_tables([other], device=torch.device("meta"))
         with pytest.raises(ValueError, match=message):
             apply_plan(model, made, device=torch.device("cpu"))
+
+
+def test_an_exchange_goes_at_the_rate_of_its_slowest_link() -> None:
+    rates = Rates(device=1000, within_node=400, across_nodes=50, across_racks=10, host_link=50)
+    node = Machine(world_size=8, local_world_size=8, compute_device="cuda", hbm_gib=80, rates=rates)
+    nodes = replace(node, world_size=32)
+    racks = replace(nodes, racks=2)
+    unknown = replace(racks, rates=replace(rates, across_racks=None))
+    assert [machine.exchange_rate for machine in (node, nodes, racks, unknown)] == [400, 50, 10, 50]
+    with pytest.raises(ValueError, match="racks=5 must be between 1 and the number of nodes, 4"):
+        replace(nodes, racks=5)

@@ -24,6 +24,7 @@ from trainer.stop_signal import STOP
 def main(run: RunDir, steps: int, every: int, failing: tuple[int, int], *, always: bool) -> int:
     """Count from the newest checkpoint to `steps`; returns the exit status."""
     STOP.listen()
+    STOP.heeded = True
     rank = int(os.environ["RANK"])
     log = run.log_file(rank)
     log.parent.mkdir(parents=True, exist_ok=True)

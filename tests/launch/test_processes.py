@@ -23,6 +23,7 @@ import sys, time
 from pathlib import Path
 from trainer.stop_signal import STOP
 STOP.listen()
+STOP.heeded = True
 Path(sys.argv[1], os.environ["RANK"]).touch()
 while not STOP.requested:
     time.sleep(0.02)
@@ -60,6 +61,41 @@ def test_a_failure_names_the_rank_and_ends_the_others(tmp_path: Path, end: str, 
     assert job_status(done.returncode) == status
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+# The agent, which loses its patience sooner.
+IMPATIENT = """
+import sys
+from trainer import stopped
+stopped.LOOK_S, stopped.LOOKS = 0.05, 3
+from launch.node import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("procs", [1, 2])
+def test_a_process_that_a_signal_has_stopped_is_named_and_ends_the_job(tmp_path: Path, procs: int) -> None:
+    script = _script(tmp_path, f"if os.environ['RANK'] == '{procs - 1}':\n    os.kill(os.getpid(), signal.SIGSTOP)\n")
+    script.write_text(f"{script.read_text()}signal.pthread_sigmask(signal.SIG_SETMASK, [])\nsignal.pause()")
+    node = ["--nodes", "1", "--procs-per-node", str(procs), "--node-rank", "0", "--first-node-variable", "FIRST", "--"]
+    command = [sys.executable, "-c", IMPATIENT, *node, str(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert job_status(done.returncode) == FAILED
+    assert f"rank {procs - 1} failed: it has been stopped by a signal (SIGSTOP) for" in done.stderr
+
+
+def test_the_job_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    script = _script(tmp_path, OBEDIENT)
+    starts = f"import subprocess, sys\nsubprocess.Popen({[*NODE, str(script), str(tmp_path)]!r})\nsys.stdin.read()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", starts], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        while len(list(tmp_path.iterdir())) < 3:
+            assert process.poll() is None
+        process.kill()
+        # The ranks hold this pipe too.
+        assert process.stdout is not None and process.stdout.read() == b""
 
 
 def test_processes_know_their_place(tmp_path: Path) -> None:

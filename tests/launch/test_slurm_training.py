@@ -2,6 +2,7 @@
 nothing has ended, digit for digit.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -47,6 +48,8 @@ def test_a_warned_run_saves_and_goes_on(cluster: Cluster, unbroken: dict[int, fl
     expect(record, AppState.SUCCEEDED)
     assert [attempt.ended for attempt in attempts.read(tmp_path / "run")] == ["stopped", "done"]
     _expect_losses(record, 60, unbroken)
+    machine = json.loads((tmp_path / "run" / "plan.json").read_text())["machine"]
+    assert (machine["world_size"], machine["local_world_size"], machine["racks"]) == (2, 1, 2)
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
 
 

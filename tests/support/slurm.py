@@ -1,7 +1,8 @@
 """A real Slurm on this machine: Debian's slurmctld, slurmd and munge, in a folder of their own.
 
-Two nodes run jobs.  Four more have 8 GPUs each, made up of plain files, and say which requests Slurm accepts; on two of
-them jobs of the partition `low` make way for those of `urgent`.  Two hundred others are down, for jobs that only wait.
+Two nodes run jobs, each in a rack of its own.  Four more have 8 GPUs each, made up of plain files, and say which
+requests Slurm accepts; on two of them jobs of the partition `low` make way for those of `urgent`.  Two hundred others
+are down, for jobs that only wait.
 
     python -m tests.support.slurm install        # Debian's packages slurm-wlm and munge; needs root
     python -m tests.support.slurm run FOLDER     # start a cluster, print how to use it, stop it on Ctrl-C
@@ -55,6 +56,7 @@ ReturnToService=2
 # The backfill loop starts heterogeneous jobs, by default every 30 s.
 SchedulerParameters=bf_interval=1
 SlurmdParameters=config_overrides
+TopologyPlugin=topology/tree
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory_mib}
 PartitionName=main Nodes={nodes} Default=YES State=UP PreemptMode=OFF
 GresTypes=gpu
@@ -67,6 +69,12 @@ PartitionName=low Nodes=longview-g[1-2] State=UP PriorityTier=1 PreemptMode=REQU
 PartitionName=urgent Nodes=longview-g[1-2] State=UP PriorityTier=9 PreemptMode=OFF
 NodeName=longview-w[1-200] NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 State=DOWN
 PartitionName=wide Nodes=longview-w[1-200] State=UP
+"""
+
+_TOPOLOGY = """\
+SwitchName=rack1 Nodes=longview-n1,longview-g[1-2],longview-w[1-100]
+SwitchName=rack2 Nodes=longview-n2,longview-g[3-4],longview-w[101-200]
+SwitchName=spine Switches=rack[1-2]
 """
 
 
@@ -151,6 +159,7 @@ def _write_configuration(folder: Path) -> None:
     controller_port = _free_ports(1 + len(NODES + GPU_NODES))
     for number in range(8):
         (folder / f"gpu{number}").touch()
+    (folder / "topology.conf").write_text(_TOPOLOGY)
     (folder / "gres.conf").write_text(f"NodeName=longview-g[1-4] Name=gpu File={folder}/gpu[0-7]\n")
     memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // len(NODES)
     configuration = _CONFIG.format(

@@ -46,6 +46,13 @@ def test_a_phase_inside_a_step_is_no_time_of_the_step(now: list[float]) -> None:
     assert (clock.phase, clock.seconds) == ("step", 0.0)
 
 
+def test_time_in_which_nothing_of_the_process_ran_is_no_time_of_a_phase(now: list[float]) -> None:
+    clock = Clock(WatchConfig(least_s=20.0, first_s=300.0))
+    now[0] += 1000.0
+    clock.forgive(999.0)
+    assert (clock.phase, clock.seconds) == ("start", 1.0)
+
+
 def test_limits_that_end_every_run_are_refused() -> None:
     with pytest.raises(ValueError, match=r"watch\.least_s must be above 1"):
         WatchConfig(least_s=1.0)
@@ -115,6 +122,7 @@ def test_a_stopped_rank_ends_the_job(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "rank 1 does not answer, stopped or gone" in output, output[-3000:]
+    assert "via SIGKILL" not in output, "the judge ended it"
 
 
 def test_ranks_whose_agent_dies_save_and_end(tmp_path: Path) -> None:
@@ -135,4 +143,16 @@ def test_ranks_whose_agent_dies_before_they_have_met_end_at_once(tmp_path: Path)
     _wait_until(lambda: len(_ranks_of(process)) == 2, process)
     process.kill()
     process.communicate(timeout=120)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_before_the_ranks_have_met_ends_the_others_at_once(number: int, tmp_path: Path) -> None:
+    """Torchrun asks them to end, waits for 30 s, and then forces them."""
+    module = "tests.trainer.lost_in_imports"
+    process = start_training(tmp_path / "run", 2, *ENDLESS, module=module, environment={"LOST_BY": str(number)})
+    output, _ = process.communicate(timeout=120)
+    assert "via SIGKILL" not in output, output[-3000:]
+    if number == signal.SIGSTOP:
+        assert "rank 1 has been stopped by a signal (SIGSTOP)" in output, output[-3000:]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
