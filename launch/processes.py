@@ -5,7 +5,6 @@ Each is told its place by torchrun's variables, so the trainer knows of no launc
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 from launch import signals
 from trainer.exit_status import FAILED, STOPPED
+from trainer.fitness import node_name
 from trainer.stop_signal import AGENT, OWN_AGENT
 from trainer.stopped import LOOK_S, LOST, StoppedProcesses
 
@@ -120,6 +120,5 @@ def _how_it_ended(code: int) -> str:
 
 def _failure(place: Place, local_rank: int, how: str) -> str:
     """One line with a time, by which the first failure of all nodes is found."""
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     moment = time.strftime("%Y-%m-%d %H:%M:%S")
-    return f"{moment} rank {place.rank(local_rank)} failed: it {how} (node {place.node_rank}, {host})"
+    return f"{moment} rank {place.rank(local_rank)} failed: it {how} (node {place.node_rank}, {node_name()})"

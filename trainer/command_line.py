@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import typer
 
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
+from trainer.fitness import UnfitNodes
 from trainer.stop_signal import StoppedEarly
 
 SEVERAL = ("--set", "--init-only")
@@ -47,6 +48,11 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             _say(error.format_message() if isinstance(error, typer.TyperException) else str(error))
         return WRONG_USE
+    except UnfitNodes as error:
+        # Every rank knows it, as above.
+        if os.environ.get("RANK", "0") == "0":
+            _say(str(error))
+        return FAILED
     except StoppedEarly as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)

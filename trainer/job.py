@@ -92,7 +92,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     with sole, logged(run, mesh), joined(mesh) as store, ExitStack() as opened:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
         batches = opened.enter_context(closing(iter(loader)))
-        check_machines(mesh, config.model.layers, getattr(torch, config.precision))
+        check_machines(mesh, store, run_dir, config.model.layers, getattr(torch, config.precision))
         plan = agreed_plan(plan, resolved, mesh, start.plan_file)
         model = build_parallel(settled, plan, mesh)
         checkpointer = Checkpointer(

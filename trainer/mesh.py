@@ -50,6 +50,27 @@ class Mesh:
         return self.world_size // self.sharing
 
     @property
+    def nodes(self) -> int:
+        """Machines of the job."""
+        return self.world_size // self.local_world_size
+
+    @property
+    def is_first_of_node(self) -> bool:
+        """Whether this process does what a machine does once."""
+        return self.rank % self.local_world_size == 0
+
+    @property
+    def ranks_of_node(self) -> range:
+        """The processes of this machine."""
+        first = self.rank - self.rank % self.local_world_size
+        return range(first, first + self.local_world_size)
+
+    @property
+    def ranks_across_nodes(self) -> range:
+        """The processes that are on their machines what this one is on its."""
+        return range(self.rank % self.local_world_size, self.world_size, self.local_world_size)
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes what the job writes once."""
         return self.rank == 0

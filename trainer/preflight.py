@@ -2,41 +2,47 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import logging
-import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from attention_kernels.selfcheck import check_attention
+from trainer.fitness import OURS, Facts, UnfitNodes, facts_here, node_name, problems
 from trainer.mesh import Mesh
 from trainer.models.config import LayerConfig
+from trainer.slow_ranks import check_ranks
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
-"""The project's top-level packages; their names are plain words, so another distribution might claim one."""
 
 FP8_CAPABILITY = (8, 9)
 """The least compute capability whose tensor cores take FP8."""
 
-FIRST_COLLECTIVE_MIB = {"cuda": 256, "cpu": 4}
-"""What the ranks add up before the first step."""
+ANSWER_S = 60
+"""How long nodes may take to say whether they are fit."""
+
+_NODES = "preflight"
+"""Under which the nodes' answers stand in the store."""
 
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton")
 
 
 def check_packages() -> None:
-    """Make sure that each of our packages is imported from this checkout.
+    """Make sure that each of our packages is imported from this checkout: their names are plain words, so another
+    distribution might claim one.
 
     Raises:
         ImportError: another installed package of the same name comes first on the path.
     """
     root = Path(__file__).resolve().parents[1]
-    for name in PACKAGES:
+    for name in OURS:
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if found != root / name:
@@ -46,14 +52,63 @@ def check_packages() -> None:
             )
 
 
-def check_machines(mesh: Mesh, layers: Collection[LayerConfig], dtype: torch.dtype) -> None:
-    """What can only be tried with all ranks there: their collectives, and the kernels on each.  Called by every rank.
+def check_machines(
+    mesh: Mesh, store: Store, run_dir: Path, layers: Collection[LayerConfig], dtype: torch.dtype
+) -> None:
+    """What can only be tried with all ranks there: whether nodes are alike, who is slow, and the kernels on each.
+    Called by every rank.
 
     Raises:
+        UnfitNodes: a node cannot take part.
         KernelMismatchError: the kernels differ from their reference.
     """
+    check_nodes(mesh, store, run_dir)
     check_ranks(mesh)
     check_kernels(mesh.device, layers, dtype)
+
+
+def check_nodes(mesh: Mesh, store: Store, run_dir: Path) -> None:
+    """Compare every node of a job with the first, whatever has started it; a launcher may have done so before.
+    Called by every rank, each of which has opened the data.
+
+    Through the store that they met at: collectives of other code than the first node's would wait for one another.
+
+    Raises:
+        UnfitNodes: nodes cannot take part, or do not answer; names each and says why.
+    """
+    if mesh.nodes == 1:
+        return
+    # Among the logs: what a killed start leaves behind there is nothing of the run's.
+    token = f"logs/preflight-{time.time_ns()}"
+    if mesh.is_first:
+        (run_dir / token).write_text(token)
+        store.set(f"{_NODES}/first", json.dumps(asdict(facts_here(token))))
+    if mesh.is_first_of_node:
+        first = Facts(**json.loads(store.get(f"{_NODES}/first")))
+        here = facts_here(first.token)
+        found = list(problems(first, here, run_dir=run_dir, data=(), procs_per_node=mesh.local_world_size))
+        store.set(f"{_NODES}/{mesh.rank}", json.dumps({"node": node_name(), "problems": found}))
+    if mesh.is_first:
+        store.set(f"{_NODES}/unfit", json.dumps(list(_unfit_nodes(mesh, store))))
+        (run_dir / token).unlink()
+    unfit = json.loads(store.get(f"{_NODES}/unfit"))
+    if unfit:
+        raise UnfitNodes("; ".join(unfit))
+
+
+def _unfit_nodes(mesh: Mesh, store: Store) -> Iterator[str]:
+    """What the nodes answer that are not fit, and which do not answer."""
+    deadline = time.monotonic() + ANSWER_S
+    for rank in range(0, mesh.world_size, mesh.local_world_size):
+        key = f"{_NODES}/{rank}"
+        try:
+            store.wait([key], timedelta(seconds=max(1.0, deadline - time.monotonic())))
+        except dist.DistError:
+            yield f"the node of rank {rank} has not answered in {ANSWER_S} s: it may run other code than the first one"
+            continue
+        answer = json.loads(store.get(key))
+        if answer["problems"]:
+            yield f"node {answer['node']}: {'; '.join(answer['problems'])}"
 
 
 def check_kernels(device: torch.device, layers: Collection[LayerConfig], dtype: torch.dtype) -> None:
@@ -69,52 +124,6 @@ def check_kernels(device: torch.device, layers: Collection[LayerConfig], dtype: 
             logger.info(
                 "attention kernels agree with their reference: %s, heads of %d, %d", dtype, key_size, value_size
             )
-
-
-def check_ranks(mesh: Mesh) -> None:
-    """Time a product on every rank and the first collectives, and name the ranks that are slow.  Called by every rank.
-
-    On a CPU other processes' work would be mistaken for slowness, so only the collectives are tried there.
-    """
-    product_ms = _product_ms(mesh.device) if mesh.device.type == "cuda" else 0.0
-    mine = (socket.gethostname(), product_ms)
-    ranks: list[tuple[str, float]] = [mine] * mesh.world_size
-    dist.all_gather_object(ranks, mine)  # every rank
-    num_bytes = FIRST_COLLECTIVE_MIB[mesh.device.type] * 2**20
-    x = torch.zeros(num_bytes // 4, device=mesh.device)
-    dist.all_reduce(x)  # every rank; the first one sets up connections
-    started = time.perf_counter()
-    dist.all_reduce(x)
-    total = x.sum().item()  # waits for the device
-    rate = num_bytes / (time.perf_counter() - started) / 1e9
-    assert total == 0, "a sum of zeros"
-    if mesh.is_first:
-        logger.info("all-reduce of %d MiB over %d ranks: %.2f GB/s", num_bytes // 2**20, mesh.world_size, rate)
-        for words in slow_ranks(ranks):
-            logger.warning("%s", words)
-
-
-def slow_ranks(ranks: Sequence[tuple[str, float]], factor: float = 1.3) -> list[str]:
-    """Ranks, each with its host and the time of a product in ms, that take `factor` times the median or more."""
-    median = sorted(ms for _, ms in ranks)[len(ranks) // 2]
-    return [
-        f"rank {rank} on {host} takes {ms:.2f} ms for a product, the median rank {median:.2f}: all wait for it"
-        for rank, (host, ms) in enumerate(ranks)
-        if median > 0 and ms >= factor * median
-    ]
-
-
-def _product_ms(device: torch.device) -> float:
-    """A square product in bfloat16, the best of a few."""
-    a = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        torch.mm(a, a)
-        torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - started) * 1e3)
-    return min(times)
 
 
 def check_fp8(device: torch.device) -> None:

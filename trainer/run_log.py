@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from trainer.fitness import OURS
 from trainer.mesh import Mesh
-from trainer.preflight import PACKAGES
 from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class _Terminal(logging.Handler):
 
 def _for_terminal(record: logging.LogRecord) -> bool:
     """Ours, and libraries' errors; tracebacks are for the file, the command line says what went wrong in one line."""
-    return not record.exc_info and (record.name.split(".")[0] in PACKAGES or record.levelno >= logging.ERROR)
+    return not record.exc_info and (record.name.split(".")[0] in OURS or record.levelno >= logging.ERROR)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Slurm for tests: commands that a test writes itself, and a real cluster."""
+"""Slurm for tests: a real cluster."""
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,18 +31,3 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(records, "FILE", running_cluster.folder / "jobs.jsonl")
         yield running_cluster
-
-
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put shell scripts, by name, before everything else that is on the path."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-    def write(**scripts: str) -> None:
-        for name, text in scripts.items():
-            (folder / name).write_text(f"#!/bin/sh\n{text}\n")
-            (folder / name).chmod(0o755)
-
-    return write

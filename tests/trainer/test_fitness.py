@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from launch import fitness
 from launch.allocation import read_answers
-from launch.fitness import Facts, facts_here, gpu_faults, problems, xid_faults
+from trainer import fitness
+from trainer.fitness import Facts, facts_here, gpu_faults, problems, xid_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = ".preflight-1-2"
@@ -133,7 +133,7 @@ def test_the_code_is_told_by_its_content(tmp_path: Path) -> None:
 def test_a_node_answers_in_a_line_without_torch_or_torchx(run_dir: Path) -> None:
     first = json.dumps({**json.loads(fitness.as_argument(facts_here(TOKEN))), "python": "2.7"})
     block = "import sys, runpy\nfor name in ('torch', 'torchx', 'typer'): sys.modules[name] = None\n"
-    block += "runpy.run_module('launch.fitness', run_name='__main__')"
+    block += "runpy.run_module('trainer.fitness', run_name='__main__')"
     arguments = ["--as", first, "--run-dir", str(run_dir), "--procs-per-node", "1"]
     done = subprocess.run(
         [sys.executable, "-c", block, *arguments], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,6 +1,6 @@
 """Is every node of an allocation fit for the job?  Asked before the processes start, for nothing is lost yet.
 
-    python -m launch.fitness --as FACTS --run-dir DIR --procs-per-node P [--data PATH ...]
+    python -m trainer.fitness --as FACTS --run-dir DIR --procs-per-node P [--data PATH ...]
 
 The first node says what it is (`facts_here`); every node compares itself with that and prints one line of JSON, its
 name and what is wrong with it.  It imports no torch, so it takes a second and works where the environment is broken.
@@ -25,6 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 """The copy of the code that this process runs."""
+
+OURS = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
+"""The project's top-level packages."""
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "numpy", "pyarrow")
 """Those whose versions must be the same on every node."""
@@ -73,6 +76,15 @@ class Facts:
     """Unix seconds."""
 
 
+class UnfitNodes(OSError):
+    """Nodes of a job cannot take part; the message names them and says why."""
+
+
+def node_name() -> str:
+    """As the scheduler calls this machine, or as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def facts_here(token: str) -> Facts:
     """This node's facts, with a token of its own or the one that it was asked for."""
     packages = {}
@@ -94,7 +106,7 @@ def facts_here(token: str) -> Facts:
 def code_digest(root: Path) -> str:
     """Of the names and contents of all source files of our packages below `root`."""
     digest = hashlib.sha256()
-    for package in ("attention_kernels", "embeddings", "launch", "pipelines", "trainer"):
+    for package in OURS:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -187,7 +199,7 @@ def gpu_faults(listing: str, procs_per_node: int) -> Iterator[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Compare this node with the first; prints its name and problems as JSON.  Returns 1 if there are any."""
-    parser = argparse.ArgumentParser(prog="python -m launch.fitness", description="Check that this node is fit.")
+    parser = argparse.ArgumentParser(prog="python -m trainer.fitness", description="Check that this node is fit.")
     parser.add_argument("--as", dest="first", required=True, help="the first node's facts, as JSON")
     parser.add_argument("--run-dir", type=Path, required=True, help="the run directory")
     parser.add_argument("--procs-per-node", type=int, required=True, help="processes a node")
@@ -203,8 +215,7 @@ def main(arguments: Sequence[str]) -> int:
             procs_per_node=given.procs_per_node,
         )
     )
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    print(json.dumps({"node": node, "problems": found}), flush=True)
+    print(json.dumps({"node": node_name(), "problems": found}), flush=True)
     return int(bool(found))
 
 
