@@ -65,6 +65,8 @@ class TableConfig:
     float16 is then lost, or on a GPU taken with a probability in proportion (FBGEMM's stochastic rounding)."""
     optimizer: SparseOptimizerConfig | None = None
     """An optimizer of its own; null takes the run's."""
+    frozen: bool = False
+    """Rows and their optimizer's state stay as they are."""
 
     def __post_init__(self) -> None:
         if not self.name or "." in self.name or "/" in self.name:

@@ -48,6 +48,7 @@ class TableOptimizers:
     `zero_grad` before the forward pass, which hands them to FBGEMM, and `step` after the backward pass.
 
     Sharded tables are updated in the backward pass, replicated ones in `step`, from gradients that DDP has averaged.
+    Frozen ones have no gradients, and keep the state that they have.
 
     FBGEMM counts Adam's steps by forward passes, evaluations included, and keeps the count out of its state.  Here
     each table of Adam has a count of the steps that were taken, [] int64, which is part of the state.
@@ -66,6 +67,7 @@ class TableOptimizers:
         self._steps = {
             name: torch.zeros((), dtype=torch.int64) for name, config in configs.items() if config.kind == "adam"
         }
+        self._trained = {config.name for config in tables.configs if not config.frozen}
         self._adam_kernels = _kernels_of(self._sharded, set(self._steps)) if self._steps else []
         self.stateless = frozenset(name for name, config in configs.items() if config.kind == "sgd")
         """Tables whose optimizer keeps no state."""
@@ -91,8 +93,9 @@ class TableOptimizers:
         self._fused.step()
         for optimizer in self._replicated.values():
             optimizer.step()
-        for count in self._steps.values():
-            count += 1
+        for name, count in self._steps.items():
+            if name in self._trained:
+                count += 1
 
     def state(self) -> dict[str, Tensor | ShardedTensor]:
         """The optimizers' state as checkpoints store it: under TABLE/STATE (`item/momentum1`), which depends neither on

@@ -38,14 +38,14 @@ def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device) -> Shardin
 
 
 def _divide(tables: Tables, plan: Plan, device: torch.device) -> None:
-    """One collection for each width and for tables that are sharded or not."""
-    groups: dict[tuple[int, bool], list[TableConfig]] = {}
+    """One collection for each width and for tables that are sharded or not, frozen or not."""
+    groups: dict[tuple[int, bool, bool], list[TableConfig]] = {}
     for config in tables.configs:
         sharded = KINDS[plan.tables[config.name].sharding_type].sharded
-        groups.setdefault((config.embedding_dim, sharded), []).append(config)
-    tables.collections = nn.ModuleList(
+        groups.setdefault((config.embedding_dim, sharded, config.frozen), []).append(config)
+    tables.hold(
         build_embedding_collection(configs, device=torch.device("meta") if sharded else device)
-        for (_, sharded), configs in groups.items()
+        for (_, sharded, _), configs in groups.items()
     )
 
 

@@ -26,7 +26,10 @@ Rows = dict[str, JaggedTensor]
 
 
 class Tables(nn.Module):
-    """All tables of a model: one TorchRec collection for each width.
+    """All tables of a model: one TorchRec collection for each width, and for tables that are frozen or not.
+
+    Rows of frozen tables are looked up without gradients, so FBGEMM's update, which runs in the backward pass, never
+    sees them.
 
     TorchRec's train pipeline traces the model's `forward` up to the collections, so what comes after them, joining
     their results included, belongs into a module of its own: `self.tower(self.tables(batch.features), batch)`.
@@ -35,15 +38,30 @@ class Tables(nn.Module):
     def __init__(self, configs: Sequence[TableConfig], collections: Iterable[EmbeddingCollection]) -> None:
         super().__init__()
         self.configs = tuple(configs)
+        self.hold(collections)
+
+    def hold(self, collections: Iterable[EmbeddingCollection]) -> None:
+        """Look up in these from now on; the tables of one are all frozen or none."""
+        held = list(collections)
         # Any: sharding puts TorchRec's sharded collections in their places.
-        self.collections: Any = nn.ModuleList(collections)
+        self.collections: Any = nn.ModuleList(held)
+        frozen = {config.name for config in self.configs if config.frozen}
+        self._frozen = [all(name in frozen for name in collection.embeddings) for collection in held]
+        for collection, of_frozen in zip(held, self._frozen, strict=True):
+            # One that is to be sharded is given its optimizer all the same, whose state stays in checkpoints.
+            if of_frozen and collection.device.type != "meta":
+                collection.requires_grad_(False)
 
     def forward(self, features: KeyedJaggedTensor) -> list[Rows]:
         """The rows of every feature, a dictionary a collection, in no stated order (`rows_by_feature` joins them).
 
         `features` may hold keys that no table looks up.
         """
-        return [collection(features) for collection in self.collections]
+        looked_up = []
+        for collection, frozen in zip(self.collections, self._frozen, strict=True):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                looked_up.append(collection(features))
+        return looked_up
 
 
 def rows_by_feature(looked_up: Sequence[Rows]) -> Rows:
@@ -58,10 +76,10 @@ def build_tables(configs: Sequence[TableConfig], *, device: torch.device) -> Tab
         ValueError: no table, or a name or feature used twice.
     """
     _check_tables(configs)
-    by_width: dict[int, list[TableConfig]] = {}
+    groups: dict[tuple[int, bool], list[TableConfig]] = {}
     for config in configs:
-        by_width.setdefault(config.embedding_dim, []).append(config)
-    return Tables(configs, [build_embedding_collection(group, device=device) for group in by_width.values()])
+        groups.setdefault((config.embedding_dim, config.frozen), []).append(config)
+    return Tables(configs, [build_embedding_collection(group, device=device) for group in groups.values()])
 
 
 def build_embedding_collection(configs: Sequence[TableConfig], *, device: torch.device) -> EmbeddingCollection:

@@ -16,6 +16,7 @@ from embeddings.planner import problem_of
 from embeddings.planning import solve
 from embeddings.tables import build_tables
 from trainer.command_line import WrongUse
+from trainer.freezing import freeze
 from trainer.mesh import Mesh
 from trainer.models.model import Model
 from trainer.parallelize import ParallelModel, parallelize
@@ -32,6 +33,7 @@ def build_model(resolved: Resolved, device: torch.device) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(resolved.config.seed)
         model = resolved.task.build(tables)
+    freeze(model, resolved.config.frozen)
     model.tower.to(device)
     model.loss.to(device)
     return model

@@ -7,6 +7,7 @@ from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
 from pipelines.selection import Selection, select
 from trainer.config import TableSettings, TrainConfig
 from trainer.labels.loss import label_columns
+from trainer.name_patterns import matches
 
 
 def ranker_columns(config: TrainConfig, info: DatasetInfo) -> Selection:
@@ -66,6 +67,7 @@ def table_configs(
                 features=tuple(names),
                 dtype=settings.dtype,
                 optimizer=settings.optimizer,
+                frozen=any(matches(pattern, f"tables/{space}") for pattern in config.frozen),
             )
         )
     return tuple(tables)

@@ -190,6 +190,9 @@ class TrainConfig:
     """The dense optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rates over time."""
+    frozen: tuple[str, ...] = ()
+    """Parts that stay as they begin, with their optimizers' state: patterns of names in checkpoints, as tables/item or
+    dense/tower.*."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -36,6 +36,7 @@ from trainer.config import TrainConfig
 from trainer.determinism import make_deterministic
 from trainer.evaluator import Evaluator, evaluate
 from trainer.feed import Feed
+from trainer.freezing import announce_frozen
 from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
 from trainer.mesh import Mesh, discover_mesh, joined
@@ -337,6 +338,7 @@ def announce(resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -
     logger.info("versions %s", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
     logger.info("data %s (%s)", resolved.config.data.path, resolved.info.name)
     logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.dense.parameters()):,}")
+    announce_frozen(model.model)
     logger.info("%s", plan_report(plan))
 
 

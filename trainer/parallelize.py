@@ -28,6 +28,7 @@ from embeddings.trained import TrainedRows
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
 from trainer.context_parallel import share_histories
+from trainer.freezing import has_replicated_gradients
 from trainer.mesh import Mesh
 from trainer.models.model import Model
 from trainer.optim import Optimizers
@@ -94,7 +95,7 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> Pa
         plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
         # One process has nothing to average: DDP would copy each gradient for it.
-        init_data_parallel=mesh.world_size > 1,
+        init_data_parallel=mesh.world_size > 1 and has_replicated_gradients(model),
         # An empty batch at the end of the data takes another path through autograd: no static graph.
         # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over
         # ranks; otherwise it reorders them after the first backward pass of a process, so after a resume too.

@@ -124,7 +124,7 @@ class RecordedObjective(nn.Module):
     def __init__(self, objective: Objective, padding: BatchPadding, *, pool: Any) -> None:
         super().__init__()
         self.objective, self._padding, self._pool = objective, padding, pool
-        self._parameters_of_tower = list(objective.tower.parameters())
+        self._parameters_of_tower = [each for each in objective.tower.parameters() if each.requires_grad]
         shapes = [(parameter.numel(), 1) for parameter in self._parameters_of_tower]
         first = self._parameters_of_tower[0]
         memory = torch.zeros(sum(count for count, _ in shapes), dtype=first.dtype, device=first.device)
@@ -249,6 +249,8 @@ def why_launched(resolved: Resolved, mesh: Mesh) -> str | None:
         return f"only a GPU replays, this run computes on {mesh.device.type}"
     if mesh.world_size > 1:
         return f"gradients are averaged over {mesh.world_size} processes while they are computed"
+    if all(table.frozen for table in resolved.tables):
+        return "all tables are frozen, so nothing behind them waits for gradients"
     if config.model.channels:
         return "channels choose their events on the host"
     if config.model.retrieval is not None and not config.model.retrieval.share_negatives:
@@ -270,6 +272,10 @@ def record_steps(model: ParallelModel, resolved: Resolved, mesh: Mesh) -> None:
     if resolved.config.recorded == "off":
         return
     reason = why_launched(resolved, mesh)
+    if reason is None and not any(parameter.requires_grad for parameter in model.dense.parameters()):
+        reason = "all dense parameters are frozen"
+    if reason is not None and resolved.config.recorded == "on":
+        raise ValueError(f"recorded=on, but {reason}: set recorded=auto")
     if reason is not None:
         logger.info("steps are launched, not replayed: %s", reason)
         return

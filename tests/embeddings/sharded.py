@@ -68,10 +68,10 @@ class Model(nn.Module):
         return self.tables(features)
 
 
-def make_problem(layout: str, world_size: int) -> Problem:
+def make_problem(layout: str, world_size: int, tables: Sequence[TableConfig] = TABLES) -> Problem:
     """Every table in the layout's kind, as far as it can be; mixed is row-wise for the item table, others whole."""
     kinds = {}
-    for table in TABLES:
+    for table in tables:
         kind = layout
         if layout == "mixed":
             kind = "row_wise" if table.name == "item" else "table_wise"
@@ -82,8 +82,8 @@ def make_problem(layout: str, world_size: int) -> Problem:
             kind = "replicated" if world_size > 1 and table.name == "user" else "table_wise"
         kinds[table.name] = TableConstraint(sharding_types=(kind,))
     return problem_of(
-        Model(),
-        TABLES,
+        Model(tables),
+        tables,
         machine=Machine(world_size=world_size, local_world_size=world_size, compute_device="cpu"),
         placement=PlacementConfig(tables=kinds),
         optimizer=OPTIMIZER,
@@ -168,9 +168,9 @@ def run_rank(folder: str, save: bool) -> dict[str, Any]:
     return results
 
 
-def train(layout: str, folder: Path, *, save: bool) -> dict[str, Any]:
+def train(layout: str, folder: Path, *, save: bool = False, configs: Sequence[TableConfig] = TABLES) -> dict[str, Any]:
     """Initial values, outputs of each step and final state of one layout, as this rank holds them."""
-    plan, model, optimizers = shard(layout, folder)
+    plan, model, optimizers = shard(layout, folder, configs)
     tables = tables_of(model)
     result: dict[str, Any] = {"initial": local_parts(tables, optimizers), "outputs": []}
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -204,14 +204,16 @@ def reload(saved: str, layout: str, folder: Path) -> dict[str, Any]:
     return local_parts(tables_of(model), optimizers)
 
 
-def shard(layout: str, folder: Path) -> tuple[Plan, DistributedModelParallel, TableOptimizers]:
+def shard(
+    layout: str, folder: Path, configs: Sequence[TableConfig] = TABLES
+) -> tuple[Plan, DistributedModelParallel, TableOptimizers]:
     """The model sharded from a plan file that this rank wrote and read back."""
     world_size = dist.get_world_size()
     path = folder / f"plan-{layout}-{world_size}-{dist.get_rank()}.json"
-    problem = make_problem(layout, world_size)
+    problem = make_problem(layout, world_size, configs)
     write_plan(path, solve(problem))
     plan = read_plan(path, problem)
-    model = Model()
+    model = Model(configs)
     sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
     attach_optimizers(model.tables, OPTIMIZER)
     sharded = DistributedModelParallel(
@@ -219,6 +221,13 @@ def shard(layout: str, folder: Path) -> tuple[Plan, DistributedModelParallel, Ta
         device=torch.device("cpu"),
         plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
+        # DDP refuses a module in which nothing is trained.
+        init_data_parallel=any(
+            parameter.requires_grad
+            for collection in model.tables.collections
+            if collection.device.type != "meta"
+            for parameter in collection.parameters()
+        ),
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     init_tables(model.tables, SEED)

@@ -69,11 +69,15 @@ def test_sizes_are_eight_an_octave() -> None:
     assert len(sizes) == 9 and all(n <= rounded(n) <= 1.125 * n for n in range(1024, 2049))
 
 
-@pytest.mark.parametrize(("made", "name"), CASES)
-def test_padded_steps_have_the_loss_and_gradients_of_the_batch_itself(made: Any, name: str) -> None:
-    """One batch after another, in memory that they share: what an earlier one left there does not matter."""
+@pytest.mark.parametrize(("made", "name", "frozen"), [*((*case, False) for case in CASES), (ranker, "columns", True)])
+def test_padded_steps_have_the_loss_and_gradients_of_the_batch_itself(made: Any, name: str, frozen: bool) -> None:
+    """One batch after another, in memory that they share: what an earlier one left there does not matter.  Of frozen
+    parameters there are none."""
     model, padding, batches = made(name)
     model.train()
+    stays = dict(list(model.tower.named_parameters())[::2]) if frozen else {}
+    for parameter in stays.values():
+        parameter.requires_grad_(False)
     expected = [gradients(model, batch) for batch in batches]
     plain = model.objective
     recorded = RecordedObjective(plain, padding, pool=None)
@@ -82,6 +86,7 @@ def test_padded_steps_have_the_loss_and_gradients_of_the_batch_itself(made: Any,
         padded_loss, padded = gradients(model, batch)
         torch.testing.assert_close(padded_loss, loss, rtol=1e-5, atol=1e-7)
         assert padded.keys() >= found.keys()
+        assert stays.keys().isdisjoint(padded)
         for key, value in padded.items():
             torch.testing.assert_close(value, found.get(key, torch.zeros_like(value)), rtol=1e-4, atol=1e-6)
 
