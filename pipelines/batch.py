@@ -60,11 +60,13 @@ class Inputs:
 
     def ids_host(self, name: str) -> Tensor:
         """[its ids] int64 of one feature of ids."""
-        keys = self._contents.lookups
-        place = keys.index(name)
-        counts = self._lookup_counts
-        first = int(counts[:place].sum())
-        return self._host_array("ids")[first : first + int(counts[place])]
+        first, count = self._lookup(name)
+        return self._host_array("ids")[first : first + count]
+
+    def ids(self, name: str) -> Tensor:
+        """The same on the batch's device."""
+        first, count = self._lookup(name)
+        return self._array("ids")[first : first + count]
 
     def numbers_host(self, name: str) -> Tensor:
         """[N] float32 of one feature of numbers."""
@@ -110,6 +112,11 @@ class Inputs:
         """[H + C] int64 seconds; -1 where unknown."""
         return self._array("timestamp")
 
+    def _lookup(self, name: str) -> tuple[int, int]:
+        """(place of a feature's first id, how many there are)."""
+        place = self._contents.lookups.index(name)
+        return int(self._lookup_counts[:place].sum()), int(self._lookup_counts[place])
+
     def _array(self, name: str) -> Tensor:
         return unpack(self._memory, self._contents.places[name])
 
@@ -142,6 +149,11 @@ class Labels:
         batch.
         """
         return unpack(self._memory, self._contents.places["loss_denominator"])[0]
+
+    @cached_property
+    def next_denominator(self) -> Tensor:
+        """[] float32: the same of events of the global batch that another event or a candidate follows."""
+        return unpack(self._memory, self._contents.places["next_denominator"])[0]
 
 
 class Batch(Pipelineable):

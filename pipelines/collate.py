@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike
 from pipelines.columns import AnyArray, Bags, IntArray, Samples, Values, join_values
 from pipelines.columns import Selection as Rows
 from pipelines.config import DataConfig
+from pipelines.draws import draw_for_batch
 from pipelines.features import ITEM_ID, USER_ID
 from pipelines.global_batches import BatchPlan
 from pipelines.hiding import hide, sample_keys
@@ -66,6 +67,8 @@ def collate(
     ids, arrays = _columns(share, items, selection)
     if config.unknown_share and share.units:
         _hide(ids, arrays, plan, selection, config)
+    if selection.draw is not None:
+        ids[selection.draw.name] = draw_for_batch(selection.draw, config.seed, plan.position.batches)
     memory, places = pack(
         {
             "ids": (np.int64, list(ids.values())),
@@ -76,8 +79,8 @@ def collate(
             "action": (np.int32, _arrays(share.of_events("action"))),
             "timestamp": (np.int64, _arrays(share.of_events("timestamp") + share.of_candidates("timestamp"))),
             "candidate_action": (np.int32, _arrays(share.of_candidates("action"))),
-            # Of a global batch without candidates, 1 over ranks, for a loss of zero.
-            "loss_denominator": (np.float32, [np.array([max(plan.global_candidates, 1) / world_size], np.float32)]),
+            "loss_denominator": _denominator(plan.global_candidates, world_size),
+            "next_denominator": _denominator(plan.global_followed, world_size),
             **arrays,
         }
     )
@@ -94,6 +97,11 @@ def collate(
 
 
 Arrays = dict[str, tuple[DTypeLike, Sequence[AnyArray]]]
+
+
+def _denominator(count: int, world_size: int) -> tuple[DTypeLike, Sequence[AnyArray]]:
+    """What ranks divide their sums by for the mean over `count` of a global batch; of none, 1 over ranks, for 0."""
+    return np.float32, [np.array([max(count, 1) / world_size], np.float32)]
 
 
 def _columns(share: _Share, items: Mapping[str, Values], selection: Selection) -> tuple[dict[str, AnyArray], Arrays]:

@@ -40,6 +40,8 @@ class BatchPlan:
     """Events and candidates of the global batch."""
     global_candidates: int
     """Candidates of the global batch."""
+    global_followed: int
+    """Events of the global batch that another event or a candidate follows."""
     imbalance: float
     """Largest over mean modelled cost of the ranks."""
     position: DataPosition
@@ -149,6 +151,7 @@ class GlobalBatches:
             global_samples=len(samples),
             global_tokens=int(history.sum() + candidates.sum()),
             global_candidates=int(candidates.sum()),
+            global_followed=int(np.maximum(history - (candidates == 0), 0).sum()),
             imbalance=imbalance(self._cost(history, candidates), rank, self._world_size),
             position=following,
         )

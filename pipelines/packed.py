@@ -17,7 +17,8 @@ C or H + C.  The arrays by name:
     timestamp           int64    [H + C] seconds; -1 where unknown
     candidate_action    int32    [C] bit masks: the labels
     label/NAME          float64 or int64 [C] further labels
-    loss_denominator    float32  [1]
+    loss_denominator    float32  [1] what sums over candidates are divided by
+    next_denominator    float32  [1] what sums over events that another one follows are divided by
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -40,6 +40,18 @@ class Feature:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """Ids that are drawn uniformly for each global batch and looked up beside its own (`pipelines.draws`)."""
+
+    name: str
+    """The key of the lookup."""
+    num_ids: int
+    """Ids are drawn from 0 to below this."""
+    count: int | None
+    """So many a global batch; None for each id once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
     """The inputs and labels that a run reads."""
 
@@ -49,6 +61,8 @@ class Selection:
     """Label columns besides the action bits, which are always read."""
     counts: tuple[Counts, ...] = ()
     """Groups of counts of candidates; their columns are among the features."""
+    draw: Draw | None = None
+    """Ids besides those of the features; None for none."""
 
     def of(self, *parts: Part) -> tuple[Feature, ...]:
         """The features over exactly these parts that enter by themselves: all but columns of counts."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,29 +42,35 @@ class LabelScores:
 
 @torch.no_grad()
 def evaluate(
-    model: ParallelModel, batches: Iterable[Batch], mesh: Mesh, *, constant: Collection[str] = ()
+    model: ParallelModel,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    *,
+    labels: RankingLoss,
+    outputs: Callable[[Inputs], Tensor],
+    trained: TrainedRows | None = None,
+    constant: Collection[str] = (),
 ) -> LabelScores:
     """The metrics of each label over the evaluation split.  Called by every rank, each with its own batches.
 
-    Every rank must get the same number of batches, for each lookup is a collective; a batch may be empty.
-    The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
+    `outputs` gives the model's outputs of `labels` at every candidate of a batch.  Candidates whose item is not among
+    the `trained` rows are measured apart, too; `constant` names labels of which is measured what their kind says
+    without a look at the candidate.  Every rank must get the same number of batches, for each lookup is a collective; a
+    batch may be empty.  The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
     """
-    labels = model.model.loss
-    assert isinstance(labels, RankingLoss)
     kinds = labels.kinds
     places = [place for place, name in enumerate(labels.names) if name in constant]
     metrics = LabelMetrics(kinds, mesh.device)
     of_constant = LabelMetrics([kinds[place] for place in places], mesh.device)
     of_unknown = LabelMetrics(kinds, mesh.device)
     counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    trained = model.trained_rows(mesh.device)
     start_K = labels.start().to(mesh.device)
     was_training = model.module.training
     model.module.eval()
     try:
         for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
             on_device = batch.to(mesh.device, non_blocking=True)
-            outputs_CK = model.score(on_device.inputs, trained)
+            outputs_CK = outputs(on_device.inputs)
             unknown_C = _unknown_items(on_device.inputs, trained)
             users = torch.repeat_interleave(on_device.inputs.user_id, on_device.inputs.num_candidates)
             evidence, weights_CL = labels.evidence(outputs_CK, on_device.labels)
@@ -87,14 +93,14 @@ def evaluate(
     )
 
 
-def _unknown_items(inputs: Inputs, trained: TrainedRows) -> Tensor:
+def _unknown_items(inputs: Inputs, trained: TrainedRows | None) -> Tensor:
     """[C] whether a candidate's item has no trained row of its own."""
-    keys = inputs.features.keys()
-    if ITEM_ID not in keys:
-        return torch.zeros(int(inputs.num_candidates_host.sum()), dtype=torch.bool, device=inputs.user_id.device)
-    ids = inputs.features.values().split(inputs.features.length_per_key())[keys.index(ITEM_ID)]
+    count, keys = int(inputs.num_candidates_host.sum()), inputs.features.keys()
+    if trained is None or ITEM_ID not in keys:
+        return torch.zeros(count, dtype=torch.bool, device=inputs.user_id.device)
+    ids = inputs.ids(ITEM_ID)
     # Candidates come after all events.
-    return ~trained.known(ITEM_ID, ids[len(ids) - int(inputs.num_candidates_host.sum()) :])
+    return ~trained.known(ITEM_ID, ids[len(ids) - count :])
 
 
 def with_unknown(found: LabelScores) -> dict[str, float]:

@@ -3,12 +3,14 @@ is what `python -m trainer recipes` shows.  Standard library only.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from embeddings.config import SparseOptimizerConfig
 from pipelines.config import DataConfig, StochasticLengthConfig
 from trainer.config import CheckpointConfig, DenseOptimizerConfig, EvaluationConfig, ScheduleConfig, TrainConfig
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
 from trainer.models.relative_config import RelativeBiasConfig
+from trainer.models.retrieval_config import RetrievalConfig
 
 
 def kuairand_sample() -> TrainConfig:
@@ -92,6 +94,22 @@ def kuairand_retrieval() -> TrainConfig:
         optimizer=DenseOptimizerConfig(learning_rate=1e-3),
         schedule=ScheduleConfig(warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=100),
+    )
+
+
+def kuairand_joint() -> TrainConfig:
+    """Rank actions on the shipped KuaiRand sample and predict the next video, two heads on one trunk; for CPUs."""
+    ranker = kuairand_sample()
+    return replace(
+        ranker,
+        name="kuairand_joint",
+        model=replace(
+            ranker.model,
+            # Which rows are global depends on how many events follow: none here.
+            stages=(StageConfig(num_layers=2, local=32),),
+            input=replace(ranker.model.input, causal=True),
+            retrieval=RetrievalConfig(num_negatives=512, beside_ranking=0.1),
+        ),
     )
 
 
@@ -242,6 +260,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         kuairand_sample,
         own_log,
         kuairand_retrieval,
+        kuairand_joint,
         movielens_retrieval,
         ml1m_hstu,
         ml1m_hstu_large,

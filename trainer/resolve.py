@@ -13,6 +13,7 @@ from pipelines.features import DatasetInfo
 from trainer.config import TrainConfig
 from trainer.models.flops import Count, training_flops
 from trainer.models.transducers import EventChoice, event_choices
+from trainer.tasks.joint import Joint
 from trainer.tasks.ranking import Ranking
 from trainer.tasks.retrieval import Retrieval
 from trainer.tasks.task import Task
@@ -89,9 +90,9 @@ def resolve(config: TrainConfig, info: DatasetInfo) -> Resolved:
 
 def make_task(config: TrainConfig, info: DatasetInfo) -> Task:
     """What the configuration asks a model to be trained for."""
-    if config.model.retrieval is not None:
-        return Retrieval(config, info)
-    return Ranking(config, info)
+    if config.model.retrieval is None:
+        return Ranking(config, info)
+    return Retrieval(config, info) if config.model.retrieval.beside_ranking is None else Joint(config, info)
 
 
 def _check_lengths(resolved: Resolved) -> None:

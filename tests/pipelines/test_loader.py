@@ -17,7 +17,7 @@ from pipelines.config import DataConfig, StochasticLengthConfig
 from pipelines.loader import build_loader, dataset_info
 from pipelines.packed import bag_lens
 from pipelines.position import DataPosition, position_from_dict
-from pipelines.selection import select
+from pipelines.selection import Draw, select
 from pipelines.source import ParquetSource
 from tests.pipelines.made_up import dataset_json, made_up_rows, table_of, write_dataset
 from trainer.models.negatives import retrieval_batch
@@ -104,7 +104,11 @@ def test_the_loss_is_divided_by_the_labelled_candidates_and_nothing_else(tmp_pat
             of_batch = [by_user[user] for share in shares for user in users(share)]
             labelled = sum(len(row["candidate_item_id"]) for row in of_batch)
             lens = [min(len(row["history_item_id"]), 24) + len(row["candidate_item_id"]) for row in of_batch]
+            followed = sum(
+                max(0, min(len(row["history_item_id"]), 24) - (not row["candidate_item_id"])) for row in of_batch
+            )
             for share in shares:
+                assert float(share.labels.next_denominator) == pytest.approx(max(followed, 1) / world_size)
                 assert float(share.labels.loss_denominator) == pytest.approx(max(labelled, 1) / world_size)
                 retrieval = retrieval_batch(
                     share, num_items=500, num_negatives=2, shared=False, seed=0, world_size=world_size
@@ -112,6 +116,36 @@ def test_the_loss_is_divided_by_the_labelled_candidates_and_nothing_else(tmp_pat
                 assert float(retrieval.loss_denominator) == pytest.approx(max(sum(lens) - len(lens), 1) / world_size)
     assert any(not row["candidate_item_id"] for row in rows)
     assert any(not row["history_item_id"] for row in rows)
+
+
+@pytest.mark.parametrize("count", [0, 7, None])
+def test_drawn_ids_are_those_of_the_global_batch_on_every_rank(config: DataConfig, count: int | None) -> None:
+    """Wherever a run was resumed, and on ranks without a sample too."""
+    info = dataset_info(config)
+    usual = select(info)
+    drawing = replace(usual, draw=Draw(name="drawn", num_ids=info.num_items, count=count))
+    few = replace(config, global_batch_size=2, num_epochs=1)
+    batches = {
+        (world_size, rank): list(build_loader(few, split="train", rank=rank, world_size=world_size, selection=drawing))
+        for world_size in (1, 3)
+        for rank in range(world_size)
+    }
+    drawn = {place: [batch.inputs.ids_host("drawn").tolist() for batch in of] for place, of in batches.items()}
+    alone = drawn.pop((1, 0))
+    assert all(others == alone for others in drawn.values())
+    every = info.num_items if count is None else count
+    assert all(len(ids) == every and set(ids) <= set(range(info.num_items)) for ids in alone)
+    if count is None:
+        assert all(ids == list(range(info.num_items)) for ids in alone)
+    elif count:
+        assert len(set(map(tuple, alone))) == len(alone)
+    position = batches[1, 0][2].position
+    later = build_loader(few, split="train", rank=0, world_size=1, selection=drawing, position=position)
+    assert [batch.inputs.ids("drawn").tolist() for batch in later] == alone[3:]
+    plain = build_loader(few, split="train", rank=0, world_size=1, selection=usual)
+    for with_draw, without in zip(batches[1, 0], plain, strict=True):
+        for feature in list(without.inputs.features.keys()):
+            assert torch.equal(with_draw.inputs.ids(feature), without.inputs.ids(feature))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.labels.config import LabelConfig
-from trainer.models.heads.config import DotProductConfig, MlpConfig, RankHeadConfig, SimilarityConfig
+from trainer.models.heads.config import MlpConfig, RankHeadConfig
 from trainer.models.relative_config import RelativeBiasConfig
+from trainer.models.retrieval_config import RetrievalConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,44 +233,6 @@ class ChannelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RetrievalConfig:
-    """Next-item prediction: sampled softmax in training, the whole corpus in evaluation."""
-
-    num_negatives: int | None = 128
-    """Items drawn uniformly beside each true one; null for all items (a full softmax), which a few thousand allow."""
-    share_negatives: bool = True
-    """One draw serves all predictions of a global batch; false draws for each prediction, at as many lookups."""
-    temperature: float = 0.05
-    """Divides the scores."""
-    similarity: SimilarityConfig = field(default_factory=DotProductConfig)
-    """How items are scored: {"kind":"dot_product"}, {"kind":"mixture_of_logits"}, and settings of that kind
-    (`trainer.models.heads.config`)."""
-    read_actions: bool = False
-    """An event's token tells its actions too."""
-    read_next_time: bool = False
-    """An event's token tells how long after it the next one comes: when the question is asked."""
-    exclude_seen: bool = False
-    """Leave the items of a user's history, as far as data.max_history_len reads it, out of the ranking: for data in
-    which nobody takes an item twice."""
-    corpus_chunk: int = 65536
-    """Items that evaluation scores at a time."""
-
-    def __post_init__(self) -> None:
-        if self.corpus_chunk < 1:
-            raise ValueError(f"model.retrieval.corpus_chunk must be at least 1, got {self.corpus_chunk}")
-        if self.num_negatives is not None and self.num_negatives < 1:
-            raise ValueError(
-                f"model.retrieval.num_negatives must be at least 1, or null for all items, got {self.num_negatives}"
-            )
-        if self.num_negatives is None and not self.share_negatives:
-            raise ValueError(
-                "model.retrieval.share_negatives=false has no effect with num_negatives=null, all items: leave it out"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"model.retrieval.temperature must be above 0, got {self.temperature}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The dense model: tokens, tower (or mixture of towers) and heads; a ranker, or with `retrieval` a retriever."""
 
@@ -293,7 +256,7 @@ class ModelConfig:
     that kind (`trainer.models.heads.config`)."""
     retrieval: RetrievalConfig | None = None
     """Predict the next item instead of ranking candidates: candidates then count as the newest events, and tokens are
-    items and positions alone.  Null for a ranker."""
+    items and positions alone; with `beside_ranking`, predict it as well as ranking.  Null for a ranker."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -308,10 +271,15 @@ class ModelConfig:
         _check_truncation("model.stages", self.stages)
         self._check_channels()
         self._check_labels()
+        joint = self.retrieval is not None and self.retrieval.beside_ranking is not None
         if self.retrieval is not None:
+            self._check_behind_every_event()
+        if joint:
+            self._check_joint()
+        elif self.retrieval is not None:
             self._check_retriever()
-        elif any(layer.relative_bias for layer in self.layers):
-            raise ValueError("layer.relative_bias is for retrievers: leave it out, or give model.retrieval")
+        if (joint or self.retrieval is None) and any(layer.relative_bias for layer in self.layers):
+            raise ValueError("layer.relative_bias is for retrievers alone: leave it out, or give model.retrieval")
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -360,6 +328,21 @@ class ModelConfig:
         for name, unset in (("channels", ()), ("labels", None), ("head", MlpConfig())):
             if getattr(self, name) != unset:
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")
+
+    def _check_joint(self) -> None:
+        """Nothing of later events may reach what is predicted behind an earlier one."""
+        if not self.input.causal:
+            raise ValueError(
+                "model.retrieval.beside_ranking predicts behind every event, whose token must know of no later one: "
+                "set model.input.causal=true"
+            )
+        if self.channels or self.input.merge != "add":
+            raise ValueError(
+                "model.retrieval.beside_ranking needs one tower over one token an event: give model.stages instead of "
+                "model.channels, and model.input.merge=add"
+            )
+
+    def _check_behind_every_event(self) -> None:
         if any(stage.keep_newest is not None for stage in self.stages):
             raise ValueError("model.retrieval predicts behind every event: stages.keep_newest must be null")
         if any(stage.global_rows for stage in self.stages):

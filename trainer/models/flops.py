@@ -9,12 +9,14 @@ All functions take one length or a numpy array of lengths, one a sequence.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.selection import Feature, Selection
-from trainer.models.config import LayerConfig, ModelConfig, RetrievalConfig, StageConfig, rate_width
+from trainer.models.config import LayerConfig, ModelConfig, StageConfig, rate_width
+from trainer.models.retrieval_config import RetrievalConfig
 
 Count = npt.NDArray[np.float64]
 Lengths = int | npt.NDArray[np.int64]
@@ -150,6 +152,7 @@ def ranker_flops(
 ) -> FlopCount:
     """A whole ranker without its tables on sequences with these lengths.
 
+    With `retrieval` beside it the last layer computes all rows (`joint_flops` counts the rest).
     `history_len` counts events as the model receives them (after stochastic length).  `channel_history_lens` gives, by
     channel, the events that it selects; a channel that is not named is taken to select all.
     """
@@ -171,8 +174,9 @@ def ranker_flops(
             tokens = (num_context + lens + candidates).astype(np.float64)
             extra = np.asarray(2 * config.dim * channel.dim * tokens)
             total = _add(total, _no_flops(lens.shape, ends=extra))
+    alone = config.retrieval is None
     for dim, layer, stages, lens in towers:
-        total = _add(total, _tower_flops(dim, layer, stages, lens, candidates, num_context, at_candidates=True))
+        total = _add(total, _tower_flops(dim, layer, stages, lens, candidates, num_context, at_candidates=alone))
     return total
 
 
@@ -213,6 +217,24 @@ def retriever_flops(
     ends = _no_flops(events.shape, ends=np.asarray(maps * events + scores, dtype=np.float64))
     none = np.zeros_like(events)
     return _add(ends, _tower_flops(config.dim, config.layer, config.stages, events, none, 0, at_candidates=False))
+
+
+def joint_flops(
+    config: ModelConfig,
+    history_len: Lengths,
+    num_candidates: Lengths = 1,
+    *,
+    embedding_dim: int,
+    num_items: int,
+    **of_ranker: Any,
+) -> FlopCount:
+    """A ranker, counted with the arguments `of_ranker`, and a head for the next item behind every event."""
+    assert config.retrieval is not None
+    events = np.asarray(history_len, dtype=np.float64)
+    projection = 2 * config.dim * embedding_dim if embedding_dim != config.dim else 0
+    ends = (projection + _scoring_flops(config.retrieval, embedding_dim, num_items)) * events
+    ranker = ranker_flops(config, history_len, num_candidates, **of_ranker)
+    return _add(ranker, _no_flops(events.shape, ends=ends))
 
 
 def _scoring_flops(config: RetrievalConfig, embedding_dim: int, num_items: int) -> int:

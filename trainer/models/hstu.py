@@ -157,7 +157,8 @@ class HstuTower(nn.Module):
     def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
         """The output at every event of a batch of nothing but events, none of which a stage drops.  Attention here
         knows no `times`."""
-        return self(x_TD, layout)[0]  # type: ignore[no-any-return]  # torch
+        outputs_TD, _ = self.forward(x_TD, layout)
+        return outputs_TD
 
     def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
         """What `forward` makes of the candidates, [C, D]: of the last layer, no other row is computed."""

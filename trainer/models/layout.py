@@ -101,6 +101,14 @@ def candidate_mask(layout: SequenceLayout) -> Tensor:
     return layout.index_T >= layout.num_context + layout.history_lens[layout.user_T]
 
 
+def history_rows(layout: SequenceLayout) -> Tensor:
+    """The rows of all history tokens, in order, [H]."""
+    total = int(layout.history_lens_host.sum())
+    user_H = repeat_users(layout.history_lens, total)
+    first_H = torch.cumsum(layout.history_lens, 0)[user_H] - layout.history_lens[user_H]
+    return layout.offsets[user_H] + layout.num_context + torch.arange(total, device=user_H.device) - first_H
+
+
 def candidate_rows(layout: SequenceLayout) -> Tensor:
     """The rows of all candidate tokens, in order, [C]."""
     total = int(layout.num_candidates_host.sum())

@@ -18,14 +18,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from pipelines.batch import Batch, Inputs
+from pipelines.draws import DRAWN, draw_ids
 from pipelines.features import ITEM_ID
 from pipelines.packed import bag_lens
 from pipelines.randomness import random_bits
 
 NEGATIVE_FEATURE = "negative_item_id"
 """Looked up in the item table too."""
-_PURPOSE = 41
-"""Keeps these random numbers apart from others under the same seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +96,19 @@ def retrieval_batch(
     rows = _in_sequences(inputs)
     item_ids, time = inputs.ids_host(ITEM_ID)[rows], inputs.timestamp[rows]
     negative_ids = torch.zeros(0, dtype=torch.long)
-    key = (seed, _PURPOSE, batch.position.batches)
+    key = (seed, batch.position.batches)
     if num_negatives is None:
         negative_ids = torch.arange(num_items)
     elif num_negatives and shared:
-        negative_ids = torch.from_numpy(_draw(key, np.arange(num_negatives), num_items))
+        negative_ids = torch.from_numpy(draw_ids(key, np.arange(num_negatives), num_items))
     elif num_negatives:
         predictions = (lens - 1).clamp(min=0)
         sample = np.repeat(np.arange(lens.numel()), predictions.numpy())
         place = np.arange(len(sample)) - (predictions.cumsum(0) - predictions).numpy()[sample]
-        per_prediction = random_bits(key, inputs.user_id.numpy()).astype(np.int64)[sample] + place
+        of_users = random_bits((seed, DRAWN, batch.position.batches), inputs.user_id.numpy()).astype(np.int64)
+        per_prediction = of_users[sample] + place
         index = per_prediction[:, None] * num_negatives + np.arange(num_negatives)
-        negative_ids = torch.from_numpy(_draw(key, index, num_items))
+        negative_ids = torch.from_numpy(draw_ids(key, index, num_items))
     # Every sample has an event, so that all but one of its events are predicted.
     predictions_of_all = max(1, batch.global_tokens - batch.global_samples)
     return RetrievalBatch(
@@ -148,8 +148,3 @@ def _next(values: Tensor, lens: Tensor) -> Tensor:
     following = torch.arange(1, values.numel() + 1)
     following[lens[lens > 0].cumsum(0) - 1] -= 1
     return values[following]
-
-
-def _draw(key: tuple[int, ...], index: np.ndarray, num_items: int) -> np.ndarray:
-    """Item ids of the shape of `index`, each a function of (key, its index)."""
-    return (random_bits(key, index) % np.uint64(num_items)).astype(np.int64)

@@ -1,6 +1,6 @@
 """The ranker: outputs for every candidate, from its own position in the tower.
 
-Shapes: C candidates of all users, D width of the tower's outputs, K outputs of all labels.
+Shapes: C candidates and H events of all users, D width of the tower's outputs, K outputs of all labels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.encoding import InputEncoder
 from trainer.models.heads.build import build_rank_head
 from trainer.models.heads.rank_head import RankHead
+from trainer.models.layout import SequenceLayout, candidate_rows, history_rows, take_rows
 from trainer.models.rates import Rates
 from trainer.models.transducers import MixtureOfTransducers, build_mixture
 
@@ -55,10 +56,28 @@ class RankerTower(nn.Module):
         Raises:
             ValueError: a sequence is longer than the model's constant.
         """
+        tokens_TD, layout, of_rates_CK = self._encode(looked_up, inputs)
+        return self._outputs(self.tower(tokens_TD, layout, inputs), of_rates_CK)
+
+    def with_events(self, looked_up: list[Rows], inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The same outputs, and what the tower says at every event, [H, D], for another head.
+
+        For a tower of one channel that sees all events and drops none.
+        """
+        tokens_TD, layout, of_rates_CK = self._encode(looked_up, inputs)
+        rows_TD = self.tower.everywhere(tokens_TD, layout)
+        outputs_CK = self._outputs(take_rows(rows_TD, candidate_rows(layout)), of_rates_CK)
+        return outputs_CK, take_rows(rows_TD, history_rows(layout))
+
+    def _encode(self, looked_up: list[Rows], inputs: Inputs) -> tuple[Tensor, SequenceLayout, Tensor | None]:
+        """(tokens, where they lie, what rates add to the outputs)."""
         self.check(inputs)
         of_rates_CD, of_rates_CK = (None, None) if self.rates is None else self.rates(inputs.numbers)
         tokens_TD, layout = self.encoder(rows_by_feature(looked_up), inputs, of_rates_CD)
-        outputs_CK: Tensor = self.head(self.tower(tokens_TD, layout, inputs))
+        return tokens_TD, layout, of_rates_CK
+
+    def _outputs(self, hidden_CD: Tensor, of_rates_CK: Tensor | None) -> Tensor:
+        outputs_CK: Tensor = self.head(hidden_CD)
         return outputs_CK if of_rates_CK is None else outputs_CK + of_rates_CK
 
 

@@ -86,6 +86,13 @@ class MixtureOfTransducers(nn.Module):
         outputs = [channel(tokens_TD, layout, inputs) for channel in channels]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
+    def everywhere(self, tokens_TD: Tensor, layout: SequenceLayout) -> Tensor:
+        """The output at every token, [T, D], of the only channel, which sees all events and drops none."""
+        (channel,) = self.channels.values()
+        assert isinstance(channel, Transducer) and channel.choice.selects_all
+        outputs_TD: Tensor = channel.tower(channel.projection(tokens_TD), layout)[0]
+        return outputs_TD
+
     def _side_by_side(
         self, channels: list[nn.Module], tokens_TD: Tensor, layout: SequenceLayout, inputs: Inputs
     ) -> Tensor:

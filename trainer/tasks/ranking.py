@@ -2,11 +2,16 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
-from pipelines.batch import Batch
+from embeddings.trained import TrainedRows
+from pipelines.batch import Batch, Inputs
 from pipelines.features import DatasetInfo
 from pipelines.loader import build_loader
 from pipelines.padding import Padding
@@ -28,7 +33,7 @@ from trainer.tasks.task import Evaluation, Flops
 
 @dataclass(frozen=True)
 class Ranking:
-    """The task of a configuration without `model.retrieval`."""
+    """The task of a configuration without `model.retrieval`, and a part of the joint one."""
 
     config: TrainConfig
     info: DatasetInfo
@@ -73,18 +78,15 @@ class Ranking:
     @property
     def flops(self) -> Flops:
         """Encoder, towers and head."""
-        return functools.partial(
-            ranker_flops,
-            self.config.model,
-            inputs=input_widths(
-                self.selection,
-                widths=widths(self.tables),
-                config=self.config.model,
-                num_actions=len(self.info.actions),
-            ),
-            num_context=self.num_context,
-            num_outputs=self.labels.num_outputs,
+        return functools.partial(ranker_flops, self.config.model, **self.flop_arguments)
+
+    @property
+    def flop_arguments(self) -> dict[str, Any]:
+        """What its FLOPs depend on besides the configuration of the model and lengths."""
+        inputs = input_widths(
+            self.selection, widths=widths(self.tables), config=self.config.model, num_actions=len(self.info.actions)
         )
+        return {"inputs": inputs, "num_context": self.num_context, "num_outputs": self.labels.num_outputs}
 
     def check_training_data(self) -> None:
         """There are candidates, and of each action some where it was taken and some where it was not."""
@@ -137,17 +139,37 @@ class Ranking:
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """The metrics of each label: of actions beside the rates of items and users, of others beside what is known
         without a look at the candidate.  Called by every rank."""
+        labels, trained = model.model.loss, model.trained_rows(mesh.device)
+        assert isinstance(labels, RankingLoss)
+        outputs = functools.partial(model.score, trained=trained)
+        return self.measure(
+            model, mesh, unseen, labels=labels, outputs=outputs, selection=self.selection, trained=trained
+        )
+
+    def measure(
+        self,
+        model: ParallelModel,
+        mesh: Mesh,
+        unseen: int | None,
+        *,
+        labels: RankingLoss,
+        outputs: Callable[[Inputs], Tensor],
+        selection: Selection,
+        trained: TrainedRows | None = None,
+    ) -> Evaluation:
+        """The same of any model that gives the `outputs` of these `labels` at candidates of what `selection` reads."""
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
         batches = build_loader(
             data,
             split="eval",
             rank=mesh.rank,
             world_size=mesh.world_size,
-            selection=self.selection,
+            selection=selection,
             pin_memory=on_gpu,
             unseen=unseen,
         )
-        found = evaluate(model, batches, mesh, constant=set(self.labels.names) - set(self.actions))
+        constant = set(self.labels.names) - set(self.actions)
+        found = evaluate(model, batches, mesh, labels=labels, outputs=outputs, trained=trained, constant=constant)
         rates = baseline_metrics(data, self.actions, mesh, unseen) if self.actions else {}
         if self.info.weight is not None or self.info.keep_rate is not None:
             # Rates count every candidate alike, the model's NE as much as its weight says: not to be compared.

@@ -1,23 +1,18 @@
 """Retrieve the next item: predict it behind every event, and rank it among all items, on all ranks.
 
 The evaluated events are each sample's candidates: every one is predicted from all events in front of it, earlier
-candidates included.  First every rank predicts for its share of the split, then all ranks walk over the corpus
-together (`trainer.corpus`).
-
-Shapes: P predictions of this rank.
+candidates included.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from embeddings.config import TableConfig
-from embeddings.tables import Tables, rows_by_feature
+from embeddings.tables import Tables
 from pipelines.batch import Batch
 from pipelines.features import ITEM_ID, DatasetInfo
 from pipelines.loader import build_loader
@@ -25,17 +20,15 @@ from pipelines.selection import Selection
 from trainer.baseline import popularity
 from trainer.columns import item_columns, item_table
 from trainer.config import TrainConfig
-from trainer.corpus import Corpus, join_seen
 from trainer.mesh import Mesh
-from trainer.metrics import CUTOFFS, retrieval_scores
-from trainer.models.config import RetrievalConfig
 from trainer.models.flops import retriever_flops
-from trainer.models.heads.similarity import Similarity
 from trainer.models.layout import take_rows
 from trainer.models.model import Model
-from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch, retrieval_features
-from trainer.models.retriever import RetrieverTower, build_retriever, evaluated_rows
+from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
+from trainer.models.retrieval_config import RetrievalConfig
+from trainer.models.retriever import EventOutputs, RetrieverTower, build_retriever, evaluated_rows
 from trainer.models.sequence_padding import SequencePadding
+from trainer.next_item import Predictions, rank_next_items, retrieval_table
 from trainer.parallelize import ParallelModel
 from trainer.tasks.task import Evaluation, Flops
 
@@ -126,11 +119,21 @@ class Retrieval:
         batches = build_loader(
             data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu, unseen=unseen
         )
-        prepared = (self._form(batch, mesh, 0) for batch in batches)
-        metrics, by_popularity = evaluate_retrieval(
-            model, prepared, popularity(data, mesh, unseen), mesh, self.settings
+        assert isinstance(model.dense, RetrieverTower)
+        metrics, by_popularity = rank_next_items(
+            model,
+            model.dense.similarity,
+            self._predictions(model, batches, mesh),
+            popularity(data, mesh, unseen),
+            mesh=mesh,
+            settings=self.settings,
         )
         return Evaluation(metrics, retrieval_table(metrics, by_popularity) if mesh.is_first else "")
+
+    def _predictions(self, model: ParallelModel, batches: Iterable[Batch], mesh: Mesh) -> Iterator[Predictions]:
+        for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
+            prepared = self._form(batch, mesh, 0).to(mesh.device, non_blocking=True)
+            yield _predict(model.score(prepared.inputs), prepared, exclude_seen=self.settings.exclude_seen)
 
     def _form(self, batch: Batch, mesh: Mesh, num_negatives: int | None) -> RetrievalBatch:
         made = retrieval_batch(
@@ -144,51 +147,8 @@ class Retrieval:
         return made.pin_memory() if mesh.device.type == "cuda" else made
 
 
-@torch.no_grad()
-def evaluate_retrieval(
-    model: ParallelModel, batches: Iterable[RetrievalBatch], counts: Tensor, mesh: Mesh, settings: RetrievalConfig
-) -> tuple[dict[str, float], dict[str, float]]:
-    """`hr@10`, `hr@50`, `ndcg@10`, `ndcg@50` and `mrr` of the model and of the items' `counts`.
-
-    Called by every rank, each with as many batches as the others; a batch may be empty.
-    """
-    was_training = model.module.training
-    model.module.eval()
-    try:
-        parts = [
-            _predict(model, batch.to(mesh.device, non_blocking=True), exclude_seen=settings.exclude_seen)
-            for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first)
-        ]
-        queries, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-        corpus = Corpus(
-            similarity=_similarity(model),
-            items=functools.partial(_items, model),
-            counts=counts,
-            chunk=settings.corpus_chunk,
-        )
-        seen = join_seen([part[2] for part in parts], [part[0].shape[0] for part in parts])
-        ranks = corpus.ranks(queries, targets, seen)
-    finally:
-        model.module.train(was_training)
-    sums = torch.stack([retrieval_scores(rank) for rank in ranks])
-    dist.all_reduce(sums)  # every rank; two rows of sums over predictions
-    of_model, of_popularity = (_means(row) for row in sums)
-    return of_model, of_popularity
-
-
-def retrieval_table(model: dict[str, float], popularity: dict[str, float]) -> str:
-    """The model's metrics beside popularity's."""
-    header = f"{'':<12}" + "".join(f"{name:>10}" for name in model)
-    rows = [
-        f"{name:<12}" + "".join(f"{value:>10.4f}" for value in values.values())
-        for name, values in (("model", model), ("popularity", popularity))
-    ]
-    return "\n".join([header, "-" * len(header), *rows])
-
-
-def _predict(model: ParallelModel, batch: RetrievalBatch, *, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(queries [P, ...], true items [P], pairs (prediction, earlier item) as [2, pairs]) of a batch on the device."""
-    outputs = model.score(batch.inputs)
+def _predict(outputs: EventOutputs, batch: RetrievalBatch, *, exclude_seen: bool) -> Predictions:
+    """What is said of each event that evaluation asks for, on the device."""
     rows = evaluated_rows(outputs.layout, batch.num_evaluated, batch.num_evaluated_host)
     item_ids, lens, device = batch.inputs.item_ids, batch.inputs.lens, rows.device
     seen = torch.zeros(2, 0, dtype=torch.long, device=device)
@@ -199,26 +159,4 @@ def _predict(model: ParallelModel, batch: RetrievalBatch, *, exclude_seen: bool)
         prediction = torch.repeat_interleave(torch.arange(rows.numel(), device=device), earlier)
         place = torch.arange(prediction.numel(), device=device) - (torch.cumsum(earlier, 0) - earlier)[prediction]
         seen = torch.stack([prediction, item_ids[starts[prediction] + place]])
-    return _similarity(model).queries(take_rows(outputs.vectors, rows)), item_ids[rows + 1], seen
-
-
-def _items(model: ParallelModel, first: int, last: int) -> Tensor:
-    """The items from `first` on as the similarity sees them, [last - first, ...].
-
-    A collective: every rank asks for the same rows, whatever its number of predictions.
-    """
-    item_ids = torch.arange(first, last, device=next(model.dense.parameters()).device)
-    features = retrieval_features(item_ids, item_ids[:0])
-    return _similarity(model).items(rows_by_feature(model.tables(features))[ITEM_ID].values())
-
-
-def _similarity(model: ParallelModel) -> Similarity:
-    assert isinstance(model.dense, RetrieverTower)
-    return model.dense.similarity
-
-
-def _means(sums: Tensor) -> dict[str, float]:
-    names = [*(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS), "mrr"]
-    total = float(sums[-1])
-    # Without predictions there is no mean: NaN, which files write as null.
-    return {name: float(value) / total if total else float("nan") for name, value in zip(names, sums, strict=False)}
+    return Predictions(take_rows(outputs.vectors, rows), item_ids[rows + 1], seen)

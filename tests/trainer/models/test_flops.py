@@ -7,7 +7,7 @@ import pytest
 
 from attention_kernels import SemiLocalMask
 from attention_kernels.reference import dense_mask
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, RetrievalConfig, StageConfig
+from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
 from trainer.models.flops import (
     FlopCount,
     InputWidths,
@@ -17,6 +17,7 @@ from trainer.models.flops import (
     retriever_flops,
     scaling_efficiency,
 )
+from trainer.models.retrieval_config import RetrievalConfig
 
 PAPER = LayerConfig()
 PRODUCTION = LayerConfig(variant="production")

@@ -14,7 +14,6 @@ from trainer.models.config import (
     InputConfig,
     LayerConfig,
     ModelConfig,
-    RetrievalConfig,
     StageConfig,
 )
 from trainer.models.heads.config import DotProductConfig, MixtureOfLogitsConfig, MlpConfig
@@ -22,6 +21,7 @@ from trainer.models.layout import make_layout
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
 from trainer.models.relative_config import RelativeBiasConfig
+from trainer.models.retrieval_config import RetrievalConfig
 from trainer.models.retriever import build_retriever, evaluated_rows, rows_with_next
 
 HISTORY, CANDIDATES = [3, 1, 0, 5], [1, 0, 2, 1]
