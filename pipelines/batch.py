@@ -27,6 +27,10 @@ class Inputs:
     def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor) -> None:
         self._contents, self._host_memory, self._memory = contents, host_memory, memory
 
+    def to(self, device: torch.device) -> "Inputs":
+        """The inputs with their memory on `device`."""
+        return Inputs(self._contents, self._host_memory, self._memory.to(device, non_blocking=True))
+
     @property
     def padded(self) -> bool:
         """Whether the last sample is padding, which stands for nothing."""
