@@ -172,6 +172,7 @@ class InputBuilder:
             global_samples=len(history),
             global_tokens=int(kept.sum() + candidates.sum()),
             global_candidates=int(candidates.sum()),
+            global_followed=0,
             imbalance=1.0,
             position=DataPosition(order=("requests",)),
         )
