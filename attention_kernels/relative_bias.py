@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_kernels.rectangle import Rectangle
+
 LOG_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural logarithms of seconds, as in the HSTU paper: about a factor 1.35."""
 
@@ -26,8 +28,8 @@ LOG_BUCKET_WIDTH = 0.301
 class RelativePlaces:
     """Where a batch's pairs of query and key stand to each other: made once, read by every layer."""
 
-    padded_T: Tensor
-    """Each token's place in the padded batch, user * N + index."""
+    rectangle: Rectangle
+    """Where each token lies in the padded batch."""
     buckets_BNN: Tensor
     """Time bucket of each pair (query, key), int64."""
     distance_NN: Tensor
@@ -36,35 +38,21 @@ class RelativePlaces:
     """1 where k <= q, else 0; float32."""
 
 
-def make_places(
-    user_T: Tensor,
-    index_T: Tensor,
-    time_T: Tensor,
-    asked_T: Tensor,
-    *,
-    num_users: int,
-    longest: int,
-    num_buckets: int,
-) -> RelativePlaces:
-    """The places of sequences of which `user_T` and `index_T` say whose each token is, and where it stands in it.
+def make_places(rectangle: Rectangle, time_T: Tensor, asked_T: Tensor, *, num_buckets: int) -> RelativePlaces:
+    """The places of sequences that lie so.
 
     Args:
+        rectangle: of all tokens.
         time_T: [T] int64 seconds, the times of keys.
         asked_T: [T] likewise, the times of queries.
-        num_users: B.
-        longest: N.
         num_buckets: G; larger distances share the last bucket.
     """
-    padded_T = user_T * longest + index_T
-    key_BN, query_BN = (
-        seconds.new_zeros(num_users * longest).index_copy_(0, padded_T, seconds).view(num_users, longest)
-        for seconds in (time_T, asked_T)
-    )
+    key_BN, query_BN = rectangle.pad(time_T), rectangle.pad(asked_T)
     distance_BNN = (query_BN[:, :, None] - key_BN[:, None, :]).abs()
-    index = torch.arange(longest, device=user_T.device)
+    index = torch.arange(rectangle.longest, device=time_T.device)
     distance_NN = index[:, None] - index[None, :]
     return RelativePlaces(
-        padded_T=padded_T,
+        rectangle=rectangle,
         buckets_BNN=log_bucket(distance_BNN, num_buckets),
         distance_NN=distance_NN.clamp(min=0),
         causal_NN=(distance_NN >= 0).float(),
@@ -89,32 +77,25 @@ def relative_attention(
 ) -> Tensor:
     """The formula above, [T, H, V] in v's type; scores in float32 (float64 for float64).  Differentiable in all five
     tensors.  Distances of M places and more share the last position bias."""
-    q_BHNK, k_BHNK, v_BHNV = (_padded(x, places) for x in (q_THK, k_THK, v_THV))
-    distance_NN = places.distance_NN.clamp(max=position_HM.shape[1] - 1)
+    q_BHNK, k_BHNK, v_BHNV = (places.rectangle.pad(x).transpose(1, 2) for x in (q_THK, k_THK, v_THV))
+    distance_1NN = places.distance_NN.clamp(max=position_HM.shape[1] - 1)[None]
     score_BHNN = (q_BHNK @ k_BHNK.transpose(2, 3)).to(position_HM.dtype) * scale
-    bias_BHNN = _TimeBias.apply(time_HG, places.buckets_BNN)
-    score_BHNN = score_BHNN + position_HM[:, distance_NN] + bias_BHNN
+    position_1HNN, time_BHNN = _Bias.apply(position_HM, distance_1NN), _Bias.apply(time_HG, places.buckets_BNN)
+    score_BHNN = score_BHNN + position_1HNN + time_BHNN
     weight_BHNN = F.silu(score_BHNN) * (places.causal_NN.to(score_BHNN.dtype) / max_len)
     out_BHNV = weight_BHNN.to(v_THV.dtype) @ v_BHNV
-    return out_BHNV.transpose(1, 2).flatten(0, 1)[places.padded_T].to(v_THV.dtype)
+    out_TW = places.rectangle.take(out_BHNV.transpose(1, 2).flatten(2))
+    return out_TW.view(v_THV.shape).to(v_THV.dtype)
 
 
-def _padded(x_THK: Tensor, places: RelativePlaces) -> Tensor:
-    """[B, H, N, K], zero where a sequence has ended."""
-    users, longest, _ = places.buckets_BNN.shape
-    padded: Tensor = x_THK.new_zeros(users * longest, *x_THK.shape[1:]).index_copy(0, places.padded_T, x_THK)
-    by_user: Tensor = padded.unflatten(0, (users, longest))
-    return by_user.transpose(1, 2)
-
-
-class _TimeBias(torch.autograd.Function):
-    """`time_HG[h, buckets_BNN]`.  The backward adds up by query first: millions of pairs fall into few buckets."""
+class _Bias(torch.autograd.Function):
+    """`bias_HG[h, buckets_BNN]`.  The backward adds up by query first: millions of pairs fall into few buckets."""
 
     @staticmethod
-    def forward(ctx: Any, time_HG: Tensor, buckets_BNN: Tensor) -> Tensor:
+    def forward(ctx: Any, bias_HG: Tensor, buckets_BNN: Tensor) -> Tensor:
         ctx.save_for_backward(buckets_BNN)
-        ctx.num_buckets = time_HG.shape[1]
-        return torch.stack([biases_G[buckets_BNN] for biases_G in time_HG], dim=1)
+        ctx.num_buckets = bias_HG.shape[1]
+        return torch.stack([biases_G[buckets_BNN] for biases_G in bias_HG], dim=1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

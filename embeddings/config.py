@@ -67,8 +67,15 @@ class TableConfig:
     """An optimizer of its own; null takes the run's."""
     frozen: bool = False
     """Rows and their optimizer's state stay as they are."""
+    initial_bound: float | None = None
+    """Initial values are uniform within plus and minus this; null for 1 / sqrt(embedding_dim)."""
 
     def __post_init__(self) -> None:
+        if self.initial_bound is not None and self.initial_bound <= 0:
+            raise ValueError(
+                f"table {self.name!r}: initial_bound must be above 0, or null for 1 / sqrt(embedding_dim), "
+                f"got {self.initial_bound}"
+            )
         if not self.name or "." in self.name or "/" in self.name:
             raise ValueError(f"table name must be non-empty and hold no dot or slash, got {self.name!r}")
         if self.num_embeddings < 1:

@@ -1,6 +1,6 @@
-"""Initial values of tables: uniform in +-1/sqrt(embedding_dim), a pure function of (seed, table, row, column).
+"""Initial values of tables: uniform within a bound, a pure function of (seed, table, row, column).
 
-Value = (2 x - 1) / sqrt(embedding_dim), where x is the upper 24 bits of the splitmix64 generator at position
+Value = (2 x - 1) bound, where x is the upper 24 bits of the splitmix64 generator at position
 row * embedding_dim + column of the table's stream, as a fraction.  Every step is exact in float32 but the last product,
 so that every device writes the same bits.
 """
@@ -24,15 +24,17 @@ def fill(block: Tensor, table: TableConfig, first_row: int, first_column: int, *
     """
     digest = hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
+    bound = table.embedding_dim**-0.5 if table.initial_bound is None else table.initial_bound
+    where = (first_row, first_column)
     if block.is_cuda:
-        launch_fill(block, key, table.embedding_dim, first_row, first_column)
+        launch_fill(block, key, table.embedding_dim, where, bound)
     else:
-        fill_on_cpu(block, key, table.embedding_dim, first_row, first_column)
+        fill_on_cpu(block, key, table.embedding_dim, where, bound)
 
 
-def fill_on_cpu(block: Tensor, key: int, embedding_dim: int, first_row: int, first_column: int) -> None:
-    """The definition, in plain PyTorch, chunk by chunk."""
-    bound = embedding_dim**-0.5
+def fill_on_cpu(block: Tensor, key: int, embedding_dim: int, where: tuple[int, int], bound: float) -> None:
+    """The definition, in plain PyTorch, chunk by chunk; `where` is the block's first row and column."""
+    first_row, first_column = where
     chunk_rows = max(1, CHUNK_VALUES // embedding_dim)
     column = torch.arange(first_column, first_column + block.shape[1], device=block.device)
     for start in range(0, len(block), chunk_rows):

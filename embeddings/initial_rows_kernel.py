@@ -40,7 +40,7 @@ def _fill_kernel(
     tl.store(p_block + rows * row_stride + columns, values.to(p_block.dtype.element_ty), mask=places < num_values)
 
 
-def launch_fill(block: Tensor, key: int, embedding_dim: int, first_row: int, first_column: int) -> None:
+def launch_fill(block: Tensor, key: int, embedding_dim: int, where: tuple[int, int], bound: float) -> None:
     """`embeddings.initial_rows.fill_on_cpu` for a block [rows, columns] on a GPU; its rows may lie apart."""
     if not block.numel():
         return
@@ -48,10 +48,9 @@ def launch_fill(block: Tensor, key: int, embedding_dim: int, first_row: int, fir
         block,
         block.numel(),
         block.stride(0),
-        first_row,
-        first_column,
+        *where,
         key,
-        embedding_dim**-0.5,
+        bound,
         COLUMNS=block.shape[1],
         DIM=embedding_dim,
         BLOCK=_BLOCK,

@@ -68,6 +68,7 @@ def table_configs(
                 dtype=settings.dtype,
                 optimizer=settings.optimizer,
                 frozen=any(matches(pattern, f"tables/{space}") for pattern in config.frozen),
+                initial_bound=settings.initial_bound,
             )
         )
     return tuple(tables)

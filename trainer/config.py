@@ -130,6 +130,8 @@ class TableSettings:
     """Type of its rows."""
     optimizer: SparseOptimizerConfig | None = None
     """An optimizer of its own; null for the run's `sparse_optimizer`."""
+    initial_bound: float | None = None
+    """Its initial values are uniform within plus and minus this; null for 1 / sqrt(embedding_dim)."""
 
     def __post_init__(self) -> None:
         if self.embedding_dim is not None:

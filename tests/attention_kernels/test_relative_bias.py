@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from attention_kernels.rectangle import make_rectangle
 from attention_kernels.relative_bias import RelativePlaces, log_bucket, make_places, relative_attention
 
 LENS, HEADS, QK, V, POSITIONS, BUCKETS = [3, 1, 5], 2, 4, 3, 4, 6
@@ -15,9 +16,8 @@ ASKED_T = torch.tensor([1, 7, 7, 3, 2, 60, 61, 4000, 4000])
 
 
 def places_of(rows: slice = slice(None)) -> RelativePlaces:
-    return make_places(
-        USER_T[rows], INDEX_T[rows], TIME_T[rows], ASKED_T[rows], num_users=3, longest=5, num_buckets=BUCKETS
-    )
+    rectangle = make_rectangle(USER_T[rows], INDEX_T[rows], num_users=3, longest=5)
+    return make_places(rectangle, TIME_T[rows], ASKED_T[rows], num_buckets=BUCKETS)
 
 
 def inputs() -> list[Tensor]:

@@ -10,17 +10,16 @@ from torch import Tensor
 
 from pipelines.padding import Padding, rounded
 from tests.support.batches import random_batch, small_selection
-from tests.trainer.models import test_joint, test_ranker, test_retriever
+from tests.trainer.models import test_ranker, test_retriever
 from trainer.models.model import Model
 from trainer.models.negatives import retrieval_batch
 from trainer.models.sequence_padding import SequencePadding
 from trainer.recording import RecordedObjective, Recording
-from trainer.resolve import resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [([5, 0, 9], [2, 3, 1]), ([4, 2, 9], [2, 3, 1]), ([0, 0, 0], [1, 0, 0]), ([9], [7]), ([5, 1, 8], [3, 1, 2])]
 """History lengths and candidates of batches; some have the same sizes with padding."""
-RANKERS = ["paper", "production", "causal", "interleaved", "learned_action", "columns", "columns, interleaved, mlp"]
+RANKERS = ["paper", "production", "interleaved", "learned_action", "columns", "columns, interleaved, mlp"]
 
 
 def ranker(name: str) -> tuple[Model, Padding, list[Any]]:
@@ -47,19 +46,13 @@ def retriever(name: str) -> tuple[Model, SequencePadding, list[Any]]:
             [([3, 1, 0, 5], [1, 0, 2, 1]), ([2, 2, 1, 4], [2, 1, 1, 1]), ([1], [0])]
         )
     ]
-    config = test_retriever.config()
+    config = {"informed": test_retriever.informed, "softmax": test_retriever.softmax}.get(name, test_retriever.config)()
     if name == "dropout":
         config = replace(config, layer=replace(config.layer, dropout=0.3), input=replace(config.input, dropout=0.2))
-    return test_retriever.small(config), SequencePadding(), batches
+    return test_retriever.small(config), SequencePadding(rectangular=config.is_rectangular), batches
 
 
-def joint(name: str) -> tuple[Model, Padding, list[Any]]:
-    resolved = resolve(test_joint.config(), test_joint.info())
-    batches = [test_joint.batch(history, candidates) for history, candidates in LENGTHS]
-    return test_joint.built(resolved), Padding(resolved.task.selection), batches
-
-
-CASES = [*((ranker, name) for name in RANKERS), (retriever, "plain"), (joint, "plain")]
+CASES = [*((ranker, name) for name in RANKERS), *((retriever, name) for name in ("plain", "informed", "softmax"))]
 
 
 def gradients(model: Model, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from trainer.checkpoint.layout import dtype_name
 from trainer.checkpoint.pieces import Tensors
 from trainer.checkpoint.progress import Progress
 from trainer.command_line import WrongUse
-from trainer.config import CheckpointConfig, TrainConfig
+from trainer.config import CheckpointConfig, TableSettings, TrainConfig
 from trainer.export.description import DENSE, UNKNOWN, Export, ExportedTable, TensorKind, read_description, table_file
 from trainer.export.keys import Identities
 from trainer.export.rows import TableRows
@@ -68,7 +68,7 @@ def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
             with closing(connect(scratch, MEMORY_GIB, None)) as connection:
                 files[name].match(identities, connection)
                 files[name].copy_into(target, connection)
-            _fill_rest(target, name, table, config.seed)
+            _fill_rest(target, name, table, config)
             if name in unknown:
                 target[0] = unknown[name]
         for number, (name, kind) in enumerate(export.optimizers.items()):
@@ -114,17 +114,13 @@ def _mapped(file: Path, kind: TensorKind) -> Tensor:
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(kind.shape)
 
 
-def _fill_rest(target: Tensor, name: str, table: ExportedTable, seed: int) -> None:
+def _fill_rest(target: Tensor, name: str, table: ExportedTable, config: TrainConfig) -> None:
     """Rows for keys to come have the values that a new run gives them."""
     first = table.first + table.count
     rows, columns = table.kind.shape
-    fill(
-        target[first:],
-        TableConfig(name=name, num_embeddings=rows, embedding_dim=columns, features=(name,)),
-        first,
-        0,
-        seed=seed,
-    )
+    bound = config.tables.get(name, TableSettings()).initial_bound
+    like = TableConfig(name=name, num_embeddings=rows, embedding_dim=columns, features=(name,), initial_bound=bound)
+    fill(target[first:], like, first, 0, seed=config.seed)
 
 
 def _write_run(path: Path, config: TrainConfig, export: Export, tensors: Tensors) -> None:

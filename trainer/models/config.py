@@ -1,7 +1,7 @@
 """What a model is made of.  Standard library only; `build_*` functions elsewhere turn these values into modules."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from trainer.labels.config import LabelConfig
@@ -14,9 +14,10 @@ from trainer.models.retrieval_config import RetrievalConfig
 class LayerConfig:
     """One HSTU layer, the same for all layers of a tower."""
 
-    variant: Literal["paper", "production"] = "paper"
+    variant: Literal["paper", "production", "softmax"] = "paper"
     """paper: SiLU on U, V, Q and K, and only the gated norm enters the output product.  production (Meta's open code):
-    SiLU on U alone, and U, the layer's input and the gated norm are concatenated before the output product."""
+    SiLU on U alone, and U, the layer's input and the gated norm are concatenated before the output product.  softmax:
+    no HSTU layer but a Transformer's (`trainer.models.softmax`), for retrievers on sequences of hundreds."""
     num_heads: int = 4
     """Attention heads."""
     qk_dim: int = 128
@@ -55,6 +56,8 @@ class LayerConfig:
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"layer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.variant == "softmax":
+            self._check_softmax()
         if self.fp8 and not (self.recompute_normed and self.recompute_gated):
             raise ValueError(
                 "layer.fp8=true keeps no 16-bit inputs of its products: layer.recompute_normed and "
@@ -71,6 +74,13 @@ class LayerConfig:
             raise ValueError(f"layer.scale must be above 0, or null for 1 / sqrt(qk_dim), got {self.scale}")
         if self.norm_eps <= 0:
             raise ValueError(f"layer.norm_eps must be above 0, got {self.norm_eps}")
+
+    def _check_softmax(self) -> None:
+        """What only HSTU's layers have would have no effect."""
+        read = ("variant", "num_heads", "qk_dim", "value_dim", "scale", "norm_eps", "dropout")
+        for each in fields(self):
+            if each.name not in read and getattr(self, each.name) != each.default:
+                raise ValueError(f"layer.{each.name} has no effect with layer.variant=softmax: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,8 +288,8 @@ class ModelConfig:
             self._check_joint()
         elif self.retrieval is not None:
             self._check_retriever()
-        if (joint or self.retrieval is None) and any(layer.relative_bias for layer in self.layers):
-            raise ValueError("layer.relative_bias is for retrievers alone: leave it out, or give model.retrieval")
+        if joint or self.retrieval is None:
+            self._check_ranker()
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -287,11 +297,15 @@ class ModelConfig:
         return tuple(channel.layer or self.layer for channel in self.channels) or (self.layer,)
 
     @property
-    def reads_more_than_items(self) -> bool:
-        """Whether a retriever reads actions or times."""
-        retrieval = self.retrieval
-        told = retrieval is not None and (retrieval.read_actions or retrieval.read_next_time)
-        return told or self.layer.relative_bias is not None
+    def is_rectangular(self) -> bool:
+        """Whether the layers pad sequences to the longest of a batch."""
+        return self.layer.relative_bias is not None or self.layer.variant == "softmax"
+
+    def _check_ranker(self) -> None:
+        for layer in self.layers:
+            if layer.relative_bias is not None or layer.variant == "softmax":
+                name = "relative_bias" if layer.relative_bias is not None else "variant=softmax"
+                raise ValueError(f"layer.{name} is for retrievers alone: leave it out, or give model.retrieval")
 
     def _check_channels(self) -> None:
         if not self.channels:
@@ -323,8 +337,8 @@ class ModelConfig:
         read = ("num_positions", "dropout", *(("num_time_buckets",) if self.retrieval.read_next_time else ()))
         if self.input != InputConfig(**{name: getattr(self.input, name) for name in read}):
             raise ValueError(f"model.retrieval: of model.input only {', '.join(read)} have an effect, drop the rest")
-        if self.layer.relative_bias is not None and any(stage.local is not None for stage in self.stages):
-            raise ValueError("layer.relative_bias has no windows: stages.local must be null")
+        if self.is_rectangular and any(stage.local is not None for stage in self.stages):
+            raise ValueError("layer.relative_bias and layer.variant=softmax have no windows: stages.local must be null")
         for name, unset in (("channels", ()), ("labels", None), ("head", MlpConfig())):
             if getattr(self, name) != unset:
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")

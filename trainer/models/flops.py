@@ -131,7 +131,8 @@ def layer_flops(
     gate = layer.num_heads * layer.value_dim
     # V and K of all tokens, U and Q of the rows.
     width = layer.num_heads * (layer.value_dim + layer.qk_dim)
-    output_inputs = 2 * gate + dim if layer.variant == "production" else gate
+    # A Transformer has no U; its attention has an output product of that size, and two of the model's width follow.
+    output_inputs = {"paper": gate, "production": 2 * gate + dim, "softmax": 2 * dim}[layer.variant]
     return FlopCount(
         projections=2 * (tokens + rows) * dim * width,
         attention=2 * pairs * layer.num_heads * (layer.qk_dim + layer.value_dim),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from attention_kernels.layer.gather import Gather, gather_sum
+from attention_kernels.rectangle import Rectangle, make_rectangle
+from pipelines.padding import rounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,18 @@ def make_layout(
 def repeat_users(lens: Tensor, total: int) -> Tensor:
     """User b repeated lens[b] times; `total` is the sum, known on the host."""
     return torch.repeat_interleave(torch.arange(lens.numel(), device=lens.device), lens, output_size=total)
+
+
+def rectangle_of(layout: SequenceLayout) -> Rectangle:
+    """The layout's sequences padded to the longest, for layouts of events alone; padding lies outside.
+
+    Of a padded layout, to one of few sizes: batches that share it can share a recording (`sequence_padding`).
+    """
+    num_users = layout.num_users - layout.padded
+    lens = layout.history_lens_host[:num_users]
+    longest = int(lens.max()) if lens.numel() else 0
+    longest = rounded(longest) if layout.padded else longest
+    return make_rectangle(layout.user_T, layout.index_T, num_users=num_users, longest=longest)
 
 
 def history_mask(layout: SequenceLayout) -> Tensor:

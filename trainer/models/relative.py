@@ -11,7 +11,7 @@ from attention_kernels.relative_bias import RelativePlaces, make_places, relativ
 from trainer.models.config import LayerConfig
 from trainer.models.hstu import HstuLayer, build_layer_spec
 from trainer.models.layer import LayerSpec
-from trainer.models.layout import EventTimes, SequenceLayout
+from trainer.models.layout import EventTimes, SequenceLayout, rectangle_of
 from trainer.models.precision import compute_dtype
 from trainer.models.rows import learned_vectors
 
@@ -63,16 +63,7 @@ class RelativeTower(nn.Module):
 
     def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
         """The last layer's output at every event."""
-        lens = layout.history_lens_host
-        places = make_places(
-            layout.user_T,
-            layout.index_T,
-            times.happened,
-            times.asked,
-            num_users=layout.num_users,
-            longest=int(lens.max()) if lens.numel() else 0,
-            num_buckets=self.num_time_buckets,
-        )
+        places = make_places(rectangle_of(layout), times.happened, times.asked, num_buckets=self.num_time_buckets)
         for layer in self.layers:
             assert isinstance(layer, RelativeLayer)
             x_TD = layer.at_places(x_TD, places)

@@ -26,6 +26,7 @@ from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, SequenceI
 from trainer.models.precision import compute_dtype
 from trainer.models.relative import RelativeTower
 from trainer.models.rows import learned_vectors
+from trainer.models.softmax import SoftmaxTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +209,12 @@ def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
 
 def _build_event_tower(config: ModelConfig) -> EventTower:
     dim, layer, stages, max_len = config.dim, config.layer, config.stages, config.max_len
-    if layer.relative_bias is None:
-        return build_tower(dim=dim, layer=layer, stages=stages, num_context=0, max_len=max_len)
     num_layers = sum(stage.num_layers for stage in stages)
-    return RelativeTower(dim=dim, layer=layer, num_layers=num_layers, max_len=max_len)
+    if layer.variant == "softmax":
+        return SoftmaxTower(dim=dim, layer=layer, num_layers=num_layers)
+    if layer.relative_bias is not None:
+        return RelativeTower(dim=dim, layer=layer, num_layers=num_layers, max_len=max_len)
+    return build_tower(dim=dim, layer=layer, stages=stages, num_context=0, max_len=max_len)
 
 
 def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int, num_actions: int) -> Model:

@@ -1,7 +1,7 @@
 """How the retriever's batches are padded to few sizes: `pipelines.padding`, for sequences and negatives."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,12 +12,19 @@ from trainer.models.layout import to_device
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_features
 
 
+@dataclass(frozen=True, slots=True)
 class SequencePadding:
     """The last sequence is the padding.  Negatives, the same number in every batch, need none."""
 
+    rectangular: bool = False
+    """Whether layers pad sequences to the longest, which is then part of the size."""
+
     def sizes(self, batch: RetrievalBatch) -> tuple[int, ...]:
         """What batches have to share to be of one size."""
-        return len(_padded_lens(batch)), *(each.padded for counts in self.lookups(batch).values() for each in counts)
+        lens = batch.inputs.lens_host
+        longest = (rounded(int(lens.max()) if lens.numel() else 0),) if self.rectangular else ()
+        counts = [each.padded for counts in self.lookups(batch).values() for each in counts]
+        return (len(_padded_lens(batch)), *counts, *longest)
 
     def lookups(self, batch: RetrievalBatch) -> dict[str, Sequence[Count]]:
         """Rows of each looked-up feature."""
@@ -33,6 +40,9 @@ class SequencePadding:
             batch.inputs,
             features=retrieval_features(item_ids[:0], item_ids[:0]),
             item_ids=item_ids,
+            action=torch.zeros_like(item_ids, dtype=batch.inputs.action.dtype),
+            time=torch.zeros_like(item_ids),
+            next_time=torch.zeros_like(item_ids),
             lens=lens.to(device),
             lens_host=lens,
             padded=True,
@@ -48,7 +58,9 @@ class SequencePadding:
 
     def fill(self, kept: RetrievalBatch, batch: RetrievalBatch) -> None:
         """Write the padded batch over one of its sizes; the host does not wait for the copy to a GPU."""
-        kept.inputs.item_ids[: batch.inputs.item_ids.numel()].copy_(batch.inputs.item_ids)
+        events = batch.inputs.item_ids.numel()
+        for name in ("item_ids", "action", "time", "next_time"):
+            getattr(kept.inputs, name)[:events].copy_(getattr(batch.inputs, name))
         kept.inputs.lens.copy_(to_device(_padded_lens(batch), kept.inputs.lens.device))
         kept.negative_ids.copy_(batch.negative_ids)
         kept.loss_denominator.copy_(batch.loss_denominator)

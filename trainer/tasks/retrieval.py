@@ -107,7 +107,7 @@ class Retrieval:
     @property
     def padding(self) -> SequencePadding:
         """One more sequence."""
-        return SequencePadding()
+        return SequencePadding(rectangular=self.config.model.is_rectangular)
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Hit rate, NDCG and MRR of each candidate's rank among all items, beside popularity.  Called by every rank.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_kernels.rectangle import make_rectangle
 from embeddings.config import TableConfig
 from embeddings.tables import build_tables
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, random_batch
@@ -23,6 +24,7 @@ from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval
 from trainer.models.relative_config import RelativeBiasConfig
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.models.retriever import build_retriever, evaluated_rows, rows_with_next
+from trainer.models.softmax import SoftmaxLayer
 
 HISTORY, CANDIDATES = [3, 1, 0, 5], [1, 0, 2, 1]
 LENS = [4, 1, 2, 6]
@@ -148,9 +150,17 @@ def test_a_batch_without_a_next_item_gives_zero_loss_and_zero_gradients(share: b
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("stage", [StageConfig(num_layers=2), StageConfig(num_layers=2, local=1, global_columns=1)])
-def test_a_users_later_events_do_not_change_earlier_outputs(stage: StageConfig) -> None:
-    tower = small(replace(config(), stages=(stage,))).tower.eval()
+def softmax() -> ModelConfig:
+    """A retriever with a Transformer's layers."""
+    return replace(config(), layer=LayerConfig(variant="softmax", num_heads=2, qk_dim=8, value_dim=4, scale=0.4))
+
+
+SEMI_LOCAL = replace(config(), stages=(StageConfig(num_layers=2, local=1, global_columns=1),))
+
+
+@pytest.mark.parametrize("chosen", [config(), SEMI_LOCAL, softmax()])
+def test_a_users_later_events_do_not_change_earlier_outputs(chosen: ModelConfig) -> None:
+    tower = small(chosen).tower.eval()
     rows = torch.randn(6, EMBEDDING_DIM)
 
     def outputs(count: int) -> Tensor:
@@ -196,6 +206,24 @@ def test_a_full_softmax_scores_every_item_once() -> None:
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_transformers_layer_is_its_formula() -> None:
+    torch.manual_seed(0)
+    layer = SoftmaxLayer(dim=16, layer=softmax().layer).eval()
+    x = torch.randn(9, 16)
+    user, index = torch.tensor([0] * 5 + [1] * 4), torch.tensor([*range(5), *range(4)])
+    found = layer(x, make_rectangle(user, index, num_users=2, longest=5))
+    y = layer.attention_norm(x)
+    q, (k, v) = layer.query(y).view(9, 2, 8), layer.key_value(x).split([16, 8], dim=1)
+    for row in range(9):
+        seen = (user == user[row]) & (index <= index[row])
+        heads = [
+            torch.softmax(0.4 * k[seen].view(-1, 2, 8)[:, head] @ q[row, head], 0) @ v[seen].view(-1, 2, 4)[:, head]
+            for head in range(2)
+        ]
+        z = layer.hidden_norm(y[row] + layer.attention_output(torch.cat(heads)))
+        torch.testing.assert_close(found[row], z + layer.output(torch.relu(layer.hidden(z))), rtol=1e-4, atol=1e-5)
 
 
 def test_an_output_knows_its_past_and_when_the_next_event_comes_and_nothing_else() -> None:
