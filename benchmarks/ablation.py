@@ -9,14 +9,12 @@ under DIR is used again.  The table's cells are means over the seeds, with the l
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from benchmarks.trainings import Training, hardware, seeded, train_all
 
 RECIPE, SEEDS = "kuairand_sample", (0, 1, 2)
 RESULTS = Path("benchmarks/results/ablation.json")
@@ -64,27 +62,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         rows = arguments.only or list(ROWS)
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            runs = {row: [pool.submit(train, row, seed, arguments.work) for seed in SEEDS] for row in rows}
-            found = {row: [run.result() for run in each] for row, each in runs.items()}
+        runs = [training(row, seed, arguments.work) for row in rows for seed in SEEDS]
+        lines = (run.evaluations[-1] for run in train_all(runs, arguments.jobs))
+        found = {row: [next(lines) for _ in SEEDS] for row in rows}
         arguments.json.write_text(json.dumps(merged(arguments.json, found), indent=1) + "\n")
     print(table(json.loads(arguments.json.read_text())))
 
 
-def train(row: str, seed: int, work: Path) -> dict[str, float]:
-    """Train and evaluate, unless it is done; returns the last evaluation's metrics."""
-    run = work / f"{list(ROWS).index(row)}-{seed}"
+def training(row: str, seed: int, work: Path) -> Training:
+    """A row's run of a seed."""
     inputs = [f"model.input.{name}={json.dumps(columns)}" for name, columns in ROWS[row].items()]
-    settings = [f"seed={seed}", f"data.seed={seed}", *inputs]
-    command = [sys.executable, "-m", "trainer", "train", RECIPE, "--run-dir", str(run), "--set", *settings]
-    evaluations = run / "eval.jsonl"
-    if not evaluations.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        with (work / f"{run.name}.log").open("w") as log:
-            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
-                raise SystemExit(f"{' '.join(command)} failed: see {log.name}")
-    result: dict[str, float] = json.loads(evaluations.read_text().splitlines()[-1])
-    return result
+    run = work / f"{list(ROWS).index(row)}-{seed}"
+    return Training(recipe=RECIPE, run=run, settings=(*seeded(seed), *inputs))
 
 
 def merged(file: Path, found: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
@@ -102,7 +91,7 @@ def merged(file: Path, found: Mapping[str, Sequence[Mapping[str, float]]]) -> di
     return {
         "recipe": RECIPE,
         "seeds": list(SEEDS),
-        "hardware": f"{os.cpu_count()}-core CPU machine",
+        "hardware": hardware(),
         "rows": {row: known[row] for row in ROWS if row in known},
     }
 

@@ -11,11 +11,7 @@ folders are not given; what lies prepared under DIR is used again.
 import argparse
 import datetime
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -25,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.made_up_logs import KINDS
+from benchmarks.trainings import Training, hardware, prepare, seeded, train_all
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
 from pipelines.loader import dataset_info
@@ -65,12 +62,9 @@ def main() -> None:
         parser.error("--work is needed, unless --table is given")
     logs = [log for log in _logs(arguments) if arguments.only is None or log.name in arguments.only]
     for log in logs:
-        _prepare(log, arguments.work)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = [[pool.submit(_train, log, seed, arguments.work) for seed in SEEDS] for log in logs]
-        results = [
-            _compare(log, [run.result() for run in each], arguments.work) for log, each in zip(logs, runs, strict=True)
-        ]
+        prepare(arguments.work / "data" / _folder(log), log.prepare)
+    runs = iter(train_all([_training(log, seed, arguments.work) for log in logs for seed in SEEDS], arguments.jobs))
+    results = [_compare(log, [next(runs).evaluations[-1] for _ in SEEDS], arguments.work) for log in logs]
     report = merged(arguments.json, results)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
@@ -130,30 +124,9 @@ def _folder(log: Log) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in log.name)
 
 
-def _prepare(log: Log, work: Path) -> None:
-    out = work / "data" / _folder(log)
-    if not out.is_dir():
-        _run([*log.prepare, "--out", str(out)], "pipelines.prepare", work / f"prepare-{_folder(log)}.log")
-
-
-def _train(log: Log, seed: int, work: Path) -> dict[str, float]:
-    """Train and evaluate; returns the last evaluation's metrics."""
-    run = work / "runs" / f"{_folder(log)}-{seed}"
-    settings = (f"data.path={work / 'data' / _folder(log)}", f"seed={seed}", f"data.seed={seed}", *log.settings)
-    command = ["train", "own_log", "--run-dir", str(run), "--set", *settings]
-    _run(command, "trainer", work / f"train-{_folder(log)}-{seed}.log")
-    lines = (run / "eval.jsonl").read_text().splitlines()
-    result: dict[str, float] = json.loads(lines[-1])
-    return result
-
-
-def _run(arguments: Sequence[str], module: str, log_file: Path) -> None:
-    """Run a module of the project; what it says goes to a file."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("w") as log:
-        command = [sys.executable, "-m", module, *arguments]
-        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
-            raise SystemExit(f"{' '.join(command)} failed: see {log_file}")
+def _training(log: Log, seed: int, work: Path) -> Training:
+    settings = (f"data.path={work / 'data' / _folder(log)}", *seeded(seed), *log.settings)
+    return Training(recipe="own_log", run=work / "runs" / f"{_folder(log)}-{seed}", settings=settings)
 
 
 def _compare(log: Log, seeds: Sequence[Mapping[str, float]], work: Path) -> dict[str, Any]:
@@ -170,7 +143,7 @@ def _compare(log: Log, seeds: Sequence[Mapping[str, float]], work: Path) -> dict
     return {
         "name": log.name,
         "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core CPU machine",
+        "hardware": hardware(),
         "candidates": {split: sizes.candidates for split, sizes in info.splits.items()},
         "actions": {
             task: {

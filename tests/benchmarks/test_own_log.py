@@ -1,4 +1,4 @@
-"""The made-up logs hold what they say, and the README shows the results that are committed."""
+"""The made-up logs hold what they say, and docs/quality.md shows the results that are committed."""
 
 import json
 from pathlib import Path
@@ -48,5 +48,5 @@ def test_a_log_measured_again_takes_its_place(tmp_path: Path) -> None:
     assert [log["n"] for log in merged(file, [{"name": "a", "n": 3}])["logs"]] == [3, 2]
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    assert table(json.loads(RESULTS.read_text())) in (ROOT / "README.md").read_text()
+def test_the_results_page_shows_the_committed_results() -> None:
+    assert table(json.loads(RESULTS.read_text())) in (ROOT / "docs" / "quality.md").read_text()
