@@ -27,6 +27,10 @@ class Inputs:
     def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor) -> None:
         self._contents, self._host_memory, self._memory = contents, host_memory, memory
 
+    def to(self, device: torch.device) -> "Inputs":
+        """The inputs with their memory on `device`."""
+        return Inputs(self._contents, self._host_memory, self._memory.to(device, non_blocking=True))
+
     @property
     def padded(self) -> bool:
         """Whether the last sample is padding, which stands for nothing."""
@@ -125,7 +129,7 @@ class Inputs:
 
 
 class Labels:
-    """What became of the candidates."""
+    """What became of the candidates, and what followed events."""
 
     def __init__(self, contents: Contents, memory: Tensor) -> None:
         self._contents, self._memory = contents, memory
@@ -149,6 +153,17 @@ class Labels:
         batch.
         """
         return unpack(self._memory, self._contents.places["loss_denominator"])[0]
+
+    @cached_property
+    def next_item_id(self) -> Tensor:
+        """[H] int64 the item of the event behind each or, behind a history's last, of the first candidate; -1 for
+        nothing.  Where the selection draws ids to compare it with."""
+        return unpack(self._memory, self._contents.places["next_item_id"])
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """[drawn] int64 these ids."""
+        return unpack(self._memory, self._contents.places["drawn"])
 
     @cached_property
     def next_denominator(self) -> Tensor:

@@ -68,7 +68,10 @@ def collate(
     if config.unknown_share and share.units:
         _hide(ids, arrays, plan, selection, config)
     if selection.draw is not None:
-        ids[selection.draw.name] = draw_for_batch(selection.draw, config.seed, plan.position.batches)
+        drawn = draw_for_batch(selection.draw, config.seed, plan.position.batches)
+        ids[selection.draw.name] = drawn
+        arrays["drawn"] = (np.int64, [drawn])
+        arrays["next_item_id"] = (np.int64, [_next_items(share)])
     memory, places = pack(
         {
             "ids": (np.int64, list(ids.values())),
@@ -125,6 +128,15 @@ def _columns(share: _Share, items: Mapping[str, Values], selection: Selection) -
         kind = np.float64 if label.kind == "number" else np.int64
         arrays[LABEL_PREFIX + label.name] = (kind, [np.asarray(join_values(share.of_candidates(label.stored)))])
     return ids, arrays
+
+
+def _next_items(share: _Share) -> IntArray:
+    """What follows each event: the next one's item or, behind the last one, the first candidate's; -1 for nothing."""
+    following = [np.zeros(0, np.int64)]
+    for events, candidates in zip(share.of_events(ITEM_ID), share.of_candidates(ITEM_ID), strict=True):
+        both = np.concatenate([np.asarray(events), np.asarray(candidates)[:1], [-1]])
+        following.append(both[1 : 1 + len(events)])
+    return np.concatenate(following)
 
 
 def _hide(ids: dict[str, AnyArray], arrays: Arrays, plan: BatchPlan, selection: Selection, config: DataConfig) -> None:

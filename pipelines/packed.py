@@ -19,6 +19,8 @@ C or H + C.  The arrays by name:
     label/NAME          float64 or int64 [C] further labels
     loss_denominator    float32  [1] what sums over candidates are divided by
     next_denominator    float32  [1] what sums over events that another one follows are divided by
+    drawn               int64    [drawn] ids drawn for the global batch, where a selection draws some; then, too:
+    next_item_id        int64    [H] the item of what follows each event; -1 for nothing
 """
 
 from collections.abc import Iterator, Mapping, Sequence

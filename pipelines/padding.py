@@ -71,6 +71,9 @@ class Padding:
                 many = len(batch.inputs.ids_host(feature.name)) if feature.kind == "ids" else 0
                 counts = [Count(many, rounded(many))] if feature.kind == "ids" else [parts[x] for x in feature.parts]
                 found[feature.name] = counts
+        if self.selection.draw is not None:
+            drawn = batch.labels.drawn.numel()
+            found[self.selection.draw.name] = [Count(drawn, drawn)]
         return found
 
     def padded(self, batch: Batch) -> Batch:
@@ -83,7 +86,7 @@ class Padding:
             if rows is None:
                 continue
             array = unpack(memory, place).numpy()
-            counts = [parts[part] for part in rows] or [Count(1, 1)]
+            counts = [parts[part] for part in rows] or [Count(len(array), len(array))]
             arrays[name] = (array.dtype, list(_filled(name, array, counts)))
         for name, part in (("history_lens", "event"), ("num_candidates", "candidate")):
             # The last sample has all of the padding.
@@ -115,8 +118,8 @@ def _parts(batch: Batch) -> dict[str, Count]:
 
 
 def _parts_of(name: str, of_rows: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
-    """The parts whose rows an array holds, none for a single number; None for what a model does not read behind its
-    tables."""
+    """The parts whose rows an array holds, none for what every batch has as many of; None for what a model does not
+    read behind its tables."""
     for prefix in (NUMBER_PREFIX, LENS_PREFIX):
         if name.startswith(prefix):
             return of_rows.get(name.removeprefix(prefix))
@@ -131,6 +134,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "timestamp": ("event", "candidate"),
     "candidate_action": ("candidate",),
     "loss_denominator": (),
+    "next_denominator": (),
+    "next_item_id": ("event",),
+    "drawn": (),
 }
 
 
@@ -148,6 +154,8 @@ def _padding(name: str, array: AnyArray, count: int) -> AnyArray:
     fill: Any = 0
     if name == "timestamp":
         fill = UNKNOWN_TIME
+    elif name == "next_item_id":
+        fill = -1
     elif name.startswith(NUMBER_PREFIX):
         fill = np.nan
     elif name.startswith(LABEL_PREFIX):

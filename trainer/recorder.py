@@ -22,7 +22,7 @@ from trainer.checkpoint.progress import Progress
 from trainer.left_out import check_finite
 from trainer.mesh import Mesh
 from trainer.resolve import Resolved
-from trainer.run_dir import JsonLines, RunDir
+from trainer.run_dir import JsonLines, RunDir, written
 
 Outcome = tuple[Tensor, Tensor]
 """(this rank's loss, norm of the dense gradients) of a step, both [] on the device."""
@@ -58,12 +58,15 @@ class Recorder:
         *,
         total_samples: int | None,
     ) -> None:
-        self._mesh, self._resolved = mesh, resolved
+        self._run, self._mesh, self._resolved = run, mesh, resolved
         self._losses = start.losses if resolved.config.deterministic else {}
         self._peak_flops = peak_flops(mesh.device)
         self._interval = _Interval()
         self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=start.progress.step + 1) if mesh.is_first else None
+        self._board: SummaryWriter | None = None
+        if mesh.is_first:
+            with written(run.tensorboard):
+                self._board = SummaryWriter(str(run.tensorboard), purge_step=start.progress.step + 1)
         self._bar = tqdm(
             total=total_samples,
             initial=start.progress.samples,
@@ -166,7 +169,9 @@ class Recorder:
 
     def _write(self, record: dict[str, Any]) -> None:
         self._bar.set_postfix(loss=f"{record['loss']:.4f}", tokens_per_s=f"{record['tokens_per_s']:.3g}")
-        if self._lines is not None and self._board is not None and self._lines.append(record):
+        if self._lines is None or self._board is None or not self._lines.append(record):
+            return
+        with written(self._run.tensorboard):
             for name in sorted(set(record) - {"step", "samples", "time", "world_size", "imbalance_by_step"}):
                 self._board.add_scalar(name, record[name], record["step"])
             first = record["step"] + 1 - len(record["imbalance_by_step"])
@@ -176,14 +181,16 @@ class Recorder:
     def add_evaluation(self, metrics: dict[str, float], step: int) -> None:
         """Show an evaluation's numbers in TensorBoard too."""
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(f"eval/{name}", value, step)
+            with written(self._run.tensorboard):
+                for name, value in metrics.items():
+                    self._board.add_scalar(f"eval/{name}", value, step)
 
     def close(self) -> None:
         """Flush what is buffered."""
         self._bar.close()
         if self._board is not None:
-            self._board.close()
+            with written(self._run.tensorboard):
+                self._board.close()
 
 
 class _Interval:

@@ -253,8 +253,6 @@ def why_launched(resolved: Resolved, mesh: Mesh) -> str | None:
         return "all tables are frozen, so nothing behind them waits for gradients"
     if config.model.channels:
         return "channels choose their events on the host"
-    if config.model.retrieval is not None and config.model.retrieval.beside_ranking is not None:
-        return "next items beside ranking have no padded form"
     if config.model.retrieval is not None and not config.model.retrieval.share_negatives:
         return "share_negatives=false draws another number of negatives for every batch"
     return None

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 VOCABULARIES = "vocabularies"
 """Key of `config.json` that is no part of the configuration: what the ids mean in the data that the run learnt from."""
 
+MEND = "make room or give access, then start the same command, which goes on from the newest checkpoint"
+"""What is said where something cannot be written."""
+
 # What may differ between a run's saved configuration and the one that resumes it: how long, how often, where and how
 # fast the work is done.  Everything else decides which numbers the run computes, so changing it asks for another run.
 CHANGEABLE = (
@@ -206,21 +209,34 @@ def locked(run: RunDir) -> Iterator[None]:
         WrongUse: another process is training the run, or the directory cannot be written.
     """
     run.make()
-    with run.lock_file.open("a+") as file:
+    with run.lock_file.open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise WrongUse(
-                f"--run-dir {run.path} is being trained by another job ({file.read().strip()}): cancel that one or use "
-                f"another directory; if it is gone for certain, remove {run.lock_file}"
+                f"--run-dir {run.path} is being trained by another job ({file.read().decode().strip()}): cancel that "
+                f"one or use another directory; if it is gone for certain, remove {run.lock_file}"
             ) from None
         except OSError as error:
             logger.warning("%s cannot be locked (%s): nothing keeps a second job out", run.lock_file, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with written(run.lock_file):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What happens here is written to `path`.
+
+    Raises:
+        OSError: it cannot be; in one line that says what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}; {MEND}") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -261,7 +277,7 @@ class JsonLines:
         if record["step"] in self:
             return False
         values = {key: None if value != value else value for key, value in record.items()}
-        with self._path.open("a") as file:
+        with written(self._path), self._path.open("a") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
         self._steps.add(record["step"])
         return True
@@ -307,8 +323,9 @@ def _has_step(line: str) -> bool:
 
 def _replace_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    # Before the rename: after a power cut there is the old file or the new one, never an empty one.
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    with written(path):
+        partial.write_text(text)
+        # Before the rename: after a power cut there is the old file or the new one, never an empty one.
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import duckdb
 
 from pipelines.features import UNKNOWN_ID, Space
+from pipelines.keys import HASH
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.log_schema import SpaceOptions
 from pipelines.prepare.readings import WIDEST
-
-HASH = "md5"
-"""The hash of a key: the last eight bytes of the MD5 of its text in UTF-8, as a little-endian number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -21,7 +22,7 @@ from tests.support.training import (
     start_training,
     train,
 )
-from trainer.run_dir import RunDir, locked
+from trainer.run_dir import MEND, RunDir, locked
 
 STEPS = 8
 # Float32 sums in another order; after 8 steps the largest difference measured is 1.2e-7, in losses and in tensors.
@@ -175,6 +176,30 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before_it(
     assert f"abandoned-{newest.name} does not count" in output
     assert output.count("pinned") == 1
     assert [int(line.split()[0]) for line in output.splitlines() if " verified" in line] == [4, STEPS]
+
+
+def test_a_disk_without_room_costs_the_steps_after_the_newest_checkpoint(
+    uninterrupted: Path, stopped_at_four: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the disk: logs and metrics fit, a checkpoint does not."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped_at_four, run)
+    older = {file.name: file.read_bytes() for file in (run / "checkpoints" / "step-00000004").iterdir()}
+    settings = (f"max_steps={STEPS}", "checkpoint.every_steps=4")
+    # The writer's memory counts as a file.
+    process = start_training(run, 2, *settings, "checkpoint.asynchronous=false")
+    # Of the launcher, which has started no rank yet.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    output, _ = process.communicate(timeout=120)
+    said = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
+    assert said and set(said) == {
+        f"the checkpoint of step {STEPS} cannot be written: [Errno 27] File too large; {MEND}"
+    }
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert {file.name: file.read_bytes() for file in (run / "checkpoints" / "step-00000004").iterdir()} == older
+    assert losses(train(run, 2, *settings)) == losses(read_lines(uninterrupted / "metrics.jsonl"))
+    expected, actual = (read_checkpoint(path / "checkpoints" / f"step-{STEPS:08d}") for path in (uninterrupted, run))
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
 
 def test_other_data_under_the_same_path_is_refused_and_nothing_is_written(

@@ -1,7 +1,8 @@
-"""Slurm for tests: a real cluster."""
+"""Slurm for tests: real clusters."""
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.support.slurm import Cluster, missing_programs, slurm_cluster
 
 @pytest.fixture(scope="session")
 def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One for all modules: two on one machine would take each other's names."""
+    """This machine's Slurm: one cluster for all modules."""
     missing = missing_programs()
     if missing or os.geteuid() != 0:
         reason = f"needs root and Slurm (missing: {missing}): python -m tests.support.slurm install"
@@ -25,9 +26,17 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
 @pytest.fixture(scope="module")
 def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, known to the launcher for the duration of a module."""
+    with known(running_cluster):
+        yield running_cluster
+
+
+@contextmanager
+def known(cluster: Cluster) -> Iterator[None]:
+    """Have the launcher, and Slurm's commands, know a cluster for the duration of the block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", running_cluster.environment["SLURM_CONF"])
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
         # Jobs inherit it: with other numbers of threads, sums differ in their last bits.
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(records, "FILE", running_cluster.folder / "jobs.jsonl")
-        yield running_cluster
+        patch.setattr(records, "FILE", cluster.folder / "jobs.jsonl")
+        yield

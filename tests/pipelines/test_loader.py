@@ -139,6 +139,15 @@ def test_drawn_ids_are_those_of_the_global_batch_on_every_rank(config: DataConfi
         assert all(ids == list(range(info.num_items)) for ids in alone)
     elif count:
         assert len(set(map(tuple, alone))) == len(alone)
+    for batch in (batch for of in batches.values() for batch in of):
+        ids, inputs = batch.inputs.ids_host("item_id").tolist(), batch.inputs
+        events, candidates = (iter(part) for part in (ids[: inputs.action.numel()], ids[inputs.action.numel() :]))
+        following = []
+        for h, c in zip(inputs.history_lens.tolist(), inputs.num_candidates.tolist(), strict=True):
+            own, asked = [next(events) for _ in range(h)], [next(candidates) for _ in range(c)]
+            following += [*own, *asked, -1][1 : 1 + h]
+        assert batch.labels.next_item_id.tolist() == following
+        assert batch.labels.drawn.tolist() == batch.inputs.ids_host("drawn").tolist()
     position = batches[1, 0][2].position
     later = build_loader(few, split="train", rank=0, world_size=1, selection=drawing, position=position)
     assert [batch.inputs.ids("drawn").tolist() for batch in later] == alone[3:]

@@ -4,7 +4,7 @@ Two nodes run jobs, each in a rack of its own.  Four more have 8 GPUs each, made
 requests Slurm accepts; on two of them jobs of the partition `low` make way for those of `urgent`.  Two hundred others
 are down, for jobs that only wait.
 
-    python -m tests.support.slurm install        # Debian's packages slurm-wlm and munge; needs root
+    python -m tests.support.slurm install        # Debian's packages, and Debian 13 in a folder; needs root
     python -m tests.support.slurm run FOLDER     # start a cluster, print how to use it, stop it on Ctrl-C
 
 There is no accounting database, as on many small clusters.  Needs root: slurmd runs as root, and the nodes' names go
@@ -12,6 +12,7 @@ into /etc/hosts, because torchrun's rendezvous waits for ever for a name that do
 """
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -23,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import debian13
+
 PROGRAMS = ("unshare", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
 NODES = ("longview-n1", "longview-n2")
 GPU_NODES = ("longview-g1", "longview-g2", "longview-g3", "longview-g4")
@@ -30,6 +33,7 @@ UNSHARED = "unshared"
 """A folder of the cluster's own that the last node does not share."""
 HOSTS = Path("/etc/hosts")
 HOSTS_LINE = f"127.0.0.1 {' '.join(NODES + GPU_NODES)}\n"
+COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun", "sacct")
 START_TIMEOUT_S = 60.0
 
 _CONFIG = """\
@@ -85,7 +89,7 @@ class Cluster:
     folder: Path
     """Configuration, logs and state."""
     environment: dict[str, str]
-    """What Slurm's commands need besides the usual environment."""
+    """What Slurm's commands need besides the usual environment, or in its place."""
     node_pids: dict[str, int]
     """The process of each node's slurmd."""
 
@@ -101,20 +105,22 @@ def install() -> None:
     Raises:
         RuntimeError: they cannot be installed; says why.
     """
-    if not missing_programs():
+    if not missing_programs() and shutil.which("debootstrap", path=_path()):
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise RuntimeError(f"slurm is not installed (no {', '.join(missing_programs())}): it takes root and apt-get")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]):
+    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "slurm-wlm", "munge", "debootstrap"]):
         done = subprocess.run(["apt-get", "-q", *arguments], env=quiet, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"apt-get {' '.join(arguments)} failed: {done.stderr.strip()[-500:]}")
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[Cluster]:
+def slurm_cluster(folder: Path, system: Path | None = None) -> Iterator[Cluster]:
     """Start a cluster in `folder`, a new or empty one; everything is stopped at the end of the block.
+
+    `system` is a folder that holds another system (`tests.support.debian13`), whose Slurm then runs.
 
     Raises:
         RuntimeError: a program is missing, or the nodes are not idle after a minute; with the daemons' last words.
@@ -127,11 +133,16 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         raise RuntimeError("slurm's daemons need root")
     folder.mkdir(parents=True, exist_ok=True)
     _write_configuration(folder)
-    environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+    environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+    if system is not None:
+        # This version asks for control groups, which a container may not have.
+        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        _write_commands(folder / "bin", system)
+        environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
     daemons: list[subprocess.Popen[bytes]] = []
     with _names_resolve():
         try:
-            for command in _daemon_commands(folder):
+            for command in _daemon_commands(folder, system):
                 # One by one: those already started are stopped if the next one cannot be.
                 daemons += [_start(command, folder, environment)]
             _wait_until_idle(folder, environment, daemons)
@@ -193,22 +204,36 @@ def _free_ports(count: int) -> int:
     raise RuntimeError(f"no {count} neighbouring free ports")
 
 
-def _daemon_commands(folder: Path) -> list[list[str]]:
+def _write_commands(folder: Path, system: Path) -> None:
+    """Slurm's commands as scripts, which run those of another system."""
+    folder.mkdir()
+    for name in COMMANDS:
+        words = shlex.join([*_alone(debian13.mounts(system)), f"/usr/bin/{name}"])
+        (folder / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        (folder / name).chmod(0o755)
+
+
+def _alone(mounts: list[str]) -> list[str]:
+    """What comes before a command that sees other files than the rest of the machine."""
+    return ["unshare", "--mount", "sh", "-ec", "\n".join([*mounts, 'exec "$@"']), "sh"] if mounts else []
+
+
+def _daemon_commands(folder: Path, system: Path | None) -> list[list[str]]:
     munge_files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge_files]
+    mounts = debian13.mounts(system) if system else []
     # The last node sees another disk in the folder UNSHARED than the rest of the machine.
-    hidden = f'mount -t tmpfs none "{folder}/{UNSHARED}" && exec "$@"'
-    alone = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
-    nodes = [[*(alone if node == NODES[-1] else ()), "slurmd", "-D", "-N", node] for node in NODES + GPU_NODES]
-    return [munged, ["slurmctld", "-D"], *nodes]
+    of_last = [*mounts, f"mount -t tmpfs none '{folder}/{UNSHARED}'"]
+    nodes = [
+        [*_alone(of_last if node == NODES[-1] else mounts), "slurmd", "-D", "-N", node] for node in NODES + GPU_NODES
+    ]
+    return [[*_alone(mounts), *munged], [*_alone(mounts), "slurmctld", "-D"], *nodes]
 
 
 def _start(command: list[str], folder: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    program = shutil.which(command[0], path=_path())
-    assert program is not None
-    with (folder / f"{command[0]}.output").open("ab") as output:
+    with (folder / "daemons.output").open("ab") as output:
         return subprocess.Popen(
-            [program, *command[1:]],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -262,6 +287,7 @@ def main(arguments: list[str]) -> None:
     """The two commands of the module's docstring."""
     if arguments == ["install"]:
         install()
+        debian13.make()
     elif len(arguments) == 2 and arguments[0] == "run":
         with slurm_cluster(Path(arguments[1]).resolve()) as cluster:
             print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)

@@ -94,9 +94,9 @@ def until_counting(record: JobRecord) -> None:
     until(RunDir(Path(record.run_dir)).metrics_file.exists, record)
 
 
-def until(true: Callable[[], bool], record: JobRecord) -> None:
+def until(true: Callable[[], bool], record: JobRecord, *, timeout_s: float = TIMEOUT_S) -> None:
     """Wait until something about the job is true."""
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, batch_output(record)
         signal.sigtimedwait([], 0.1)

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from pipelines.padding import Padding, rounded
 from tests.support.batches import random_batch, small_selection
-from tests.trainer.models import test_ranker, test_retriever
+from tests.trainer.models import test_joint, test_ranker, test_retriever
 from trainer.models.model import Model
 from trainer.models.negatives import retrieval_batch
 from trainer.models.sequence_padding import SequencePadding
 from trainer.recording import RecordedObjective, Recording
+from trainer.resolve import resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [([5, 0, 9], [2, 3, 1]), ([4, 2, 9], [2, 3, 1]), ([0, 0, 0], [1, 0, 0]), ([9], [7]), ([5, 1, 8], [3, 1, 2])]
 """History lengths and candidates of batches; some have the same sizes with padding."""
-RANKERS = ["paper", "production", "interleaved", "learned_action", "columns", "columns, interleaved, mlp"]
+RANKERS = ["paper", "production", "causal", "interleaved", "learned_action", "columns", "columns, interleaved, mlp"]
 
 
 def ranker(name: str) -> tuple[Model, Padding, list[Any]]:
@@ -52,7 +53,14 @@ def retriever(name: str) -> tuple[Model, SequencePadding, list[Any]]:
     return test_retriever.small(config), SequencePadding(rectangular=config.is_rectangular), batches
 
 
-CASES = [*((ranker, name) for name in RANKERS), *((retriever, name) for name in ("plain", "informed", "softmax"))]
+def joint(name: str) -> tuple[Model, Padding, list[Any]]:
+    resolved = resolve(test_joint.config(), test_joint.info())
+    batches = [test_joint.batch(history, candidates) for history, candidates in LENGTHS]
+    return test_joint.built(resolved), Padding(resolved.task.selection), batches
+
+
+RETRIEVERS = ["plain", "informed", "softmax"]
+CASES = [*((ranker, name) for name in RANKERS), *((retriever, name) for name in RETRIEVERS), (joint, "plain")]
 
 
 def gradients(model: Model, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -110,3 +110,15 @@ def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
         pass
     # A new run, as far as its configuration goes.
     run.check_same_run(CONFIG)
+
+
+def test_a_file_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """/dev/full takes no byte, as a disk without room."""
+    said = "make room or give access, then start the same command"
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "config.json.partial").symlink_to("/dev/full")
+    run = RunDir(tmp_path)
+    with pytest.raises(OSError, match=rf"metrics\.jsonl cannot be written: No space left on device; {said}"):
+        JsonLines(run.metrics_file).append({"step": 1})
+    with pytest.raises(OSError, match=rf"config\.json cannot be written: No space left on device; {said}"):
+        run.save_config({}, {})

@@ -41,7 +41,7 @@ from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import COMPLETE
 from trainer.config import CheckpointConfig
 from trainer.mesh import Mesh
-from trainer.run_dir import JsonLines, RunDir, forget_after, write_json
+from trainer.run_dir import MEND, JsonLines, RunDir, forget_after, write_json
 from trainer.watchdog import Phase
 
 logger = logging.getLogger(__name__)
@@ -263,13 +263,10 @@ class Checkpointer:
         if problem is None:
             self._newest_step = progress.step
             self._full_step = progress.step if base is None else base
-            if self._mesh.is_first:
-                # How long before an allocation's end a launcher must warn the run.
-                write_json(self._run.saving_file, {"step": progress.step, "seconds": time.monotonic() - self._started})
             return
         if self._mesh.is_first:
             self._give_up(progress.step)
-        raise OSError(f"the checkpoint of step {progress.step} cannot be written: {problem}")
+        raise OSError(f"the checkpoint of step {progress.step} cannot be written: {problem}; {MEND}")
 
     def _write_part(self, layout: Layout, folder: str) -> _Part:
         name = f"rank-{self._mesh.rank:05d}.bin"
@@ -309,6 +306,8 @@ class Checkpointer:
         ).encode()
         with store.writing(f"{folder}/{MANIFEST}") as file:
             file.write(content)
+        # How long before an allocation's end a launcher must warn the run.
+        write_json(self._run.saving_file, {"step": progress.step, "seconds": time.monotonic() - self._started})
         # What the run wrote up to this step belongs to the state of this step.
         self._run.flush()
         store.settle(folder)

@@ -40,7 +40,13 @@ class Staging:
         self._num_bytes, self._device = num_bytes, device
         self._file = os.memfd_create("checkpoint")
         # Now, not page by page during the first save.
-        os.posix_fallocate(self._file, 0, max(1, num_bytes))
+        try:
+            os.posix_fallocate(self._file, 0, max(1, num_bytes))
+        except OSError as error:
+            raise ValueError(
+                f"{num_bytes / 2**30:.1f} GiB for copies of the state cannot be had ({error.strerror}): raise what "
+                "limits this process's memory, or set checkpoint.asynchronous=false"
+            ) from None
         self._map = mmap.mmap(self._file, max(1, num_bytes))
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         if device.type == "cuda":

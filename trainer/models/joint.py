@@ -77,16 +77,15 @@ class JointLoss(nn.Module):
     def of_next_items(self, events_HE: Tensor, looked_up: list[Rows], batch: Batch) -> Tensor:
         """The sum over every event that something follows, over `next_denominator`; 0, with zero gradients, where
         there is none."""
-        rows, inputs = rows_by_feature(looked_up), batch.inputs
-        next_H, negative_ids = next_rows(inputs), inputs.ids(NEGATIVE_FEATURE)
-        true_ids = inputs.ids(ITEM_ID)[next_H.clamp(min=0)]
+        rows, labels = rows_by_feature(looked_up), batch.labels
+        followed_H = labels.next_item_id >= 0
         losses_H = self.softmax.of_predictions(
             events_HE,
-            take_rows(rows[ITEM_ID].values(), next_H),
+            take_rows(rows[ITEM_ID].values(), torch.where(followed_H, next_rows(batch.inputs), -1)),
             rows[NEGATIVE_FEATURE].values(),
-            negative_ids == true_ids[:, None],
+            labels.drawn == labels.next_item_id[:, None],
         )
-        return torch.where(next_H >= 0, losses_H, 0).sum() / batch.labels.next_denominator
+        return torch.where(followed_H, losses_H, 0).sum() / labels.next_denominator
 
 
 def next_rows(inputs: Inputs) -> Tensor:

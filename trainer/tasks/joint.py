@@ -132,8 +132,8 @@ class Joint:
 
     @property
     def padding(self) -> Padding:
-        """Its steps are launched, never recorded (`trainer.recording.why_launched`)."""
-        raise NotImplementedError("batches with drawn ids have no padded form")
+        """One more sample."""
+        return Padding(self.selection)
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Both heads' metrics and tables, from one pass over the split.  Called by every rank."""

@@ -69,10 +69,16 @@ def built(resolved: Resolved) -> Model:
 def batch(history: list[int] = HISTORY, candidates: list[int] = CANDIDATES, **changes: Tensor) -> Batch:
     arrays = random_arrays(history, candidates, context_names=("user_id", "country"), seed=3)
     arrays["timestamp"] = 1_700_000_000 + torch.arange(len(arrays["timestamp"])) * 7
-    arrays[f"ids/{NEGATIVE_FEATURE}"] = torch.arange(NEGATIVES) * 2
-    followed = sum(max(0, h - (c == 0)) for h, c in zip(history, candidates, strict=True))
-    arrays["next_denominator"] = torch.tensor([float(max(1, followed))])
-    return batch_of({**arrays, **changes})
+    arrays |= changes
+    arrays[f"ids/{NEGATIVE_FEATURE}"] = arrays["drawn"] = torch.arange(NEGATIVES) * 2
+    ids, following = iter(arrays["ids/item_id"].tolist()), []
+    events = [[next(ids) for _ in range(count)] for count in history]
+    for own, count in zip(events, candidates, strict=True):
+        first = [next(ids) for _ in range(count)][:1] or [-1]
+        following += [*own[1:], *first] if own else []
+    arrays["next_item_id"] = torch.tensor(following).long()
+    arrays["next_denominator"] = torch.tensor([float(max(1, sum(each >= 0 for each in following)))])
+    return batch_of(arrays)
 
 
 def gradients(model: Model, loss: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,69 @@
+"""From the keys of a log to the ids of a space, as the preparation numbered them; what it has not seen is unknown."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.dataset_json import open_filesystem
+from pipelines.features import UNKNOWN_ID, Space
+
+HASH = "md5"
+"""The hash of a key: the last eight bytes of the MD5 of its text in UTF-8, as a little-endian number."""
+
+ToId = Callable[[Any], int]
+"""The id of a key, or of None, which is missing; raises TypeError for a key of another type than the space's."""
+
+
+def read_keys(path: str, space: Space) -> tuple[ToId, str]:
+    """(from keys to ids of a space of the data set at `path`, what its keys are, for a message).
+
+    Of a space with neither keys nor a hash that is known here, ids are the keys.  Memory: some 100 bytes a key.
+
+    Raises ValueError if the file of keys cannot be read.
+    """
+    if space.keys is not None:
+        known, is_text = _dictionary(path, space.keys)
+        if is_text:
+            return lambda key: known.get(_text(key), UNKNOWN_ID), "text"
+        return lambda key: known.get(_number(key), UNKNOWN_ID), "whole numbers"
+    if space.hash == HASH:
+        return lambda key: _hashed(key, space.rows), "text or whole numbers"
+    return _number, f"ids, whole numbers in [0, {space.rows})"
+
+
+def _dictionary(path: str, file: str) -> tuple[Mapping[Any, int], bool]:
+    filesystem, folder = open_filesystem(path)
+    name = str(PurePosixPath(folder) / file)
+    try:
+        keys, ids = pq.read_table(name, filesystem=filesystem).columns[:2]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    is_text = pa.types.is_string(keys.type) or pa.types.is_large_string(keys.type)
+    names: Iterable[Any] = keys.to_pylist() if is_text else map(int, keys.to_pylist())
+    return dict(zip(names, ids.to_pylist(), strict=True)), is_text
+
+
+def _text(key: Any) -> str | None:
+    if key is None or isinstance(key, str):
+        return key
+    raise TypeError
+
+
+def _number(key: Any) -> int:
+    if key is None:
+        return UNKNOWN_ID
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return int(key)
+    raise TypeError
+
+
+def _hashed(key: Any, rows: int) -> int:
+    if key is None:
+        return UNKNOWN_ID
+    text = key if isinstance(key, str) else str(_number(key))
+    return UNKNOWN_ID + 1 + int.from_bytes(hashlib.md5(text.encode()).digest()[8:], "little") % (rows - 1)

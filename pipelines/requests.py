@@ -1,0 +1,201 @@
+"""What a server is asked, as a model's inputs: plain Python in, the same arrays out that the prepared data give.
+
+    {"sample": {"country": "de"},
+     "event": {"item_id": ["sku-4"], "action": [["view"]], "timestamp": [1704067200], "dwell_s": [31.0]},
+     "candidate": {"item_id": ["sku-9", "sku-77"], "timestamp": [1704070000, 1704070000]}}
+
+A request holds the columns of `dataset.json` by part, a value an event or candidate: keys of the log in place of ids,
+None for what is missing, names of the actions taken.  Columns of items are joined from the data set.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pipelines.batch import Batch, Inputs
+from pipelines.collate import collate
+from pipelines.columns import AnyArray, Bags, ListColumn, Samples, Values
+from pipelines.config import DataConfig
+from pipelines.features import ITEM_ID, ITEM_SPACE, TAKEN, USER_ID, Column, DatasetInfo, Part
+from pipelines.global_batches import BatchPlan
+from pipelines.items import read_items
+from pipelines.keys import read_keys
+from pipelines.order import References
+from pipelines.position import DataPosition
+from pipelines.selection import Selection, stored_columns
+from pipelines.validate import check_samples
+
+Request = Mapping[str, Mapping[str, Any]]
+"""Columns by part."""
+PARTS: tuple[Part, ...] = ("sample", "event", "candidate")
+"""Parts of a request."""
+ACTION, TIMESTAMP, _ = TAKEN
+
+
+class InputBuilder:
+    """Makes inputs of requests.  Reads keys and columns of items once; nothing is written.
+
+    Args:
+        config: where the data set lies, and the longest history.
+        info: its description.
+        selection: what the model reads.
+    """
+
+    def __init__(self, config: DataConfig, info: DatasetInfo, selection: Selection) -> None:
+        self._config, self._info = replace(config, unknown_share=0.0), info
+        self._selection = replace(selection, labels=())
+        columns = list(stored_columns(self._selection))
+        self._columns = [
+            *(Column(name=ITEM_ID, part=part, kind="id", space=ITEM_SPACE) for part in PARTS if part != "sample"),
+            *columns,
+        ]
+        of_items = {feature.column for feature in selection.features if feature.of_item}
+        self._items = read_items(config.path, info, [each for each in info.of("item") if each.name in of_items])
+        spaces = dict.fromkeys(column.space for column in self._columns if column.space is not None)
+        self._keys = {name: read_keys(config.path, info.spaces[name]) for name in spaces}
+
+    def __call__(self, requests: Sequence[Request]) -> Inputs:
+        """The inputs of requests, in their order, on the host; candidates are in the order of scores.
+
+        Raises:
+            ValueError: a column is missing, unknown, of another type or length, or times are not in order; the message
+                names the request and the column.
+        """
+        if not requests:
+            raise ValueError("there is no request: give at least one")
+        for number, request in enumerate(requests):
+            self._check_names(request, f"request {number}")
+        samples = self._samples(requests)
+        read = [column for column in self._columns if column.name != ITEM_ID]
+        check_samples(samples, {}, "requests", self._info, read)
+        packed = collate(
+            self._plan(samples), {(0, 0): samples}, self._items, self._selection, self._config, world_size=1
+        )
+        return Batch(packed.contents[0], packed.memory).inputs
+
+    def _check_names(self, request: Request, where: str) -> None:
+        for part, columns in request.items():
+            if part not in PARTS:
+                raise ValueError(f"{where} has the part {part!r}, which is none of {', '.join(PARTS)}")
+            own = [TIMESTAMP] if part == "candidate" else [ACTION, TIMESTAMP] if part == "event" else []
+            have = [*own, *(each.name for each in self._info.columns if each.part == part)]
+            for name in columns:
+                if name not in have:
+                    raise ValueError(
+                        f"{where} has the {part} column {name!r}, which is none of {', '.join(have) or 'any'}"
+                    )
+
+    def _samples(self, requests: Sequence[Request]) -> Samples:
+        """The requests as flat arrays."""
+        count = len(requests)
+        scalars: dict[str, Values] = {USER_ID: np.zeros(count, dtype=np.int64)}
+        lists: dict[str, dict[str, ListColumn]] = {"event": {}, "candidate": {}}
+        for column in self._columns:
+            values = [self._of(request, column, f"request {number}") for number, request in enumerate(requests)]
+            if column.part == "sample":
+                scalars[column.name] = _array(column, values)
+            else:
+                lists[column.part][column.name] = _lists(column, values)
+        for part, kinds in lists.items():
+            time = Column(name=TIMESTAMP, part="event" if part == "event" else "candidate", kind="id")
+            values = [self._of(request, time, f"request {number}") for number, request in enumerate(requests)]
+            kinds[TIMESTAMP] = _lists(time, values)
+        actions = [self._actions(request, f"request {number}") for number, request in enumerate(requests)]
+        lists["event"][ACTION] = _lists(Column(name=ACTION, part="event", kind="id"), actions, np.int32)
+        # What becomes of candidates is not known, and not read.
+        items = lists["candidate"][ITEM_ID]
+        lists["candidate"][ACTION] = replace(items, values=np.zeros(len(items.array), dtype=np.int32))
+        return Samples(scalars=scalars, history=lists["event"], candidate=lists["candidate"])
+
+    def _of(self, request: Request, column: Column, where: str) -> Any:
+        """A request's value of a column of samples, or its values of one of events or candidates, as ids or numbers."""
+        columns = request.get(column.part, {})
+        where = f"{where}: {column.part} column {column.name!r}"
+        if column.name not in columns:
+            if column.part == "event" and not columns:
+                return []  # No history.
+            raise ValueError(f"{where} is missing, which the model reads")
+        values = columns[column.name]
+        if column.part == "sample":
+            return self._value(column, values, where)
+        if not _is_list(values):
+            raise ValueError(f"{where} must be a list with a value for each, got {values!r}")
+        return [self._value(column, value, where) for value in values]
+
+    def _value(self, column: Column, value: Any, where: str) -> Any:
+        if column.kind == "number":
+            if value is not None and (
+                not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool)
+            ):
+                raise ValueError(f"{where} must hold numbers, or None where they are missing, got {value!r}")
+            return np.nan if value is None else float(value)
+        if column.kind == "ids":
+            if not _is_list(value):
+                raise ValueError(f"{where} must hold a list of any length for each, got {value!r}")
+            return [self._id(column, each, where) for each in value]
+        return self._id(column, value, where)
+
+    def _id(self, column: Column, key: Any, where: str) -> int:
+        to_id, keys = self._keys[column.space] if column.space is not None else (_second, "seconds, or -1")
+        try:
+            return to_id(key)
+        except TypeError:
+            raise ValueError(f"{where} must hold {keys}, got {key!r}") from None
+
+    def _actions(self, request: Request, where: str) -> list[int]:
+        """The bit mask of each event's actions."""
+        events, names = request.get("event", {}), self._info.actions
+        where = f"{where}: event column {ACTION!r}"
+        if events and ACTION not in events:
+            raise ValueError(f"{where} is missing: a list for each, with the names of the actions taken")
+        masks = []
+        for taken in events.get(ACTION, []):
+            if not _is_list(taken) or not all(name in names for name in taken):
+                raise ValueError(f"{where} must hold a list of some of {', '.join(names)} for each, got {taken!r}")
+            masks.append(sum(1 << names.index(name) for name in set(taken)))
+        return masks
+
+    def _plan(self, samples: Samples) -> BatchPlan:
+        """All of them, with their newest events."""
+        history, candidates = samples.history[ITEM_ID].lens(), samples.candidate[ITEM_ID].lens()
+        zeros, rows = np.zeros(len(history), dtype=np.int64), np.arange(len(history))
+        kept = np.minimum(history, self._config.max_history_len)
+        references = References(
+            source=zeros, epoch=zeros, unit=zeros, row=rows, sample=rows, history=history, candidates=candidates
+        )
+        return BatchPlan(
+            samples=references,
+            history=kept,
+            candidates=candidates,
+            global_samples=len(history),
+            global_tokens=int(kept.sum() + candidates.sum()),
+            global_candidates=int(candidates.sum()),
+            global_followed=0,
+            imbalance=1.0,
+            position=DataPosition(order=("requests",)),
+        )
+
+
+def _second(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError
+    return int(value)
+
+
+def _is_list(values: Any) -> bool:
+    return isinstance(values, list | tuple | np.ndarray)
+
+
+def _lists(column: Column, values: Sequence[Sequence[Any]], dtype: Any = np.int64) -> ListColumn:
+    offsets = np.concatenate(([0], np.cumsum([len(each) for each in values])))
+    return ListColumn(values=_array(column, [x for each in values for x in each], dtype), offsets=offsets)
+
+
+def _array(column: Column, values: Sequence[Any], dtype: Any = np.int64) -> Values:
+    if column.kind == "ids":
+        offsets = np.concatenate(([0], np.cumsum([len(each) for each in values]))).astype(np.int64)
+        return Bags(np.array([x for each in values for x in each], dtype=np.int64), offsets)
+    array: AnyArray = np.array(values, dtype=np.float64 if column.kind == "number" else dtype)
+    return array
