@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.exchange import TableSharder
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
@@ -96,7 +96,7 @@ def _parallel(kind: str, arguments: argparse.Namespace) -> tuple[DistributedMode
         model,
         device=torch.device("cpu"),
         plan=sharding_plan,
-        sharders=[EmbeddingCollectionSharder()],
+        sharders=[TableSharder(plan.exchange)],
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     init_tables(model.tables, 0)

@@ -43,6 +43,40 @@ class SparseOptimizerConfig:
             )
 
 
+ExchangedType = Literal["float32", "float16", "bfloat16"]
+"""Type of a value on its way from one rank to another."""
+
+EXCHANGED_BYTES: dict[ExchangedType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of such a value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeConfig:
+    """What ranks send each other for lookups in sharded tables; the same on one rank, which sends it to itself."""
+
+    deduplicate: bool = False
+    """Send each of a rank's distinct ids once, and its row and the sum of its gradients once.  Training stays as it is,
+    but for the order in which gradients are added up.  It pays where ids repeat and links are slow: a sort a step."""
+    rows: ExchangedType = "float32"
+    """Rounding of rows on their way: float16 by at most 2^-11 of a value between 6e-5 and 65,504 (above that it becomes
+    infinite), bfloat16 by at most 2^-8 of any."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """Rounding of their gradients, bfloat16 by at most 2^-8.  float16 would lose those below 3e-8 altogether."""
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("rows", self.rows, get_args(ExchangedType)),
+            ("gradients", self.gradients, ("float32", "bfloat16")),
+        ):
+            if value not in known:
+                raise ValueError(f"placement.exchange.{what} must be one of {', '.join(known)}, got {value!r}")
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes that a value of a row and its gradient take on their ways, together."""
+        return EXCHANGED_BYTES[self.rows] + EXCHANGED_BYTES[self.gradients]
+
+
 def state_bytes_per_row(optimizer: str, columns: int) -> int:
     """Bytes of an optimizer's float32 state for a row of so many columns."""
     return {"rowwise_adagrad": 4, "adagrad": 4 * columns, "adam": 8 * columns, "sgd": 0}[optimizer]
@@ -132,6 +166,8 @@ class PlacementConfig:
     machine: str | None = None
     """Machine type, or .json file of one, whose rates estimates are made from (`embeddings/hardware.py`;
     `python -m embeddings probe` measures a file); null takes the known GPU whose memory is nearest."""
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    """What ranks send each other."""
     tables: dict[str, TableConstraint] = field(default_factory=dict)
     """Constraints of single tables, by table name."""
     reserved_fraction: float = 0.15

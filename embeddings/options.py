@@ -64,7 +64,7 @@ def placed_option(problem: Problem, table: TableConfig, kind: str, kernel: Compu
     Raises:
         ValueError: the table cannot be placed so.
     """
-    work = _work(problem, table, kernel)
+    work = problem.work(table, kernel)
     found = kind_named(kind)
     refusal = _machine_refusal(work) or found.refusal(work)
     if refusal is not None:
@@ -85,7 +85,7 @@ def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
     for name in types:
         kind = kind_named(name)
         for kernel in kernels:
-            work = _work(problem, table, kernel)
+            work = problem.work(table, kernel)
             refusal = _machine_refusal(work) or kind.refusal(work)
             if refusal is not None:
                 refusals.setdefault(name, refusal)
@@ -98,16 +98,6 @@ def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
         where = "placement.tables" if own else "placement"
         raise ValueError(f"{where} allows table {table.name!r} to be {name}, which it cannot be: {refusals[name]}")
     return options
-
-
-def _work(problem: Problem, table: TableConfig, kernel: ComputeKernel) -> Work:
-    return Work(
-        table=table,
-        optimizer=problem.optimizer_of(table),
-        kernel=kernel,
-        machine=problem.machine,
-        ids=problem.load.ids(table),
-    )
 
 
 def _machine_refusal(work: Work) -> str | None:

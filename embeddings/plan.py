@@ -5,7 +5,7 @@ Plain values only; `planning` makes a plan, `plan_file` stores it, `sharding` ap
 
 from dataclasses import dataclass
 
-from embeddings.config import VALUE_BYTES, ComputeKernel, RowType, TableConfig
+from embeddings.config import VALUE_BYTES, ComputeKernel, ExchangeConfig, RowType, TableConfig
 from embeddings.kinds.kind import Shard
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
@@ -97,6 +97,10 @@ class Plan:
     """The lookups it was made for."""
     reservation: Reservation
     """Memory a rank kept from the tables."""
+    exchange: ExchangeConfig
+    """What ranks send each other."""
+    sent_bytes: int
+    """Ids, rows and gradients of sharded tables that a rank sends a step, of the ranks' mean, its own part included."""
     tables: dict[str, TablePlacement]
     """By table name."""
     ranks: tuple[RankEstimate, ...]

@@ -1,16 +1,16 @@
 """Sharding plans as files: readable, versioned JSON.  A file states a choice; its estimates are never believed.
 
-    {"version": 3,
-     "machine": {...}, "load": {...}, "reservation": {...},
+    {"version": 4,
+     "machine": {...}, "load": {...}, "reservation": {...}, "exchange": {...}, "sent_bytes": ...,
      "tables": {"item": {"num_embeddings": 1000, "embedding_dim": 64, "dtype": "float32",
                          "optimizer": "rowwise_adagrad", "sharding_type": "row_wise", "kernel": "fused", "ranks": [],
                          "candidates": [...]}},
      "ranks": [{"first": 0, "last": 7, "weight_bytes": ..., "optimizer_bytes": ..., "step_ms": ...}, ...]}
 
 A table's `ranks` are those of its blocks, where its sharding type leaves a choice; a row-wise or replicated table has
-its blocks on all ranks.  `candidates` (what else was considered) and `ranks` (the estimates of ranks first to last) may
-be left out of a file that somebody writes or changes: they are computed anew.  Where they are there they must be what
-the rest of the file implies.
+its blocks on all ranks.  `candidates` (what else was considered), `ranks` (the estimates of ranks first to last) and
+`sent_bytes` may be left out of a file that somebody writes or changes: they are computed anew.  Where they are there
+they must be what the rest of the file implies.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from embeddings.config import KERNELS, VALUE_BYTES
+from embeddings.config import KERNELS, VALUE_BYTES, ExchangeConfig
 from embeddings.hardware import Rates
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
@@ -28,7 +28,7 @@ from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement, size_
 from embeddings.planning import evaluate
 from embeddings.problem import BatchLoad, Problem, Reservation
 
-VERSION = 3
+VERSION = 4
 """Raised when an older reader could misread a newer file."""
 
 Record = TypeVar("Record")
@@ -45,6 +45,8 @@ def write_plan(path: Path, plan: Plan) -> None:
         "machine": dataclasses.asdict(plan.machine),
         "load": dataclasses.asdict(plan.load),
         "reservation": dataclasses.asdict(plan.reservation),
+        "exchange": dataclasses.asdict(plan.exchange),
+        "sent_bytes": plan.sent_bytes,
     }
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
     tables = [f"{json.dumps(name)}: {_table_text(table)}" for name, table in plan.tables.items()]
@@ -69,7 +71,13 @@ def read_plan(path: Path, problem: Problem) -> Plan:
     try:
         _check_tables(stored, problem)
         as_stored = evaluate(
-            dataclasses.replace(problem, machine=stored.machine, load=stored.load, reservation=stored.reservation),
+            dataclasses.replace(
+                problem,
+                machine=stored.machine,
+                load=stored.load,
+                reservation=stored.reservation,
+                placement=dataclasses.replace(problem.placement, exchange=stored.exchange),
+            ),
             stored.tables,
         )
         _check_estimates(stored, as_stored)
@@ -161,6 +169,8 @@ def _check_estimates(stored: Plan, computed: Plan) -> None:
             difference = _first_difference(listed, candidate)
             if difference:
                 raise ValueError(f"says of table {name!r} as {listed.sharding_type} {difference}: {fix}")
+    if stored.ranks and stored.sent_bytes != computed.sent_bytes:
+        raise ValueError(f"says that a rank sends {stored.sent_bytes} bytes, which is {computed.sent_bytes}: {fix}")
 
 
 def _first_difference(there: object, here: object) -> str | None:
@@ -215,7 +225,7 @@ def _runs(ranks: Sequence[RankEstimate]) -> list[dict[str, Any]]:
 
 
 def _plan(values: dict[str, Any]) -> Plan:
-    known = {"version", "machine", "load", "reservation", "tables", "ranks"}
+    known = {"version", "machine", "load", "reservation", "exchange", "sent_bytes", "tables", "ranks"}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}")
@@ -231,6 +241,8 @@ def _plan(values: dict[str, Any]) -> Plan:
         machine=machine,
         load=_record(BatchLoad, values["load"]),
         reservation=_record(Reservation, values["reservation"]),
+        exchange=_record(ExchangeConfig, values["exchange"]),
+        sent_bytes=values.get("sent_bytes", 0),
         tables={name: _table(name, table) for name, table in values["tables"].items()},
         ranks=tuple(ranks),
     )

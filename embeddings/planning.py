@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from embeddings.advice import does_not_fit, nothing_left
+from embeddings.config import TableConfig
 from embeddings.kinds.kind import ShardCost
 from embeddings.options import Option, placed_option, table_options
 from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
@@ -72,9 +73,15 @@ def _plan(problem: Problem, packer: Packer, packing: Packing, explained: Collect
         machine=problem.machine,
         load=problem.load,
         reservation=problem.reservation,
+        exchange=problem.placement.exchange,
+        sent_bytes=round(sum(_sent_bytes(problem, *each) for each in zip(problem.tables, chosen, strict=True))),
         tables=placements,
         ranks=ranks,
     )
+
+
+def _sent_bytes(problem: Problem, table: TableConfig, option: Option) -> float:
+    return option.kind.sent_bytes(problem.work(table, option.kernel), max(1, len(option.pieces)))
 
 
 def _candidates(packer: Packer, packing: Packing, table: int, *, compare: bool) -> tuple[Candidate, ...]:

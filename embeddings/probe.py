@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
+from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, TableConfig
 from embeddings.hardware import CPU_RATES, NodeType, Rates, gpu_with_name
 from embeddings.host import host_memory_gib
 from embeddings.kinds.kind import Blocks, Work
@@ -165,7 +165,13 @@ def _estimate_ms(
     assert machine.rates is not None
     rates: Rates = replace(machine.rates, **{rate: value})
     work = Work(
-        table=table, optimizer=OPTIMIZER.kind, kernel=kernel, machine=replace(machine, rates=rates), ids=float(ids)
+        table=table,
+        optimizer=OPTIMIZER.kind,
+        kernel=kernel,
+        machine=replace(machine, rates=rates),
+        ids=float(ids),
+        exchanged_ids=float(ids),
+        exchange=ExchangeConfig(),
     )
     kind = KINDS[_kind(machine)]
     blocks: Blocks = kind.cuts(table, machine.world_size)[0][0]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
+from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
+from embeddings.kinds.kind import Work
 from embeddings.machine import Machine
 
 GIB = 2**30
@@ -18,12 +19,18 @@ class BatchLoad:
     ids_per_sample: Mapping[str, float] = field(default_factory=dict)
     """Mean number of ids a sample, by feature; a feature that is not named has one."""
 
+    distinct: Mapping[str, float] = field(default_factory=dict)
+    """Part of a rank's ids of a step that are distinct, by table; of a table that is not named, all."""
+
     def __post_init__(self) -> None:
         if self.samples_per_rank < 1:
             raise ValueError(f"samples_per_rank must be at least 1, got {self.samples_per_rank}")
         for feature, ids in self.ids_per_sample.items():
             if not ids > 0:
                 raise ValueError(f"ids_per_sample of feature {feature!r} must be above 0, got {ids}")
+        for table, part in self.distinct.items():
+            if not 0 < part <= 1:
+                raise ValueError(f"the distinct part of table {table!r}'s ids must lie in (0, 1], got {part}")
 
     def ids(self, table: TableConfig) -> float:
         """Ids that a rank's samples look up in a table."""
@@ -110,6 +117,19 @@ class Problem:
     def available_bytes(self) -> int:
         """Memory a rank that tables may use."""
         return available_bytes(self.machine, self.reservation)
+
+    def work(self, table: TableConfig, kernel: ComputeKernel) -> Work:
+        """The lookups of one of the tables in a step, with its rows where `kernel` has them."""
+        ids = self.load.ids(table)
+        return Work(
+            table=table,
+            optimizer=self.optimizer_of(table),
+            kernel=kernel,
+            machine=self.machine,
+            ids=ids,
+            exchanged_ids=ids * self.load.distinct.get(table.name, 1.0) if self.placement.exchange.deduplicate else ids,
+            exchange=self.placement.exchange,
+        )
 
     def on(self, machine: Machine) -> "Problem":
         """The same on another machine, with the same part of its memory reserved."""

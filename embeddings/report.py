@@ -132,6 +132,9 @@ def _totals(plan: Plan) -> str:
         f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank, of which "
         f"{plan.fixed_ms:.3g} ms are fixed costs of {plan.lookup_groups} "
         f"lookup group{'s' if plan.lookup_groups > 1 else ''}",
+        f"a rank sends {size_text(plan.sent_bytes)} of ids, rows and gradients a step in the mean, "
+        f"{'each of its ids once' if plan.exchange.deduplicate else 'repeated ids as often as they come'}, rows as "
+        f"{plan.exchange.rows}, gradients as {plan.exchange.gradients}",
     ]
     return "\n".join(lines)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.exchange import TableSharder
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
@@ -62,7 +62,11 @@ class Trial:
         sharding_plan = apply_plan(model, self.plan, device=device)
         attach_optimizers(model.tables, OPTIMIZER)
         self._model = DistributedModelParallel(
-            model, device=device, plan=sharding_plan, sharders=[EmbeddingCollectionSharder()], init_data_parallel=False
+            model,
+            device=device,
+            plan=sharding_plan,
+            sharders=[TableSharder(self.plan.exchange)],
+            init_data_parallel=False,
         )
         init_tables(model.tables, seed=0)
         self._collections = list(model.tables.collections)

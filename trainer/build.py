@@ -17,6 +17,7 @@ from embeddings.planning import solve
 from embeddings.tables import build_tables
 from trainer.command_line import WrongUse
 from trainer.freezing import freeze
+from trainer.lookups import lookup_load
 from trainer.mesh import Mesh
 from trainer.models.model import Model
 from trainer.parallelize import ParallelModel, parallelize
@@ -97,7 +98,7 @@ def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = Non
         machine=machine,
         placement=resolved.config.placement,
         optimizer=resolved.config.sparse_optimizer,
-        load=resolved.lookup_load(machine.world_size // resolved.config.context_parallel),
+        load=lookup_load(resolved, machine.world_size // resolved.config.context_parallel),
     )
     if plan_file is None:
         return solve(problem)

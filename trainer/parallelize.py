@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.streamable import Pipelineable
 
+from embeddings.exchange import TableSharder
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
 from embeddings.sharding import apply_plan
@@ -93,7 +93,7 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> Pa
         module=model,
         device=mesh.device,
         plan=sharding_plan,
-        sharders=[EmbeddingCollectionSharder()],
+        sharders=[TableSharder(plan.exchange)],
         # One process has nothing to average: DDP would copy each gradient for it.
         init_data_parallel=mesh.world_size > 1 and has_replicated_gradients(model),
         # An empty batch at the end of the data takes another path through autograd: no static graph.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from embeddings.config import TableConfig
-from embeddings.kinds.kind import Blocks, Shard, ShardCost, ShardingKind, Work
+from embeddings.kinds.kind import ID_BYTES, Blocks, Shard, ShardCost, ShardingKind, Work
 from embeddings.kinds.table_wise import gathered_cost
 
 MIN_COLUMNS = 32
@@ -57,3 +57,7 @@ class ColumnWise(ShardingKind):
     def cost(self, work: Work, block: Blocks) -> ShardCost:
         """As of a table of so many columns on one rank."""
         return gathered_cost(work, block)
+
+    def sent_bytes(self, work: Work, num_blocks: int) -> float:
+        """Every block's rank gets all ids."""
+        return work.exchanged_ids * (num_blocks * ID_BYTES + work.exchanged_row_bytes)

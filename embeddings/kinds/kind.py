@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embeddings.config import ComputeKernel, TableConfig, state_bytes_per_row
+from embeddings.config import ComputeKernel, ExchangeConfig, TableConfig, state_bytes_per_row
 from embeddings.hardware import CACHED_PART
 from embeddings.machine import Machine
 
@@ -85,6 +85,15 @@ class Work:
     """Whose ranks do it."""
     ids: float
     """Ids that one rank's samples look up."""
+    exchanged_ids: float
+    """As many of them as it sends: the distinct ones, or all."""
+    exchange: ExchangeConfig
+    """How their rows travel."""
+
+    @property
+    def exchanged_row_bytes(self) -> float:
+        """Bytes of a row and its gradient on their ways between ranks, together."""
+        return self.table.embedding_dim * self.exchange.value_bytes
 
     @property
     def device_bytes_per_ms(self) -> float:
@@ -128,6 +137,11 @@ class ShardingKind(ABC):
     def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
         """The shards when the blocks of a cut are on `ranks` in order; for kinds that are everywhere, on all ranks."""
 
+    def sent_bytes(self, work: Work, num_blocks: int) -> float:
+        """Ids, rows and their gradients that a rank sends a step for the table's blocks, of the ranks' mean."""
+        del num_blocks
+        return work.exchanged_ids * (ID_BYTES + work.exchanged_row_bytes)
+
     @abstractmethod
     def cost(self, work: Work, block: Blocks) -> ShardCost:
         """What one of the blocks costs."""
@@ -139,6 +153,19 @@ def lookup_ms(work: Work, ids: float, columns: int, *, penalty: float = 1.0, lea
     read = ids * (ID_BYTES + max(columns, least_columns) * value_bytes + columns * FLOAT_BYTES)
     sorting = ids * work.machine.effective_rates.id_ns * 1e-6
     return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD) + sorting
+
+
+def written_out_ms(work: Work, columns: int) -> float:
+    """Rows of distinct ids brought to all their places, and the gradients of the places added up."""
+    if not work.exchange.deduplicate:
+        return 0.0
+    values = (2 * work.ids + work.exchanged_ids) * columns
+    return 2 * values * FLOAT_BYTES / (work.machine.effective_rates.device * _GB_PER_S_IN_BYTES_PER_MS)
+
+
+def written_out_bytes(work: Work, columns: int) -> float:
+    """Memory of the rows at all their places and of their gradients."""
+    return 2 * work.ids * columns * FLOAT_BYTES if work.exchange.deduplicate else 0.0
 
 
 def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:

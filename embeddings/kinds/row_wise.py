@@ -13,6 +13,8 @@ from embeddings.kinds.kind import (
     buffer_bytes,
     lookup_ms,
     stored,
+    written_out_bytes,
+    written_out_ms,
 )
 
 _COPY = 2.455
@@ -40,10 +42,11 @@ class RowWise(ShardingKind):
     def cost(self, work: Work, block: Blocks) -> ShardCost:
         """A block takes part in the lookups in proportion to its rows: a table of few rows spreads them less."""
         share = block.num_rows * work.machine.world_size / work.table.num_embeddings
-        row_bytes = work.ids * block.num_columns * FLOAT_BYTES
-        ms = lookup_ms(work, work.ids, block.num_columns) + 2 * row_bytes / work.link_bytes_per_ms
-        ms += row_bytes * _COPY / work.device_bytes_per_ms
-        return stored(work, block, buffer_bytes(work, work.ids, block.num_columns) * share, ms * share)
+        ids, columns = work.exchanged_ids, block.num_columns
+        ms = lookup_ms(work, ids, columns) + ids * work.exchanged_row_bytes / work.link_bytes_per_ms
+        ms += ids * columns * FLOAT_BYTES * _COPY / work.device_bytes_per_ms
+        io_bytes = buffer_bytes(work, ids, columns) * share + written_out_bytes(work, columns)
+        return stored(work, block, io_bytes, ms * share + written_out_ms(work, columns))
 
 
 def row_blocks(num_embeddings: int, num_blocks: int) -> list[range]:

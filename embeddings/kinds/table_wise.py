@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import (
-    FLOAT_BYTES,
     Blocks,
     Shard,
     ShardCost,
@@ -13,6 +12,8 @@ from embeddings.kinds.kind import (
     buffer_bytes,
     lookup_ms,
     stored,
+    written_out_bytes,
+    written_out_ms,
 )
 
 FULL_COLUMNS = 128
@@ -40,9 +41,13 @@ class TableWise(ShardingKind):
 
 
 def gathered_cost(work: Work, block: Blocks) -> ShardCost:
-    """The cost of a block in which one rank looks up the ids of all."""
-    ids, columns = work.ids * work.machine.world_size, block.num_columns
-    exchanged = 2 * ids * columns * FLOAT_BYTES
+    """The cost of a block in which one rank looks up the ids of all.
+
+    What every rank does with its own distinct ids is counted there too, as if it did not wait for the others.
+    """
+    ids, columns = work.exchanged_ids * work.machine.world_size, block.num_columns
+    exchanged = ids * columns * work.exchange.value_bytes
     penalty = 1.0 if columns >= FULL_COLUMNS else 1.15 if columns >= FULL_COLUMNS // 2 else 1.75
     ms = lookup_ms(work, ids, columns, penalty=penalty, least_columns=32) + exchanged / work.link_bytes_per_ms
-    return stored(work, block, buffer_bytes(work, ids, columns), ms)
+    ms += written_out_ms(work, columns)
+    return stored(work, block, buffer_bytes(work, ids, columns) + written_out_bytes(work, columns), ms)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
+from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
+from embeddings.exchange import TableSharder
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
@@ -42,7 +42,7 @@ TABLES = (
     ),
     TableConfig(
         name="city",
-        num_embeddings=5,
+        num_embeddings=7,
         embedding_dim=64,
         features=("city",),
         optimizer=SparseOptimizerConfig(kind="sgd", learning_rate=0.2),
@@ -53,7 +53,8 @@ OPTIMIZER = SparseOptimizerConfig(learning_rate=0.1)
 EPS = 1e-8
 SEED = 5
 STEPS = 4
-GLOBAL_SAMPLES = 6
+GLOBAL_SAMPLES = 12
+IN_FULL = ExchangeConfig()
 LAYOUTS = ("row_wise", "table_wise", "mixed", "replicated", "column_wise")
 
 
@@ -68,7 +69,9 @@ class Model(nn.Module):
         return self.tables(features)
 
 
-def make_problem(layout: str, world_size: int, tables: Sequence[TableConfig] = TABLES) -> Problem:
+def make_problem(
+    layout: str, world_size: int, tables: Sequence[TableConfig] = TABLES, exchange: ExchangeConfig = IN_FULL
+) -> Problem:
     """Every table in the layout's kind, as far as it can be; mixed is row-wise for the item table, others whole."""
     kinds = {}
     for table in tables:
@@ -85,7 +88,7 @@ def make_problem(layout: str, world_size: int, tables: Sequence[TableConfig] = T
         Model(tables),
         tables,
         machine=Machine(world_size=world_size, local_world_size=world_size, compute_device="cpu"),
-        placement=PlacementConfig(tables=kinds),
+        placement=PlacementConfig(tables=kinds, exchange=exchange),
         optimizer=OPTIMIZER,
         load=BatchLoad(samples_per_rank=2),
     )
@@ -168,9 +171,16 @@ def run_rank(folder: str, save: bool) -> dict[str, Any]:
     return results
 
 
-def train(layout: str, folder: Path, *, save: bool = False, configs: Sequence[TableConfig] = TABLES) -> dict[str, Any]:
+def train(
+    layout: str,
+    folder: Path,
+    *,
+    save: bool = False,
+    configs: Sequence[TableConfig] = TABLES,
+    exchange: ExchangeConfig = IN_FULL,
+) -> dict[str, Any]:
     """Initial values, outputs of each step and final state of one layout, as this rank holds them."""
-    plan, model, optimizers = shard(layout, folder, configs)
+    plan, model, optimizers = shard(layout, folder, configs, exchange)
     tables = tables_of(model)
     result: dict[str, Any] = {"initial": local_parts(tables, optimizers), "outputs": []}
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -205,12 +215,12 @@ def reload(saved: str, layout: str, folder: Path) -> dict[str, Any]:
 
 
 def shard(
-    layout: str, folder: Path, configs: Sequence[TableConfig] = TABLES
+    layout: str, folder: Path, configs: Sequence[TableConfig] = TABLES, exchange: ExchangeConfig = IN_FULL
 ) -> tuple[Plan, DistributedModelParallel, TableOptimizers]:
     """The model sharded from a plan file that this rank wrote and read back."""
     world_size = dist.get_world_size()
     path = folder / f"plan-{layout}-{world_size}-{dist.get_rank()}.json"
-    problem = make_problem(layout, world_size, configs)
+    problem = make_problem(layout, world_size, configs, exchange)
     write_plan(path, solve(problem))
     plan = read_plan(path, problem)
     model = Model(configs)
@@ -220,7 +230,7 @@ def shard(
         model,
         device=torch.device("cpu"),
         plan=sharding_plan,
-        sharders=[EmbeddingCollectionSharder()],
+        sharders=[TableSharder(plan.exchange)],
         # DDP refuses a module in which nothing is trained.
         init_data_parallel=any(
             parameter.requires_grad

@@ -15,7 +15,7 @@ from torchrec.distributed.planner.types import Shard as TorchRecShard
 from torchrec.distributed.types import PipelineType
 
 from benchmarks.planner import torchrec_topology
-from embeddings.config import ComputeKernel, SparseOptimizerConfig, TableConfig
+from embeddings.config import ComputeKernel, ExchangeConfig, SparseOptimizerConfig, TableConfig
 from embeddings.kinds.kind import Blocks, Work
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
@@ -33,6 +33,19 @@ TORCHREC_NAMES = {"replicated": "data_parallel"}
 def table(rows: int, dim: int, **changes: object) -> TableConfig:
     """A table with two features."""
     return TableConfig(name="t", num_embeddings=rows, embedding_dim=dim, features=("a", "b"), **changes)  # type: ignore[arg-type]
+
+
+def work_of(config: TableConfig, optimizer: str, kernel: ComputeKernel, machine: Machine, *, ids: float) -> Work:
+    """So many lookups, of which every id is sent, in full."""
+    return Work(
+        table=config,
+        optimizer=optimizer,
+        kernel=kernel,
+        machine=machine,
+        ids=ids,
+        exchanged_ids=ids,
+        exchange=ExchangeConfig(),
+    )
 
 
 def torchrec_estimate(work: Work, kind: str, block: Blocks) -> TorchRecShard:
@@ -91,7 +104,7 @@ def test_cost_is_torchrecs_estimate(
     kind: str, kernel: ComputeKernel, optimizer: str, machine: Machine, dim: int
 ) -> None:
     config = table(machine.world_size * 1000, dim)
-    work = Work(table=config, optimizer=optimizer, kernel=kernel, machine=machine, ids=64 * 37.5)
+    work = work_of(config, optimizer, kernel, machine, ids=64 * 37.5)
     if KINDS[kind].refusal(work) is not None or (machine is CPUS_2 and kernel != "fused"):
         return
     for (block,) in KINDS[kind].cuts(config, machine.world_size):
@@ -153,6 +166,6 @@ def test_shards_hold_every_value_once_or_on_every_rank(kind: str, seed: int) -> 
 def test_what_a_kind_cannot_do_it_says(
     kind: str, optimizer: str, kernel: ComputeKernel, dtype: str, machine: Machine, reason: str
 ) -> None:
-    work = Work(table=table(100, 64, dtype=dtype), optimizer=optimizer, kernel=kernel, machine=machine, ids=1.0)
+    work = work_of(table(100, 64, dtype=dtype), optimizer, kernel, machine, ids=1.0)
     refusal = KINDS[kind].refusal(work)
     assert refusal is not None and reason in refusal and "\n" not in refusal

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from embeddings.exchange import TableSharder
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planning import solve
 from embeddings.sharding import apply_plan
@@ -88,7 +88,7 @@ def losses(layout: str, pipelined: bool) -> tuple[list[float], dict[str, Any], i
         model,
         device=torch.device("cpu"),
         plan=sharding_plan,
-        sharders=[EmbeddingCollectionSharder()],
+        sharders=[TableSharder(plan.exchange)],
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     init_tables(model.tables, sharded.SEED)
