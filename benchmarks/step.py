@@ -8,7 +8,8 @@ optimizers) over and over on one batch of random ids; no data is read.  FLOPs ar
 (`trainer.models.flops`).  HSTU has the shape of NVIDIA recsys-examples' published figures: 8 layers of width 1,024, 4
 heads of 256, a table of 50M rows of 128, 32 histories of 4,096 events, or as many events in histories whose lengths
 follow Zipf's law.  ULTRA is the model of the recipe yambda_ultra with a table of 10M rows and 16 histories of 16,384
-events.
+events.  DLRMv4 has the shape of MLPerf Training v6.1's recommender: 3 layers of width 512, 8 columns of context, three
+of events, 11 tables of 512 that are scaled to one GPU's memory, 256 samples of 2,663 tokens in the mean.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import time
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +58,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time whole training steps.")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     parser.add_argument("--small", action="store_true", help="short histories, narrow models, small tables")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
     arguments = parser.parse_args()
     mesh = discover_mesh()
     rows: dict[str, dict[str, float]] = {}
-    with joined(mesh):
-        for name, case in make_cases(small=arguments.small).items():
+    with TemporaryDirectory() as folder, joined(mesh):
+        cases = make_cases(small=arguments.small) | {"DLRMv4": dlrm_v4(Path(folder), small=arguments.small)}
+        for name in arguments.only or cases:
+            case = cases[name]
             rows[name] = measure(case, mesh)
             if not mesh.is_first:
                 continue
@@ -68,7 +74,7 @@ def main() -> None:
                 where = {**hardware(), "device": device_name(mesh.device)}
                 result = {"hardware": where, "small": arguments.small, "rows": rows}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    for name in ("HSTU", "ULTRA") if mesh.is_first else ():
+    for name in ("HSTU", "ULTRA") if mesh.is_first and not arguments.only else ():
         rebuilt, kept = (rows[f"{name}{rest}"]["step_ms"] for rest in ("", KEPT))
         print(f"{name}: recomputation is {100 * (1 - kept / rebuilt):.1f}% of the step")
 
@@ -95,6 +101,7 @@ def make_cases(*, small: bool) -> dict[str, Case]:
         "HSTU": hstu,
         f"HSTU{KEPT}": keep_everything(hstu),
         "HSTU, Zipf lengths": replace(hstu, history_lens=zipf_lens(longest, users * longest)),
+        "HSTU, forward in FP8": with_layer(hstu, fp8=True),
         "ULTRA": ultra_case,
         f"ULTRA{KEPT}": keep_everything(ultra_case),
     }
@@ -117,12 +124,48 @@ def zipf_lens(longest: int, total: int) -> npt.NDArray[np.int64]:
 
 def keep_everything(case: Case) -> Case:
     """The same without recomputation."""
+    return with_layer(case, recompute_normed=False, recompute_uvqk=False, recompute_gated=False)
+
+
+def with_layer(case: Case, **changes: Any) -> Case:
+    """The same with other settings of its layers."""
     model = case.config.model
-    layer = replace(model.layer, recompute_normed=False, recompute_uvqk=False, recompute_gated=False)
-    return replace(case, config=replace(case.config, model=replace(model, layer=layer)))
+    return replace(case, config=replace(case.config, model=replace(model, layer=replace(model.layer, **changes))))
 
 
-def measure(case: Case, mesh: Mesh) -> dict[str, float]:
+def dlrm_v4(folder: Path, *, small: bool) -> Case:
+    """MLPerf's shape; a description of its columns is written to `folder`."""
+    spaces = {
+        "item": 9_400_000,
+        "artist": 1_300_000,
+        "album": 3_400_000,
+        **{f"context_{n}": 3_000_000 for n in range(8)},
+    }
+    longest, samples, width, head = (96, 4, 16, 8) if small else (4096, 256, 512, 128)
+    description = {
+        "format_version": 2,
+        "name": "dlrm_v4",
+        "spaces": {name: {"rows": 100 if small else rows} for name, rows in spaces.items()},
+        "sample": {f"context_{n}": f"context_{n}" for n in range(8)},
+        "event": {"item_id": "item"},
+        "candidate": {"item_id": "item"},
+        "item": {"artist": "artist", "album": "album"},
+        "actions": ["listen", "like", "skip"],
+        "splits": {"train": {"samples": 1, "history_events": longest, "candidates": 1}},
+        "source": "made up",
+        "licence": "none",
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    layer = LayerConfig(num_heads=width // head, qk_dim=head, value_dim=head)
+    model = ModelConfig(dim=width, max_len=longest + 64, layer=layer, stages=(StageConfig(num_layers=3),))
+    data = DataConfig(path=str(folder), global_batch_size=samples, max_history_len=longest)
+    config = TrainConfig(name="dlrm_v4", data=data, model=model, embedding_dim=width)
+    # With 8 tokens of context and a candidate 2,663 tokens in the mean.
+    shortest = longest * 1212 // 4096
+    return Case(config, np.random.default_rng(0).integers(shortest, longest + 1, samples))
+
+
+def measure(case: Case, mesh: Mesh, steps: int = STEPS) -> dict[str, float]:
     """Milliseconds of a step (median of turns), tokens a second, MFU and peak memory."""
     config = case.config
     resolved = resolve(config, dataset_info(config.data))
@@ -139,15 +182,16 @@ def measure(case: Case, mesh: Mesh) -> dict[str, float]:
     batches = repeat(made_up_batch(resolved, case.history_lens).to(mesh.device))
     times = []
     for turn in range(1 + TURNS):
-        start, steps = time.perf_counter(), STEPS if turn else WARM_UP
-        for step in range(steps):
-            model.optimizers.set_step(turn * STEPS + step + 1)
+        start, count = time.perf_counter(), steps if turn else min(steps, WARM_UP)
+        for step in range(count):
+            model.optimizers.set_step(turn * steps + step + 1)
             pipeline.step(batches)
         synchronize(mesh)
-        times.append(1e3 * (time.perf_counter() - start) / steps)
+        times.append(1e3 * (time.perf_counter() - start) / count)
     ms = statistics.median(times[1:])
     lens = case.history_lens
     row = {"samples": len(lens), "events": int(lens.sum()), "step_ms": ms, "events_per_s": lens.sum() / ms * 1e3}
+    row["samples_per_s"] = len(lens) / ms * 1e3
     peak = peak_flops(mesh.device)
     if peak is not None:
         flops = resolved.training_flops(lens, np.ones_like(lens)).sum()

@@ -45,8 +45,12 @@ class BatchPadding(Protocol):
 
 
 def rounded(count: int) -> int:
-    """The smallest of eight sizes an octave that holds `count`; below 16, the count itself."""
-    step = 1 << max(0, count.bit_length() - 4)
+    """The smallest of eight sizes an octave that holds `count`, or of the multiples of 4,096 where these are closer;
+    below 16, the count itself.
+
+    Small batches wait for launches, which few sizes spare them; large ones for what is computed, padding included.
+    """
+    step = min(1 << max(0, count.bit_length() - 4), 4096)
     return -(-count // step) * step
 
 

@@ -21,7 +21,7 @@ from trainer.lookups import lookup_load
 from trainer.mesh import Mesh
 from trainer.models.model import Model
 from trainer.parallelize import ParallelModel, parallelize
-from trainer.recording import record_steps
+from trainer.recording import record_steps, will_record
 from trainer.resolve import Resolved
 
 
@@ -120,6 +120,10 @@ def agreed_plan(plan: Plan, resolved: Resolved, mesh: Mesh, plan_file: Path | No
 
 def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:
     """The model, sharded as `plan` says, with initial values.  Called by every rank, with the same plan."""
-    model = parallelize(build_model(resolved, mesh.device), plan, resolved.config, mesh)
-    record_steps(model, resolved, mesh)
+    single = build_model(resolved, mesh.device)
+    recorded = will_record(single, resolved, mesh)
+    model = parallelize(single, plan, resolved.config, mesh, at_once=recorded)
+    if recorded:
+        must = resolved.config.recorded == "on"
+        record_steps(model, resolved.task.padding, torch.cuda.graph_pool_handle(), must=must)
     return model

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Sequence
 
+from torch import nn
+
 from trainer.models.model import Model
 from trainer.name_patterns import matches
 
@@ -29,10 +31,11 @@ def freeze(model: Model, patterns: Sequence[str]) -> None:
         raise ValueError(f"frozen={list(patterns)} leaves nothing to train: name fewer parts")
 
 
-def has_replicated_gradients(model: Model) -> bool:
-    """Whether there is something to average over ranks: a dense parameter or a replicated table that is trained."""
+def replicated_parameters(model: Model) -> list[nn.Parameter]:
+    """What has gradients to average over ranks: dense parameters and replicated tables, as far as they are trained."""
     replicated = [each for each in model.tables.collections if each.device.type != "meta"]
-    return any(parameter.requires_grad for module in (model.tower, *replicated) for parameter in module.parameters())
+    parameters = [parameter for module in (model.tower, *replicated) for parameter in module.parameters()]
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def announce_frozen(model: Model) -> None:

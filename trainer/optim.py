@@ -81,6 +81,8 @@ class Optimizers:
         )
         self.update: Callable[[], None] = self.clip_and_update
         """Clips and applies the dense gradients; `trainer.recording` puts a recording in its place."""
+        self.average: Callable[[], None] | None = None
+        """Averages gradients over ranks where nothing else has."""
         self.tables = tables
         self._max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
         self._norm = torch.zeros((), device=device)
@@ -108,7 +110,9 @@ class Optimizers:
         self.tables.zero_grad()
 
     def step(self) -> None:
-        """Clip and apply the dense gradients; they are the same on every rank, so no communication is needed."""
+        """Clip and apply the dense gradients, the same on every rank once they are averaged."""
+        if self.average is not None:
+            self.average()
         self.update()
         # The next step overwrites it.
         self.gradient_norm = self._norm.clone()

@@ -4,7 +4,7 @@
 2. tables that the plan replicates are set apart as ordinary parameters, the others get their fused optimizers;
 3. TorchRec shards these as the plan says, allocating only this rank's part (the tables were on the meta device);
 4. the dense model and the replicated tables have their gradients averaged over ranks, if there are several
-   (DistributedDataParallel);
+   (DistributedDataParallel; `trainer.averaging` where steps are replayed);
 5. the tables get their initial values, which do not depend on the plan.
 
 TorchRec and DDP both average gradients over ranks; a batch's `loss_denominator` makes that average the global mean.
@@ -25,10 +25,11 @@ from embeddings.plan import Plan
 from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, init_tables, table_weights
 from embeddings.trained import TrainedRows
+from trainer.averaging import GradientAverage
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
 from trainer.context_parallel import share_histories
-from trainer.freezing import has_replicated_gradients
+from trainer.freezing import replicated_parameters
 from trainer.mesh import Mesh
 from trainer.models.model import Model
 from trainer.optim import Optimizers
@@ -84,18 +85,22 @@ class ParallelModel:
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
-    """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
+def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh, *, at_once: bool = False) -> ParallelModel:
+    """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan.
+
+    `at_once`: gradients are averaged before the update, not while they are computed.
+    """
     share_histories(model, mesh)
     sharding_plan = apply_plan(model, plan, device=mesh.device)
     attach_optimizers(model.tables, config.sparse_optimizer)
+    # One process has nothing to average: DDP would copy each gradient for it.
+    averaged = replicated_parameters(model) if mesh.world_size > 1 else []
     module = DistributedModelParallel(
         module=model,
         device=mesh.device,
         plan=sharding_plan,
         sharders=[TableSharder(plan.exchange)],
-        # One process has nothing to average: DDP would copy each gradient for it.
-        init_data_parallel=mesh.world_size > 1 and has_replicated_gradients(model),
+        init_data_parallel=bool(averaged) and not at_once,
         # An empty batch at the end of the data takes another path through autograd: no static graph.
         # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over
         # ranks; otherwise it reorders them after the first backward pass of a process, so after a resume too.
@@ -103,10 +108,13 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> Pa
     )
     init_tables(model.tables, seed=config.seed)
     table_optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)
+    optimizers = Optimizers(model.tower, table_optimizers, config.optimizer, config.schedule)
+    if averaged and at_once:
+        optimizers.average = GradientAverage(averaged, mesh.world_size)
     return ParallelModel(
         module=module,
         model=model,
-        optimizers=Optimizers(model.tower, table_optimizers, config.optimizer, config.schedule),
+        optimizers=optimizers,
         autocast=functools.partial(
             torch.autocast,
             device_type=mesh.device.type,

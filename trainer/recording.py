@@ -1,7 +1,7 @@
 """Record the dense part of a step once for each size of batch, and replay it: the host launches it as one.
 
     looked-up rows, batch -> fixed memory -> | forward, loss, backward | -> gradients of rows and of parameters
-    gradients of parameters               -> | clipping, Adam          | -> parameters
+    gradients of parameters, averaged     -> | clipping, Adam          | -> parameters
 
 What stands between bars is a CUDA graph.  Batches are padded to few sizes (`pipelines.padding`), and everything that
 kernels are given but sizes lies on the device, lengths and seeds of dropout included.  A size's first batch is launched
@@ -25,7 +25,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from embeddings.tables import Rows, rows_by_feature
 from pipelines.padding import BatchPadding, Count
 from trainer.mesh import Mesh
-from trainer.models.model import Objective
+from trainer.models.model import Model, Objective
 from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved
 
@@ -38,11 +38,12 @@ MAX_SIZES = 64
 class Recording:
     """A function of nothing, over fixed memory: launched at its first call, recorded at its second, then replayed."""
 
-    def __init__(self, name: str, function: Callable[[], None], pool: Any) -> None:
-        """`pool` is what graphs share memory in; None launches every time."""
-        self._name, self._function, self._pool = name, function, pool
+    def __init__(self, name: str, function: Callable[[], None], pool: Any, *, must: bool = True) -> None:
+        """`pool` is what graphs share memory in; None launches every time.  What cannot be recorded is an error, or
+        without `must` is launched ever after."""
+        self._name, self._function, self._pool, self._must = name, function, pool, must
         self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Any = None
 
     def __call__(self) -> None:
         self._calls += 1
@@ -50,17 +51,25 @@ class Recording:
             self._function()
             return
         if self._graph is None:
-            self._graph = self._record()
+            try:
+                self._graph = self._record()
+            except RuntimeError as error:
+                if self._must:
+                    raise
+                logger.warning("%s; it is launched from now on", error)
+                self._pool = None
+                self._function()
+                return
         self._graph.replay()
 
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def _record(self) -> Any:
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         try:
             # Other threads read data and pin memory meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._function()
         except RuntimeError as error:
-            raise RuntimeError(f"{self._name} cannot be recorded, set recorded=off to launch it: {error}") from error
+            raise RuntimeError(f"{self._name} cannot be recorded (recorded=off launches it): {error}") from error
         taken = (torch.cuda.memory_reserved() - before) / 2**20
         logger.info("recorded %s; memory of all recordings grew by %.0f MiB", self._name, taken)
         return graph
@@ -118,12 +127,12 @@ class RecordedObjective(nn.Module):
     Args:
         objective: what is recorded.
         padding: of the task's batches.
-        pool: see `Recording`.
+        pool, must: see `Recording`.
     """
 
-    def __init__(self, objective: Objective, padding: BatchPadding, *, pool: Any) -> None:
+    def __init__(self, objective: Objective, padding: BatchPadding, *, pool: Any, must: bool = True) -> None:
         super().__init__()
-        self.objective, self._padding, self._pool = objective, padding, pool
+        self.objective, self._padding, self._pool, self._must = objective, padding, pool, must
         self._parameters_of_tower = [each for each in objective.tower.parameters() if each.requires_grad]
         shapes = [(parameter.numel(), 1) for parameter in self._parameters_of_tower]
         first = self._parameters_of_tower[0]
@@ -186,7 +195,9 @@ class RecordedObjective(nn.Module):
             logger.warning("batches of sizes %s are launched: %d sizes are recorded already", sizes, MAX_SIZES)
         sized = _Sized(self._padding.kept(batch, self._gradients[0].device), counts, widths, *self._memories)
         names = list(counts)
-        sized.step = Recording(f"the step of sizes {sizes}", lambda: self._differentiate(sized, names), pool)
+        sized.step = Recording(
+            f"the step of sizes {sizes}", lambda: self._differentiate(sized, names), pool, must=self._must
+        )
         return sized
 
     def _differentiate(self, sized: _Sized, names: Sequence[str]) -> None:
@@ -247,8 +258,8 @@ def why_launched(resolved: Resolved, mesh: Mesh) -> str | None:
     config = resolved.config
     if mesh.device.type != "cuda":
         return f"only a GPU replays, this run computes on {mesh.device.type}"
-    if mesh.world_size > 1:
-        return f"gradients are averaged over {mesh.world_size} processes while they are computed"
+    if mesh.sharing > 1:
+        return f"{mesh.sharing} ranks exchange their shares of a history while they compute"
     if all(table.frozen for table in resolved.tables):
         return "all tables are frozen, so nothing behind them waits for gradients"
     if config.model.channels:
@@ -265,18 +276,28 @@ def check_recorded(resolved: Resolved, mesh: Mesh) -> None:
         raise ValueError(f"recorded=on, but {reason}: set recorded=auto")
 
 
-def record_steps(model: ParallelModel, resolved: Resolved, mesh: Mesh) -> None:
-    """Let the model's steps be recorded as the configuration says, in place."""
+def will_record(model: Model, resolved: Resolved, mesh: Mesh) -> bool:
+    """Whether the single-process model's steps are to be recorded, as the configuration says; logs why not.
+
+    Raises:
+        ValueError: they have to be, and cannot be.
+    """
     if resolved.config.recorded == "off":
-        return
+        return False
     reason = why_launched(resolved, mesh)
-    if reason is None and not any(parameter.requires_grad for parameter in model.dense.parameters()):
+    if reason is None and not any(parameter.requires_grad for parameter in model.tower.parameters()):
         reason = "all dense parameters are frozen"
     if reason is not None and resolved.config.recorded == "on":
         raise ValueError(f"recorded=on, but {reason}: set recorded=auto")
+    if reason is None and resolved.config.recorded == "auto" and mesh.world_size > 1:
+        reason = f"no job of several GPUs, as this one of {mesh.world_size}, has been seen to: recorded=on lets it"
     if reason is not None:
         logger.info("steps are launched, not replayed: %s", reason)
-        return
-    pool = torch.cuda.graph_pool_handle()
-    model.model.objective = RecordedObjective(model.model.objective, resolved.task.padding, pool=pool)
-    model.optimizers.update = Recording("the dense update", model.optimizers.update, pool)
+    return reason is None
+
+
+def record_steps(model: ParallelModel, padding: BatchPadding, pool: Any, *, must: bool = True) -> None:
+    """Let the model's steps be recorded, in place; its gradients are averaged before the update.  `pool` and `must` as
+    in `Recording`."""
+    model.model.objective = RecordedObjective(model.model.objective, padding, pool=pool, must=must)
+    model.optimizers.update = Recording("the dense update", model.optimizers.update, pool, must=must)

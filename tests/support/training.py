@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -62,8 +63,11 @@ def start_training(
 ) -> subprocess.Popen[str]:
     """Start a recipe, made small, on `ranks` processes; the caller waits for it or calls `kill_job`.
 
-    `module` is run in place of the trainer's command line, `environment` is added to this process's.
+    `module` is run in place of the trainer's command line, `environment` is added to this process's.  Where there are
+    GPUs each rank has one, so that these tests are NCCL's on a machine of several.
     """
+    if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+        pytest.skip(f"{ranks} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", module, "train", recipe, "--run-dir", str(run_dir)]
     command += [*(["--plan", str(plan)] if plan else []), *options]

@@ -71,10 +71,11 @@ def gradients(model: Model, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: x.grad.to_dense().clone() for name, x in named if x.grad is not None}
 
 
-def test_sizes_are_eight_an_octave() -> None:
+def test_sizes_are_eight_an_octave_or_4096_apart() -> None:
     assert [rounded(n) for n in (0, 1, 7, 15, 16, 17, 31, 32, 33)] == [0, 1, 7, 15, 16, 18, 32, 32, 36]
     sizes = {rounded(n) for n in range(1024, 2049)}
     assert len(sizes) == 9 and all(n <= rounded(n) <= 1.125 * n for n in range(1024, 2049))
+    assert [rounded(n) for n in (65_537, 200_000, 204_801)] == [69_632, 200_704, 208_896]
 
 
 @pytest.mark.parametrize(("made", "name", "frozen"), [*((*case, False) for case in CASES), (ranker, "columns", True)])
@@ -157,3 +158,25 @@ def test_a_replayed_step_shows_nan_and_forgets_it() -> None:
         losses.append(gradients(model, batches[0].to(DEVICE))[0])
     assert losses[4].isnan()
     assert all(torch.equal(losses[0], loss) for loss in (*losses[:4], losses[5]))
+
+
+@pytest.mark.parametrize("must", [True, False])
+def test_what_cannot_be_recorded_is_an_error_or_launched(
+    must: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """recorded=on and recorded=auto."""
+
+    def fail(_: Recording) -> None:
+        raise RuntimeError("the step cannot be recorded (recorded=off launches it): unsupported")
+
+    monkeypatch.setattr(Recording, "_record", fail)
+    calls: list[int] = []
+    step = Recording("the step", lambda: calls.append(1), pool="memory", must=must)
+    step()
+    if must:
+        with pytest.raises(RuntimeError, match="the step cannot be recorded"):
+            step()
+        return
+    step()
+    step()
+    assert len(calls) == 3 and caplog.text.count("it is launched from now on") == 1
