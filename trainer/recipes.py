@@ -115,7 +115,8 @@ def kuairand_joint() -> TrainConfig:
             # Which rows are global depends on how many events follow: none here.
             stages=(StageConfig(num_layers=2, local=32),),
             input=replace(ranker.model.input, causal=True),
-            retrieval=RetrievalConfig(num_negatives=512, beside_ranking=0.1),
+            # A lower temperature would make gradients of this loss that drown those of the labels.
+            retrieval=RetrievalConfig(num_negatives=512, temperature=0.2, beside_ranking=0.05),
         ),
     )
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from embeddings.tables import build_tables, init_tables, rows_by_feature
 from pipelines.batch import Batch
-from pipelines.features import DatasetInfo
+from pipelines.features import DatasetInfo, SplitInfo
 from tests.support.batches import NUM_ITEMS, batch_of, random_arrays
 from tests.support.datasets import made_up_info
 from trainer.config import TrainConfig
@@ -222,6 +222,15 @@ def test_a_model_that_would_leak_or_cannot_be_is_refused(model: dict[str, Any], 
 def test_settings_without_effect_beside_ranking_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_hidden_ids_are_refused() -> None:
+    stated, split = config(), SplitInfo(samples=10, history_events=200, candidates=41)
+    data = replace(info(), splits={"train": split, "eval": split})
+    resolve(stated, data).task.check_training_data()
+    hiding = replace(stated, data=replace(stated.data, unknown_share=0.1))
+    with pytest.raises(ValueError, match=r"data.unknown_share=0.1 is for rankers alone"):
+        resolve(hiding, data).task.check_training_data()
 
 
 def test_events_that_do_not_read_their_item_are_refused() -> None:
