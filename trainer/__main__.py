@@ -9,7 +9,7 @@
     python -m trainer export RUN_DIR --out DIR [--step N] [--data DIR]
     python -m trainer import DIR --out RUN_DIR [--data DIR]
     python -m trainer plan RECIPE --world-size W [--local-world-size L] [--hbm-gib G] [--host-gib G]
-                                [--out FILE] [--set key=value ...]
+                                [--out FILE] [--like RUN_DIR] [--set key=value ...]
     python -m trainer doctor
 
 `train` is one process when started plainly and joins the job when started by torchrun.  A run directory that holds a
@@ -198,6 +198,12 @@ def plan(
     hbm_gib: Annotated[float | None, typer.Option(metavar="G", help="Memory of a GPU in GiB; default: 80.")] = None,
     host_gib: Annotated[float | None, typer.Option(metavar="G", help="Host memory a rank, GiB; default: 128.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan here, for train --plan.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR", help="A run of the same model on GPUs: counts its activations, predicts steps."
+        ),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Plan where the recipe's tables go on a cluster, without a GPU, and explain the plan."""
@@ -205,7 +211,13 @@ def plan(
     from trainer.job import plan_job
 
     plan_job(
-        config, world_size=world_size, local_world_size=local_world_size, hbm_gib=hbm_gib, host_gib=host_gib, out=out
+        config,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        hbm_gib=hbm_gib,
+        host_gib=host_gib,
+        out=out,
+        like=like,
     )
 
 

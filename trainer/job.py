@@ -39,6 +39,7 @@ from trainer.feed import Feed
 from trainer.freezing import announce_frozen
 from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
+from trainer.measured import dense_cost
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.optim import settle_schedule
 from trainer.parallelize import ParallelModel
@@ -258,8 +259,12 @@ def plan_job(
     hbm_gib: float | None,
     host_gib: float | None,
     out: Path | None,
+    like: Path | None = None,
 ) -> None:
-    """Plan the recipe's tables for GPUs that need not be here; print the plan and, with `out`, write it."""
+    """Plan the recipe's tables for GPUs that need not be here; print the plan and, with `out`, write it.
+
+    `like` is a run of the same model on GPUs, which tells the activations and the time of the dense model.
+    """
     given: dict[str, Any] = {"local_world_size": local_world_size, "hbm_gib": hbm_gib, "ddr_gib": host_gib}
     stated = {name: value for name, value in given.items() if value is not None}
     try:
@@ -271,8 +276,17 @@ def plan_job(
             machine = Machine(world_size=world_size, compute_device="cuda", **{**usual, **stated})
     except ValueError as error:
         raise WrongUse(str(error)) from None
-    plan = make_plan(resolve(config, dataset_info(config.data)), machine)
-    print(plan_report(plan))
+    resolved = resolve(config, dataset_info(config.data))
+    if like is None:
+        plan = make_plan(resolved, machine)
+        print(plan_report(plan))
+    else:
+        if config.placement.activation_gib:
+            raise WrongUse("placement.activation_gib states what --like measures: leave one of them out")
+        dense = dense_cost(like, resolved, world_size)
+        placement = replace(config.placement, activation_gib=round(dense.activation_gib, 2))
+        plan = make_plan(replace(resolved, config=replace(config, placement=placement)), machine)
+        print(plan_report(plan) + "\n\n" + dense.describe(plan, like))
     if out is not None:
         write_plan(out, plan)
         print(f"written to {out}; use it with: python -m trainer train {config.name} --plan {out}")
