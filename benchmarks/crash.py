@@ -1,11 +1,12 @@
 """Does a run that is struck again and again end like one that never was?
 
-Run: python -m benchmarks.crash [--kills 100] [--minutes 60] [--ranks 2] [--seed 0] [--json FILE]
+Run: python -m benchmarks.crash [--kills 100] [--minutes 60] [--ranks 2] [--seed N] [--json FILE]
 
-A small model trains on `--ranks` processes.  Its job is struck at a random moment, by a random kind of fault, and
-started again, until it has ended; then the next run begins, until `--kills` faults have struck or `--minutes` are over.
-Every run must write the losses and evaluations of one that nothing happened to, bit for bit and each once, and its
-checkpoints must verify.  Results are added to those that the file holds, after every run.
+A small model trains on `--ranks` processes, started by torchrun or by our own launcher.  Its job is struck at a random
+moment, by a random kind of fault, and started again, until it has ended; then the next run begins, until `--kills`
+faults have struck or `--minutes` are over.  Every run must write the losses and evaluations of one that nothing
+happened to, bit for bit and each once, and its checkpoints must verify.  With `--ranks any` every start has 1 to 4
+ranks, and the losses must be equal to rounding.  Results are added to those that the file holds, after every run.
 """
 
 import argparse
@@ -16,16 +17,17 @@ import os
 import platform
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.crash_faults import DAMAGES, FAULTS, STOP_A_RANK, damage, family, text_of
 
 STEPS = 24
 LIMIT_S = 300.0
@@ -44,16 +46,25 @@ SETTINGS = (
     "embedding_dim=8",
     "model.layer.qk_dim=8",
     "model.layer.value_dim=8",
+    # Its random numbers follow the number of ranks.
+    "model.layer.dropout=0.0",
 )
 
 
-def start(run_dir: Path, data: str, ranks: int) -> subprocess.Popen[bytes]:
+ANY = "any"
+"""One to four ranks, others at every start."""
+LAUNCHERS = ("plainly", "torchrun", "our launcher")
+
+
+def start(run_dir: Path, data: str, ranks: int, launcher: str) -> subprocess.Popen[bytes]:
     """The job, its output in RUN_DIR.out."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "trainer", "train", "kuairand_sample", "--run-dir", str(run_dir)]
+    recipe = ["kuairand_sample", "--run-dir", str(run_dir), "--set", f"data.path={data}", *SETTINGS]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "trainer", "train"]
+    ours = ["launch", "submit", "--scheduler", "local_cwd", "--nodes", "1", "--procs-per-node", str(ranks)]
+    module = {"plainly": ["trainer", "train"], "torchrun": torchrun, "our launcher": ours}[launcher]
     with Path(f"{run_dir}.out").open("ab") as output:
         return subprocess.Popen(
-            [*command, "--set", f"data.path={data}", *SETTINGS],
+            [sys.executable, "-m", *module, *recipe],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=output,
@@ -61,82 +72,10 @@ def start(run_dir: Path, data: str, ranks: int) -> subprocess.Popen[bytes]:
         )
 
 
-def family(pid: int) -> list[int]:
-    """A process and all below it, parents first."""
-    found = [pid]
-    for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in _text(children).split()]
-    return found
-
-
-def _text(path: Path) -> str:
-    """What a file of /proc holds; nothing, if its process has ended."""
-    try:
-        return path.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def _send(number: signal.Signals, choose: Callable[[str], bool]) -> Callable[[int, random.Random], bool]:
-    """A fault: a signal to one process of the job whose command line is chosen; false if there is none."""
-
-    def strike(job: int, chance: random.Random) -> bool:
-        commands = {pid: _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ") for pid in family(job)}
-        chosen = [pid for pid, command in commands.items() if choose(command)]
-        if not chosen:
-            return False
-        try:
-            os.kill(chance.choice(chosen), number)
-        except ProcessLookupError:
-            return False
-        return True
-
-    return strike
-
-
-def _kill_all(job: int, chance: random.Random) -> bool:
-    """The machine is gone: every process at once."""
-    for pid in family(job):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    return True
-
-
-def _is_rank(command: str) -> bool:
-    return " -m trainer train " in command and "distributed.run" not in command
-
-
-FAULTS: dict[str, Callable[[int, random.Random], bool]] = {
-    "kill a rank": _send(signal.SIGKILL, _is_rank),
-    "stop a rank": _send(signal.SIGSTOP, _is_rank),
-    "kill the agent": _send(signal.SIGKILL, lambda command: "distributed.run" in command),
-    "terminate the agent": _send(signal.SIGTERM, lambda command: "distributed.run" in command),
-    "kill a reader": _send(signal.SIGKILL, lambda command: "forkserver" in command),
-    "kill a writer": _send(signal.SIGKILL, lambda command: "checkpoint.writer" in command),
-    "kill everything": _kill_all,
-}
-DAMAGES = ("flip a bit", "cut a file", "delete a file")
-"""To the newest checkpoint while nothing runs, where there is another one."""
-
-
-def damage(run_dir: Path, kind: str, chance: random.Random) -> bool:
-    """Harm a file of the newest complete checkpoint; false if it is the only one."""
-    complete = sorted(file.parent for file in run_dir.glob("checkpoints/step-*/COMPLETE"))
-    if len(complete) < 2:
-        return False
-    file = chance.choice(sorted(path for path in complete[-1].iterdir() if path.name != "COMPLETE"))
-    content = bytearray(file.read_bytes())
-    if kind == "delete a file":
-        file.unlink()
-    elif kind == "cut a file":
-        file.write_bytes(content[: chance.randrange(len(content))])
-    else:
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-        file.write_bytes(content)
-    return True
+def choose_start(ranks: str, chance: random.Random) -> tuple[int, str]:
+    """(ranks, launcher) of a start."""
+    number = chance.randint(1, 4) if ranks == ANY else int(ranks)
+    return number, chance.choice([launcher for launcher in LAUNCHERS if number == 1 or launcher != "plainly"])
 
 
 @dataclass
@@ -146,6 +85,13 @@ class Tally:
     strikes: int = 0
     ended_s: list[float] = field(default_factory=list)
     """From the strike to the end of every process of the job."""
+
+    def summary(self) -> dict[str, float]:
+        """How often it struck, and how long the job took to end."""
+        times = (
+            {"median_s": round(median(self.ended_s), 1), "max_s": round(max(self.ended_s), 1)} if self.ended_s else {}
+        )
+        return {"strikes": self.strikes, **times}
 
     def add(self, other: "Tally") -> None:
         """The strikes of both."""
@@ -167,27 +113,22 @@ def wait(process: subprocess.Popen[bytes], pids: list[int]) -> None:
 
 
 def _runs(pid: int) -> bool:
-    status = _text(Path(f"/proc/{pid}/status"))
+    status = text_of(Path(f"/proc/{pid}/status"))
     return bool(status) and "State:\tZ" not in status and "State:\tX" not in status
 
 
-def num_joined(run_dir: Path) -> int:
-    """Ranks that have joined a job of this run, all its starts together."""
-    return sum(_text(log).count("collectives by") for log in run_dir.glob("logs/rank-*.log"))
-
-
-def trial(run_dir: Path, data: str, ranks: int, chance: random.Random, budget: int, whole_s: float) -> dict[str, Tally]:
+def trial(run_dir: Path, data: str, ranks: str, chance: random.Random, budget: int, whole_s: float) -> dict[str, Tally]:
     """A run struck up to `budget` times, then left to its end; what struck it."""
     tallies: dict[str, Tally] = {}
     struck = 0
     while True:
-        before = num_joined(run_dir)
-        process = start(run_dir, data, ranks)
+        number, launcher = choose_start(ranks, chance)
+        process = start(run_dir, data, number, launcher)
         moment = time.monotonic() + chance.uniform(0.0, 0.9 * whole_s)
         while process.poll() is None and (struck >= budget or time.monotonic() < moment):
             time.sleep(0.02)
-        # Ranks that wait for one which never joined the job give up after ten minutes, too long for here.
-        kinds = [kind for kind in FAULTS if kind != "stop a rank" or num_joined(run_dir) == before + ranks]
+        # Nobody looks after a process that is alone, without an agent of ours.
+        kinds = [kind for kind in FAULTS if kind != STOP_A_RANK or number > 1 or launcher == "our launcher"]
         pids = family(process.pid)
         began = time.monotonic()
         # The first of a random order that finds what it strikes.
@@ -205,7 +146,7 @@ def trial(run_dir: Path, data: str, ranks: int, chance: random.Random, budget: i
         if struck == 0:
             raise AssertionError(f"{run_dir} failed though nothing struck it; see {run_dir}.out")
         kind = chance.choice(DAMAGES)
-        if struck < budget and chance.random() < 0.3 and damage(run_dir, kind, chance):
+        if struck < budget and chance.random() < 0.5 and damage(run_dir, kind, chance):
             struck += 1
             tallies.setdefault(kind, Tally()).strikes += 1
 
@@ -217,6 +158,17 @@ def result(run_dir: Path) -> dict[str, Any]:
         "losses": [(line["step"], line["samples"], line["loss"]) for line in lines],
         "evaluations": [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()],
     }
+
+
+def check_equal(found: dict[str, Any], expected: dict[str, Any], ranks: str) -> None:
+    """Raises AssertionError if a run ended otherwise than the one that nothing happened to."""
+    if ranks != ANY:
+        assert found == expected
+        return
+    assert [line[:2] for line in found["losses"]] == [line[:2] for line in expected["losses"]]
+    assert [line["step"] for line in found["evaluations"]] == [line["step"] for line in expected["evaluations"]]
+    for line, other in zip(found["losses"], expected["losses"], strict=True):
+        assert math.isclose(line[2], other[2], rel_tol=1e-5, abs_tol=1e-6), (line, other)
 
 
 @dataclass
@@ -251,16 +203,12 @@ class Outcome:
             "strikes": self.strikes,
             "cost_of_a_fault_s": round(cost_s, 1),
             "goodput_at_a_fault_every_five_minutes": round(1 - cost_s / 300.0, 3),
-            "ended_s_by_kind": {
-                kind: {"median": round(median(tally.ended_s), 1), "max": round(max(tally.ended_s), 1)}
-                for kind, tally in sorted(self.faults.items())
-                if tally.ended_s
-            },
+            "by_kind": {kind: tally.summary() for kind, tally in sorted(self.faults.items())},
         }
 
 
 def campaign(
-    folder: Path, data: str, *, kills: int, ranks: int, seed: int, limit_s: float = math.inf
+    folder: Path, data: str, *, kills: int, ranks: str, seed: int, limit_s: float = math.inf
 ) -> Iterator[Outcome]:
     """Strike runs `kills` times in all, or until no run may begin any longer; the outcome of each.
 
@@ -269,7 +217,7 @@ def campaign(
     """
     chance = random.Random(seed)
     began = time.monotonic()
-    process = start(folder / "whole", data, ranks)
+    process = start(folder / "whole", data, *choose_start(ranks, chance))
     wait(process, family(process.pid))
     assert process.returncode == 0, f"the run without faults failed; see {folder / 'whole'}.out"
     whole_s, expected = time.monotonic() - began, result(folder / "whole")
@@ -279,7 +227,7 @@ def campaign(
         run_dir, run_began = folder / f"run-{number}", time.monotonic()
         faults = trial(run_dir, data, ranks, chance, min(4, kills - struck), whole_s)
         run_s = time.monotonic() - run_began
-        assert result(run_dir) == expected, f"{run_dir} ended otherwise than {folder / 'whole'}"
+        check_equal(result(run_dir), expected, ranks)
         subprocess.run(
             [sys.executable, "-m", "trainer", "checkpoints", str(run_dir), "--verify"],
             check=True,
@@ -325,22 +273,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Strike a training run until it ends.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", choices=["1", "2", "3", "4", ANY], default="2")
+    parser.add_argument("--seed", type=int, help="default: another one for every piece of a campaign")
     parser.add_argument("--data", default="data/kuairand_sample")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/crash.json"))
     arguments = parser.parse_args()
     outcomes = read_outcomes(arguments.json)
+    seed = sum(outcome.runs for outcome in outcomes.values()) if arguments.seed is None else arguments.seed
     with tempfile.TemporaryDirectory(prefix="longview-crash-") as folder:
         for outcome in campaign(
             Path(folder),
             arguments.data,
             kills=arguments.kills,
             ranks=arguments.ranks,
-            seed=arguments.seed,
+            seed=seed,
             limit_s=60 * arguments.minutes,
         ):
-            outcomes.setdefault(str(arguments.ranks), Outcome()).add(outcome)
+            outcomes.setdefault(arguments.ranks, Outcome()).add(outcome)
             write_outcomes(arguments.json, outcomes)
     total = Outcome()
     for outcome in outcomes.values():

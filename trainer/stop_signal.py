@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
-from trainer.exit_status import STOPPED
+from trainer.exit_status import FAILED, STOPPED
 from trainer.stopped import LOOK_S, LOST, StoppedProcesses, children, rank_of
 
 AGENT, OWN_AGENT = "TORCHELASTIC_RUN_ID", "launch"
@@ -94,7 +94,13 @@ class StopSignal:
         self.requested = True
 
     def _hear(self, heard: int) -> None:
+        interrupts = 0
         while number := os.read(heard, 1):
+            interrupts += number[0] == signal.SIGINT
+            # torchrun passes Ctrl-C on to processes that the terminal has told already.
+            if interrupts > 1 and AGENT not in os.environ:
+                os.write(2, b"error: ended at once; the same command goes on from the newest checkpoint\n")
+                os._exit(FAILED)
             if number[0] in ASKING and not self.heeded:
                 if number[0] == signal.SIGHUP:
                     leave_terminal()
@@ -108,9 +114,6 @@ class StopSignal:
             leave_terminal()
         if signum != signal.SIGINT:
             self.ignore()
-        # torchrun passes Ctrl-C on to processes that the terminal has told already.
-        if signum == signal.SIGINT and AGENT not in os.environ:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @staticmethod
     def ignore() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.exit_status import STOPPED
+from trainer.exit_status import FAILED, STOPPED
 from trainer.stop_signal import ASKING, kept_from_children
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,33 @@ def test_before_the_first_step_a_stop_ends_the_process_wherever_it_is(number: si
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (STOPPED, "stopped before the first step: start the same command to go on\n")
+
+
+STUCK = """
+import ctypes
+STOP.heeded = True
+print("stuck", flush=True)
+while True:
+    ctypes.CDLL(None).pause()
+"""
+
+
+def test_a_second_interrupt_ends_a_run_at_once_wherever_it_is() -> None:
+    process = _start(STUCK, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PATH": os.environ["PATH"]})
+    assert process.stdout is not None and process.stdout.readline() == "stuck\n"
+    process.send_signal(signal.SIGINT)
+    # Signals of one number that wait are one.
+    while signal.SIGINT in signals_pending(process.pid):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == FAILED
+    assert said == "error: ended at once; the same command goes on from the newest checkpoint\n"
+
+
+def signals_pending(pid: int) -> set[int]:
+    bits = int(Path(f"/proc/{pid}/status").read_text().split("ShdPnd:")[1].split()[0], 16)
+    return {number for number in range(1, 64) if bits >> (number - 1) & 1}
 
 
 STEPS = """

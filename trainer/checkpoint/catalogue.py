@@ -83,6 +83,8 @@ class Catalogue:
             if digest(content).encode() != noted:
                 raise ValueError(f"{MANIFEST} is not what {COMPLETE} was written for")
             manifest = decode(content)
+            if manifest.progress.step != step:
+                raise ValueError(f"its state is of step {manifest.progress.step}: the folder has been renamed")
             for name, record in manifest.files.items():
                 size = self.store.size(f"{folder}/{name}")
                 if size != record.num_bytes:

@@ -171,6 +171,15 @@ def test_where_no_other_is_left_the_run_does_not_begin_anew(saved: Path, tmp_pat
     assert _catalogue(run).steps() == [1]
 
 
+def test_a_checkpoint_under_another_steps_name_is_damaged(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    (run / "checkpoints" / "step-00000002").rename(run / "checkpoints" / "step-00000009")
+    with pytest.raises(DamagedCheckpoint, match="its state is of step 2: the folder has been renamed"):
+        _catalogue(run).open(9)
+    assert run_ranks(1, ranks.load, str(run), "row_wise") == [(1, [])]
+
+
 def _nothing_left(run_dir: str) -> str:
     with pytest.raises(DamagedCheckpoint) as caught:
         ranks.load(run_dir, "row_wise")
