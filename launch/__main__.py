@@ -145,9 +145,15 @@ def logs(
         raise WrongUse("--rank, --node and --all name different logs: give one")
     with _scheduler_of(handle) as scheduler:
         record = _record(scheduler, handle)
-        if node is not None or record is None:
-            for line in scheduler.output(_app_id(handle), record, node or 0):
-                print(line, end="")
+        if record is None or scheduler.needs_image:
+            if rank is not None or every:
+                raise WrongUse(
+                    "the run directory, which holds ranks' logs, is not on this machine: give --node instead"
+                )
+            _show_output(scheduler, handle, record, node or 0, follow=follow)
+            return
+        if node is not None:
+            _show_output(scheduler, handle, record, node, follow=follow)
             return
         run, span = RunDir(Path(record.run_dir)), job_logs.span_of(record)
         if every:
@@ -225,6 +231,14 @@ def _found(scheduler: Scheduler, handle: str, record: JobRecord | None) -> JobSt
         where = "no local job of that name was submitted from this checkout" if isinstance(scheduler, Local) else ""
         raise ValueError(f"{scheduler.backend} knows no job {handle}{': ' if where else ''}{where}")
     return found
+
+
+def _show_output(scheduler: Scheduler, handle: str, record: JobRecord | None, node: int, *, follow: bool) -> None:
+    job_logs.follow_text(
+        lambda: "".join(scheduler.output(_app_id(handle), record, node)),
+        lambda: not follow or is_terminal(_found(scheduler, handle, record).state),
+        lambda text: print(text, end="", flush=True),
+    )
 
 
 def _show(run: RunDir, chosen: list[int], span: job_logs.Span, *, prefixed: bool) -> None:

@@ -165,3 +165,17 @@ def follow(paths: Callable[[], list[Path]], ended: Callable[[], bool], show: Cal
         if over:
             return
         time.sleep(1.0)
+
+
+def follow_text(read: Callable[[], str], ended: Callable[[], bool], show: Callable[[str], None]) -> None:
+    """Show a text that grows, until the job has ended."""
+    shown = 0
+    while True:
+        # Asked before the last look, as above.
+        over = ended()
+        text = read()
+        show(text[shown:])
+        shown = len(text)
+        if over:
+            return
+        time.sleep(1.0)

@@ -1,11 +1,37 @@
-"""What the schedulers that run images share: which requests they refuse."""
+"""What the schedulers that run images share: which requests they refuse, and the code as a layer of the image."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 
-from torchx.specs import BindMount, VolumeMount
+from docker.errors import DockerException
+from torchx.specs import BindMount, CfgVal, Role, VolumeMount
+from torchx.workspace.docker_workspace import DockerWorkspaceMixin
 
 from launch.component import mounts_of
 from launch.request import Request
+
+
+@contextmanager
+def docker_answers() -> Iterator[None]:
+    """Say in one line that Docker does not answer, or what it refuses.
+
+    Raises:
+        ConnectionError: for any error of Docker's within the block.
+    """
+    try:
+        yield
+    except DockerException as error:
+        raise ConnectionError(f"Docker does not answer: {' '.join(str(error).split())}") from None
+
+
+class CodeInImage(DockerWorkspaceMixin):
+    """Adds the code to the image by the Docker engine of the machine that submits."""
+
+    def build_workspace_and_update_role(self, role: Role, workspace: str, cfg: Mapping[str, CfgVal]) -> None:
+        """TorchX's."""
+        with docker_answers():
+            super().build_workspace_and_update_role(role, workspace, cfg)
 
 
 def check_container(request: Request) -> None:

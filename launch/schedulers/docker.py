@@ -1,11 +1,9 @@
 """Docker on this machine: TorchX's scheduler, a container a node."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from docker.errors import DockerException
 from torchx.schedulers.api import AppDryRunInfo
 from torchx.schedulers.docker_scheduler import DockerJob, DockerScheduler
 from torchx.specs import CfgVal
@@ -14,12 +12,12 @@ from launch import records
 from launch.component import ROLE
 from launch.records import JobRecord
 from launch.request import Request
-from launch.schedulers.containers import check_container
+from launch.schedulers.containers import CodeInImage, check_container, docker_answers
 from launch.schedulers.protocol import JobStatus, ListedJob, options_from, parser_of, resolve_options
 from trainer.command_line import Finding
 
 
-class Docker(DockerScheduler):
+class Docker(CodeInImage, DockerScheduler):
     """Containers of one Docker engine, on a network of their own."""
 
     needs_image: ClassVar[bool] = True
@@ -47,7 +45,7 @@ class Docker(DockerScheduler):
         Raises:
             ConnectionError: the engine does not answer.
         """
-        with _answering():
+        with docker_answers():
             return str(super().schedule(dryrun_info))
 
     def record_of(self, app_id: str) -> JobRecord | None:
@@ -56,13 +54,13 @@ class Docker(DockerScheduler):
 
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """From the containers."""
-        with _answering():
+        with docker_answers():
             described = self.describe(app_id)
         return None if described is None else JobStatus(state=described.state)
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
         """The container's log."""
-        with _answering():
+        with docker_answers():
             try:
                 yield from self.log_iter(app_id, ROLE, node)
             except RuntimeError as error:
@@ -70,29 +68,21 @@ class Docker(DockerScheduler):
 
     def cancel_job(self, app_id: str, record: JobRecord | None) -> None:
         """Stop the containers."""
-        with _answering():
+        with docker_answers():
             self.cancel(app_id)
 
     def jobs(self) -> Sequence[ListedJob]:
         """All that TorchX started, with our record where there is one."""
         ours = {record.handle.rpartition("/")[2]: record for record in records.load()}
-        with _answering():
+        with docker_answers():
             return [ListedJob(app_id=job.app_id, state=job.state, record=ours.get(job.app_id)) for job in self.list()]
 
     def doctor(self) -> Iterator[Finding]:
         """Whether the engine answers."""
         try:
-            with _answering():
+            with docker_answers():
                 version: dict[str, Any] = self._docker_client.version()
         except ConnectionError as error:
             yield Finding(ok=False, text=str(error))
             return
         yield Finding(ok=True, text=f"Docker {version.get('Version', '')} answers")
-
-
-@contextmanager
-def _answering() -> Iterator[None]:
-    try:
-        yield
-    except DockerException as error:
-        raise ConnectionError(f"Docker does not answer: {' '.join(str(error).split())}") from None

@@ -11,12 +11,11 @@ import yaml
 from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppResponse, Scheduler
 from torchx.schedulers.ids import make_unique
 from torchx.specs import AppDef, AppState, CfgVal
-from torchx.workspace.docker_workspace import DockerWorkspaceMixin
 
 from launch import records
 from launch.records import JobRecord
 from launch.request import Request
-from launch.schedulers.containers import check_container
+from launch.schedulers.containers import CodeInImage, check_container, docker_answers
 from launch.schedulers.kubernetes_manifest import CONTAINER, OPTIONS, cluster_of, manifest
 from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from trainer.command_line import Finding
@@ -62,7 +61,7 @@ class KubernetesRequest:
         return str(yaml.safe_dump(self.resource, sort_keys=False))
 
 
-class Kubernetes(DockerWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
+class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
     """Kubernetes with JobSet or Volcano."""
 
     needs_image: ClassVar[bool] = True
@@ -157,18 +156,28 @@ class Kubernetes(DockerWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         return found
 
     def doctor(self) -> Iterator[Finding]:
-        """Which of the two controllers the cluster has."""
+        """Which of the two controllers the cluster has, and Docker, which adds the code to the image."""
         try:
             with _api() as client:
                 groups = {group.name for group in client.ApisApi().get_api_versions().groups}
         except KubernetesError as error:
             yield Finding(ok=False, text=str(error))
             return
+        one = any(group in groups for group, _, _ in APIS.values())
         for kind, (group, _, _) in APIS.items():
             has = group in groups
-            yield Finding(ok=has, text=f"{group} is {'there' if has else f'not installed: --option kind={kind} fails'}")
+            words = "there" if has else f"not installed: --option kind={kind} fails"
+            # One of the two will do.
+            yield Finding(ok=one, text=f"{group} is {words}")
         has = "kueue.x-k8s.io" in groups
         yield Finding(ok=True, text=f"Kueue is {'there: --option queue=NAME' if has else 'not installed: no queue'}")
+        try:
+            with docker_answers():
+                self._docker_client.ping()
+        except ConnectionError as error:
+            yield Finding(ok=False, text=f"{error}: submitting adds the code to the image with it")
+        else:
+            yield Finding(ok=True, text="Docker answers here, which adds the code to the image")
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """TorchX's: the state alone."""

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from docker.errors import DockerException
 from torchx.specs import AppState
 
+from launch.__main__ import app
 from launch.schedulers.kubernetes import Kubernetes, KubernetesError
 from launch.submit import check, connected
 from tests.launch.kubernetes_schemas import JOBSET, VOLCANO_JOB, faults
 from tests.launch.test_component import request
+from trainer.command_line import run_command
 
 OPTIONS = [
     "namespace=team",
@@ -239,9 +242,47 @@ def test_a_waiting_pod_says_why_and_a_running_one_what(server: Server) -> None:
         list(scheduler.output(app_id, None, 2))
 
 
-def test_doctor_knows_which_controllers_there_are(server: Server) -> None:
-    found = {finding.text.split()[0]: finding.ok for finding in Kubernetes("test").doctor()}
-    assert found == {"jobset.x-k8s.io": True, "batch.volcano.sh": False, "Kueue": True}
+def _no_docker() -> None:
+    """As the client does where nothing listens; the real one leaves a socket open."""
+    raise DockerException("Connection aborted.")
+
+
+def test_doctor_knows_which_controllers_there_are(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("docker.from_env", _no_docker)
+    found = {finding.text.split()[0]: (finding.ok, finding.text) for finding in Kubernetes("test").doctor()}
+    # One of the two controllers is enough; without Docker nothing can be submitted.
+    assert {name: ok for name, (ok, _) in found.items()} == {
+        "jobset.x-k8s.io": True,
+        "batch.volcano.sh": True,
+        "Kueue": True,
+        "Docker": False,
+    }
+    assert found["batch.volcano.sh"][1] == "batch.volcano.sh is not installed: --option kind=volcano fails"
+
+
+def test_submitting_without_docker_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("docker.from_env", _no_docker)
+    with connected("kubernetes") as connection:
+        asked = request(**(IN_CONTAINER | {"options": ["image_repo=r/you"]}))
+        with pytest.raises(ConnectionError, match="Docker does not answer: "):
+            connection.submit(asked, check(connection.scheduler, asked))
+
+
+def test_the_output_of_pods_is_followed_and_ranks_logs_are_not_here(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app_id = _sent("jobset")
+    (resource,) = server.objects.values()
+    resource["status"] = {"conditions": [{"type": "Completed", "status": "True"}]}
+    labels = {"batch.kubernetes.io/job-completion-index": "0"}
+    server.pods = [{"metadata": {"name": "p-0", "labels": labels}, "spec": {"containers": []}, "status": {}}]
+    server.logs = {"p-0": "one\nhalf a"}
+    handle = f"kubernetes://longview/{app_id}"
+    for arguments in ([], ["--follow"], ["--node", "0"]):
+        assert run_command(app, ["logs", handle, *arguments]) == 0
+        assert capsys.readouterr().out == "one\nhalf a"
+    assert run_command(app, ["logs", handle, "--rank", "1"]) == 2
+    assert "is not on this machine: give --node instead" in capsys.readouterr().err
 
 
 def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

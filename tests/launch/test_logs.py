@@ -135,3 +135,10 @@ def test_records_survive_torn_lines(
     assert records.load() == [first, second]
     assert f"{records.FILE}, line 2 is damaged" in caplog.text
     assert records.find(second.handle) == second
+
+
+def test_a_text_that_grows_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs.time, "sleep", lambda seconds: None)
+    texts, ends, shown = iter(["", "one\nha", "one\nhalf\n"]), iter([False, False, True]), []
+    logs.follow_text(lambda: next(texts), lambda: next(ends), shown.append)
+    assert shown == ["", "one\nha", "lf\n"]
