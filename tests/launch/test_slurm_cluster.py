@@ -5,6 +5,10 @@ other, and looked at last.
 """
 
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from launch.schedulers.slurm import Slurm
 from launch.schedulers.slurm_queue import NEVER, SlurmError
 from launch.submit import check, connected
 from launch.sweep import runs_of
+from launch.workspace import ROOT
 from tests.launch.test_new_user import BARE_PYTHON
 from tests.support.slurm import Cluster
 from tests.support.slurm_jobs import (
@@ -54,6 +59,48 @@ def chained(cluster: Cluster) -> JobRecord:
     record = count(cluster.folder / "chained", "150", options=["no-requeue="])
     warn(record)
     return record
+
+
+CLUSTER = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from tests.support.slurm import slurm_cluster
+with slurm_cluster(Path(sys.argv[1])) as cluster:
+    job = ["sbatch", "--output=/dev/null", "--wrap=sleep 1000"]
+    subprocess.run(job, env={**os.environ, **cluster.environment}, check=True, stdout=sys.stderr)
+    print("here", flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_cluster_ends_with_the_tests_that_started_it(
+    cluster: Cluster, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-c", CLUSTER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        assert _processes_of(tmp_path) >= {"munged", "slurmctld", "slurmd"}
+        process.send_signal(number)
+        process.communicate()
+    # Of a killed one, what its job runs may go on for a while.
+    left = {"slurmstepd", "sleep", "slurm_script"} if number == signal.SIGKILL else set()
+    deadline = time.monotonic() + 20
+    while _processes_of(tmp_path) - left:
+        assert time.monotonic() < deadline, _processes_of(tmp_path)
+
+
+def _processes_of(folder: Path) -> set[str]:
+    """The names of a cluster's processes, by what they were started with."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (process / "environ").read_bytes() + (process / "cmdline").read_bytes():
+                found.add((process / "comm").read_text().strip())
+        except OSError:
+            continue
+    return {name for name in found if not name.startswith("python")}
 
 
 def test_a_run_that_always_fails_stops_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tests.support import debian13
 
-PROGRAMS = ("unshare", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
+PROGRAMS = ("unshare", "setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "scontrol")
 NODES = ("longview-n1", "longview-n2")
 GPU_NODES = ("longview-g1", "longview-g2", "longview-g3", "longview-g4")
 UNSHARED = "unshared"
@@ -90,8 +90,6 @@ class Cluster:
     """Configuration, logs and state."""
     environment: dict[str, str]
     """What Slurm's commands need besides the usual environment, or in its place."""
-    node_pids: dict[str, int]
-    """The process of each node's slurmd."""
 
 
 def missing_programs() -> list[str]:
@@ -140,19 +138,16 @@ def slurm_cluster(folder: Path, system: Path | None = None) -> Iterator[Cluster]
         _write_commands(folder / "bin", system)
         environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
     daemons: list[subprocess.Popen[bytes]] = []
-    with _names_resolve():
+    with _interrupted_by_sigterm(), _names_resolve():
         try:
             for command in _daemon_commands(folder, system):
                 # One by one: those already started are stopped if the next one cannot be.
                 daemons += [_start(command, folder, environment)]
             _wait_until_idle(folder, environment, daemons)
-            pids = [daemon.pid for daemon in daemons[-len(NODES + GPU_NODES) :]]
-            yield Cluster(
-                folder=folder,
-                environment=environment,
-                node_pids=dict(zip(NODES + GPU_NODES, pids, strict=True)),
-            )
+            yield Cluster(folder=folder, environment=environment)
         finally:
+            # What a job runs outlives its node's daemon.
+            _end_jobs(environment)
             for daemon in reversed(daemons):
                 _stop(daemon)
 
@@ -230,10 +225,35 @@ def _daemon_commands(folder: Path, system: Path | None) -> list[list[str]]:
     return [[*_alone(mounts), *munged], [*_alone(mounts), "slurmctld", "-D"], *nodes]
 
 
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end the block as Ctrl-C does, by way of its `finally`."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """Cancel what waits, kill what runs, and see it gone."""
+    user = "--user=root"
+    ask = ["squeue", "--noheader", "--states=running,completing", user]
+    for command in (["scancel", "--state=pending", user], ["scancel", "--full", "--signal=KILL", user]):
+        subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        left = subprocess.run(ask, env={**os.environ, **environment}, capture_output=True, check=False)
+        if not left.stdout.strip():
+            return
+        time.sleep(0.2)
+
+
 def _start(command: list[str], folder: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     with (folder / "daemons.output").open("ab") as output:
         return subprocess.Popen(
-            command,
+            # They end with this process, however it ends.
+            ["setpriv", "--pdeathsig", "TERM", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -291,7 +311,6 @@ def main(arguments: list[str]) -> None:
     elif len(arguments) == 2 and arguments[0] == "run":
         with slurm_cluster(Path(arguments[1]).resolve()) as cluster:
             print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 signal.pause()
             except KeyboardInterrupt:
