@@ -28,7 +28,7 @@ from launch.progress import newest_checkpoint
 from launch.records import find_in, save_in
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
-from launch.schedulers.slurm_queue import SlurmJob
+from launch.schedulers.slurm_queue import SlurmError, SlurmJob
 from trainer import fitness
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 from trainer.run_dir import RunDir
@@ -43,6 +43,8 @@ UNKNOWN_SAVE_S = 60.0
 TAKEN = ("NODE_FAIL", "PREEMPTED", "CANCELLED", "TIMEOUT", "REQUEUED", "COMPLETING", "DEADLINE", "BOOT_FAIL")
 """States in which Slurm is ending the job itself."""
 NODE_FAILURE = "node failure"
+PATIENCE_S = 900.0
+"""How long a controller that does not answer is waited for: without it nothing goes on."""
 MAX_STOPS = 3
 """Starts in a row that may stop without a new checkpoint."""
 PREFLIGHT_S = 120
@@ -92,7 +94,7 @@ class Allocation:
             if status == 0:
                 self._note("done", "", before, after)
                 return self._say(0, "")
-            job = slurm_queue.find_job(self.job_id)
+            job = slurm_queue.find_job(self.job_id, PATIENCE_S)
             taken = _taken(job)
             if job is not None and taken and taken != NODE_FAILURE:
                 return self._end_taken(taken, job, before, after)
@@ -168,7 +170,7 @@ class Allocation:
         recent = attempts.read(self.run_dir, self.job_dir.name)[-MAX_EXCLUSIONS:]
         if len(recent) == MAX_EXCLUSIONS and all(attempt.ended == "unfit" for attempt in recent):
             return self._say(FAILED, f": {why}; other nodes were not fit either")
-        job = slurm_queue.find_job(self.job_id)
+        job = slurm_queue.find_job(self.job_id, PATIENCE_S)
         excluded = ",".join([*filter(None, [job.excluded if job else ""]), *unfit])
         return self._chain(why, [f"--exclude={excluded}"])
 
@@ -185,12 +187,12 @@ class Allocation:
         options = ["--kill-on-bad-exit=1", f"--output={output}", "--open-mode=append"]
         srun = subprocess.Popen(self._srun(self.command, options), env=environment)
         started = time.time()
-        warn_at, stopping = self._warning_time(started), False
+        warn_at, stopping = self._warning_time(started, None), False
         while srun.poll() is None:
             received = signals.next_signal(None if stopping or warn_at is None else warn_at - time.time())
             if received is None:
                 # The limit may have been extended since, and the run knows better how long it takes to save.
-                warn_at = self._warning_time(started)
+                warn_at = self._warning_time(started, warn_at)
             near = warn_at is not None and time.time() >= warn_at
             if not stopping and (near or received in ASKING):
                 why = received.name if received in ASKING else "the time limit is near"
@@ -208,9 +210,13 @@ class Allocation:
         options += ["--wait=0", "--mpi=none", *more]
         return ["srun", *options, "/bin/sh", "-c", _ENTER, "sh", str(self.code_dir), *command]
 
-    def _warning_time(self, started: float) -> float | None:
-        """When the run, `started` at that time, must be told to stop; None without a time limit."""
-        job = slurm_queue.find_job(self.job_id)
+    def _warning_time(self, started: float, known: float | None) -> float | None:
+        """When the run, `started` at that time, must be told to stop; None without a time limit.  What is `known`
+        stands if the controller does not answer."""
+        try:
+            job = slurm_queue.find_job(self.job_id, PATIENCE_S if known is None else 0.0)
+        except SlurmError:
+            return known
         try:
             end = time.mktime(time.strptime(job.end_time if job else "", "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
@@ -227,7 +233,7 @@ class Allocation:
     def _go_on(self, reason: str) -> int:
         """Have Slurm start the job again, by a requeue or, where that is refused, a successor."""
         logger.info("%s: the job asks Slurm to start it again", reason)
-        requeue = slurm_queue.run(["scontrol", "requeue", self.job_id])
+        requeue = slurm_queue.run(["scontrol", "requeue", self.job_id], PATIENCE_S)
         if requeue.returncode == 0:
             # Slurm ends this process; until it does, nothing else is to be done.
             return self._say(STOPPED, f": {reason}; requeued")
@@ -239,7 +245,8 @@ class Allocation:
         depends = f"--dependency=afternotok:{self.job_id}"
         index = os.environ.get("SLURM_ARRAY_TASK_ID")
         member = [f"--array={index}"] if index else []
-        sbatch = slurm_queue.run(["sbatch", "--parsable", depends, *member, *options, str(self.code_dir / SCRIPT)])
+        command = ["sbatch", "--parsable", depends, *member, *options, str(self.code_dir / SCRIPT)]
+        sbatch = slurm_queue.run(command, PATIENCE_S)
         if sbatch.returncode != 0:
             return self._say(FAILED, f": {reason}; Slurm has no other nodes for it: {' '.join(sbatch.stderr.split())}")
         successor = sbatch.stdout.strip().split(";")[0] + (f"_{index}" if index else "")
@@ -316,7 +323,7 @@ def _taken(job: SlurmJob | None) -> str:
         return word
     if job.nodes:
         # The job still counts as running for a while after a node has gone.
-        sinfo = slurm_queue.run(["sinfo", "--noheader", "--Node", f"--nodes={job.nodes}", "--format=%T"])
+        sinfo = slurm_queue.run(["sinfo", "--noheader", "--Node", f"--nodes={job.nodes}", "--format=%T"], PATIENCE_S)
         if any(word in state for state in sinfo.stdout.lower().split() for word in ("down", "fail", "*", "unk")):
             return NODE_FAILURE
     return ""

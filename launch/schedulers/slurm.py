@@ -43,6 +43,7 @@ OURS = {
     "output": "the job's folder",
     "parsable": "submit",
     "test-only": "--dry-run",
+    "wait": "status and logs --follow",
     "wrap": "the recipe",
 }
 """Options of sbatch that a job sets itself, and what from; all others may be given."""
@@ -161,12 +162,16 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             sbatch = slurm_queue.run(request.submission())
             if sbatch.returncode != 0:
                 raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
+            answer = re.match(r"(\d+)(?:;|$)", sbatch.stdout.strip())
+            if answer is None:
+                said = " ".join(sbatch.stdout.split())[:80]
+                raise SlurmError(f"sbatch gave no number of a job but said {said!r}: leave out what makes it do so")
         except Exception:
             # The copy of the code too.
             for folder in (request.job_dir, *request.job_dirs):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        return sbatch.stdout.strip().split(";")[0]
+        return answer[1]
 
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """From Slurm, and from the job's own output where Slurm has forgotten it."""

@@ -6,6 +6,7 @@ accounting database.  Nothing in other people's jobs may stop the reading: what 
 
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,13 @@ NEVER = {
 
 # A value ends where the next key begins: "JobName=a b UserId=root(0) ...".
 _FIELD = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][A-Za-z0-9:/_]*=|\s*$)")
+# "Unable to contact slurm controller (connect failure)", "Socket timed out on send/recv operation", ...
+_NO_ANSWER = re.compile(
+    "unable to contact slurm controller|socket timed out|connection (?:refused|reset|timed out)|"
+    "slurm_receive_msg|zero bytes were transmitted|temporarily unable to accept",
+    flags=re.IGNORECASE,
+)
+ASK_AGAIN_S = 5.0
 _SEPARATOR = "\x1f"
 _SACCT_FIELDS = ("JobID", "State", "NodeList", "ExitCode", "Reason", "WorkDir")
 
@@ -87,16 +95,22 @@ def app_state(slurm_state: str) -> AppState:
     return STATES.get(words[0].rstrip("+") if words else "", AppState.UNKNOWN)
 
 
-def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    """Run one of Slurm's commands.
+def run(command: Sequence[str], patience_s: float = 0.0) -> "subprocess.CompletedProcess[str]":
+    """Run one of Slurm's commands; again for `patience_s` seconds if the controller does not answer, which an update or
+    a failover of it may take.
 
     Raises:
         SlurmError: it is not installed.
     """
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except FileNotFoundError:
-        raise SlurmError(f"{command[0]} is not installed: run this where Slurm's commands are") from None
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        except FileNotFoundError:
+            raise SlurmError(f"{command[0]} is not installed: run this where Slurm's commands are") from None
+        if done.returncode == 0 or not _NO_ANSWER.search(done.stderr) or time.monotonic() > deadline:
+            return done
+        time.sleep(ASK_AGAIN_S)
 
 
 def fields_of(line: str) -> dict[str, str]:
@@ -154,13 +168,13 @@ def parse_sacct(output: str) -> list[SlurmJob]:
     return jobs
 
 
-def find_job(job_id: str) -> SlurmJob | None:
+def find_job(job_id: str, patience_s: float = 0.0) -> SlurmJob | None:
     """What Slurm knows of a job; None where it has forgotten it or never knew it.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
-    scontrol = run(["scontrol", "--oneliner", "show", "job", job_id])
+    scontrol = run(["scontrol", "--oneliner", "show", "job", job_id], patience_s)
     if scontrol.returncode == 0:
         jobs = parse_scontrol(scontrol.stdout)
     elif "Invalid job id" in scontrol.stderr:

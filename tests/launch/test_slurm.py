@@ -106,7 +106,7 @@ def test_what_the_user_typed_arrives_as_typed(tmp_path: Path) -> None:
 def _answers(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> list[list[str]]:
     asked: list[list[str]] = []
 
-    def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    def run(command: list[str], patience_s: float = 0.0) -> "subprocess.CompletedProcess[str]":
         asked.append(command)
         code, output, errors = answers[command[0]]
         return subprocess.CompletedProcess(command, code, output, errors)
@@ -190,6 +190,29 @@ def test_a_controller_that_does_not_answer_is_an_error(monkeypatch: pytest.Monke
     _answers(monkeypatch, scontrol=(1, "", "Unable to contact slurm controller\n"))
     with pytest.raises(SlurmError, match="scontrol failed: Unable to contact slurm controller"):
         Slurm("test").status("1", None)
+
+
+def test_a_controller_that_is_away_for_a_while_is_waited_for_by_a_job_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: Callable[..., None]
+) -> None:
+    # Answers the third time it is asked.
+    calls = f"echo x >> {tmp_path}/calls; test $(wc -l < {tmp_path}/calls) -gt 2"
+    error = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    commands(scontrol=f"{calls} || {{ echo '{error}' >&2; exit 1; }}; echo JobId=7 JobState=RUNNING Reason=None")
+    monkeypatch.setattr(slurm_queue, "ASK_AGAIN_S", 0.0)
+    with pytest.raises(SlurmError, match="Unable to contact slurm controller"):
+        slurm_queue.find_job("7")
+    found = slurm_queue.find_job("7", 60.0)
+    assert found is not None
+    assert (found.slurm_state, (tmp_path / "calls").read_text()) == ("RUNNING", "x\n" * 3)
+
+
+def test_what_is_no_jobs_number_is_no_job(tmp_path: Path, commands: Callable[..., None]) -> None:
+    commands(sbatch="echo 'Usage: sbatch [OPTIONS(0)...] script'")
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run", options=["help="])
+        with pytest.raises(SlurmError, match="sbatch gave no number of a job but said 'Usage: sbatch "):
+            connection.submit(asked, check(connection.scheduler, asked))
 
 
 def test_a_job_that_slurm_refuses_leaves_no_copy_of_the_code(
