@@ -37,6 +37,7 @@ setup(
     ],
     install_requires=[
         "duckdb>=1.2",
+        "isal>=1.7",
         "numpy>=2",
         "pyarrow>=20",
         "safetensors>=0.5",

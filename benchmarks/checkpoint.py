@@ -66,12 +66,14 @@ def forget(folder: Path) -> None:
 
 
 def write_plain(file: Path, content: memoryview) -> None:
-    """The same bytes and nothing else."""
-    with file.open("wb") as stream:
+    """The same bytes and nothing else; as a checkpoint into a new file, before the one before it goes."""
+    new = file.with_name("new")
+    with new.open("wb") as stream:
         for start in range(0, len(content), 2**22):
             stream.write(content[start : start + 2**22])
         stream.flush()
         os.fsync(stream.fileno())
+    new.replace(file)
 
 
 def read_plain(file: Path, into: memoryview) -> None:

@@ -33,10 +33,15 @@ class VolatileStore:
     def size(self, path: str) -> int | None:
         return len(self._seen[path]) if path in self._seen else None
 
-    def read(self, path: str, start: int = 0, end: int | None = None) -> bytearray:
+    def read(self, path: str) -> bytes:
         if path not in self._seen:
             raise FileNotFoundError(path)
-        return bytearray(self._seen[path][start:end])
+        return self._seen[path]
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
+        content = self.read(path)[start : start + len(buffer)]
+        buffer[: len(content)] = content
+        return len(content)
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:

@@ -65,6 +65,8 @@ class Catalogue:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._bases: dict[int, int | None] = {}
+        """Of checkpoints that were asked about; what is complete changes no longer."""
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint holds COMPLETE, oldest first."""
@@ -78,8 +80,8 @@ class Catalogue:
         """
         folder = step_folder(step)
         try:
-            content = bytes(self.store.read(f"{folder}/{MANIFEST}"))
-            noted = bytes(self.store.read(f"{folder}/{COMPLETE}"))
+            content = self.store.read(f"{folder}/{MANIFEST}")
+            noted = self.store.read(f"{folder}/{COMPLETE}")
             if digest(content).encode() != noted:
                 raise ValueError(f"{MANIFEST} is not what {COMPLETE} was written for")
             manifest = decode(content)
@@ -108,7 +110,7 @@ class Catalogue:
         checkpoint, folder = self.open(step), step_folder(step)
         try:
             for name, record in checkpoint.manifest.files.items():
-                reader = ChunkReader(name, record, partial(self.store.read, f"{folder}/{name}"))
+                reader = ChunkReader(name, record, partial(self.store.read_into, f"{folder}/{name}"))
                 for start in range(0, record.num_bytes, CHUNK_BYTES):
                     reader.bytes(start, min(start + CHUNK_BYTES, record.num_bytes))
         except (OSError, ChunkError) as error:
@@ -179,15 +181,18 @@ class Catalogue:
         while name in taken:
             number += 1
             name = f"{word}-{step_folder(step)}-{number}"
+        self._bases.pop(step, None)
         self.store.rename(step_folder(step), name)
         return name
 
     def base(self, step: int) -> int | None:
         """Step of the checkpoint that this one needs; None where it needs none, or is damaged."""
-        try:
-            return self.open(step).manifest.base
-        except DamagedCheckpoint:
-            return None
+        if step not in self._bases:
+            try:
+                self._bases[step] = self.open(step).manifest.base
+            except DamagedCheckpoint:
+                self._bases[step] = None
+        return self._bases[step]
 
     def is_pinned(self, step: int) -> bool:
         """Whether the checkpoint stays whatever retention says."""
@@ -204,6 +209,7 @@ class Catalogue:
 
     def remove(self, step: int) -> None:
         """Delete a checkpoint; without COMPLETE first, so that a half-deleted one is never taken for whole.  Writes."""
+        self._bases.pop(step, None)
         self.store.remove_file(f"{step_folder(step)}/{COMPLETE}")
         self.store.remove(step_folder(step))
 

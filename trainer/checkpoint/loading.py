@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.checkpoint.catalogue import Catalogue, Checkpoint, step_folder
-from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader
+from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader, ThreadMemory
 from trainer.checkpoint.layout import dtype_name
 from trainer.checkpoint.manifest import DTYPE_BYTES, Manifest
 from trainer.checkpoint.pieces import LivePiece, Tensors, local_pieces, narrowed, whole_shape
@@ -127,10 +127,11 @@ def fill(store: Store, checkpoint: Checkpoint, pieces: list[LivePiece]) -> None:
         fill(store, checkpoint.base, pieces)
     folder, manifest = step_folder(checkpoint.step), checkpoint.manifest
     groups = list(_grouped(sorted(_reads(manifest, pieces), key=lambda read: (read.file, read.start))))
+    memory = ThreadMemory()
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
         # The first error ends the load.
-        for _ in pool.map(partial(_fill_group, store, folder, manifest), groups):
+        for _ in pool.map(partial(_fill_group, store, folder, manifest, memory), groups):
             pass
         for _ in pool.map(partial(_fill_rows, store, folder, manifest), pieces):
             pass
@@ -181,9 +182,10 @@ def _grouped(reads: list[_Read]) -> Iterator[list[_Read]]:
         yield group
 
 
-def _fill_group(store: Store, folder: str, manifest: Manifest, reads: list[_Read]) -> None:
+def _fill_group(store: Store, folder: str, manifest: Manifest, memory: ThreadMemory, reads: list[_Read]) -> None:
     file = reads[0].file
-    reader = ChunkReader(f"{folder}/{file}", manifest.files[file], partial(store.read, f"{folder}/{file}"))
+    name = f"{folder}/{file}"
+    reader = ChunkReader(name, manifest.files[file], partial(store.read_into, name), memory)
     for read in reads:
         content = reader.bytes(read.start, read.start + read.num_bytes)
         values = torch.frombuffer(content, dtype=read.dtype).view(read.rows.sizes)
@@ -198,7 +200,7 @@ def _fill_rows(store: Store, folder: str, manifest: Manifest, live: LivePiece) -
         if part is None or piece.rows is None:
             continue
         name = f"{folder}/{piece.file}"
-        reader = ChunkReader(name, manifest.files[piece.file], partial(store.read, name))
+        reader = ChunkReader(name, manifest.files[piece.file], partial(store.read_into, name))
         content = reader.bytes(piece.rows.start, piece.rows.start + 8 * piece.rows.count)
         rows = torch.frombuffer(bytearray(content), dtype=torch.int64) if piece.rows.count else torch.empty(0).long()
         first, last = torch.searchsorted(

@@ -37,17 +37,19 @@ class ObjectStore:
         info = self._filesystem.get_file_info(self._path(path))
         return int(info.size) if info.type == fs.FileType.File else None
 
-    def read(self, path: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Bytes [start, end) of a file, or as many as there are."""
+    def read(self, path: str) -> bytes:
+        """A small file."""
         with self._filesystem.open_input_file(self._path(path)) as file:
-            last = file.size() if end is None else min(end, file.size())
-            content = bytearray(max(0, last - start))
+            return bytes(file.read())
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` from byte `start` of a file on; returns how many bytes there were."""
+        done = 0
+        with self._filesystem.open_input_file(self._path(path)) as file:
             file.seek(min(start, file.size()))
-            view = memoryview(content)
-            done = 0
-            while done < len(content) and (count := file.readinto(view[done:])):
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
                 done += count
-            return content
+        return done
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:

@@ -34,16 +34,14 @@ class LivePiece:
     """[touched] int64 the rows, counted from the region's first, that are stored; None for all of the region."""
 
     @property
-    def num_values(self) -> int:
-        """That are stored."""
-        if self.rows is None:
-            return self.tensor.numel()
-        return len(self.rows) * (self.tensor.numel() // len(self.tensor))
+    def row_bytes(self) -> int:
+        """Size of a row; a scalar has none."""
+        return self.tensor.nbytes // len(self.tensor)
 
     @property
     def num_bytes(self) -> int:
         """Size of the values that are stored."""
-        return self.num_values * self.tensor.element_size()
+        return self.tensor.nbytes if self.rows is None else len(self.rows) * self.row_bytes
 
     @property
     def room(self) -> int:
@@ -55,8 +53,7 @@ class LivePiece:
         if self.rows is None:
             yield from torch.split(self.tensor.contiguous().reshape(-1).view(torch.uint8), max_bytes)
             return
-        row_bytes = self.tensor.element_size() * (self.tensor.numel() // len(self.tensor))
-        for rows in torch.split(self.rows.to(self.tensor.device), max(1, max_bytes // row_bytes)):
+        for rows in torch.split(self.rows.to(self.tensor.device), max(1, max_bytes // self.row_bytes)):
             yield self.tensor.index_select(0, rows).reshape(-1).view(torch.uint8)
 
 

@@ -6,14 +6,22 @@ A store knows nothing of what is in a file.  What `writing` and `settle` have fi
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
+
+from typing_extensions import Buffer
 
 from trainer.run_dir import sync
 
 COMPLETE = "COMPLETE"
 """The file that is written last, and without which a folder is no checkpoint."""
+
+
+DRAIN_BYTES = 32 * 2**20
+"""Bytes that are written while as many go to the disk."""
 
 
 class Store(Protocol):
@@ -29,8 +37,12 @@ class Store(Protocol):
     def size(self, path: str) -> int | None:
         """Bytes of a file; None if there is none."""
 
-    def read(self, path: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Bytes [start, end) of a file, or as many as there are.  Raises OSError if there is no such file."""
+    def read(self, path: str) -> bytes:
+        """A small file.  Raises OSError if there is none."""
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` from byte `start` of a file on; returns how many bytes there were.  Raises OSError if there is
+        no such file."""
 
     def writing(self, path: str) -> AbstractContextManager[BinaryIO]:
         """A new file in place of any older one, which has reached the disk when the context ends without an error."""
@@ -46,6 +58,52 @@ class Store(Protocol):
 
     def remove(self, folder: str) -> None:
         """Remove a folder and what is in it."""
+
+
+class DrainedFile(FileIO):
+    """A new file whose bytes go to the disk while further ones are written, and leave the page cache then.
+
+    So the disk works from the beginning, what is cached of the training's data stays, and few pages of memory are used
+    again and again: new ones cost several times the copy where a hypervisor has to find them first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="drain")
+        super().__init__(path, "wb")
+        self._under_way: Future[None] | None = None
+        self._drained = self._written = 0
+
+    def write(self, part: Buffer) -> int:
+        """Write all of `part`.  Raises OSError if it, or what was written before, cannot be kept."""
+        view = memoryview(part).cast("B")
+        done = 0
+        while done < len(view):
+            done += super().write(view[done:])
+        self._written += done
+        if self._written - self._drained >= DRAIN_BYTES:
+            self._wait()
+            self._under_way = self._beside.submit(self._drain, self._drained, self._written)
+            self._drained = self._written
+        return done
+
+    def settle(self) -> None:
+        """Return when all of it has reached the disk.  Raises OSError if it cannot."""
+        self._wait()
+        os.fsync(self.fileno())
+        os.posix_fadvise(self.fileno(), self._drained, 0, os.POSIX_FADV_DONTNEED)
+
+    def _wait(self) -> None:
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def _drain(self, start: int, end: int) -> None:
+        os.fdatasync(self.fileno())
+        os.posix_fadvise(self.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Wait for the disk, then close."""
+        self._beside.shutdown()
+        super().close()
 
 
 class LocalStore:
@@ -68,28 +126,27 @@ class LocalStore:
         file = self._root / path
         return file.stat().st_size if file.is_file() else None
 
-    def read(self, path: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Bytes [start, end) of a file, or as many as there are."""
+    def read(self, path: str) -> bytes:
+        """A small file."""
+        return (self._root / path).read_bytes()
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` from byte `start` of a file on; returns how many bytes there were."""
+        done = 0
         with (self._root / path).open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            content = bytearray(max(0, min(size, size if end is None else end) - start))
             file.seek(start)
-            view = memoryview(content)
-            done = 0
-            while done < len(content) and (count := file.readinto(view[done:])):
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
                 done += count
-            view.release()
-        return content[:done] if done < len(content) else content
+        return done
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:
         """A new file in place of any older one."""
         target = self._root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        with DrainedFile(target) as file:
+            yield cast(BinaryIO, file)
+            file.settle()
 
     def settle(self, folder: str) -> None:
         """Let the folder and the names in it reach the disk."""

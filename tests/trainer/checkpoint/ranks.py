@@ -139,7 +139,7 @@ def save(run_dir: str, layout: str, steps: tuple[int, ...] = (1,), **config: Any
     saver.close()
 
 
-def save_delta(run_dir: str, layout: str, *, asynchronous: bool) -> None:
+def save_delta(run_dir: str, layout: str, *, asynchronous: bool = False) -> None:
     """A full checkpoint of step 1 and a delta of step 2."""
     run = RunDir(Path(run_dir))
     run.path.mkdir(exist_ok=True, parents=True)
@@ -221,3 +221,21 @@ def load_every_way(folder: str) -> dict[tuple[str, str], tuple[int, list[str]]]:
     """(run, layout) -> what `load` says."""
     runs = sorted(path.name for path in Path(folder).iterdir())
     return {(run, layout): load(f"{folder}/{run}", layout) for run in runs for layout in LAYOUTS}
+
+
+def save_not_finite(run_dir: str) -> tuple[str, list[str]]:
+    """Save a whole state, then one in which the last rank's shard holds a NaN: (what that says, the folders)."""
+    run = RunDir(Path(run_dir))
+    run.path.mkdir(exist_ok=True)
+    store, tensors = open_store(str(run.checkpoints)), sharded(expected(), "row_wise")
+    saver = checkpointer(store, run, tensors, keep=1)
+    saver.save(Progress(step=1))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        _parts(tensors["tables/item"])[0][-1, 2] = torch.nan
+    said = ""
+    try:
+        saver.save(Progress(step=2))
+    except FloatingPointError as error:
+        said = str(error)
+    saver.close()
+    return said, store.folders()

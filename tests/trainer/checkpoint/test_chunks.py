@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoint import chunks
-from trainer.checkpoint.chunks import ChunkError, ChunkReader, FileRecord, write_chunks
+from trainer.checkpoint.chunks import ChunkError, ChunkReader, FileRecord, ThreadMemory, write_chunks
 
 SMALL = 16
 """Bytes of a chunk here, so that small files have many."""
@@ -22,8 +22,10 @@ def small_chunks() -> None:
         yield
 
 
-def read(content: bytes, start: int, end: int) -> bytearray:
-    return bytearray(content[start:end])
+def read(content: bytes, start: int, buffer: memoryview) -> int:
+    part = content[start : start + len(buffer)]
+    buffer[: len(part)] = part
+    return len(part)
 
 
 @given(blocks=st.lists(st.binary(max_size=40), max_size=6))
@@ -37,7 +39,7 @@ def test_a_file_is_its_blocks_and_each_chunk_has_its_checksum(blocks: list[bytes
 @given(content=st.binary(min_size=1, max_size=90), reads=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90))))
 def test_any_range_reads_as_written(content: bytes, reads: list[tuple[int, int]]) -> None:
     record = write_chunks(io.BytesIO(), [memoryview(content)])
-    reader = ChunkReader("file", record, partial(read, content))
+    reader = ChunkReader("file", record, partial(read, content), ThreadMemory())
     for a, b in reads:
         start, end = sorted((min(a, len(content)), min(b, len(content))))
         assert bytes(reader.bytes(start, end)) == content[start:end]

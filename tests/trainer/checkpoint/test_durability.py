@@ -1,9 +1,11 @@
 """Whatever happens while a checkpoint is written, the newest one that counts is whole; whatever happens to one that
 was written, what changes a value is noticed."""
 
+import errno
 import os
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,24 @@ import torch.distributed as dist
 from tests.support.distributed import run_ranks
 from tests.support.volatile_store import PowerCut, VolatileStore
 from tests.trainer.checkpoint import ranks
+from trainer.checkpoint import store as store_module
 from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore, open_store
 from trainer.run_dir import RunDir
+
+
+class CountingStore(LocalStore):
+    """Counts how often each folder's manifest is read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: Counter[str] = Counter()
+
+    def read(self, path: str) -> bytes:
+        folder, _, name = path.partition("/")
+        self.reads[folder] += name == "manifest.json"
+        return super().read(path)
 
 
 def _save_in(store: VolatileStore, run: RunDir, step: int) -> None:
@@ -224,3 +240,55 @@ def test_a_full_disk_is_one_line_on_every_rank_and_leaves_nothing_behind(tmp_pat
     assert said[0][0].startswith("the checkpoint of step 7 cannot be written: [Errno 28] No space left on device")
     assert said[0][0] == said[1][0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_large_file_goes_to_the_disk_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So its pages can be given back: at no time are more than two parts of it in memory alone."""
+    monkeypatch.setattr(store_module, "DRAIN_BYTES", 100)
+    synced, fdatasync = [0], os.fdatasync
+
+    def watched(descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        fdatasync(descriptor)
+        synced.append(size)
+
+    monkeypatch.setattr(os, "fdatasync", watched)
+    content = os.urandom(1000)
+    with open_store(str(tmp_path)).writing("step-00000001/rank-00000.bin") as file:
+        for start in range(0, 1000, 40):
+            assert file.write(memoryview(content)[start : start + 40]) == 40
+            assert start + 40 - synced[-1] <= 2 * (100 + 40)
+    assert (tmp_path / "step-00000001" / "rank-00000.bin").read_bytes() == content
+
+
+def test_a_disk_that_fails_beside_the_writing_fails_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether further bytes come after that or not: the system tells of such an error once."""
+    monkeypatch.setattr(store_module, "DRAIN_BYTES", 100)
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    for times in (1, 5):
+        with pytest.raises(OSError, match="the disk is broken"), open_store(str(tmp_path)).writing("a/b") as file:
+            for _ in range(times):
+                file.write(memoryview(bytes(100)))
+
+
+def test_a_state_that_is_not_finite_is_saved_by_no_rank_and_replaces_nothing(tmp_path: Path) -> None:
+    for said, folders in run_ranks(2, ranks.save_not_finite, str(tmp_path / "run")):
+        assert said.startswith(
+            "tables/item is not finite after step 2, which is not saved; the newest checkpoint is of"
+        )
+        assert folders == ["step-00000001"]
+
+
+def test_the_bases_of_checkpoints_are_read_once_and_known_anew_after_a_change(tmp_path: Path) -> None:
+    """Retention asks after every save."""
+    run_ranks(1, ranks.save_delta, str(tmp_path / "run"), "row_wise")
+    catalogue = Catalogue(CountingStore(tmp_path / "run" / "checkpoints"))
+    assert [catalogue.base(step) for step in (1, 2, 1, 2)] == [None, 1, None, 1]
+    # A delta is opened with its base.
+    assert catalogue.store.reads == {"step-00000001": 2, "step-00000002": 1}
+    catalogue.set_aside(1, "abandoned")
+    assert catalogue.base(1) is None
