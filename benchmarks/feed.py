@@ -113,7 +113,7 @@ def time_turns(
         repeat(cached, SETTLE + count) if name == "cached" else (next(batches) for _ in range(SETTLE + count))
         for name, count in plan
     )
-    feed = Feed(chain(repeat(cached, WARM_UP), sequence), resolved, mesh)
+    feed = Feed(chain(repeat(cached, WARM_UP), sequence), resolved, mesh, model.unbounded)
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
     step = 0

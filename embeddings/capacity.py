@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, UnboundedConfig
 from embeddings.hardware import NodeType, node_type, read_object
 from embeddings.machine import cluster
 from embeddings.plan import Plan
@@ -168,7 +168,7 @@ def _cluster(
         placement=demand.placement,
         optimizer=demand.optimizer,
         load=demand.load,
-        reservation=reserve(machine, demand.placement, dense_bytes=demand.dense_bytes),
+        reservation=reserve(machine, demand.placement, dense_bytes=demand.dense_bytes, tables=demand.tables),
     )
     plan, reason = None, ""
     try:
@@ -202,7 +202,9 @@ def _demand(values: dict[str, Any]) -> Demand:
         lookups |= dict.fromkeys(features, ids / len(features))
         own = fields.pop("optimizer", None)
         optimizer = None if own is None else SparseOptimizerConfig(**own)
-        tables.append(TableConfig(features=features, optimizer=optimizer, **fields))
+        maps = fields.pop("unbounded", None)
+        unbounded = None if maps is None else UnboundedConfig(**maps)
+        tables.append(TableConfig(features=features, optimizer=optimizer, unbounded=unbounded, **fields))
     demand = Demand(
         tables=tuple(tables),
         load=BatchLoad(samples_per_rank=values.pop("samples_per_rank", 64), ids_per_sample=lookups),

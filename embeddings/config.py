@@ -83,13 +83,34 @@ def state_bytes_per_row(optimizer: str, columns: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UnboundedConfig:
+    """Which keys have the rows of a table of unbounded ids (`embeddings/key_map.py`).  The others share row 0."""
+
+    min_count: int = 1
+    """Lookups in training after which a key gets a row of its own."""
+    evict: Literal["lru", "lfu"] = "lru"
+    """Whose row a new key takes once none is free.  lru: that of the key unused for longest.  lfu: that of the key with
+    the fewest lookups since it came."""
+    evict_after_steps: int = 1
+    """Age: rows are taken of keys that no batch has looked up for at least so many steps.  Where there is none, the new
+    key has to share row 0 until it is looked up again."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_count", "evict_after_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"unbounded.{name} must be at least 1, got {getattr(self, name)}")
+        if self.evict not in ("lru", "lfu"):
+            raise ValueError(f"unbounded.evict must be lru or lfu, got {self.evict!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TableConfig:
     """One logical table, whatever ranks its rows end up on."""
 
     name: str
     """Unique name; part of checkpoint keys, so it holds no dot or slash."""
     num_embeddings: int
-    """Rows; ids must lie in [0, num_embeddings)."""
+    """Rows; ids must lie in [0, num_embeddings), unless they are unbounded."""
     embedding_dim: int
     """Columns.  FBGEMM needs a multiple of 4."""
     features: tuple[str, ...]
@@ -103,6 +124,8 @@ class TableConfig:
     """Rows and their optimizer's state stay as they are."""
     initial_bound: float | None = None
     """Initial values are uniform within plus and minus this; null for 1 / sqrt(embedding_dim)."""
+    unbounded: UnboundedConfig | None = None
+    """Ids are any 64-bit keys, which a map gives rows; null: ids are rows."""
 
     def __post_init__(self) -> None:
         if self.initial_bound is not None and self.initial_bound <= 0:
@@ -119,6 +142,10 @@ class TableConfig:
                 f"table {self.name!r}: embedding_dim must be a positive multiple of 4 (FBGEMM's rows), "
                 f"got {self.embedding_dim}"
             )
+        if self.unbounded is not None and self.frozen:
+            raise ValueError(f"table {self.name!r} of unbounded ids gives rows to new keys, so it cannot be frozen")
+        if self.unbounded is not None and self.num_embeddings < 2:
+            raise ValueError(f"table {self.name!r} of unbounded ids needs 2 rows or more: one is shared by other keys")
         if not self.features:
             raise ValueError(f"table {self.name!r} has no features: name at least one, or drop the table")
         if self.dtype not in VALUE_BYTES:

@@ -22,14 +22,19 @@ def fill(block: Tensor, table: TableConfig, first_row: int, first_column: int, *
 
     On a GPU one kernel writes all of it.
     """
-    digest = hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest()
-    key = int.from_bytes(digest, "little", signed=True)
-    bound = table.embedding_dim**-0.5 if table.initial_bound is None else table.initial_bound
-    where = (first_row, first_column)
+    key, bound, where = _stream(table, seed), _bound(table), (first_row, first_column)
     if block.is_cuda:
         launch_fill(block, key, table.embedding_dim, where, bound)
     else:
         fill_on_cpu(block, key, table.embedding_dim, where, bound)
+
+
+def refill(block: Tensor, rows: Tensor, table: TableConfig, first_row: int, first_column: int, *, seed: int) -> None:
+    """Write the initial values of some rows of a block; `rows` int64 count from the block's first."""
+    column = torch.arange(first_column, first_column + block.shape[1], device=block.device)
+    for some in torch.split(rows, max(1, CHUNK_VALUES // table.embedding_dim)):
+        values = _values(some + first_row, column, _stream(table, seed), table.embedding_dim, _bound(table))
+        block.index_copy_(0, some, values.to(block.dtype))
 
 
 def fill_on_cpu(block: Tensor, key: int, embedding_dim: int, where: tuple[int, int], bound: float) -> None:
@@ -40,12 +45,25 @@ def fill_on_cpu(block: Tensor, key: int, embedding_dim: int, where: tuple[int, i
     for start in range(0, len(block), chunk_rows):
         chunk = block[start : start + chunk_rows]
         row = torch.arange(first_row + start, first_row + start + len(chunk), device=block.device)
-        counter = row[:, None] * embedding_dim + column
-        unit = _random_bits(counter, key).bitwise_right_shift_(40).bitwise_and_(0xFFFFFF).to(torch.float32)
-        chunk.copy_(unit.mul_(2.0**-23).sub_(1.0).mul_(bound))
+        chunk.copy_(_values(row, column, key, embedding_dim, bound))
 
 
-def _random_bits(counter: Tensor, key: int) -> Tensor:
+def _stream(table: TableConfig, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{table.name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _bound(table: TableConfig) -> float:
+    return table.embedding_dim**-0.5 if table.initial_bound is None else table.initial_bound
+
+
+def _values(row: Tensor, column: Tensor, key: int, embedding_dim: int, bound: float) -> Tensor:
+    counter = row[:, None] * embedding_dim + column
+    unit = random_bits(counter, key).bitwise_right_shift_(40).bitwise_and_(0xFFFFFF).to(torch.float32)
+    return unit.mul_(2.0**-23).sub_(1.0).mul_(bound)
+
+
+def random_bits(counter: Tensor, key: int) -> Tensor:
     """The splitmix64 generator at positions `counter` of stream `key`, in int64 that wraps; overwrites `counter`."""
     bits = counter.mul_(_signed(WEYL)).add_(key)
     for shift, factor in zip((30, 27), FACTORS, strict=True):

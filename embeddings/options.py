@@ -66,7 +66,7 @@ def placed_option(problem: Problem, table: TableConfig, kind: str, kernel: Compu
     """
     work = problem.work(table, kernel)
     found = kind_named(kind)
-    refusal = _machine_refusal(work) or found.refusal(work)
+    refusal = _kernel_refusal(work) or found.refusal(work)
     if refusal is not None:
         raise ValueError(f"table {table.name!r} cannot be {kind}: {refusal}")
     for cut in found.cuts(table, problem.machine.world_size):
@@ -86,7 +86,7 @@ def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
         kind = kind_named(name)
         for kernel in kernels:
             work = problem.work(table, kernel)
-            refusal = _machine_refusal(work) or kind.refusal(work)
+            refusal = _kernel_refusal(work) or kind.refusal(work)
             if refusal is not None:
                 refusals.setdefault(name, refusal)
                 continue
@@ -100,9 +100,11 @@ def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
     return options
 
 
-def _machine_refusal(work: Work) -> str | None:
+def _kernel_refusal(work: Work) -> str | None:
     if work.machine.compute_device == "cpu" and work.kernel != "fused":
         return f"the kernel {work.kernel} needs a GPU, a cpu has only fused: add it"
+    if work.table.unbounded is not None and work.kernel != "fused":
+        return f"rows of unbounded ids begin anew where they lie, behind the back of {work.kernel}: allow fused"
     return None
 
 

@@ -55,7 +55,7 @@ def problem_of(
         placement=placement,
         optimizer=optimizer,
         load=load,
-        reservation=reserve(machine, placement, dense_bytes=dense_bytes(model)),
+        reservation=reserve(machine, placement, dense_bytes=dense_bytes(model), tables=tables),
     )
 
 

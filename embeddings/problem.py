@@ -1,6 +1,6 @@
 """What a planner is asked: tables, machines, settings and the lookups of a step.  Needs no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
@@ -8,6 +8,8 @@ from embeddings.kinds.kind import Work
 from embeddings.machine import Machine
 
 GIB = 2**30
+SLOT_BYTES = 16
+"""Of a row in a map of unbounded ids: a key, a count and a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,30 +51,45 @@ class Reservation:
     """The dense model's parameters, gradients, their communication buckets and Adam's moments."""
     activation_bytes: int
     """What the dense model keeps for its backward pass."""
+    maps_bytes: int = 0
+    """Host memory of the maps of unbounded ids; no memory of a GPU."""
 
     @property
     def total_bytes(self) -> int:
-        """Their sum."""
+        """The sum of what takes memory of the device, if that is a GPU."""
         return self.fraction_bytes + self.dense_bytes + self.activation_bytes
 
 
-def reserve(machine: Machine, placement: PlacementConfig, *, dense_bytes: int) -> Reservation:
-    """What the settings and a dense model of so many bytes keep from the tables."""
+def reserve(
+    machine: Machine, placement: PlacementConfig, *, dense_bytes: int, tables: Sequence[TableConfig] = ()
+) -> Reservation:
+    """What the settings, a dense model of so many bytes and the maps of unbounded ids keep from the tables."""
     return Reservation(
         fraction=placement.reserved_fraction,
         fraction_bytes=_fraction_bytes(machine, placement.reserved_fraction),
         dense_bytes=dense_bytes,
         activation_bytes=int(placement.activation_gib * GIB),
+        maps_bytes=_maps_bytes(machine, tables),
     )
 
 
 def available_bytes(machine: Machine, reservation: Reservation) -> int:
     """Memory a rank that tables may use."""
-    return int(machine.memory_gib * GIB) - reservation.total_bytes
+    maps = reservation.maps_bytes if machine.compute_device == "cpu" else 0
+    return int(machine.memory_gib * GIB) - reservation.total_bytes - maps
 
 
 def _fraction_bytes(machine: Machine, fraction: float) -> int:
     return int(machine.memory_gib * fraction * GIB)
+
+
+def _maps_bytes(machine: Machine, tables: Sequence[TableConfig]) -> int:
+    """A rank's part of each map, as it is and as it was where the trained rows are, with the keys that wait."""
+    return sum(
+        2 * -(-table.num_embeddings // machine.world_size) * SLOT_BYTES * (1 + (table.unbounded.min_count > 1))
+        for table in tables
+        if table.unbounded is not None
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +118,11 @@ class Problem:
             raise ValueError(
                 f"reserves {self.reservation.fraction_bytes} bytes for a fraction of {self.reservation.fraction} of "
                 f"{self.machine.memory_gib:g} GiB, which is {_fraction_bytes(self.machine, self.reservation.fraction)}"
+            )
+        if self.reservation.maps_bytes != _maps_bytes(self.machine, self.tables):
+            raise ValueError(
+                f"reserves {self.reservation.maps_bytes} bytes of host memory for maps of unbounded ids, which take "
+                f"{_maps_bytes(self.machine, self.tables)}"
             )
         for table in self.tables:
             if self.machine.compute_device == "cpu" and self.optimizer_of(table) == "adam":
@@ -133,15 +155,22 @@ class Problem:
 
     def on(self, machine: Machine) -> "Problem":
         """The same on another machine, with the same part of its memory reserved."""
-        fraction_bytes = _fraction_bytes(machine, self.reservation.fraction)
-        return replace(self, machine=machine, reservation=replace(self.reservation, fraction_bytes=fraction_bytes))
+        reservation = replace(
+            self.reservation,
+            fraction_bytes=_fraction_bytes(machine, self.reservation.fraction),
+            maps_bytes=_maps_bytes(machine, self.tables),
+        )
+        return replace(self, machine=machine, reservation=reservation)
 
     def with_placement(self, placement: PlacementConfig) -> "Problem":
         """The same under other settings."""
-        reservation = reserve(self.machine, placement, dense_bytes=self.reservation.dense_bytes)
+        dense_bytes = self.reservation.dense_bytes
+        reservation = reserve(self.machine, placement, dense_bytes=dense_bytes, tables=self.tables)
         return replace(self, placement=placement, reservation=reservation)
 
     @property
     def host_bytes(self) -> int:
         """Host memory a rank that the fused_uvm kernels may use."""
-        return int(self.machine.ddr_gib * GIB) if self.machine.compute_device == "cuda" else 0
+        if self.machine.compute_device == "cpu":
+            return 0
+        return int(self.machine.ddr_gib * GIB) - self.reservation.maps_bytes

@@ -128,6 +128,7 @@ def _totals(plan: Plan) -> str:
         f"fullest rank {size_text(max(memory))}, headroom {size_text(plan.available_bytes - max(memory))}",
         f"reserved a rank: {size_text(reserved.total_bytes)} = {size_text(reserved.fraction_bytes)} fraction "
         f"+ {size_text(reserved.dense_bytes)} dense model + {size_text(reserved.activation_bytes)} activations",
+        *_maps(plan),
         f"imbalance (largest over mean): memory {_imbalance(memory):.2f}, time {_imbalance(times):.2f}; "
         f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank, of which "
         f"{plan.fixed_ms:.3g} ms are fixed costs of {plan.lookup_groups} "
@@ -137,6 +138,12 @@ def _totals(plan: Plan) -> str:
         f"{plan.exchange.rows}, gradients as {plan.exchange.gradients}",
     ]
     return "\n".join(lines)
+
+
+def _maps(plan: Plan) -> list[str]:
+    """A line where there are unbounded ids."""
+    size = plan.reservation.maps_bytes
+    return [f"maps of unbounded ids: {size_text(size)} of host memory a rank"] if size else []
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:

@@ -106,7 +106,7 @@ def init_tables(tables: Tables, seed: int) -> None:
     """
     by_name = {config.name: config for config in tables.configs}
     for name, value in table_weights(tables).items():
-        for first_row, first_column, block in _local_blocks(value):
+        for first_row, first_column, block in local_blocks(value):
             fill(block, by_name[name], first_row, first_column, seed=seed)
 
 
@@ -145,11 +145,12 @@ def _check_tables(configs: Sequence[TableConfig]) -> None:
             raise ValueError(f"{kind} {twice[0]!r} is used twice: names and features must be unique in a model")
 
 
-def _local_blocks(value: Tensor | ShardedTensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(first global row, first column, values) of each local block of one table; they share memory with the table."""
+def local_blocks(value: Tensor | ShardedTensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(first global row, first column, values) of each local block of a table or of its optimizer's state, whose memory
+    they share."""
     if not isinstance(value, ShardedTensor):
         yield 0, 0, value.detach()
         return
     for shard in value.local_shards():
-        first_row, first_column = shard.metadata.shard_offsets
-        yield first_row, first_column, shard.tensor.detach()
+        first_row, *columns = shard.metadata.shard_offsets
+        yield first_row, sum(columns), shard.tensor.detach()

@@ -169,7 +169,11 @@ def _training_units(
 def _candidates(
     units: Iterable[tuple[Source, int]], config: DataConfig, bits: IntArray
 ) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
-    """User, item and labels of each candidate that `config` keeps, unit by unit."""
+    """User, item and labels of each candidate that `config` keeps, unit by unit.
+
+    Unbounded items share counts, as if their ids were a hash.
+    """
+    num_items = dataset_info(config).num_items
     for source, unit in units:
         samples: Samples = source.read(unit)
         column = samples.candidate["item_id"]
@@ -179,7 +183,7 @@ def _candidates(
         labels = (samples.candidate["action"].array[kept, None] >> bits) & 1
         yield (
             np.repeat(np.asarray(samples.scalars["user_id"]), lens)[kept],
-            column.array[kept],
+            column.array[kept] % num_items,
             labels.astype(np.float64),
         )
 

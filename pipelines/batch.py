@@ -24,12 +24,14 @@ class Inputs:
     Names that end in `_host` are views of the memory that the batch was read into: known without waiting for a device.
     """
 
-    def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor) -> None:
-        self._contents, self._host_memory, self._memory = contents, host_memory, memory
+    def __init__(self, contents: Contents, host_memory: Tensor, memory: Tensor, ids: Tensor | None = None) -> None:
+        """`ids` take the place of those in memory."""
+        self._contents, self._host_memory, self._memory, self._ids = contents, host_memory, memory, ids
 
     def to(self, device: torch.device) -> "Inputs":
         """The inputs with their memory on `device`."""
-        return Inputs(self._contents, self._host_memory, self._memory.to(device, non_blocking=True))
+        ids = None if self._ids is None else self._ids.to(device, non_blocking=True)
+        return Inputs(self._contents, self._host_memory, self._memory.to(device, non_blocking=True), ids)
 
     @property
     def padded(self) -> bool:
@@ -41,11 +43,15 @@ class Inputs:
         """The ids to look up: a key a feature of ids.  Bags are not rows (`packed.bag_lens`)."""
         return KeyedJaggedTensor(
             list(self._contents.lookups),
-            self._array("ids"),
+            self._all_ids,
             lengths=self._array("bag_lens"),
             # Otherwise TorchRec asks the device, and waits for it.
             length_per_key=self._lookup_counts.tolist(),
         )
+
+    @property
+    def _all_ids(self) -> Tensor:
+        return self._array("ids") if self._ids is None else self._ids
 
     @cached_property
     def _lookup_counts(self) -> Tensor:
@@ -70,7 +76,12 @@ class Inputs:
     def ids(self, name: str) -> Tensor:
         """The same on the batch's device."""
         first, count = self._lookup(name)
-        return self._array("ids")[first : first + count]
+        return self._all_ids[first : first + count]
+
+    def with_ids(self, ids: Mapping[str, Tensor]) -> "Inputs":
+        """The same inputs with other ids, in host memory, of some features, as many as there were."""
+        parts = [ids[name] if name in ids else self.ids_host(name) for name in self._contents.lookups]
+        return Inputs(self._contents, self._host_memory, self._memory, torch.cat(parts).to(self._memory.device))
 
     def numbers_host(self, name: str) -> Tensor:
         """[N] float32 of one feature of numbers."""

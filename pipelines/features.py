@@ -5,6 +5,7 @@ only.
 
     space    a set of ids, [0, rows): a vocabulary that is only ever appended to, or a hash.  Id 0 is the unknown one:
              missing, too rare, or not seen before; its row is trained like any other.  A space becomes one table.
+             Or an unbounded set: any 64-bit key but 0 is an id, and training decides which of them have the rows.
     column   one value an event, candidate, sample, item or label: an id of a space, many ids, or a number.
 """
 
@@ -74,6 +75,9 @@ class Space:
     """Of the keys in order of ids: two data sets with one digest mean the same by an id."""
     hash: str | None = None
     """The function from keys to ids, in place of a file of keys."""
+    unbounded: bool = False
+    """Ids are any 64-bit keys, 0 for the unknown one; `rows` is then how many of them have a row at a time, with the
+    row that the others share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,8 +166,8 @@ class DatasetInfo:
         spaces = {
             space.name: {
                 key: value
-                for key in ("rows", "used", "keys", "digest", "hash")
-                if (value := getattr(space, key)) is not None
+                for key in ("rows", "used", "keys", "digest", "hash", "unbounded")
+                if (value := getattr(space, key)) is not None and value is not False
             }
             for space in self.spaces.values()
         }
@@ -314,9 +318,14 @@ def _parse_space(key: str, entry: Any, name: str) -> Space:
             raise ValueError(f"{where}: {field_name} must be text, got {entry[field_name]!r}")
     if entry.get("keys") is not None and entry.get("hash") is not None:
         raise ValueError(f"{where} has keys and a hash: ids come from a file of keys or from a hash, not from both")
-    return Space(
-        name=key, rows=rows, used=used, keys=entry.get("keys"), digest=entry.get("digest"), hash=entry.get("hash")
-    )
+    unbounded = entry.get("unbounded", False)
+    if not isinstance(unbounded, bool):
+        raise ValueError(f"{where}: unbounded must be true or false, got {unbounded!r}")
+    if unbounded and (rows < 2 or {"keys", "hash", "digest"} & set(entry)):
+        raise ValueError(
+            f"{where} is unbounded: its ids are keys, so it has no keys, digest or hash, but 2 rows or more"
+        )
+    return Space(**{**entry, "name": key, "rows": rows, "used": used})
 
 
 def _parse_columns(
@@ -343,6 +352,10 @@ def _parse_columns(
             if space == NUMBER and not many:
                 yield Column(name=key, part=part, kind="number", statistics=statistics.get(f"{part}.{key}"))
             elif isinstance(space, str) and space in spaces and not (many and part == "label"):
+                if spaces[space].unbounded and part == "label":
+                    raise ValueError(f"{where} cannot be of {space!r}, which is unbounded: classes are a vocabulary")
+                if spaces[space].unbounded and space == ITEM_SPACE and values.get("item"):
+                    raise ValueError(f"{name}: the space {ITEM_SPACE!r} is unbounded, so 'item' can have no columns")
                 yield Column(name=key, part=part, kind="ids" if many else "id", space=space)
             else:
                 raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import DTypeLike
 
 from pipelines.columns import AnyArray, Bags, IntArray, Values
 from pipelines.dataset_json import open_filesystem
@@ -49,20 +50,21 @@ def read_items(path: str, info: DatasetInfo, columns: Sequence[Column]) -> Mappi
     for column in columns:
         values = row_values(table[column.name], column, f"{where}: {column.name}")
         check_values(values, info.spaces.get(column.space or ""), f"{where}: {column.name}", None)
-        found[column.name] = _by_item(values, item_id, info.num_items)
+        unbounded = column.space is not None and info.spaces[column.space].unbounded
+        found[column.name] = _by_item(values, item_id, info.num_items, np.int64 if unbounded else np.int32)
     return found
 
 
-def _by_item(values: Values, item_id: IntArray, num_items: int) -> Values:
-    """The values in order of item ids."""
+def _by_item(values: Values, item_id: IntArray, num_items: int, id_type: DTypeLike) -> Values:
+    """The values in order of item ids; ids are kept as `id_type`."""
     if isinstance(values, Bags):
         lens = np.zeros(num_items, dtype=np.int64)
         lens[item_id] = values.lens()
-        return Bags(values[np.argsort(item_id)].values.astype(np.int32), np.concatenate(([0], np.cumsum(lens))))
+        return Bags(values[np.argsort(item_id)].values.astype(id_type), np.concatenate(([0], np.cumsum(lens))))
     if values.dtype.kind == "f":
         numbers: AnyArray = np.full(num_items, np.nan, dtype=np.float32)
         numbers[item_id] = values
         return numbers
-    ids: AnyArray = np.zeros(num_items, dtype=np.int32)
+    ids: AnyArray = np.zeros(num_items, dtype=id_type)
     ids[item_id] = values
     return ids

@@ -14,6 +14,8 @@ from pipelines.features import UNKNOWN_ID, Space
 
 HASH = "md5"
 """The hash of a key: the last eight bytes of the MD5 of its text in UTF-8, as a little-endian number."""
+LOWEST = -(1 << 63)
+"""The lowest signed 64-bit number, which stands for the key 0 where ids are unbounded."""
 
 ToId = Callable[[Any], int]
 """The id of a key, or of None, which is missing; raises TypeError for a key of another type than the space's."""
@@ -31,6 +33,8 @@ def read_keys(path: str, space: Space) -> tuple[ToId, str]:
         if is_text:
             return lambda key: known.get(_text(key), UNKNOWN_ID), "text"
         return lambda key: known.get(_number(key), UNKNOWN_ID), "whole numbers"
+    if space.unbounded:
+        return _key_itself, "text or whole numbers of 64 bits"
     if space.hash == HASH:
         return lambda key: _hashed(key, space.rows), "text or whole numbers"
     return _number, f"ids, whole numbers in [0, {space.rows})"
@@ -66,4 +70,19 @@ def _hashed(key: Any, rows: int) -> int:
     if key is None:
         return UNKNOWN_ID
     text = key if isinstance(key, str) else str(_number(key))
-    return UNKNOWN_ID + 1 + int.from_bytes(hashlib.md5(text.encode()).digest()[8:], "little") % (rows - 1)
+    return UNKNOWN_ID + 1 + _digest(text) % (rows - 1)
+
+
+def _key_itself(key: Any) -> int:
+    """Whole numbers with their 64 bits, the digest of a text as such a number, and `LOWEST` for the key 0."""
+    if key is None:
+        return UNKNOWN_ID
+    number = _digest(key) if isinstance(key, str) else _number(key)
+    if not LOWEST < number < 1 << 64:
+        raise TypeError
+    signed = number - (1 << 64) if number >= 1 << 63 else number
+    return LOWEST if signed == UNKNOWN_ID else signed
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.md5(text.encode()).digest()[8:], "little")

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.columns import AnyArray, Bags, IntArray, Samples, Values
-from pipelines.features import LENGTH_COLUMNS, UNKNOWN_TIME, Column, DatasetInfo, Space
+from pipelines.features import ITEM_SPACE, LENGTH_COLUMNS, UNKNOWN_TIME, Column, DatasetInfo, Space
 
 BASE_LISTS = ("item_id", "action", "timestamp")
 """Lists that every history and every group of candidates has."""
@@ -71,8 +71,9 @@ def check_samples(
     """Raise ValueError for the first rule that rows of a unit break; `where` names the unit."""
     _check_lens(samples, stored_lengths, where)
     for part, lists in (("history", samples.history), ("candidate", samples.candidate)):
-        for name, size in (("item_id", info.num_items), ("action", 1 << len(info.actions))):
-            check_ids(lists[name].array, size, f"{where}: column {part}_{name}", lists[name].offsets)
+        items, actions = lists["item_id"], lists["action"]
+        check_values(items.values, info.spaces[ITEM_SPACE], f"{where}: column {part}_item_id", items.offsets)
+        check_ids(actions.array, 1 << len(info.actions), f"{where}: column {part}_action", actions.offsets)
     for column in columns:
         space = info.spaces.get(column.space or "")
         if column.part == "sample":
@@ -87,7 +88,12 @@ def check_samples(
 
 
 def check_values(values: Values, space: Space | None, where: str, offsets: IntArray | None) -> None:
-    """Ids lie in their space, numbers are finite or missing; `offsets` are the rows' where these are lists."""
+    """Ids lie in their space, where that is bounded; numbers are finite or missing.
+
+    `offsets` are the rows' where values are lists.
+    """
+    if space is not None and space.unbounded:
+        return
     if isinstance(values, Bags):
         assert space is not None
         rows = values.offsets if offsets is None else values.offsets[offsets]

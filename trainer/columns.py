@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from embeddings.config import TableConfig
+from embeddings.config import TableConfig, UnboundedConfig
 from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
 from pipelines.selection import Selection, select
 from trainer.config import TableSettings, TrainConfig
@@ -47,8 +47,14 @@ def table_configs(
     """One table for each space that `selection` has ids of; `further` lookups name the space of each.
 
     Raises:
-        ValueError: `tables` has settings of a space that is none of these.
+        ValueError: `tables` has settings of a space that is none of these, or that do not suit it.
     """
+    for space in (further or {}).values():
+        if info.spaces[space].unbounded:
+            raise ValueError(
+                f"the ids of {space!r} in {info.name} are unbounded, so there is no catalogue for retrieval to rank: "
+                "prepare them with a vocabulary"
+            )
     lookups = {feature.name: feature.space for feature in selection.features if feature.space is not None}
     features: dict[str, list[str]] = {}
     for name, space in {**lookups, **(further or {})}.items():
@@ -59,6 +65,11 @@ def table_configs(
     tables = []
     for space, names in features.items():
         settings = config.tables.get(space, TableSettings())
+        unbounded = settings.unbounded
+        if info.spaces[space].unbounded:
+            unbounded = unbounded or UnboundedConfig()
+        elif unbounded is not None:
+            raise ValueError(f"tables.{space}.unbounded has no effect: the ids of the data are bounded; remove it")
         tables.append(
             TableConfig(
                 name=space,
@@ -69,6 +80,7 @@ def table_configs(
                 optimizer=settings.optimizer,
                 frozen=any(matches(pattern, f"tables/{space}") for pattern in config.frozen),
                 initial_bound=settings.initial_bound,
+                unbounded=unbounded,
             )
         )
     return tuple(tables)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from embeddings.config import PlacementConfig, RowType, SparseOptimizerConfig
+from embeddings.config import PlacementConfig, RowType, SparseOptimizerConfig, UnboundedConfig
 from pipelines.config import DataConfig
 from trainer.models.config import ModelConfig
 
@@ -132,6 +132,8 @@ class TableSettings:
     """An optimizer of its own; null for the run's `sparse_optimizer`."""
     initial_bound: float | None = None
     """Its initial values are uniform within plus and minus this; null for 1 / sqrt(embedding_dim)."""
+    unbounded: UnboundedConfig | None = None
+    """Of a space of unbounded ids: which keys have its rows; null for `UnboundedConfig`'s own values."""
 
     def __post_init__(self) -> None:
         if self.embedding_dim is not None:

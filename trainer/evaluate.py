@@ -70,9 +70,10 @@ def evaluate(
     try:
         for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
             on_device = batch.to(mesh.device, non_blocking=True)
-            outputs_CK = outputs(on_device.inputs)
-            unknown_C = _unknown_items(on_device.inputs, trained)
-            users = torch.repeat_interleave(on_device.inputs.user_id, on_device.inputs.num_candidates)
+            inputs = model.known(on_device.inputs)
+            outputs_CK = outputs(inputs)
+            unknown_C = _unknown_items(inputs, trained)
+            users = torch.repeat_interleave(inputs.user_id, inputs.num_candidates)
             evidence, weights_CL = labels.evidence(outputs_CK, on_device.labels)
             metrics.update(evidence, weights_CL, users)
             of_unknown.update([each[unknown_C] for each in evidence], weights_CL[unknown_C], users[unknown_C])

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 from torchrec.streamable import Pipelineable
 
+from embeddings.unbounded import UnboundedTables
 from pipelines.batch import Batch
 from trainer.mesh import Mesh
 from trainer.recorder import Consumed
@@ -24,14 +25,19 @@ class Feed:
         batches: Iterator[Batch],
         resolved: Resolved,
         mesh: Mesh,
+        unbounded: UnboundedTables,
         phase: Phase = nullcontext,
         *,
         step: int = 0,
         left_out: Container[int] = (),
     ) -> None:
-        """`phase` tells a watchdog what goes on; the batches come after `step`, and those of `left_out` steps are not
-        handed out."""
+        """Keys of `unbounded` tables become rows as batches are pulled; `phase` tells a watchdog what goes on.
+
+        The batches come after `step`, and those of `left_out` steps are not handed out.
+        """
         self._batches, self._resolved, self._mesh = batches, resolved, mesh
+        self._unbounded = unbounded
+        unbounded.forget_flight()
         self._phase = phase
         self._step, self._left_out = step, left_out
         self._in_flight: deque[Consumed] = deque()
@@ -43,6 +49,10 @@ class Feed:
         batch = self._pull()
         while self._step in self._left_out:
             batch = self._pull()
+        ids_host = batch.inputs.ids_host
+        for name, rows in self._unbounded.admit(ids_host).items():
+            # The batch has not been copied to the device yet.
+            ids_host(name).copy_(rows)
         return self._resolved.task.prepare(batch, self._mesh)
 
     def _pull(self) -> Batch:

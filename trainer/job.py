@@ -161,6 +161,7 @@ class _Session:
             islice(batches, remaining),
             self.resolved,
             mesh,
+            self.model.unbounded,
             self.watchdog.phase,
             step=progress.step,
             left_out=self.left_out,

@@ -25,6 +25,8 @@ from embeddings.plan import Plan
 from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, init_tables, table_weights
 from embeddings.trained import TrainedRows
+from embeddings.unbounded import UnboundedTables
+from pipelines.batch import Inputs
 from trainer.averaging import GradientAverage
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
@@ -45,20 +47,28 @@ class ParallelModel:
     """The same without what trains it: its tables are sharded, its dense parameters are those of `module`."""
     optimizers: Optimizers
     """Dense and sparse."""
+    unbounded: UnboundedTables
+    """Makes rows of unbounded ids."""
     autocast: functools.partial[Any]
     """Makes the context in which forward runs."""
 
     def loss(self, batch: Pipelineable) -> tuple[Tensor, Tensor]:
         """(loss to differentiate, what a step returns of it) of this rank's part of a global batch, in the run's
         precision: the forward of a `StepPipeline`."""
+        self.unbounded.begin_step()
         with self.autocast():
             loss: Tensor = self.module(batch)
         return loss, loss.detach()
 
     def score(self, inputs: Any, trained: TrainedRows | None = None) -> Any:
-        """`Model.score`, in the run's precision.  A collective: every rank looks up as often."""
+        """`Model.score`, in the run's precision, of `known` inputs.  A collective: every rank looks up as often."""
         with self.autocast():
             return self.model.score(inputs, trained)
+
+    def known(self, inputs: Inputs) -> Inputs:
+        """The inputs with rows in the place of unbounded ids, as the tables were trained with.  A collective."""
+        rows = self.unbounded.find(inputs.ids_host)
+        return inputs.with_ids(rows) if rows else inputs
 
     def trained_rows(self, device: torch.device) -> TrainedRows:
         """Which rows have been trained so far.  A collective."""
@@ -79,6 +89,7 @@ class ParallelModel:
         parts = {
             "tables": table_weights(self.tables),
             "tables_optimizer": self.optimizers.tables.state(),
+            "ids": self.unbounded.state(),
             "dense": self.dense.state_dict(),
             "dense_optimizer": self.optimizers.dense_state(),
         }
@@ -115,6 +126,7 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh, *, at
         module=module,
         model=model,
         optimizers=optimizers,
+        unbounded=UnboundedTables(model.tables, table_optimizers, seed=config.seed, copies=mesh.sharing),
         autocast=functools.partial(
             torch.autocast,
             device_type=mesh.device.type,

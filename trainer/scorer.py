@@ -48,7 +48,7 @@ class Scorer:
 
         Raises ValueError for what `InputBuilder` refuses, and for a sequence longer than the model's.
         """
-        inputs = self.inputs(requests).to(self.device)
+        inputs = self.model.known(self.inputs(requests).to(self.device))
         labels = self.model.model.loss
         assert isinstance(labels, RankingLoss)
         outputs = labels.outputs(self.model.score(inputs, self.trained))

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 TRAINED = 1e-30
 """State of an optimizer by which a row counts as trained, though its steps are not known."""
+MAPS = "ids"
+"""The part of a checkpoint with the maps of unbounded ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class WarmStart:
         taken: dict[str, _Taken] = {}
         live = local_pieces(tensors)
         try:
+            self._check_maps(tensors)
             for piece in live:
                 found, part = self._found(piece)
                 if found is not None:
@@ -143,6 +146,25 @@ class WarmStart:
                     f"--init-only {each} is nothing of this model, which has {', '.join(_examples(names))}"
                 )
 
+    def _check_maps(self, tensors: Tensors) -> None:
+        """Raise ValueError if rows of unbounded ids would come without the map that says whose they are, or the map
+        alone."""
+        for table in self._info.spaces:
+            rows, keys = f"tables/{table}", f"{MAPS}/{table}/keys"
+            source = self._sources.get(rows)
+            needed = None if source is None else f"{MAPS}/{_table_of(source)}/keys"
+            if needed is not None and (needed in self._checkpoint.manifest.tensors) != (keys in tensors):
+                here, there = ("here", "there") if keys in tensors else ("there", "here")
+                raise ValueError(
+                    f"ids of table {table!r} are unbounded {here} and not {there}: name what else is to be taken by "
+                    "--init-only"
+                )
+            if keys in tensors and self._sources.get(keys) != needed:
+                raise ValueError(
+                    f"rows of unbounded ids mean nothing without their map: name {rows!r} and '{MAPS}/{table}/*' "
+                    "together by --init-only"
+                )
+
     def _agree(self, problem: str | None, group: dist.ProcessGroup) -> None:
         problems = [each for each in gather(problem, group) if each is not None]
         if problems:
@@ -154,7 +176,7 @@ class WarmStart:
         of_rows = _kind(piece.name).startswith("tables") and bool(piece.shape)
         if source is None:
             # A table that the other model did not have is a reason to take the others.
-            if self._all and not of_rows:
+            if self._all and not of_rows and _kind(piece.name) != MAPS:
                 raise ValueError(f"the checkpoint lacks {piece.name!r}: name what is to be taken by --init-only")
             return None, []
         stored = self._checkpoint.manifest.tensors[source]

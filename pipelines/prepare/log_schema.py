@@ -52,6 +52,8 @@ class SpaceOptions:
     """Rows of the table: room to grow beyond the keys of this log, or for hashed ids."""
     hash: bool = False
     """Whether an id is a hash of its key, which needs no list of keys and lets keys share an id."""
+    unbounded: bool = False
+    """Whether an id is its key itself, any 64-bit number, and training decides which keys have the rows."""
     min_count: int = 1
     """Keys that stand in fewer values of the log get id 0, that of the unknown."""
 
@@ -64,6 +66,11 @@ class SpaceOptions:
             raise ValueError("a hash needs rows, the number of ids that it gives")
         if self.hash and self.min_count > 1:
             raise ValueError("min_count has no effect on a hash, which counts nothing; leave one of them out")
+        if self.unbounded and (self.rows is None or self.hash or self.min_count > 1):
+            raise ValueError(
+                "unbounded ids need rows, the number of keys that have one at a time, and neither hash nor min_count: "
+                "training counts keys (tables.SPACE.unbounded.min_count of a recipe)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,12 +194,20 @@ class LogSchema:
         if alike:
             raise ValueError(f"the spaces {' and '.join(alike)} differ in large and small letters alone; rename one")
         users = self.spaces.get(USER_SPACE, SpaceOptions())
-        if users.hash or users.min_count > 1:
-            raise ValueError(f"the space {USER_SPACE} tells users apart: it can have neither a hash nor a min_count")
-        if self.items is not None and self.spaces.get(ITEM_SPACE, SpaceOptions()).hash:
+        if users.hash or users.unbounded or users.min_count > 1:
             raise ValueError(
-                f"the space {ITEM_SPACE} cannot be a hash where items have attributes: ids would share them"
+                f"the space {USER_SPACE} tells users apart: it can have neither a hash nor a min_count, and not be "
+                "unbounded"
             )
+        items = self.spaces.get(ITEM_SPACE, SpaceOptions())
+        if self.items is not None and (items.hash or items.unbounded):
+            raise ValueError(
+                f"the space {ITEM_SPACE} cannot be {'a hash' if items.hash else 'unbounded'} where items have "
+                "attributes: they are found by the ids of a dictionary"
+            )
+        for column in self.of("label"):
+            if column.space is not None and self.spaces.get(column.space, SpaceOptions()).unbounded:
+                raise ValueError(f"the label {column.name} is of the unbounded space {column.space}: classes are few")
 
 
 def schema_from_dict(values: Mapping[str, Any]) -> LogSchema:

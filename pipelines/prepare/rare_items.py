@@ -11,10 +11,12 @@ def merge_rare_items(connection: duckdb.DuckDBPyConnection, items: Space, min_co
     """Give id 0 to items with fewer than `min_count` events before the time `before`, and number the others anew.
 
     Changes `events`, `item_ids` and, where it exists, `items`; the order of the remaining ids stays.  Returns the space
-    that is left of `items`; rows that it had to grow stay.  Raises ValueError if the ids are a hash of the keys.
+    that is left of `items`; rows that it had to grow stay.  Raises ValueError if ids are made from the keys.
     """
-    if items.hash is not None:
-        raise ValueError("--min-count needs items with ids of their own, but those of the items are a hash")
+    if items.hash is not None or items.unbounded:
+        raise ValueError(
+            "--min-count needs items with ids of their own, but those of the items are a hash or unbounded"
+        )
     counted = f"SELECT item_id FROM events WHERE time < {before} GROUP BY item_id HAVING count(*) >= {min_count}"
     connection.execute(
         f"CREATE TABLE kept_items AS SELECT item_id AS old_id, {UNKNOWN_ID} + row_number() OVER (ORDER BY item_id) "

@@ -109,7 +109,7 @@ def _attributes(entry: Any, name: str, key: str) -> Attributes:
 
 def _space(entry: Any, name: str) -> SpaceOptions:
     values = _table(entry, f"spaces.{name}")
-    kinds = {field.name: bool if field.name == "hash" else int for field in fields(SpaceOptions)}
+    kinds = {field.name: bool if field.name in ("hash", "unbounded") else int for field in fields(SpaceOptions)}
     _check_keys(values, tuple(kinds), f"spaces.{name}")
     for key, value in values.items():
         if type(value) is not kinds[key]:

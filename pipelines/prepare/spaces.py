@@ -1,4 +1,4 @@
-"""Spaces of ids: every key of a log gets a number, by a dictionary that only grows or by a hash.
+"""Spaces of ids: every key of a log gets a number, by a dictionary that only grows or by a hash, or is one.
 
 A dictionary is the table `SPACE_ids` (SPACE_key, SPACE_id), stored beside the samples; ids count from 1 in the order of
 the keys, and 0 is the unknown: missing, too rare, or new.
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import duckdb
 
 from pipelines.features import UNKNOWN_ID, Space
-from pipelines.keys import HASH
+from pipelines.keys import HASH, LOWEST
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.log_schema import SpaceOptions
-from pipelines.prepare.readings import WIDEST
+from pipelines.prepare.readings import SIGNED, UNSIGNED, WIDEST
+
+WHOLE = frozenset({*SIGNED, *UNSIGNED, WIDEST})
+"""DuckDB's types of the whole numbers that are read as keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +38,17 @@ def number_keys(
     options: SpaceOptions,
     known: Space | None = None,
 ) -> Space:
-    """Make the dictionary of a space, unless it is a hash; where it is `known`, its ids stay and new keys get the next.
+    """Make the dictionary of a space, unless its ids are made from the keys; where it is `known`, its ids stay and new
+    keys get the next.
 
     Raises ValueError if a new space has more keys than the stated rows have room for.
     """
     if options.hash:
         assert options.rows is not None
         return Space(name=name, rows=options.rows, used=options.rows, hash=HASH)
+    if options.unbounded:
+        assert options.rows is not None
+        return Space(name=name, rows=options.rows, used=options.rows, unbounded=True)
     keys = " UNION ALL ".join(
         f"SELECT {'unnest' * source.many}({quoted(source.column)}) AS key FROM {source.table}" for source in sources
     )
@@ -94,13 +101,10 @@ def look_up(connection: duckdb.DuckDBPyConnection, table: str, lookups: Sequence
     ids, joins = [], ""
     for number, lookup in enumerate(lookups):
         key, joined = f"t.{quoted(lookup.column)}", f"j{number}"
-        if lookup.space.hash:
-            hashed = (
-                f"list_transform({key}, lambda key: {_hash('key', lookup.space)})"
-                if lookup.many
-                else _hash(key, lookup.space)
-            )
-            ids.append(f"coalesce({hashed}, {'[]' if lookup.many else UNKNOWN_ID})::BIGINT{'[]' * lookup.many}")
+        if lookup.space.hash or lookup.space.unbounded:
+            to_id = _key_itself(connection, table, lookup) if lookup.space.unbounded else _hash(lookup.space)
+            made = f"list_transform({key}, lambda key: {to_id.format('key')})" if lookup.many else to_id.format(key)
+            ids.append(f"coalesce({made}, {'[]' if lookup.many else UNKNOWN_ID})::BIGINT{'[]' * lookup.many}")
             continue
         dictionary, name, identifier = (quoted(f"{lookup.space.name}_{part}") for part in ("ids", "key", "id"))
         if lookup.many:
@@ -110,8 +114,33 @@ def look_up(connection: duckdb.DuckDBPyConnection, table: str, lookups: Sequence
     return ids, joins
 
 
-def _hash(key: str, space: Space) -> str:
-    return f"{UNKNOWN_ID + 1} + (md5_number_lower({key}::VARCHAR) % {space.rows - 1})::BIGINT"
+def _hash(space: Space) -> str:
+    """SQL of the id of the key that is formatted into it."""
+    return f"{UNKNOWN_ID + 1} + (md5_number_lower({{0}}::VARCHAR) % {space.rows - 1})::BIGINT"
+
+
+def _key_itself(connection: duckdb.DuckDBPyConnection, table: str, lookup: Lookup) -> str:
+    """SQL of the key that is formatted into it as a signed 64-bit number: whole numbers stay as they are, unsigned ones
+    keep their bits, and of other keys it is their `HASH`.  0, which is the unknown id, becomes the lowest number.
+
+    Raises ValueError if a whole number does not fit.
+    """
+    column = quoted(lookup.column)
+    [(kind,)] = connection.execute(f"SELECT any_value(typeof({column})) FROM {table}").fetchall()
+    number = "md5_number_lower({0}::VARCHAR)"
+    if kind is not None and kind.removesuffix("[]") in WHOLE:
+        number = "{0}"
+        keys = f"SELECT {'unnest' * lookup.many}({column}) AS key FROM {table}"
+        taken = f"count(*) FILTER (WHERE key IN ({LOWEST}, {-LOWEST}))"
+        [(low, high, odd)] = connection.execute(f"SELECT min(key), max(key), {taken} FROM ({keys})").fetchall()
+        if odd or (low is not None and (low < LOWEST or high >= 1 << 64 or (low < 0 and high > -LOWEST))):
+            raise ValueError(
+                f"space {lookup.space.name} is unbounded, but its keys reach from {low} to {high}: whole numbers must "
+                f"lie in [{LOWEST + 1}, {-LOWEST - 1}] or in [0, {(1 << 64) - 1}], and not be {LOWEST} or {-LOWEST}, "
+                "which stands for 0; let them be a hash or a dictionary"
+            )
+    wrapped = f"{number}::HUGEINT - CASE WHEN {number} >= {-LOWEST} THEN {1 << 64} ELSE 0 END"
+    return f"CASE WHEN {number} = {UNKNOWN_ID} THEN {LOWEST} ELSE {wrapped} END"
 
 
 def _lists(connection: duckdb.DuckDBPyConnection, table: str, lookup: Lookup) -> str:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks.planner import torchrec_plan
-from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint, UnboundedConfig
 from embeddings.hardware import Rates
 from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.planner import DENSE_COPIES, dense_bytes, plan_tables
 from embeddings.problem import GIB, BatchLoad
+from embeddings.report import plan_report
 from embeddings.search import Packer, Packing
 from embeddings.sharding import apply_plan
 from embeddings.tables import build_tables
@@ -110,6 +111,22 @@ def test_memory_is_kept_for_the_dense_model_and_its_activations() -> None:
     made = plan([table("item", 1000)], model=model, placement=placement)
     assert made.reservation.total_bytes == 20 * GIB + DENSE_COPIES * 4 * 1024 * 1024 + 2 * GIB
     assert made.available_bytes == 80 * GIB - made.reservation.total_bytes
+
+
+def test_maps_of_unbounded_ids_take_host_memory_and_their_rows_no_cache() -> None:
+    """Twice a key, a count and a time for each row, and again for keys that wait; of the device nothing."""
+    maps = {
+        min_count: plan([replace(table("item", 1_000_000), unbounded=UnboundedConfig(min_count=min_count))])
+        for min_count in (1, 2)
+    }
+    ranks = maps[1].machine.world_size
+    assert maps[1].reservation.maps_bytes == 2 * 16 * -(-1_000_000 // ranks)
+    assert maps[2].reservation.maps_bytes == 2 * maps[1].reservation.maps_bytes
+    assert maps[2].available_bytes == plan([table("item", 1_000_000)]).available_bytes
+    assert "maps of unbounded ids" in plan_report(maps[1])
+    cached = PlacementConfig(compute_kernels=("fused_uvm_caching",))
+    with pytest.raises(ValueError, match="begin anew where they lie"):
+        plan([replace(table("item", 1_000_000), unbounded=UnboundedConfig())], placement=cached)
 
 
 def test_small_table_that_is_looked_up_often_is_replicated() -> None:

@@ -126,7 +126,7 @@ def test_initial_values_follow_splitmix64() -> None:
         return bits ^ (bits >> 31)
 
     positions = [0, 1, 2**32 + 5, 2**45 + 11]
-    bits = initial_rows._random_bits(torch.tensor(positions), -12345)
+    bits = initial_rows.random_bits(torch.tensor(positions), -12345)
     assert [int(value) & mask for value in bits] == [splitmix(position, -12345 & mask) for position in positions]
 
 

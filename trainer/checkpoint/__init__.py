@@ -13,6 +13,7 @@ Names of tensors do not depend on the sharding plan:
 
     tables/...             embedding tables              (sharded: pieces of several files)
     tables_optimizer/...   their fused optimizer's state (likewise)
+    ids/...                which key has which row       (of unbounded ids; sharded, whole in a delta too)
     dense/...              dense parameters              (replicated: stored once)
     dense_optimizer/...    Adam's state                  (likewise)
 

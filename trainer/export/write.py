@@ -33,7 +33,8 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
 
     Raises:
         WrongUse: there is no such run or step, or `out` exists.
-        ValueError: the data set (`data`, or else the run's) has other keys than the run was trained with.
+        ValueError: the data set (`data`, or else the run's) has other keys than the run was trained with, or a table
+            has unbounded ids.
         DamagedCheckpoint: bytes of the checkpoint are not what was written.
     """
     run = RunDir(run_dir)
@@ -45,6 +46,8 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
     config = from_dict(TrainConfig, saved)
     catalogue = open_catalogue(run, config.checkpoint.store)
     reader = CheckpointReader(catalogue, catalogue.choose(step))
+    for name in reader.names("ids"):
+        raise ValueError(f"table {name.split('/')[0]!r} has unbounded ids, of whose map an export knows nothing yet")
     identities, known = Identities(data or config.data.path), run.saved_vocabularies()
     for name in reader.names("tables"):
         identities.check(name, known.get(name))
