@@ -7,6 +7,7 @@ from trainer.models.layout import (
     SequenceLayout,
     candidate_rows,
     count_events,
+    history_rows,
     keep_events,
     keep_newest,
     make_layout,
@@ -33,6 +34,11 @@ def labelled() -> tuple[SequenceLayout, Tensor]:
 def test_candidate_rows_are_the_candidates_in_order() -> None:
     layout, labels = labelled()
     assert [label for label in labels.tolist() if label % 100 >= 20] == labels[candidate_rows(layout)].tolist()
+
+
+def test_history_rows_are_the_events_in_order() -> None:
+    layout, labels = labelled()
+    assert [label for label in labels.tolist() if label % 100 // 10 == 1] == labels[history_rows(layout)].tolist()
 
 
 def test_truncation_keeps_newest_events_all_candidates_and_context() -> None:
