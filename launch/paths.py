@@ -13,17 +13,15 @@ from trainer.config import TrainConfig
 def with_absolute_data(request: Request, config: TrainConfig, *, in_container: bool) -> Request:
     """The request with data paths that name the same folder on every node.
 
-    A local job runs in the caller's folder, so its paths stay as they are.  A relative path of data that travels with
-    the code stays too, for jobs run in the copy.
+    A local job runs in the caller's folder, so what it names there stays as it is.  A relative path of data that
+    travels with the code stays too, for jobs run in the copy.
 
     Raises:
         ValueError: a relative path names nothing here, or in a container nothing that travels.
     """
-    if request.scheduler == "local_cwd":
-        return request
-    data = config.data
-    path = _absolute("data.path", data.path, in_container=in_container)
-    mix = [_absolute("data.mix_paths", entry, in_container=in_container) for entry in data.mix_paths]
+    data, scheduler = config.data, request.scheduler
+    path = _absolute("data.path", data.path, scheduler, in_container=in_container)
+    mix = [_absolute("data.mix_paths", entry, scheduler, in_container=in_container) for entry in data.mix_paths]
     overrides = list(request.overrides)
     if path != data.path:
         overrides = [*_without(overrides, "data.path"), f"data.path={path}"]
@@ -41,13 +39,15 @@ def _without(overrides: list[str], key: str) -> list[str]:
     return [override for override in overrides if override.partition("=")[0] != key]
 
 
-def _absolute(key: str, text: str, *, in_container: bool) -> str:
+def _absolute(key: str, text: str, scheduler: str, *, in_container: bool) -> str:
     if not is_folder(text) or Path(text).is_absolute():
         return text
     here, in_checkout = Path.cwd() / text, ROOT / text
     named = here if here.exists() else in_checkout
     if not named.exists():
         raise ValueError(f"{key}={text} names nothing in {Path.cwd()}: give an absolute path")
+    if scheduler == "local_cwd":
+        return text if named == here else str(named)
     if named.resolve() == in_checkout.resolve() and travels(in_checkout):
         return text
     if in_container:

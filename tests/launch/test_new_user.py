@@ -74,6 +74,7 @@ def here(
         ((*LOCAL, "--run-dir", "file/x"), 2, "--run-dir {here}/file/x cannot be written (Not a directory): name one"),
         ((*SLURM, "--run-dir", "/proc/x"), 2, "--run-dir /proc/x cannot be written (No such file or directory)"),
         ((*SLURM, "--set", "data.path=nowhere"), 2, "data.path=nowhere names nothing in {here}: give an absolute path"),
+        ((*LOCAL, "--set", "data.path=nowhere"), 2, "data.path=nowhere names nothing in {here}: give an absolute path"),
         ((*LOCAL, "--plan", "plan.json"), 2, "--plan plan.json is not a plan ([Errno 2] No such file"),
         ((*LOCAL, "--plan", "file"), 2, "--plan file is not a plan (Expecting value"),
         ((*CLUSTER,), 2, "scheduler kubernetes needs --image and --run-dir, a path inside the container"),

@@ -93,8 +93,9 @@ def test_relative_data_is_what_the_caller_meant(tmp_path: Path, monkeypatch: pyt
     assert json.loads(sent["data.mix_paths"]) == [str(tmp_path / "more"), "/abs", "s3://b/c"]
     # The recipe's own data travels with the code, from any folder.
     assert _paths(request()) == {}
-    # A local job runs where it is submitted.
+    # A local job runs where it is submitted, and finds what the recipe has in the checkout.
     assert _paths(request(scheduler="local_cwd", overrides=["data.path=mine"])) == {"data.path": "mine"}
+    assert _paths(request(scheduler="local_cwd")) == {"data.path": str(ROOT / "data" / "kuairand_sample")}
 
 
 @pytest.mark.parametrize(("path", "in_container"), [("nowhere", False), ("tests", True)])
