@@ -24,7 +24,7 @@ AGAIN_S = 75
 def release(
     request: pytest.FixtureRequest, running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """A release's cluster, known to the launcher; 24.11's beside the other, whose names it shares."""
+    """A release's cluster, known to the launcher; 24.11's beside the other."""
     if request.param == "24.11":
         if debian13.reason_for_none():
             pytest.skip(debian13.reason_for_none())

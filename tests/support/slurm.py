@@ -32,7 +32,6 @@ GPU_NODES = ("longview-g1", "longview-g2", "longview-g3", "longview-g4")
 UNSHARED = "unshared"
 """A folder of the cluster's own that the last node does not share."""
 HOSTS = Path("/etc/hosts")
-HOSTS_LINE = f"127.0.0.1 {' '.join(NODES + GPU_NODES)}\n"
 COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun", "sacct")
 START_TIMEOUT_S = 60.0
 
@@ -138,7 +137,7 @@ def slurm_cluster(folder: Path, system: Path | None = None) -> Iterator[Cluster]
         _write_commands(folder / "bin", system)
         environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
     daemons: list[subprocess.Popen[bytes]] = []
-    with _interrupted_by_sigterm(), _names_resolve():
+    with _interrupted_by_sigterm(), _names_resolve(folder):
         try:
             for command in _daemon_commands(folder, system):
                 # One by one: those already started are stopped if the next one cannot be.
@@ -288,19 +287,17 @@ def _wait_until_idle(folder: Path, environment: dict[str, str], daemons: "list[s
 
 
 @contextmanager
-def _names_resolve() -> Iterator[None]:
-    """Have the nodes' names in /etc/hosts for the duration of the block."""
-    hosts = HOSTS.read_text()
-    added = HOSTS_LINE not in hosts
-    if added:
-        with HOSTS.open("a") as file:
-            file.write(("" if hosts.endswith("\n") else "\n") + HOSTS_LINE)
+def _names_resolve(folder: Path) -> Iterator[None]:
+    """Have the nodes' names in /etc/hosts for the duration of the block, in a line of this cluster's own."""
+    line = f"127.0.0.1 {' '.join(NODES + GPU_NODES)} # {folder}\n"
+    with HOSTS.open("r+") as file:
+        begins = "" if file.read().endswith("\n") else "\n"
+        file.write(begins + line)
     try:
         yield
     finally:
-        if added:
-            # Written in place: in a container the file is a mount and cannot be replaced.
-            HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, ""))
+        # Written in place: in a container the file is a mount and cannot be replaced.
+        HOSTS.write_text(HOSTS.read_text().replace(line, ""))
 
 
 def main(arguments: list[str]) -> None:
