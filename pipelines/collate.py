@@ -11,7 +11,7 @@ from pipelines.config import DataConfig
 from pipelines.draws import draw_for_batch
 from pipelines.features import ITEM_ID, USER_ID
 from pipelines.global_batches import BatchPlan
-from pipelines.hiding import hide, sample_keys
+from pipelines.hiding import hidden, sample_keys
 from pipelines.packed import LABEL_PREFIX, LENS_PREFIX, NUMBER_PREFIX, Contents, Packed, bag_lens, pack
 from pipelines.selection import Feature, Selection
 from pipelines.stochastic_length import choose_events
@@ -140,7 +140,7 @@ def _next_items(share: _Share) -> IntArray:
 
 
 def _hide(ids: dict[str, AnyArray], arrays: Arrays, plan: BatchPlan, selection: Selection, config: DataConfig) -> None:
-    """Let a share of the ids of every feature stand for the unknown one, in place.
+    """Let a share of the ids of every feature stand for the unknown one, in `ids`.
 
     What an item's id leads to has been joined by then: of a new item its own columns are known.
     """
@@ -155,7 +155,7 @@ def _hide(ids: dict[str, AnyArray], arrays: Arrays, plan: BatchPlan, selection: 
             (lens,) = arrays[LENS_PREFIX + feature.name][1]
             bounds = np.concatenate(([0], np.cumsum(lens)))[bounds]
         salted = np.concatenate([keys ^ salts[part] for part in feature.parts])
-        hide(ids[feature.name], bounds, salted, config.unknown_share, number)
+        ids[feature.name] = hidden(ids[feature.name], bounds, salted, config.unknown_share, number)
 
 
 def _values(feature: Feature, share: _Share, items: Mapping[str, Values], item_ids: Mapping[str, IntArray]) -> Values:
@@ -166,7 +166,10 @@ def _values(feature: Feature, share: _Share, items: Mapping[str, Values], item_i
         return Bags(np.zeros(0, np.int64), np.zeros(2, np.int64)) if feature.kind == "ids" else np.zeros(1, np.int64)
     if feature.of_item or feature.name == ITEM_ID:
         rows = np.concatenate([item_ids[part] for part in feature.parts])
-        return items[feature.column][rows] if feature.of_item else rows
+        if not feature.of_item:
+            return rows
+        values = items[feature.column]
+        return values[rows] if isinstance(values, Bags) else values.take(rows)
     pieces = share.of_events(feature.name) if "event" in feature.parts else []
     values = join_values(pieces + (share.of_candidates(feature.name) if "candidate" in feature.parts else []))
     if feature.kind == "ids" and not isinstance(values, Bags):

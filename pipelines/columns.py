@@ -35,7 +35,7 @@ class Bags:
         lens = self.lens()[rows]
         offsets = np.concatenate(([0], np.cumsum(lens)))
         places = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lens) + np.arange(offsets[-1])
-        return Bags(self.values[places], offsets)
+        return Bags(self.values.take(places), offsets)
 
     def lens(self) -> IntArray:
         """[rows] ids of each row."""

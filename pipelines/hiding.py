@@ -22,8 +22,8 @@ def sample_keys(samples: References, seed: int) -> IntArray:
     return keys
 
 
-def hide(ids: AnyArray, bounds: IntArray, keys: IntArray, share: float, column: int) -> None:
-    """Replace about `share` of the ids of every stretch, in place.
+def hidden(ids: AnyArray, bounds: IntArray, keys: IntArray, share: float, column: int) -> AnyArray:
+    """The ids with about `share` of every stretch replaced.
 
     Args:
         ids: of one column.
@@ -37,7 +37,9 @@ def hide(ids: AnyArray, bounds: IntArray, keys: IntArray, share: float, column: 
     owner = np.repeat(np.arange(len(lens)), count)
     draw = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
     place = (_uniform(keys[owner] + draw, (HIDE, column, 1)) * lens[owner]).astype(np.int64)
-    ids[bounds[owner] + place] = UNKNOWN_ID
+    replaced = ids.copy()
+    replaced[bounds[owner] + place] = UNKNOWN_ID
+    return replaced
 
 
 def _uniform(index: IntArray, key: tuple[int, ...]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
-from pipelines.hiding import hide
+from pipelines.hiding import hidden
 from pipelines.loader import build_loader, dataset_info
 from pipelines.selection import Selection, select
 from tests.support.small_data import small_dataset
@@ -22,15 +22,15 @@ def test_about_the_share_of_every_stretch_is_replaced(share: float) -> None:
     lens = draw.integers(0, 7, 300_000)
     bounds = np.concatenate(([0], lens.cumsum()))
     keys, ids = draw.integers(0, 2**62, len(lens)), np.ones(bounds[-1], dtype=np.int64)
-    hide(ids, bounds, keys, share, 3)
-    hidden = ids == 0
+    replaced = hidden(ids, bounds, keys, share, 3)
+    places = replaced == 0
     # A place that is drawn twice is hidden once.
-    assert 0.85 * share < hidden.mean() <= share * 1.1
+    assert ids.all() and 0.85 * share < places.mean() <= share * 1.1
     begins = bounds[:-1][lens == 6]
-    assert all(hidden[begins + place].mean() == pytest.approx(hidden.mean(), rel=0.5) for place in range(6))
+    assert all(places[begins + place].mean() == pytest.approx(places.mean(), rel=0.5) for place in range(6))
     alone = np.ones(bounds[500] - bounds[100], dtype=np.int64)
-    hide(alone, bounds[100:501] - bounds[100], keys[100:500], share, 3)
-    assert np.array_equal(alone, ids[bounds[100] : bounds[500]])
+    alone = hidden(alone, bounds[100:501] - bounds[100], keys[100:500], share, 3)
+    assert np.array_equal(alone, replaced[bounds[100] : bounds[500]])
 
 
 Ids = dict[tuple[int, int], dict[str, list[int]]]
@@ -74,10 +74,10 @@ def test_samples_hide_the_same_on_any_number_of_ranks_and_evaluation_nothing() -
         parts = [[by_sample(batch, selection) for batch in loader] for loader in loaders]
         return [{key: ids for part in batch for key, ids in part.items()} for batch in zip(*parts, strict=True)]
 
-    plain, hidden = stream(0.0, 1), stream(0.2, 1)
-    assert stream(0.2, 3) == hidden
+    plain, replaced = stream(0.0, 1), stream(0.2, 1)
+    assert stream(0.2, 3) == replaced
     counts: dict[str, list[int]] = {}
-    for before, after in zip(plain, hidden, strict=True):
+    for before, after in zip(plain, replaced, strict=True):
         for key, features in before.items():
             for name, ids in features.items():
                 changed = [new for old, new in zip(ids, after[key][name], strict=True) if old != new]

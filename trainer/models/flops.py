@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.selection import Feature, Selection
+from trainer.models.buckets import bucket_borders, num_vectors
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig, rate_width
 from trainer.models.retrieval_config import RetrievalConfig
 
@@ -66,7 +67,8 @@ class InputWidths:
 def input_widths(
     selection: Selection, *, widths: Mapping[str, int], config: ModelConfig, num_actions: int
 ) -> InputWidths:
-    """What the encoder maps: a part's features of ids with their tables' widths, two columns a number, action bits."""
+    """What the encoder maps: a part's features of ids with their tables' widths, a number's value, whether it is known
+    and its buckets, action bits."""
 
     def mapped(features: Sequence[Feature]) -> int:
         ids = [widths[feature.space] for feature in features if feature.space is not None]
@@ -74,7 +76,8 @@ def input_widths(
         if config.input.combine == "sum" and len(features) == 1 and ids == [config.dim]:
             return 0
         hidden = config.dim if config.input.combine == "mlp" and features else 0
-        return sum(ids) + 2 * (len(features) - len(ids)) + hidden
+        numbers = [feature for feature in features if feature.space is None]
+        return sum(ids) + 2 * len(numbers) + num_vectors(bucket_borders(numbers, config.input)) + hidden
 
     shared = mapped(selection.of("event", "candidate"))
     # One vector for "something happened" and one an action.

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from pipelines.batch import Inputs
 from pipelines.selection import Feature
+from trainer.models.buckets import bucket_borders, num_vectors
 from trainer.models.config import InputConfig, NumberConfig
 
 UNKNOWN_LOG_SCALE = 10.0
@@ -55,10 +55,10 @@ class RowEncoder(nn.Module):
         """[N, D] in `dtype`."""
         parts = [self._rows(feature, embedded, inputs).to(dtype) for feature in self.ids]
         if self.numbers is not None:
-            values, vectors_ND = self.numbers(inputs)
+            values, vectors_ND = self.numbers(inputs, dtype)
             parts.append(values.to(dtype))
         rows_ND: Tensor = self.projection(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-        return rows_ND if self.numbers is None else rows_ND + vectors_ND.to(dtype)
+        return rows_ND if self.numbers is None else rows_ND + vectors_ND
 
     def _rows(self, feature: Feature, embedded: Mapping[str, JaggedTensor], inputs: Inputs) -> Tensor:
         """One feature's [N, its width]."""
@@ -83,7 +83,7 @@ class NumberEncoder(nn.Module):
         self.names = tuple(feature.name for feature in features)
         chosen = [config.numbers.get(feature.name, NumberConfig()) for feature in features]
         self.logarithmic = tuple(number.transform == "log" for number in chosen)
-        borders = [_borders(feature, number) for feature, number in zip(features, chosen, strict=True)]
+        borders = bucket_borders(features, config)
         most = max(len(each) for each in borders)
         padded = torch.tensor([[*each, *[NO_BORDER] * (most - len(each))] for each in borders], dtype=torch.float32)
         moments = [_moments(feature, number) for feature, number in zip(features, chosen, strict=True)]
@@ -91,16 +91,18 @@ class NumberEncoder(nn.Module):
         self.register_buffer("center", torch.tensor([mean for mean, _ in moments], dtype=torch.float32))
         self.register_buffer("scale", torch.tensor([std for _, std in moments], dtype=torch.float32))
         # A number's vectors: missing, then its buckets.
-        self.vectors = learned_vectors(len(features) * (most + 2), dim)
+        self.vectors = learned_vectors(num_vectors(borders), dim)
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """([N, 2 F] values and whether they are known, [N, D] sum of the buckets' vectors), float32."""
+    def forward(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """([N, 2 F] values and whether they are known, float32; [N, D] sum of the buckets' vectors, in `dtype`)."""
         raw_FN = torch.stack([inputs.numbers[name] for name in self.names])
         known_FN = ~raw_FN.isnan()
         value_FN = torch.where(known_FN, raw_FN, 0)
         bucket_FN = torch.where(known_FN, 1 + torch.searchsorted(self.borders, value_FN, right=True), 0)
-        first_F1 = torch.arange(len(self.names), device=raw_FN.device)[:, None] * (self.borders.shape[1] + 2)
-        vectors_ND = F.embedding_bag((first_F1 + bucket_FN).t(), self.vectors, mode="sum")
+        # All rows of a batch read, and their gradients meet in, a few vectors: a product with a matrix of 0 and 1.
+        places = torch.arange(self.borders.shape[1] + 2, device=raw_FN.device)
+        chosen_NB = (bucket_FN.t()[:, :, None] == places).flatten(1).to(dtype)
+        vectors_ND = chosen_NB @ self.vectors.to(dtype)
         scaled = [
             (_logarithm(value_N) if logarithmic else value_N)
             for value_N, logarithmic in zip(value_FN, self.logarithmic, strict=True)
@@ -123,20 +125,6 @@ def pool(values: Tensor, lens_N: Tensor, *, mean: bool) -> Tensor:
 
 def _logarithm(values: Tensor) -> Tensor:
     return values.sign() * values.abs().log1p()
-
-
-def _borders(feature: Feature, number: NumberConfig) -> tuple[float, ...]:
-    """Rising borders of the buckets."""
-    if number.thresholds:
-        return number.thresholds
-    quantiles = feature.statistics.quantiles if feature.statistics is not None else ()
-    inner = [
-        quantiles[round(place * (len(quantiles) - 1) / number.buckets)]
-        for place in range(1, number.buckets)
-        if len(quantiles) > 1
-    ]
-    # The smallest value is no border: everything would lie above it.
-    return tuple(sorted({value for value in inner if value > quantiles[0]}))
 
 
 def _moments(feature: Feature, number: NumberConfig) -> tuple[float, float]:
