@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embeddings.config import KERNELS, VALUE_BYTES, ExchangeConfig
-from embeddings.hardware import Rates
+from embeddings.hardware import Rates, read_object
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
 from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement, size_text
@@ -98,13 +98,8 @@ def parse_plan(path: Path) -> Plan:
     Raises:
         ValueError: the file is unreadable or of another version; one line.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read plan {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"plan {path} is not JSON ({error}): write it with `plan --out`") from error
-    version = values.get("version") if isinstance(values, dict) else None
+    values = read_object(path)
+    version = values.get("version")
     if version != VERSION:
         raise ValueError(f"plan {path} has version {version!r}, this code reads version {VERSION}: plan again")
     try:

@@ -219,7 +219,9 @@ def test_plan_that_does_not_fit_the_machine_at_hand_is_refused_with_rank_and_roo
         read_plan(tmp_path / "plan.json", here)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "is not JSON"), ("{", "is not JSON"), ("[1]", "has version None")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is not JSON"), ("{", "is not JSON"), ("[1]", "must hold a JSON object")]
+)
 def test_text_that_is_no_plan_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
@@ -228,7 +230,7 @@ def test_text_that_is_no_plan_is_refused(tmp_path: Path, text: str, message: str
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read plan .*: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*: No such file"):
         read_plan(tmp_path / "plan.json", problem())
 
 

@@ -96,4 +96,4 @@ def test_command_prints_plans_and_differences_without_torch(tmp_path: Path, caps
     assert main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     assert "14.31 GiB of rows move" in capsys.readouterr().out
     assert main([str(tmp_path / "c.json")]) == 2
-    assert capsys.readouterr().err.startswith("error: cannot read plan")
+    assert capsys.readouterr().err.startswith("error: cannot read")
