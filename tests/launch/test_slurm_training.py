@@ -23,17 +23,18 @@ from tests.support.small_data import small_dataset
 from tests.support.training import SMALL, losses, read_lines, train
 from trainer.run_dir import RunDir
 
-PACE_S = "0.1"
+PACE_S = 0.2
 """Of a step, at least."""
-STEPS, MINUTES_3 = 800, 1800
+STEPS, MINUTES_3 = 400, 900
 """More than two allocations of a minute have room for, and three minutes."""
-SETTINGS = ("data.num_epochs=40", "checkpoint.every_steps=50")
+APART = ["partition=gpu", "nodelist=longview-g[3-4]"]
+SETTINGS = ("data.num_epochs=40", "checkpoint.every_steps=20")
 
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster) -> JobRecord:
-    """A run that a minute is not enough for; sent first, looked at last."""
-    return _send_trainer(cluster.folder / "limited", STEPS, options=["time=1"])
+    """A run that a minute is not enough for; sent first, looked at last, on nodes that no other run asks for."""
+    return _send_trainer(cluster.folder / "limited", STEPS, options=["time=1", *APART])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_warned_run_saves_and_goes_on(cluster: Cluster, unbroken: dict[int, fl
 def test_preemptions_a_killed_worker_and_a_lost_node_change_no_loss(
     cluster: Cluster, unbroken: dict[int, float], tmp_path: Path
 ) -> None:
-    record = _send_trainer(tmp_path, 500, options=["partition=low"])
+    record = _send_trainer(tmp_path, 160, options=["partition=low"])
     for _ in range(2):
         _until_further(record)
         # Two nodes of the partition, which makes Slurm tell our job to end, and start it again afterwards.
@@ -78,7 +79,7 @@ def test_preemptions_a_killed_worker_and_a_lost_node_change_no_loss(
     assert (ends[2].ended, ends[4].ended) == ("failed", "done")
     # Every one of them had come further, so none counts.
     assert attempts.failures_without_progress(ends) == 0
-    _expect_losses(record, 500, unbroken)
+    _expect_losses(record, 160, unbroken)
 
 
 def test_a_run_longer_than_the_time_limit_gets_to_its_end(limited: JobRecord, unbroken: dict[int, float]) -> None:
@@ -88,7 +89,7 @@ def test_a_run_longer_than_the_time_limit_gets_to_its_end(limited: JobRecord, un
 
 @pytest.mark.slow
 def test_three_minutes_of_training_under_a_limit_of_one(cluster: Cluster, tmp_path: Path) -> None:
-    record = _send_trainer(tmp_path / "run", MINUTES_3, options=["time=1"])
+    record = _send_trainer(tmp_path / "run", MINUTES_3, options=["time=1", *APART])
     unbroken = losses(train(tmp_path / "unbroken", 2, *SETTINGS, f"max_steps={MINUTES_3}"))
     _expect_a_row_of_allocations(record, timeout_s=900)
     _expect_losses(record, MINUTES_3, unbroken)
@@ -109,7 +110,7 @@ def _submit(run_dir: Path, *overrides: str) -> JobRecord:
 def _send_trainer(run_dir: Path, steps: int, options: list[str]) -> JobRecord:
     """The same with the paced trainer in its place."""
     settings = [f"data.path={small_dataset()}", *SMALL, *SETTINGS, f"max_steps={steps}"]
-    command = ["-m", "tests.launch.paced_trainer", PACE_S, "train", "kuairand_sample", "--run-dir", str(run_dir)]
+    command = ["-m", "tests.launch.paced_trainer", str(PACE_S), "train", "kuairand_sample", "--run-dir", str(run_dir)]
     return send(request(run_dir, options=options, max_retries=1), [*command, "--set", *settings])
 
 
