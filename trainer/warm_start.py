@@ -312,7 +312,9 @@ def _by_rows(piece: LivePiece, rows: IntArray) -> Iterator[LivePiece]:
 def _keys(path: str, space: Space) -> tuple[pa.Array, IntArray]:
     """(the keys of a space, the id of each)."""
     if space.keys is None:
-        raise ValueError(f"{path} has no file of the keys of {space.name!r}: leave tables out by --init-parts")
+        raise ValueError(
+            f"{path} has no file of the keys of {space.name!r}: take none of its tables (--init-only 'dense/*')"
+        )
     filesystem, folder = open_filesystem(path)
     table = pq.read_table(str(PurePosixPath(folder) / space.keys), filesystem=filesystem).combine_chunks()
     keys, ids = table.columns[:2]
