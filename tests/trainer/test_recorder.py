@@ -50,8 +50,9 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
             model,
             np.array(histories),
             np.array(candidates),
-            # Items, a number, "something happened" and the actions.
-            inputs=InputWidths(event=32 + 2 + 1 + NUM_ACTIONS, candidate=32, context=0),
+            # Items; a number, whether it is known, its one bucket and that of what is missing; "something happened" and
+            # the actions.
+            inputs=InputWidths(event=32 + 2 + 2 + 1 + NUM_ACTIONS, candidate=32, context=0),
             num_context=0,
             num_outputs=NUM_ACTIONS,
             channel_history_lens=seen,
