@@ -90,6 +90,18 @@ def estimates(table: TableConfig, machine: Machine, ids: int, ends: Numbers, par
 
 def sharded_ms(table: TableConfig, machine: Machine, ids: float, sent: float, exchange: ExchangeConfig) -> float:
     """Row-wise, with so many of the ids sent."""
+    return _kind_ms("row_wise", table, machine, ids, sent=sent, exchange=exchange)
+
+
+def replicated_ms(table: TableConfig, machine: Machine, rows: int, ids: float) -> float:
+    """So many rows on every rank."""
+    hot = TableConfig(name="hot", num_embeddings=rows, embedding_dim=table.embedding_dim, features=("hot",))
+    return _kind_ms("replicated", hot, machine, ids, sent=ids, exchange=ExchangeConfig())
+
+
+def _kind_ms(
+    name: str, table: TableConfig, machine: Machine, ids: float, *, sent: float, exchange: ExchangeConfig
+) -> float:
     work = Work(
         table=table,
         optimizer="rowwise_adagrad",
@@ -99,24 +111,8 @@ def sharded_ms(table: TableConfig, machine: Machine, ids: float, sent: float, ex
         exchanged_ids=sent,
         exchange=exchange,
     )
-    kind = KINDS["row_wise"]
+    kind = KINDS[name]
     return kind.cost(work, kind.cuts(table, machine.world_size)[0][0]).ms
-
-
-def replicated_ms(table: TableConfig, machine: Machine, rows: int, ids: float) -> float:
-    """So many rows on every rank."""
-    hot = TableConfig(name="hot", num_embeddings=rows, embedding_dim=table.embedding_dim, features=("hot",))
-    work = Work(
-        table=hot,
-        optimizer="rowwise_adagrad",
-        kernel="fused",
-        machine=machine,
-        ids=ids,
-        exchanged_ids=ids,
-        exchange=ExchangeConfig(),
-    )
-    kind = KINDS["replicated"]
-    return kind.cost(work, kind.cuts(hot, machine.world_size)[0][0]).ms
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks.svg import line, text
+
 RESULTS = Path("benchmarks/results")
 COLOURS = {"full causal": "#444444", "semi-local 256 + 256": "#d95f02"}
 KINDS = {"attention": "#d95f02", "products": "#7570b3", "elementwise and the rest": "#1b9e77"}
@@ -110,16 +112,6 @@ def tower_panel(rows: dict[str, dict[str, float]]) -> str:
             label = f"{key.split('_', maxsplit=1)[0]} {row[key]:.1f}x"
             parts.append(text(left + wide + 5, top + 12, label, anchor="start"))
     return "".join(parts)
-
-
-def text(x: float, y: float, words: str, *, anchor: str = "middle", size: int = 12, colour: str = "black") -> str:
-    """A label."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{words}</text>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    """A straight line."""
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
 
 
 if __name__ == "__main__":

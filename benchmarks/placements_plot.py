@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.svg import line, text
+
 RESULTS = Path("benchmarks/results")
 SIDE, TOP, LEFTS = 300, 40, (60, 440)
 COLOURS = {"in device memory": "#1b9e77", "cached": "#d95f02", "in host memory": "#7570b3"}
@@ -74,16 +76,6 @@ def panel(
         label = f"{name}: measured {case[keys[0]]:.3g}, predicted {case[keys[1]]:.3g}"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"><title>{label}</title></circle>')
     return "".join(parts)
-
-
-def text(x: float, y: float, words: str, *, anchor: str = "middle", size: int = 12, colour: str = "black") -> str:
-    """A label."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{words}</text>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    """A straight line."""
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
 
 
 if __name__ == "__main__":

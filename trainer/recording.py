@@ -271,7 +271,10 @@ def why_launched(resolved: Resolved, mesh: Mesh) -> str | None:
 
 def check_recorded(resolved: Resolved, mesh: Mesh) -> None:
     """Raises ValueError where steps have to be recorded and cannot be."""
-    reason = why_launched(resolved, mesh)
+    _refuse(why_launched(resolved, mesh), resolved)
+
+
+def _refuse(reason: str | None, resolved: Resolved) -> None:
     if resolved.config.recorded == "on" and reason is not None:
         raise ValueError(f"recorded=on, but {reason}: set recorded=auto")
 
@@ -287,8 +290,7 @@ def will_record(model: Model, resolved: Resolved, mesh: Mesh) -> bool:
     reason = why_launched(resolved, mesh)
     if reason is None and not any(parameter.requires_grad for parameter in model.tower.parameters()):
         reason = "all dense parameters are frozen"
-    if reason is not None and resolved.config.recorded == "on":
-        raise ValueError(f"recorded=on, but {reason}: set recorded=auto")
+    _refuse(reason, resolved)
     if reason is None and resolved.config.recorded == "auto" and mesh.world_size > 1:
         reason = f"no job of several GPUs, as this one of {mesh.world_size}, has been seen to: recorded=on lets it"
     if reason is not None:
