@@ -40,13 +40,31 @@ def read_keys(path: str, space: Space) -> tuple[ToId, str]:
     return _number, f"ids, whole numbers in [0, {space.rows})"
 
 
-def _dictionary(path: str, file: str) -> tuple[Mapping[Any, int], bool]:
+def open_keys(path: str, file: str) -> pq.ParquetFile:
+    """A space's file of keys in the data set at `path`: a key and its id a row.
+
+    Raises ValueError if it cannot be read.
+    """
     filesystem, folder = open_filesystem(path)
     name = str(PurePosixPath(folder) / file)
     try:
-        keys, ids = pq.read_table(name, filesystem=filesystem).columns[:2]
+        return pq.ParquetFile(filesystem.open_input_file(name))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def key_columns(path: str, file: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """(keys, their ids), the whole file of `open_keys`; raises as that does."""
+    opened = open_keys(path, file)
+    try:
+        keys, ids = opened.read().columns[:2]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} of {path} cannot be read: {error}") from error
+    return keys, ids
+
+
+def _dictionary(path: str, file: str) -> tuple[Mapping[Any, int], bool]:
+    keys, ids = key_columns(path, file)
     is_text = pa.types.is_string(keys.type) or pa.types.is_large_string(keys.type)
     names: Iterable[Any] = keys.to_pylist() if is_text else map(int, keys.to_pylist())
     return dict(zip(names, ids.to_pylist(), strict=True)), is_text

@@ -7,18 +7,18 @@ ones keep their initial rows; where keys were numbered anew, each row is looked 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
 from pipelines.columns import IntArray
-from pipelines.dataset_json import open_filesystem, read_dataset_info
+from pipelines.dataset_json import read_dataset_info
 from pipelines.features import DatasetInfo, Space
+from pipelines.keys import key_columns
 from pipelines.vocabulary import earlier_digests, vocabularies
 from trainer.checkpoint.catalogue import Checkpoint, DamagedCheckpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError
@@ -315,7 +315,5 @@ def _keys(path: str, space: Space) -> tuple[pa.Array, IntArray]:
         raise ValueError(
             f"{path} has no file of the keys of {space.name!r}: take none of its tables (--init-only 'dense/*')"
         )
-    filesystem, folder = open_filesystem(path)
-    table = pq.read_table(str(PurePosixPath(folder) / space.keys), filesystem=filesystem).combine_chunks()
-    keys, ids = table.columns[:2]
+    keys, ids = key_columns(path, space.keys)
     return keys.combine_chunks(), ids.to_numpy().astype(np.int64)

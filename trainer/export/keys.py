@@ -1,13 +1,13 @@
 """What tells the rows of a table apart, from the data set that the run was trained on, part by part."""
 
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.dataset_json import open_filesystem, read_dataset_info
+from pipelines.dataset_json import read_dataset_info
+from pipelines.keys import open_keys
 from pipelines.vocabulary import earlier_digests, vocabularies
 from trainer.export.description import Identity
 
@@ -69,9 +69,4 @@ class Identities:
             expected += len(ids)
 
     def _open(self, table: str) -> pq.ParquetFile:
-        filesystem, folder = open_filesystem(self._path)
-        name = str(PurePosixPath(folder) / str(self._info.spaces[table].keys))
-        try:
-            return pq.ParquetFile(filesystem.open_input_file(name))
-        except OSError as error:
-            raise ValueError(f"the keys of table {table!r} cannot be read: {error}") from None
+        return open_keys(self._path, str(self._info.spaces[table].keys))
