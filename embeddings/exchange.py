@@ -9,7 +9,8 @@ GPU, and its codecs take float16 for bfloat16 on a CPU, so these are ours.
 from typing import Any
 
 import torch
-from torch import Tensor
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.types import CommOp, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -41,7 +42,7 @@ class TableSharder(EmbeddingCollectionSharder):
     ) -> ShardedEmbeddingCollection:
         """The sharded collection."""
         kind = DeduplicatedCollection if self._deduplicate else ShardedEmbeddingCollection
-        return kind(
+        sharded = kind(
             module,
             params,
             env,
@@ -51,6 +52,8 @@ class TableSharder(EmbeddingCollectionSharder):
             use_index_dedup=self._deduplicate,
             module_fqn=module_fqn,
         )
+        _let_empty_kernels_run(sharded)
+        return sharded
 
 
 class DeduplicatedCollection(ShardedEmbeddingCollection):
@@ -74,6 +77,18 @@ class DeduplicatedCollection(ShardedEmbeddingCollection):
             ctx.reverse_indices.append(places)
             found.append(KeyedJaggedTensor(features.keys(), ids, lengths=lengths.view(-1)))
         return found
+
+
+def _let_empty_kernels_run(collection: ShardedEmbeddingCollection) -> None:
+    """Give every FBGEMM kernel on a CPU that holds no value one that nobody reads.
+
+    By its values a kernel tells whether it runs on a CPU.  A rank has a kernel without any where all its tables have
+    fewer rows than there are ranks: it would take itself for a GPU's and fail in its first lookup.
+    """
+    for kernel in (module for lookup in collection._lookups for module in lookup.modules()):
+        if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen) and kernel.use_cpu:
+            if not kernel.weights_host.numel():
+                kernel.weights_host = nn.Parameter(kernel.weights_host.new_zeros(1))
 
 
 def distinct_ids(ids: Tensor, lengths: Tensor, features_of_tables: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,14 @@
 """Sharded tables on real processes equal the unsharded ones: values, updates, memory, and state across plans."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from embeddings.config import SparseOptimizerConfig, TableConfig
 from tests.embeddings import sharded
 from tests.support.distributed import run_ranks
 
@@ -86,3 +89,28 @@ def test_checkpoint_carries_tables_and_optimizer_to_another_plan(
     for name, value in written.items():
         torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
         assert value.abs().sum() > 0
+
+
+FEW_ROWS = next(table for table in sharded.TABLES if table.name == "gender")
+ALONE: dict[str, TableConfig] = {
+    **{kind: replace(FEW_ROWS, optimizer=SparseOptimizerConfig(kind=kind)) for kind in ("adagrad", "sgd")},
+    "rowwise_adagrad": FEW_ROWS,
+    "float16": replace(FEW_ROWS, dtype="float16"),
+}
+"""Tables without another of their width, so that a rank without a row of theirs has a kernel without any value."""
+
+
+def train_alone(folder: str) -> dict[str, dict[str, Any]]:
+    """Each of the tables above, row-wise."""
+    return {name: sharded.train("row_wise", Path(folder), configs=(table,)) for name, table in ALONE.items()}
+
+
+def test_ranks_without_a_row_of_any_table_take_part(tmp_path: Path) -> None:
+    results = run_ranks(4, train_alone, str(tmp_path))
+    for name, table in ALONE.items():
+        final = sharded.whole([rank[name]["final"] for rank in results])
+        expected = sharded.oracle((table,))[0]
+        assert final.keys() == expected.keys()
+        for part, value in expected.items():
+            tolerance = 1e-3 if value.dtype == torch.float16 else 1e-6
+            torch.testing.assert_close(final[part], value, rtol=10 * tolerance, atol=tolerance)
