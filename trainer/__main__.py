@@ -25,7 +25,7 @@ import typer
 
 from trainer.checkpoint import listing
 from trainer.checkpoint.catalogue import open_catalogue
-from trainer.command_line import WrongUse, run_command, show_findings
+from trainer.command_line import WrongUse, lasting, run_command, show_findings
 from trainer.config import TrainConfig
 from trainer.recipes import load_recipe, recipe_summaries
 from trainer.report.page import write_report
@@ -84,7 +84,8 @@ def train(
     STOP.listen()
     config = _resolve(recipe, set_)
     # torch takes seconds to import; a wrong recipe or key is answered before.
-    from trainer.job import Start, train_job
+    with lasting():
+        from trainer.job import Start, train_job
 
     train_job(
         config,

@@ -16,7 +16,6 @@ from pipelines.batch import Batch, Inputs
 from pipelines.features import ITEM_ID
 from trainer.labels.kind import LabelKind
 from trainer.labels.loss import RankingLoss
-from trainer.labels.measure import LabelMetrics
 from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
 
@@ -58,6 +57,9 @@ def evaluate(
     without a look at the candidate.  Every rank must get the same number of batches, for each lookup is a collective; a
     batch may be empty.  The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
     """
+    # Not before it is needed: see `trainer.metrics`.
+    from trainer.labels.measure import LabelMetrics
+
     kinds = labels.kinds
     places = [place for place, name in enumerate(labels.names) if name in constant]
     metrics = LabelMetrics(kinds, mesh.device)

@@ -6,17 +6,12 @@
     next items      hit rate, NDCG, mean reciprocal rank
 
 Formulas are TorchRec's and torchmetrics' where they have them; GAUC is ours, because TorchRec's orders equal scores by
-chance.  Shapes: C candidates.
+chance.  Both are imported where they are called: torchmetrics brings in whatever metrics of pictures and texts find
+installed, which takes seconds, and a run's first step needs none.  Shapes: C candidates.
 """
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
-from torchrec.metrics.calibration import compute_calibration
-from torchrec.metrics.mae import compute_error_sum, compute_mae
-from torchrec.metrics.mse import compute_error_sum as compute_squared_error_sum
-from torchrec.metrics.mse import compute_rmse
-from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
 CUTOFFS = (10, 50)
 """K of retrieval's metrics."""
@@ -36,6 +31,9 @@ def binary_metrics(scores: Tensor, labels: Tensor, user_ids: Tensor, weights: Te
 
     All arguments are [C]: `scores` probabilities, `labels` in {0, 1}, both float64.
     """
+    from torchmetrics.functional.classification import binary_auroc
+    from torchrec.metrics.calibration import compute_calibration
+
     names = ("ne", "auc", "auc_95", "gauc", "calibration")
     result = dict.fromkeys(names, float("nan"))
     if 0 < labels.mean() < 1 and not scores.isnan().any():
@@ -63,6 +61,10 @@ def score(scores: Tensor, labels: Tensor, user_ids: Tensor, names: tuple[str, ..
 
 def value_metrics(predicted: Tensor, true: Tensor, weights: Tensor) -> dict[str, float]:
     """`mae`, `rmse` and `calibration`, the sum of predictions over that of values, of one number; all [C] float64."""
+    from torchrec.metrics.mae import compute_error_sum, compute_mae
+    from torchrec.metrics.mse import compute_error_sum as compute_squared_error_sum
+    from torchrec.metrics.mse import compute_rmse
+
     total = weights.sum()
     return {
         "mae": float(compute_mae(compute_error_sum(true, predicted, weights), total)),
@@ -98,6 +100,8 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
 
 
 def _ne(scores: Tensor, labels: Tensor, weights: Tensor) -> float:
+    from torchrec.metrics.ne import compute_cross_entropy, compute_ne
+
     positives = (weights * labels).sum()
     cross_entropy = compute_cross_entropy(labels, scores, weights, ETA).sum()
     return float(compute_ne(cross_entropy, weights.sum(), positives, weights.sum() - positives, ETA))
