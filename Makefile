@@ -5,7 +5,8 @@
 #   make check    format, lint, types, import contracts
 #   make bench    the benchmarks (on a GPU)
 #
-# PLATFORM=cpu or PLATFORM=cuda overrides the detection, PYTHON=... the interpreter, PROCS=... the number of processes.
+# PLATFORM=cpu or PLATFORM=cuda overrides the detection, PYTHON=... the interpreter, PROCS=... the number of processes
+# that train, JOBS=... that test (0: in pytest's own).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +15,8 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PLATFORM ?= $(if $(filter-out 0,$(GPUS)),cuda,cpu)
 # One process a GPU, at most two; two on a CPU.
 PROCS ?= $(if $(filter cuda-1,$(PLATFORM)-$(GPUS)),1,2)
+
+JOBS ?= 2
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -29,7 +32,7 @@ train: $(READY)
 	$(BIN)/python -m launch submit kuairand_sample --scheduler local_cwd --nodes 1 --procs-per-node $(PROCS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

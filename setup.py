@@ -52,7 +52,7 @@ setup(
         # torchrec's own requirement is fbgemm-gpu, the CUDA build; the cpu set installs it without dependencies.
         "cpu": ["torch==2.13.0", "fbgemm-gpu-cpu==1.8.0", "torchrec==1.8.0", "triton==3.6.0"],
         "cuda": ["torch==2.11.0", "fbgemm-gpu==1.6.0", "torchrec==1.6.1", "triton==3.6.0"],
-        "dev": ["hypothesis>=6", "import-linter>=2", "mypy>=2", "pytest>=9", "ruff>=0.17"],
+        "dev": ["hypothesis>=6", "import-linter>=2", "mypy>=2", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17"],
         "kubernetes": ["kubernetes==25.3.0"],
     },
 )

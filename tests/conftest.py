@@ -1,5 +1,5 @@
-"""Session-wide set-up: without a GPU, Triton kernels run in the interpreter, chosen before Triton is imported; commands
-that a test writes itself.
+"""Session-wide set-up: without a GPU, Triton kernels run in the interpreter, chosen before Triton is imported; what
+goes to one process where tests run in several; commands that a test writes itself.
 """
 
 import os
@@ -10,6 +10,14 @@ import pytest
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, a module is one's, and so are all tests on this machine's Slurm."""
+    for item in items:
+        uses_slurm = isinstance(item, pytest.Function) and "running_cluster" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("slurm" if uses_slurm else str(item.path)))
 
 
 @pytest.fixture
