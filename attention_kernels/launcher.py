@@ -3,15 +3,22 @@
 Triton binds and examines all arguments on each call, which takes the host longer than a short kernel takes the GPU.
 `launch` remembers what Triton compiled for arguments of the same kind (types, alignment, divisibility) and calls that,
 past the hooks by which a profiler may follow Triton's launches (PyTorch's profiler and Nsight need none).
+
+Triton compiles a kernel at its first launch, one after another, a second each.  `compiling_together` goes before: a
+pass through the same code that compiles its kernels side by side and runs none.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import AsyncCompileMode, FutureKernel
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
@@ -21,6 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs its interpreter, which has no inline assembly."""
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[None, ...], Any]] = {}
 """What Triton compiled, what its launcher takes besides the arguments, and the kernel, which must outlive its id."""
+_compiling: dict[tuple[Any, ...], Any] | None = None
+"""Under `compiling_together`, what Triton is compiling, by the same keys."""
 
 
 class Blocks:
@@ -71,11 +80,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     are its compile-time arguments, which follow in its signature, and Triton's options.
     """
     if INTERPRETED:
-        _call(kernel, grid, arguments, constants)
+        if _compiling is None:
+            _call(kernel, grid, arguments, constants)
         return
     device = torch.cuda.current_device()
     key = (id(kernel), device, *map(_kind, arguments), *constants, *constants.values())
     found = _compiled.get(key)
+    if _compiling is not None:
+        if found is None and key not in _compiling:
+            _compiling[key] = kernel.warmup(*_described(arguments), grid=grid, **constants)
+        return
     if found is None:
         compiled = _call(kernel, grid, arguments, constants)
         # The launcher that Triton generates takes compile-time arguments too, and ignores them.
@@ -88,9 +102,40 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *no_hooks, *arguments, *ignored)
 
 
+@contextmanager
+def compiling_together() -> Iterator[None]:
+    """Kernels that are launched inside are compiled side by side and not run: what they would write keeps what it held.
+
+    Those of other threads, as autograd's, are compiled there, one after another.  What cannot be compiled is no error
+    here: it will be one where it is launched.
+    """
+    global _compiling
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    with ThreadPoolExecutor() as pool:
+        _compiling = {}
+        try:
+            with AsyncCompileMode(pool, ignore_errors=True):
+                yield
+            list(pool.map(_load, _compiling.values(), itertools.repeat(device)))
+        finally:
+            _compiling = None
+
+
+def _load(kernel: Any, device: int) -> None:
+    """Build what launches a kernel and load both, as Triton does when first asked for `run`."""
+    compiled = kernel.result(ignore_errors=True) if isinstance(kernel, FutureKernel) else kernel
+    # Each thread has a current device of its own.
+    with torch.cuda.device(device):
+        _ = compiled and compiled.run
+
+
 def _call(kernel: triton.JITFunction[Any], grid: tuple[int, ...], arguments: Sequence[Any], constants: Any) -> Any:
-    described = [x.descriptor() if isinstance(x, Blocks) else x for x in arguments]
-    return kernel[grid](*described, **constants)
+    return kernel[grid](*_described(arguments), **constants)
+
+
+def _described(arguments: Sequence[Any]) -> list[Any]:
+    """As Triton takes them."""
+    return [x.descriptor() if isinstance(x, Blocks) else x for x in arguments]
 
 
 def _kind(x: Any) -> Any:

@@ -16,6 +16,7 @@ from embeddings.planner import problem_of
 from embeddings.planning import solve
 from embeddings.tables import build_tables
 from trainer.command_line import WrongUse
+from trainer.compilation import compile_before_first_step
 from trainer.freezing import freeze
 from trainer.lookups import lookup_load
 from trainer.mesh import Mesh
@@ -121,6 +122,8 @@ def agreed_plan(plan: Plan, resolved: Resolved, mesh: Mesh, plan_file: Path | No
 def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:
     """The model, sharded as `plan` says, with initial values.  Called by every rank, with the same plan."""
     single = build_model(resolved, mesh.device)
+    if mesh.device.type == "cuda":
+        compile_before_first_step(single)
     recorded = will_record(single, resolved, mesh)
     model = parallelize(single, plan, resolved.config, mesh, at_once=recorded)
     if recorded:

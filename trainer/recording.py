@@ -5,7 +5,7 @@
 
 What stands between bars is a CUDA graph.  Batches are padded to few sizes (`pipelines.padding`), and everything that
 kernels are given but sizes lies on the device, lengths and seeds of dropout included.  A size's first batch is launched
-as ever, which also compiles its kernels; its second is recorded; from then on it is replayed.  All three compute the
+as ever, which also loads its kernels; its second is recorded; from then on it is replayed.  All three compute the
 same bits, because they launch the same kernels on the same memory.
 
 Graphs share one pool of memory: only one of them runs at a time, and what it leaves is read before the next one.
@@ -63,15 +63,15 @@ class Recording:
         self._graph.replay()
 
     def _record(self) -> Any:
-        before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         try:
             # Other threads read data and pin memory meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._function()
         except RuntimeError as error:
             raise RuntimeError(f"{self._name} cannot be recorded (recorded=off launches it): {error}") from error
-        taken = (torch.cuda.memory_reserved() - before) / 2**20
-        logger.info("recorded %s; memory of all recordings grew by %.0f MiB", self._name, taken)
+        reserved = torch.cuda.memory_reserved() / 2**30
+        logger.info("recorded %s; %.2f GiB of the GPU's memory are reserved now", self._name, reserved)
         return graph
 
 

@@ -9,7 +9,7 @@ import torch
 
 from attention_kernels import launcher
 from attention_kernels.attention.hopper.launchers import RingConfig
-from attention_kernels.launcher import Blocks, launch
+from attention_kernels.launcher import Blocks, compiling_together, launch
 
 BUFFER = torch.zeros(1024, dtype=torch.bfloat16)
 
@@ -35,6 +35,7 @@ class Kernel:
     def __init__(self) -> None:
         self.bound: list[tuple[Any, ...]] = []
         self.direct: list[tuple[Any, ...]] = []
+        self.only_compiled: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
         def run(*arguments: Any, **constants: Any) -> Compiled:
@@ -42,6 +43,10 @@ class Kernel:
             return Compiled(self.direct)
 
         return run
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **constants: Any) -> Compiled:
+        self.only_compiled.append((grid, *arguments, constants))
+        return Compiled([])
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +95,27 @@ def test_blocks_are_told_apart_by_their_shape() -> None:
         launch(kernel, (1,), Blocks(matrix, (rows, 16)), 32, SIZE=16)
     assert [call[1].block_shape for call in kernel.bound] == [[16, 16], [32, 16]]
     assert [call[1].block_shape for call in kernel.direct] == [(16, 16)]
+
+
+def test_what_is_compiled_together_is_compiled_once_a_kind_and_not_run() -> None:
+    kernel, other = Kernel(), Kernel()
+    launch(other, (1,), BUFFER, 32, SIZE=16)
+    with compiling_together():
+        for n in (32, 48, 33):
+            launch(kernel, (3,), BUFFER, n, SIZE=16)
+        launch(other, (1,), BUFFER, 32, SIZE=16)
+    assert [(n, constants) for _, _, n, constants in kernel.only_compiled] == [(32, {"SIZE": 16}), (33, {"SIZE": 16})]
+    assert not kernel.bound and not kernel.direct and not other.only_compiled and not other.direct
+    launch(kernel, (3,), BUFFER, 32, SIZE=16)
+    assert len(kernel.bound) == 1 and len(kernel.only_compiled) == 2
+
+
+def test_kernels_run_again_after_a_pass_that_failed() -> None:
+    kernel = Kernel()
+    with pytest.raises(ZeroDivisionError), compiling_together():
+        launch(kernel, (1,), BUFFER, 1 // 0, SIZE=16)
+    launch(kernel, (1,), BUFFER, 32, SIZE=16)
+    assert len(kernel.bound) == 1
 
 
 def test_a_ring_of_one_stage_is_refused() -> None:
