@@ -23,6 +23,8 @@ from pipelines.batch import Batch
 from pipelines.config import SYNTHETIC_PATH, DataConfig
 from pipelines.dataset_json import read_dataset_info
 from pipelines.features import ITEM_ID, DatasetInfo
+from pipelines.gathered_source import GatheredSource
+from pipelines.gathering import gathering_of
 from pipelines.global_batches import GlobalBatches
 from pipelines.order import SampleOrder
 from pipelines.packed import Packed
@@ -104,13 +106,17 @@ def _open_sources(
         return [open_source(config, info, "eval", selection)]
     if not config.mix_paths:
         sources = [open_source(config, info, "train", selection, part) for part in info.parts]
-        stored = [source for source in sources if isinstance(source, ParquetSource)]
+        stored = [source for source in sources if isinstance(source, ParquetSource | GatheredSource)]
         if len(stored) > 1:
             check_whole(f"train of {config.path}", info.splits.get("train"), stored)
         return sources
     sources = []
     for path in (config.path, *config.mix_paths):
         other = read_dataset_info(path)
+        if gathering_of(other) is not None:
+            raise ValueError(
+                f"data.mix_paths: the histories of {path} are gathered; a mix takes samples with their own"
+            )
         if len(other.parts) > 1:
             raise ValueError(f"data.mix_paths: {path} has {len(other.parts)} parts; a mix takes data sets of one part")
         _check_same_features(info, other, path)
@@ -227,6 +233,8 @@ def open_source(
     """
     if config.path == SYNTHETIC_PATH:
         return SyntheticSource(config.synthetic, split)
+    if gathering_of(info) is not None:
+        return GatheredSource(config.path, info, split, selection or Selection(), part or info.parts[0])
     if part is None:
         part = info.parts[0] if split == "train" else newest_part(config.path, info, split)
     return ParquetSource(config.path, info, split, selection, part)

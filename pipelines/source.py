@@ -180,7 +180,15 @@ def newest_part(path: str, info: DatasetInfo, split: Split) -> str:
     return info.parts[0]
 
 
-def check_whole(where: str, told: SplitInfo | None, parts: Sequence[ParquetSource]) -> None:
+class Counted(Source, Protocol):
+    """A source whose files can be counted."""
+
+    @property
+    def num_files(self) -> int:
+        """Files that were found."""
+
+
+def check_whole(where: str, told: SplitInfo | None, parts: Sequence[Counted]) -> None:
     """Raise ValueError if files of a split are missing, or there are more than `dataset.json` tells of."""
     rows, files = sum(int(part.unit_rows.sum()) for part in parts), sum(part.num_files for part in parts)
     if not rows:

@@ -20,18 +20,38 @@ from pipelines.prepare.engine import (
 )
 from pipelines.prepare.kuairand_videos import load_videos
 from pipelines.prepare.raw_log import number_context, number_ids
-from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
+from pipelines.prepare.source import Cross, Description, GatheredRules, narrow_columns, narrow_spaces
 
 ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
 USER_RANGES = ("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range")
 CONTEXT = ("user_active_degree", *USER_RANGES)
 SEQUENCES = "user_sequences.parquet"
-LONG_VIEW, LIKE = 1 << ACTIONS.index("long_view"), 1 << ACTIONS.index("is_like")
+LONG_VIEW, LIKE, CLICK = (1 << ACTIONS.index(name) for name in ("long_view", "is_like", "is_click"))
 
 SOURCE = (
     'KuaiRand, Kuaishou Technology: Chongming Gao et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset '
     'with Randomly Exposed Videos", CIKM 2022, https://kuairand.com'
 )
+
+BY_DAY = GatheredRules(
+    pools={
+        "like": f"action & {LIKE} > 0",
+        "long_view": f"action & {LONG_VIEW} > 0",
+        "skip": f"candidate AND action & {CLICK} = 0",
+    },
+    samples="true",
+    crosses={
+        "user_x_author": Cross(("user_id", "item.author"), 400_000),
+        "user_x_music": Cross(("user_id", "item.music"), 400_000),
+        "user_x_hour": Cross(("user_id", "hour"), 200_000),
+        "item_x_hour": Cross(("item_id", "hour"), 100_000),
+        "author_x_hour": Cross(("item.author", "hour"), 100_000),
+        "user_x_video_type": Cross(("user_id", "item.video_type"), 50_000),
+        "user_x_author_x_hour": Cross(("user_id", "item.author", "hour"), 400_000),
+    },
+    users=27_285,
+)
+"""The nearest that there is to the data of MLPerf's recommender (`pipelines.prepare.yambda`); rows are Pure's."""
 
 
 def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:
@@ -48,6 +68,7 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
         actions=ACTIONS,
         source=SOURCE,
         licence="CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)",
+        gathered=BY_DAY,
     )
 
 

@@ -13,6 +13,10 @@ class SampleOptions:
     has more than `candidates`.
     """
 
+    histories: str = "stored"
+    """stored: each sample has its own.  gathered: the log is stored once, and each labelled event is a sample, whose
+    history is gathered as it is read: of each of three kinds of events the newest third of max_history.  Windows of a
+    day are then parts to train on one after another, the last one to evaluate on.  For kuairand and yambda."""
     candidates: int = 16
     """Labelled events of a sample at most, except where one second or one request has more."""
     samples_per_user: int | None = None
@@ -90,6 +94,8 @@ class SampleOptions:
             raise ValueError(f"--train-fraction must lie between 0 and 1, got {self.train_fraction}")
         if self.memory_gib < 0.25:
             raise ValueError(f"--memory-gib must be at least 0.25, got {self.memory_gib}")
+        if self.histories not in ("stored", "gathered"):
+            raise ValueError(f"--histories must be stored or gathered, got {self.histories}")
         if self.order not in ("users", "time"):
             raise ValueError(f"--order must be users or time, got {self.order}")
 

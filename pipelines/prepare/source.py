@@ -10,6 +10,32 @@ USER_SPACE = "user"
 """The space of the users' ids."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cross:
+    """A column of samples that is a hash of other values."""
+
+    of: tuple[str, ...]
+    """Words of `pipelines.gathering`."""
+    rows: int
+    """Rows of its table, for a log of `GatheredRules.users` users."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatheredRules:
+    """How histories are gathered from a log that is stored once; conditions are SQL on the columns of `events`."""
+
+    pools: Mapping[str, str]
+    """Kinds of events: an event belongs to the first whose condition holds."""
+    samples: str
+    """Which of the labelled events are samples."""
+    within: str = "true"
+    """Which events are kept."""
+    crosses: Mapping[str, Cross]
+    """Columns of samples beside the user."""
+    users: int
+    """Users of the log that the rows of crosses are for; a smaller one has fewer in proportion."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
     """The part of `dataset.json` that depends on the data set."""
@@ -36,6 +62,8 @@ class Description:
     """The name of the part, if it is added to a data set; otherwise it is the first."""
     keeps_state: bool = False
     """Whether a later part can be added, for which the state is stored."""
+    gathered: GatheredRules | None = None
+    """For `--histories gathered`; None where the format does not say."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else `dataset.json` is to say."""
 

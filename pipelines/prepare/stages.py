@@ -24,6 +24,7 @@ from pipelines.counts import counts_as_dict
 from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Part, Space, SplitInfo
 from pipelines.prepare.counts import add_counts, prepared_counts
 from pipelines.prepare.engine import connect, literal, quoted
+from pipelines.prepare.gathered import write_gathered
 from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.rare_items import merge_rare_items
@@ -85,7 +86,20 @@ def workspace(parent: Path, name: str) -> Iterator[Path]:
 def write_prepared(
     connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, options: SampleOptions
 ) -> None:
-    """Cut the events into samples and write them, with their description, into a new folder."""
+    """Write the events, cut into samples or whole, with their description, into a new folder."""
+    write = write_gathered if options.histories == "gathered" else _write_cut
+    info = write(connection, about, folder, options)
+    info = replace(info, spaces={name: _write_keys(connection, space, folder) for name, space in info.spaces.items()})
+    if any(column.part == "item" for column in info.columns):
+        (folder / "items").mkdir()
+        _copy(connection, "items", "item_id", folder / "items" / "part-00000.parquet")
+    write_dataset_file(folder, info, options)
+
+
+def _write_cut(
+    connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, options: SampleOptions
+) -> DatasetInfo:
+    """Cut the events into samples that store their histories and write them; returns their description."""
     if not connection.execute("SELECT count(*) FROM events WHERE candidate").fetchall()[0][0]:
         raise ValueError("the source holds no events with labels")
     split_time = options.split_time if options.split_time is not None else _split_time(connection, options)
@@ -121,9 +135,9 @@ def write_prepared(
         **about.details,
         **({"state": STATE} if about.keeps_state else {}),
     }
-    info = DatasetInfo(
+    return DatasetInfo(
         name=about.name,
-        spaces={space.name: _write_keys(connection, space, folder) for space in about.spaces.values()},
+        spaces=about.spaces,
         columns=with_statistics(connection, about.columns, details["split_time"]),
         actions=about.actions,
         weight=about.weight,
@@ -135,10 +149,6 @@ def write_prepared(
         licence=about.licence,
         details=details,
     )
-    if any(column.part == "item" for column in about.columns):
-        (folder / "items").mkdir()
-        _copy(connection, "items", "item_id", folder / "items" / "part-00000.parquet")
-    write_dataset_file(folder, info, options)
 
 
 def _warn_of_constant_actions(positives: Mapping[str, int], candidates: int) -> None:
