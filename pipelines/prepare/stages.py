@@ -43,6 +43,8 @@ READ_ROWS = 1 << 18
 EVENTS_OF_A_GIB = 1 << 20
 """Events of samples that are sorted at once for each GiB that the engine may use: about a tenth of it."""
 PROGRESS_SECONDS = 10.0
+REQUEST_SECONDS = 86_400
+"""A request that lasts longer is reported: what is shown together rarely is."""
 LISTED: tuple[Part, ...] = ("event", "candidate", "label")
 """Parts whose columns are lists of a sample, made of the columns of `events`."""
 EVERYWHERE = ("item_id", "action", "timestamp")
@@ -106,6 +108,7 @@ def _write_cut(
     about = _with_rare_items_merged(connection, about, split_time, options)
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
+    _warn_of_long_requests(connection)
     of_log = list(dict.fromkeys(value_column(column.name) for column in _listed(about)))
     about = _with_counts(connection, about, split_time, options)
     sizes, of_samples = _write_samples(connection, about, folder, split_time, options)
@@ -149,6 +152,21 @@ def _write_cut(
         licence=about.licence,
         details=details,
     )
+
+
+def _warn_of_long_requests(connection: duckdb.DuckDBPyConnection) -> None:
+    """Say where one request lasts so long that its id must mean several, as a number does that begins anew each day."""
+    requests, longer, longest = connection.execute(
+        f"SELECT count(*), count(*) FILTER (span > {REQUEST_SECONDS}), max(span) FROM (SELECT max(time) - min(time) AS "
+        "span FROM events WHERE request_key IS NOT NULL GROUP BY user_id, request_key)"
+    ).fetchall()[0]
+    if longer:
+        logger.warning(
+            "%d of %d requests last more than a day, the longest %.1f days: where the request column repeats a value "
+            "for something else, all from its first event to its last is one group of candidates, and none where that "
+            "goes on over the split time or into another part; make its values differ",
+            *(longer, requests, longest / REQUEST_SECONDS),
+        )
 
 
 def _warn_of_constant_actions(positives: Mapping[str, int], candidates: int) -> None:

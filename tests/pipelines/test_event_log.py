@@ -1,6 +1,7 @@
 """A company's own log to the prepared format: columns named on the command line, one clear error each."""
 
 import json
+import logging
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -247,3 +248,34 @@ def test_a_context_feature_may_have_very_many_values(tmp_path: Path) -> None:
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["spaces"]["device"]["rows"] == 30_001
     assert all(row["device"] == row["user_id"] for row in rows_of(tmp_path / "out", "eval"))
+
+
+@pytest.mark.parametrize("days_apart", [0, 2])
+def test_requests_whose_ids_begin_anew_each_day_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, days_apart: int
+) -> None:
+    """The events of 50 ids: within minutes nothing is said, days apart each id counts."""
+    lines = ["who,what,when,liked,request"]
+    for user in range(50):
+        times = (HOUR, HOUR + 60, HOUR + 120, HOUR + 120 + 86_400 * days_apart, HOUR + 3 * 86_400)
+        for place, (at, request) in enumerate(zip(times, ("", "r0", "r0", "r0", ""), strict=True)):
+            lines.append(f"u{user},i{place},{at + user},{(user + place) % 2},{request}")
+    write_lines(tmp_path / "in" / "log.csv", lines)
+    options = ["--user-column", "who", "--item-column", "what", "--time-column", "when", "--action-columns", "liked"]
+    with caplog.at_level(logging.WARNING):
+        assert (
+            prepare(
+                "event_log",
+                tmp_path / "in",
+                tmp_path / "out",
+                *options,
+                "--request-column",
+                "request",
+                "--split-time",
+                str(HOUR + 3 * 86_400),
+            )
+            == 0
+        )
+    said = [message for message in caplog.messages if "last more than a day" in message]
+    assert len(said) == (days_apart > 0)
+    assert all(message.startswith("50 of 50 requests last more than a day, the longest 2.0 days") for message in said)
