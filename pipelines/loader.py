@@ -7,11 +7,8 @@ when it wants it.  Batches are handed over by torch's DataLoader, one piece of m
 """
 
 import multiprocessing
-import signal
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 
@@ -30,6 +27,7 @@ from pipelines.order import SampleOrder
 from pipelines.packed import Packed
 from pipelines.position import DataPosition
 from pipelines.reader import Failure, Reader, end_with_parent
+from pipelines.reader_server import reader_server
 from pipelines.selection import Selection, select
 from pipelines.source import ParquetSource, Source, Split, check_whole, newest_part
 from pipelines.synthetic import SyntheticSource, synthetic_info
@@ -155,7 +153,7 @@ class Loader:
                 batch_size=None,
                 num_workers=0 if self._in_process else 1,
                 prefetch_factor=None if self._in_process else GROUPS_AHEAD,
-                multiprocessing_context=None if self._in_process else _reader_context(),
+                multiprocessing_context=None if self._in_process else reader_server(),
                 worker_init_fn=end_with_parent,
                 pin_memory=self._pin_memory,
                 # Its own, because starting draws a number, which must not change the trainer's.
@@ -200,28 +198,6 @@ def _next(handed_over: Iterator[Packed | Failure], processes: list[BaseProcess])
                     "for lack of memory (lower data.window_samples); start the same command to go on"
                 ) from error
         raise
-
-
-def _reader_context() -> ForkServerContext:
-    """Starts reader processes from a server process that has imported what they need and has no threads.
-
-    Not by forking this process, whose CUDA and communication threads do not survive that.  SIGINT, SIGTERM and SIGUSR1
-    do not reach the readers, though shells and schedulers send them to all processes of a job: the trainer still needs
-    batches until it has saved its state, and then ends them.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.reader"])
-    asking = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-    # What is started below, and what it forks, inherits the mask.
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
-    try:
-        # Starts a helper process and unblocks two of the signals, so it comes first.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, asking)
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    return context
 
 
 def open_source(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines.reader_server import reader_server
 from trainer.checkpoint import listing
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.command_line import WrongUse, lasting, run_command, show_findings
@@ -83,6 +84,8 @@ def train(
     """Train a recipe, or go on with it if the run directory holds a checkpoint."""
     STOP.listen()
     config = _resolve(recipe, set_)
+    if config.data.reader_threads:
+        reader_server()
     # torch takes seconds to import; a wrong recipe or key is answered before.
     with lasting():
         from trainer.job import Start, train_job
