@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.config import ExchangeConfig
-from embeddings.exchange import TableSharder
+from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
@@ -116,7 +116,7 @@ def _sent(config: TrainConfig, exchange: ExchangeConfig, rank: int, steps: int) 
     sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
     attach_optimizers(model.tables, config.sparse_optimizer)
     module = DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=sharding_plan, sharders=[TableSharder(exchange)]
+        model, device=torch.device("cpu"), plan=sharding_plan, sharders=table_sharders(exchange)
     )
     init_tables(model.tables, 0)
     optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)

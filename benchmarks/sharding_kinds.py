@@ -20,7 +20,7 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.exchange import TableSharder
+from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
@@ -96,7 +96,7 @@ def _parallel(kind: str, arguments: argparse.Namespace) -> tuple[DistributedMode
         model,
         device=torch.device("cpu"),
         plan=sharding_plan,
-        sharders=[TableSharder(plan.exchange)],
+        sharders=table_sharders(plan.exchange),
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     init_tables(model.tables, 0)

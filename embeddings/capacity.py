@@ -3,6 +3,8 @@
 The tables come from a file:
 
     {"tables": [{"name": "item", "num_embeddings": 1000000000, "embedding_dim": 128, "ids_per_sample": 4096.0},
+                {"name": "tag", "num_embeddings": 100000, "embedding_dim": 32, "ids_per_sample": 40960.0,
+                 "pooled": "event", "bags_per_sample": 4096.0},
                 {"name": "city", "num_embeddings": 10000, "embedding_dim": 16, "dtype": "float16",
                  "optimizer": {"kind": "sgd", "learning_rate": 0.1}}],
      "samples_per_rank": 32, "dense_gib": 1.5, "activation_gib": 20.0, "dense_ms": 40.0,
@@ -194,12 +196,14 @@ def _cluster(
 
 def _demand(values: dict[str, Any]) -> Demand:
     lookups: dict[str, float] = {}
+    bags: dict[str, float] = {}
     tables = []
     for table in values.pop("tables"):
         fields = dict(table)
         features = tuple(fields.pop("features", (fields["name"],)))
         ids = float(fields.pop("ids_per_sample", len(features)))
         lookups |= dict.fromkeys(features, ids / len(features))
+        bags |= dict.fromkeys(features, float(fields.pop("bags_per_sample", len(features))) / len(features))
         own = fields.pop("optimizer", None)
         optimizer = None if own is None else SparseOptimizerConfig(**own)
         maps = fields.pop("unbounded", None)
@@ -207,7 +211,9 @@ def _demand(values: dict[str, Any]) -> Demand:
         tables.append(TableConfig(features=features, optimizer=optimizer, unbounded=unbounded, **fields))
     demand = Demand(
         tables=tuple(tables),
-        load=BatchLoad(samples_per_rank=values.pop("samples_per_rank", 64), ids_per_sample=lookups),
+        load=BatchLoad(
+            samples_per_rank=values.pop("samples_per_rank", 64), ids_per_sample=lookups, bags_per_sample=bags
+        ),
         placement=PlacementConfig(
             activation_gib=values.pop("activation_gib", 0.0),
             compute_kernels=tuple(values.pop("compute_kernels", ("fused",))),

@@ -56,7 +56,8 @@ class ExchangeConfig:
 
     deduplicate: bool = False
     """Send each of a rank's distinct ids once, and its row and the sum of its gradients once.  Training stays as it is,
-    but for the order in which gradients are added up.  It pays where ids repeat and links are slow: a sort a step."""
+    but for the order in which gradients are added up.  It pays where ids repeat and links are slow: a sort a step.
+    Pooled tables are looked up by all ids."""
     rows: ExchangedType = "float32"
     """Rounding of rows on their way: float16 by at most 2^-11 of a value between 6e-5 and 65,504 (above that it becomes
     infinite), bfloat16 by at most 2^-8 of any."""
@@ -126,6 +127,9 @@ class TableConfig:
     """Initial values are uniform within plus and minus this; null for 1 / sqrt(embedding_dim)."""
     unbounded: UnboundedConfig | None = None
     """Ids are any 64-bit keys, which a map gives rows; null: ids are rows."""
+    pooled: str | None = None
+    """The rows of ids are summed where they lie, a bag of each feature at a time, and the sums travel: a word for what
+    a feature has a bag of, the same for tables whose features have as many; null: each id's row travels."""
 
     def __post_init__(self) -> None:
         if self.initial_bound is not None and self.initial_bound <= 0:
@@ -175,6 +179,9 @@ class TableConstraint:
     """Sharding types to choose from; one that the table cannot have is an error."""
     compute_kernels: tuple[ComputeKernel, ...] | None = None
     """Kernels to choose from."""
+    pooled: bool = False
+    """Rows of many ids are added up where they lie, and the sums travel.  It pays where bags are long and ranks are
+    several; the columns that read the table must have many ids each, and belong to the same part of a sample."""
 
     def __post_init__(self) -> None:
         if self.sharding_types == () or self.compute_kernels == ():

@@ -12,13 +12,19 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
-from torchrec.distributed.types import CommOp, ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.types import CommOp, ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import ExchangeConfig
 
 _IDS_OF_A_TABLE = 2**40
 """Distance of two tables' ids when they are sorted together; an id that is in no table stays so."""
+
+
+def table_sharders(exchange: ExchangeConfig) -> list[ModuleSharder[Any]]:
+    """Of all collections: sequences as `exchange` says, pooled ones send all ids and sums in full."""
+    return [TableSharder(exchange), EmbeddingBagCollectionSharder()]
 
 
 class TableSharder(EmbeddingCollectionSharder):

@@ -13,7 +13,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embeddings.config import SparseOptimizerConfig, optimizer_of
-from embeddings.tables import Tables, is_sharded, table_name
+from embeddings.tables import Tables, is_sharded, modules_by_table, table_name
 
 DEFAULT_EPS = 1e-8
 DEFAULT_BETAS = (0.9, 0.999)
@@ -38,7 +38,7 @@ def attach_optimizers(tables: Tables, default: SparseOptimizerConfig) -> None:
         # What has storage before it is sharded is replicated.
         if collection.device.type != "meta":
             continue
-        for name, module in collection.embeddings.items():
+        for name, module in modules_by_table(collection).items():
             config = optimizer_of(by_name[name], default)
             _apply_optimizer_in_backward(_CLASSES[config.kind], [module.weight], _arguments(config))
 
@@ -62,7 +62,7 @@ class TableOptimizers:
             name: _CLASSES[configs[name].kind]([module.weight], **_arguments(configs[name]))
             for collection in tables.collections
             if not is_sharded(collection)
-            for name, module in collection.embeddings.items()
+            for name, module in modules_by_table(collection).items()
         }
         self._steps = {
             name: torch.zeros((), dtype=torch.int64) for name, config in configs.items() if config.kind == "adam"

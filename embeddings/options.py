@@ -9,8 +9,9 @@ from embeddings.kinds.kind import Blocks, ShardCost, ShardingKind, Work
 from embeddings.kinds.registry import KINDS, kind_named
 from embeddings.problem import Problem
 
-Group = tuple[int, str, str]
-"""Width, sharding type and kernel: tables that share them share an exchange of ids, a kernel, an exchange of rows."""
+Group = tuple[int, str | None, str, str]
+"""Width, what ids are summed into, sharding type and kernel: tables that share them share an exchange of ids, a kernel,
+an exchange of rows."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Option:
     """Where its rows are."""
     width: int
     """Of the table."""
+    pooled: str | None
+    """Likewise."""
     runs: tuple[tuple[int, ShardCost], ...]
     """(number of blocks, cost of each), block by block.  Of a kind that is everywhere they lie on ranks 0, 1, 2 ...
     in order, otherwise each goes to a rank of choice."""
@@ -40,7 +43,7 @@ class Option:
     @property
     def group(self) -> Group:
         """The tables that it is looked up with."""
-        return self.width, self.kind.name, self.kernel
+        return self.width, self.pooled, self.kind.name, self.kernel
 
     @property
     def total_bytes(self) -> int:
@@ -113,5 +116,6 @@ def _option(kind: ShardingKind, work: Work, cut: tuple[Blocks, ...]) -> Option:
         kind=kind,
         kernel=work.kernel,
         width=work.table.embedding_dim,
+        pooled=work.table.pooled,
         runs=tuple((blocks.count, kind.cost(work, blocks)) for blocks in cut),
     )

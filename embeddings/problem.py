@@ -20,16 +20,18 @@ class BatchLoad:
     """Samples that a rank reads a step."""
     ids_per_sample: Mapping[str, float] = field(default_factory=dict)
     """Mean number of ids a sample, by feature; a feature that is not named has one."""
-
+    bags_per_sample: Mapping[str, float] = field(default_factory=dict)
+    """Bags of a sample that the ids of a pooled table's feature are summed in; a feature that is not named has one."""
     distinct: Mapping[str, float] = field(default_factory=dict)
     """Part of a rank's ids of a step that are distinct, by table; of a table that is not named, all."""
 
     def __post_init__(self) -> None:
         if self.samples_per_rank < 1:
             raise ValueError(f"samples_per_rank must be at least 1, got {self.samples_per_rank}")
-        for feature, ids in self.ids_per_sample.items():
-            if not ids > 0:
-                raise ValueError(f"ids_per_sample of feature {feature!r} must be above 0, got {ids}")
+        for name in ("ids_per_sample", "bags_per_sample"):
+            for feature, count in getattr(self, name).items():
+                if not count > 0:
+                    raise ValueError(f"{name} of feature {feature!r} must be above 0, got {count}")
         for table, part in self.distinct.items():
             if not 0 < part <= 1:
                 raise ValueError(f"the distinct part of table {table!r}'s ids must lie in (0, 1], got {part}")
@@ -37,6 +39,12 @@ class BatchLoad:
     def ids(self, table: TableConfig) -> float:
         """Ids that a rank's samples look up in a table."""
         return self.samples_per_rank * sum(float(self.ids_per_sample.get(feature, 1.0)) for feature in table.features)
+
+    def bags(self, table: TableConfig) -> float | None:
+        """Bags that a rank's samples have of a pooled table; None of another."""
+        if table.pooled is None:
+            return None
+        return self.samples_per_rank * sum(float(self.bags_per_sample.get(feature, 1.0)) for feature in table.features)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,15 +150,17 @@ class Problem:
 
     def work(self, table: TableConfig, kernel: ComputeKernel) -> Work:
         """The lookups of one of the tables in a step, with its rows where `kernel` has them."""
-        ids = self.load.ids(table)
+        ids, bags = self.load.ids(table), self.load.bags(table)
+        sent = self.load.distinct.get(table.name, 1.0) if self.placement.exchange.deduplicate and bags is None else 1.0
         return Work(
             table=table,
             optimizer=self.optimizer_of(table),
             kernel=kernel,
             machine=self.machine,
             ids=ids,
-            exchanged_ids=ids * self.load.distinct.get(table.name, 1.0) if self.placement.exchange.deduplicate else ids,
+            exchanged_ids=ids * sent,
             exchange=self.placement.exchange,
+            bags=bags,
         )
 
     def on(self, machine: Machine) -> "Problem":

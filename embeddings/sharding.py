@@ -9,12 +9,11 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from embeddings.config import TableConfig
 from embeddings.kinds.registry import KINDS
 from embeddings.plan import Plan
-from embeddings.tables import Tables, build_embedding_collection
+from embeddings.tables import Collection, Group, Tables, build_collection, group_of, modules_by_table
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device) -> ShardingPlan:
@@ -38,21 +37,21 @@ def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device) -> Shardin
 
 
 def _divide(tables: Tables, plan: Plan, device: torch.device) -> None:
-    """One collection for each width and for tables that are sharded or not, frozen or not."""
-    groups: dict[tuple[int, bool, bool], list[TableConfig]] = {}
+    """One collection for each group of tables that are sharded, and one for those that are not."""
+    groups: dict[tuple[bool, Group], list[TableConfig]] = {}
     for config in tables.configs:
         sharded = KINDS[plan.tables[config.name].sharding_type].sharded
-        groups.setdefault((config.embedding_dim, sharded, config.frozen), []).append(config)
+        groups.setdefault((sharded, group_of(config)), []).append(config)
     tables.hold(
-        build_embedding_collection(configs, device=torch.device("meta") if sharded else device)
-        for (_, sharded, _), configs in groups.items()
+        build_collection(configs, device=torch.device("meta") if sharded else device)
+        for (sharded, _), configs in groups.items()
     )
 
 
-def _collection_plan(collection: EmbeddingCollection, plan: Plan) -> EmbeddingModuleShardingPlan:
+def _collection_plan(collection: Collection, plan: Plan) -> EmbeddingModuleShardingPlan:
     parameters = EmbeddingModuleShardingPlan()
-    for config in collection.embedding_configs():
-        parameters[config.name] = _parameter_sharding(plan, config.name)
+    for name in modules_by_table(collection):
+        parameters[name] = _parameter_sharding(plan, name)
     return parameters
 
 

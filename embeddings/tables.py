@@ -5,16 +5,18 @@ function of (seed, table name, row, column), so they depend neither on the plan,
 device.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import LazyAwaitable
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embeddings.config import TableConfig
 from embeddings.initial_rows import fill
@@ -22,11 +24,18 @@ from embeddings.initial_rows import fill
 _DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}
 
 Rows = dict[str, JaggedTensor]
-"""Feature -> the rows of its ids, float32 whatever the table's type; values are [number of ids, embedding_dim]."""
+"""Feature -> the rows of its ids, float32 whatever the table's type; values are [number of ids, embedding_dim] or, of a
+pooled table, [number of bags, embedding_dim] sums."""
+Bags = Mapping[tuple[str, ...], KeyedJaggedTensor]
+"""The ids of these features, of as many bags each."""
+NO_BAGS: Bags = {}
+Collection = Any
+"""Tables that are looked up together: TorchRec's EmbeddingCollection or, of pooled ones, EmbeddingBagCollection."""
 
 
 class Tables(nn.Module):
-    """All tables of a model: one TorchRec collection for each width, and for tables that are frozen or not.
+    """All tables of a model: one TorchRec collection for each width, for tables that are frozen or not, and for what
+    pooled ones are summed into.
 
     Rows of frozen tables are looked up without gradients, so FBGEMM's update, which runs in the backward pass, never
     sees them.
@@ -35,38 +44,47 @@ class Tables(nn.Module):
     their results included, belongs into a module of its own: `self.tower(self.tables(batch.features), batch)`.
     """
 
-    def __init__(self, configs: Sequence[TableConfig], collections: Iterable[EmbeddingCollection]) -> None:
+    def __init__(self, configs: Sequence[TableConfig], collections: Iterable[Collection]) -> None:
         super().__init__()
         self.configs = tuple(configs)
         self.hold(collections)
 
-    def hold(self, collections: Iterable[EmbeddingCollection]) -> None:
-        """Look up in these from now on; the tables of one are all frozen or none."""
+    def hold(self, collections: Iterable[Collection]) -> None:
+        """Look up in these from now on; the tables of one are all frozen or none, all pooled alike or none."""
         held = list(collections)
         # Any: sharding puts TorchRec's sharded collections in their places.
         self.collections: Any = nn.ModuleList(held)
         frozen = {config.name for config in self.configs if config.frozen}
-        self._frozen = [all(name in frozen for name in collection.embeddings) for collection in held]
+        self._frozen = [all(name in frozen for name in modules_by_table(collection)) for collection in held]
+        self._bagged = [_bagged_features(collection) for collection in held]
         for collection, of_frozen in zip(held, self._frozen, strict=True):
             # One that is to be sharded is given its optimizer all the same, whose state stays in checkpoints.
             if of_frozen and collection.device.type != "meta":
                 collection.requires_grad_(False)
 
-    def forward(self, features: KeyedJaggedTensor) -> list[Rows]:
-        """The rows of every feature, a dictionary a collection, in no stated order (`rows_by_feature` joins them).
+    def forward(self, features: KeyedJaggedTensor, bags: Bags = NO_BAGS) -> list[Any]:
+        """The rows of every feature, collection by collection, in no stated order (`rows_by_feature` joins them).
 
-        `features` may hold keys that no table looks up.
+        `features` may hold keys that no table looks up; of pooled tables `bags` has what is summed.
         """
         looked_up = []
-        for collection, frozen in zip(self.collections, self._frozen, strict=True):
+        for collection, frozen, bagged in zip(self.collections, self._frozen, self._bagged, strict=True):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                looked_up.append(collection(features))
+                looked_up.append(collection(features if bagged is None else bags[bagged]))
         return looked_up
 
 
-def rows_by_feature(looked_up: Sequence[Rows]) -> Rows:
+def rows_by_feature(looked_up: Sequence[Any]) -> Rows:
     """What `Tables` returns as one dictionary."""
-    return {feature: rows for of_collection in looked_up for feature, rows in of_collection.items()}
+    rows: Rows = {}
+    for of_collection in looked_up:
+        found = of_collection.wait() if isinstance(of_collection, LazyAwaitable) else of_collection
+        if isinstance(found, KeyedTensor):
+            # Sums have no lengths that anybody reads.
+            none = torch.zeros(0, dtype=torch.long, device=found.device())
+            found = {feature: JaggedTensor(sums, lengths=none) for feature, sums in found.to_dict().items()}
+        rows |= found
+    return rows
 
 
 def build_tables(configs: Sequence[TableConfig], *, device: torch.device) -> Tables:
@@ -76,27 +94,49 @@ def build_tables(configs: Sequence[TableConfig], *, device: torch.device) -> Tab
         ValueError: no table, or a name or feature used twice.
     """
     _check_tables(configs)
-    groups: dict[tuple[int, bool], list[TableConfig]] = {}
+    groups: dict[Group, list[TableConfig]] = {}
     for config in configs:
-        groups.setdefault((config.embedding_dim, config.frozen), []).append(config)
-    return Tables(configs, [build_embedding_collection(group, device=device) for group in groups.values()])
+        groups.setdefault(group_of(config), []).append(config)
+    return Tables(configs, [build_collection(group, device=device) for group in groups.values()])
 
 
-def build_embedding_collection(configs: Sequence[TableConfig], *, device: torch.device) -> EmbeddingCollection:
-    """One TorchRec collection of tables of one width."""
-    return EmbeddingCollection(
-        tables=[
-            EmbeddingConfig(
-                name=config.name,
-                num_embeddings=config.num_embeddings,
-                embedding_dim=config.embedding_dim,
-                feature_names=list(config.features),
-                data_type=_DATA_TYPES[config.dtype],
-            )
-            for config in configs
-        ],
-        device=device,
-    )
+Group = tuple[int, bool, str | None]
+
+
+def group_of(config: TableConfig) -> Group:
+    """Tables that share it may be looked up together."""
+    return config.embedding_dim, config.frozen, config.pooled
+
+
+def build_collection(configs: Sequence[TableConfig], *, device: torch.device) -> Collection:
+    """One TorchRec collection of tables of one group."""
+
+    def arguments(config: TableConfig) -> dict[str, Any]:
+        return {
+            "name": config.name,
+            "num_embeddings": config.num_embeddings,
+            "embedding_dim": config.embedding_dim,
+            "feature_names": list(config.features),
+            "data_type": _DATA_TYPES[config.dtype],
+        }
+
+    if configs[0].pooled is None:
+        return EmbeddingCollection(tables=[EmbeddingConfig(**arguments(config)) for config in configs], device=device)
+    # A row-wise shard's mean would be over its own rows alone: what takes means divides sums.
+    bags = [EmbeddingBagConfig(**arguments(config), pooling=PoolingType.SUM) for config in configs]
+    return EmbeddingBagCollection(tables=bags, device=device)
+
+
+def modules_by_table(collection: Collection) -> dict[str, Any]:
+    """The module that holds each table's `weight`."""
+    bags = isinstance(collection, EmbeddingBagCollection)
+    return dict((collection.embedding_bags if bags else collection.embeddings).items())
+
+
+def _bagged_features(collection: Collection) -> tuple[str, ...] | None:
+    if not isinstance(collection, EmbeddingBagCollection):
+        return None
+    return tuple(name for config in collection.embedding_bag_configs() for name in config.feature_names)
 
 
 def init_tables(tables: Tables, seed: int) -> None:
@@ -125,7 +165,7 @@ def table_weights(tables: Tables) -> dict[str, Tensor | ShardedTensor]:
 
 def is_sharded(collection: nn.Module) -> bool:
     """Whether TorchRec has sharded a collection of `Tables`."""
-    return isinstance(collection, ShardedEmbeddingCollection)
+    return isinstance(collection, ShardedEmbeddingCollection | ShardedEmbeddingBagCollection)
 
 
 def table_name(key: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.tables import Tables, is_sharded
@@ -25,10 +25,10 @@ class TouchedRows:
         for collection in filter(is_sharded, tables.collections):
             for lookup in collection._lookups:
                 for module in lookup.modules():
-                    if isinstance(module, BaseBatchedEmbedding):
+                    if isinstance(module, BaseBatchedEmbedding | BaseBatchedEmbeddingBag):
                         self._follow(module)
 
-    def _follow(self, kernel: "BaseBatchedEmbedding[Any]") -> None:
+    def _follow(self, kernel: "BaseBatchedEmbedding[Any] | BaseBatchedEmbeddingBag[Any]") -> None:
         device = kernel.split_embedding_weights()[0].device
         held = kernel._config.embedding_tables
         flat = torch.zeros(sum(table.local_rows for table in held), dtype=torch.bool, device=device)

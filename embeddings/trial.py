@@ -12,7 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.exchange import TableSharder
+from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
@@ -65,7 +65,7 @@ class Trial:
             model,
             device=device,
             plan=sharding_plan,
-            sharders=[TableSharder(self.plan.exchange)],
+            sharders=table_sharders(self.plan.exchange),
             init_data_parallel=False,
         )
         init_tables(model.tables, seed=0)

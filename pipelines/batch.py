@@ -49,6 +49,12 @@ class Inputs:
             length_per_key=self._lookup_counts.tolist(),
         )
 
+    @cached_property
+    def bags(self) -> Mapping[tuple[str, ...], KeyedJaggedTensor]:
+        """Of features of many ids that have as many rows, named together: their ids, a bag a row; an empty one where
+        there is no row."""
+        return _Bags(self)
+
     @property
     def _all_ids(self) -> Tensor:
         return self._array("ids") if self._ids is None else self._ids
@@ -82,6 +88,10 @@ class Inputs:
         """The same inputs with other ids, in host memory, of some features, as many as there were."""
         parts = [ids[name] if name in ids else self.ids_host(name) for name in self._contents.lookups]
         return Inputs(self._contents, self._host_memory, self._memory, torch.cat(parts).to(self._memory.device))
+
+    def looking_up(self, features: KeyedJaggedTensor) -> "Inputs":
+        """The same inputs with the ids of `features`, as many as there were."""
+        return Inputs(self._contents, self._host_memory, self._memory, features.values())
 
     def numbers_host(self, name: str) -> Tensor:
         """[N] float32 of one feature of numbers."""
@@ -137,6 +147,25 @@ class Inputs:
 
     def _host_array(self, name: str) -> Tensor:
         return unpack(self._host_memory, self._contents.places[name])
+
+
+class _Bags(dict[tuple[str, ...], KeyedJaggedTensor]):
+    """Each made when it is first asked for."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self._inputs = inputs
+
+    def __missing__(self, features: tuple[str, ...]) -> KeyedJaggedTensor:
+        ids = [self._inputs.ids(name) for name in features]
+        lens = torch.cat([self._inputs.lens[name] for name in features])
+        if not lens.numel():
+            # TorchRec cannot look up no bags at all.
+            lens = lens.new_zeros(len(features))
+        self[features] = KeyedJaggedTensor(
+            list(features), torch.cat(ids), lengths=lens, length_per_key=[len(each) for each in ids]
+        )
+        return self[features]
 
 
 class Labels:
@@ -233,6 +262,8 @@ class Batch(Pipelineable):
         self._memory.record_stream(stream)
         # Offsets, which TorchRec computes from the lengths, have memory of their own.
         self.inputs.features.record_stream(stream)
+        for features in self.inputs.bags.values():
+            features.record_stream(stream)
 
 
 def _names(contents: Contents, prefix: str) -> list[str]:

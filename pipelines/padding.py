@@ -59,6 +59,8 @@ class Padding:
     """How batches of a selection are padded."""
 
     selection: Selection
+    pooled: frozenset[str] = frozenset()
+    """Spaces whose tables give sums in the place of many ids' rows."""
 
     def sizes(self, batch: Batch) -> tuple[int, ...]:
         """What batches have to share to be of one size."""
@@ -71,10 +73,12 @@ class Padding:
         parts = _parts(batch)
         found: dict[str, Sequence[Count]] = {}
         for feature in self.selection.features:
-            if feature.space is not None:
-                many = len(batch.inputs.ids_host(feature.name)) if feature.kind == "ids" else 0
-                counts = [Count(many, rounded(many))] if feature.kind == "ids" else [parts[x] for x in feature.parts]
-                found[feature.name] = counts
+            if feature.space is None:
+                continue
+            found[feature.name] = [parts[part] for part in feature.parts]
+            if feature.kind == "ids" and feature.space not in self.pooled:
+                many = len(batch.inputs.ids_host(feature.name))
+                found[feature.name] = [Count(many, rounded(many))]
         if self.selection.draw is not None:
             drawn = batch.labels.drawn.numel()
             found[self.selection.draw.name] = [Count(drawn, drawn)]

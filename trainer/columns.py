@@ -1,6 +1,6 @@
 """Which columns of the data a model reads, and the tables that their ids are looked up in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from embeddings.config import TableConfig, UnboundedConfig
 from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
@@ -65,7 +65,7 @@ def table_configs(
     tables = []
     for space, names in features.items():
         settings = config.tables.get(space, TableSettings())
-        unbounded = settings.unbounded
+        unbounded, placed = settings.unbounded, config.placement.tables.get(space)
         if info.spaces[space].unbounded:
             unbounded = unbounded or UnboundedConfig()
         elif unbounded is not None:
@@ -81,9 +81,42 @@ def table_configs(
                 frozen=any(matches(pattern, f"tables/{space}") for pattern in config.frozen),
                 initial_bound=settings.initial_bound,
                 unbounded=unbounded,
+                pooled=_summed_into(space, names, selection, config) if placed is not None and placed.pooled else None,
             )
         )
     return tuple(tables)
+
+
+def _summed_into(space: str, names: Sequence[str], selection: Selection, config: TrainConfig) -> str:
+    """The parts that have a bag each of a pooled table's features.
+
+    Raises:
+        ValueError: a feature has single ids, or another part's; or sums would be sent rounded.
+    """
+    features = {feature.name: feature for feature in selection.features}
+    single = [name for name in names if name not in features or features[name].kind != "ids"]
+    if single:
+        raise ValueError(
+            f"placement.tables.{space}.pooled adds up many ids, but {single[0]!r} reads single ones: remove it"
+        )
+    parts = {"+".join(features[name].parts) for name in names}
+    if len(parts) > 1:
+        raise ValueError(
+            f"placement.tables.{space}.pooled adds up bags of one part's rows, but {', '.join(names)} are columns of "
+            f"{' and of '.join(sorted(parts))}: remove it"
+        )
+    exchange = config.placement.exchange
+    if (exchange.rows, exchange.gradients) != ("float32", "float32"):
+        raise ValueError(
+            f"placement.tables.{space}.pooled sends sums in full: leave placement.exchange.rows and gradients float32, "
+            "or remove pooled"
+        )
+    return parts.pop()
+
+
+def pooled_spaces(tables: tuple[TableConfig, ...]) -> frozenset[str]:
+    """Those whose tables give sums."""
+    return frozenset(table.name for table in tables if table.pooled is not None)
 
 
 def item_table(config: TrainConfig, info: DatasetInfo, further: str) -> tuple[TableConfig, ...]:

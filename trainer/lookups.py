@@ -1,11 +1,13 @@
 """What a rank looks up a step, counted from the data where its description does not say."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import torch
 
+from embeddings.config import TableConfig
 from embeddings.problem import BatchLoad
 from pipelines.batch import Batch
 from pipelines.loader import build_loader
@@ -18,19 +20,20 @@ COUNTED_BATCHES = 4
 def lookup_load(resolved: Resolved, world_size: int) -> BatchLoad:
     """The lookups of a rank's step; the same on every rank that asks.
 
-    How many of a table's ids are distinct is counted in the first batches, if the exchange sends those alone.
+    How many of a table's ids are distinct is counted in the first batches, if the exchange sends those alone, and how
+    many ids a row has, if there are tables that are pooled.
     """
-    load = resolved.lookup_load(world_size)
-    if not resolved.config.placement.exchange.deduplicate:
+    load, deduplicates = resolved.lookup_load(world_size), resolved.config.placement.exchange.deduplicate
+    pooled = any(table.pooled is not None for table in resolved.tables)
+    if not deduplicates and not pooled:
         return load
-    return replace(load, distinct=distinct_parts(resolved, world_size))
+    batches = _first_batches(resolved, world_size)
+    if pooled:
+        load = replace(load, ids_per_sample={**load.ids_per_sample, **_ids_per_sample(batches)})
+    return replace(load, distinct=distinct_parts(batches, resolved.tables)) if deduplicates else load
 
 
-def distinct_parts(resolved: Resolved, world_size: int) -> dict[str, float]:
-    """By table, how many of the ids of rank 0's batches are distinct, as a part of them; of tables without ids, none.
-
-    Features that are drawn as a step begins, negatives for example, are in no batch: they are taken to be distinct.
-    """
+def _first_batches(resolved: Resolved, world_size: int) -> list[Batch]:
     loader = build_loader(
         replace(resolved.config.data, reader_threads=0),
         split="train",
@@ -39,9 +42,23 @@ def distinct_parts(resolved: Resolved, world_size: int) -> dict[str, float]:
         selection=resolved.task.selection,
         cost=resolved.balanced_cost,
     )
-    batches: list[Batch] = list(islice(loader, COUNTED_BATCHES))
+    return list(islice(loader, COUNTED_BATCHES))
+
+
+def _ids_per_sample(batches: Sequence[Batch]) -> dict[str, float]:
+    """Of the features of many ids, of which at least one is taken to come."""
+    names = list(batches[0].inputs.lens) if batches else []
+    samples = sum(batch.inputs.user_id.numel() for batch in batches)
+    return {name: max(1, sum(batch.inputs.ids_host(name).numel() for batch in batches)) / samples for name in names}
+
+
+def distinct_parts(batches: Sequence[Batch], tables: Sequence[TableConfig]) -> dict[str, float]:
+    """By table, how many of the ids of the batches are distinct, as a part of them; of tables without ids, none.
+
+    Features that are drawn as a step begins, negatives for example, are in no batch: they are taken to be distinct.
+    """
     parts = {}
-    for table in resolved.tables:
+    for table in tables:
         ids = distinct = 0
         for batch in batches:
             features = batch.features.to_dict()

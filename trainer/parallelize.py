@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.streamable import Pipelineable
 
-from embeddings.exchange import TableSharder
+from embeddings.exchange import table_sharders
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
 from embeddings.sharding import apply_plan
@@ -110,7 +110,7 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh, *, at
         module=model,
         device=mesh.device,
         plan=sharding_plan,
-        sharders=[TableSharder(plan.exchange)],
+        sharders=table_sharders(plan.exchange),
         init_data_parallel=bool(averaged) and not at_once,
         # An empty batch at the end of the data takes another path through autograd: no static graph.
         # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over

@@ -161,7 +161,8 @@ class RecordedObjective(nn.Module):
         self.tower.check(batch.inputs)  # type: ignore[operator]  # torch does not know a module's methods
         counts = self._padding.lookups(batch)
         rows = rows_by_feature(looked_up)
-        values = [rows[name].values() for name in counts]
+        # A pooled lookup of no bags gives one sum.
+        values = [rows[name].values()[: sum(count.real for count in each)] for name, each in counts.items()]
         replayed: Tensor = _Replayed.apply(self, batch, counts, *values)  # type: ignore[no-untyped-call]  # torch
         return replayed
 

@@ -56,10 +56,9 @@ class Resolved:
         history = min(split.history_events / samples, data.max_history_len)
         candidates = split.candidates / samples
         samples_per_rank = math.ceil(data.global_batch_size / world_size)
-        return BatchLoad(
-            samples_per_rank=samples_per_rank,
-            ids_per_sample=self.task.ids_per_sample(history, candidates, samples_per_rank),
-        )
+        # Many ids count as one, so these are rows, and bags where they are summed.
+        rows = self.task.ids_per_sample(history, candidates, samples_per_rank)
+        return BatchLoad(samples_per_rank=samples_per_rank, ids_per_sample=rows, bags_per_sample=rows)
 
 
 def resolve(config: TrainConfig, info: DatasetInfo) -> Resolved:

@@ -60,4 +60,4 @@ class ColumnWise(ShardingKind):
 
     def sent_bytes(self, work: Work, num_blocks: int) -> float:
         """Every block's rank gets all ids."""
-        return work.exchanged_ids * (num_blocks * ID_BYTES + work.exchanged_row_bytes)
+        return work.exchanged_ids * num_blocks * ID_BYTES + work.vectors * work.exchanged_row_bytes

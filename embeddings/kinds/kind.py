@@ -89,6 +89,18 @@ class Work:
     """As many of them as it sends: the distinct ones, or all."""
     exchange: ExchangeConfig
     """How their rows travel."""
+    bags: float | None = None
+    """Of a pooled table: the bags that they are summed in, whose sums travel in the rows' place."""
+
+    @property
+    def vectors(self) -> float:
+        """Rows, or sums, that come back to the rank."""
+        return self.exchanged_ids if self.bags is None else self.bags
+
+    @property
+    def deduplicates(self) -> bool:
+        """Whether the rank sends its distinct ids alone."""
+        return self.exchange.deduplicate and self.bags is None
 
     @property
     def exchanged_row_bytes(self) -> float:
@@ -140,24 +152,26 @@ class ShardingKind(ABC):
     def sent_bytes(self, work: Work, num_blocks: int) -> float:
         """Ids, rows and their gradients that a rank sends a step for the table's blocks, of the ranks' mean."""
         del num_blocks
-        return work.exchanged_ids * (ID_BYTES + work.exchanged_row_bytes)
+        return work.exchanged_ids * ID_BYTES + work.vectors * work.exchanged_row_bytes
 
     @abstractmethod
     def cost(self, work: Work, block: Blocks) -> ShardCost:
         """What one of the blocks costs."""
 
 
-def lookup_ms(work: Work, ids: float, columns: int, *, penalty: float = 1.0, least_columns: int = 0) -> float:
-    """Reading `ids` and their rows of `columns`, writing them out, the backward pass and the sorted update."""
+def lookup_ms(
+    work: Work, ids: float, vectors: float, columns: int, *, penalty: float = 1.0, least_columns: int = 0
+) -> float:
+    """Reading `ids` and their rows of `columns`, writing out `vectors`, the backward pass and the sorted update."""
     value_bytes = work.table.row_bytes // work.table.embedding_dim
-    read = ids * (ID_BYTES + max(columns, least_columns) * value_bytes + columns * FLOAT_BYTES)
+    read = ids * (ID_BYTES + max(columns, least_columns) * value_bytes) + vectors * columns * FLOAT_BYTES
     sorting = ids * work.machine.effective_rates.id_ns * 1e-6
     return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD) + sorting
 
 
 def written_out_ms(work: Work, columns: int) -> float:
     """Rows of distinct ids brought to all their places, and the gradients of the places added up."""
-    if not work.exchange.deduplicate:
+    if not work.deduplicates:
         return 0.0
     values = (2 * work.ids + work.exchanged_ids) * columns
     return 2 * values * FLOAT_BYTES / (work.machine.effective_rates.device * _GB_PER_S_IN_BYTES_PER_MS)
@@ -165,7 +179,7 @@ def written_out_ms(work: Work, columns: int) -> float:
 
 def written_out_bytes(work: Work, columns: int) -> float:
     """Memory of the rows at all their places and of their gradients."""
-    return 2 * work.ids * columns * FLOAT_BYTES if work.exchange.deduplicate else 0.0
+    return 2 * work.ids * columns * FLOAT_BYTES if work.deduplicates else 0.0
 
 
 def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:
@@ -185,15 +199,15 @@ def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:
     )
 
 
-def buffer_bytes(work: Work, ids: float, columns: int) -> float:
-    """Ids and rows in flight on a rank that looks up `ids`; a GPU's pipeline holds the ids of two batches.
+def buffer_bytes(work: Work, ids: float, vectors: float, columns: int) -> float:
+    """Ids and `vectors` in flight on a rank that looks up `ids`; a GPU's pipeline holds the ids of two batches.
 
-    The rows lie there three times on a GPU, as measured on one (`benchmarks/placements.py`): as looked up, as their
+    The vectors lie there three times on a GPU, as measured on one (`benchmarks/placements.py`): as looked up, as their
     gradient, and once more in the order of the other side while either is put into it; a fourth time where they come
     from host memory.
     """
     row = columns * FLOAT_BYTES
     if work.machine.compute_device == "cpu":
-        return math.ceil(ids * ID_BYTES) + math.ceil(ids * row)
+        return math.ceil(ids * ID_BYTES) + math.ceil(vectors * row)
     copies = 4 if work.kernel == "fused_uvm" else 3
-    return 2 * math.ceil(ids * ID_BYTES) + math.ceil(ids * (copies * row + _SORTED_BYTES))
+    return 2 * math.ceil(ids * ID_BYTES) + math.ceil(vectors * copies * row + ids * _SORTED_BYTES)

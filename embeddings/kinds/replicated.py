@@ -55,12 +55,13 @@ class Replicated(ShardingKind):
         reduce_ms = reduced / (machine.network_rate * machine.local_world_size * 1e6)
         update_ms = weights * _ELEMENTWISE_PASSES / (work.device_bytes_per_ms / 2)
         state = block.num_rows * state_bytes_per_row(work.optimizer, block.num_columns)
+        vectors = work.ids if work.bags is None else work.bags
         gradients = _GRADIENTS * block.num_rows * block.num_columns * FLOAT_BYTES
         return ShardCost(
-            ms=2 * lookup_ms(work, work.ids, block.num_columns) + reduce_ms + update_ms,
+            ms=2 * lookup_ms(work, work.ids, vectors, block.num_columns) + reduce_ms + update_ms,
             weight_bytes=weights,
             optimizer_bytes=state,
-            io_bytes=gradients + math.ceil(buffer_bytes(work, work.ids, block.num_columns)),
+            io_bytes=gradients + math.ceil(buffer_bytes(work, work.ids, vectors, block.num_columns)),
             host_bytes=0,
         )
 

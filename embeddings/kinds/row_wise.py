@@ -28,6 +28,15 @@ class RowWise(ShardingKind):
     in_words = "equal blocks of rows, one on every rank"
     everywhere = True
 
+    def refusal(self, work: Work) -> str | None:
+        """Every rank would send every other one its part of every bag's sum."""
+        if work.table.pooled is not None:
+            return (
+                "it is pooled, and all ranks would send parts of every bag's sum, added up in another order on other "
+                "numbers of ranks: take another kind, or pooled=false for it"
+            )
+        return None
+
     def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
         """Full blocks, perhaps a smaller one, and empty ones where a table has fewer rows than there are ranks."""
         sizes = [len(rows) for rows in row_blocks(table.num_embeddings, world_size)]
@@ -43,9 +52,9 @@ class RowWise(ShardingKind):
         """A block takes part in the lookups in proportion to its rows: a table of few rows spreads them less."""
         share = block.num_rows * work.machine.world_size / work.table.num_embeddings
         ids, columns = work.exchanged_ids, block.num_columns
-        ms = lookup_ms(work, ids, columns) + ids * work.exchanged_row_bytes / work.link_bytes_per_ms
+        ms = lookup_ms(work, ids, ids, columns) + ids * work.exchanged_row_bytes / work.link_bytes_per_ms
         ms += ids * columns * FLOAT_BYTES * _COPY / work.device_bytes_per_ms
-        io_bytes = buffer_bytes(work, ids, columns) * share + written_out_bytes(work, columns)
+        io_bytes = buffer_bytes(work, ids, ids, columns) * share + written_out_bytes(work, columns)
         return stored(work, block, io_bytes, ms * share + written_out_ms(work, columns))
 
 

@@ -46,8 +46,11 @@ def gathered_cost(work: Work, block: Blocks) -> ShardCost:
     What every rank does with its own distinct ids is counted there too, as if it did not wait for the others.
     """
     ids, columns = work.exchanged_ids * work.machine.world_size, block.num_columns
-    exchanged = ids * columns * work.exchange.value_bytes
+    vectors = work.vectors * work.machine.world_size
+    exchanged = vectors * columns * work.exchange.value_bytes
     penalty = 1.0 if columns >= FULL_COLUMNS else 1.15 if columns >= FULL_COLUMNS // 2 else 1.75
-    ms = lookup_ms(work, ids, columns, penalty=penalty, least_columns=32) + exchanged / work.link_bytes_per_ms
+    ms = lookup_ms(work, ids, vectors, columns, penalty=penalty, least_columns=32)
+    ms += exchanged / work.link_bytes_per_ms
     ms += written_out_ms(work, columns)
-    return stored(work, block, buffer_bytes(work, ids, columns) + written_out_bytes(work, columns), ms)
+    io_bytes = buffer_bytes(work, ids, vectors, columns) + written_out_bytes(work, columns)
+    return stored(work, block, io_bytes, ms)

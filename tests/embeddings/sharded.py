@@ -16,7 +16,7 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
-from embeddings.exchange import TableSharder
+from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
@@ -48,12 +48,23 @@ TABLES = (
         optimizer=SparseOptimizerConfig(kind="sgd", learning_rate=0.2),
     ),
     TableConfig(name="brand", num_embeddings=13, embedding_dim=4, features=("brand",), dtype="float16"),
+    # Summed where its rows lie; as wide as the tags', which are not.
+    TableConfig(
+        name="word",
+        num_embeddings=17,
+        embedding_dim=64,
+        features=("title", "query"),
+        optimizer=SparseOptimizerConfig(kind="adagrad", learning_rate=0.1),
+        pooled="sample",
+    ),
 )
+POOLED = tuple(feature for table in TABLES if table.pooled for feature in table.features)
 OPTIMIZER = SparseOptimizerConfig(learning_rate=0.1)
 EPS = 1e-8
 SEED = 5
 STEPS = 4
-GLOBAL_SAMPLES = 12
+GLOBAL_SAMPLES = 11
+"""One rank has more of them than another."""
 IN_FULL = ExchangeConfig()
 LAYOUTS = ("row_wise", "table_wise", "mixed", "replicated", "column_wise")
 
@@ -66,7 +77,7 @@ class Model(nn.Module):
         self.tables = build_tables(configs, device=torch.device("meta"))
 
     def forward(self, features: KeyedJaggedTensor) -> Any:
-        return self.tables(features)
+        return self.tables(features, {POOLED: features})
 
 
 def make_problem(
@@ -78,6 +89,8 @@ def make_problem(
         kind = layout
         if layout == "mixed":
             kind = "row_wise" if table.name == "item" else "table_wise"
+        elif table.pooled and layout == "row_wise":
+            kind = "column_wise" if world_size > 1 else "table_wise"
         elif layout == "replicated" and (world_size == 1 or table.dtype == "float16"):
             kind = "table_wise"
         elif layout == "column_wise" and (world_size == 1 or table.embedding_dim < 64):
@@ -112,7 +125,8 @@ def global_batch(step: int) -> dict[str, list[list[int]]]:
 
 
 def weights(feature: str, ids: Tensor, step: int) -> Tensor:
-    """What the loss multiplies the embeddings of `ids` with; differs by feature, id, column and step."""
+    """What the loss multiplies the embeddings of `ids`, or the sums of samples, with; differs by all of them, column
+    and step."""
     dim = next(table.embedding_dim for table in TABLES if feature in table.features)
     columns = torch.arange(dim, dtype=torch.float32)
     return torch.sin(ids[:, None] * 0.7 + columns * 0.3 + step + len(feature))
@@ -134,6 +148,10 @@ def oracle(tables: Sequence[TableConfig] = TABLES) -> tuple[dict[str, Tensor], l
             for feature in table.features:
                 ids = flat(batch[feature])
                 embedded[feature] = leaves[table.name][ids]
+                if feature in POOLED:
+                    ids = torch.arange(GLOBAL_SAMPLES)
+                    bags = [leaves[table.name][sample].sum(0) for sample in batch[feature]]
+                    embedded[feature] = torch.stack(bags)
                 loss = loss + (embedded[feature] * weights(feature, ids, step)).sum()
         loss.backward()
         outputs.append({feature: value.detach() for feature, value in embedded.items()})
@@ -187,15 +205,18 @@ def train(
     for step in range(STEPS):
         batch = global_batch(step)
         mine = {feature: samples[rank::world_size] for feature, samples in batch.items()}
+        told = {feature: flat(samples) for feature, samples in mine.items()}
+        told |= dict.fromkeys(POOLED, torch.arange(GLOBAL_SAMPLES)[rank::world_size])
         optimizers.zero_grad()
         embedded = {key: value.values() for key, value in rows_by_feature(model(jagged(mine))).items()}
         # Gradients of tables are averaged over ranks; the sum is wanted.
-        loss = sum(
-            (embedded[feature] * weights(feature, flat(mine[feature]), step)).sum() for feature in embedded
-        ) * float(world_size)
+        loss = sum((embedded[feature] * weights(feature, told[feature], step)).sum() for feature in embedded) * float(
+            world_size
+        )
         loss.backward()
         optimizers.step()
         lengths = {feature: [len(sample) for sample in samples] for feature, samples in mine.items()}
+        lengths |= {feature: [1] * len(mine[feature]) for feature in POOLED}
         result["outputs"].append(
             {feature: value.detach().split(lengths[feature]) for feature, value in embedded.items()}
         )
@@ -230,7 +251,7 @@ def shard(
         model,
         device=torch.device("cpu"),
         plan=sharding_plan,
-        sharders=[TableSharder(plan.exchange)],
+        sharders=table_sharders(plan.exchange),
         # DDP refuses a module in which nothing is trained.
         init_data_parallel=any(
             parameter.requires_grad

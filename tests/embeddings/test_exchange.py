@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.exchange import Codec, TableSharder, distinct_ids
+from embeddings.exchange import Codec, distinct_ids, table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
@@ -145,7 +145,7 @@ def planned_and_sent(kind: str, exchange: ExchangeConfig) -> tuple[float, float]
     sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
     attach_optimizers(model.tables, SparseOptimizerConfig())
     module = sharded.DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=sharding_plan, sharders=[TableSharder(exchange)]
+        model, device=torch.device("cpu"), plan=sharding_plan, sharders=table_sharders(exchange)
     )
     init_tables(model.tables, 0)
     optimizers = TableOptimizers(model.tables, SparseOptimizerConfig(), module.fused_optimizer)

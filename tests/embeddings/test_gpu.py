@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.exchange import TableSharder
+from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
@@ -65,7 +65,7 @@ def shard(
         model,
         device=torch.device("cuda", 0),
         plan=sharding_plan,
-        sharders=[TableSharder(plan.exchange)],
+        sharders=table_sharders(plan.exchange),
     )
     init_tables(model.tables, sharded.SEED)
     return plan, dmp, TableOptimizers(model.tables, sharded.OPTIMIZER, dmp.fused_optimizer)

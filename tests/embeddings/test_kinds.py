@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator, get_partition_by_type
 from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
@@ -20,7 +21,7 @@ from embeddings.kinds.kind import Blocks, Work
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
 from embeddings.optimizers import attach_optimizers
-from embeddings.tables import build_tables
+from embeddings.tables import build_tables, modules_by_table
 
 GPUS_32 = Machine(world_size=32, local_world_size=8, compute_device="cuda", hbm_gib=80.0)
 GPUS_8 = Machine(world_size=8, local_world_size=8, compute_device="cuda", hbm_gib=141.0)
@@ -36,7 +37,7 @@ def table(rows: int, dim: int, **changes: object) -> TableConfig:
 
 
 def work_of(config: TableConfig, optimizer: str, kernel: ComputeKernel, machine: Machine, *, ids: float) -> Work:
-    """So many lookups, of which every id is sent, in full."""
+    """So many lookups, of which every id is sent, in full; of a pooled table in 128 bags, a sample one a feature."""
     return Work(
         table=config,
         optimizer=optimizer,
@@ -45,6 +46,7 @@ def work_of(config: TableConfig, optimizer: str, kernel: ComputeKernel, machine:
         ids=ids,
         exchanged_ids=ids,
         exchange=ExchangeConfig(),
+        bags=None if config.pooled is None else 128.0,
     )
 
 
@@ -71,11 +73,12 @@ def torchrec_estimate(work: Work, kind: str, block: Blocks) -> TorchRecShard:
             ),
         ],
     )
-    enumerator.enumerate(nn.Module(), [EmbeddingCollectionSharder()])
+    pooled = work.table.pooled is not None
+    enumerator.enumerate(nn.Module(), [EmbeddingBagCollectionSharder() if pooled else EmbeddingCollectionSharder()])
     name = TORCHREC_NAMES.get(kind, kind)
     option = ShardingOption(
         name="t",
-        tensor=collection.embeddings["t"].weight,
+        tensor=modules_by_table(collection)["t"].weight,
         module=("", collection),
         input_lengths=lookups,
         batch_size=64,
@@ -83,7 +86,7 @@ def torchrec_estimate(work: Work, kind: str, block: Blocks) -> TorchRecShard:
         sharding_type=name,
         partition_by=get_partition_by_type(name),
         shards=[TorchRecShard(size=[block.num_rows, block.num_columns], offset=[0, 0])],
-        is_pooled=False,
+        is_pooled=pooled,
     )
     enumerator.populate_estimates([option])
     shard: TorchRecShard = option.shards[0]
@@ -91,19 +94,20 @@ def torchrec_estimate(work: Work, kind: str, block: Blocks) -> TorchRecShard:
 
 
 CASES = [
-    (kind, kernel, optimizer, machine, dim)
+    (kind, kernel, optimizer, machine, dim, pooled)
     for kind in KINDS
+    for pooled in (None, "sample")
     for kernel in ("fused", "fused_uvm_caching", "fused_uvm")
     for optimizer in ("rowwise_adagrad", "adagrad")
     for machine, dim in ((GPUS_8, 32), (GPUS_16, 96), (GPUS_32, 128), (GPUS_32, 64), (CPUS_2, 64))
 ]
 
 
-@pytest.mark.parametrize(("kind", "kernel", "optimizer", "machine", "dim"), CASES)
+@pytest.mark.parametrize(("kind", "kernel", "optimizer", "machine", "dim", "pooled"), CASES)
 def test_cost_is_torchrecs_estimate(
-    kind: str, kernel: ComputeKernel, optimizer: str, machine: Machine, dim: int
+    kind: str, kernel: ComputeKernel, optimizer: str, machine: Machine, dim: int, pooled: str | None
 ) -> None:
-    config = table(machine.world_size * 1000, dim)
+    config = table(machine.world_size * 1000, dim, pooled=pooled)
     work = work_of(config, optimizer, kernel, machine, ids=64 * 37.5)
     if KINDS[kind].refusal(work) is not None or (machine is CPUS_2 and kernel != "fused"):
         return
@@ -118,8 +122,9 @@ def test_cost_is_torchrecs_estimate(
         if machine is not CPUS_2:
             # It also leaves out what a GPU was seen to hold: the gradient of the rows and one of their copies, of rows
             # in host memory two, the buffers that ids are sorted in, and 4 bytes more of each row of a cached table.
-            ids = work.ids * (1 if KINDS[kind].everywhere else machine.world_size)
-            left_out += ids * ((3 if kernel == "fused_uvm" else 2) * block.num_columns * 4 + 52)
+            ranks = 1 if KINDS[kind].everywhere else machine.world_size
+            copies = (3 if kernel == "fused_uvm" else 2) * block.num_columns * 4
+            left_out += ranks * (work.ids * 52 + (work.bags or work.ids) * copies)
             left_out += block.num_rows * 4 if kernel == "fused_uvm_caching" else 0
         assert ours.memory_bytes - left_out == pytest.approx(device, rel=1e-6, abs=64)
         assert ours.host_bytes == host

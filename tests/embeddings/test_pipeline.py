@@ -12,7 +12,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from embeddings.exchange import TableSharder
+from embeddings.exchange import table_sharders
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planning import solve
 from embeddings.sharding import apply_plan
@@ -20,7 +20,7 @@ from embeddings.tables import Rows, init_tables, rows_by_feature
 from tests.embeddings import sharded
 from tests.support.distributed import run_ranks
 
-LAYOUTS = {"row_wise": 3, "mixed": 3, "replicated": 1, "column_wise": 3}
+LAYOUTS = {"row_wise": 4, "mixed": 4, "replicated": 1, "column_wise": 4}
 """Collections that are sharded under each; the others are ordinary modules."""
 
 
@@ -29,6 +29,7 @@ class Batch(Pipelineable):
 
     def __init__(self, features: KeyedJaggedTensor) -> None:
         self.features = features
+        self.bags = {sharded.POOLED: features}
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         return Batch(self.features.to(device, non_blocking=non_blocking))
@@ -60,7 +61,7 @@ class Model(sharded.Model):
         self.tower = Tower()
 
     def forward(self, batch: Batch) -> Any:
-        return self.tower(self.tables(batch.features))
+        return self.tower(self.tables(batch.features, batch.bags))
 
 
 class Both:
@@ -88,7 +89,7 @@ def losses(layout: str, pipelined: bool) -> tuple[list[float], dict[str, Any], i
         model,
         device=torch.device("cpu"),
         plan=sharding_plan,
-        sharders=[TableSharder(plan.exchange)],
+        sharders=table_sharders(plan.exchange),
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
     init_tables(model.tables, sharded.SEED)

@@ -20,17 +20,29 @@ from trainer.resolve import resolve
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [([5, 0, 9], [2, 3, 1]), ([4, 2, 9], [2, 3, 1]), ([0, 0, 0], [1, 0, 0]), ([9], [7]), ([5, 1, 8], [3, 1, 2])]
 """History lengths and candidates of batches; some have the same sizes with padding."""
-RANKERS = ["paper", "production", "causal", "interleaved", "learned_action", "columns", "columns, interleaved, mlp"]
+RANKERS = [
+    "paper",
+    "production",
+    "causal",
+    "interleaved",
+    "learned_action",
+    "columns",
+    "columns, pooled",
+    "columns, interleaved, mlp",
+]
 
 
 def ranker(name: str) -> tuple[Model, Padding, list[Any]]:
-    config = test_ranker.CONFIGS[name]
+    pooled = name == "columns, pooled"
+    config = test_ranker.CONFIGS[name.removesuffix(", pooled")]
     columns = config in test_ranker.WITH_COLUMNS
     batches = [
         random_batch(history, candidates, context_names=test_ranker.CONTEXT, seed=seed)
         for seed, (history, candidates) in enumerate(LENGTHS)
     ]
-    return test_ranker.small_ranker(config), Padding(small_selection(test_ranker.CONTEXT, columns=columns)), batches
+    selection = small_selection(test_ranker.CONTEXT, columns=columns)
+    padding = Padding(test_ranker.tags_apart(selection), frozenset({"tag"})) if pooled else Padding(selection)
+    return test_ranker.small_ranker(config, pooled=pooled or None), padding, batches
 
 
 def retriever(name: str) -> tuple[Model, SequencePadding, list[Any]]:

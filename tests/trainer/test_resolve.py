@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.features import DatasetInfo, SplitInfo
+from embeddings.config import ExchangeConfig, TableConstraint
+from pipelines.features import DatasetInfo, SplitInfo, parse_dataset_info
 from tests.support.datasets import made_up_info
 from trainer.build import build_model
+from trainer.config import TrainConfig
 from trainer.labels.config import LabelConfig
 from trainer.models.config import ChannelConfig, StageConfig
 from trainer.recipes import load_recipe
@@ -125,3 +127,52 @@ def test_an_action_that_the_data_lack_is_refused(changes: dict[str, Any]) -> Non
     recipe = load_recipe("kuairand_sample")
     with pytest.raises(ValueError, match="swipe"):
         resolve(replace(recipe, model=replace(recipe.model, **changes)), INFO)
+
+
+BAGS = {
+    "event": {"item_id": "item", "query": ["word"]},
+    "item": {"words": ["word"], "colours": ["colour"], "colour": "shade", "shades": ["shade"]},
+    "sample": {"interests": ["interest"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "exchange", "message"),
+    [
+        (
+            "word",
+            {},
+            r"of item.words, query|of query, item.words|query, item.words are columns of event and of event\+candidate",
+        ),
+        ("shade", {}, "'item.colour' reads single ones"),
+        ("colour", {"rows": "float16"}, "sends sums in full"),
+        ("item", {}, "'item_id' reads single ones"),
+    ],
+)
+def test_what_cannot_be_pooled_is_refused(table: str, exchange: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"placement.tables.{table}.pooled .*{message}"):
+        resolve(with_bags({table: TableConstraint(pooled=True)}, ExchangeConfig(**exchange)), bags())
+
+
+def test_pooled_tables_of_the_same_rows_are_looked_up_together() -> None:
+    constraint = TableConstraint(pooled=True)
+    found = resolve(with_bags({"colour": constraint, "interest": constraint}, ExchangeConfig()), bags())
+    assert {table.name: table.pooled for table in found.tables if table.pooled} == {
+        "colour": "event+candidate",
+        "interest": "sample",
+    }
+
+
+def bags() -> DatasetInfo:
+    """Data with columns of many ids."""
+    values = INFO.as_dict()
+    names = ("word", "colour", "shade", "interest")
+    values["spaces"] |= {name: {"rows": 5} for name in names}
+    for part, columns in BAGS.items():
+        values[part] = values.get(part, {}) | columns
+    return parse_dataset_info(values, "made up")
+
+
+def with_bags(tables: dict[str, TableConstraint], exchange: ExchangeConfig) -> TrainConfig:
+    recipe = load_recipe("kuairand_sample")
+    return replace(recipe, placement=replace(recipe.placement, tables=tables, exchange=exchange))

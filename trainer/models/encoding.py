@@ -6,7 +6,7 @@ other token: scores do not depend on which candidates are asked for together.
 Shapes: B users, H events of all histories, C candidates, T packed tokens, D model width, A action bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,19 +36,27 @@ class InputEncoder(nn.Module):
         config: how they enter.
         dim: D.
         num_actions: A.
+        pooled: spaces whose tables give sums in the place of many ids' rows.
     """
 
     action_bits: Tensor
 
     def __init__(
-        self, selection: Selection, *, widths: Mapping[str, int], config: InputConfig, dim: int, num_actions: int
+        self,
+        selection: Selection,
+        *,
+        widths: Mapping[str, int],
+        config: InputConfig,
+        dim: int,
+        num_actions: int,
+        pooled: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.interleave, self.causal = config.merge == "interleave", config.causal
         self.dropout = config.dropout
 
         def encoder(features: Sequence[Feature]) -> RowEncoder:
-            return RowEncoder(features, widths=widths, config=config, dim=dim)
+            return RowEncoder(features, widths=widths, config=config, dim=dim, pooled=pooled)
 
         def if_any(*parts: Part) -> RowEncoder | None:
             features = selection.of(*parts)

@@ -53,7 +53,7 @@ class Model(nn.Module):
 
     def forward(self, batch: Pipelineable) -> Tensor:
         """This rank's part of the loss of a batch."""
-        loss: Tensor = self.objective(self.tables(batch.inputs.features), batch)
+        loss: Tensor = self.objective(self.tables(batch.inputs.features, batch.inputs.bags), batch)
         return loss
 
     def score(self, inputs: Any, trained: TrainedRows | None = None) -> Any:
@@ -61,5 +61,5 @@ class Model(nn.Module):
 
         Ids whose row is not among the `trained` ones read that of the unknown id.
         """
-        features = inputs.features if trained is None else trained.replace_unknown(inputs.features)
-        return self.tower(self.tables(features), inputs)
+        known = inputs if trained is None else inputs.looking_up(trained.replace_unknown(inputs.features))
+        return self.tower(self.tables(known.features, known.bags), inputs)

@@ -7,8 +7,8 @@ Two samples of one user in one batch share theirs.
 Shapes: B users, S events of all users, P predictions, N negatives.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class SequenceInputs:
     """[B] likewise, in host memory."""
     padded: bool = False
     """Whether the last sample is padding, which stands for nothing."""
+    bags: Mapping[tuple[str, ...], KeyedJaggedTensor] = field(default_factory=dict)
+    """No table is pooled."""
 
 
 @dataclass(frozen=True, kw_only=True)

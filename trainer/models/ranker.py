@@ -3,7 +3,7 @@
 Shapes: C candidates and H events of all users, D width of the tower's outputs, K outputs of all labels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -89,8 +89,9 @@ def build_ranker_tower(
     action_names: tuple[str, ...],
     output_bits: Sequence[int | None],
     action_rates: Sequence[float] | None = None,
+    pooled: Collection[str] = (),
 ) -> RankerTower:
-    """The ranker's tower for these columns, tables of these widths by space, and these actions.
+    """The ranker's tower for these columns, tables of these widths by space, `pooled` or not, and these actions.
 
     `output_bits` tells which action each of the head's outputs is the logit of, None of what is no action.
 
@@ -107,7 +108,12 @@ def build_ranker_tower(
         rates = Rates(selection.counts, action_rates=action_rates, output_bits=output_bits, dim=config.dim)
     return RankerTower(
         encoder=InputEncoder(
-            selection, widths=widths, config=config.input, dim=config.dim, num_actions=len(action_names)
+            selection,
+            widths=widths,
+            config=config.input,
+            dim=config.dim,
+            num_actions=len(action_names),
+            pooled=pooled,
         ),
         tower=build_mixture(config, selection=selection, action_names=action_names),
         head=build_rank_head(

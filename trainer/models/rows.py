@@ -3,7 +3,7 @@
 Shapes: N rows, D model width, F numbers, K borders of a number's buckets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,20 @@ class RowEncoder(nn.Module):
         widths: width of each space's table.
         config: how numbers and many ids enter, and whether a hidden layer stands in the place of the linear map.
         dim: D.  A single id of that width enters as it is.
+        pooled: spaces whose tables give sums in the place of many ids' rows.
     """
 
     def __init__(
-        self, features: Sequence[Feature], *, widths: Mapping[str, int], config: InputConfig, dim: int
+        self,
+        features: Sequence[Feature],
+        *,
+        widths: Mapping[str, int],
+        config: InputConfig,
+        dim: int,
+        pooled: Collection[str] = (),
     ) -> None:
         super().__init__()
+        self.summed = {feature.name for feature in features if feature.space in pooled}
         self.ids = tuple(feature for feature in features if feature.kind != "number")
         self.pooling = {each.name: config.pooling.get(each.name, "mean") for each in self.ids if each.kind == "ids"}
         numbers = [feature for feature in features if feature.kind == "number"]
@@ -65,7 +73,9 @@ class RowEncoder(nn.Module):
         values: Tensor = embedded[feature.name].values()
         if feature.kind == "id":
             return values
-        return pool(values, inputs.lens[feature.name], mean=self.pooling[feature.name] == "mean")
+        lens_N, mean = inputs.lens[feature.name], self.pooling[feature.name] == "mean"
+        summed = values[: lens_N.numel()] if feature.name in self.summed else add_up(values, lens_N)
+        return summed / lens_N.clamp(min=1)[:, None] if mean else summed
 
 
 class NumberEncoder(nn.Module):
@@ -117,10 +127,10 @@ def learned_vectors(count: int, dim: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(count, dim).normal_(std=INIT_STD))
 
 
-def pool(values: Tensor, lens_N: Tensor, *, mean: bool) -> Tensor:
-    """The sum or mean of each row's values [ids, E], [N, E]; 0 where it has none."""
-    summed = torch.segment_reduce(values.float(), "sum", lengths=lens_N, unsafe=True)
-    return summed / lens_N.clamp(min=1)[:, None] if mean else summed
+def add_up(values: Tensor, lens_N: Tensor) -> Tensor:
+    """The sum of each row's values [ids, E], [N, E] float32; 0 where it has none."""
+    summed: Tensor = torch.segment_reduce(values.float(), "sum", lengths=lens_N, unsafe=True)
+    return summed
 
 
 def _logarithm(values: Tensor) -> Tensor:

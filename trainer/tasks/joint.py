@@ -18,7 +18,7 @@ from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
 from pipelines.padding import Padding
 from pipelines.selection import Draw, Selection
 from trainer.baseline import popularity
-from trainer.columns import table_configs, widths
+from trainer.columns import pooled_spaces, table_configs, widths
 from trainer.config import TrainConfig
 from trainer.labels.loss import RankingLoss
 from trainer.mesh import Mesh
@@ -133,7 +133,7 @@ class Joint:
     @property
     def padding(self) -> Padding:
         """One more sample."""
-        return Padding(self.selection)
+        return Padding(self.selection, pooled_spaces(self.tables))
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Both heads' metrics and tables, from one pass over the split.  Called by every rank."""

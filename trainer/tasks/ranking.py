@@ -17,7 +17,7 @@ from pipelines.loader import build_loader
 from pipelines.padding import Padding
 from pipelines.selection import Selection
 from trainer.baseline import baseline_metrics
-from trainer.columns import ranker_columns, table_configs, widths
+from trainer.columns import pooled_spaces, ranker_columns, table_configs, widths
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate, ranking_table, unknown_lines, with_unknown
 from trainer.labels.binary import action_rates
@@ -123,6 +123,7 @@ class Ranking:
             action_names=names,
             output_bits=loss.output_bits,
             action_rates=[rates[name] for name in names] if set(names) <= set(rates) else None,
+            pooled=pooled_spaces(self.tables),
         )
         tower.start_at(loss.start())
         return Model(tables, tower, loss)
@@ -134,7 +135,7 @@ class Ranking:
     @property
     def padding(self) -> Padding:
         """One more sample."""
-        return Padding(self.selection)
+        return Padding(self.selection, pooled_spaces(self.tables))
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """The metrics of each label: of actions beside the rates of items and users, of others beside what is known

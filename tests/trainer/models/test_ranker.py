@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from embeddings.config import TableConfig
-from embeddings.tables import build_tables
+from embeddings.tables import build_tables, init_tables
+from pipelines.selection import Selection
 from tests.support.batches import (
     CONTEXT_VOCAB,
     NUM_ACTIONS,
@@ -32,7 +33,7 @@ from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
 
 CONTEXT = ("user_id", "country")
-WIDTHS = {"item": 12, "tab": 8, "user_id": 12, "country": 4}
+WIDTHS = {"item": 12, "tab": 8, "tag": 8, "user_id": 12, "country": 4}
 """Of the tables' rows."""
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
 LAYER = LayerConfig(num_heads=2, qk_dim=8, value_dim=8)
@@ -46,22 +47,45 @@ def model_config(**changes: Any) -> ModelConfig:
     return replace(ModelConfig(dim=16, max_len=32, layer=LAYER, stages=STAGES), **changes)
 
 
+def tags_apart(selection: Selection) -> Selection:
+    """With a table for the tags alone."""
+    features = [replace(each, space="tag") if each.name == "tags" else each for each in selection.features]
+    return replace(selection, features=tuple(features))
+
+
 def small_ranker(
-    config: ModelConfig, context_names: tuple[str, ...] = CONTEXT, *, columns: bool | None = None
+    config: ModelConfig,
+    context_names: tuple[str, ...] = CONTEXT,
+    *,
+    columns: bool | None = None,
+    pooled: bool | None = None,
 ) -> Model:
+    """`pooled` tells whether tags, in a table of their own, are summed where its rows lie; None for a shared table."""
     torch.manual_seed(0)
     selection = small_selection(context_names, columns=config in WITH_COLUMNS if columns is None else columns)
-    rows = {"item": NUM_ITEMS, "tab": NUM_TABS, **dict.fromkeys(context_names, CONTEXT_VOCAB)}
+    selection = selection if pooled is None else tags_apart(selection)
+    rows = {"item": NUM_ITEMS, "tab": NUM_TABS, "tag": NUM_TABS, **dict.fromkeys(context_names, CONTEXT_VOCAB)}
     names = {space: tuple(each.name for each in selection.features if each.space == space) for space in rows}
     configs = [
-        TableConfig(name=space, embedding_dim=WIDTHS[space], num_embeddings=rows[space], features=features)
+        TableConfig(
+            name=space,
+            embedding_dim=WIDTHS[space],
+            num_embeddings=rows[space],
+            features=features,
+            pooled="event" if space == "tag" and pooled else None,
+        )
         for space, features in names.items()
         if features
     ]
     tables = build_tables(configs, device=torch.device("cpu"))
     loss = build_ranking_loss(config.labels, made_up_info(num_items=NUM_ITEMS, actions=ACTIONS))
     tower = build_ranker_tower(
-        config, selection=selection, widths=WIDTHS, action_names=ACTIONS, output_bits=loss.output_bits
+        config,
+        selection=selection,
+        widths=WIDTHS,
+        action_names=ACTIONS,
+        output_bits=loss.output_bits,
+        pooled=("tag",) if pooled else (),
     )
     return Model(tables, tower, loss)
 
@@ -114,6 +138,26 @@ def test_batch_without_tokens_gives_zero_loss_and_zero_gradients(name: str, user
     loss.backward()
     assert loss.item() == 0 and outputs.shape == (0, NUM_ACTIONS)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in ranker.tower.parameters())
+
+
+@pytest.mark.parametrize("name", ["columns", "columns, interleaved, mlp"])
+@pytest.mark.parametrize("lens", [([5, 0, 9], [2, 3, 1]), ([0, 0], [2, 1])])
+def test_sums_that_a_table_gives_train_as_rows_that_are_added_up(name: str, lens: tuple[list[int], list[int]]) -> None:
+    """Means and sums, of bags with and without ids, and where there is no bag."""
+    rankers = [small_ranker(CONFIGS[name], pooled=pooled) for pooled in (False, True)]
+    batch = random_batch(*lens, context_names=CONTEXT)
+    losses, gradients = [], []
+    for ranker in rankers:
+        init_tables(ranker.tables, seed=3)
+        losses.append(ranker(batch))
+        losses[-1].backward()
+        of_tables = {key.split(".")[-2]: value for key, value in ranker.tables.named_parameters()}
+        named = {**dict(ranker.tower.named_parameters()), **of_tables}
+        gradients.append({key: value.grad for key, value in named.items()})
+    torch.testing.assert_close(losses[1], losses[0])
+    assert gradients[0].keys() == gradients[1].keys() and "tag" in gradients[0]
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
