@@ -165,3 +165,15 @@ def stored_columns(selection: Selection) -> Iterator[Column]:
             for part in feature.parts:
                 yield Column(name=feature.column, part=part, kind=feature.kind, space=feature.space)
     yield from selection.labels
+
+
+def unread_columns(selection: Selection, info: DatasetInfo) -> list[str]:
+    """`PART.NAME` of each column of the data set that neither an input nor a label of the selection is."""
+    read = {(column.part, column.name) for column in stored_columns(selection)} | {
+        ("event", ITEM_ID),
+        ("candidate", ITEM_ID),
+    }
+    read |= {("item", feature.column) for feature in selection.features if feature.of_item}
+    counted = {("candidate", name) for each in counts_of(info) for name in each.columns}
+    columns = ((column.part, column.name) for column in info.columns)
+    return [f"{part}.{name}" for part, name in columns if (part, name) not in read | counted]

@@ -24,6 +24,7 @@ from embeddings.touched import TouchedRows
 from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import StepPipeline, check_overlap
+from pipelines.selection import unread_columns
 from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Newest, open_catalogue
@@ -352,6 +353,9 @@ def announce(resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -
     logger.info("recipe %s on %d x %s", resolved.config.name, mesh.world_size, device_name(mesh.device))
     logger.info("versions %s", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
     logger.info("data %s (%s)", resolved.config.data.path, resolved.info.name)
+    unread = unread_columns(resolved.task.selection, resolved.info)
+    if unread:
+        logger.info("columns of the data that are not read: %s", ", ".join(unread))
     logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.dense.parameters()):,}")
     announce_frozen(model.model)
     logger.info("%s", plan_report(plan))

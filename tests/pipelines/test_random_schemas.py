@@ -16,7 +16,7 @@ from pipelines.config import DataConfig
 from pipelines.dataset_json import read_dataset_info
 from pipelines.features import Column, DatasetInfo
 from pipelines.loader import build_loader
-from pipelines.selection import Selection, select
+from pipelines.selection import Selection, select, unread_columns
 
 MAX_HISTORY = 5
 Row = dict[str, Any]
@@ -192,6 +192,27 @@ def test_batches_equal_a_plain_reading_on_any_number_of_ranks(tmp_path: Path, se
                 check(world, batch)
                 seen += [user for user in batch.inputs.user_id.tolist() if user >= 0]
         assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_column_is_read_or_named_as_unread(tmp_path: Path, seed: int) -> None:
+    info = make_world(tmp_path / "data", seed).info
+    columns = [(column.part, column.name) for column in info.columns if column.name != "item_id"]
+    labels = tuple(name for part, name in columns if part == "label")
+    assert unread_columns(select(info, labels=labels), info) == []
+    none = select(info, event=("item_id",), candidate=("item_id",), context=())
+    assert unread_columns(none, info) == [f"{part}.{name}" for part, name in columns]
+    for part, name in columns:
+        given = {"labels": (name,)} if part == "label" else {"context": (name,)} if part == "sample" else {}
+        given |= (
+            {part: (name,)}
+            if part in ("event", "candidate")
+            else {"event": (f"item.{name}",)}
+            if part == "item"
+            else {}
+        )
+        alone = select(info, **{"event": (), "candidate": (), "context": (), "labels": (), **given})
+        assert unread_columns(alone, info) == [f"{p}.{n}" for p, n in columns if (p, n) != (part, name)]
 
 
 def test_what_an_items_file_lacks_or_repeats_is_refused(tmp_path: Path) -> None:
