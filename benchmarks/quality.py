@@ -5,24 +5,25 @@ Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows N
 
 Of every row and order of ties the pass is chosen on each user's last event but one: the recipe is trained on the data
 without the last events (`prepare --drop-last 1`), evaluated every few passes, and the pass with the best NDCG@10
-counts.  Then it is trained on all but the last events, once a seed, and read at that pass: the last events are seen
-once.  With `--last-pass` nothing is chosen, and the recipe's last pass counts.
+counts.  Beside that it is trained on all but the last events, once a seed, evaluated after the same passes, and read at
+that one alone.  With `--last-pass` nothing is chosen, and the recipe's last pass counts; with `--seeds 0` nothing is
+tested, which is how settings are compared.
 
 The result of a table goes to benchmarks/results/quality_NAME.json, where rows that were not run stay; docs/quality.md
-shows it.  What is done under --work is used again.
+shows it.  What is done under --work is used again.  Where `--limit-s` ends runs, what they had by then counts, and a
+test that had not come to its pass is left out.
 """
 
 import argparse
 import datetime
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.trainings import Trained, Training, hardware, prepare, seeded, train_all
+from benchmarks.trainings import Trained, Training, prepare, seeded, train_all
 from pipelines.dataset_json import read_dataset_info
 from trainer.recipes import load_recipe
 
@@ -40,10 +41,17 @@ class Row:
     """Arguments of its preparation, but for files, order of ties and what is left out."""
     settings: tuple[str, ...] = ()
     """Over the recipe's."""
-    every_passes: int = 5
-    """Passes between two evaluations on the validation item."""
+    other: str = ""
+    """What `settings` make of the recipe, in words; empty without any."""
+    every_passes: int = 10
+    """Passes between two evaluations."""
     published: tuple[float, float] | None = None
     """HR@10 and NDCG@10 that its authors print, in the first order of ties."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"{self.recipe}, {self.other}" if self.other else self.recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +68,7 @@ class Table:
 _WHOLE = ("--leave-last", "1", "--candidates", "1")
 _PIECES = ("--leave-last", "1", "--samples-per-user", "0", "--candidates", "199")
 _LONG = (*_PIECES, "--train-history", "1", "--max-history", "199")
+_DRAWN = ("model.retrieval.num_negatives=128", "model.retrieval.share_negatives=false")
 
 TABLES: Mapping[str, Table] = {
     "ml1m": Table(
@@ -68,6 +77,7 @@ TABLES: Mapping[str, Table] = {
         rows=(
             Row(recipe="ml1m_sasrec", prepare=_WHOLE, published=(0.2853, 0.1603)),
             Row(recipe="ml1m_hstu", prepare=_WHOLE, published=(0.3097, 0.1720)),
+            Row(recipe="ml1m_hstu", other="128 drawn films", prepare=_WHOLE, settings=_DRAWN),
             Row(recipe="ml1m_hstu_large", prepare=_WHOLE, published=(0.3294, 0.1893)),
             Row(recipe="ml1m_longview", prepare=_LONG),
         ),
@@ -81,14 +91,17 @@ def main() -> None:
     parser.add_argument("--table", choices=list(TABLES), default="ml1m", help="which table")
     parser.add_argument("--source", type=Path, help="folder with the publisher's files")
     parser.add_argument("--work", type=Path, help="folder for prepared data and runs")
-    parser.add_argument("--rows", nargs="+", help="recipes; all if not given")
+    parser.add_argument("--rows", nargs="+", help="rows by name; all if not given")
     parser.add_argument("--orders", nargs="+", help="orders of ties; all if not given")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each row that are tested")
     parser.add_argument("--last-pass", action="store_true", help="choose no pass: the recipe's last one counts")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--limit-s", type=float, help="seconds after which no run begins or goes on")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over all rows' settings: for trials")
+    parser.add_argument("--out", type=Path, help="where the result goes and the rest of it comes from")
     parser.add_argument("--show", action="store_true", help="print the table of the result, and do nothing else")
     arguments = parser.parse_args()
-    file, named = RESULTS / f"quality_{arguments.table}.json", TABLES[arguments.table]
+    file, named = arguments.out or RESULTS / f"quality_{arguments.table}.json", TABLES[arguments.table]
     if not arguments.show:
         if arguments.source is None or arguments.work is None:
             parser.error("--source and --work are needed, unless --show is given")
@@ -99,24 +112,23 @@ def main() -> None:
 
 def measure(named: Table, arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     """The report with what was asked for run anew; what the file says of the rest stays."""
-    chosen: Sequence[Trained | None]
     report: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
+    rows = [row for row in named.rows if arguments.rows is None or row.name in arguments.rows]
     orders = arguments.orders or named.orders
-    rows = [row for row in named.rows if arguments.rows is None or row.recipe in arguments.rows]
-    cells = [Cell(named.dataset, row, order, arguments.work) for row in rows for order in orders]
+    trial = tuple(arguments.set)
+    cells = [Cell(named.dataset, row, order, arguments.work, trial) for row in rows for order in orders]
     for cell in cells:
         cell.prepare(arguments.source)
-    if arguments.last_pass:
-        chosen, passes = [None] * len(cells), [cell.last_pass for cell in cells]
-    else:
-        chosen = train_all([cell.choosing() for cell in cells], arguments.jobs)
-        passes = [cell.best_pass(each) for cell, each in zip(cells, chosen, strict=True)]
-    tests = [(i, seed) for i in range(len(cells)) for seed in range(arguments.seeds)]
-    tested = train_all([cells[i].testing(seed, passes[i]) for i, seed in tests], arguments.jobs)
+    choosing = [] if arguments.last_pass else [cell.choosing() for cell in cells]
+    tests = [cell.testing(seed) for seed in range(arguments.seeds) for cell in cells]
+    trained = train_all([*choosing, *tests], arguments.jobs, arguments.limit_s)
+    chosen, tested = trained[: len(choosing)], trained[len(choosing) :]
     for i, cell in enumerate(cells):
-        own = [each for (j, _), each in zip(tests, tested, strict=True) if j == i]
-        entry = report["rows"].setdefault(cell.row.recipe, {"published": cell.row.published, "orders": {}})
-        entry["orders"][cell.order] = cell.result(chosen[i], passes[i], own)
+        entry = report["rows"].setdefault(cell.row.name, {"published": cell.row.published, "orders": {}})
+        found = cell.result(chosen[i] if chosen else None, tested[i :: len(cells)])
+        entry["orders"][cell.order] = {**found, "side_by_side": arguments.jobs}
+    order = [row.name for row in named.rows]
+    report["rows"] = {name: report["rows"][name] for name in order if name in report["rows"]}
     return report
 
 
@@ -128,6 +140,8 @@ class Cell:
     row: Row
     order: str
     work: Path
+    trial: tuple[str, ...] = ()
+    """Settings over the row's."""
 
     def prepare(self, source: Path) -> None:
         """Both data sets: without the last events, and with them."""
@@ -142,84 +156,67 @@ class Cell:
 
     def choosing(self) -> Training:
         """The training that is evaluated on the last event but one."""
-        return self._training("choose", self.data(1), 0, self._steps(self.data(1), self.row.every_passes))
+        return self._training("choose", self.data(1), 0)
 
-    def testing(self, seed: int, passes: float) -> Training:
-        """A training that is evaluated on the last event, first after so many passes."""
-        return self._training(f"test-{seed}", self.data(0), seed, self._steps(self.data(0), passes))
+    def testing(self, seed: int) -> Training:
+        """A training that is evaluated on the last event."""
+        return self._training(f"test-{seed}", self.data(0), seed)
 
-    def best_pass(self, chosen: Trained) -> float:
-        """Passes after which the choosing run was best."""
-        best = max(chosen.evaluations, key=lambda line: float(line[CHOSEN_BY]))
-        return self._passes(self.data(1), best["step"])
-
-    @property
-    def last_pass(self) -> float:
-        """Passes of the recipe."""
-        return float(load_recipe(self.row.recipe).data.num_epochs)
-
-    def result(self, chosen: Trained | None, passes: float, tested: Sequence[Trained]) -> dict[str, Any]:
-        """What the report says of this cell."""
-        step = self._steps(self.data(0), passes)
-        lines = [_line(each, step) for each in tested]
-        validated = () if chosen is None else chosen.evaluations
+    def result(self, chosen: Trained | None, tested: Sequence[Trained]) -> dict[str, Any]:
+        """What the report says of this cell: tests that came to the chosen pass, or without one to their end."""
+        validated = {} if chosen is None else self._by_pass(chosen)
+        passes = max(validated, key=lambda each: float(validated[each][CHOSEN_BY])) if validated else self._last_pass
+        read = [(each, found) for each in tested if (found := self._by_pass(each).get(passes)) is not None]
         return {
             "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "hardware": hardware(),
-            "pass": round(passes, 1),
-            "validation": {
-                f"{self._passes(self.data(1), line['step']):.1f}": [line[name] for name in METRICS]
-                for line in validated
-            },
-            "test": {name: [line[name] for line in lines] for name in METRICS},
-            "seconds": [each.seconds for each in tested],
+            "commit": sorted({each.commit for each, _ in read}),
+            "hardware": sorted({each.hardware for each, _ in read}),
+            "settings": [*self.row.settings, *self.trial],
+            "pass": passes,
+            "validation": {str(each): [line[name] for name in METRICS] for each, line in validated.items()},
+            "test": {name: [found[name] for _, found in read] for name in METRICS},
+            "seconds": [each.seconds for each, _ in read if each.seconds is not None],
         }
 
-    def _training(self, name: str, data: Path, seed: int, every: int) -> Training:
-        run = self.work / "runs" / f"{self.row.recipe}-{self.order}-{name}"
-        settings = (f"data.path={data}", f"evaluation.every_steps={every}", *seeded(seed), *self.row.settings)
-        return Training(recipe=self.row.recipe, run=run, settings=settings)
+    def _by_pass(self, trained: Trained) -> Mapping[int, Mapping[str, Any]]:
+        """A run's evaluations by passes over its data, rounded."""
+        every = self.row.every_passes
+        found = {every * (number + 1): line for number, line in enumerate(trained.evaluations)}
+        # A finished run's last evaluation is that of its end.
+        if trained.seconds is not None:
+            found = {**dict(list(found.items())[:-1]), self._last_pass: trained.evaluations[-1]}
+        return found
 
-    def _steps(self, data: Path, passes: float) -> int:
-        return round(passes * self._samples(data) / self._batch)
-
-    def _passes(self, data: Path, step: int) -> float:
-        return step * self._batch / self._samples(data)
-
-    def _samples(self, data: Path) -> int:
-        return read_dataset_info(str(data)).splits["train"].samples
+    def _training(self, name: str, data: Path, seed: int) -> Training:
+        run = self.work / "runs" / f"{self._folder}-{self.order}-{name}"
+        samples = read_dataset_info(str(data)).splits["train"].samples
+        every = round(self.row.every_passes * samples / load_recipe(self.row.recipe).data.global_batch_size)
+        own = (f"data.path={data}", f"evaluation.every_steps={every}", *seeded(seed))
+        return Training(recipe=self.row.recipe, run=run, settings=(*own, *self.row.settings, *self.trial))
 
     @property
-    def _batch(self) -> int:
-        return load_recipe(self.row.recipe).data.global_batch_size
+    def _folder(self) -> str:
+        return "".join(letter if letter.isalnum() else "_" for letter in self.row.name)
 
-
-def _line(trained: Trained, step: int) -> Mapping[str, Any]:
-    """The evaluation after this step; a run's last one where it ended before."""
-    return next((line for line in trained.evaluations if line["step"] == step), trained.evaluations[-1])
-
-
-def commit() -> str:
-    """The code's, with a + where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return found or "unknown"
+    @property
+    def _last_pass(self) -> int:
+        return load_recipe(self.row.recipe).data.num_epochs
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as a table in Markdown: means over the seeds with their standard deviation."""
     lines = [
-        "| recipe | ties | pass | on the last event but one | seeds | HR@10 | NDCG@10 | HR@50 | MRR | published | s |",
+        "| recipe | ties | pass | on the last event but one | seeds | HR@10 | NDCG@10 | HR@50 | MRR | published | "
+        "s, runs side by side |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in report["rows"].items():
         for order, cell in row["orders"].items():
-            validated = cell["validation"].get(f"{cell['pass']:.1f}")
+            validated = cell["validation"].get(str(cell["pass"]))
             published = row["published"] if order == "gr" else None
-            cells = [name, order, f"{cell['pass']:g}", _pair(validated), str(len(cell["seconds"]))]
+            cells = [name, order, str(cell["pass"]), _pair(validated), str(len(cell["test"][METRICS[0]]))]
             cells += [_cell(cell["test"][metric]) for metric in METRICS] + [_pair(published)]
-            cells.append(f"{mean(cell['seconds']):.0f}" if cell["seconds"] else "")
+            cells.append(f"{mean(cell['seconds']):.0f}, {cell['side_by_side']}" if cell["seconds"] else "")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -31,8 +31,12 @@ class Trained:
 
     evaluations: tuple[dict[str, Any], ...]
     """The lines of its eval.jsonl, in the order of steps."""
-    seconds: float
-    """From the start of its process to its end."""
+    seconds: float | None
+    """From the start of its process to its end; None of a run that was cut off."""
+    hardware: str
+    """What it ran on."""
+    commit: str
+    """Of the code that it ran, with a + where files differed from it."""
 
 
 def seeded(seed: int) -> tuple[str, ...]:
@@ -51,35 +55,55 @@ def prepare(out: Path, arguments: Sequence[str]) -> None:
         run_module("pipelines.prepare", [*arguments, "--out", str(out)], _log(out))
 
 
-def train_all(trainings: Iterable[Training], jobs: int) -> list[Trained]:
-    """Train them, at most `jobs` at a time.
+def commit() -> str:
+    """The code's, with a + where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found or os.environ.get("COMMIT", "unknown")
+
+
+def train_all(trainings: Iterable[Training], jobs: int, limit_s: float | None = None) -> list[Trained]:
+    """Train them, at most `jobs` at a time, until all are done or so many seconds are over.
 
     Raises:
         SystemExit: a training failed; the message names its log.
     """
+    end = None if limit_s is None else time.monotonic() + limit_s
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(train, trainings))
+        return list(pool.map(lambda training: train(training, end), trainings))
 
 
-def train(training: Training) -> Trained:
-    """Train and evaluate, unless that is done."""
+def train(training: Training, end: float | None = None) -> Trained:
+    """Train and evaluate, unless that is done; cut off where `time.monotonic` reaches `end`."""
     run, finished = training.run, training.run / "finished.json"
-    if not finished.is_file():
+    about: dict[str, Any] = {"seconds": None, "hardware": hardware(), "commit": commit()}
+    if finished.is_file():
+        about = json.loads(finished.read_text())
+    elif end is None or end > time.monotonic():
         start = time.perf_counter()
         command = ["train", training.recipe, "--run-dir", str(run), "--set", *training.settings]
-        run_module("trainer", command, _log(run))
-        finished.write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}))
-    lines = (run / "eval.jsonl").read_text().splitlines()
-    return Trained(evaluations=tuple(map(json.loads, lines)), seconds=json.loads(finished.read_text())["seconds"])
+        if run_module("trainer", command, _log(run), end):
+            about["seconds"] = round(time.perf_counter() - start, 1)
+            finished.write_text(json.dumps(about))
+    evaluated = run / "eval.jsonl"
+    lines = evaluated.read_text().splitlines() if evaluated.is_file() else []
+    return Trained(evaluations=tuple(map(json.loads, lines)), **about)
 
 
-def run_module(module: str, arguments: Sequence[str], log_file: Path) -> None:
-    """Run a module of the project; what it says goes to a file."""
+def run_module(module: str, arguments: Sequence[str], log_file: Path, end: float | None = None) -> bool:
+    """Run a module of the project; what it says goes to a file.  Returns whether it ended before `time.monotonic`
+    reached `end`; after that it is stopped."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("w") as log:
         command = [sys.executable, "-m", module, *arguments]
-        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
-            raise SystemExit(f"{' '.join(command)} failed: see {log_file}")
+        limit = None if end is None else end - time.monotonic()
+        try:
+            found = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return False
+    if found.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: see {log_file}")
+    return True
 
 
 def _log(folder: Path) -> Path:
