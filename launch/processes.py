@@ -114,7 +114,7 @@ def _send(number: signal.Signals, running: Mapping[int, "subprocess.Popen[bytes]
 def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"ended with status {code}"
-    by_whom = " (by the system when memory runs out, or by hand)" if -code == signal.SIGKILL else ""
+    by_whom = " (by its guard, by the system when memory runs out, or by hand)" if -code == signal.SIGKILL else ""
     return f"was ended by {signal.Signals(-code).name}{by_whom}"
 
 

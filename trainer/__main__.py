@@ -28,6 +28,7 @@ from trainer.checkpoint import listing
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.command_line import WrongUse, lasting, run_command, show_findings
 from trainer.config import TrainConfig
+from trainer.guard import GUARD, IDLE_S, IMPORTS_S
 from trainer.recipes import load_recipe, recipe_summaries
 from trainer.report.page import write_report
 from trainer.run_dir import RunDir
@@ -83,13 +84,16 @@ def train(
 ) -> None:
     """Train a recipe, or go on with it if the run directory holds a checkpoint."""
     STOP.listen()
+    GUARD.start()
     config = _resolve(recipe, set_)
+    GUARD.expect("its imports", IMPORTS_S, idle_s=IDLE_S)
     if config.data.reader_threads:
         reader_server()
     # torch takes seconds to import; a wrong recipe or key is answered before.
     with lasting():
         from trainer.job import Start, train_job
 
+    GUARD.expect("its checks", config.watch.first_s)
     train_job(
         config,
         run_dir or Path("runs", recipe),
@@ -110,6 +114,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a checkpoint on the evaluation split, of the run's data or of later data."""
+    GUARD.start()
     from trainer.job import evaluate_job
 
     evaluate_job(run_dir, step, set_ or [])

@@ -38,10 +38,11 @@ from trainer.determinism import make_deterministic
 from trainer.evaluator import Evaluator, evaluate
 from trainer.feed import Feed
 from trainer.freezing import announce_frozen
+from trainer.guard import GUARD
 from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
 from trainer.measured import dense_cost
-from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
 from trainer.optim import settle_schedule
 from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
@@ -91,6 +92,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     settled = _settle(resolved, loader, progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     # Reading begins while the model is being built.
+    GUARD.expect("meeting the other ranks", 2 * COLLECTIVE_TIMEOUT.total_seconds())
     sole = locked(run) if mesh.is_first else nullcontext()
     with sole, logged(run, mesh), joined(mesh) as store, ExitStack() as opened:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))

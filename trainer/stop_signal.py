@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 from trainer.exit_status import FAILED, STOPPED
-from trainer.stopped import LOOK_S, LOST, StoppedProcesses, children, rank_of
+from trainer.stopped import LOOK_S
 
 AGENT, OWN_AGENT = "TORCHELASTIC_RUN_ID", "launch"
 """The variable by which a process knows that an agent started it, whose end is the job's; its value from ours."""
@@ -75,15 +75,11 @@ class StopSignal:
             Thread(target=self._follow, args=(os.getppid(),), name="follow-agent", daemon=True).start()
 
     def _follow(self, agent: int) -> None:
-        """Stop when the agent that started this process dies, and see that no sibling stands still for good."""
+        """Stop when the agent that started this process dies."""
         # Processes whose parent has died are given to the first of the machine, which is an agent in containers only.
         orphaned = agent == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes()
-        stopped = StoppedProcesses()
         while not orphaned and os.getppid() == agent:
             time.sleep(LOOK_S)
-            # Our own agent looks for itself; torchrun does not.
-            if os.environ[AGENT] != OWN_AGENT:
-                _end_lost(stopped, agent)
         self.ask("the agent that started this rank has died")
 
     def ask(self, why: str) -> None:
@@ -120,16 +116,6 @@ class StopSignal:
         """From now on: the process stops or is done, and must not be ended by another signal while Python clears up."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-
-
-def _end_lost(stopped: StoppedProcesses, agent: int) -> None:
-    """End ranks that have been stopped too long; the first that runs of those that an agent has started does so."""
-    ranks = [pid for pid in children(agent) if rank_of(pid) is not None]
-    lost = stopped.look(ranks)
-    if os.getpid() == next((pid for pid in ranks if pid not in lost), None):
-        for pid in lost:
-            print(f"error: rank {rank_of(pid)} {LOST}; ending it", file=sys.stderr, flush=True)
-            os.kill(pid, signal.SIGKILL)
 
 
 STOP = StopSignal()

@@ -1,11 +1,8 @@
-"""Processes that a signal has stopped (SIGSTOP): they live, do nothing, and hear of nothing until SIGCONT or SIGKILL.
-
-A rank can be watched over the job's store once it has joined the job; before that only from the outside, by the agent
-that started it and by its siblings.  Standard library only.
-"""
+"""Processes that a signal has stopped (SIGSTOP): they live, do nothing and hear nothing until SIGCONT or SIGKILL."""
 
 from collections.abc import Iterable
-from pathlib import Path
+
+from trainer.process_table import STOPPED, status_of
 
 LOOK_S = 1.0
 """Between two looks."""
@@ -19,35 +16,18 @@ LOST = f"has been stopped by a signal (SIGSTOP) for {LOOKS * LOOK_S:.0f} s"
 class StoppedProcesses:
     """How long which processes have been stopped, as far as they were looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, more_looks: int = 0) -> None:
+        """So many more than LOOKS."""
+        self._more_looks = more_looks
         self._looks: dict[int, int] = {}
 
     def look(self, pids: Iterable[int]) -> list[int]:
         """Those that have been stopped too long.  To be called every LOOK_S."""
-        self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if _is_stopped(pid)}
-        return [pid for pid, looks in self._looks.items() if looks >= LOOKS]
+        self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if is_stopped(pid)}
+        return [pid for pid, looks in self._looks.items() if looks >= LOOKS + self._more_looks]
 
 
-def children(pid: int) -> list[int]:
-    """Processes that a process has started, and that run."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-def rank_of(pid: int) -> str | None:
-    """The place in its job that a process was started with; None if it has none, or has ended."""
-    try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return next((entry[5:].decode() for entry in variables if entry.startswith(b"RANK=")), None)
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        # After the command's name, which may hold anything, in parentheses.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def is_stopped(pid: int) -> bool:
+    """Whether it is so now."""
+    status = status_of(pid)
+    return status is not None and status.state == STOPPED

@@ -4,8 +4,9 @@
     one is late:  verdict -> every rank leaves its stacks -> the judge names the culprit -> all ranks end
 
 A rank judges its own phase, for its thread runs while its main thread hangs; the rank before it sees when even that
-thread stands still (SIGSTOP, a dead machine).  A phase is late when it takes longer than `watch.least_s` and than
-`FACTOR` times the longest so far; before the first few of a kind, when compilers run, than `watch.first_s`.
+thread stands still (SIGSTOP, a dead machine), and so does its guard, where no rank is left.  A phase is late when it
+takes longer than `watch.least_s` and than `FACTOR` times the longest so far; before the first few of a kind, when
+compilers run, than `watch.first_s`.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from typing import Any
 from torch._C._distributed_c10d import Store
 
 from trainer.config import WatchConfig
+from trainer.guard import GUARD, IDLE_S
 from trainer.mesh import Mesh
 from trainer.stop_signal import STOP
 
@@ -45,6 +47,8 @@ STACKS_S = 3.0
 """How long the judge waits for the others' stacks."""
 SENTENCE_S = 10.0
 """How long a rank waits for the judge before it ends without his word."""
+END_S = 120.0
+"""What the end of a process may take after its watch, if it does something."""
 
 _OVER = "over"
 """The phase of a rank whose watch has ended."""
@@ -150,6 +154,7 @@ class Watchdog:
         self._over.set()
         self._thread.join()
         self.clock.enter(_OVER)
+        GUARD.expect("its end", END_S, idle_s=IDLE_S)
         # The store may have ended with the first node's agent.
         with contextlib.suppress(RuntimeError):
             self._tell(-1)
@@ -160,6 +165,8 @@ class Watchdog:
         following = (self._mesh.rank + 1) % self._mesh.world_size
         try:
             while not self._over.wait(BEAT_S):
+                # Other ranks, which can name a culprit, come first.
+                GUARD.expect("a sign of life", self._limits.least_s + STACKS_S + SENTENCE_S)
                 pause, looked_at = time.monotonic() - looked_at, time.monotonic()
                 if pause > PAUSE_S:
                     # A job that is suspended, with its machine or by its scheduler, goes on where it was.
@@ -181,6 +188,7 @@ class Watchdog:
                     self._judge(late)
         except RuntimeError as error:
             # The store's process, the first node's agent, has gone: so will this job.
+            GUARD.expect("its last save", self._limits.first_s)
             if not self._over.is_set():
                 STOP.ask(f"the job's store is gone ({str(error).splitlines()[0]})")
 

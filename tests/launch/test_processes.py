@@ -50,7 +50,7 @@ def _run(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             FAILED,
-            "rank 1 failed: it was ended by SIGKILL (by the system when memory",
+            "rank 1 failed: it was ended by SIGKILL (by its guard, by the system when memory",
         ),
     ],
 )

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 
-from trainer.stopped import LOOKS, StoppedProcesses, children, rank_of
+from trainer.process_table import children, rank_of
+from trainer.stopped import LOOKS, StoppedProcesses
 
 
 def test_a_process_counts_as_lost_when_it_was_found_stopped_so_many_times_in_a_row() -> None:
