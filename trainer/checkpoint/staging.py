@@ -5,7 +5,9 @@
 Anonymous (memfd_create), because nothing of it must stay behind a SIGKILL, and /dev/shm is small in containers.
 """
 
+import contextlib
 import json
+import logging
 import mmap
 import os
 import subprocess
@@ -18,6 +20,8 @@ from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.layout import Layout
 from trainer.checkpoint.store import Store
 from trainer.stop_signal import kept_from_children
+
+logger = logging.getLogger(__name__)
 
 PART_BYTES = 64 * 2**20
 """Bytes of one copy; of rows that are gathered first, this much memory is taken beside the state."""
@@ -57,10 +61,13 @@ class Staging:
                     f"{num_bytes / 2**30:.1f} GiB for copies of the state cannot be page-locked (CUDA error {code}): "
                     "raise the limit of locked memory (ulimit -l), or set checkpoint.asynchronous=false"
                 )
+        self._process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
         # Signals that a terminal or a launcher sends to the ranks are not for it: it ends with its rank.
         with kept_from_children():
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.checkpoint.writer", str(self._file), str(num_bytes)],
+            return subprocess.Popen(
+                [sys.executable, "-m", "trainer.checkpoint.writer", str(self._file), str(self._num_bytes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[self._file],
@@ -78,10 +85,19 @@ class Staging:
     def write(self, store: Store, path: str, num_bytes: int) -> FileRecord:
         """Write the first `num_bytes` as a file; waits until they have reached the disk.
 
+        Where the process has gone another one takes its place, once: the copy is here.
+
         Raises:
             OSError: they cannot be written.
         """
-        reply = self._ask({"store": store.address, "path": path, "bytes": num_bytes})
+        request = {"store": store.address, "path": path, "bytes": num_bytes}
+        try:
+            reply = self._ask(request)
+        except WriterGone as gone:
+            logger.warning("%s; another one writes %s", gone, path)
+            self._close_pipes()
+            self._process = self._start()
+            reply = self._ask(request)
         if "error" in reply:
             raise OSError(reply["error"])
         return FileRecord(reply["bytes"], tuple(reply["crc32"]))
@@ -94,7 +110,7 @@ class Staging:
             line = replies.readline()
         except BrokenPipeError:
             line = b""
-        if not line:
+        if not line.endswith(b"\n"):
             raise WriterGone(f"the process that writes checkpoints ended with status {self._process.wait()}")
         reply: dict[str, Any] = json.loads(line)
         return reply
@@ -103,10 +119,15 @@ class Staging:
         assert self._process.stdin is not None and self._process.stdout is not None
         return self._process.stdin, self._process.stdout  # type: ignore[return-value]  # typeshed: IO[bytes]
 
+    def _close_pipes(self) -> None:
+        for pipe in self._pipes():
+            # A request that nobody has read is lost with the process.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
     def close(self) -> None:
         """End the process, which has nothing left to write, and give the memory back."""
-        for pipe in self._pipes():
-            pipe.close()
+        self._close_pipes()
         self._process.wait()
         if self._device.type == "cuda":
             _cuda_runtime().cudaHostUnregister(self._memory.data_ptr())
