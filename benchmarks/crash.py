@@ -21,16 +21,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.crash_faults import DAMAGES, FAULTS, STOP_A_RANK, damage, family, text_of
+from benchmarks.crash_faults import DAMAGES, DISK_FAULTS, FAULTS, damage, family, text_of
+from benchmarks.small_disks import SmallDisk, small_disk
 
 STEPS = 24
+STRIKES = 6
+"""To a run at most."""
 LIMIT_S = 300.0
+DISK = "256M"
+"""Size of the disk that runs are on, where this process may mount one."""
 SETTINGS = (
     f"max_steps={STEPS}",
     "checkpoint.every_steps=3",
@@ -56,26 +62,35 @@ ANY = "any"
 LAUNCHERS = ("plainly", "torchrun", "our launcher")
 
 
-def start(run_dir: Path, data: str, ranks: int, launcher: str) -> subprocess.Popen[bytes]:
-    """The job, its output in RUN_DIR.out."""
-    recipe = ["kuairand_sample", "--run-dir", str(run_dir), "--set", f"data.path={data}", *SETTINGS]
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "trainer", "train"]
-    ours = ["launch", "submit", "--scheduler", "local_cwd", "--nodes", "1", "--procs-per-node", str(ranks)]
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A start of a run."""
+
+    process: "subprocess.Popen[bytes]"
+    output: Path
+    """What its processes say."""
+
+
+def start(run_dir: Path, data: str, ranks: str, chance: random.Random) -> Job:
+    """On a number of ranks, by a launcher, with or without a process that reads: at random."""
+    number = chance.randint(1, 4) if ranks == ANY else int(ranks)
+    launcher = chance.choice([launcher for launcher in LAUNCHERS if number == 1 or launcher != "plainly"])
+    settings = (f"data.path={data}", *SETTINGS, f"data.reader_threads={chance.choice((0, 2))}")
+    recipe = ["kuairand_sample", "--run-dir", str(run_dir), "--set", *settings]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m", "trainer", "train"]
+    ours = ["launch", "submit", "--scheduler", "local_cwd", "--nodes", "1", "--procs-per-node", str(number)]
     module = {"plainly": ["trainer", "train"], "torchrun": torchrun, "our launcher": ours}[launcher]
-    with Path(f"{run_dir}.out").open("ab") as output:
-        return subprocess.Popen(
+    # Not on the run's disk, which may be struck.
+    file = run_dir.parents[1] / f"{run_dir.name}.out"
+    with file.open("ab") as output:
+        process = subprocess.Popen(
             [sys.executable, "-m", *module, *recipe],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
-
-
-def choose_start(ranks: str, chance: random.Random) -> tuple[int, str]:
-    """(ranks, launcher) of a start."""
-    number = chance.randint(1, 4) if ranks == ANY else int(ranks)
-    return number, chance.choice([launcher for launcher in LAUNCHERS if number == 1 or launcher != "plainly"])
+    return Job(process, file)
 
 
 @dataclass
@@ -83,33 +98,47 @@ class Tally:
     """What one kind of fault did."""
 
     strikes: int = 0
+    survived: int = 0
+    """The start that was struck came to the run's end."""
+    said_s: list[float] = field(default_factory=list)
+    """From the strike to the first error that a process of the job told."""
     ended_s: list[float] = field(default_factory=list)
-    """From the strike to the end of every process of the job."""
+    """From the strike to the end of every process of the job, where it did not survive."""
 
     def summary(self) -> dict[str, float]:
-        """How often it struck, and how long the job took to end."""
-        times = (
-            {"median_s": round(median(self.ended_s), 1), "max_s": round(max(self.ended_s), 1)} if self.ended_s else {}
-        )
-        return {"strikes": self.strikes, **times}
+        """How often it struck, and how long the job took to tell and to end."""
+        times = {"said": self.said_s, "ended": self.ended_s}
+        return {
+            "strikes": self.strikes,
+            "survived": self.survived,
+            **{f"{what}_median_s": round(median(values), 1) for what, values in times.items() if values},
+            **{f"{what}_max_s": round(max(values), 1) for what, values in times.items() if values},
+        }
 
     def add(self, other: "Tally") -> None:
         """The strikes of both."""
         self.strikes += other.strikes
+        self.survived += other.survived
+        self.said_s += other.said_s
         self.ended_s += other.ended_s
 
 
-def wait(process: subprocess.Popen[bytes], pids: list[int]) -> None:
-    """Until the job and every process that was part of it have ended.
+def wait(job: Job, pids: list[int], already_said: int = 0) -> float | None:
+    """Until the job and every process that was part of it have ended; returns after how long one of them told an error,
+    if one did, beyond so many bytes of output.
 
     Raises:
         TimeoutError: they have not.
     """
-    deadline = time.monotonic() + LIMIT_S
-    while process.poll() is None or any(_runs(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"of the job's processes {pids} some run after {LIMIT_S:.0f} s")
+    began, told_s = time.monotonic(), None
+    while job.process.poll() is None or any(_runs(pid) for pid in pids):
+        seconds = time.monotonic() - began
+        if seconds > LIMIT_S:
+            raise TimeoutError(f"of the job's processes {pids} some run after {LIMIT_S:.0f} s; see {job.output}")
+        if told_s is None and b"error: " in job.output.read_bytes()[already_said:]:
+            told_s = seconds
         time.sleep(0.02)
+    return told_s
 
 
 def _runs(pid: int) -> bool:
@@ -117,38 +146,61 @@ def _runs(pid: int) -> bool:
     return bool(status) and "State:\tZ" not in status and "State:\tX" not in status
 
 
-def trial(run_dir: Path, data: str, ranks: str, chance: random.Random, budget: int, whole_s: float) -> dict[str, Tally]:
-    """A run struck up to `budget` times, then left to its end; what struck it."""
-    tallies: dict[str, Tally] = {}
-    struck = 0
-    while True:
-        number, launcher = choose_start(ranks, chance)
-        process = start(run_dir, data, number, launcher)
-        moment = time.monotonic() + chance.uniform(0.0, 0.9 * whole_s)
-        while process.poll() is None and (struck >= budget or time.monotonic() < moment):
-            time.sleep(0.02)
-        # Nobody looks after a process that is alone, without an agent of ours.
-        kinds = [kind for kind in FAULTS if kind != STOP_A_RANK or number > 1 or launcher == "our launcher"]
-        pids = family(process.pid)
+class Striker:
+    """Strikes runs that are on one disk."""
+
+    def __init__(self, data: str, ranks: str, chance: random.Random, disk: SmallDisk | None) -> None:
+        self._data, self._ranks, self._chance, self._disk = data, ranks, chance, disk
+        self._faults = dict(FAULTS)
+        if disk is not None:
+            self._faults |= {name: partial(_strike_disk, strike, disk) for name, strike in DISK_FAULTS.items()}
+
+    def trial(self, run_dir: Path, budget: int, whole_s: float) -> dict[str, Tally]:
+        """A run struck up to `budget` times, then left to its end; what struck it.  One that nothing happens to takes
+        `whole_s`."""
+        tallies: dict[str, Tally] = {}
+        struck = 0
+        while True:
+            job = start(run_dir, self._data, self._ranks, self._chance)
+            moment = time.monotonic() + self._chance.uniform(0.0, 0.9 * whole_s)
+            while job.process.poll() is None and (struck >= budget or time.monotonic() < moment):
+                time.sleep(0.02)
+            kind = self._strike(job, tallies)
+            struck += kind is not None
+            if job.process.returncode == 0:
+                return tallies
+            if struck == 0:
+                raise AssertionError(f"{run_dir} failed though nothing struck it; see {job.output}")
+            if self._disk is not None and kind in DISK_FAULTS:
+                self._disk.mend()
+            kind = self._chance.choice(DAMAGES)
+            if struck < budget and self._chance.random() < 0.5 and damage(run_dir, kind, self._chance):
+                struck += 1
+                tallies.setdefault(kind, Tally()).strikes += 1
+
+    def _strike(self, job: Job, tallies: dict[str, Tally]) -> str | None:
+        """Strike a job, if it still runs, and wait for its end; by which kind of fault it was struck."""
+        kinds = self._chance.sample(list(self._faults), len(self._faults)) if job.process.poll() is None else []
+        pids, said = family(job.process.pid), job.output.stat().st_size
         began = time.monotonic()
         # The first of a random order that finds what it strikes.
-        candidates = chance.sample(kinds, len(kinds)) if process.poll() is None else []
-        if kind := next((kind for kind in candidates if FAULTS[kind](process.pid, chance)), None):
-            struck += 1
-            tally = tallies.setdefault(kind, Tally())
-            tally.strikes += 1
-            wait(process, pids)
-            tally.ended_s.append(time.monotonic() - began)
+        kind = next((kind for kind in kinds if self._faults[kind](job.process.pid, self._chance)), None)
+        said_s = wait(job, pids, said)
+        if kind is None:
+            return None
+        tally = tallies.setdefault(kind, Tally())
+        tally.strikes += 1
+        if job.process.returncode == 0:
+            tally.survived += 1
         else:
-            wait(process, pids)
-        if process.returncode == 0:
-            return tallies
-        if struck == 0:
-            raise AssertionError(f"{run_dir} failed though nothing struck it; see {run_dir}.out")
-        kind = chance.choice(DAMAGES)
-        if struck < budget and chance.random() < 0.5 and damage(run_dir, kind, chance):
-            struck += 1
-            tallies.setdefault(kind, Tally()).strikes += 1
+            tally.ended_s.append(time.monotonic() - began)
+            tally.said_s += [] if said_s is None else [said_s]
+        return kind
+
+
+def _strike_disk(strike: Callable[[SmallDisk], None], disk: SmallDisk, job: int, chance: random.Random) -> bool:
+    strike(disk)
+    return True
 
 
 def result(run_dir: Path) -> dict[str, Any]:
@@ -217,27 +269,31 @@ def campaign(
     """
     chance = random.Random(seed)
     began = time.monotonic()
-    process = start(folder / "whole", data, *choose_start(ranks, chance))
-    wait(process, family(process.pid))
-    assert process.returncode == 0, f"the run without faults failed; see {folder / 'whole'}.out"
-    whole_s, expected = time.monotonic() - began, result(folder / "whole")
-    struck = number = 0
-    while struck < kills and time.monotonic() - began < limit_s:
-        number += 1
-        run_dir, run_began = folder / f"run-{number}", time.monotonic()
-        faults = trial(run_dir, data, ranks, chance, min(4, kills - struck), whole_s)
-        run_s = time.monotonic() - run_began
-        check_equal(result(run_dir), expected, ranks)
-        subprocess.run(
-            [sys.executable, "-m", "trainer", "checkpoints", str(run_dir), "--verify"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        shutil.rmtree(run_dir)
-        outcome = Outcome(1, whole_s, run_s, faults)
-        struck += outcome.strikes
-        print(f"run {number}: equal after {struck} faults", flush=True)
-        yield outcome
+    with small_disk(folder, DISK) as disk:
+        runs = folder / "disk"
+        runs.mkdir(exist_ok=True)
+        job = start(runs / "whole", data, ranks, chance)
+        wait(job, family(job.process.pid))
+        assert job.process.returncode == 0, f"the run without faults failed; see {job.output}"
+        whole_s, expected = time.monotonic() - began, result(runs / "whole")
+        striker = Striker(data, ranks, chance, disk)
+        struck = number = 0
+        while struck < kills and time.monotonic() - began < limit_s:
+            number += 1
+            run_dir, run_began = runs / f"run-{number}", time.monotonic()
+            faults = striker.trial(run_dir, min(STRIKES, kills - struck), whole_s)
+            run_s = time.monotonic() - run_began
+            check_equal(result(run_dir), expected, ranks)
+            subprocess.run(
+                [sys.executable, "-m", "trainer", "checkpoints", str(run_dir), "--verify"],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            shutil.rmtree(run_dir)
+            outcome = Outcome(1, whole_s, run_s, faults)
+            struck += outcome.strikes
+            print(f"run {number}: equal after {struck} faults", flush=True)
+            yield outcome
 
 
 def read_outcomes(file: Path) -> dict[str, Outcome]:

@@ -8,8 +8,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.small_disks import SmallDisk
+
 ROOM = 300_000
-"""Bytes that a file may have at most when room runs out; less at random."""
+"""Bytes that a file may have at most when files may grow no longer; less at random."""
 
 
 def family(pid: int) -> list[int]:
@@ -57,7 +59,7 @@ def _kill_all(job: int, chance: random.Random) -> bool:
 
 
 def _no_room(job: int, chance: random.Random) -> bool:
-    """From now on no process of the job can make a file longer than that: a disk without room."""
+    """From now on no process of the job can make a file longer than that: a quota."""
     limit = chance.randrange(ROOM)
     for pid in family(job):
         try:
@@ -75,21 +77,44 @@ def _is_rank(command: str) -> bool:
     return " -m trainer train " in command and not _is_agent(command)
 
 
-STOP_A_RANK = "stop a rank"
+def _is_reader(command: str) -> bool:
+    return "forkserver" in command
+
+
+def _is_writer(command: str) -> bool:
+    return "checkpoint.writer" in command
+
+
+def _is_guard(command: str) -> bool:
+    return "trainer.guard" in command
+
+
+def _stop_a_rank(job: int, chance: random.Random) -> bool:
+    """Not in the third of a second in which a rank has no guard yet, unless others or our own agent look after it."""
+    commands = [text_of(Path(f"/proc/{pid}/cmdline")).replace("\0", " ") for pid in family(job)]
+    guarded = any(_is_guard(command) or " -m launch.node " in command for command in commands)
+    return guarded and _send(signal.SIGSTOP, _is_rank)(job, chance)
 
 
 FAULTS: dict[str, Callable[[int, random.Random], bool]] = {
     "kill a rank": _send(signal.SIGKILL, _is_rank),
-    STOP_A_RANK: _send(signal.SIGSTOP, _is_rank),
+    "stop a rank": _stop_a_rank,
     "kill the agent": _send(signal.SIGKILL, _is_agent),
     "terminate the agent": _send(signal.SIGTERM, _is_agent),
     "kill the launcher": _send(signal.SIGKILL, lambda command: " -m launch submit " in command),
     "close the launcher's terminal": _send(signal.SIGHUP, lambda command: " -m launch submit " in command),
-    "kill a reader": _send(signal.SIGKILL, lambda command: "forkserver" in command),
-    "kill a writer": _send(signal.SIGKILL, lambda command: "checkpoint.writer" in command),
+    "kill a reader": _send(signal.SIGKILL, _is_reader),
+    "stop a reader": _send(signal.SIGSTOP, _is_reader),
+    "kill a writer": _send(signal.SIGKILL, _is_writer),
+    "stop a writer": _send(signal.SIGSTOP, _is_writer),
+    "kill a guard": _send(signal.SIGKILL, _is_guard),
     "kill everything": _kill_all,
-    "no room on the disk": _no_room,
+    "no longer files": _no_room,
 }
+
+
+DISK_FAULTS = {"a full disk": SmallDisk.fill, "a read-only disk": SmallDisk.break_down}
+"""Of the disk that the runs are on."""
 TEAR = "tear the last line of the metrics"
 DAMAGES = ("flip a bit", "cut a file", "delete a file", TEAR)
 """While nothing runs: to the newest checkpoint, where there is another one; to a line of a later step."""

@@ -19,12 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.crash import SETTINGS
+from benchmarks.small_disks import make_image, mounted, run_tool
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.run_dir import RunDir
 
@@ -47,27 +46,6 @@ def train(run_dir: Path, steps: int) -> "subprocess.Popen[str]":
     )
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-@contextmanager
-def mounted(image: Path, at: Path) -> Iterator[Path]:
-    """An image through a loop device for the duration of the block."""
-    at.mkdir(exist_ok=True)
-    _run("mount", "-o", "loop", str(image), str(at))
-    try:
-        yield at
-    finally:
-        _run("umount", "--lazy", str(at))
-
-
-def make_image(path: Path, size: str, kind: str) -> None:
-    """An empty file system in a file."""
-    _run("truncate", "-s", size, str(path))
-    _run(f"mkfs.{kind}", "-q", str(path))
-
-
 def losses(run_dir: Path) -> dict[int, float]:
     """Loss by step of the whole lines."""
     text = (run_dir / "metrics.jsonl").read_text()
@@ -88,7 +66,7 @@ def take_images(source: Path, run_dir: Path, folder: Path, count: int, chance: r
     for number in range(count):
         time.sleep(chance.uniform(0.0, 0.8))
         step = _complete(log)
-        _run("cp", "--reflink=always", str(source), str(folder / f"image-{number}.img"))
+        run_tool("cp", "--reflink=always", str(source), str(folder / f"image-{number}.img"))
         (folder / f"image-{number}.step").write_text(str(step))
     process.terminate()
     process.communicate()
