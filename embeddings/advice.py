@@ -7,9 +7,10 @@ from dataclasses import replace
 from embeddings.config import KERNELS, ComputeKernel
 from embeddings.machine import Machine
 from embeddings.options import table_options
+from embeddings.packing import Packer, Packing, make_packer
 from embeddings.plan import size_text
 from embeddings.problem import Problem
-from embeddings.search import Packer, Packing, fits, make_packer
+from embeddings.search import fits
 
 MOST_TIMES = 64
 """Of ranks or memory that are there, a fix asks for at most so many times as much."""
@@ -28,18 +29,18 @@ def nothing_left(problem: Problem) -> str:
 def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> str:
     """One line: what lacks where, the tables behind it, and the fixes in order of effort."""
     chosen = [table[index] for table, index in zip(packer.options, packing.choice, strict=True)]
-    needs = [option.total_bytes for option in chosen]
+    needs = [sum(option.total_bytes) for option in chosen]
     largest = sorted(range(len(needs)), key=lambda i: (-needs[i], i))[:3]
     names = ", ".join(f"{problem.tables[i].name} {size_text(needs[i])} ({chosen[i].kind.name})" for i in largest)
     available, ranks = problem.available_bytes, problem.machine.world_size
     loads = packer.loads(packing)
     lacks = []
-    for what, load, room in (("device", loads.memory, available), ("host", loads.host, problem.host_bytes)):
-        rank = max(range(ranks), key=load.__getitem__)
+    for what, load, room in (("device", loads[1], available), ("host", loads[2], problem.host_bytes)):
+        rank = int(load.argmax())
         if load[rank] > room:
             where = "memory" if problem.machine.compute_device == "cpu" else f"{what} memory"
             lacks.append(
-                f"rank {rank} needs {size_text(load[rank])} of {where}, {size_text(load[rank] - room)} more "
+                f"rank {rank} needs {size_text(int(load[rank]))} of {where}, {size_text(int(load[rank]) - room)} more "
                 f"than the {size_text(room)} that are there for tables"
             )
     fixes = list(_fixes(problem)) or [_no_single_fix(problem)]

@@ -40,15 +40,18 @@ class Option:
         """The cost of the fullest block."""
         return self.runs[0][1]
 
-    @property
+    @cached_property
     def group(self) -> Group:
         """The tables that it is looked up with."""
         return self.width, self.pooled, self.kind.name, self.kernel
 
-    @property
-    def total_bytes(self) -> int:
-        """Device memory of all blocks."""
-        return sum(count * cost.memory_bytes for count, cost in self.runs)
+    @cached_property
+    def total_bytes(self) -> tuple[int, int]:
+        """Device memory and host memory of all blocks."""
+        return (
+            sum(count * cost.memory_bytes for count, cost in self.runs),
+            sum(count * cost.host_bytes for count, cost in self.runs),
+        )
 
 
 def table_options(problem: Problem) -> list[list[Option]]:

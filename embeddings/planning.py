@@ -8,9 +8,10 @@ from embeddings.advice import does_not_fit, nothing_left
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import ShardCost
 from embeddings.options import Option, placed_option, table_options
+from embeddings.packing import Packer, Packing, make_packer
 from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
 from embeddings.problem import Problem
-from embeddings.search import Packer, Packing, best_packing, make_packer, single_changes
+from embeddings.search import best_packing, single_changes
 
 
 def solve(problem: Problem) -> Plan:

@@ -39,9 +39,10 @@ class RowWise(ShardingKind):
 
     def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
         """Full blocks, perhaps a smaller one, and empty ones where a table has fewer rows than there are ranks."""
-        sizes = [len(rows) for rows in row_blocks(table.num_embeddings, world_size)]
-        different = sorted(set(sizes), reverse=True)
-        return [tuple(Blocks(sizes.count(size), size, table.embedding_dim) for size in different)]
+        rows = block_rows(table.num_embeddings, world_size)
+        full, rest = divmod(table.num_embeddings, rows)
+        counts = ((full, rows), (int(rest > 0), rest), (world_size - full - int(rest > 0), 0))
+        return [tuple(Blocks(count, size, table.embedding_dim) for count, size in counts if count)]
 
     def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
         """Block i on rank i."""
@@ -58,14 +59,19 @@ class RowWise(ShardingKind):
         return stored(work, block, io_bytes, ms * share + written_out_ms(work, columns))
 
 
+def block_rows(num_embeddings: int, num_blocks: int) -> int:
+    """Rows of a full block, as TorchRec's exchange of ids fixes them."""
+    return -(-num_embeddings // num_blocks)
+
+
 def row_blocks(num_embeddings: int, num_blocks: int) -> list[range]:
-    """The rows of each block: TorchRec's exchange of ids fixes them to ceil(rows / blocks) rows each.
+    """The rows of each block.
 
     >>> row_blocks(10, 4)
     [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
     >>> row_blocks(2, 4)
     [range(0, 1), range(1, 2), range(2, 2), range(2, 2)]
     """
-    block = -(-num_embeddings // num_blocks)
+    block = block_rows(num_embeddings, num_blocks)
     starts = [min(index * block, num_embeddings) for index in range(num_blocks)]
     return [range(start, min(start + block, num_embeddings)) for start in starts]

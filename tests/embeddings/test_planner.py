@@ -12,11 +12,11 @@ from benchmarks.planner import torchrec_plan
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint, UnboundedConfig
 from embeddings.hardware import Rates
 from embeddings.machine import Machine
+from embeddings.packing import Packer, Packing
 from embeddings.plan import Plan
 from embeddings.planner import DENSE_COPIES, dense_bytes, plan_tables
 from embeddings.problem import GIB, BatchLoad
 from embeddings.report import plan_report
-from embeddings.search import Packer, Packing
 from embeddings.sharding import apply_plan
 from embeddings.tables import build_tables
 
@@ -258,6 +258,16 @@ def test_only_as_many_tables_as_needed_move_to_host_memory() -> None:
     cached = [placed for placed in made.tables.values() if placed.kernel == "fused_uvm_caching"]
     assert 1 <= len(cached) <= 3
     assert all(rank.memory_bytes <= made.available_bytes for rank in made.ranks)
+
+
+def test_tables_that_only_both_memories_together_hold_are_split_among_them() -> None:
+    """8 tables of 9.7 GiB on 8 ranks with 7 GiB of device and 4 GiB of host memory each: neither holds all."""
+    tables = [table(f"t{i}", 40_000_000) for i in range(8)]
+    placement = PlacementConfig(compute_kernels=("fused", "fused_uvm_caching"), reserved_fraction=0.0)
+    machine = Machine(world_size=8, local_world_size=8, compute_device="cuda", hbm_gib=7.0, ddr_gib=4.0)
+    made = plan(tables, machine=machine, placement=placement)
+    assert {placed.kernel for placed in made.tables.values()} == {"fused", "fused_uvm_caching"}
+    assert all(rank.memory_bytes <= made.available_bytes and rank.host_bytes <= 4 * GIB for rank in made.ranks)
 
 
 def test_table_kept_whole_by_a_constraint_is_named_when_too_large() -> None:
