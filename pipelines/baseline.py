@@ -99,7 +99,7 @@ def item_counts(config: DataConfig, share: int = 0, shares: int = 1, *, unseen: 
     for source, unit in _training_units(config, share, shares, unseen):
         samples: Samples = source.read(unit)
         for column in (samples.history["item_id"], samples.candidate["item_id"]):
-            counts += np.bincount(column.array, minlength=len(counts))
+            np.add.at(counts, column.array, 1)
     return counts
 
 
@@ -112,9 +112,9 @@ class Rates:
 
     def add(self, ids: IntArray, labels: FloatArray) -> None:
         """Count observations."""
-        self.count[:, 0] += np.bincount(ids, minlength=len(self.count))
-        for task in range(labels.shape[1]):
-            self.positive[:, task] += np.bincount(ids, weights=labels[:, task], minlength=len(self.count))
+        # In time that grows with the observations alone: units are small, and items may be millions.
+        np.add.at(self.count[:, 0], ids, 1)
+        np.add.at(self.positive, ids, labels)
 
     def merge(self, ids: IntArray, other: "Rates") -> None:
         """Add another count, whose entries have these distinct ids."""

@@ -6,6 +6,7 @@ from typing import Literal
 from embeddings.config import PlacementConfig, RowType, SparseOptimizerConfig, UnboundedConfig
 from pipelines.config import DataConfig
 from trainer.models.config import ModelConfig
+from trainer.target import parse_target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +112,13 @@ class EvaluationConfig:
 
     every_steps: int | None = None
     """Steps between evaluations during training; null for none."""
+    first_step: int = 0
+    """What is due before this step is left out."""
+    target: str | None = None
+    """Training ends with the first evaluation that reaches this, METRIC>=VALUE or METRIC<=VALUE; null for no end."""
+    baseline: bool = True
+    """Show what knows no sequences beside the model: rates and popularity, for which every rank reads its share of the
+    training split once.  False where that is too long."""
     progressive: bool = False
     """Score each further part of the data (`prepare event_log --extend`) before it is trained on, as a model that
     serves today meets tomorrow; written to progressive.jsonl."""
@@ -118,6 +126,12 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise ValueError(f"evaluation.every_steps must be at least 1, or null, got {self.every_steps}")
+        if self.first_step < 0:
+            raise ValueError(f"evaluation.first_step must be at least 0, got {self.first_step}")
+        if self.every_steps is None and (self.first_step or self.target is not None):
+            raise ValueError("evaluation.first_step and target have no effect without evaluation.every_steps: set it")
+        if self.target is not None:
+            parse_target(self.target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +249,10 @@ class TrainConfig:
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or null, got {self.max_steps}")
         self._check_sharing()
+        if self.model.retrieval is not None and not self.evaluation.baseline:
+            raise ValueError(
+                "evaluation.baseline=false is for rankers alone: leave it out, a next item is shown beside popularity"
+            )
         if self.log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {self.log_every}")
 

@@ -124,7 +124,7 @@ def ranking_table(model: Mapping[str, float], baseline: Mapping[str, float], kin
         header = f"{'label':<18}{'metric':<14}{'model':>12}{'baseline':>12}"
         tables.append("\n".join([header, "-" * len(header)]))
     for label, metric in others:
-        values = "".join(_cell(metrics[f"{metric}/{label}"], 12) for metrics in (model, baseline))
+        values = "".join(_cell(metrics.get(f"{metric}/{label}", math.nan), 12) for metrics in (model, baseline))
         tables.append(f"{label:<18}{metric:<14}{values}")
     return "\n".join(tables)
 
@@ -154,7 +154,8 @@ def comparison_table(model: Mapping[str, float], baseline: Mapping[str, float], 
     few = []
     for label in labels:
         (ne, auc, gauc), (base_ne, base_auc, base_gauc) = (
-            [metrics[f"{name}/{label}"] for name in ("ne", "auc", "gauc")] for metrics in (model, baseline)
+            [metrics.get(f"{name}/{label}", math.nan) for name in ("ne", "auc", "gauc")]
+            for metrics in (model, baseline)
         )
         positives = model[f"positives/{label}"]
         few += [label] * (positives < FEW_POSITIVES)

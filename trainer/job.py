@@ -51,6 +51,7 @@ from trainer.recording import check_recorded
 from trainer.resolve import Resolved, resolve
 from trainer.run_dir import CHANGEABLE, RunDir, locked
 from trainer.run_log import logged
+from trainer.target import parse_target
 from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
 from trainer.warm_start import WarmStart
 from trainer.watchdog import Watchdog
@@ -300,11 +301,20 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     """Refuse with a ValueError what the machine does not serve, or data that only the end of the run would miss."""
     config = resolved.config
     resolved.task.check_training_data()
+    check_target(config.evaluation.target, resolved)
     check_overlap(config.overlap, mesh.device)
     check_recorded(resolved, mesh)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
     open_source(config.data, resolved.info, "eval", resolved.task.selection)
+
+
+def check_target(target: str | None, resolved: Resolved) -> None:
+    """Refuse with a ValueError a target that no evaluation measures."""
+    if target is not None and (metric := parse_target(target).metric) not in resolved.task.measured:
+        raise ValueError(
+            f"evaluation.target={target}: evaluations measure {', '.join(resolved.task.measured)}, and not {metric}"
+        )
 
 
 def check_versions(newest: Newest, config: TrainConfig) -> None:

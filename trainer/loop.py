@@ -59,9 +59,9 @@ def run_steps(
     evaluator: Evaluator,
     evaluated: bool,
 ) -> None:
-    """Train until the feed ends, save and evaluate when it is due and at the end.  Called by every rank.
+    """Train until the feed ends or `evaluation.target` is reached; save and evaluate when it is due, and at the end.
 
-    An evaluation that was due where the run goes on, and was not made (`evaluated`), comes first.
+    Called by every rank.  An evaluation that was due where the run goes on, and not made (`evaluated`), comes first.
 
     Raises:
         StoppedEarly: SIGTERM, SIGUSR1 or Ctrl-C came; the state of the last step is saved.
@@ -81,7 +81,7 @@ def run_steps(
     factor, logs = None, False
     with watchdog.phase("evaluation"):
         evaluates = evaluator.begin(progress, evaluated=evaluated)
-    for factor in _steps(model, feed, progress, pipeline, seed=config.seed, rank=mesh.data_rank, count=recorder.count):
+    for factor in _steps(model, feed, progress, pipeline, evaluator, seed=config.seed, mesh=mesh, count=recorder.count):
         watchdog.stepped(progress.step)
         saves = _due(progress.step, config.checkpoint.every_steps)
         evaluates = evaluator.due(progress.step)
@@ -96,7 +96,7 @@ def run_steps(
         if stops:
             checkpointer.wait()
             raise stopped_after(progress.step)
-        if evaluates or progress.ends_part:
+        if evaluates or evaluator.meets_part(progress):
             between_steps(lambda: evaluator.look(progress))
     if factor is not None and not logs:
         # A run's last step is logged whatever its number: a short run has a metric too.
@@ -112,15 +112,16 @@ def _steps(
     feed: Feed,
     progress: Progress,
     pipeline: StepPipeline,
+    evaluator: Evaluator,
     *,
     seed: int,
-    rank: int,
+    mesh: Mesh,
     count: Callable[[Consumed, Outcome | None], None],
 ) -> Iterator[float]:
-    """Take one step after another until the feed ends: the factor of the learning rates of each."""
-    while True:
+    """Take one step after another until the feed ends or the target is reached: the factor of each one's rates."""
+    while not evaluator.reached:
         factor = model.optimizers.set_step(progress.step + 1)
-        seed_step(seed, progress.step + 1, rank)
+        seed_step(seed, progress.step + 1, mesh.data_rank)
         outcome = None
         try:
             if not feed.leaves_out(progress.step + 1):

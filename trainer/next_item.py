@@ -24,6 +24,9 @@ from trainer.models.heads.similarity import Similarity
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.parallelize import ParallelModel
 
+MEASURED = (*(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS), "mrr")
+"""Names of the metrics of a next item."""
+
 
 class Predictions(NamedTuple):
     """What a model says of some next items."""
@@ -99,7 +102,6 @@ def _items(tables: Tables, similarity: Similarity, device: torch.device, first: 
 
 
 def _means(sums: Tensor) -> dict[str, float]:
-    names = [*(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS), "mrr"]
     total = float(sums[-1])
     # Without predictions there is no mean: NaN, which files write as null.
-    return {name: float(value) / total if total else float("nan") for name, value in zip(names, sums, strict=False)}
+    return {name: float(value) / total if total else float("nan") for name, value in zip(MEASURED, sums, strict=False)}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from embeddings.config import SparseOptimizerConfig
-from pipelines.config import DataConfig, StochasticLengthConfig
+from pipelines.config import DataConfig
 from trainer.config import (
     CheckpointConfig,
     DenseOptimizerConfig,
@@ -18,6 +18,7 @@ from trainer.config import (
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
 from trainer.models.relative_config import RelativeBiasConfig
 from trainer.models.retrieval_config import RetrievalConfig
+from trainer.recipes_yambda import dlrm_v4, kuairand_days, yambda_ultra, yambda_ultra_authors
 
 
 def kuairand_sample() -> TrainConfig:
@@ -244,40 +245,6 @@ def ml1m_longview() -> TrainConfig:
     )
 
 
-def yambda_ultra() -> TrainConfig:
-    """Rank Yambda's actions with ULTRA-HSTU: 18 semi-local layers on histories of 16,384 events; for GPUs.
-
-    Prepare the data first: python -m pipelines.prepare yambda --source DIR --out data/yambda --samples-per-user 1
-    --max-history 65536
-
-    The paper does not print windows, truncation, batch and rates: these are of public code, or inferred from its
-    FLOPs.  The batch is for about eight GPUs.
-    """
-    window = {"local": 256, "global_rows": 256}
-    return TrainConfig(
-        name="yambda_ultra",
-        data=DataConfig(
-            path="data/yambda",
-            global_batch_size=256,
-            max_history_len=16384,
-            max_candidates=100,
-            window_samples=4096,
-            stochastic_length=StochasticLengthConfig(mode="load_balanced", selection="age_weighted", gamma=1.3),
-        ),
-        model=ModelConfig(
-            dim=512,
-            # History, candidates and up to 28 context features.
-            max_len=16512,
-            layer=LayerConfig(num_heads=4, qk_dim=128, value_dim=128),
-            stages=(StageConfig(num_layers=6, **window), StageConfig(num_layers=12, keep_newest=1024, **window)),
-        ),
-        embedding_dim=512,
-        sparse_optimizer=SparseOptimizerConfig(learning_rate=1e-3),
-        optimizer=DenseOptimizerConfig(learning_rate=1e-3, betas=(0.95, 0.999)),
-        schedule=ScheduleConfig(warmup_steps=1000),
-    )
-
-
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -291,6 +258,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         ml1m_hstu_large,
         ml1m_longview,
         yambda_ultra,
+        yambda_ultra_authors,
+        dlrm_v4,
+        kuairand_days,
     )
 }
 """Every recipe by name."""

@@ -19,7 +19,7 @@ from trainer.typed_values import apply_overrides, from_dict, to_dict
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nothing"], "unknown recipe 'nothing': known are kuairand_joint, kuairand_retrieval"),
+        (["train", "nothing"], "unknown recipe 'nothing': known are dlrm_v4, kuairand_days"),
         (["train", "kuairand_sample", "--set", "a=1"], "unknown key 'a'"),
         (
             ["train", "kuairand_sample", "--set", "log_every=1", "max_steps=soon"],

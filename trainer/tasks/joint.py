@@ -31,7 +31,7 @@ from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.ranker import RankerTower
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.models.retriever import SampledSoftmax
-from trainer.next_item import Predictions, rank_next_items, retrieval_table
+from trainer.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
 from trainer.parallelize import ParallelModel
 from trainer.tasks.ranking import Ranking
 from trainer.tasks.task import Evaluation, Flops
@@ -102,6 +102,11 @@ class Joint:
             **self.ranking.flop_arguments,
         )
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Both heads' numbers."""
+        return (*self.ranking.measured, *MEASURED)
+
     def check_training_data(self) -> None:
         """As for the ranker, and items under their own ids."""
         if self.config.data.unknown_share:
@@ -158,7 +163,10 @@ class Joint:
             settings=self.settings,
         )
         tables = [ranking.table, retrieval_table(metrics, by_popularity)]
-        return Evaluation({**ranking.metrics, **metrics}, "\n\n".join(tables) if mesh.is_first else "")
+        both = {**ranking.metrics, **metrics}
+        if not mesh.is_first:
+            return Evaluation(both, "")
+        return Evaluation(both, "\n\n".join(tables), {**ranking.baseline, **by_popularity})
 
 
 def predict(events_HE: Tensor, inputs: Inputs, *, exclude_seen: bool) -> Predictions:

@@ -88,6 +88,11 @@ class Ranking:
         )
         return {"inputs": inputs, "num_context": self.num_context, "num_outputs": self.labels.num_outputs}
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Each metric of each label."""
+        return tuple(f"{metric}/{kind.name}" for kind in self.labels.kinds for metric in kind.metrics)
+
     def check_training_data(self) -> None:
         """There are candidates, and of each action some where it was taken and some where it was not."""
         path, candidates = self.config.data.path, self.info.splits["train"].candidates
@@ -171,7 +176,8 @@ class Ranking:
         )
         constant = set(self.labels.names) - set(self.actions)
         found = evaluate(model, batches, mesh, labels=labels, outputs=outputs, trained=trained, constant=constant)
-        rates = baseline_metrics(data, self.actions, mesh, unseen) if self.actions else {}
+        counts = self.actions and self.config.evaluation.baseline
+        rates = baseline_metrics(data, self.actions, mesh, unseen) if counts else {}
         if self.info.weight is not None or self.info.keep_rate is not None:
             # Rates count every candidate alike, the model's NE as much as its weight says: not to be compared.
             rates = {name: math.nan if name.startswith("ne/") else value for name, value in rates.items()}
@@ -180,4 +186,4 @@ class Ranking:
         if mesh.is_first:
             table = ranking_table(found.metrics, baseline, self.labels.kinds)
             table += unknown_lines(found, self.labels.kinds)
-        return Evaluation(with_unknown(found), table)
+        return Evaluation(with_unknown(found), table, baseline if mesh.is_first else {})

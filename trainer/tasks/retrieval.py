@@ -28,7 +28,7 @@ from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.models.retriever import EventOutputs, RetrieverTower, build_retriever, evaluated_rows
 from trainer.models.sequence_padding import SequencePadding
-from trainer.next_item import Predictions, rank_next_items, retrieval_table
+from trainer.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
 from trainer.parallelize import ParallelModel
 from trainer.tasks.task import Evaluation, Flops
 
@@ -76,6 +76,11 @@ class Retrieval:
         return functools.partial(
             retriever_flops, self.config.model, embedding_dim=self._item_width, num_items=self.info.num_items
         )
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Hits, gains and ranks of the next item."""
+        return MEASURED
 
     def check_training_data(self) -> None:
         """Any events will do, under their own ids."""
@@ -128,7 +133,9 @@ class Retrieval:
             mesh=mesh,
             settings=self.settings,
         )
-        return Evaluation(metrics, retrieval_table(metrics, by_popularity) if mesh.is_first else "")
+        if not mesh.is_first:
+            return Evaluation(metrics, "")
+        return Evaluation(metrics, retrieval_table(metrics, by_popularity), by_popularity)
 
     def _predictions(self, model: ParallelModel, batches: Iterable[Batch], mesh: Mesh) -> Iterator[Predictions]:
         for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):

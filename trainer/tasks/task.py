@@ -4,7 +4,7 @@ A task is made once, in `trainer.resolve`; nothing else asks which one a run has
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torchrec.streamable import Pipelineable
@@ -32,6 +32,18 @@ class Evaluation:
     """The model's numbers by name; NaN where the data leave one undefined."""
     table: str
     """The same beside the baseline's, for people; empty on all ranks but the first."""
+    baseline: Mapping[str, float] = field(default_factory=dict)
+    """The baseline's, by the same names; empty on all ranks but the first, and where it was not asked for."""
+
+    def record(self) -> dict[str, float]:
+        """What is written: the model's numbers, and the baseline's with `_baseline` in their names."""
+        return {**self.metrics, **{_of_baseline(name): value for name, value in self.baseline.items()}}
+
+
+def _of_baseline(name: str) -> str:
+    """What the baseline's number is called: ne_baseline/click, hr@10_baseline."""
+    metric, slash, label = name.partition("/")
+    return f"{metric}_baseline{slash}{label}"
 
 
 class Task(Protocol):
@@ -56,6 +68,10 @@ class Task(Protocol):
     @property
     def flops(self) -> Flops:
         """What the model computes for samples of given lengths."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the numbers of its evaluations that are always there."""
 
     def check_training_data(self) -> None:
         """Raise ValueError if the data's description says that there is nothing to learn from the training split."""
