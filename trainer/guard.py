@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from trainer import stopped
 from trainer.process_table import (
     ENDED,
+    READING,
     RUNNABLE,
     TRACED,
     Status,
@@ -114,7 +115,8 @@ class Word:
         """Another look at the rank; how it has broken its word, if it has."""
         if now.state == TRACED:
             return None
-        busy = now.ticks - before.ticks > IDLE_TICKS or now.page_reads > before.page_reads or now.state == RUNNABLE
+        busy = now.ticks - before.ticks > IDLE_TICKS or now.page_reads > before.page_reads
+        busy = busy or now.state in (RUNNABLE, READING)
         self.idle_looks = 0 if busy else self.idle_looks + 1
         self.looks += 1
         if self.looks >= self.seconds:

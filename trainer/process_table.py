@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-STOPPED, TRACED, RUNNABLE, ENDED = "T", "t", "R", "Z"
-"""States of a process: by a signal (SIGSTOP); by a debugger; it computes, or would if a core were free; it is done, and
-whoever started it has not asked how."""
+STOPPED, TRACED, RUNNABLE, READING, ENDED = "T", "t", "R", "D", "Z"
+"""States of a process: by a signal (SIGSTOP); by a debugger; it computes, or would if a core were free; it waits for a
+disk or a file server; it is done, and whoever started it has not asked how."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.guard import Word
-from trainer.process_table import RUNNABLE, TRACED, Status
+from trainer.process_table import READING, RUNNABLE, TRACED, Status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,7 +98,9 @@ IDLE = Status(state="S", ticks=500, page_reads=3, began=9, parent=1)
     "busy",
     [
         Status(state="S", ticks=502, page_reads=3, began=9, parent=1),
-        Status(state="D", ticks=500, page_reads=4, began=9, parent=1),
+        Status(state="S", ticks=500, page_reads=4, began=9, parent=1),
+        # A file server has not answered yet.
+        Status(state=READING, ticks=500, page_reads=3, began=9, parent=1),
         # It would compute if other processes let it.
         Status(state=RUNNABLE, ticks=500, page_reads=3, began=9, parent=1),
     ],
