@@ -214,14 +214,19 @@ def repeat(
     mesh: Mesh,
     repeats: int,
 ) -> dict[str, float]:
-    """Median seconds of each."""
+    """Median seconds of each; every one is told as soon as it is known."""
     seconds: dict[str, list[float]] = {name: [] for name in (*saves, *loads)}
+
+    def measure_one(name: str, action: Callable[[], object]) -> None:
+        seconds[name].append(timed(action, mesh.device))
+        print(f"{name:<20}{seconds[name][-1]:8.3f} s", flush=True)
+
     for _ in range(repeats):
         for name, action in saves.items():
-            seconds[name].append(timed(action, mesh.device))
+            measure_one(name, action)
         for name, action in loads.items():
             forget(folder)
-            seconds[name].append(timed(action, mesh.device))
+            measure_one(name, action)
     return {name: median(values) for name, values in seconds.items()}
 
 
@@ -253,7 +258,7 @@ def main() -> None:
         shutil.rmtree(folder)
     print(deltas)
     for name, value in seconds.items():
-        print(f"{name:<20}{value:8.3f} s{arguments.gib / value:9.2f} GiB/s")
+        print(f"median {name:<20}{value:8.3f} s{arguments.gib / value:9.2f} GiB/s")
     hardware = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cores": os.cpu_count(),

@@ -35,7 +35,7 @@ STEPS = 24
 STRIKES = 6
 """To a run at most."""
 LIMIT_S = 300.0
-DISK = "256M"
+DISK = "2G"
 """Size of the disk that runs are on, where this process may mount one."""
 SETTINGS = (
     f"max_steps={STEPS}",
@@ -159,8 +159,10 @@ class Striker:
         """A run struck up to `budget` times, then left to its end; what struck it.  One that nothing happens to takes
         `whole_s`."""
         tallies: dict[str, Tally] = {}
-        struck = 0
+        struck = starts = 0
         while True:
+            starts += 1
+            assert starts <= budget + 2, f"{run_dir} does not come to its end; see {run_dir.name}.out"
             job = start(run_dir, self._data, self._ranks, self._chance)
             moment = time.monotonic() + self._chance.uniform(0.0, 0.9 * whole_s)
             while job.process.poll() is None and (struck >= budget or time.monotonic() < moment):

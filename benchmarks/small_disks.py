@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-BLOCK = bytes(2**20)
 PATIENCE_S = 10.0
 """How long processes that end may still use a disk."""
 MENDED = 1
@@ -46,14 +45,17 @@ class SmallDisk:
         self._filler = at / "filler"
 
     def fill(self) -> None:
-        """Take all the room that is left."""
-        with self._filler.open("ab", buffering=0) as file:
-            try:
-                while True:
-                    file.write(BLOCK)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
+        """Take all the room that is left, without writing to it."""
+        with self._filler.open("ab") as file:
+            size, end = os.statvfs(self.at).f_blocks * os.statvfs(self.at).f_frsize, 0
+            while size >= os.statvfs(self.at).f_frsize:
+                try:
+                    os.posix_fallocate(file.fileno(), end, size)
+                    end += size
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    size //= 2
 
     def break_down(self) -> None:
         """Let the kernel find an error in it, at which it takes no more writes, those under way included."""
