@@ -61,5 +61,5 @@ def test_a_metric_that_is_not_measured_is_named_before_training() -> None:
     config = apply_overrides(load_recipe("kuairand_sample"), [f"data.path={small_dataset()}"])
     resolved = resolve(config, dataset_info(config.data))
     check_target("auc/is_click>=0.5", resolved)
-    with pytest.raises(ValueError, match="evaluations measure ne/is_click, auc/is_click.* and not auc/clicks"):
+    with pytest.raises(ValueError, match=r"evaluations measure ne/is_click, auc/is_click.* and not auc/clicks"):
         check_target("auc/clicks>=0.5", resolved)

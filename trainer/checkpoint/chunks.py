@@ -4,7 +4,6 @@ CRC-32 (IEEE 802.3, that of `zlib.crc32`) finds every flipped bit and every burs
 computes it with the processor's carry-less products, at 20 GB/s and more.
 """
 
-import mmap
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,10 +13,6 @@ from isal.isal_zlib import crc32
 
 CHUNK_BYTES = 4 * 2**20
 """Bytes of a chunk; the last one of a file may be shorter."""
-
-
-BLOCK = mmap.PAGESIZE
-"""What is read past the page cache begins, ends and lies in memory at multiples of this; a file's end is none."""
 
 
 class ChunkError(ValueError):
@@ -63,17 +58,16 @@ def write_chunks(file: BinaryIO, blocks: Iterable[memoryview]) -> FileRecord:
 
 
 class ThreadMemory(threading.local):
-    """What each thread reads into, again and again: new memory is faulted in page by page every time.  It begins at a
-    page, as reading past the page cache wants it."""
+    """What each thread reads into, again and again: new memory is faulted in page by page every time."""
 
     def __init__(self) -> None:
-        self._content = memoryview(b"")
+        self._content = bytearray()
 
     def take(self, num_bytes: int) -> memoryview:
         """So much of this thread's; what was taken before is overwritten."""
         if len(self._content) < num_bytes:
-            self._content = memoryview(mmap.mmap(-1, num_bytes))
-        return self._content[:num_bytes]
+            self._content = bytearray(num_bytes)
+        return memoryview(self._content)[:num_bytes]
 
 
 class ChunkReader:
@@ -105,9 +99,9 @@ class ChunkReader:
 
     def _fetch(self, first: int, last: int) -> None:
         self._first, self._checked = first, memoryview(b"")
-        room = self._memory.take(-(-(last - first) // BLOCK) * BLOCK)
-        view, count = room[: last - first], self._read_into(first, room)
-        if count < len(view):
+        view = self._memory.take(last - first)
+        count = self._read_into(first, view)
+        if count != last - first:
             raise ChunkError(f"{self._name} ends at byte {first + count}, not at {self._record.num_bytes}")
         for begin in range(first, last, CHUNK_BYTES):
             if crc32(view[begin - first : begin - first + CHUNK_BYTES]) != self._record.crc32[begin // CHUNK_BYTES]:

@@ -7,14 +7,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from typing_extensions import Buffer
 
-from trainer.checkpoint.chunks import BLOCK
 from trainer.run_dir import sync
 
 COMPLETE = "COMPLETE"
@@ -132,15 +131,13 @@ class LocalStore:
         return (self._root / path).read_bytes()
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` from byte `start` of a file on; returns how many bytes there were.
-
-        Past the page cache where start, size and memory allow: half the processor's work, and the cache stays.
-        """
-        if start % BLOCK == len(buffer) % BLOCK == 0:
-            # Some file systems cannot, and memory that is not aligned: both are EINVAL.
-            with suppress(OSError):
-                return _read_into(self._root / path, start, buffer, direct=True)
-        return _read_into(self._root / path, start, buffer, direct=False)
+        """Fill `buffer` from byte `start` of a file on; returns how many bytes there were."""
+        done = 0
+        with (self._root / path).open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
+                done += count
+        return done
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:
@@ -170,21 +167,6 @@ class LocalStore:
     def remove(self, folder: str) -> None:
         """Remove a folder and what is in it."""
         shutil.rmtree(self._root / folder)
-
-
-def _read_into(path: Path, start: int, buffer: memoryview, *, direct: bool) -> int:
-    descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-    try:
-        done = 0
-        # A part of a block is the file's last.
-        while not (direct and done % BLOCK) and done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], start + done)
-            if not count:
-                break
-            done += count
-        return done
-    finally:
-        os.close(descriptor)
 
 
 def open_store(address: str) -> Store:
