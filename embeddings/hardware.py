@@ -51,14 +51,16 @@ class Rates:
                 unit = {"ms": "ms", "ns": "ns"}.get(field.name[-2:], "GB/s")
                 raise ValueError(f"rate {field.name} must be a number of {unit} above 0, got {value}")
 
-    @property
-    def cached_rows(self) -> float:
-        """GB/s of the rows of a fused_uvm_caching table."""
-        return (
-            (CACHED_PART * self.device + (1 - CACHED_PART) * self.host_link) / 10
-            if self.cached is None
-            else self.cached
-        )
+    def cached_rows(self, hit_rate: float) -> float:
+        """GB/s of the rows of a fused_uvm_caching table of whose lookups this part is found in the cache.
+
+        What uniform ids take beyond their hits, at the rate of the device, is what misses take.
+        """
+        uniform = self.cached
+        if uniform is None:
+            uniform = (CACHED_PART * self.device + (1 - CACHED_PART) * self.host_link) / 10
+        miss = max(1 / uniform - CACHED_PART / self.device, 0.0) / (1 - CACHED_PART)
+        return 1 / (hit_rate / self.device + (1 - hit_rate) * miss)
 
     @property
     def uncached_rows(self) -> float:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embeddings.config import KERNELS, VALUE_BYTES, ExchangeConfig
+from embeddings.frequencies import Frequencies
 from embeddings.hardware import Rates, read_object
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
@@ -234,13 +235,21 @@ def _plan(values: dict[str, Any]) -> Plan:
         ranks += [estimate] * (run["last"] - run["first"] + 1)
     return Plan(
         machine=machine,
-        load=_record(BatchLoad, values["load"]),
+        load=_load(values["load"]),
         reservation=_record(Reservation, values["reservation"]),
         exchange=_record(ExchangeConfig, values["exchange"]),
         sent_bytes=values.get("sent_bytes", 0),
         tables={name: _table(name, table) for name, table in values["tables"].items()},
         ranks=tuple(ranks),
     )
+
+
+def _load(values: dict[str, Any]) -> BatchLoad:
+    frequencies = {
+        name: Frequencies(tuple((float(rows), float(share)) for rows, share in each["points"]))
+        for name, each in values.get("frequencies", {}).items()
+    }
+    return _record(BatchLoad, values | {"frequencies": frequencies})
 
 
 def _table(name: str, values: dict[str, Any]) -> TablePlacement:

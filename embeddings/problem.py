@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
+from embeddings.frequencies import Frequencies
+from embeddings.hardware import CACHED_PART
 from embeddings.kinds.kind import Work
 from embeddings.machine import Machine
 
@@ -24,6 +26,8 @@ class BatchLoad:
     """Bags of a sample that the ids of a pooled table's feature are summed in; a feature that is not named has one."""
     distinct: Mapping[str, float] = field(default_factory=dict)
     """Part of a rank's ids of a step that are distinct, by table; of a table that is not named, all."""
+    frequencies: Mapping[str, Frequencies] = field(default_factory=dict)
+    """How often rows are looked up, by table; of a table that is not named, all alike."""
 
     def __post_init__(self) -> None:
         if self.samples_per_rank < 1:
@@ -35,6 +39,11 @@ class BatchLoad:
         for table, part in self.distinct.items():
             if not 0 < part <= 1:
                 raise ValueError(f"the distinct part of table {table!r}'s ids must lie in (0, 1], got {part}")
+
+    def hit_rate(self, table: str, rows: int) -> float:
+        """Part of a table's lookups that find their row in the cache of a fused_uvm_caching kernel."""
+        known = self.frequencies.get(table)
+        return CACHED_PART if known is None else known.hit_rate(CACHED_PART * rows)
 
     def ids(self, table: TableConfig) -> float:
         """Ids that a rank's samples look up in a table."""
@@ -58,7 +67,7 @@ class Reservation:
     dense_bytes: int
     """The dense model's parameters, gradients, their communication buckets and Adam's moments."""
     activation_bytes: int
-    """What the dense model keeps for its backward pass."""
+    """What the dense model holds in its backward pass, and the pipeline's batches."""
     maps_bytes: int = 0
     """Host memory of the maps of unbounded ids; no memory of a GPU."""
 
@@ -69,14 +78,23 @@ class Reservation:
 
 
 def reserve(
-    machine: Machine, placement: PlacementConfig, *, dense_bytes: int, tables: Sequence[TableConfig] = ()
+    machine: Machine,
+    placement: PlacementConfig,
+    *,
+    dense_bytes: int,
+    activation_bytes: int = 0,
+    tables: Sequence[TableConfig] = (),
 ) -> Reservation:
-    """What the settings, a dense model of so many bytes and the maps of unbounded ids keep from the tables."""
+    """What the settings, a dense model of so many bytes and the maps of unbounded ids keep from the tables.
+
+    `activation_bytes` are those that were counted from the model; a setting takes their place.
+    """
+    stated = placement.activation_gib
     return Reservation(
         fraction=placement.reserved_fraction,
         fraction_bytes=_fraction_bytes(machine, placement.reserved_fraction),
         dense_bytes=dense_bytes,
-        activation_bytes=int(placement.activation_gib * GIB),
+        activation_bytes=activation_bytes if stated is None else int(stated * GIB),
         maps_bytes=_maps_bytes(machine, tables),
     )
 
@@ -161,6 +179,7 @@ class Problem:
             exchanged_ids=ids * sent,
             exchange=self.placement.exchange,
             bags=bags,
+            hit_rate=self.load.hit_rate(table.name, table.num_embeddings),
         )
 
     def on(self, machine: Machine) -> "Problem":
@@ -174,8 +193,13 @@ class Problem:
 
     def with_placement(self, placement: PlacementConfig) -> "Problem":
         """The same under other settings."""
-        dense_bytes = self.reservation.dense_bytes
-        reservation = reserve(self.machine, placement, dense_bytes=dense_bytes, tables=self.tables)
+        reservation = reserve(
+            self.machine,
+            placement,
+            dense_bytes=self.reservation.dense_bytes,
+            activation_bytes=self.reservation.activation_bytes,
+            tables=self.tables,
+        )
         return replace(self, placement=placement, reservation=reservation)
 
     @property

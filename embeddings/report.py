@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from embeddings.hardware import CACHED_PART
 from embeddings.kinds.registry import KINDS
 from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
 
@@ -129,6 +130,7 @@ def _totals(plan: Plan) -> str:
         f"reserved a rank: {size_text(reserved.total_bytes)} = {size_text(reserved.fraction_bytes)} fraction "
         f"+ {size_text(reserved.dense_bytes)} dense model + {size_text(reserved.activation_bytes)} activations",
         *_maps(plan),
+        *_caches(plan),
         f"imbalance (largest over mean): memory {_imbalance(memory):.2f}, time {_imbalance(times):.2f}; "
         f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank, of which "
         f"{plan.fixed_ms:.3g} ms are fixed costs of {plan.lookup_groups} "
@@ -144,6 +146,13 @@ def _maps(plan: Plan) -> list[str]:
     """A line where there are unbounded ids."""
     size = plan.reservation.maps_bytes
     return [f"maps of unbounded ids: {size_text(size)} of host memory a rank"] if size else []
+
+
+def _caches(plan: Plan) -> list[str]:
+    """A line where rows lie in host memory behind a cache."""
+    cached = [name for name, table in plan.tables.items() if table.kernel == "fused_uvm_caching"]
+    rates = [f"{name} {plan.load.hit_rate(name, plan.tables[name].num_embeddings):.0%}" for name in cached[:MAX_TABLES]]
+    return [f"lookups that caches of {CACHED_PART:.0%} of the rows answer: {', '.join(rates)}"] if cached else []
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:

@@ -1,15 +1,18 @@
 """What a rank looks up a step, counted from the data where its description does not say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from embeddings.config import TableConfig
+from embeddings.frequencies import Frequencies
 from embeddings.problem import BatchLoad
 from pipelines.batch import Batch
+from pipelines.features import ITEM_SPACE
 from pipelines.loader import build_loader
 from trainer.resolve import Resolved
 
@@ -21,9 +24,15 @@ def lookup_load(resolved: Resolved, world_size: int) -> BatchLoad:
     """The lookups of a rank's step; the same on every rank that asks.
 
     How many of a table's ids are distinct is counted in the first batches, if the exchange sends those alone, and how
-    many ids a row has, if there are tables that are pooled.
+    many ids a row has, if there are tables that are pooled.  How often items are looked up is what the preparation
+    counted; not where some are drawn at random, as negatives are.
     """
     load, deduplicates = resolved.lookup_load(world_size), resolved.config.placement.exchange.deduplicate
+    known = item_frequencies(resolved.info.details.get("statistics", {}).get("item_popularity", {}))
+    read = {feature.name for feature in resolved.task.selection.features}
+    counted = [table for table in resolved.tables if table.name == ITEM_SPACE and read.issuperset(table.features)]
+    if known is not None and counted:
+        load = replace(load, frequencies={ITEM_SPACE: known})
     pooled = any(table.pooled is not None for table in resolved.tables)
     if not deduplicates and not pooled:
         return load
@@ -31,6 +40,22 @@ def lookup_load(resolved: Resolved, world_size: int) -> BatchLoad:
     if pooled:
         load = replace(load, ids_per_sample={**load.ids_per_sample, **_ids_per_sample(batches)})
     return replace(load, distinct=distinct_parts(batches, resolved.tables)) if deduplicates else load
+
+
+def item_frequencies(popularity: Mapping[str, Any]) -> Frequencies | None:
+    """From what a preparation writes of the items of events (`item_popularity`); None where it has written nothing."""
+    if not popularity:
+        return None
+    items = float(popularity["items"])
+    points = [
+        (1.0, popularity["top_item_share"]),
+        (0.01 * items, popularity["top_1_percent_share"]),
+        (0.1 * items, popularity["top_10_percent_share"]),
+        (items, 1.0),
+    ]
+    # Of few items some of these are one and the same.
+    rising = [points[0], *(b for a, b in pairwise(points) if b[0] > max(a[0], 1.0) and b[1] > a[1])]
+    return Frequencies(tuple(rising))
 
 
 def _first_batches(resolved: Resolved, world_size: int) -> list[Batch]:

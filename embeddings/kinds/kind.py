@@ -91,6 +91,8 @@ class Work:
     """How their rows travel."""
     bags: float | None = None
     """Of a pooled table: the bags that they are summed in, whose sums travel in the rows' place."""
+    hit_rate: float = CACHED_PART
+    """Part of the ids whose row a cache on the device holds, where the kernel has one."""
 
     @property
     def vectors(self) -> float:
@@ -111,7 +113,8 @@ class Work:
     def device_bytes_per_ms(self) -> float:
         """Rate at which a lookup reads rows; where it is not measured, as TorchRec takes it for the kernel."""
         rates = self.machine.effective_rates
-        rate = {"fused": rates.device, "fused_uvm_caching": rates.cached_rows, "fused_uvm": rates.uncached_rows}
+        cached = rates.cached_rows(self.hit_rate)
+        rate = {"fused": rates.device, "fused_uvm_caching": cached, "fused_uvm": rates.uncached_rows}
         return rate[self.kernel] * _GB_PER_S_IN_BYTES_PER_MS
 
     @property
