@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from embeddings.capacity import clusters, rank_numbers, read_demand, read_nodes, read_prices
+from embeddings.capacity import Copies, clusters, rank_numbers, read_demand, read_nodes, read_prices
 from embeddings.capacity_report import capacity_page, capacity_text
 from embeddings.hardware import NODES
 from embeddings.plan_file import parse_plan
@@ -64,6 +64,10 @@ def plan_capacity(arguments: list[str]) -> int:
     known = ", ".join(NODES)
     parser.add_argument("--machines", required=True, metavar="NAME,...", help=f"{known}, or .json files of your own")
     parser.add_argument("--ranks", required=True, metavar="A..B", help="numbers of GPUs, doubling from A to B")
+    parser.add_argument(
+        "--copies", type=int, nargs="+", default=[1], metavar="N", help="groups of ranks that each hold all tables (2D)"
+    )
+    parser.add_argument("--average-every", type=int, default=100, metavar="N", help="steps between averages of copies")
     parser.add_argument("--samples-per-day", type=float, default=1e6, metavar="N", help="for the hours and the price")
     parser.add_argument("--prices", type=Path, metavar="FILE", help="JSON: price of a node's hour by its name")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with every rank's memory")
@@ -76,6 +80,7 @@ def plan_capacity(arguments: list[str]) -> int:
         rank_numbers(parsed.ranks),
         samples=parsed.samples_per_day,
         prices={} if parsed.prices is None else read_prices(parsed.prices),
+        copies=[Copies(number=number, averaged_every=parsed.average_every) for number in parsed.copies],
     )
     print(capacity_text(found))
     if parsed.html is not None:

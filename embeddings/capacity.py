@@ -2,7 +2,8 @@
 
 The tables come from a file:
 
-    {"tables": [{"name": "item", "num_embeddings": 1000000000, "embedding_dim": 128, "ids_per_sample": 4096.0},
+    {"tables": [{"name": "item", "num_embeddings": 1000000000, "embedding_dim": 128, "ids_per_sample": 4096.0,
+                 "zipf": 1.05},
                 {"name": "tag", "num_embeddings": 100000, "embedding_dim": 32, "ids_per_sample": 40960.0,
                  "pooled": "event", "bags_per_sample": 4096.0},
                 {"name": "city", "num_embeddings": 10000, "embedding_dim": 16, "dtype": "float16",
@@ -10,18 +11,20 @@ The tables come from a file:
      "samples_per_rank": 32, "dense_gib": 1.5, "activation_gib": 20.0, "dense_ms": 40.0,
      "compute_kernels": ["fused", "fused_uvm_caching"]}
 
-All but `tables` may be left out.  `dense_gib` is the dense model's memory for parameters, gradients and Adam;
-`dense_ms` its time a step, as a run measured it, which is added to the tables' time.
+All but `tables` may be left out.  `zipf` is the exponent of the law by which a table's rows are looked up (all alike
+without it), on which it depends what a cache on the device answers.  `dense_gib` is the dense model's memory for
+parameters, gradients and Adam; `dense_ms` its time a step, as a run measured it, which is added to the tables' time.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, UnboundedConfig
+from embeddings.frequencies import Frequencies, zipf
 from embeddings.hardware import NodeType, node_type, read_object
-from embeddings.machine import cluster
+from embeddings.machine import Machine, cluster
 from embeddings.plan import Plan
 from embeddings.planning import solve
 from embeddings.problem import GIB, BatchLoad, Problem, reserve
@@ -46,6 +49,51 @@ class Demand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """2D: groups of ranks that each hold all sharded tables and exchange rows among themselves alone.
+
+    Rows and optimizer state of the groups are averaged now and then, as TorchRec's DMPCollection does.  That is another
+    training: between two averages a group sees its own samples' updates alone, as if its part of the batch were all.
+    """
+
+    number: int = 1
+    """Groups; 1 is one table, as `train` has it."""
+    averaged_every: int = 100
+    """Steps from one average to the next."""
+
+    def __post_init__(self) -> None:
+        if self.number < 1 or self.averaged_every < 1:
+            raise ValueError(
+                f"copies and the steps between their averages must be at least 1, got {self.number} and "
+                f"{self.averaged_every}"
+            )
+
+    def group(self, machine: Machine) -> Machine:
+        """The ranks that hold one copy.
+
+        Raises:
+            ValueError: the groups would be no whole nodes, and no equal parts of one either.
+        """
+        ranks, node = machine.world_size // self.number, machine.local_world_size
+        if machine.world_size % self.number or (ranks % node if ranks > node else node % ranks):
+            raise ValueError(
+                f"{machine.world_size} ranks on nodes of {node} cannot hold {self.number} copies: groups must be whole "
+                "nodes or equal parts of one"
+            )
+        return replace(machine, world_size=ranks, local_world_size=min(ranks, node), racks=1)
+
+    def averaging_ms(self, plan: Plan, machine: Machine) -> float:
+        """What averaging the fullest rank's rows and state takes of each step, by a ring over the groups."""
+        rate = (
+            machine.network_rate
+            if machine.world_size > machine.local_world_size
+            else machine.effective_rates.within_node
+        )
+        held = max(rank.weight_bytes + rank.optimizer_bytes for rank in plan.ranks)
+        return 2 * (self.number - 1) / self.number * held / (rate * 1e6) / self.averaged_every
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
     """One answer."""
 
@@ -53,12 +101,14 @@ class Cluster:
     """Name of the node type."""
     ranks: int
     """GPUs."""
+    copies: int
+    """Groups of them that hold all tables."""
     plan: Plan | None
-    """The best plan found; None if the tables do not fit."""
+    """The best plan found, of one group; None if the tables do not fit."""
     problem: str
     """Why there is no plan, in one line; empty if there is one."""
     step_ms: float
-    """Tables and dense model; infinite if nothing fits."""
+    """Tables, dense model and the average of copies; infinite if nothing fits."""
     samples_per_s: float
     """Of all ranks."""
     gpu_hours: float
@@ -125,18 +175,26 @@ def clusters(
     *,
     samples: float,
     prices: Mapping[str, float],
+    copies: Sequence[Copies] = (Copies(),),
 ) -> list[Cluster]:
-    """Every number of ranks on every type of node, planned.
+    """Every number of ranks on every type of node, planned with each number of copies.
 
     Raises:
-        ValueError: a number of ranks that is no multiple of a node's GPUs, or a setting that no cluster can have.
+        ValueError: a number of ranks that is no multiple of a node's GPUs or of the copies, or a setting that no
+            cluster can have.
     """
+    if any(each.number > 1 for each in copies) and demand.placement.compute_kernels != ("fused",):
+        raise ValueError("copies are planned for rows in device memory alone: leave compute_kernels out of the tables")
     found = []
     for name, node in nodes.items():
         for number in ranks:
             if number > node.gpus > 0 and number % node.gpus:
                 raise ValueError(f"{number} ranks are no whole number of nodes {name}, which have {node.gpus} GPUs")
-            found.append(_cluster(demand, name, node, number, samples, prices.get(name)))
+            machine = cluster(node, number)
+            found += [
+                _cluster(demand, (name, node), machine, each, samples=samples, node_price=prices.get(name))
+                for each in copies
+            ]
     return found
 
 
@@ -161,16 +219,22 @@ def pareto(found: Sequence[Cluster]) -> list[Cluster]:
 
 
 def _cluster(
-    demand: Demand, name: str, node: NodeType, ranks: int, samples: float, node_price: float | None
+    demand: Demand,
+    named: tuple[str, NodeType],
+    machine: Machine,
+    copies: Copies,
+    *,
+    samples: float,
+    node_price: float | None,
 ) -> Cluster:
-    machine = cluster(node, ranks)
+    (name, node), ranks, group = named, machine.world_size, copies.group(machine)
     problem = Problem(
         tables=demand.tables,
-        machine=machine,
+        machine=group,
         placement=demand.placement,
         optimizer=demand.optimizer,
         load=demand.load,
-        reservation=reserve(machine, demand.placement, dense_bytes=demand.dense_bytes, tables=demand.tables),
+        reservation=reserve(group, demand.placement, dense_bytes=demand.dense_bytes, tables=demand.tables),
     )
     plan, reason = None, ""
     try:
@@ -179,12 +243,15 @@ def _cluster(
         if "fit" not in str(error) and "no memory is left" not in str(error):
             raise
         reason = str(error)
-    step_ms = float("inf") if plan is None else plan.step_ms + demand.dense_ms
+    step_ms = float("inf")
+    if plan is not None:
+        step_ms = plan.step_ms + demand.dense_ms + copies.averaging_ms(plan, machine)
     samples_per_s = ranks * demand.load.samples_per_rank / step_ms * 1000
     hours = samples / samples_per_s / 3600 * ranks if plan is not None else float("inf")
     return Cluster(
         node=name,
         ranks=ranks,
+        copies=copies.number,
         plan=plan,
         problem=reason,
         step_ms=step_ms,
@@ -197,6 +264,7 @@ def _cluster(
 def _demand(values: dict[str, Any]) -> Demand:
     lookups: dict[str, float] = {}
     bags: dict[str, float] = {}
+    frequencies: dict[str, Frequencies] = {}
     tables = []
     for table in values.pop("tables"):
         fields = dict(table)
@@ -204,6 +272,8 @@ def _demand(values: dict[str, Any]) -> Demand:
         ids = float(fields.pop("ids_per_sample", len(features)))
         lookups |= dict.fromkeys(features, ids / len(features))
         bags |= dict.fromkeys(features, float(fields.pop("bags_per_sample", len(features))) / len(features))
+        if "zipf" in fields:
+            frequencies[fields["name"]] = zipf(int(fields["num_embeddings"]), float(fields.pop("zipf")))
         own = fields.pop("optimizer", None)
         optimizer = None if own is None else SparseOptimizerConfig(**own)
         maps = fields.pop("unbounded", None)
@@ -212,7 +282,10 @@ def _demand(values: dict[str, Any]) -> Demand:
     demand = Demand(
         tables=tuple(tables),
         load=BatchLoad(
-            samples_per_rank=values.pop("samples_per_rank", 64), ids_per_sample=lookups, bags_per_sample=bags
+            samples_per_rank=values.pop("samples_per_rank", 64),
+            ids_per_sample=lookups,
+            bags_per_sample=bags,
+            frequencies=frequencies,
         ),
         placement=PlacementConfig(
             activation_gib=values.pop("activation_gib", 0.0),

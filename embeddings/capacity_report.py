@@ -14,6 +14,12 @@ td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-c
 .bars div{flex:1;display:flex;flex-direction:column-reverse;height:100%}.bars span{display:block}
 .w{background:#4878a8}.o{background:#88aacc}.b{background:#d8a860}p.no{color:#a33}"""
 
+_OF_COPIES = (
+    "Copies train otherwise than one table: each group of ranks updates its own rows from its own samples, as if its "
+    "part of the batch were all, and rows and optimizer state of the groups are averaged now and then. `train` has one "
+    "copy."
+)
+
 MAX_BARS = 256
 """Ranks drawn; with more ranks, evenly spaced ones of them."""
 
@@ -23,7 +29,7 @@ def capacity_text(found: Sequence[Cluster]) -> str:
     best = pareto(found)
     rows = [["", *_heads()]]
     rows += [["*" if cluster in best else "", *_cells(cluster)] for cluster in found]
-    return columns(rows)
+    return columns(rows) + (f"\n{_OF_COPIES}" if any(cluster.copies > 1 for cluster in found) else "")
 
 
 def capacity_page(found: Sequence[Cluster]) -> str:
@@ -42,9 +48,11 @@ def capacity_page(found: Sequence[Cluster]) -> str:
         "<p>Estimates from peak bandwidths. Green: none is both faster and cheaper. Bars: a rank's rows, optimizer "
         "state and buffers, of the memory that there is for tables.</p>",
         f"<table><tr>{head}</tr>{body}</table>",
+        *([f"<p>{html.escape(_OF_COPIES)}</p>"] if any(cluster.copies > 1 for cluster in found) else []),
     ]
     for cluster in found:
-        parts.append(f"<h2>{html.escape(cluster.node)}, {cluster.ranks} ranks</h2>")
+        of_copies = f", {cluster.copies} copies" if cluster.copies > 1 else ""
+        parts.append(f"<h2>{html.escape(cluster.node)}, {cluster.ranks} ranks{of_copies}</h2>")
         if cluster.plan is None:
             parts.append(f"<p class=no>{html.escape(cluster.problem)}</p>")
         else:
@@ -53,16 +61,17 @@ def capacity_page(found: Sequence[Cluster]) -> str:
 
 
 def _heads() -> list[str]:
-    return ["nodes", "ranks", "step ms", "samples/s", "fullest rank", "of", "GPU-hours", "price"]
+    return ["nodes", "ranks", "copies", "step ms", "samples/s", "fullest rank", "of", "GPU-hours", "price"]
 
 
 def _cells(cluster: Cluster) -> list[str]:
     if cluster.plan is None:
-        return [cluster.node, str(cluster.ranks), "does not fit", "-", "-", "-", "-", "-"]
+        return [cluster.node, str(cluster.ranks), str(cluster.copies), "does not fit", "-", "-", "-", "-", "-"]
     fullest = max(rank.memory_bytes for rank in cluster.plan.ranks)
     return [
         cluster.node,
         str(cluster.ranks),
+        str(cluster.copies),
         f"{cluster.step_ms:.3g}",
         f"{cluster.samples_per_s:,.0f}",
         size_text(fullest),

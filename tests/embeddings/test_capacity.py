@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from embeddings.__main__ import main
-from embeddings.capacity import clusters, pareto, rank_numbers, read_demand, read_nodes
-from embeddings.capacity_report import capacity_page
+from embeddings.capacity import Copies, clusters, pareto, rank_numbers, read_demand, read_nodes
+from embeddings.capacity_report import capacity_page, capacity_text
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.hardware import GPUS, NODES
 from embeddings.machine import Machine
@@ -74,6 +74,23 @@ def test_an_answer_is_the_planners(tables: Path) -> None:
     # A million samples, in hours of 16 GPUs, of which a node of 8 costs 80 an hour.
     assert found.gpu_hours == pytest.approx(1e6 / found.samples_per_s / 3600 * 16)
     assert found.price == pytest.approx(found.gpu_hours * 10)
+
+
+def test_copies_are_planned_as_a_groups_tables_and_the_average_of_what_they_hold(tables: Path) -> None:
+    demand, node = read_demand(tables), {"h200x8": NODES["h200-8"]}
+    (group,) = clusters(demand, node, [16], samples=1e6, prices={})
+    every = {
+        steps: clusters(demand, node, [64], samples=1e6, prices={}, copies=[Copies(number=4, averaged_every=steps)])[0]
+        for steps in (1, 100)
+    }
+    assert group.plan is not None
+    for steps, found in every.items():
+        assert found.plan == group.plan and (found.ranks, found.copies) == (64, 4)
+        held = max(rank.weight_bytes + rank.optimizer_bytes for rank in group.plan.ranks)
+        # Three quarters are sent on and three quarters come back, at 50 GB/s across nodes.
+        assert found.step_ms - group.step_ms == pytest.approx(1.5 * held / 50e6 / steps)
+    text = capacity_text(list(every.values()))
+    assert "as if its part of the batch were all" in text and "as if" not in capacity_text([group])
 
 
 def test_no_cluster_of_the_front_is_beaten_and_every_other_is(tables: Path) -> None:
@@ -148,6 +165,9 @@ def test_numbers_of_ranks_double() -> None:
         ({}, ["--ranks", "8.."], "--ranks must be a number or FIRST..LAST"),
         ({}, ["--ranks", "16..8"], "--ranks must be a number or FIRST..LAST"),
         ({}, ["--ranks", "12"], "12 ranks are no whole number of nodes h100x8"),
+        ({}, ["--copies", "3"], "8 ranks on nodes of 8 cannot hold 3 copies: groups must be whole nodes or"),
+        ({}, ["--copies", "0"], "must be at least 1, got 0"),
+        ({"compute_kernels": ["fused_uvm"]}, ["--copies", "2"], "copies are planned for rows in device memory alone"),
         ({}, ["--samples-per-day", "0"], "--samples-per-day must be above 0"),
         ({}, ["--prices", "missing.json"], "cannot read missing.json"),
     ],
