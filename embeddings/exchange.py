@@ -9,7 +9,6 @@ GPU, and its codecs take float16 for bfloat16 on a CPU, so these are ours.
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -17,6 +16,7 @@ from torchrec.distributed.types import CommOp, ModuleSharder, ParameterSharding,
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import ExchangeConfig
+from embeddings.tables import fbgemm_kernels
 
 _IDS_OF_A_TABLE = 2**40
 """Distance of two tables' ids when they are sorted together; an id that is in no table stays so."""
@@ -91,10 +91,9 @@ def _let_empty_kernels_run(collection: ShardedEmbeddingCollection) -> None:
     By its values a kernel tells whether it runs on a CPU.  A rank has a kernel without any where all its tables have
     fewer rows than there are ranks: it would take itself for a GPU's and fail in its first lookup.
     """
-    for kernel in (module for lookup in collection._lookups for module in lookup.modules()):
-        if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen) and kernel.use_cpu:
-            if not kernel.weights_host.numel():
-                kernel.weights_host = nn.Parameter(kernel.weights_host.new_zeros(1))
+    for kernel in fbgemm_kernels(collection):
+        if kernel.use_cpu and not kernel.weights_host.numel():
+            kernel.weights_host = nn.Parameter(kernel.weights_host.new_zeros(1))
 
 
 def distinct_ids(ids: Tensor, lengths: Tensor, features_of_tables: list[int]) -> tuple[Tensor, Tensor, Tensor]:

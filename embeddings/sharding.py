@@ -8,19 +8,21 @@ from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 from torchrec.distributed.sharding_plan import placement
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from embeddings.config import TableConfig
+from embeddings.hardware import CACHED_PART
 from embeddings.kinds.registry import KINDS
 from embeddings.plan import Plan
 from embeddings.tables import Collection, Group, Tables, build_collection, group_of, modules_by_table
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device) -> ShardingPlan:
+def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device, prefetch: bool = False) -> ShardingPlan:
     """Divide the tables of `model`, which are on the meta device, as the plan says.
 
     Tables that it replicates get storage on `device`, with undefined values until `init_tables`; for the others this
-    returns TorchRec's plan, which DistributedModelParallel takes.
+    returns TorchRec's plan, which DistributedModelParallel takes.  `prefetch`: a pipeline fills caches a batch ahead,
+    so a row that a coming batch brought into its cache must be updated there.
 
     Raises:
         ValueError: the plan has other tables than the model.
@@ -32,7 +34,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device) -> Shardin
             _divide(tables, plan, device)
             for index, collection in enumerate(tables.collections):
                 if collection.device.type == "meta":
-                    modules[f"{path}.collections.{index}"] = _collection_plan(collection, plan)
+                    modules[f"{path}.collections.{index}"] = _collection_plan(collection, plan, prefetch)
     return ShardingPlan(modules)
 
 
@@ -48,10 +50,10 @@ def _divide(tables: Tables, plan: Plan, device: torch.device) -> None:
     )
 
 
-def _collection_plan(collection: Collection, plan: Plan) -> EmbeddingModuleShardingPlan:
+def _collection_plan(collection: Collection, plan: Plan, prefetch: bool) -> EmbeddingModuleShardingPlan:
     parameters = EmbeddingModuleShardingPlan()
     for name in modules_by_table(collection):
-        parameters[name] = _parameter_sharding(plan, name)
+        parameters[name] = _parameter_sharding(plan, name, prefetch)
     return parameters
 
 
@@ -69,14 +71,16 @@ def _check_tables(plan: Plan, tables: Tables) -> None:
             )
 
 
-def _parameter_sharding(plan: Plan, name: str) -> ParameterSharding:
+def _parameter_sharding(plan: Plan, name: str, prefetch: bool) -> ParameterSharding:
     table, machine = plan.tables[name], plan.machine
+    cached = table.kernel == "fused_uvm_caching"
     device = torch.device(machine.compute_device).type
     shards = plan.shards(name)
     return ParameterSharding(
         sharding_type=table.sharding_type,
         compute_kernel=table.kernel,
         ranks=[shard.rank for shard in shards],
+        cache_params=CacheParams(load_factor=CACHED_PART, prefetch_pipeline=prefetch) if cached else None,
         sharding_spec=EnumerableShardingSpec(
             [
                 ShardMetadata(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
@@ -166,6 +167,14 @@ def table_weights(tables: Tables) -> dict[str, Tensor | ShardedTensor]:
 def is_sharded(collection: nn.Module) -> bool:
     """Whether TorchRec has sharded a collection of `Tables`."""
     return isinstance(collection, ShardedEmbeddingCollection | ShardedEmbeddingBagCollection)
+
+
+def fbgemm_kernels(collection: Any) -> Iterator[Any]:
+    """FBGEMM's kernels of a collection, none if it is not sharded.  Any: what TorchRec and FBGEMM hold has no types."""
+    for lookup in collection._lookups if is_sharded(collection) else ():
+        for module in lookup.modules():
+            if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                yield module
 
 
 def table_name(key: str) -> str:

@@ -78,12 +78,16 @@ class Trial:
 
     def exchange(self) -> None:
         """Draw the ids of the next step and bring them to the ranks that hold their rows."""
-        self.batch = random_ids(self._tables, self._ids, self._generator)
+        self.batch = self.draw()
         contexts = [collection.create_context() for collection in self._collections]
         self._inputs = [
             (context, collection.input_dist(context, self.batch).wait().wait())
             for collection, context in zip(self._collections, contexts, strict=True)
         ]
+
+    def draw(self) -> KeyedJaggedTensor:
+        """The ids of a step: uniform, in each table."""
+        return random_ids(self._tables, self._ids, self._generator)
 
     def step(self) -> None:
         """Lookup, exchange of rows, backward pass and update, by all ranks."""

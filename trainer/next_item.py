@@ -66,7 +66,8 @@ def rank_next_items(
         )
         seen = join_seen([part.seen for part in parts], [part.targets_P.numel() for part in parts])
         queries, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-        ranks = corpus.ranks(queries, targets, seen)
+        with model.caches.undisturbed():
+            ranks = corpus.ranks(queries, targets, seen)
     finally:
         model.module.train(was_training)
     sums = torch.stack([retrieval_scores(rank) for rank in ranks])

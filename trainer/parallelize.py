@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.streamable import Pipelineable
 
+from embeddings.caches import Caches
 from embeddings.exchange import table_sharders
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
@@ -49,6 +50,8 @@ class ParallelModel:
     """Dense and sparse."""
     unbounded: UnboundedTables
     """Makes rows of unbounded ids."""
+    caches: Caches
+    """Of rows in host memory."""
     autocast: functools.partial[Any]
     """Makes the context in which forward runs."""
 
@@ -62,7 +65,7 @@ class ParallelModel:
 
     def score(self, inputs: Any, trained: TrainedRows | None = None) -> Any:
         """`Model.score`, in the run's precision, of `known` inputs.  A collective: every rank looks up as often."""
-        with self.autocast():
+        with self.autocast(), self.caches.undisturbed():
             return self.model.score(inputs, trained)
 
     def known(self, inputs: Inputs) -> Inputs:
@@ -102,7 +105,7 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh, *, at
     `at_once`: gradients are averaged before the update, not while they are computed.
     """
     share_histories(model, mesh)
-    sharding_plan = apply_plan(model, plan, device=mesh.device)
+    sharding_plan = apply_plan(model, plan, device=mesh.device, prefetch=config.overlap == "prefetch")
     attach_optimizers(model.tables, config.sparse_optimizer)
     # One process has nothing to average: DDP would copy each gradient for it.
     averaged = replicated_parameters(model) if mesh.world_size > 1 else []
@@ -127,6 +130,7 @@ def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh, *, at
         model=model,
         optimizers=optimizers,
         unbounded=UnboundedTables(model.tables, table_optimizers, seed=config.seed, copies=mesh.sharing),
+        caches=Caches(model.tables),
         autocast=functools.partial(
             torch.autocast,
             device_type=mesh.device.type,

@@ -4,14 +4,21 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
@@ -20,7 +27,7 @@ from embeddings.planner import plan_tables
 from embeddings.problem import BatchLoad
 from embeddings.sharding import apply_plan
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
-from tests.embeddings import sharded
+from tests.embeddings import sharded, unbounded_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +54,9 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def shard(
-    kernel: ComputeKernel, tables: tuple[TableConfig, ...] = sharded.TABLES
+    kernel: ComputeKernel,
+    tables: tuple[TableConfig, ...] = sharded.TABLES,
+    exchange: ExchangeConfig = sharded.IN_FULL,
 ) -> tuple[Plan, DistributedModelParallel, TableOptimizers]:
     """`tables` on the GPU under `kernel`, with initial values."""
     model = sharded.Model(tables)
@@ -55,7 +64,7 @@ def shard(
         model,
         tables,
         machine=Machine(world_size=1, local_world_size=1, compute_device="cuda", hbm_gib=80.0),
-        placement=PlacementConfig(compute_kernels=(kernel,)),
+        placement=PlacementConfig(compute_kernels=(kernel,), exchange=exchange),
         optimizer=sharded.OPTIMIZER,
         load=BatchLoad(),
     )
@@ -79,8 +88,10 @@ def train(model: DistributedModelParallel, optimizers: TableOptimizers) -> list[
         optimizers.zero_grad()
         rows = rows_by_feature(model(sharded.jagged(batch).to(torch.device("cuda"))))
         embedded = {key: value.values() for key, value in rows.items()}
+        told = {feature: sharded.flat(samples) for feature, samples in batch.items()}
+        told |= dict.fromkeys(sharded.POOLED, torch.arange(sharded.GLOBAL_SAMPLES))
         losses = [
-            (values * sharded.weights(feature, sharded.flat(batch[feature]), step).cuda()).sum()
+            (values * sharded.weights(feature, told[feature], step).cuda()).sum()
             for feature, values in embedded.items()
         ]
         torch.stack(losses).sum().backward()
@@ -110,6 +121,46 @@ def test_training_equals_the_unsharded_tables_on_a_cpu(tables: tuple[TableConfig
     for name, value in expected.items():
         tolerance = 5e-3 if "brand" in name else 1e-6
         torch.testing.assert_close(state[name], value, rtol=10 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_ids_sent_once_and_rounded_rows_train_as_ever(rounded: bool) -> None:
+    """On one rank, which sends all that to itself."""
+    types: Any = {"rows": "float16", "gradients": "bfloat16"} if rounded else {}
+    _, model, optimizers = shard("fused", BY_OPTIMIZER["others"], ExchangeConfig(deduplicate=True, **types))
+    train(model, optimizers)
+    expected, _ = sharded.oracle(BY_OPTIMIZER["others"])
+    for name, value in whole(model, optimizers).items():
+        tolerance = 5e-3 if rounded or "brand" in name else 1e-6
+        torch.testing.assert_close(value, expected[name], rtol=10 * tolerance, atol=tolerance)
+
+
+def test_unbounded_ids_train_as_a_plain_dictionary_of_keys_does() -> None:
+    adagrad = SparseOptimizerConfig(kind="rowwise_adagrad", learning_rate=0.1)
+    table = replace(unbounded_ranks.TABLE, optimizer=adagrad)
+    state, found, _ = unbounded_ranks.run("table_wise", table, torch.device("cuda", 0))
+    expected, maps, begun = unbounded_ranks.oracle(rowwise=True)
+    assert begun > 50 and len(found) == len(maps)
+    assert found == [
+        {key: row for key, row in step.items() if key in mine} for step, mine in zip(maps, found, strict=True)
+    ]
+    for name, value in sharded.whole([state]).items():
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_without_a_row_takes_part() -> None:
+    """As on ranks that hold no row of any table of a width."""
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        [(0, 8, EmbeddingLocation.DEVICE, ComputeDevice.CUDA)],
+        pooling_mode=PoolingMode.NONE,
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.1,
+        device=torch.device("cuda", 0),
+    )
+    none, offsets = (torch.zeros(size, dtype=torch.int64, device="cuda") for size in (0, 4))
+    rows = kernel(none, offsets)
+    assert rows.shape == (0, 8)
+    rows.sum().backward()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

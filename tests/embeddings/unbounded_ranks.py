@@ -34,6 +34,7 @@ TABLE = TableConfig(
     optimizer=SparseOptimizerConfig(kind="adagrad", learning_rate=0.1),
     unbounded=UnboundedConfig(min_count=2, evict_after_steps=2),
 )
+CPU = torch.device("cpu")
 SEED = 3
 STEPS = 14
 SAMPLES = 6
@@ -57,12 +58,12 @@ def weights(keys: Tensor, step: int) -> Tensor:
     return torch.sin((keys % 1000)[:, None] * 0.7 + torch.arange(TABLE.embedding_dim) * 0.3 + step)
 
 
-def oracle() -> tuple[dict[str, Tensor], list[dict[int, int]], int]:
+def oracle(*, rowwise: bool = False) -> tuple[dict[str, Tensor], list[dict[int, int]], int]:
     """(rows and their sums, the row of each key of each step, rows that began anew)."""
     unsharded = build_tables([TABLE], device=torch.device("cpu"))
     init_tables(unsharded, SEED)
     initial = table_weights(unsharded)["item"].detach().clone()
-    rows, sums = initial.clone(), torch.zeros_like(initial)
+    rows, sums = initial.clone(), torch.zeros_like(initial[:, 0] if rowwise else initial)
     assert TABLE.unbounded is not None
     plain, maps, begun = PlainMap(TABLE.unbounded, TABLE.num_embeddings - 1), [], 0
     for step in range(STEPS):
@@ -79,8 +80,9 @@ def oracle() -> tuple[dict[str, Tensor], list[dict[int, int]], int]:
         ]
         torch.stack(looked_up).sum().backward()
         assert leaf.grad is not None
-        sums += leaf.grad.square()
-        rows -= 0.1 * leaf.grad / (sums.sqrt() + EPS)
+        sums += leaf.grad.square().mean(1) if rowwise else leaf.grad.square()
+        roots = sums.sqrt() + EPS
+        rows -= 0.1 * leaf.grad / (roots[:, None] if rowwise else roots)
     return {"tables/item": rows, "optimizer/item/momentum1": sums}, maps, begun
 
 
@@ -90,12 +92,13 @@ Result = tuple[dict[str, list[Part]], list[dict[int, int]], dict[str, list[Part]
 
 def run_rank(layouts: Sequence[str]) -> dict[str, Result]:
     """What every layout comes to."""
-    return {layout: _run(layout) for layout in layouts}
+    return {layout: run(layout) for layout in layouts}
 
 
-def _run(layout: str) -> Result:
+def run(layout: str, table: TableConfig = TABLE, device: torch.device = CPU) -> Result:
+    """What this rank comes to."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model, optimizers = _shard(layout, ranks)
+    model, optimizers = _shard(layout, ranks, table, device)
     tables = tables_of(model)
     unbounded = UnboundedTables(tables, optimizers, seed=SEED)
     unbounded.forget_flight()
@@ -126,27 +129,34 @@ def _train(
     lens = {name: [len(sample) for sample in samples] for name, samples in keys.items()}
     ids = {name: [part.tolist() for part in torch.split(rows[name], lens[name])] for name in rows}
     optimizers.zero_grad()
-    looked_up = rows_by_feature(model(jagged(ids)))
-    loss = sum((looked_up[name].values() * weights(flat(keys[name]), step)).sum() for name in keys)
+    device = next(model.parameters()).device
+    looked_up = rows_by_feature(model(jagged(ids).to(device)))
+    loss = sum((looked_up[name].values() * weights(flat(keys[name]), step).to(device)).sum() for name in keys)
     (loss * float(dist.get_world_size())).backward()
     optimizers.step()
 
 
-def _shard(layout: str, ranks: int) -> tuple[DistributedModelParallel, TableOptimizers]:
-    model, default = Model((TABLE,)), SparseOptimizerConfig()
+def _shard(
+    layout: str, ranks: int, table: TableConfig, device: torch.device
+) -> tuple[DistributedModelParallel, TableOptimizers]:
+    model, default = Model((table,)), SparseOptimizerConfig()
+    on_gpu = device.type == "cuda"
+    machine = Machine(
+        world_size=ranks, local_world_size=ranks, compute_device=device.type, hbm_gib=80.0 if on_gpu else None
+    )
     problem = problem_of(
         model,
-        [TABLE],
-        machine=Machine(world_size=ranks, local_world_size=ranks, compute_device="cpu"),
+        [table],
+        machine=machine,
         placement=PlacementConfig(sharding_types=(layout,)),
         optimizer=default,
         load=BatchLoad(),
     )
-    sharding_plan = apply_plan(model, solve(problem), device=torch.device("cpu"))
+    sharding_plan = apply_plan(model, solve(problem), device=device)
     attach_optimizers(model.tables, default)
     sharded = DistributedModelParallel(
         model,
-        device=torch.device("cpu"),
+        device=device,
         plan=sharding_plan,
         sharders=[EmbeddingCollectionSharder()],
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from embeddings.config import PlacementConfig
 from pipelines.config import DataConfig
 from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
@@ -23,7 +24,7 @@ SAMPLES = 85
 BATCH = 12
 
 
-def make_config(path: str, overlap: Any) -> TrainConfig:
+def make_config(path: str, overlap: Any, kernel: Any = "fused") -> TrainConfig:
     """A small model on made-up data; the last of eight batches holds one sample, which leaves ranks without any."""
     recipe = load_recipe("kuairand_sample")
     data = DataConfig(
@@ -32,13 +33,18 @@ def make_config(path: str, overlap: Any) -> TrainConfig:
     layer = replace(recipe.model.layer, dropout=0.0, qk_dim=8, value_dim=8)
     model = replace(recipe.model, dim=16, layer=layer)
     # The recipe's rate decays to the end of a run, which nobody has settled here.
-    recipe = replace(recipe, schedule=ScheduleConfig(), overlap=overlap, precision="float32")
+    placement = PlacementConfig(compute_kernels=(kernel,))
+    recipe = replace(
+        recipe, schedule=ScheduleConfig(), overlap=overlap, precision="float32", placement=placement, recorded="off"
+    )
     return replace(recipe, data=data, model=model, embedding_dim=8)
 
 
-def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> tuple[list[float], int]:
+def train(
+    path: str, overlap: str, evaluate_every: int, device: str = "cpu", kernel: str = "fused"
+) -> tuple[list[float], int]:
     """Losses of every step on this rank, and the samples of all ranks' batches that were evaluated."""
-    config = make_config(path, overlap)
+    config = make_config(path, overlap, kernel)
     resolved = resolve(config, dataset_info(config.data))
     world_size = dist.get_world_size()
     mesh = Mesh(rank=dist.get_rank(), world_size=world_size, local_world_size=world_size, device=torch.device(device))
@@ -50,7 +56,7 @@ def train(path: str, overlap: str, evaluate_every: int, device: str = "cpu") -> 
         nonlocal evaluated
         with torch.no_grad():
             for batch in build_loader(config.data, split="eval", **share):
-                model.module(batch.to(mesh.device))
+                model.score(batch.to(mesh.device).inputs)
                 evaluated += batch.global_samples
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
@@ -99,8 +105,9 @@ def test_every_overlap_on_a_gpu_equals_plain_steps(tmp_path: Path) -> None:
         reference, _ = train(str(tmp_path / "data"), "plain", 100, "cuda:0")
         for overlap, evaluate_every in (("plain", 3), ("sparse_dist", 100), ("sparse_dist", 3)):
             assert train(str(tmp_path / "data"), overlap, evaluate_every, "cuda:0")[0] == pytest.approx(reference, 1e-3)
-        for evaluate_every in (100, 3):
-            losses, _ = train(str(tmp_path / "data"), "prefetch", evaluate_every, "cuda:0")
-            assert losses == pytest.approx(reference, 1e-3)
+        for kernel in ("fused", "fused_uvm_caching"):
+            for overlap, evaluate_every in (("prefetch", 100), ("prefetch", 3), ("sparse_dist", 3)):
+                losses, _ = train(str(tmp_path / "data"), overlap, evaluate_every, "cuda:0", kernel)
+                assert losses == pytest.approx(reference, 1e-3), (kernel, overlap, evaluate_every)
     finally:
         dist.destroy_process_group()
