@@ -206,9 +206,9 @@ class PlacementConfig:
     """Constraints of single tables, by table name."""
     reserved_fraction: float = 0.15
     """Part of each rank's memory kept from the tables: CUDA context, communication buffers, fragmentation."""
-    activation_gib: float = 0.0
-    """Further GiB a rank kept from the tables, for the dense model's activations.  Its parameters, gradients and Adam
-    moments are counted from the model itself."""
+    activation_gib: float | None = None
+    """Further GiB a rank kept from the tables, for the dense model's activations and waiting batches; null counts
+    them from the model, as its parameters, gradients and Adam moments are."""
 
     def __post_init__(self) -> None:
         if self.sharding_types == () or not self.compute_kernels:
@@ -217,5 +217,5 @@ class PlacementConfig:
             )
         if not 0 <= self.reserved_fraction < 1:
             raise ValueError(f"placement.reserved_fraction must lie in [0, 1), got {self.reserved_fraction}")
-        if self.activation_gib < 0:
+        if self.activation_gib is not None and self.activation_gib < 0:
             raise ValueError(f"placement.activation_gib must be at least 0, got {self.activation_gib}")

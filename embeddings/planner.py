@@ -43,8 +43,11 @@ def problem_of(
     placement: PlacementConfig,
     optimizer: SparseOptimizerConfig,
     load: BatchLoad,
+    activation_bytes: int = 0,
 ) -> Problem:
     """What `plan_tables` solves, and what a plan from a file is checked against.
+
+    `activation_bytes` of a rank are what `model` holds in a backward pass, counted by whoever knows its lengths.
 
     Raises:
         ValueError: a constraint of an unknown table, or an optimizer that the machine does not have.
@@ -55,7 +58,9 @@ def problem_of(
         placement=placement,
         optimizer=optimizer,
         load=load,
-        reservation=reserve(machine, placement, dense_bytes=dense_bytes(model), tables=tables),
+        reservation=reserve(
+            machine, placement, dense_bytes=dense_bytes(model), activation_bytes=activation_bytes, tables=tables
+        ),
     )
 
 

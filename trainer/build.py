@@ -92,6 +92,9 @@ def agreed_machine(machine: Machine, mesh: Mesh) -> Machine:
 
 def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = None) -> Plan:
     """Read the plan of `plan_file`, checked against tables and machine, or make one.  Every rank makes the same."""
+    ranks_with_samples = machine.world_size // resolved.config.context_parallel
+    load = lookup_load(resolved, ranks_with_samples)
+    in_16_bits = machine.compute_device == "cuda" and resolved.config.precision == "bfloat16"
     problem = problem_of(
         # It tells how much memory the dense parameters take.
         build_model(resolved, torch.device("meta")),
@@ -99,7 +102,8 @@ def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = Non
         machine=machine,
         placement=resolved.config.placement,
         optimizer=resolved.config.sparse_optimizer,
-        load=lookup_load(resolved, machine.world_size // resolved.config.context_parallel),
+        load=load,
+        activation_bytes=resolved.activation_bytes(load, value_bytes=2 if in_16_bits else 4),
     )
     if plan_file is None:
         return solve(problem)

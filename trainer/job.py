@@ -286,7 +286,7 @@ def plan_job(
         plan = make_plan(resolved, machine)
         print(plan_report(plan))
     else:
-        if config.placement.activation_gib:
+        if config.placement.activation_gib is not None:
             raise WrongUse("placement.activation_gib states what --like measures: leave one of them out")
         dense = dense_cost(like, resolved, world_size)
         placement = replace(config.placement, activation_gib=round(dense.activation_gib, 2))

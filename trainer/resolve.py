@@ -11,12 +11,18 @@ from embeddings.problem import BatchLoad
 from pipelines.columns import IntArray
 from pipelines.features import DatasetInfo
 from trainer.config import TrainConfig
+from trainer.models.activations import MeanBatch
 from trainer.models.flops import Count, training_flops
 from trainer.models.transducers import EventChoice, event_choices
 from trainer.tasks.joint import Joint
 from trainer.tasks.ranking import Ranking
 from trainer.tasks.retrieval import Retrieval
 from trainer.tasks.task import Task
+
+PIPELINED_BATCHES = 3
+"""On a device at once: one whose step is taken, one whose ids are exchanged, one that is copied there."""
+EVENT_BYTES = 12
+"""Of an event besides its ids: time and actions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +57,35 @@ class Resolved:
 
     def lookup_load(self, world_size: int) -> BatchLoad:
         """How many ids a rank looks up a step, from the sizes of the training split."""
-        split, data = self.info.splits["train"], self.config.data
-        samples = max(1, split.samples)
-        history = min(split.history_events / samples, data.max_history_len)
-        candidates = split.candidates / samples
-        samples_per_rank = math.ceil(data.global_batch_size / world_size)
+        history, candidates = self._mean_lengths()
+        samples_per_rank = math.ceil(self.config.data.global_batch_size / world_size)
         # Many ids count as one, so these are rows, and bags where they are summed.
         rows = self.task.ids_per_sample(history, candidates, samples_per_rank)
         return BatchLoad(samples_per_rank=samples_per_rank, ids_per_sample=rows, bags_per_sample=rows)
+
+    def activation_bytes(self, load: BatchLoad, *, value_bytes: int) -> int:
+        """Device memory of a rank's step with this load besides parameters and tables, of samples of mean lengths: what
+        the model holds in its backward pass, computing with so many bytes a value, and the batches of the pipeline.
+
+        Ranks that share samples hold a part of their tokens each.
+        """
+        history, candidates = self._mean_lengths()
+        batch = MeanBatch(
+            samples=load.samples_per_rank,
+            history=history,
+            candidates=candidates,
+            num_context=self.num_context,
+            value_bytes=value_bytes,
+        )
+        ids = sum(load.ids(table) for table in self.tables)
+        waiting = PIPELINED_BATCHES * (8 * ids + EVENT_BYTES * load.samples_per_rank * (history + candidates))
+        return math.ceil(self.task.activations(batch).peak / self.config.context_parallel + waiting)
+
+    def _mean_lengths(self) -> tuple[float, float]:
+        """Events and candidates of the mean sample."""
+        split = self.info.splits["train"]
+        samples = max(1, split.samples)
+        return min(split.history_events / samples, self.config.data.max_history_len), split.candidates / samples
 
 
 def resolve(config: TrainConfig, info: DatasetInfo) -> Resolved:

@@ -22,6 +22,7 @@ from trainer.columns import pooled_spaces, table_configs, widths
 from trainer.config import TrainConfig
 from trainer.labels.loss import RankingLoss
 from trainer.mesh import Mesh
+from trainer.models.activations import MeanBatch, Memory, scoring_activations
 from trainer.models.flops import joint_flops
 from trainer.models.heads.build import build_similarity
 from trainer.models.joint import JointLoss, JointOutputs, JointTower, next_rows
@@ -106,6 +107,13 @@ class Joint:
     def measured(self) -> tuple[str, ...]:
         """Both heads' numbers."""
         return (*self.ranking.measured, *MEASURED)
+
+    def activations(self, batch: MeanBatch) -> Memory:
+        """The ranker's, and those of each next item's scores."""
+        scores = scoring_activations(
+            self.config.model, batch, embedding_dim=self._item_width, num_items=self.info.num_items
+        )
+        return self.ranking.activations(batch) + scores
 
     def check_training_data(self) -> None:
         """As for the ranker, and items under their own ids."""

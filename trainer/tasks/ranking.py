@@ -23,8 +23,9 @@ from trainer.evaluate import evaluate, ranking_table, unknown_lines, with_unknow
 from trainer.labels.binary import action_rates
 from trainer.labels.loss import RankingLoss, build_ranking_loss
 from trainer.mesh import Mesh
+from trainer.models.activations import MeanBatch, Memory, ranker_activations
 from trainer.models.encoding import num_context
-from trainer.models.flops import input_widths, ranker_flops
+from trainer.models.flops import InputWidths, input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
 from trainer.parallelize import ParallelModel
@@ -83,10 +84,17 @@ class Ranking:
     @property
     def flop_arguments(self) -> dict[str, Any]:
         """What its FLOPs depend on besides the configuration of the model and lengths."""
-        inputs = input_widths(
+        return {"inputs": self._inputs, "num_context": self.num_context, "num_outputs": self.labels.num_outputs}
+
+    @property
+    def _inputs(self) -> InputWidths:
+        return input_widths(
             self.selection, widths=widths(self.tables), config=self.config.model, num_actions=len(self.info.actions)
         )
-        return {"inputs": inputs, "num_context": self.num_context, "num_outputs": self.labels.num_outputs}
+
+    def activations(self, batch: MeanBatch) -> Memory:
+        """Of encoder and towers; every channel is taken to see all events."""
+        return ranker_activations(self.config.model, batch, inputs=self._inputs)
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from trainer.baseline import popularity
 from trainer.columns import item_columns, item_table
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
+from trainer.models.activations import MeanBatch, Memory, retriever_activations
 from trainer.models.flops import retriever_flops
 from trainer.models.layout import take_rows
 from trainer.models.model import Model
@@ -81,6 +82,12 @@ class Retrieval:
     def measured(self) -> tuple[str, ...]:
         """Hits, gains and ranks of the next item."""
         return MEASURED
+
+    def activations(self, batch: MeanBatch) -> Memory:
+        """Of tower and scores."""
+        return retriever_activations(
+            self.config.model, batch, embedding_dim=self._item_width, num_items=self.info.num_items
+        )
 
     def check_training_data(self) -> None:
         """Any events will do, under their own ids."""

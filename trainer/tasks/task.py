@@ -15,6 +15,7 @@ from pipelines.batch import Batch
 from pipelines.padding import BatchPadding
 from pipelines.selection import Selection
 from trainer.mesh import Mesh
+from trainer.models.activations import MeanBatch, Memory
 from trainer.models.flops import FlopCount
 from trainer.models.model import Model
 from trainer.parallelize import ParallelModel
@@ -72,6 +73,9 @@ class Task(Protocol):
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of the numbers of its evaluations that are always there."""
+
+    def activations(self, batch: MeanBatch) -> Memory:
+        """What the model holds in a training step besides parameters and tables."""
 
     def check_training_data(self) -> None:
         """Raise ValueError if the data's description says that there is nothing to learn from the training split."""

@@ -17,6 +17,11 @@ class DotProductConfig:
     normalise: bool = True
     """L2-normalise outputs and item vectors: scores are then cosines."""
 
+    @property
+    def pair_values(self) -> int:
+        """Numbers kept of a prediction and an item, besides their score."""
+        return 0
+
     def query_flops(self, embedding_dim: int) -> int:
         """Of a prediction's side."""
         return 0
@@ -56,6 +61,11 @@ class MixtureOfLogitsConfig:
     def products(self) -> int:
         """Dot products of a pair."""
         return self.query_vectors * self.item_vectors
+
+    @property
+    def pair_values(self) -> int:
+        """Numbers kept of a prediction and an item, besides their score: products, gates, the gate's network."""
+        return 3 * self.products + 2 * self.hidden
 
     def query_flops(self, embedding_dim: int) -> int:
         """Vectors, and the gate's network."""

@@ -1,0 +1,212 @@
+"""Device memory that a model takes in a training step besides parameters and tables' buffers, from lengths.  No torch.
+
+Counted: what autograd keeps for the backward pass (a test holds it to what autograd does keep), and on top of it what
+the fullest moment of that pass holds: gradients and rebuilt tensors of the layer whose turn it is.
+Not counted: schedules and partial sums of the attention kernels, which are small.
+
+Widths are in columns of a token; a value has 2 bytes in bfloat16 and 4 in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.flops import InputWidths
+
+_FLOAT_BYTES = 4
+_INDEX_BYTES = 8
+_GATHERS = 5
+"""Index tensors of a token's parts, and its place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeanBatch:
+    """A rank's samples of a step, taken to be all alike."""
+
+    samples: float
+    history: float
+    """Events of a sample, as the model receives them."""
+    candidates: float
+    """Candidates of a sample."""
+    num_context: int
+    """Context tokens of a sample."""
+    value_bytes: int
+    """Of a value in the type of computation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a rank."""
+
+    kept: float
+    """For the backward pass."""
+    peak: float
+    """At the fullest moment of the backward pass, what is kept included."""
+
+    def __add__(self, other: "Memory") -> "Memory":
+        return Memory(self.kept + other.kept, self.peak + other.peak)
+
+
+def ranker_activations(
+    config: ModelConfig,
+    batch: MeanBatch,
+    *,
+    inputs: InputWidths,
+    channel_history: Mapping[str, float] | None = None,
+) -> Memory:
+    """Of a ranker; with `retrieval` beside it the last layer computes all rows (`scoring_activations` are the
+    rest).  `channel_history` gives, by channel, the events that it selects."""
+    factor = 2 if config.input.merge == "interleave" else 1
+    ends = _encoder_bytes(config, batch, inputs, factor)
+    alone = config.retrieval is None
+    if config.stages:
+        towers = [_tower(config.dim, config.layer, config.stages, batch, factor * batch.history, alone=alone)]
+    else:
+        towers = []
+        for channel in config.channels:
+            history = (channel_history or {}).get(channel.name, batch.history)
+            layer = channel.layer or config.layer
+            towers.append(_tower(channel.dim, layer, channel.stages, batch, history, alone=alone))
+            if channel.dim != config.dim:
+                ends += _tokens(batch, history) * config.dim * batch.value_bytes
+    # Channels run side by side.
+    return sum(towers, Memory(ends, ends))
+
+
+def retriever_activations(config: ModelConfig, batch: MeanBatch, *, embedding_dim: int, num_items: int) -> Memory:
+    """Of a retriever, to which candidates are the newest events."""
+    assert config.retrieval is not None
+    events = batch.history + batch.candidates
+    tokens, b = batch.samples * events, batch.value_bytes
+    rows = embedding_dim * b if embedding_dim != config.dim else 0
+    dropped = config.dim if config.input.dropout else 0
+    of_tokens = tokens * (2 * rows + dropped + _INDEX_BYTES)
+    ends = scoring_activations(config, batch, embedding_dim=embedding_dim, num_items=num_items)
+    ends += Memory(of_tokens, of_tokens)
+    if config.is_rectangular:
+        return ends + _rectangular(config, batch, events)
+    only_events = MeanBatch(samples=batch.samples, history=events, candidates=0, num_context=0, value_bytes=b)
+    return ends + _tower(config.dim, config.layer, config.stages, only_events, events, alone=False)
+
+
+def scoring_activations(config: ModelConfig, batch: MeanBatch, *, embedding_dim: int, num_items: int) -> Memory:
+    """Of every event's prediction against its negatives: scores, their gradient, and both sides in float32.
+
+    Their backward pass comes before the tower's, but what it held may still lie in pieces between what is kept.
+    """
+    assert config.retrieval is not None
+    negatives = num_items if config.retrieval.num_negatives is None else config.retrieval.num_negatives
+    predictions = batch.samples * (batch.history + batch.candidates)
+    own_items = 1 if config.retrieval.share_negatives else predictions
+    # Logits, and which of them are the true item.
+    scores = predictions * negatives * (_FLOAT_BYTES + 1 + config.retrieval.similarity.pair_values * _FLOAT_BYTES)
+    kept = scores + _FLOAT_BYTES * embedding_dim * (4 * predictions + own_items * negatives)
+    return Memory(kept, kept + 2 * _FLOAT_BYTES * predictions * negatives)
+
+
+def _encoder_bytes(config: ModelConfig, batch: MeanBatch, inputs: InputWidths, factor: int) -> float:
+    """What the maps of looked-up columns read, where each token's parts come from, and which of them were dropped."""
+    b = batch.value_bytes
+    columns = inputs.event * batch.history + (inputs.candidate + inputs.rates) * batch.candidates + inputs.context
+    if config.input.combine == "mlp":
+        # The hidden layer's input to SiLU: of the columns of events and candidates, and of those of events.
+        columns += config.dim * (2 * batch.history + batch.candidates)
+    dropped = config.dim if config.input.dropout else 0
+    tokens = _tokens(batch, factor * batch.history)
+    return batch.samples * columns * b + tokens * (_GATHERS * _INDEX_BYTES + dropped)
+
+
+def _tokens(batch: MeanBatch, history: float) -> float:
+    return batch.samples * (batch.num_context + history + batch.candidates)
+
+
+def _tower(
+    dim: int,
+    layer: LayerConfig,
+    stages: Sequence[StageConfig],
+    batch: MeanBatch,
+    history: float,
+    *,
+    alone: bool,
+) -> Memory:
+    """All layers; `alone`, the last one computes the rows of candidates (`candidate_layer.py`)."""
+    b, kept, peak = batch.value_bytes, 0.0, 0.0
+    num_layers = sum(stage.num_layers for stage in stages)
+    layer_kept, in_turn = _layer_columns(dim, layer)
+    depth = 0
+    for stage in stages:
+        if stage.keep_newest is not None:
+            history = min(history, stage.keep_newest)
+        tokens = _tokens(batch, history)
+        for _ in range(stage.num_layers):
+            depth += 1
+            if depth == num_layers and alone and not layer.fp8:
+                of_last, turn = _candidate_layer_bytes(dim, layer, tokens * b, batch.samples * batch.candidates * b)
+            else:
+                of_last, turn = tokens * b * layer_kept, tokens * b * in_turn
+            kept += of_last
+            peak = max(peak, kept + turn)
+    # Weights in the type of computation.
+    cast = num_layers * _product_weights(dim, layer) * b if b < _FLOAT_BYTES else 0
+    return Memory(kept + cast, peak + cast)
+
+
+def _layer_columns(dim: int, layer: LayerConfig) -> tuple[int, int]:
+    """(columns of a token that `layer_function` keeps, columns that its backward pass holds besides)."""
+    gate, uvqk, output = _widths(dim, layer)
+    keeps_slopes = not layer.recompute_uvqk and layer.variant == "paper"
+    kept = dim + 2 * gate
+    kept += 0 if layer.recompute_normed or layer.fp8 else dim
+    kept += 0 if layer.recompute_uvqk else uvqk - gate
+    kept += uvqk if keeps_slopes else 0
+    kept += 0 if layer.recompute_gated or layer.fp8 else output
+    # The gradients of the output, of the residual, and of U, V, Q and K.
+    gradients = 2 * dim + (0 if keeps_slopes else uvqk)
+    at_gate = gradients + gate + output + (output if layer.recompute_gated or layer.fp8 else 0)
+    at_attention = gradients + gate + (uvqk - gate if layer.recompute_uvqk else 0)
+    at_attention += dim if layer.recompute_normed or layer.fp8 else 0
+    return kept, max(at_gate, at_attention)
+
+
+def _candidate_layer_bytes(dim: int, layer: LayerConfig, tokens: float, candidates: float) -> tuple[float, float]:
+    """The same of `candidate_layer`, in bytes, where a column of all tokens and one of all candidates take so many."""
+    gate, uvqk, output = _widths(dim, layer)
+    value_key = uvqk // 2
+    kept = tokens * (dim + (0 if layer.recompute_normed else dim)) + candidates * 2 * gate
+    at_products = tokens * (2 * dim + 2 * value_key + (dim if layer.recompute_normed else 0))
+    return kept, at_products + candidates * (uvqk + 2 * output + 2 * dim)
+
+
+def _widths(dim: int, layer: LayerConfig) -> tuple[int, int, int]:
+    """(W, columns of the fused product, inner width of the output product)."""
+    gate = layer.num_heads * layer.value_dim
+    output = 2 * gate + dim if layer.variant == "production" else gate
+    return gate, 2 * layer.num_heads * (layer.value_dim + layer.qk_dim), output
+
+
+def _product_weights(dim: int, layer: LayerConfig) -> int:
+    _, uvqk, output = _widths(dim, layer)
+    return dim * (uvqk + output)
+
+
+def _rectangular(config: ModelConfig, batch: MeanBatch, events: float) -> Memory:
+    """Layers that autograd differentiates, over sequences padded to the longest, which is taken to be `max_len`."""
+    layer, dim, b = config.layer, config.dim, batch.value_bytes
+    gate, uvqk, _ = _widths(dim, layer)
+    key = layer.num_heads * layer.qk_dim
+    tokens, padded = batch.samples * events, batch.samples * config.max_len
+    num_layers = sum(stage.num_layers for stage in config.stages)
+    if layer.variant == "softmax":
+        dropped = 2 * dim if layer.dropout else 0
+        one = tokens * (b * (3 * dim + 2 * key + gate) + _FLOAT_BYTES * 3 * dim + dropped)
+        one += padded * b * (2 * key + 2 * gate)
+        kept = num_layers * one + tokens * dim * _FLOAT_BYTES
+        return Memory(kept, kept + one)
+    # Scores, which SiLU's slope is taken of, and weights.
+    pairs = padded * config.max_len
+    one = tokens * (b * (2 * dim + 2 * uvqk + gate) + _FLOAT_BYTES * 2 * gate) + padded * b * (2 * key + gate)
+    one += pairs * layer.num_heads * (_FLOAT_BYTES + b)
+    # Distances and the mask of places, of no sequence in particular.
+    one += config.max_len**2 * (_INDEX_BYTES + _FLOAT_BYTES)
+    kept = num_layers * one + pairs * _INDEX_BYTES
+    return Memory(kept, kept + one + 2 * pairs * layer.num_heads * _FLOAT_BYTES)
