@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.training import SMALL, losses, train
+from tests.support.training import SMALL, losses, start_command, train
 from trainer.__main__ import app
 from trainer.command_line import run_command
 
@@ -32,9 +32,7 @@ def test_tables_that_cannot_fit_are_refused_with_a_fix(tmp_path: Path, capsys: p
     assert not out.exists()
 
 
-def test_training_follows_a_plan_file_and_refuses_one_for_other_ranks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_follows_a_plan_file_and_refuses_one_for_other_ranks(tmp_path: Path) -> None:
     two, four = tmp_path / "two.json", tmp_path / "four.json"
     small = [f"--set={override}" for override in SMALL]
     row_wise = '--set=placement.sharding_types=["row_wise"]'
@@ -53,7 +51,7 @@ def test_training_follows_a_plan_file_and_refuses_one_for_other_ranks(
     unplanned = losses(train(tmp_path / "unplanned", 2, "max_steps=3"))
     assert losses(planned) == pytest.approx({step: unplanned[step] for step in (2, 3)}, rel=1e-5)
 
-    arguments = ["train", "kuairand_sample", "--run-dir", str(tmp_path / "run"), "--plan", str(four), *small]
-    assert run_command(app, arguments) == 2
-    assert "made for 4 ranks, but this job has 1" in capsys.readouterr().err
+    refused = start_command("train", "kuairand_sample", "--run-dir", str(tmp_path / "run"), "--plan", str(four), *small)
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 2 and "made for 4 ranks, but this job has 1" in output
     assert not (tmp_path / "run").exists()
