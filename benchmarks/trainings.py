@@ -15,6 +15,32 @@ import torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What of a table is to be measured, and how."""
+
+    source: Path
+    """Folder with the publishers' files."""
+    work: Path
+    """Folder for prepared data and runs."""
+    rows: tuple[str, ...]
+    """By name."""
+    seeds: int
+    """Trainings of each row, 0 .. seeds - 1."""
+    jobs: int
+    """Trainings side by side."""
+    limit_s: float | None = None
+    """Seconds after which no run begins or goes on."""
+    settings: tuple[str, ...] = ()
+    """Over all rows'."""
+    orders: tuple[str, ...] = ()
+    """Of events of one second, where a table knows several; all if empty."""
+    logs: tuple[str, ...] = ()
+    """By folder, where a table has several; all if empty."""
+    last_pass: bool = False
+    """Choose no pass: the recipe's last one counts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """One run of a recipe."""
 

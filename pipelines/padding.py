@@ -61,12 +61,15 @@ class Padding:
     selection: Selection
     pooled: frozenset[str] = frozenset()
     """Spaces whose tables give sums in the place of many ids' rows."""
+    rectangular: bool = False
+    """Whether layers pad sequences to the longest, which is then part of the size."""
 
     def sizes(self, batch: Batch) -> tuple[int, ...]:
         """What batches have to share to be of one size."""
-        return tuple(each.padded for counts in self.lookups(batch).values() for each in counts) + tuple(
-            each.padded for each in _parts(batch).values()
-        )
+        lens = batch.inputs.history_lens_host + batch.inputs.num_candidates_host
+        longest = (rounded(int(lens.max()) if lens.numel() else 0),) if self.rectangular else ()
+        counts = [each.padded for counts in self.lookups(batch).values() for each in counts]
+        return (*counts, *(each.padded for each in _parts(batch).values()), *longest)
 
     def lookups(self, batch: Batch) -> dict[str, Sequence[Count]]:
         """Rows of each looked-up feature, part by part."""

@@ -268,6 +268,11 @@ class TrainConfig:
                     f"context_parallel={shared} shares the heads of a layer, which are {layer.num_heads}: choose a "
                     "divisor of it, or more heads (model.layer.num_heads)"
                 )
+            if not layer.is_hstu:
+                raise ValueError(
+                    f"context_parallel={shared} shares HSTU's layers, not layer.variant={layer.variant}: set "
+                    "context_parallel=1"
+                )
             if layer.relative_bias is not None:
                 raise ValueError(
                     f"context_parallel={shared} shares plain layers, and layer.relative_bias is for histories of "

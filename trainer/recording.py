@@ -263,6 +263,8 @@ def why_launched(resolved: Resolved, mesh: Mesh) -> str | None:
         return f"{mesh.sharing} ranks exchange their shares of a history while they compute"
     if all(table.frozen for table in resolved.tables):
         return "all tables are frozen, so nothing behind them waits for gradients"
+    if config.model.is_rectangular and config.model.input.merge == "interleave":
+        return "how long the longest sequence of two tokens an event is, is no size of a batch"
     if config.model.channels:
         return "channels choose their events on the host"
     if config.model.retrieval is not None and not config.model.retrieval.share_negatives:

@@ -29,6 +29,9 @@ RANKERS = [
     "columns",
     "columns, pooled",
     "columns, interleaved, mlp",
+    "softmax",
+    "last_event",
+    "target_attention",
 ]
 
 
@@ -41,7 +44,8 @@ def ranker(name: str) -> tuple[Model, Padding, list[Any]]:
         for seed, (history, candidates) in enumerate(LENGTHS)
     ]
     selection = small_selection(test_ranker.CONTEXT, columns=columns)
-    padding = Padding(test_ranker.tags_apart(selection), frozenset({"tag"})) if pooled else Padding(selection)
+    chosen, spaces = (test_ranker.tags_apart(selection), {"tag"}) if pooled else (selection, ())
+    padding = Padding(chosen, frozenset(spaces), rectangular=config.is_rectangular)
     return test_ranker.small_ranker(config, pooled=pooled or None), padding, batches
 
 

@@ -14,10 +14,12 @@ from trainer.models.retrieval_config import RetrievalConfig
 class LayerConfig:
     """One HSTU layer, the same for all layers of a tower."""
 
-    variant: Literal["paper", "production", "softmax"] = "paper"
+    variant: Literal["paper", "production", "softmax", "last_event", "target_attention"] = "paper"
     """paper: SiLU on U, V, Q and K, and only the gated norm enters the output product.  production (Meta's open code):
-    SiLU on U alone, and U, the layer's input and the gated norm are concatenated before the output product.  softmax:
-    no HSTU layer but a Transformer's (`trainer.models.softmax`), for retrievers on sequences of hundreds."""
+    SiLU on U alone, and U, the layer's input and the gated norm are concatenated before the output product.
+
+    What HSTU is compared with, in modules of these names, on sequences of hundreds: softmax, a Transformer's layer; for
+    rankers alone last_event, the same without candidates in it, and target_attention, candidates on events."""
     num_heads: int = 4
     """Attention heads."""
     qk_dim: int = 128
@@ -56,8 +58,8 @@ class LayerConfig:
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"layer.{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.variant == "softmax":
-            self._check_softmax()
+        if not self.is_hstu:
+            self._check_other()
         if self.fp8 and not (self.recompute_normed and self.recompute_gated):
             raise ValueError(
                 "layer.fp8=true keeps no 16-bit inputs of its products: layer.recompute_normed and "
@@ -75,12 +77,18 @@ class LayerConfig:
         if self.norm_eps <= 0:
             raise ValueError(f"layer.norm_eps must be above 0, got {self.norm_eps}")
 
-    def _check_softmax(self) -> None:
+    @property
+    def is_hstu(self) -> bool:
+        """Whether it is HSTU's layer, of either variant."""
+        return self.variant in ("paper", "production")
+
+    def _check_other(self) -> None:
         """What only HSTU's layers have would have no effect."""
-        read = ("variant", "num_heads", "qk_dim", "value_dim", "scale", "norm_eps", "dropout")
+        softmax = self.variant != "target_attention"
+        read = ("variant", "num_heads", "qk_dim", "dropout", *(("value_dim", "scale", "norm_eps") if softmax else ()))
         for each in fields(self):
             if each.name not in read and getattr(self, each.name) != each.default:
-                raise ValueError(f"layer.{each.name} has no effect with layer.variant=softmax: leave it out")
+                raise ValueError(f"layer.{each.name} has no effect with layer.variant={self.variant}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,13 +307,17 @@ class ModelConfig:
     @property
     def is_rectangular(self) -> bool:
         """Whether the layers pad sequences to the longest of a batch."""
-        return self.layer.relative_bias is not None or self.layer.variant == "softmax"
+        return any(layer.relative_bias is not None or not layer.is_hstu for layer in self.layers)
 
     def _check_ranker(self) -> None:
-        for layer in self.layers:
-            if layer.relative_bias is not None or layer.variant == "softmax":
-                name = "relative_bias" if layer.relative_bias is not None else "variant=softmax"
-                raise ValueError(f"layer.{name} is for retrievers alone: leave it out, or give model.retrieval")
+        towers = [(channel.layer or self.layer, channel.stages) for channel in self.channels]
+        for layer, stages in towers or [(self.layer, self.stages)]:
+            if layer.relative_bias is not None:
+                raise ValueError("layer.relative_bias is for retrievers alone: leave it out, or give model.retrieval")
+            if not layer.is_hstu and any(stage.local is not None or stage.keep_newest is not None for stage in stages):
+                raise ValueError(f"layer.variant={layer.variant} takes no stages.local and no stages.keep_newest")
+            if layer.variant == "target_attention" and sum(stage.num_layers for stage in stages) != 1:
+                raise ValueError("layer.variant=target_attention has one layer: set stages.num_layers to 1")
 
     def _check_channels(self) -> None:
         if not self.channels:
@@ -339,6 +351,10 @@ class ModelConfig:
             raise ValueError(f"model.retrieval: of model.input only {', '.join(read)} have an effect, drop the rest")
         if self.is_rectangular and any(stage.local is not None for stage in self.stages):
             raise ValueError("layer.relative_bias and layer.variant=softmax have no windows: stages.local must be null")
+        if self.layer.variant in ("last_event", "target_attention"):
+            raise ValueError(
+                f"layer.variant={self.layer.variant} is for rankers alone: leave it or model.retrieval out"
+            )
         for name, unset in (("channels", ()), ("labels", None), ("head", MlpConfig())):
             if getattr(self, name) != unset:
                 raise ValueError(f"model.retrieval: model.{name} has no effect on a retriever, leave it out")
@@ -349,6 +365,10 @@ class ModelConfig:
             raise ValueError(
                 "model.retrieval.beside_ranking predicts behind every event, whose token must know of no later one: "
                 "set model.input.causal=true"
+            )
+        if not self.layer.is_hstu:
+            raise ValueError(
+                f"model.retrieval.beside_ranking has HSTU's layers, not layer.variant={self.layer.variant}"
             )
         if self.channels or self.input.merge != "add":
             raise ValueError(

@@ -134,8 +134,16 @@ def layer_flops(
     gate = layer.num_heads * layer.value_dim
     # V and K of all tokens, U and Q of the rows.
     width = layer.num_heads * (layer.value_dim + layer.qk_dim)
+    if layer.variant == "target_attention":
+        hidden = layer.num_heads * layer.qk_dim
+        return FlopCount(
+            projections=2 * (tokens + rows) * dim * hidden,
+            attention=2 * pairs * (dim * hidden + hidden + dim),
+            outputs=4 * rows * dim * dim,
+            ends=np.zeros_like(tokens),
+        )
     # A Transformer has no U; its attention has an output product of that size, and two of the model's width follow.
-    output_inputs = {"paper": gate, "production": 2 * gate + dim, "softmax": 2 * dim}[layer.variant]
+    output_inputs = {"paper": gate, "production": 2 * gate + dim}.get(layer.variant, 2 * dim)
     return FlopCount(
         projections=2 * (tokens + rows) * dim * width,
         attention=2 * pairs * layer.num_heads * (layer.qk_dim + layer.value_dim),
@@ -261,6 +269,8 @@ def _tower_flops(
     at_candidates: bool,
 ) -> FlopCount:
     """All layers; with `at_candidates` the last one computes the rows of candidates alone (`candidate_layer.py`)."""
+    if layer.variant == "last_event":
+        candidates = np.zeros_like(candidates)
     total = _no_flops(history.shape)
     last = _no_flops(history.shape)
     for stage in stages:
@@ -278,8 +288,8 @@ def _tower_flops(
         one = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs)
         for _ in range(stage.num_layers):
             total, last = _add(total, last), one
-    # In FP8 the last layer computes all rows.
-    if at_candidates and not layer.fp8:
+    # In FP8 the last layer computes all rows, and a Transformer's always does.
+    if at_candidates and not layer.fp8 and layer.variant not in ("softmax", "last_event"):
         pairs = candidates * (num_context + history + 1.0)
         last = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs, num_rows=candidates.astype(np.float64))
     return _add(total, last)

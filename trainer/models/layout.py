@@ -93,15 +93,15 @@ def repeat_users(lens: Tensor, total: int) -> Tensor:
 
 
 def rectangle_of(layout: SequenceLayout) -> Rectangle:
-    """The layout's sequences padded to the longest, for layouts of events alone; padding lies outside.
+    """The layout's sequences padded to the longest; padding lies outside.
 
     Of a padded layout, to one of few sizes: batches that share it can share a recording (`sequence_padding`).
     """
     num_users = layout.num_users - layout.padded
-    lens = layout.history_lens_host[:num_users]
+    lens = (layout.history_lens_host + layout.num_candidates_host)[:num_users]
     longest = int(lens.max()) if lens.numel() else 0
     longest = rounded(longest) if layout.padded else longest
-    return make_rectangle(layout.user_T, layout.index_T, num_users=num_users, longest=longest)
+    return make_rectangle(layout.user_T, layout.index_T, num_users=num_users, longest=layout.num_context + longest)
 
 
 def history_mask(layout: SequenceLayout) -> Tensor:

@@ -1,4 +1,4 @@
-"""A Transformer's layers over packed events, with softmax attention: what HSTU is compared with.
+"""A Transformer's layers over packed tokens, with softmax attention: what HSTU is compared with.
 
     y = norm(x);  z = y + attention(y, x) Wo;  z = norm(z);  out = z + dropout(relu(z W1)) W2
 
@@ -8,12 +8,13 @@ Sequences are padded to the longest of the batch: made for sequences of hundreds
 Shapes: T packed tokens, B users, N places of the longest sequence, D model width, H heads, K width of a head.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_kernels.rectangle import Rectangle
 from trainer.models.config import LayerConfig
-from trainer.models.layout import EventTimes, SequenceLayout, rectangle_of
+from trainer.models.layout import EventTimes, SequenceLayout, candidate_rows, rectangle_of, take_rows
 from trainer.models.precision import compute_dtype
 
 
@@ -31,8 +32,8 @@ class SoftmaxLayer(nn.Module):
         self.hidden_norm = nn.LayerNorm(dim, eps=layer.norm_eps)
         self.hidden, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
-    def forward(self, x_TD: Tensor, rectangle: Rectangle) -> Tensor:
-        """[T, D]; `rectangle` says where each token lies."""
+    def forward(self, x_TD: Tensor, rectangle: Rectangle, mask_B1NN: Tensor | None = None) -> Tensor:
+        """[T, D]; `rectangle` says where each token lies, the mask who sees whom; without one, all that came before."""
         y_TD = self.attention_norm(x_TD)
         key_value = self.key_value(x_TD)
         q, k, v = self.query(y_TD), key_value[:, : self.key_width], key_value[:, self.key_width :]
@@ -42,8 +43,9 @@ class SoftmaxLayer(nn.Module):
             q_BHNK,
             k_BHNK,
             v_BHNV,
+            attn_mask=mask_B1NN,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask_B1NN is None,
             scale=self.scale,
         )
         attended_TW = rectangle.take(attention_BHNV.transpose(1, 2).flatten(2))
@@ -54,11 +56,11 @@ class SoftmaxLayer(nn.Module):
 
     def _by_head(self, x_BNW: Tensor) -> Tensor:
         """[B, H, N, W / H]"""
-        return x_BNW.view(*x_BNW.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x_BNW.view(*x_BNW.shape[:2], self.num_heads, x_BNW.shape[2] // self.num_heads).transpose(1, 2)
 
 
 class SoftmaxTower(nn.Module):
-    """Layers over one packed batch of events that all see their whole past, and a norm behind the last."""
+    """Layers over one packed batch of sequences whose events all see their whole past, and a norm behind the last."""
 
     def __init__(self, *, dim: int, layer: LayerConfig, num_layers: int) -> None:
         super().__init__()
@@ -71,8 +73,29 @@ class SoftmaxTower(nn.Module):
 
     def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
         """The last layer's output at every event, normed.  Attention here knows no `times`."""
+        return self._outputs(x_TD, rectangle_of(layout), None)
+
+    def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
+        """The same at every candidate, [C, D], which sees all events and context and no other candidate."""
+        return take_rows(self.everywhere(x_TD, layout), candidate_rows(layout))
+
+    def everywhere(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
+        """The same at every token, [T, D]."""
         rectangle = rectangle_of(layout)
+        return self._outputs(x_TD, rectangle, ranker_mask(layout, rectangle))
+
+    def _outputs(self, x_TD: Tensor, rectangle: Rectangle, mask_B1NN: Tensor | None) -> Tensor:
         for layer in self.layers:
-            x_TD = layer(x_TD, rectangle)
+            x_TD = layer(x_TD, rectangle, mask_B1NN)
         normed_TD: Tensor = self.norm(x_TD)
         return normed_TD.to(compute_dtype(x_TD))
+
+
+def ranker_mask(layout: SequenceLayout, rectangle: Rectangle) -> Tensor:
+    """Who sees whom, [B, 1, N, N] bool: all see the context, which sees all events; an event its past, a candidate all
+    events and itself.  Padding sees itself: a row of nothing would be NaN."""
+    index = torch.arange(rectangle.longest, device=rectangle.place_T.device)
+    query_N1, key_1N, context = index[:, None], index[None, :], layout.num_context
+    known_B11 = context + layout.history_lens[: rectangle.num_users, None, None]
+    past_NN = (key_1N <= query_N1) | (query_N1 < context) | (key_1N < context)
+    return (past_NN & (key_1N < known_B11) | (key_1N == query_N1))[:, None]

@@ -7,7 +7,7 @@ what the others say.  A plain model is a mixture of one channel that selects eve
 Shapes: T packed tokens, H events of all histories, C candidates, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from pipelines.batch import Inputs
 from pipelines.selection import Feature, Selection
-from trainer.models.config import ModelConfig
+from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.models.encoding import num_context
 from trainer.models.hstu import HstuTower, build_tower
+from trainer.models.last_event import LastEventTower
 from trainer.models.layout import SequenceLayout, count_events, keep_events, take_rows
+from trainer.models.softmax import SoftmaxTower
+from trainer.models.target_attention import TargetAttentionTower
+
+CandidateTower = HstuTower | SoftmaxTower | LastEventTower | TargetAttentionTower
+"""What says something of every candidate: `at_candidates`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +61,7 @@ class EventChoice:
 class Transducer(nn.Module):
     """One channel: choice of events, a change of width where it needs one, a tower."""
 
-    def __init__(self, *, choice: EventChoice, model_dim: int, dim: int, tower: HstuTower) -> None:
+    def __init__(self, *, choice: EventChoice, model_dim: int, dim: int, tower: CandidateTower) -> None:
         super().__init__()
         self.choice = choice
         self.projection = nn.Linear(model_dim, dim) if dim != model_dim else nn.Identity()
@@ -90,6 +96,7 @@ class MixtureOfTransducers(nn.Module):
         """The output at every token, [T, D], of the only channel, which sees all events and drops none."""
         (channel,) = self.channels.values()
         assert isinstance(channel, Transducer) and channel.choice.selects_all
+        assert isinstance(channel.tower, HstuTower)
         outputs_TD: Tensor = channel.tower(channel.projection(tokens_TD), layout)[0]
         return outputs_TD
 
@@ -153,7 +160,7 @@ def build_mixture(config: ModelConfig, *, selection: Selection, action_names: tu
     """
     common = {"num_context": num_context(selection, config.input), "max_len": config.max_len}
     if config.stages:
-        tower = build_tower(dim=config.dim, layer=config.layer, stages=config.stages, **common)
+        tower = _build_tower(config.dim, config.layer, config.stages, **common)
         only = Transducer(choice=EventChoice(), model_dim=config.dim, dim=config.dim, tower=tower)
         return MixtureOfTransducers({"all": only})
     choices = event_choices(config, action_names, selection)
@@ -163,6 +170,19 @@ def build_mixture(config: ModelConfig, *, selection: Selection, action_names: tu
             choice=choices[channel.name],
             model_dim=config.dim,
             dim=channel.dim,
-            tower=build_tower(dim=channel.dim, layer=channel.layer or config.layer, stages=channel.stages, **common),
+            tower=_build_tower(channel.dim, channel.layer or config.layer, channel.stages, **common),
         )
     return MixtureOfTransducers(channels)
+
+
+def _build_tower(
+    dim: int, layer: LayerConfig, stages: Sequence[StageConfig], *, num_context: int, max_len: int
+) -> CandidateTower:
+    num_layers = sum(stage.num_layers for stage in stages)
+    if layer.variant == "softmax":
+        return SoftmaxTower(dim=dim, layer=layer, num_layers=num_layers)
+    if layer.variant == "last_event":
+        return LastEventTower(dim=dim, layer=layer, num_layers=num_layers)
+    if layer.variant == "target_attention":
+        return TargetAttentionTower(dim=dim, layer=layer, max_len=max_len)
+    return build_tower(dim=dim, layer=layer, stages=stages, num_context=num_context, max_len=max_len)

@@ -148,7 +148,8 @@ class Ranking:
     @property
     def padding(self) -> Padding:
         """One more sample."""
-        return Padding(self.selection, pooled_spaces(self.tables))
+        rectangular = self.config.model.is_rectangular
+        return Padding(self.selection, pooled_spaces(self.tables), rectangular=rectangular)
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """The metrics of each label: of actions beside the rates of items and users, of others beside what is known

@@ -7,6 +7,7 @@ import pytest
 
 from trainer.labels.config import LabelConfig
 from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.retrieval_config import RetrievalConfig
 from trainer.recipes import load_recipe
 
 ONE = (StageConfig(num_layers=1),)
@@ -29,6 +30,18 @@ GROWING = (StageConfig(num_layers=1, keep_newest=4), StageConfig(num_layers=1, k
         ),
         ({"stages": GROWING}, "model.stages: keep_newest=4 has no effect behind a stage that keeps 4"),
         (CHANNELS | {"channels": (replace(CHANNEL, stages=GROWING),)}, "stages of channel 'clicks': keep_newest=4"),
+        (
+            {"layer": LayerConfig(variant="softmax"), "stages": (StageConfig(num_layers=1, local=2),)},
+            "layer.variant=softmax takes no stages.local",
+        ),
+        (
+            {"layer": LayerConfig(variant="target_attention"), "stages": (StageConfig(num_layers=2),)},
+            "target_attention has one layer: set stages.num_layers to 1",
+        ),
+        (
+            {"layer": LayerConfig(variant="last_event"), "retrieval": RetrievalConfig()},
+            "layer.variant=last_event is for rankers alone",
+        ),
         ({"labels": ()}, "model.labels is empty"),
         ({"labels": (LabelConfig(name="like"), LabelConfig(name="like"))}, "must not repeat a name, got like, like"),
     ],
