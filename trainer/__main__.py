@@ -2,7 +2,7 @@
 
     python -m trainer recipes
     python -m trainer train RECIPE [--run-dir DIR] [--plan FILE] [--from-step N] [--init-from DIR]
-                                [--init-only NAMES ...] [--set key=value ...]
+                                [--init-only NAMES ...] [--profile STEP:COUNT] [--set key=value ...]
     python -m trainer evaluate RUN_DIR [--step N] [--set data.path=DIR ...]
     python -m trainer report RUN_DIR [RUN_DIR ...] [--out FILE]
     python -m trainer checkpoints RUN_DIR [--verify] [--pin N] [--unpin N]
@@ -26,7 +26,7 @@ import typer
 from pipelines.reader_server import reader_server
 from trainer.checkpoint import listing
 from trainer.checkpoint.catalogue import open_catalogue
-from trainer.command_line import WrongUse, lasting, run_command, show_findings
+from trainer.command_line import WrongUse, lasting, parse_window, run_command, show_findings
 from trainer.config import TrainConfig
 from trainer.guard import GUARD, IDLE_S, IMPORTS_S
 from trainer.recipes import load_recipe, recipe_summaries
@@ -80,12 +80,17 @@ def train(
             metavar="NAMES ...", help="Take from it only what is called so, as 'tables/*', or OLD=NEW under a new name."
         ),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="STEP:COUNT", help="Write a trace of COUNT steps from STEP on, for Chrome and Perfetto."),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Train a recipe, or go on with it if the run directory holds a checkpoint."""
     STOP.listen()
     GUARD.start()
     config = _resolve(recipe, set_)
+    window = None if profile is None else parse_window(profile)
     GUARD.expect("its imports", IMPORTS_S, idle_s=IDLE_S)
     if config.data.reader_threads:
         reader_server()
@@ -97,7 +102,13 @@ def train(
     train_job(
         config,
         run_dir or Path("runs", recipe),
-        Start(plan_file=plan, from_step=from_step, init_from=init_from, init_only=tuple(init_only or ())),
+        Start(
+            plan_file=plan,
+            from_step=from_step,
+            init_from=init_from,
+            init_only=tuple(init_only or ()),
+            profile=window,
+        ),
     )
     STOP.ignore()
 

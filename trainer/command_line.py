@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -94,3 +95,18 @@ def _expand(arguments: list[str]) -> list[str]:
             expanded.append(option)
         expanded.append(argument)
     return expanded
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """(first step, number of steps) of `STEP:COUNT`.
+
+    Raises:
+        WrongUse: it has another form.
+
+    >>> parse_window("100:5")
+    (100, 5)
+    """
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if found is None:
+        raise WrongUse(f"--profile must be STEP:COUNT, two whole numbers above 0, as 100:5, got {text!r}")
+    return int(found[1]), int(found[2])

@@ -3,6 +3,7 @@
 The pipeline pulls batches ahead of the step that trains on them; the record says what each step consumed.
 """
 
+import time
 from collections import deque
 from collections.abc import Container, Iterator
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from torchrec.streamable import Pipelineable
 from embeddings.unbounded import UnboundedTables
 from pipelines.batch import Batch
 from trainer.mesh import Mesh
+from trainer.profiling import stage
 from trainer.recorder import Consumed
 from trainer.resolve import Resolved
 from trainer.watchdog import Phase
@@ -56,10 +58,11 @@ class Feed:
         return self._resolved.task.prepare(batch, self._mesh)
 
     def _pull(self) -> Batch:
-        with self._phase("data"):
+        start = time.perf_counter()
+        with self._phase("data"), stage("longview: data"):
             batch = next(self._batches)
         self._step += 1
-        self._in_flight.append(describe(batch, self._resolved))
+        self._in_flight.append(describe(batch, self._resolved, waited_s=time.perf_counter() - start))
         return batch
 
     def leaves_out(self, step: int) -> bool:
@@ -79,7 +82,7 @@ class Feed:
         return self._in_flight.popleft()
 
 
-def describe(batch: Batch, resolved: Resolved) -> Consumed:
+def describe(batch: Batch, resolved: Resolved, *, waited_s: float = 0.0) -> Consumed:
     """What is noted of a batch: little, for it delays the launch of a step."""
     return Consumed(
         position=batch.position,
@@ -91,4 +94,5 @@ def describe(batch: Batch, resolved: Resolved) -> Consumed:
             name: choice.history_lens(batch.inputs).numpy() for name, choice in resolved.selective_channels.items()
         },
         imbalance=batch.imbalance,
+        waited_s=waited_s,
     )

@@ -39,6 +39,7 @@ from trainer.evaluator import Evaluator, evaluate
 from trainer.feed import Feed
 from trainer.freezing import announce_frozen
 from trainer.guard import GUARD
+from trainer.labels.running import running_metrics
 from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
 from trainer.measured import dense_cost
@@ -71,6 +72,8 @@ class Start:
     """A run to begin with, where there is no checkpoint yet; None begins with initial values."""
     init_only: tuple[str, ...] = ()
     """Patterns of what is taken from it (`trainer.name_patterns`); none for everything."""
+    profile: tuple[int, int] | None = None
+    """The first step and the number of steps of which a trace is written; None for none."""
 
 
 def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
@@ -121,12 +124,12 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
             # There is a beginning to go back to.
             checkpointer.save(restart.progress)
-        session = _Session(run, settled, mesh, model, checkpointer, watchdog, LeftOut(run, config.nonfinite, mesh))
-        if restart.progress == progress:
-            spoilt = session.train(restart, loader, batches)
-        else:
-            # The newest checkpoint turned out to be damaged.
-            spoilt = session.train_anew(restart)
+        session = _Session(
+            run, settled, mesh, model, checkpointer, watchdog, LeftOut(run, config.nonfinite, mesh), start.profile
+        )
+        # Anew where the newest checkpoint turned out to be damaged.
+        whole = restart.progress == progress
+        spoilt = session.train(restart, loader, batches) if whole else session.train_anew(restart)
         while spoilt is not None:
             # A save that is under way is of an earlier step.
             checkpointer.wait()
@@ -147,6 +150,8 @@ class _Session:
     checkpointer: Checkpointer
     watchdog: Watchdog
     left_out: LeftOut
+    profile: tuple[int, int] | None
+    """The first step and the number of steps of which a trace is written."""
 
     def train_anew(self, restart: Restart) -> NotFinite | None:
         """As `train`, with a reader of its own."""
@@ -170,7 +175,10 @@ class _Session:
             step=progress.step,
             left_out=self.left_out,
         )
-        model, recorder = self.model, Recorder(self.run, mesh, restart, self.resolved, total_samples=total_samples)
+        model, running = self.model, running_metrics(self.model.model.loss)
+        recorder = Recorder(
+            self.run, mesh, restart, self.resolved, total_samples=total_samples, running=running, profile=self.profile
+        )
         pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
         with closing(recorder), closing(pipeline):
             try:

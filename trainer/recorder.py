@@ -19,8 +19,10 @@ from pipelines.columns import IntArray
 from pipelines.position import DataPosition
 from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
+from trainer.labels.running import RunningMetrics
 from trainer.left_out import check_finite
 from trainer.mesh import Mesh
+from trainer.profiling import StepProfile
 from trainer.resolve import Resolved
 from trainer.run_dir import JsonLines, RunDir, written
 
@@ -44,6 +46,8 @@ class Consumed:
     """[B] events of this rank's samples that a channel sees, for channels that do not see all."""
     imbalance: float
     """Largest over mean modelled cost of the ranks."""
+    waited_s: float = 0.0
+    """Seconds that this rank waited for the batch to be read."""
 
 
 class Recorder:
@@ -57,10 +61,21 @@ class Recorder:
         resolved: Resolved,
         *,
         total_samples: int | None,
+        running: RunningMetrics | None = None,
+        profile: tuple[int, int] | None = None,
     ) -> None:
+        """`running` are the metrics of the training candidates; `profile`, (step, count), asks for a trace of steps."""
         self._run, self._mesh, self._resolved = run, mesh, resolved
         self._losses = start.losses if resolved.config.deterministic else {}
         self._peak_flops = peak_flops(mesh.device)
+        self._profile: StepProfile | None = None
+        if profile is not None:
+            self._profile = StepProfile(profile, run.profile, rank=mesh.rank, step=start.progress.step)
+        self._running = running
+        self._lifetime: Tensor | None = None
+        if running is not None:
+            running.reset()
+            self._lifetime = running.state().cpu()
         self._interval = _Interval()
         self._lines = JsonLines(run.metrics_file) if mesh.is_first else None
         self._board: SummaryWriter | None = None
@@ -80,6 +95,8 @@ class Recorder:
         out."""
         self._interval.add(consumed, outcome)
         self._bar.update(consumed.samples)
+        if self._profile is not None:
+            self._profile.stepped()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -105,7 +122,9 @@ class Recorder:
             count / self._mesh.sharing
             for count in (self._interval.flops(self._resolved), self._interval.tokens(self._resolved))
         ]
-        losses, norms, (flops, tokens) = self._over_ranks(counts, progress)
+        counts.append(self._interval.waited_s / self._mesh.world_size)
+        running = None if self._running is None else self._running.state()
+        losses, norms, (flops, tokens, waited_s, *numbers) = self._over_ranks(counts, progress, running)
         interval, self._interval = self._interval, _Interval()
         # A step whose batch was left out has neither.
         mean_loss, norm = (losses[-1], norms[-1]) if interval.took_last else (math.nan, math.nan)
@@ -122,6 +141,7 @@ class Recorder:
             "step_ms": 1e3 * seconds / interval.steps,
             "imbalance": sum(interval.imbalances) / interval.steps,
             "imbalance_by_step": interval.imbalances,
+            "data_wait": min(waited_s / seconds, 1.0),
             "learning_rate_factor": learning_rate_factor,
             "time": time.time(),
             "world_size": self._mesh.world_size,
@@ -130,7 +150,15 @@ class Recorder:
             record["peak_gib"] = torch.cuda.max_memory_allocated(self._mesh.device) / 2**30
             if self._peak_flops is not None:
                 record["mfu"] = flops / seconds / self._mesh.world_size / self._peak_flops
-        self._write(record)
+        self._write(record | self._measured(torch.tensor(numbers, dtype=torch.float64)))
+
+    def _measured(self, state: Tensor) -> dict[str, float]:
+        """The running metrics of the interval, and as lifetime_METRIC/LABEL since this start of the job."""
+        if self._running is None or self._lifetime is None:
+            return {}
+        window, self._lifetime = state - self._lifetime, state
+        since = {f"lifetime_{name}": value for name, value in self._running.metrics(state).items()}
+        return self._running.metrics(window) | since
 
     def check_finite(self, progress: Progress) -> None:
         """Look at the steps since the last logged one, up to that of `progress`.  Called by every rank.
@@ -140,8 +168,11 @@ class Recorder:
         """
         self._over_ranks([], progress)
 
-    def _over_ranks(self, counts: list[float], progress: Progress) -> tuple[list[float], list[float], list[float]]:
-        """Of the interval: means of losses and of gradients' norms, each a step taken, and sums of `counts`."""
+    def _over_ranks(
+        self, counts: list[float], progress: Progress, running: Tensor | None = None
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Of the interval: means of losses and of gradients' norms, each a step taken, and sums of `counts` and then of
+        the `running` numbers."""
         interval = self._interval
         values = (
             torch.stack([value for outcome in interval.outcomes for value in outcome]) if interval.outcomes else None
@@ -151,6 +182,8 @@ class Recorder:
         sums = torch.tensor(counts, dtype=torch.float64, device=self._mesh.device)
         if values is not None:
             sums = torch.cat([values.double() / self._mesh.world_size, sums])
+        if running is not None:
+            sums = torch.cat([sums, running])
         dist.all_reduce(sums)  # every rank, on the default group and stream
         # Waits for the device, once for all numbers.
         found, taken = sums.tolist(), 2 * len(interval.outcomes)
@@ -188,6 +221,8 @@ class Recorder:
     def close(self) -> None:
         """Flush what is buffered."""
         self._bar.close()
+        if self._profile is not None:
+            self._profile.close()
         if self._board is not None:
             with written(self._run.tensorboard):
                 self._board.close()
@@ -199,6 +234,7 @@ class _Interval:
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.steps = self.samples = 0
+        self.waited_s = 0.0
         self.imbalances: list[float] = []
         self.outcomes: list[Outcome] = []
         """A step that was taken; on the device, where nothing waits for them."""
@@ -217,6 +253,7 @@ class _Interval:
         self._samples.append((consumed.samples, outcome is not None))
         self.samples += consumed.samples
         self.imbalances.append(consumed.imbalance)
+        self.waited_s += consumed.waited_s
         if outcome is None:
             return
         self.outcomes.append(outcome)

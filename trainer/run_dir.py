@@ -73,6 +73,11 @@ class RunDir:
         return self.path / "plan.json"
 
     @property
+    def profile(self) -> Path:
+        """Traces of steps, one a rank."""
+        return self.path / "profile"
+
+    @property
     def metrics_file(self) -> Path:
         """One object a logged step."""
         return self.path / "metrics.jsonl"

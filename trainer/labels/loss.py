@@ -24,6 +24,7 @@ from trainer.labels.binary import Binary
 from trainer.labels.build import build_labels, label_configs
 from trainer.labels.config import LabelConfig
 from trainer.labels.kind import LabelKind
+from trainer.labels.running import RunningMetrics
 
 
 class RankingLoss(nn.Module):
@@ -55,6 +56,8 @@ class RankingLoss(nn.Module):
         # Normalised, so that equal weights give the mean over labels.
         shares = torch.tensor([config.weight for config in configs], dtype=torch.float32)
         self.register_buffer("shares", shares / shares.sum(), persistent=False)
+        self._binary = [place for place, kind in enumerate(kinds) if isinstance(kind, Binary)]
+        self.running = RunningMetrics([self.names[place] for place in self._binary])
 
     def forward(self, outputs_CK: Tensor, looked_up: object, batch: Batch) -> Tensor:
         """This rank's part of the loss: the weighted sum over candidates, over `loss_denominator` of the labels.
@@ -74,10 +77,23 @@ class RankingLoss(nn.Module):
             dim=1,
         )
         terms_CL = losses_CL * self._weights(labels, [None] * len(targets)) * self.shares
+        real_C1 = None
         if batch.inputs.padded:
             real = batch.inputs.num_candidates[:-1].sum()
-            terms_CL = torch.where(torch.arange(len(terms_CL), device=real.device)[:, None] < real, terms_CL, 0)
+            real_C1 = torch.arange(len(terms_CL), device=real.device)[:, None] < real
+            terms_CL = torch.where(real_C1, terms_CL, 0)
+        if self.training and self._binary:
+            self._run(outputs_CK, labels, targets, real_C1)
         return terms_CL.sum() / labels.loss_denominator
+
+    def _run(self, outputs_CK: Tensor, labels: Labels, targets: Sequence[Tensor], real_C1: Tensor | None) -> None:
+        """Count the candidates in the running metrics: as evaluations weigh them, and not those without a label."""
+        with torch.no_grad():
+            outputs, weights_CL = self.outputs(outputs_CK), self._weights(labels, targets)[:, self._binary]
+            logits_CL = torch.cat([outputs[place] for place in self._binary], dim=1)
+            targets_CL = torch.stack([targets[place] for place in self._binary], dim=1)
+            counted_CL = ~targets_CL.isnan() if real_C1 is None else ~targets_CL.isnan() & real_C1
+            self.running.add(logits_CL, targets_CL.nan_to_num(), torch.where(counted_CL, weights_CL, 0))
 
     @property
     def kinds(self) -> list[LabelKind]:

@@ -7,6 +7,7 @@ from torchrec.streamable import Pipelineable
 
 from embeddings.tables import Rows, Tables
 from embeddings.trained import TrainedRows
+from trainer.profiling import stage
 
 
 class Objective(nn.Module):
@@ -18,7 +19,10 @@ class Objective(nn.Module):
 
     def forward(self, looked_up: list[Rows], batch: Pipelineable) -> Tensor:
         """The loss of a batch."""
-        loss: Tensor = self.loss(self.tower(looked_up, batch.inputs), looked_up, batch)
+        with stage("longview: tower"):
+            outputs = self.tower(looked_up, batch.inputs)
+        with stage("longview: loss"):
+            loss: Tensor = self.loss(outputs, looked_up, batch)
         return loss
 
 

@@ -9,6 +9,8 @@ from trainer.report.run_files import Record, RunFiles
 
 MAX_RUNS = 32
 """Runs that colour and dash tell apart on one page: 8 colours in `page.py`, 4 dashes."""
+BASELINE = "_baseline"
+"""Ends the name of a metric of what knows no sequences."""
 MAX_POINTS = 200
 """Of longer curves, the mean of each of so many stretches is drawn, on a band from its lowest to its highest value."""
 
@@ -28,6 +30,7 @@ _TITLES = {
     "step_ms": "step, ms",
     "mfu": "MFU",
     "imbalance": "imbalance of the ranks",
+    "data_wait": "time waited for data, of all",
     "peak_gib": "peak memory of a GPU, GiB",
     "learning_rate_factor": "learning rate, of its full value",
 }
@@ -73,8 +76,14 @@ def training_curves(runs: Sequence[RunFiles]) -> str:
     """A plot of each number of the logged steps."""
     found = {name for run in runs for record in run.metrics for name in record if _is_number(record[name])}
     names = [name for name in _TITLES if name in found]
-    names += sorted(found - set(names) - set(_NOT_DRAWN))
+    names += sorted(name for name in found - set(names) - set(_NOT_DRAWN) if "/" not in name)
     return "".join(plot(_TITLES.get(name, name), [points(run.metrics, name) for run in runs], runs) for name in names)
+
+
+def label_curves(runs: Sequence[RunFiles]) -> str:
+    """A plot of NE and AUC of each label over the candidates that were trained on, each a step before it was."""
+    found = dict.fromkeys(name for run in runs for name in run.last if name.startswith(("ne/", "auc/")))
+    return "".join(plot(metric_title(name), [points(run.metrics, name) for run in runs], runs) for name in found)
 
 
 def evaluation_curves(records: Sequence[Sequence[Record]], runs: Sequence[RunFiles]) -> str:
@@ -99,13 +108,17 @@ def metric_title(name: str) -> str:
     ('NE of click', 'HR@10', 'log loss of kind')
     """
     metric, _, label = name.partition("/")
+    if metric.endswith(BASELINE):
+        return f"{metric_title(metric.removesuffix(BASELINE))} of the baseline"
     title = metric.upper() if metric.partition("@")[0] in _ACRONYMS else metric.replace("_", " ")
     return f"{title} of {label}" if label else title
 
 
 def curved_metrics(records: Iterable[Record]) -> list[str]:
     """Of `METRIC/LABEL`, NE and AUC of each label, in the order of the records; every metric of a label without."""
-    names = list(dict.fromkeys(name for record in records for name in record if name not in ("step", "part")))
+    found = dict.fromkeys(name for record in records for name in record if name not in ("step", "part"))
+    # A baseline does not change from step to step: tables have it.
+    names = [name for name in found if not name.partition("/")[0].endswith(BASELINE)]
     chosen = [name for name in names if name.startswith(("ne/", "auc/"))]
     labels = {name.partition("/")[2] for name in chosen}
     return [name for name in names if name in chosen or name.partition("/")[2] not in labels]

@@ -5,13 +5,14 @@ from html import escape
 from pathlib import Path
 
 from trainer.command_line import WrongUse
-from trainer.report.curves import MAX_POINTS, MAX_RUNS, evaluation_curves, legend, training_curves
+from trainer.report.curves import MAX_POINTS, MAX_RUNS, evaluation_curves, label_curves, legend, training_curves
 from trainer.report.plan_bars import plan_section
 from trainer.report.run_files import RunFiles, read_runs
 from trainer.report.tables import (
     configuration_tables,
     environment_table,
     evaluation_table,
+    lifetime_table,
     progressive_table,
     summary_table,
 )
@@ -68,6 +69,7 @@ def report_page(runs: Sequence[RunFiles]) -> str:
     sections = [
         summary_table(runs),
         _plots("Training", training_curves(runs)),
+        *_labels(runs),
         *_evaluations(runs),
         *_progressive(runs),
         *_plans(runs),
@@ -81,6 +83,15 @@ def report_page(runs: Sequence[RunFiles]) -> str:
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
+
+
+def _labels(runs: Sequence[RunFiles]) -> list[str]:
+    """What was measured of the candidates that were trained on, if anything was."""
+    plots = label_curves(runs)
+    if not plots:
+        return []
+    heading = "Candidates as they were trained on"
+    return [_plots(heading, plots), _section(f"{heading}, since the last start", lifetime_table(runs))]
 
 
 def _evaluations(runs: Sequence[RunFiles]) -> list[str]:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from trainer.report.curves import curved_metrics, metric_title
+from trainer.report.curves import BASELINE, curved_metrics, metric_title
 from trainer.report.run_files import Record, RunFiles
 
 ABSENT = "-"
@@ -14,6 +14,9 @@ ABSENT = "-"
 
 _INTERVAL = "_95"
 """Ends the name of a metric that is half the 95% interval of another one."""
+
+_LIFETIME = "lifetime_"
+"""Begins the name of a metric of all candidates since the job's last start."""
 
 _TIMES = {"first logged step": 0, "last logged step": -1}
 """Facts that differ between any two runs, so that it is not worth a mark; by the place among the records."""
@@ -42,6 +45,9 @@ def evaluation_table(records: Sequence[Sequence[Record]], runs: Sequence[RunFile
     metrics = [
         metric for metric in metrics if not (metric.endswith(_INTERVAL) and metric.removesuffix(_INTERVAL) in metrics)
     ]
+    # A baseline's number stands behind the model's.
+    own = [metric for metric in metrics if not metric.endswith(BASELINE)]
+    metrics = [each for metric in own for each in (metric, metric + BASELINE) if each in metrics]
     rows = []
     for label in dict.fromkeys(label for _, label in pairs):
         for run, record in newest:
@@ -51,6 +57,18 @@ def evaluation_table(records: Sequence[Sequence[Record]], runs: Sequence[RunFile
             if any(cell != ABSENT for cell in cells):
                 rows.append([label or "all", run, f"{record['step']:,}", *cells])
     return table(["label", "run", "step", *map(metric_title, metrics)], rows, kind="named")
+
+
+def lifetime_table(runs: Sequence[RunFiles]) -> str:
+    """What each run's newest logged step says of all candidates since its last start, a row a label and run."""
+    records = [
+        [
+            {"step": run.last["step"]}
+            | {name.removeprefix(_LIFETIME): run.last[name] for name in run.last if name.startswith(_LIFETIME)}
+        ]
+        for run in runs
+    ]
+    return evaluation_table(records, runs)
 
 
 def progressive_table(runs: Sequence[RunFiles]) -> str:
