@@ -79,7 +79,8 @@ def rows_by_feature(looked_up: Sequence[Any]) -> Rows:
     """What `Tables` returns as one dictionary."""
     rows: Rows = {}
     for of_collection in looked_up:
-        found = of_collection.wait() if isinstance(of_collection, LazyAwaitable) else of_collection
+        # Two heads ask for them: TorchRec keeps here what has been waited for, which cannot be done twice.
+        found = LazyAwaitable._wait_async(of_collection)
         if isinstance(found, KeyedTensor):
             # Sums have no lengths that anybody reads.
             none = torch.zeros(0, dtype=torch.long, device=found.device())
