@@ -1,6 +1,7 @@
 """A table's rows cut over all ranks in equal blocks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import (
@@ -16,6 +17,7 @@ from embeddings.kinds.kind import (
     written_out_bytes,
     written_out_ms,
 )
+from embeddings.kinds.table_wise import gathered_cost
 
 _COPY = 2.455
 """Bytes that a rank moves for each byte of gradients that it sends, as TorchRec measured."""
@@ -50,11 +52,17 @@ class RowWise(ShardingKind):
         return tuple(Shard(rank, rows, range(table.embedding_dim)) for rank, rows in zip(ranks, blocks, strict=True))
 
     def cost(self, work: Work, block: Blocks) -> ShardCost:
-        """A block takes part in the lookups in proportion to its rows: a table of few rows spreads them less."""
+        """A block takes part in the lookups in proportion to its rows: a table of few rows spreads them less.
+
+        On one rank it is a whole table whose ids and rows TorchRec puts in order, and back, for nothing.
+        """
+        copied_ms = work.exchanged_ids * block.num_columns * FLOAT_BYTES * _COPY / work.device_bytes_per_ms
+        if work.machine.world_size == 1:
+            whole = gathered_cost(work, block)
+            return replace(whole, ms=whole.ms + copied_ms)
         share = block.num_rows * work.machine.world_size / work.table.num_embeddings
         ids, columns = work.exchanged_ids, block.num_columns
-        ms = lookup_ms(work, ids, ids, columns) + ids * work.exchanged_row_bytes / work.link_bytes_per_ms
-        ms += ids * columns * FLOAT_BYTES * _COPY / work.device_bytes_per_ms
+        ms = lookup_ms(work, ids, ids, columns) + ids * work.exchanged_row_bytes / work.link_bytes_per_ms + copied_ms
         io_bytes = buffer_bytes(work, ids, ids, columns) * share + written_out_bytes(work, columns)
         return stored(work, block, io_bytes, ms * share + written_out_ms(work, columns))
 

@@ -156,6 +156,14 @@ def test_wide_table_of_another_optimizer_may_be_cut_by_columns() -> None:
     assert [shard.columns for shard in shards] == [range(64 * i, 64 * (i + 1)) for i in range(8)]
 
 
+@pytest.mark.parametrize("dim", [4, 16, 64, 128, 512])
+def test_one_rank_keeps_tables_whole(dim: int) -> None:
+    """TorchRec would put the ids and rows of a row-wise table in order, and back, for its one block."""
+    machine = replace(GPUS_16, world_size=1, local_world_size=1)
+    made = plan([table("item", 1000, dim), table("user", 10, dim)], machine=machine)
+    assert {placed.sharding_type for placed in made.tables.values()} == {"table_wise"}
+
+
 def test_table_that_fits_no_rank_is_cut() -> None:
     made = plan([table("item", 500_000_000)], load=BatchLoad(samples_per_rank=1))
     assert made.tables["item"].sharding_type == "row_wise"
