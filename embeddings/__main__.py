@@ -7,8 +7,8 @@
     python -m embeddings probe --out MACHINE.json
                                         measure this machine for the planner (embeddings/probe.py)
 
-`python -m trainer plan` makes files for the first two.  Exit status: 0 done, 1 no cluster holds the tables, 2 wrong
-use.
+`python -m trainer plan` makes files for the first two.  Exit status: 0 done, 1 no cluster holds the tables or
+trains so many samples a day, 2 wrong use.
 """
 
 import argparse
@@ -68,30 +68,40 @@ def plan_capacity(arguments: list[str]) -> int:
         "--copies", type=int, nargs="+", default=[1], metavar="N", help="groups of ranks that each hold all tables (2D)"
     )
     parser.add_argument("--average-every", type=int, default=100, metavar="N", help="steps between averages of copies")
-    parser.add_argument("--samples-per-day", type=float, default=1e6, metavar="N", help="for the hours and the price")
+    parser.add_argument("--samples-per-day", type=float, default=1e6, metavar="N", help="what a cluster has to train")
     parser.add_argument("--prices", type=Path, metavar="FILE", help="JSON: price of a node's hour by its name")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with every rank's memory")
     parsed = parser.parse_args(arguments)
     if not parsed.samples_per_day > 0:
         raise ValueError(f"--samples-per-day must be above 0, got {parsed.samples_per_day}")
+    nodes = read_nodes(parsed.machines.split(","))
     found = clusters(
         read_demand(parsed.tables),
-        read_nodes(parsed.machines.split(",")),
+        nodes,
         rank_numbers(parsed.ranks),
         samples=parsed.samples_per_day,
-        prices={} if parsed.prices is None else read_prices(parsed.prices),
+        prices={} if parsed.prices is None else read_prices(parsed.prices, nodes),
         copies=[Copies(number=number, averaged_every=parsed.average_every) for number in parsed.copies],
+        begin=_show_progress,
     )
-    print(capacity_text(found))
+    _show_progress("")
+    print(capacity_text(found, parsed.samples_per_day))
     if parsed.html is not None:
         try:
-            parsed.html.write_text(capacity_page(found), encoding="utf-8")
+            parsed.html.write_text(capacity_page(found, parsed.samples_per_day), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"cannot write {parsed.html}: {error.strerror}") from error
-    if any(cluster.plan is not None for cluster in found):
+    if any(cluster.keeps_up for cluster in found):
         return 0
-    print(f"error: {found[-1].problem}", file=sys.stderr)
+    if all(cluster.plan is None for cluster in found):
+        print(f"error: {found[-1].problem}", file=sys.stderr)
     return 1
+
+
+def _show_progress(text: str) -> None:
+    """On a terminal, one line that the next one takes the place of."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
 
 
 def probe_machine(arguments: list[str]) -> int:

@@ -9,14 +9,17 @@ The tables come from a file:
                 {"name": "city", "num_embeddings": 10000, "embedding_dim": 16, "dtype": "float16",
                  "optimizer": {"kind": "sgd", "learning_rate": 0.1}}],
      "samples_per_rank": 32, "dense_gib": 1.5, "activation_gib": 20.0, "dense_ms": 40.0,
-     "compute_kernels": ["fused", "fused_uvm_caching"]}
+     "compute_kernels": ["fused", "fused_uvm_caching"], "reserved_fraction": 0.15}
 
 All but `tables` may be left out.  `zipf` is the exponent of the law by which a table's rows are looked up (all alike
 without it), on which it depends what a cache on the device answers.  `dense_gib` is the dense model's memory for
 parameters, gradients and Adam; `dense_ms` its time a step, as a run measured it, which is added to the tables' time.
+Where no run did, `dense_tflop` states instead what a rank computes a step, forward and backward, and `dense_mfu` which
+part of a GPU's bfloat16 peak that reaches: 0.3 is usual.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from embeddings.machine import Machine, cluster
 from embeddings.plan import Plan
 from embeddings.planning import solve
 from embeddings.problem import GIB, BatchLoad, Problem, reserve
+
+HOURS_OF_A_DAY = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +50,23 @@ class Demand:
     dense_bytes: int
     """Memory a rank for the dense model."""
     dense_ms: float
-    """Its time a step."""
+    """Its time a step, as measured; 0 where `dense_tflop` tells it."""
+    dense_tflop: float
+    """What a rank computes for it a step, in 10^12 operations."""
+    dense_mfu: float
+    """Part of the peak at which it does."""
+
+    def dense_ms_on(self, name: str, node: NodeType) -> float:
+        """The dense model's time a step on a type of node.
+
+        Raises:
+            ValueError: the type does not say what its GPUs compute.
+        """
+        if not self.dense_tflop:
+            return self.dense_ms
+        if node.bf16_tflops is None:
+            raise ValueError(f"{name} needs bf16_tflops, a GPU's peak, for dense_tflop: add it, or state dense_ms")
+        return self.dense_tflop / (node.bf16_tflops * self.dense_mfu) * 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +132,17 @@ class Cluster:
     """Tables, dense model and the average of copies; infinite if nothing fits."""
     samples_per_s: float
     """Of all ranks."""
+    hours: float
+    """For a day's samples; infinite if nothing fits."""
     gpu_hours: float
-    """For the samples that were asked for; for a million without such a number."""
+    """As many a GPU."""
     price: float | None
-    """Of these hours; None without a price of the node."""
+    """Of these; None without a price of the node."""
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether it trains a day's samples within a day."""
+        return self.hours <= HOURS_OF_A_DAY
 
 
 def read_demand(path: Path) -> Demand:
@@ -140,13 +168,16 @@ def read_nodes(names: Sequence[str]) -> dict[str, NodeType]:
     return {Path(name).stem if name.endswith(".json") else name: node_type(name) for name in names}
 
 
-def read_prices(path: Path) -> dict[str, float]:
-    """Price of an hour of a whole node, by its name.
+def read_prices(path: Path, nodes: Collection[str]) -> dict[str, float]:
+    """Price of an hour of a whole node, by its name, for some of `nodes`.
 
     Raises:
-        ValueError: it cannot be read, or a price is no positive number.
+        ValueError: it cannot be read, a price is no positive number, or it is of none of the nodes.
     """
     prices = read_object(path)
+    unknown = sorted(set(prices) - set(nodes))
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0]!r} is none of --machines, which are {', '.join(nodes)}")
     wrong = [name for name, price in prices.items() if not isinstance(price, int | float) or not price > 0]
     if wrong:
         raise ValueError(f"{path}: the price of {wrong[0]!r} must be a number above 0, got {prices[wrong[0]]!r}")
@@ -176,8 +207,10 @@ def clusters(
     samples: float,
     prices: Mapping[str, float],
     copies: Sequence[Copies] = (Copies(),),
+    begin: Callable[[str], None] = lambda _: None,
 ) -> list[Cluster]:
-    """Every number of ranks on every type of node, planned with each number of copies.
+    """Every number of ranks on every type of node, planned with each number of copies for so many samples a day;
+    `begin` is told of each before.
 
     Raises:
         ValueError: a number of ranks that is no multiple of a node's GPUs or of the copies, or a setting that no
@@ -185,27 +218,37 @@ def clusters(
     """
     if any(each.number > 1 for each in copies) and demand.placement.compute_kernels != ("fused",):
         raise ValueError("copies are planned for rows in device memory alone: leave compute_kernels out of the tables")
-    found = []
+    found: list[Cluster] = []
     for name, node in nodes.items():
         for number in ranks:
             if number > node.gpus > 0 and number % node.gpus:
                 raise ValueError(f"{number} ranks are no whole number of nodes {name}, which have {node.gpus} GPUs")
             machine = cluster(node, number)
-            found += [
-                _cluster(demand, (name, node), machine, each, samples=samples, node_price=prices.get(name))
-                for each in copies
-            ]
+            for each in copies:
+                begin(f"planning {len(found) + 1} of {len(nodes) * len(ranks) * len(copies)}: {name}, {number} ranks")
+                price = prices.get(name)
+                found.append(_cluster(demand, (name, node), machine, each, samples=samples, node_price=price))
     return found
 
 
-def pareto(found: Sequence[Cluster]) -> list[Cluster]:
-    """The clusters than which none is both faster and takes less: price where all have one, else GPU-hours."""
+def cheapest(found: Sequence[Cluster]) -> Cluster | None:
+    """The cluster with one copy of the tables, as `train` has them, that keeps up and costs least, the smaller of two
+    that cost the same; None if none keeps up."""
+    cost = _cost(found)
+    keeping_up = [cluster for cluster in found if cluster.keeps_up and cluster.copies == 1]
+    return min(keeping_up, key=lambda cluster: (float(f"{cost(cluster):.3g}"), cluster.ranks), default=None)
+
+
+def _cost(found: Sequence[Cluster]) -> Callable[[Cluster], float]:
+    """What clusters are compared by: price where all have one, else GPU-hours."""
     priced = all(cluster.price is not None for cluster in found)
+    return lambda cluster: cluster.price if priced and cluster.price is not None else cluster.gpu_hours
 
-    def cost(cluster: Cluster) -> float:
-        return cluster.price if priced and cluster.price is not None else cluster.gpu_hours
 
-    fitting = [cluster for cluster in found if cluster.plan is not None]
+def pareto(found: Sequence[Cluster]) -> list[Cluster]:
+    """The clusters that keep up and than which none is both faster and takes less."""
+    cost = _cost(found)
+    fitting = [cluster for cluster in found if cluster.keeps_up]
     return [
         cluster
         for cluster in fitting
@@ -242,12 +285,13 @@ def _cluster(
     except ValueError as error:
         if "fit" not in str(error) and "no memory is left" not in str(error):
             raise
-        reason = str(error)
-    step_ms = float("inf")
+        # A file of tables states these settings without the word.
+        reason = str(error).replace("placement.", "")
+    step_ms = math.inf
     if plan is not None:
-        step_ms = plan.step_ms + demand.dense_ms + copies.averaging_ms(plan, machine)
+        step_ms = plan.step_ms + demand.dense_ms_on(name, node) + copies.averaging_ms(plan, machine)
     samples_per_s = ranks * demand.load.samples_per_rank / step_ms * 1000
-    hours = samples / samples_per_s / 3600 * ranks if plan is not None else float("inf")
+    hours = samples / samples_per_s / 3600 if plan is not None else math.inf
     return Cluster(
         node=name,
         ranks=ranks,
@@ -256,8 +300,9 @@ def _cluster(
         problem=reason,
         step_ms=step_ms,
         samples_per_s=samples_per_s,
-        gpu_hours=hours,
-        price=None if node_price is None else hours / node.gpus * node_price,
+        hours=hours,
+        gpu_hours=hours * ranks,
+        price=None if node_price is None else hours * ranks / node.gpus * node_price,
     )
 
 
@@ -290,13 +335,22 @@ def _demand(values: dict[str, Any]) -> Demand:
         placement=PlacementConfig(
             activation_gib=values.pop("activation_gib", 0.0),
             compute_kernels=tuple(values.pop("compute_kernels", ("fused",))),
+            reserved_fraction=values.pop("reserved_fraction", PlacementConfig().reserved_fraction),
         ),
         optimizer=SparseOptimizerConfig(**values.pop("optimizer", {})),
         dense_bytes=int(values.pop("dense_gib", 0.0) * GIB),
         dense_ms=float(values.pop("dense_ms", 0.0)),
+        dense_tflop=float(values.pop("dense_tflop", 0.0)),
+        dense_mfu=float(values.pop("dense_mfu", 0.0)),
     )
     if values:
         raise ValueError(f"unknown key {min(values)!r}")
     if not tables:
         raise ValueError("there must be at least one table")
+    if demand.dense_bytes < 0 or demand.dense_ms < 0 or demand.dense_tflop < 0:
+        raise ValueError("dense_gib, dense_ms and dense_tflop must be at least 0")
+    if demand.dense_ms and demand.dense_tflop:
+        raise ValueError("dense_ms and dense_tflop both tell the dense model's time: leave one of them out")
+    if bool(demand.dense_tflop) != (0 < demand.dense_mfu <= 1):
+        raise ValueError(f"dense_tflop goes with a dense_mfu in (0, 1], got {demand.dense_mfu}")
     return demand

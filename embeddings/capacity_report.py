@@ -3,16 +3,31 @@
 import html
 from collections.abc import Sequence
 
-from embeddings.capacity import Cluster, pareto
+from embeddings.capacity import Cluster, cheapest, pareto
 from embeddings.plan import Plan, size_text
 from embeddings.report import columns
 
-_STYLE = """body{font:14px system-ui,sans-serif;margin:2em auto;max-width:70em;color:#222}
-table{border-collapse:collapse}
-td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
-.best{background:#e8f4e8}.bars{display:flex;align-items:flex-end;height:8em;gap:1px;border-bottom:1px solid #999}
-.bars div{flex:1;display:flex;flex-direction:column-reverse;height:100%}.bars span{display:block}
-.w{background:#4878a8}.o{background:#88aacc}.b{background:#d8a860}p.no{color:#a33}"""
+_STYLE = """
+:root{color-scheme:light dark;--ground:#fff;--text:#1d232b;--quiet:#5d6875;--line:#dfe3e8;--best:#e2f3e4;--no:#a33;
+--w:#3f74ab;--o:#8fb4da;--b:#d8a860}
+@media (prefers-color-scheme:dark){:root{--ground:#15191f;--text:#e4e8ed;--quiet:#98a3b0;--line:#333b46;--best:#1d3a26;
+--no:#f08a8a;--w:#6ba3de;--o:#3d6288;--b:#c99545}}
+body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:0 auto;padding:1rem 1rem 3rem;
+background:var(--ground);color:var(--text)}
+h1{font-size:1.5rem}.quiet{color:var(--quiet)}.no{color:var(--no)}.answer{font-weight:600}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.28rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+td:first-child,th:first-child{text-align:left}th{color:var(--quiet)}.best{background:var(--best)}
+details{margin:.8rem 0}summary{cursor:pointer;font-weight:600}
+.bars{display:flex;align-items:flex-end;height:8em;gap:1px;border:solid var(--line);border-width:1px 0}
+.bars div{flex:1;max-width:3em;display:flex;flex-direction:column-reverse;height:100%}.bars span{display:block}
+.w{background:var(--w)}.o{background:var(--o)}.b{background:var(--b)}
+.legend{white-space:nowrap}.key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .9em}"""
+
+_LEGEND = ", ".join(
+    f"<span class=legend><span class='key {kind}'></span>{what}</span>"
+    for kind, what in (("w", "rows"), ("o", "optimizer state"), ("b", "buffers"))
+)
 
 _OF_COPIES = (
     "Copies train otherwise than one table: each group of ranks updates its own rows from its own samples, as if its "
@@ -24,49 +39,79 @@ MAX_BARS = 256
 """Ranks drawn; with more ranks, evenly spaced ones of them."""
 
 
-def capacity_text(found: Sequence[Cluster]) -> str:
-    """A line a cluster; a star marks those than which none is both faster and cheaper."""
-    best = pareto(found)
-    rows = [["", *_heads()]]
-    rows += [["*" if cluster in best else "", *_cells(cluster)] for cluster in found]
-    return columns(rows) + (f"\n{_OF_COPIES}" if any(cluster.copies > 1 for cluster in found) else "")
+def capacity_text(found: Sequence[Cluster], samples: float) -> str:
+    """A line a cluster, a star for those that keep up and than which none is both faster and cheaper; the answer."""
+    best, answer = pareto(found), cheapest(found)
+    marks = [">" if cluster is answer else "*" if cluster in best else "" for cluster in found]
+    rows = [["", *_heads()], *([mark, *_cells(cluster)] for mark, cluster in zip(marks, found, strict=True))]
+    return f"{columns(rows)}\n{_answer(found, samples)}" + (
+        f"\n{_OF_COPIES}" if any(cluster.copies > 1 for cluster in found) else ""
+    )
 
 
-def capacity_page(found: Sequence[Cluster]) -> str:
-    """The table, and of every cluster each rank's memory or what is missing."""
-    best = pareto(found)
+def capacity_page(found: Sequence[Cluster], samples: float) -> str:
+    """The answer, the table, and of every cluster each rank's memory or what is missing."""
+    best, answer = pareto(found), cheapest(found)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _heads())
     body = "".join(
-        f"<tr{' class=best' if cluster in best else ''}>"
+        f"<tr{' class=answer' if cluster is answer else ' class=best' if cluster in best else ''}>"
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(cluster))
         + "</tr>"
         for cluster in found
     )
+    rates = dict.fromkeys(_rates(cluster) for cluster in found)
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Clusters for these tables</title>",
-        f"<style>{_STYLE}</style><h1>Clusters for these tables</h1>",
-        "<p>Estimates from peak bandwidths. Green: none is both faster and cheaper. Bars: a rank's rows, optimizer "
-        "state and buffers, of the memory that there is for tables.</p>",
-        f"<table><tr>{head}</tr>{body}</table>",
+        '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">',
+        f"<title>Clusters for these tables</title><style>{_STYLE}</style><h1>Clusters for these tables</h1>",
+        f"<p class=answer>{html.escape(_answer(found, samples))}</p>",
+        f"<div class=wide><table><tr>{head}</tr>{body}</table></div>",
+        f"<p class=quiet>Estimates by {html.escape('; '.join(rates))}. Green: it keeps up, and none is both faster and "
+        f"cheaper. Bars: of the memory of each rank that there is for tables, {_LEGEND}.</p>",
         *([f"<p>{html.escape(_OF_COPIES)}</p>"] if any(cluster.copies > 1 for cluster in found) else []),
     ]
     for cluster in found:
+        parts.append(f"<details{' open' if cluster in best or cluster is answer or cluster.plan is None else ''}>")
         of_copies = f", {cluster.copies} copies" if cluster.copies > 1 else ""
-        parts.append(f"<h2>{html.escape(cluster.node)}, {cluster.ranks} ranks{of_copies}</h2>")
+        parts.append(f"<summary>{html.escape(cluster.node)}, {cluster.ranks} ranks{of_copies}</summary>")
         if cluster.plan is None:
             parts.append(f"<p class=no>{html.escape(cluster.problem)}</p>")
         else:
             parts.append(_bars(cluster.plan))
+        parts.append("</details>")
     return "\n".join(parts) + "\n"
 
 
+def _answer(found: Sequence[Cluster], samples: float) -> str:
+    """Which cluster to take, in one line."""
+    best = cheapest(found)
+    if best is not None:
+        price = "" if best.price is None else f", {best.price:,.2f} a day"
+        return (
+            f"cheapest for {samples:,.0f} samples a day: {best.node}, {best.ranks} ranks, {best.hours:.3g} hours, "
+            f"{best.gpu_hours:,.4g} GPU-hours{price}"
+        )
+    fitting = [cluster for cluster in found if cluster.plan is not None and cluster.copies == 1]
+    if not fitting:
+        return "none of these clusters holds one copy of the tables"
+    fastest = min(fitting, key=lambda cluster: cluster.hours)
+    return (
+        f"none of these trains {samples:,.0f} samples a day: the fastest, {fastest.node} with {fastest.ranks} ranks, "
+        f"takes {fastest.hours:.3g} hours for them: allow more ranks"
+    )
+
+
+def _rates(cluster: Cluster) -> str:
+    measured = cluster.plan.machine.calibration if cluster.plan is not None else ""
+    return f"rates of {cluster.node} {measured or 'as by data sheet'}"
+
+
 def _heads() -> list[str]:
-    return ["nodes", "ranks", "copies", "step ms", "samples/s", "fullest rank", "of", "GPU-hours", "price"]
+    return ["nodes", "ranks", "copies", "step ms", "samples/s", "fullest rank", "of", "hours", "GPU-hours", "price"]
 
 
 def _cells(cluster: Cluster) -> list[str]:
     if cluster.plan is None:
-        return [cluster.node, str(cluster.ranks), str(cluster.copies), "does not fit", "-", "-", "-", "-", "-"]
+        return [cluster.node, str(cluster.ranks), str(cluster.copies), "does not fit", *["-"] * 6]
     fullest = max(rank.memory_bytes for rank in cluster.plan.ranks)
     return [
         cluster.node,
@@ -76,7 +121,8 @@ def _cells(cluster: Cluster) -> list[str]:
         f"{cluster.samples_per_s:,.0f}",
         size_text(fullest),
         size_text(cluster.plan.available_bytes),
-        f"{cluster.gpu_hours:.3g}",
+        f"{cluster.hours:.3g}" if cluster.keeps_up else f"{cluster.hours:.3g}, too slow",
+        f"{cluster.gpu_hours:,.4g}",
         "-" if cluster.price is None else f"{cluster.price:,.2f}",
     ]
 
@@ -96,4 +142,6 @@ def _bars(plan: Plan) -> str:
     for table in plan.tables.values():
         kinds[table.sharding_type] = kinds.get(table.sharding_type, 0) + 1
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return f"<p>{said}; {plan.step_ms:.3g} ms of tables a step</p><div class=bars>{''.join(bars)}</div>"
+    fullest = max(rank.memory_bytes for rank in plan.ranks)
+    room = f"the fullest rank holds {size_text(fullest)} of {size_text(plan.available_bytes)}"
+    return f"<p>{said}; {plan.step_ms:.3g} ms of tables a step; {room}</p><div class=bars>{''.join(bars)}</div>"

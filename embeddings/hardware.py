@@ -139,6 +139,8 @@ class NodeType:
     """GiB of host memory a node, as a scheduler may hand it out."""
     rates: Rates
     """Of a rank."""
+    bf16_tflops: float | None = None
+    """A GPU's peak in bfloat16; null where nobody said, which will do for what tables take."""
     calibration: str = ""
     """How the rates were measured; empty for peaks by data sheet."""
 
@@ -147,6 +149,8 @@ class NodeType:
             raise ValueError(f"a node has no negative number of GPUs or cores, got gpus={self.gpus}, cpus={self.cpus}")
         if (self.gpus > 0) != (self.hbm_gib is not None):
             raise ValueError(f"hbm_gib={self.hbm_gib} with {self.gpus} GPUs: GPUs need it, and a CPU has none")
+        if self.bf16_tflops is not None and not 0 < self.bf16_tflops < math.inf:
+            raise ValueError(f"bf16_tflops must be a number of TFLOP/s above 0, got {self.bf16_tflops}")
         if not 0 < self.host_gib < math.inf:
             raise ValueError(f"host_gib must be a number of GiB above 0, got {self.host_gib}")
 
@@ -166,7 +170,15 @@ def _cores(cpus: int, host_gib: float) -> NodeType:
 
 
 def _with_gpus(gpu: str, gpus: int, cpus: int, host_gib: float) -> NodeType:
-    return NodeType(cpus=cpus, gpus=gpus, hbm_gib=GPUS[gpu].hbm_gib, host_gib=host_gib, rates=GPUS[gpu].rates)
+    known = GPUS[gpu]
+    return NodeType(
+        cpus=cpus,
+        gpus=gpus,
+        hbm_gib=known.hbm_gib,
+        host_gib=host_gib,
+        rates=known.rates,
+        bf16_tflops=known.bf16_tflops,
+    )
 
 
 NODES: dict[str, NodeType] = {

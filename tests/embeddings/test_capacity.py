@@ -89,14 +89,14 @@ def test_copies_are_planned_as_a_groups_tables_and_the_average_of_what_they_hold
         held = max(rank.weight_bytes + rank.optimizer_bytes for rank in group.plan.ranks)
         # Three quarters are sent on and three quarters come back, at 50 GB/s across nodes.
         assert found.step_ms - group.step_ms == pytest.approx(1.5 * held / 50e6 / steps)
-    text = capacity_text(list(every.values()))
-    assert "as if its part of the batch were all" in text and "as if" not in capacity_text([group])
+    text = capacity_text(list(every.values()), 1e6)
+    assert "as if its part of the batch were all" in text and "as if" not in capacity_text([group], 1e6)
 
 
 def test_no_cluster_of_the_front_is_beaten_and_every_other_is(tables: Path) -> None:
     nodes = {name: node for name, node in NODES.items() if node.gpus == 8}
     found = clusters(
-        read_demand(tables), nodes, [8, 16, 32, 64], samples=1e9, prices={name: 70.0 + len(name) for name in nodes}
+        read_demand(tables), nodes, [8, 16, 32, 64], samples=1e6, prices={name: 70.0 + len(name) for name in nodes}
     )
     best = pareto(found)
     assert 0 < len(best) < len(found)
@@ -119,7 +119,7 @@ def test_command_answers_without_torch_and_writes_a_page_without_links(tables: P
     command += ["--machines", f"h200x8,{own}", "--html", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "torch" not in done.stderr
-    rows = [line.replace("*", "").split() for line in done.stdout.splitlines()[1:]]
+    rows = [line.strip(" *>").split() for line in done.stdout.splitlines()[1:-1]]
     assert [row[:2] for row in rows] == [[name, str(n)] for name in ("h200x8", "own") for n in (8, 16, 32)]
     tags: list[str] = []
 
@@ -129,14 +129,14 @@ def test_command_answers_without_torch_and_writes_a_page_without_links(tables: P
             assert not {"src", "href"} & {name for name, _ in attrs}
 
     Tags().feed(page.read_text())
-    assert tags.count("h2") == 6 and "script" not in tags
+    assert tags.count("summary") == 6 and "script" not in tags
     # A bar a rank.
     assert page.read_text().count('title="rank ') == 2 * (8 + 16 + 32)
 
 
 def test_page_escapes_what_files_say(tables: Path) -> None:
     nodes = {"<b>": NODES["h100-8"]}
-    text = capacity_page(clusters(read_demand(tables), nodes, [8], samples=1.0, prices={}))
+    text = capacity_page(clusters(read_demand(tables), nodes, [8], samples=1.0, prices={}), 1.0)
     assert "<b>" not in text and "&lt;b&gt;" in text
 
 
@@ -144,6 +144,33 @@ def test_nothing_fits_is_status_1_with_what_is_missing(tables: Path, capsys: pyt
     assert main(["plan", str(tables), "--machines", "a100-40x8", "--ranks", "8"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the tables do not fit on 8 cuda ranks") and "fixes: " in error
+
+
+def test_dense_model_takes_its_operations_at_a_part_of_the_peak(tables: Path) -> None:
+    """12 TFLOP at 0.3 of 989 TFLOP/s; a node that does not say its peak cannot tell."""
+    tables.write_text(json.dumps(TABLES | {"dense_ms": 0.0, "dense_tflop": 12.0, "dense_mfu": 0.3}))
+    demand = read_demand(tables)
+    (found,) = clusters(demand, {"h100x8": NODES["h100-8"]}, [16], samples=1e6, prices={})
+    assert found.plan is not None and found.step_ms == pytest.approx(found.plan.step_ms + 12.0 / (989 * 0.3) * 1000)
+    own = tables.with_name("own.json")
+    own.write_text(json.dumps(OWN))
+    with pytest.raises(ValueError, match="own needs bf16_tflops"):
+        clusters(demand, read_nodes([str(own)]), [16], samples=1e6, prices={})
+
+
+def test_answer_is_the_cheapest_cluster_that_trains_a_days_samples_in_a_day(
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rank more or less does not change the price of a sample much: the least that keeps up is the answer."""
+    prices = tmp_path / "prices.json"
+    prices.write_text(json.dumps({"h100x8": 60.0, "h200x8": 80.0}))
+    arguments = ["plan", str(tables), "--machines", "h100x8,h200x8", "--ranks", "8..64", "--prices", str(prices)]
+    assert main([*arguments, "--samples-per-day", "2e9"]) == 0
+    *rows, answer = capsys.readouterr().out.splitlines()
+    assert answer.startswith("cheapest for 2,000,000,000 samples a day: h100x8, 32 ranks")
+    assert [line[2] for line in rows if "too slow" in line] == [" "] * 3
+    assert main([*arguments, "--samples-per-day", "1e12"]) == 1
+    assert "none of these trains 1,000,000,000,000 samples a day: the fastest, h" in capsys.readouterr().out
 
 
 def test_numbers_of_ranks_double() -> None:
@@ -170,12 +197,19 @@ def test_numbers_of_ranks_double() -> None:
         ({"compute_kernels": ["fused_uvm"]}, ["--copies", "2"], "copies are planned for rows in device memory alone"),
         ({}, ["--samples-per-day", "0"], "--samples-per-day must be above 0"),
         ({}, ["--prices", "missing.json"], "cannot read missing.json"),
+        ({}, ["--prices", "PRICES"], "'h800x8' is none of --machines, which are h100x8"),
+        ({"dense_tflop": 3.0, "dense_mfu": 0.3}, [], "dense_ms and dense_tflop both"),
+        ({"dense_ms": 0.0, "dense_tflop": 3.0}, [], "goes with a dense_mfu in (0, 1]"),
+        ({"dense_ms": -1.0}, [], "must be at least 0"),
     ],
 )
 def test_wrong_file_or_option_is_named_in_one_line(
     tables: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], arguments: list[str], message: str
 ) -> None:
     tables.write_text(json.dumps(TABLES | change))
+    prices = tables.with_name("prices.json")
+    prices.write_text(json.dumps({"h800x8": 60.0}))
+    arguments = [str(prices) if argument == "PRICES" else argument for argument in arguments]
     assert main(["plan", str(tables), "--machines", "h100x8", "--ranks", "8", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
