@@ -172,6 +172,11 @@ def test_pre_commit_runs_what_make_check_runs() -> None:
         "docs/walks.md",
         "docs/quality.md",
         "docs/speed.md",
+        "docs/checkpoints.md",
+        "docs/own_data.md",
+        "docs/models.md",
+        "docs/report.md",
+        "docs/launch.md",
     ],
 )
 def test_documents_name_existing_files(document: str) -> None:

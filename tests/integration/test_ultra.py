@@ -37,7 +37,7 @@ def test_small_ultra_learns_and_is_evaluated(tmp_path: Path) -> None:
 
 
 def test_channels_and_columns_are_set_from_the_command_line(tmp_path: Path) -> None:
-    """The forms that README.md shows; channels without a layer of their own take `model.layer`."""
+    """The forms that docs/models.md shows; channels without a layer of their own take `model.layer`."""
     channels = [
         {"name": "clicks", "dim": 8, "actions": ["is_click"], "stages": [{"num_layers": 1}]},
         {"name": "all", "dim": 16, "stages": STAGES},
@@ -55,6 +55,6 @@ def test_channels_and_columns_are_set_from_the_command_line(tmp_path: Path) -> N
 
 
 def test_the_recipes_tower_is_the_measured_one() -> None:
-    """README.md gives the speed of this tower."""
+    """docs/speed.md gives the speed of this tower."""
     (ultra,) = (case for name, case in CASES.items() if name.startswith("ULTRA"))
     assert load_recipe("yambda_ultra").model.stages == ultra.stages
