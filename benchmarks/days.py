@@ -1,0 +1,63 @@
+"""Days one after another: what a run of `kuairand_days` predicted of each day before it was trained on.
+
+    python -m pipelines.prepare kuairand --source KUAIRAND_PURE --out data/kuairand_days --histories gathered \
+        --max-history 120
+    python -m trainer train kuairand_days
+    python -m benchmarks.days runs/kuairand_days [--json FILE]
+
+Prints the table of docs/quality.md, from the run's progressive.jsonl and its evaluation of the last day.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loader import hardware
+
+RESULTS = Path(__file__).parent / "results" / "days.json"
+LABEL = "long_view"
+METRICS = ("positives", "ne", "ne_baseline", "auc", "auc_95", "auc_baseline")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show what was predicted of each day before it was trained on.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
+    arguments = parser.parse_args()
+    result = {"hardware": hardware(), "label": LABEL, "days": days(arguments.run_dir)}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def days(run_dir: Path) -> list[dict[str, Any]]:
+    """Of each day that was scored before it was trained on, and of the one that never is, what was found."""
+    records = _records(run_dir / "progressive.jsonl")
+    for last in _records(run_dir / "eval.jsonl")[-1:]:
+        records.append({"part": "the last day", **last})
+    return [
+        {"day": record["part"], "step": record["step"], **{name: record[f"{name}/{LABEL}"] for name in METRICS}}
+        for record in records
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as docs/quality.md shows them."""
+    lines = ["| day | steps before | positives | NE | of the rates | AUC, 95% interval | of the rates | difference |"]
+    lines.append("| --- " * 8 + "|")
+    lines += [
+        f"| {day['day']} | {day['step']} | {day['positives']:,.0f} | {day['ne']:.3f} | {day['ne_baseline']:.3f} "
+        f"| {day['auc']:.3f} +- {day['auc_95']:.3f} | {day['auc_baseline']:.3f} "
+        f"| {day['auc'] - day['auc_baseline']:+.3f} |"
+        for day in result["days"]
+    ]
+    return "\n".join(lines)
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+if __name__ == "__main__":
+    main()
