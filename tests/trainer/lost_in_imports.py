@@ -1,19 +1,34 @@
-"""The trainer, whose rank 1 strikes itself with the signal LOST_BY before it has imported torch, nor started its guard.
+"""The trainer, whose rank 1 is lost before it has imported torch: by the signal LOST_BY, before it has started a guard,
+or, where that is no number, because an import never ends.
 
-The other's guard looks after it sooner than it does elsewhere.
+Guards look after ranks sooner than they do elsewhere.
 """
 
 import os
 import sys
+import threading
 
 from trainer import stopped
 from trainer.__main__ import app
 from trainer.command_line import run_command
 from trainer.stop_signal import STOP
 
+
+class NeverFound:
+    """Hangs in place of finding the module."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "trainer.job":
+            threading.Event().wait()
+
+
 if __name__ == "__main__":
     stopped.LOOK_S, stopped.LOOKS = 0.1, 3
     STOP.listen()
+    lost_by = os.environ["LOST_BY"]
     if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), int(os.environ["LOST_BY"]))
+        if lost_by.isdigit():
+            os.kill(os.getpid(), int(lost_by))
+        sys.meta_path.insert(0, NeverFound)
     sys.exit(run_command(app, sys.argv[1:]))
