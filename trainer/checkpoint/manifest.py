@@ -83,6 +83,9 @@ class Manifest:
     """By name: type, shape and place."""
 
     def __post_init__(self) -> None:
+        for name, number in (("base", self.base), ("world_size", self.world_size)):
+            if type(number) is not int and (number, name) != (None, "base"):
+                raise ValueError(f"{name} must be a whole number, got {number!r}")
         for name in self.files:
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of a file")
@@ -94,6 +97,9 @@ class Manifest:
             inside = Region((0,) * len(tensor.shape), tensor.shape).overlap(piece.region) == piece.region
             end = piece.start + piece.numel * DTYPE_BYTES[tensor.dtype]
             first = piece.start
+            numbers = (first, *piece.region.offsets, *piece.region.sizes, *tensor.shape)
+            if any(type(number) is not int for number in numbers):
+                raise ValueError(f"a piece of {name!r} lies at other than whole numbers")
             if piece.rows is not None:
                 first, end = min(first, piece.rows.start), max(end, piece.rows.start + 8 * piece.rows.count)
                 inside = inside and self.base is not None and 0 <= piece.rows.count <= piece.region.sizes[0]
@@ -155,7 +161,7 @@ def decode(content: bytes) -> Manifest:
             files={name: FileRecord(file["bytes"], tuple(file["crc32"])) for name, file in values["files"].items()},
             tensors={name: _tensor(tensor) for name, tensor in values["tensors"].items()},
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"its manifest lacks something or has it in another form: {error!r}") from None
 
 

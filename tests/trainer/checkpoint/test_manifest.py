@@ -1,6 +1,8 @@
 """A manifest reads back as it was, and anything else is refused before a byte of it is used."""
 
 import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -55,6 +57,10 @@ def _item(values: Any) -> Any:
         (lambda v: _item(v)["pieces"][0].update(file="rank-00007.bin"), "lacks something"),
         (lambda v: _item(v).update(dtype="float7"), "lacks something"),
         (lambda v: v.update(tensors=3), "lacks something"),
+        (lambda v: v.update(base="../.."), "base must be a whole number, got '../..'"),
+        (lambda v: v.update(world_size=None), "world_size must be a whole number, got None"),
+        (lambda v: _item(v)["pieces"][1].update(start=1.5), "lies at other than whole numbers"),
+        (lambda v: _item(v)["pieces"][1].update(start=math.nan), "lies at other than whole numbers"),
     ],
 )
 def test_another_form_is_refused(change: Any, message: str) -> None:
@@ -64,7 +70,34 @@ def test_another_form_is_refused(change: Any, message: str) -> None:
         decode(json.dumps(values).encode())
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"\x80\x04.", b"3", MANIFEST.encode()[:-20]])
+@pytest.mark.parametrize("content", [b"", b"\0" * 40, b"\x80\x04.", b"3", b"[" * 100_000, MANIFEST.encode()[:-20]])
 def test_what_is_no_json_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError):
         decode(content)
+
+
+JUNK = (None, True, -1, 1.5, math.inf, math.nan, 2**70, "", "x", "../..", [], {}, [1, 2], {"a": 1}, [[1]], "9" * 5000)
+
+
+def test_whatever_stands_in_any_place_is_read_or_refused_in_one_way() -> None:
+    """And what a tensor's place is made of is whole numbers, where it was read."""
+    for path in _paths(json.loads(MANIFEST.encode())):
+        for junk in JUNK:
+            values = json.loads(MANIFEST.encode())
+            holder = values
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = junk
+            try:
+                found = decode(json.dumps(values).encode())
+            except ValueError:
+                continue
+            pieces = [piece for tensor in found.tensors.values() for piece in tensor.pieces]
+            assert all(type(number) is int for piece in pieces for number in (piece.start, *piece.region.offsets))
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from _paths(value[key], (*path, key))
