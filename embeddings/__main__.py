@@ -13,12 +13,14 @@ trains so many samples a day, 2 wrong use.
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
-from embeddings.capacity import Copies, clusters, rank_numbers, read_demand, read_nodes, read_prices
+from embeddings.capacity import Copies, clusters, rank_numbers, read_nodes, read_prices
 from embeddings.capacity_report import capacity_page, capacity_text
+from embeddings.demand import read_demand
 from embeddings.hardware import NODES
 from embeddings.plan_file import parse_plan
 from embeddings.report import plan_differences, plan_report
@@ -60,7 +62,7 @@ def plan_capacity(arguments: list[str]) -> int:
         ValueError: a wrong file or option.
     """
     parser = argparse.ArgumentParser(prog="python -m embeddings plan", description="Which clusters hold some tables.")
-    parser.add_argument("tables", type=Path, metavar="TABLES", help="the tables and lookups (embeddings/capacity.py)")
+    parser.add_argument("tables", type=Path, metavar="TABLES", help="the tables and lookups (embeddings/demand.py)")
     known = ", ".join(NODES)
     parser.add_argument("--machines", required=True, metavar="NAME,...", help=f"{known}, or .json files of your own")
     parser.add_argument("--ranks", required=True, metavar="A..B", help="numbers of GPUs, doubling from A to B")
@@ -72,8 +74,8 @@ def plan_capacity(arguments: list[str]) -> int:
     parser.add_argument("--prices", type=Path, metavar="FILE", help="JSON: price of a node's hour by its name")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with every rank's memory")
     parsed = parser.parse_args(arguments)
-    if not parsed.samples_per_day > 0:
-        raise ValueError(f"--samples-per-day must be above 0, got {parsed.samples_per_day}")
+    if not 0 < parsed.samples_per_day < math.inf:
+        raise ValueError(f"--samples-per-day must be a number above 0, got {parsed.samples_per_day}")
     nodes = read_nodes(parsed.machines.split(","))
     found = clusters(
         read_demand(parsed.tables),

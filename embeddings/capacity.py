@@ -1,72 +1,18 @@
-"""Which clusters hold and serve some tables, how fast and for how much: planned one by one, without a GPU or data.
-
-The tables come from a file:
-
-    {"tables": [{"name": "item", "num_embeddings": 1000000000, "embedding_dim": 128, "ids_per_sample": 4096.0,
-                 "zipf": 1.05},
-                {"name": "tag", "num_embeddings": 100000, "embedding_dim": 32, "ids_per_sample": 40960.0,
-                 "pooled": "event", "bags_per_sample": 4096.0},
-                {"name": "city", "num_embeddings": 10000, "embedding_dim": 16, "dtype": "float16",
-                 "optimizer": {"kind": "sgd", "learning_rate": 0.1}}],
-     "samples_per_rank": 32, "dense_gib": 1.5, "activation_gib": 20.0, "dense_ms": 40.0,
-     "compute_kernels": ["fused", "fused_uvm_caching"], "reserved_fraction": 0.15}
-
-All but `tables` may be left out.  `zipf` is the exponent of the law by which a table's rows are looked up (all alike
-without it), on which it depends what a cache on the device answers.  `dense_gib` is the dense model's memory for
-parameters, gradients and Adam; `dense_ms` its time a step, as a run measured it, which is added to the tables' time.
-Where no run did, `dense_tflop` states instead what a rank computes a step, forward and backward, and `dense_mfu` which
-part of a GPU's bfloat16 peak that reaches: 0.3 is usual.
-"""
+"""Which clusters hold and serve some tables, how fast and for how much: planned one by one, without a GPU or data."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, UnboundedConfig
-from embeddings.frequencies import Frequencies, zipf
+from embeddings.demand import Demand
 from embeddings.hardware import NodeType, node_type, read_object
 from embeddings.machine import Machine, cluster
 from embeddings.plan import Plan
 from embeddings.planning import solve
-from embeddings.problem import GIB, BatchLoad, Problem, reserve
+from embeddings.problem import Problem, reserve
 
 HOURS_OF_A_DAY = 24
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Demand:
-    """What is to be trained."""
-
-    tables: tuple[TableConfig, ...]
-    """The tables."""
-    load: BatchLoad
-    """The lookups of a step, the same a rank on any cluster."""
-    placement: PlacementConfig
-    """What may be chosen."""
-    optimizer: SparseOptimizerConfig
-    """Of the tables without one of their own."""
-    dense_bytes: int
-    """Memory a rank for the dense model."""
-    dense_ms: float
-    """Its time a step, as measured; 0 where `dense_tflop` tells it."""
-    dense_tflop: float
-    """What a rank computes for it a step, in 10^12 operations."""
-    dense_mfu: float
-    """Part of the peak at which it does."""
-
-    def dense_ms_on(self, name: str, node: NodeType) -> float:
-        """The dense model's time a step on a type of node.
-
-        Raises:
-            ValueError: the type does not say what its GPUs compute.
-        """
-        if not self.dense_tflop:
-            return self.dense_ms
-        if node.bf16_tflops is None:
-            raise ValueError(f"{name} needs bf16_tflops, a GPU's peak, for dense_tflop: add it, or state dense_ms")
-        return self.dense_tflop / (node.bf16_tflops * self.dense_mfu) * 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,20 +89,6 @@ class Cluster:
     def keeps_up(self) -> bool:
         """Whether it trains a day's samples within a day."""
         return self.hours <= HOURS_OF_A_DAY
-
-
-def read_demand(path: Path) -> Demand:
-    """The tables of a file.
-
-    Raises:
-        ValueError: it cannot be read, or a key or value in it is wrong; one line.
-    """
-    values = read_object(path)
-    try:
-        return _demand(dict(values))
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"misses the key {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: {what}") from error
 
 
 def read_nodes(names: Sequence[str]) -> dict[str, NodeType]:
@@ -304,53 +236,3 @@ def _cluster(
         gpu_hours=hours * ranks,
         price=None if node_price is None else hours * ranks / node.gpus * node_price,
     )
-
-
-def _demand(values: dict[str, Any]) -> Demand:
-    lookups: dict[str, float] = {}
-    bags: dict[str, float] = {}
-    frequencies: dict[str, Frequencies] = {}
-    tables = []
-    for table in values.pop("tables"):
-        fields = dict(table)
-        features = tuple(fields.pop("features", (fields["name"],)))
-        ids = float(fields.pop("ids_per_sample", len(features)))
-        lookups |= dict.fromkeys(features, ids / len(features))
-        bags |= dict.fromkeys(features, float(fields.pop("bags_per_sample", len(features))) / len(features))
-        if "zipf" in fields:
-            frequencies[fields["name"]] = zipf(int(fields["num_embeddings"]), float(fields.pop("zipf")))
-        own = fields.pop("optimizer", None)
-        optimizer = None if own is None else SparseOptimizerConfig(**own)
-        maps = fields.pop("unbounded", None)
-        unbounded = None if maps is None else UnboundedConfig(**maps)
-        tables.append(TableConfig(features=features, optimizer=optimizer, unbounded=unbounded, **fields))
-    demand = Demand(
-        tables=tuple(tables),
-        load=BatchLoad(
-            samples_per_rank=values.pop("samples_per_rank", 64),
-            ids_per_sample=lookups,
-            bags_per_sample=bags,
-            frequencies=frequencies,
-        ),
-        placement=PlacementConfig(
-            activation_gib=values.pop("activation_gib", 0.0),
-            compute_kernels=tuple(values.pop("compute_kernels", ("fused",))),
-            reserved_fraction=values.pop("reserved_fraction", PlacementConfig().reserved_fraction),
-        ),
-        optimizer=SparseOptimizerConfig(**values.pop("optimizer", {})),
-        dense_bytes=int(values.pop("dense_gib", 0.0) * GIB),
-        dense_ms=float(values.pop("dense_ms", 0.0)),
-        dense_tflop=float(values.pop("dense_tflop", 0.0)),
-        dense_mfu=float(values.pop("dense_mfu", 0.0)),
-    )
-    if values:
-        raise ValueError(f"unknown key {min(values)!r}")
-    if not tables:
-        raise ValueError("there must be at least one table")
-    if demand.dense_bytes < 0 or demand.dense_ms < 0 or demand.dense_tflop < 0:
-        raise ValueError("dense_gib, dense_ms and dense_tflop must be at least 0")
-    if demand.dense_ms and demand.dense_tflop:
-        raise ValueError("dense_ms and dense_tflop both tell the dense model's time: leave one of them out")
-    if bool(demand.dense_tflop) != (0 < demand.dense_mfu <= 1):
-        raise ValueError(f"dense_tflop goes with a dense_mfu in (0, 1], got {demand.dense_mfu}")
-    return demand

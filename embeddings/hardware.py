@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from embeddings.records import from_dict
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
@@ -147,6 +149,8 @@ class NodeType:
     def __post_init__(self) -> None:
         if self.gpus < 0 or self.cpus < 0:
             raise ValueError(f"a node has no negative number of GPUs or cores, got gpus={self.gpus}, cpus={self.cpus}")
+        if self.hbm_gib is not None and not 0 < self.hbm_gib < math.inf:
+            raise ValueError(f"hbm_gib must be a number of GiB above 0, got {self.hbm_gib}")
         if (self.gpus > 0) != (self.hbm_gib is not None):
             raise ValueError(f"hbm_gib={self.hbm_gib} with {self.gpus} GPUs: GPUs need it, and a CPU has none")
         if self.bf16_tflops is not None and not 0 < self.bf16_tflops < math.inf:
@@ -207,8 +211,8 @@ def node_type(name: str) -> NodeType:
         raise ValueError(f"unknown machine {name!r}: known are {', '.join(NODES)}, or name a .json file")
     values = read_object(Path(name))
     try:
-        return NodeType(**{**values, "rates": Rates(**values["rates"])})
-    except (KeyError, TypeError, ValueError) as error:
+        return from_dict(NodeType, values)
+    except ValueError as error:
         raise ValueError(f"{name}: a machine has gpus, hbm_gib, host_gib and rates ({error})") from error
 
 

@@ -19,6 +19,7 @@ from embeddings.hardware import node_type
 from embeddings.machine import Machine, cluster
 from embeddings.plan import Plan
 from embeddings.plan_file import write_plan
+from embeddings.records import from_dict
 from embeddings.report import plan_report
 from embeddings.touched import TouchedRows
 from pipelines.batch import Batch
@@ -53,7 +54,7 @@ from trainer.resolve import Resolved, resolve
 from trainer.run_dir import CHANGEABLE, RunDir, locked
 from trainer.run_log import logged
 from trainer.target import parse_target
-from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
+from trainer.typed_values import apply_overrides, differences, to_dict
 from trainer.warm_start import WarmStart
 from trainer.watchdog import Watchdog
 

@@ -15,12 +15,13 @@ import numpy as np
 from embeddings.plan import Plan
 from embeddings.plan_file import parse_plan
 from embeddings.problem import GIB
+from embeddings.records import from_dict
 from pipelines.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.resolve import Resolved, resolve
 from trainer.run_dir import RunDir, whole_lines
-from trainer.typed_values import differences, from_dict, to_dict
+from trainer.typed_values import differences, to_dict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from embeddings.records import from_dict
 from embeddings.trained import TrainedRows
 from pipelines.loader import dataset_info
 from pipelines.requests import InputBuilder, Request
@@ -26,7 +27,6 @@ from trainer.mesh import discover_mesh, joined
 from trainer.parallelize import ParallelModel
 from trainer.resolve import resolve
 from trainer.run_dir import RunDir
-from trainer.typed_values import from_dict
 
 
 @dataclass(frozen=True, slots=True)

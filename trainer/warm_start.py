@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
+from embeddings.records import from_dict
 from pipelines.columns import IntArray
 from pipelines.dataset_json import read_dataset_info
 from pipelines.features import DatasetInfo, Space
@@ -31,7 +32,6 @@ from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.name_patterns import renaming
 from trainer.run_dir import RunDir
-from trainer.typed_values import from_dict
 
 logger = logging.getLogger(__name__)
 

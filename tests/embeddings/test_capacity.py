@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from embeddings.__main__ import main
-from embeddings.capacity import Copies, clusters, pareto, rank_numbers, read_demand, read_nodes
+from embeddings.capacity import Copies, clusters, pareto, rank_numbers, read_nodes
 from embeddings.capacity_report import capacity_page, capacity_text
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.demand import read_demand
 from embeddings.hardware import GPUS, NODES
 from embeddings.machine import Machine
 from embeddings.planning import solve
@@ -183,8 +184,16 @@ def test_numbers_of_ranks_double() -> None:
     [
         ({"tables": []}, [], "at least one table"),
         ({"colour": 1}, [], "unknown key 'colour'"),
-        ({"tables": [{"name": "a"}]}, [], "num_embeddings"),
-        ({"tables": [{**TABLES["tables"][0], "dtype": "int4"}]}, [], "dtype must be one of"),
+        ({"tables": {"name": "a"}}, [], "key 'tables' must be a list"),
+        ({"tables": [5]}, [], "key 'tables[0]' must be"),
+        ({"tables": [{"name": "a"}]}, [], "key 'tables[0].embedding_dim' is missing"),
+        ({"tables": [TABLES["tables"][0]] * 2}, [], "there are two tables 'item'"),
+        ({"tables": [{**TABLES["tables"][0], "num_embeddings": 1.5}]}, [], "num_embeddings' must be an integer"),
+        ({"tables": [{**TABLES["tables"][0], "features": []}]}, [], "has no features"),
+        ({"tables": [{**TABLES["tables"][0], "optimizer": {"kind": "lion"}}]}, [], "kind' must be one of"),
+        ({"tables": [{**TABLES["tables"][0], "dtype": "int4"}]}, [], "dtype' must be one of"),
+        ({"compute_kernels": ["gpu"]}, [], "compute_kernels[0]' must be one of fused"),
+        ({"samples_per_rank": "8"}, [], "key 'samples_per_rank' must be an integer"),
         ({"tables": [{**TABLES["tables"][0], "ids_per_sample": -1}]}, [], "must be above 0"),
         ({"compute_kernels": []}, [], "at least one choice"),
         ({}, ["--machines", "h800x8"], "unknown machine 'h800x8': known are cpu-2"),
@@ -195,7 +204,7 @@ def test_numbers_of_ranks_double() -> None:
         ({}, ["--copies", "3"], "8 ranks on nodes of 8 cannot hold 3 copies: groups must be whole nodes or"),
         ({}, ["--copies", "0"], "must be at least 1, got 0"),
         ({"compute_kernels": ["fused_uvm"]}, ["--copies", "2"], "copies are planned for rows in device memory alone"),
-        ({}, ["--samples-per-day", "0"], "--samples-per-day must be above 0"),
+        ({}, ["--samples-per-day", "0"], "--samples-per-day must be a number above 0"),
         ({}, ["--prices", "missing.json"], "cannot read missing.json"),
         ({}, ["--prices", "PRICES"], "'h800x8' is none of --machines, which are h100x8"),
         ({"dense_tflop": 3.0, "dense_mfu": 0.3}, [], "dense_ms and dense_tflop both"),
@@ -217,7 +226,10 @@ def test_wrong_file_or_option_is_named_in_one_line(
 
 def test_wrong_machine_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
-    for change in ({"rates": {"device": 1}}, {"gpus": 0}, {"rates": {**OWN["rates"], "device": -1.0}}, {"tpus": 1}):  # type: ignore[dict-item]
+    rates: Any = OWN["rates"]
+    changes: list[dict[str, Any]] = [{"rates": {"device": 1}}, {"rates": 5}, {"rates": rates | {"device": -1.0}}]
+    changes += [{"gpus": 0}, {"gpus": 4.5}, {"tpus": 1}, {"hbm_gib": "80"}, {"hbm_gib": -3}, {"host_gib": None}]
+    for change in changes:
         path.write_text(json.dumps(OWN | change))
         with pytest.raises(ValueError, match=r"own\.json: a machine has gpus"):
             read_nodes([str(path)])

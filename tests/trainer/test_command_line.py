@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from embeddings.records import from_dict
 from trainer.__main__ import app
 from trainer.command_line import lasting, run_command
 from trainer.recipes import RECIPES, load_recipe
 from trainer.run_dir import RunDir, write_json
-from trainer.typed_values import apply_overrides, from_dict, to_dict
+from trainer.typed_values import apply_overrides, to_dict
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from embeddings.records import from_dict
 from pipelines.keys import read_keys
 from pipelines.loader import build_loader
 from pipelines.prepare.__main__ import main as prepare
@@ -22,7 +23,6 @@ from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.run_dir import RunDir
 from trainer.scorer import Scorer, open_scorer
-from trainer.typed_values import from_dict
 
 SCHEMA = """
 user = "customer"

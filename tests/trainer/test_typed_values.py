@@ -5,7 +5,8 @@ from typing import Literal
 
 import pytest
 
-from trainer.typed_values import apply_overrides, differences, from_dict, to_dict
+from embeddings.records import from_dict
+from trainer.typed_values import apply_overrides, differences, to_dict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embeddings.config import TableConfig
 from embeddings.initial_rows import fill
+from embeddings.records import from_dict
 from pipelines.prepare.engine import connect
 from pipelines.prepare.stages import workspace
 from trainer.checkpoint.catalogue import open_catalogue
@@ -31,7 +32,7 @@ from trainer.export.keys import Identities
 from trainer.export.rows import TableRows
 from trainer.mesh import Mesh, joined
 from trainer.run_dir import RunDir
-from trainer.typed_values import from_dict, to_dict
+from trainer.typed_values import to_dict
 
 MEMORY_GIB = 2.0
 """What DuckDB may take to find rows by their keys."""

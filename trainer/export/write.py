@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embeddings.records import from_dict
 from pipelines.features import UNKNOWN_ID
 from pipelines.prepare.stages import workspace
 from trainer.checkpoint.catalogue import Catalogue, Checkpoint, open_catalogue
@@ -21,7 +22,6 @@ from trainer.config import TrainConfig
 from trainer.export.description import DENSE, UNKNOWN, VALUES, Export, ExportedTable, TensorKind, table_file, value_type
 from trainer.export.keys import Identities
 from trainer.run_dir import RunDir
-from trainer.typed_values import from_dict
 
 PART_BYTES = 64 * 2**20
 """Of a table's rows, read and written at a time."""
