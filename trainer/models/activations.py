@@ -7,7 +7,7 @@ Not counted: schedules and partial sums of the attention kernels, which are smal
 Widths are in columns of a token; a value has 2 bytes in bfloat16 and 4 in float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
@@ -47,15 +47,9 @@ class Memory:
         return Memory(self.kept + other.kept, self.peak + other.peak)
 
 
-def ranker_activations(
-    config: ModelConfig,
-    batch: MeanBatch,
-    *,
-    inputs: InputWidths,
-    channel_history: Mapping[str, float] | None = None,
-) -> Memory:
+def ranker_activations(config: ModelConfig, batch: MeanBatch, *, inputs: InputWidths) -> Memory:
     """Of a ranker; with `retrieval` beside it the last layer computes all rows (`scoring_activations` are the
-    rest).  `channel_history` gives, by channel, the events that it selects."""
+    rest).  Every channel is taken to see all events."""
     factor = 2 if config.input.merge == "interleave" else 1
     ends = _encoder_bytes(config, batch, inputs, factor)
     alone = config.retrieval is None
@@ -64,11 +58,10 @@ def ranker_activations(
     else:
         towers = []
         for channel in config.channels:
-            history = (channel_history or {}).get(channel.name, batch.history)
             layer = channel.layer or config.layer
-            towers.append(_tower(channel.dim, layer, channel.stages, batch, history, alone=alone))
+            towers.append(_tower(channel.dim, layer, channel.stages, batch, batch.history, alone=alone))
             if channel.dim != config.dim:
-                ends += _tokens(batch, history) * config.dim * batch.value_bytes
+                ends += _tokens(batch, batch.history) * config.dim * batch.value_bytes
     # Channels run side by side.
     return sum(towers, Memory(ends, ends))
 

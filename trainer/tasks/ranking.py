@@ -93,7 +93,7 @@ class Ranking:
         )
 
     def activations(self, batch: MeanBatch) -> Memory:
-        """Of encoder and towers; every channel is taken to see all events."""
+        """Of encoder and towers."""
         return ranker_activations(self.config.model, batch, inputs=self._inputs)
 
     @property
