@@ -14,7 +14,7 @@ from embeddings.config import TableConfig
 from embeddings.hardware import CACHED_PART
 from embeddings.kinds.registry import KINDS
 from embeddings.plan import Plan
-from embeddings.tables import Collection, Group, Tables, build_collection, group_of, modules_by_table
+from embeddings.tables import Collection, Group, Tables, build_embedding_collection, group_of, modules_by_table
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device, prefetch: bool = False) -> ShardingPlan:
@@ -45,7 +45,7 @@ def _divide(tables: Tables, plan: Plan, device: torch.device) -> None:
         sharded = KINDS[plan.tables[config.name].sharding_type].sharded
         groups.setdefault((sharded, group_of(config)), []).append(config)
     tables.hold(
-        build_collection(configs, device=torch.device("meta") if sharded else device)
+        build_embedding_collection(configs, device=torch.device("meta") if sharded else device)
         for (sharded, _), configs in groups.items()
     )
 

@@ -99,7 +99,7 @@ def build_tables(configs: Sequence[TableConfig], *, device: torch.device) -> Tab
     groups: dict[Group, list[TableConfig]] = {}
     for config in configs:
         groups.setdefault(group_of(config), []).append(config)
-    return Tables(configs, [build_collection(group, device=device) for group in groups.values()])
+    return Tables(configs, [build_embedding_collection(group, device=device) for group in groups.values()])
 
 
 Group = tuple[int, bool, str | None]
@@ -110,7 +110,7 @@ def group_of(config: TableConfig) -> Group:
     return config.embedding_dim, config.frozen, config.pooled
 
 
-def build_collection(configs: Sequence[TableConfig], *, device: torch.device) -> Collection:
+def build_embedding_collection(configs: Sequence[TableConfig], *, device: torch.device) -> Collection:
     """One TorchRec collection of tables of one group."""
 
     def arguments(config: TableConfig) -> dict[str, Any]:
