@@ -61,8 +61,10 @@ class Rates:
         uniform = self.cached
         if uniform is None:
             uniform = (CACHED_PART * self.device + (1 - CACHED_PART) * self.host_link) / 10
-        miss = max(1 / uniform - CACHED_PART / self.device, 0.0) / (1 - CACHED_PART)
-        return 1 / (hit_rate / self.device + (1 - hit_rate) * miss)
+        # A hit takes no longer than uniform ids do, so that a miss takes no less and these come out as they are.
+        hit = min(1 / self.device, 1 / uniform)
+        miss = (1 / uniform - CACHED_PART * hit) / (1 - CACHED_PART)
+        return 1 / (hit_rate * hit + (1 - hit_rate) * miss)
 
     @property
     def uncached_rows(self) -> float:
