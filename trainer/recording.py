@@ -174,8 +174,12 @@ class RecordedObjective(nn.Module):
             sized = self._sized[sizes] = self._of_size(sizes, batch, counts, [x.shape[1] for x in values])
         else:
             self._padding.fill(sized.batch, batch)
-        sized.all_rows.zero_()
-        places = [part for place, each in zip(sized.rows, counts.values(), strict=True) for part in _real(place, each)]
+        pairs = list(zip(sized.rows, counts.values(), strict=True))
+        places = [part for place, each in pairs for part in _real(place, each)]
+        paddings = [part for place, each in pairs for part in _padding(place, each) if part.numel()]
+        if paddings:
+            # Batches of other sizes leave rows there.
+            torch._foreach_zero_(paddings)
         sources = [
             part
             for value, each in zip(values, counts.values(), strict=True)
@@ -231,6 +235,12 @@ def _real(rows: Tensor, counts: Sequence[Count]) -> list[Tensor]:
     """The parts of padded rows without their padding."""
     parts = torch.split(rows, [count.padded for count in counts])
     return [part[: count.real] for part, count in zip(parts, counts, strict=True)]
+
+
+def _padding(rows: Tensor, counts: Sequence[Count]) -> list[Tensor]:
+    """The padding of each part."""
+    parts = torch.split(rows, [count.padded for count in counts])
+    return [part[count.real :] for part, count in zip(parts, counts, strict=True)]
 
 
 class _Replayed(torch.autograd.Function):

@@ -5,6 +5,7 @@ import torch
 
 from pipelines.selection import Feature
 from tests.support.batches import NUM_ACTIONS, PLAY_S, batch_of, random_arrays, random_rows, small_selection
+from trainer.models import rows
 from trainer.models.config import InputConfig, NumberConfig
 from trainer.models.encoding import InputEncoder
 from trainer.models.rows import NumberEncoder
@@ -84,3 +85,17 @@ def test_input_settings_that_make_no_sense_are_refused() -> None:
             NumberConfig(**wrong)
     with pytest.raises(ValueError, match=r"input.event must not name a column twice, got tab, tab"):
         InputConfig(event=("tab", "tab"))
+
+
+def test_columns_that_are_filled_up_for_a_gpu_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = random_arrays([5, 0, 9], [2, 3, 1], context_names=CONTEXT)
+    embedded = random_rows(batch_of(arrays), WIDTHS)
+    found = []
+    for columns in (1, 8):
+        monkeypatch.setattr(rows, "missing_columns", lambda width, _, columns=columns: -width % columns)
+        encoder = make_encoder()
+        tokens, _ = encoder(embedded, batch_of(arrays).inputs)
+        tokens.square().sum().backward()
+        found.append([tokens.detach(), *(parameter.grad for parameter in encoder.parameters())])
+    for plain, filled in zip(*found, strict=True):
+        torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5)
