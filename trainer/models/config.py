@@ -370,10 +370,10 @@ class ModelConfig:
             raise ValueError(
                 f"model.retrieval.beside_ranking has HSTU's layers, not layer.variant={self.layer.variant}"
             )
-        if self.channels or self.input.merge != "add":
+        if self.channels:
             raise ValueError(
-                "model.retrieval.beside_ranking needs one tower over one token an event: give model.stages instead of "
-                "model.channels, and model.input.merge=add"
+                "model.retrieval.beside_ranking predicts behind every event, which model.channels choose from: give "
+                "model.stages instead"
             )
 
     def _check_behind_every_event(self) -> None:

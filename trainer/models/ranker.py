@@ -67,7 +67,9 @@ class RankerTower(nn.Module):
         tokens_TD, layout, of_rates_CK = self._encode(looked_up, inputs)
         rows_TD = self.tower.everywhere(tokens_TD, layout)
         outputs_CK = self._outputs(take_rows(rows_TD, candidate_rows(layout)), of_rates_CK)
-        return outputs_CK, take_rows(rows_TD, history_rows(layout))
+        rows_H = history_rows(layout)
+        # Interleaved, an event is known once its second token, the action, is.
+        return outputs_CK, take_rows(rows_TD, rows_H[1::2] if self.encoder.interleave else rows_H)
 
     def _encode(self, looked_up: list[Rows], inputs: Inputs) -> tuple[Tensor, SequenceLayout, Tensor | None]:
         """(tokens, where they lie, what rates add to the outputs)."""

@@ -1,7 +1,7 @@
 """Two heads on one trunk: the sum of two losses that know nothing of each other, and no leak from what comes later."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def info() -> DatasetInfo:
     return made_up_info(num_items=NUM_ITEMS, context={"country": 7}, actions=ACTIONS)
 
 
-def config(**retrieval: Any) -> TrainConfig:
+def config(merge: Literal["add", "interleave"] = "add", **retrieval: Any) -> TrainConfig:
     recipe = load_recipe("kuairand_joint")
     head = {"num_negatives": NEGATIVES, "beside_ranking": WEIGHT, "temperature": TEMPERATURE} | retrieval
     return replace(
@@ -48,7 +48,7 @@ def config(**retrieval: Any) -> TrainConfig:
             dim=16,
             layer=LayerConfig(num_heads=2, qk_dim=8, value_dim=8),
             stages=(StageConfig(num_layers=2, local=2, global_columns=1),),
-            input=InputConfig(num_positions=8, num_time_buckets=8, causal=True),
+            input=InputConfig(num_positions=8, num_time_buckets=8, causal=True, merge=merge),
             retrieval=RetrievalConfig(**head),
         ),
         embedding_dim=12,
@@ -91,10 +91,17 @@ def test_what_follows_an_event_is_the_next_one_or_the_first_candidate() -> None:
     assert next_rows(batch().inputs).tolist() == NEXT
 
 
-@pytest.mark.parametrize("similarity", [None, MixtureOfLogitsConfig(query_vectors=2, item_vectors=2, dim=4, hidden=5)])
-def test_loss_and_gradients_are_the_sum_of_a_rankers_and_of_a_softmax_over_its_rows(similarity: Any) -> None:
+@pytest.mark.parametrize(
+    "both",
+    [
+        config(),
+        config("interleave"),
+        config(similarity=MixtureOfLogitsConfig(query_vectors=2, item_vectors=2, dim=4, hidden=5)),
+    ],
+    ids=["plain", "interleaved", "mixture"],
+)
+def test_loss_and_gradients_are_the_sum_of_a_rankers_and_of_a_softmax_over_its_rows(both: TrainConfig) -> None:
     """The ranker is built by itself, with the trunk's values; the softmax is written out here."""
-    both = config() if similarity is None else config(similarity=similarity)
     model, made = built(resolve(both, info())), batch()
     alone = built(resolve(replace(both, model=replace(both.model, retrieval=None)), info()))
     alone.tower.load_state_dict(model.tower.ranker.state_dict())
@@ -128,10 +135,11 @@ def test_loss_and_gradients_are_the_sum_of_a_rankers_and_of_a_softmax_over_its_r
 
 
 @pytest.mark.parametrize("local", [2, None])
+@pytest.mark.parametrize("merge", ["add", "interleave"])
 @torch.no_grad()
-def test_nothing_of_what_comes_later_reaches_an_event(local: int | None) -> None:
+def test_nothing_of_what_comes_later_reaches_an_event(merge: Any, local: int | None) -> None:
     """Not its items, actions and times, not candidates and their labels, not what describes the request."""
-    stated = config()
+    stated = config(merge)
     stages = (StageConfig(num_layers=2, local=local),)
     model = built(resolve(replace(stated, model=replace(stated.model, stages=stages)), info())).eval()
     arrays = random_arrays([6], [3], context_names=("user_id", "country"), seed=3)
@@ -150,6 +158,9 @@ def test_nothing_of_what_comes_later_reaches_an_event(local: int | None) -> None
         torch.testing.assert_close(other.events_HE[:4], plain.events_HE[:4], rtol=0, atol=0)
         seen_by_candidates = "candidate_action" not in change
         assert torch.equal(other.labels_CK, plain.labels_CK) != seen_by_candidates
+    acted = {"action": arrays["action"] ^ (torch.arange(6) == 3).int()}
+    other = model.score(batch([6], [3], timestamp=time, **acted).inputs)
+    assert not torch.equal(other.events_HE[3], plain.events_HE[3]), "what was done is known behind the event"
     shorter = model.score(batch([4], [0], **{name: arrays[name][:4] for name in ("ids/item_id", "action")}).inputs)
     # The one user's earlier events alone.
     torch.testing.assert_close(shorter.events_HE, plain.events_HE[:4], rtol=1e-5, atol=1e-6)
@@ -178,9 +189,10 @@ def test_evaluation_asks_the_last_event_for_the_first_candidate(exclude_seen: bo
     assert [tuple(pair) for pair in found.seen.T.tolist()] == (earlier if exclude_seen else [])
 
 
-def test_counted_flops_are_those_of_the_products_that_run() -> None:
+@pytest.mark.parametrize("merge", ["add", "interleave"])
+def test_counted_flops_are_those_of_the_products_that_run(merge: Any) -> None:
     """Attention apart, which runs over whole tiles here."""
-    resolved = resolve(config(), info())
+    resolved = resolve(config(merge), info())
     model, made = built(resolved), batch()
     with FlopCounterMode(display=False) as counter:
         model(made)
@@ -194,10 +206,9 @@ def test_counted_flops_are_those_of_the_products_that_run() -> None:
     ("model", "message"),
     [
         ({"input": InputConfig()}, "set model.input.causal=true"),
-        ({"input": InputConfig(causal=True, merge="interleave")}, "model.input.merge=add"),
         (
             {"stages": (), "channels": (ChannelConfig(name="all", dim=16, stages=(StageConfig(num_layers=1),)),)},
-            "give model.stages instead of model.channels",
+            "which model.channels choose from: give model.stages",
         ),
         ({"stages": (StageConfig(num_layers=1, keep_newest=3),)}, "stages.keep_newest must be null"),
         ({"stages": (StageConfig(num_layers=1, local=2, global_rows=1),)}, "stages.global_rows must be 0"),
