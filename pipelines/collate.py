@@ -164,7 +164,7 @@ def _values(feature: Feature, share: _Share, items: Mapping[str, Values], item_i
         if share.units:
             return share.of_samples(feature.column)
         return Bags(np.zeros(0, np.int64), np.zeros(2, np.int64)) if feature.kind == "ids" else np.zeros(1, np.int64)
-    if feature.of_item or feature.name == ITEM_ID:
+    if feature.name == ITEM_ID or (feature.of_item and feature.column in items):
         rows = np.concatenate([item_ids[part] for part in feature.parts])
         if not feature.of_item:
             return rows

@@ -40,6 +40,18 @@ def read_keys(path: str, space: Space) -> tuple[ToId, str]:
     return _number, f"ids, whole numbers in [0, {space.rows})"
 
 
+def read_names(path: str, space: Space) -> Callable[[int], Any]:
+    """From ids of a space to keys; where ids have none to be found (no file of keys), they are their own.
+
+    Raises ValueError if the file of keys cannot be read.
+    """
+    if space.keys is None:
+        return lambda number: number
+    known, _ = _dictionary(path, space.keys)
+    names = {number: key for key, number in known.items()}
+    return names.__getitem__
+
+
 def open_keys(path: str, file: str) -> pq.ParquetFile:
     """A space's file of keys in the data set at `path`: a key and its id a row.
 

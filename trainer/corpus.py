@@ -1,9 +1,9 @@
-"""The rank of each true item among all items, a chunk of them at a time.
+"""Items scored against predictions, a chunk of all items at a time: ranks of true items, and the best ones.
 
 Shapes: P predictions of this rank, I items of a chunk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,20 +50,41 @@ class Corpus:
         wanted = wanted - self.similarity.rounding * (1 + wanted.abs())
         better, more_popular = (torch.zeros_like(targets) for _ in range(2))
         popularity = self.counts[targets]
+        for block, item_ids, scores, counted in self._scored(queries, seen):
+            others = counted & (item_ids != targets[block][:, None])
+            # Not ">=", which a score that is not a number would pass as the best.
+            better[block] += (~(scores < wanted[block][:, None]) & others).sum(1)
+            more_popular[block] += ((self.counts[item_ids] >= popularity[block][:, None]) & others).sum(1)
+        return better + 1, more_popular + 1
+
+    def best(self, queries: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(scores, items) of the `count` best of each query, [P, count] each, best first.
+
+        Arguments as for `ranks`.  Where fewer are left, the last scores are -inf.
+        """
+        total = len(queries)
+        best = torch.full((total, count), -torch.inf, device=queries.device)
+        which = torch.zeros(total, count, dtype=torch.long, device=queries.device)
+        for block, item_ids, scores, counted in self._scored(queries, seen):
+            joined = torch.cat([best[block], scores.float().masked_fill(~counted, -torch.inf)], dim=1)
+            items = torch.cat([which[block], item_ids.expand(len(joined), -1)], dim=1)
+            best[block], places = joined.topk(count, dim=1)
+            which[block] = items.gather(1, places)
+        return best, which
+
+    def _scored(self, queries: Tensor, seen: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Block by block, (which queries, [I] which items, [queries, I] scores, [queries, I] whether they count: each
+        item once, and not where it was `seen`)."""
         for first, last in self._chunks():
             start = last - self._width
-            items, item_ids = self.items(start, last), torch.arange(start, last, device=targets.device)
-            bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=targets.device))
+            items, item_ids = self.items(start, last), torch.arange(start, last, device=queries.device)
+            bounds = torch.searchsorted(seen[1].contiguous(), torch.tensor([first, last], device=queries.device))
             prediction, item = seen[:, bounds[0] : bounds[1]]
-            for block in self._blocks(targets):
-                counted = (item_ids >= first) & (item_ids != targets[block][:, None])
+            for block in self._blocks(len(queries)):
+                counted = (item_ids >= first).repeat(len(queries[block]), 1)
                 mine = (prediction >= block.start) & (prediction < block.stop)
                 counted[prediction[mine] - block.start, item[mine] - start] = False
-                # Not ">=", which a score that is not a number would pass as the best.
-                scores = self.similarity(queries[block], items)
-                better[block] += (~(scores < wanted[block][:, None]) & counted).sum(1)
-                more_popular[block] += ((self.counts[start:last] >= popularity[block][:, None]) & counted).sum(1)
-        return better + 1, more_popular + 1
+                yield block, item_ids, self.similarity(queries[block], items), counted
 
     def _scores_of(self, queries: Tensor, targets: Tensor) -> Tensor:
         """Scores of the true items, [P]: a pass of its own, so that a score is the same number here and where it is
@@ -72,7 +93,7 @@ class Corpus:
         for first, last in self._chunks():
             start = last - self._width
             items = self.items(start, last)
-            for block in self._blocks(targets):
+            for block in self._blocks(targets.numel()):
                 here = (targets[block] >= first) & (targets[block] < last)
                 place = (targets[block] - start).clamp(0, self._width - 1)
                 mine = self.similarity(queries[block], items).gather(1, place[:, None])[:, 0]
@@ -88,6 +109,6 @@ class Corpus:
         num_items = self.counts.numel()
         return [(first, min(first + self._width, num_items)) for first in range(0, num_items, self._width)]
 
-    def _blocks(self, targets: Tensor) -> list[slice]:
+    def _blocks(self, count: int) -> list[slice]:
         step = max(1, PAIRS // (self._width * self.similarity.floats_per_pair))
-        return [slice(first, first + step) for first in range(0, targets.numel(), step)]
+        return [slice(first, first + step) for first in range(0, count, step)]

@@ -58,12 +58,7 @@ def rank_next_items(
     model.module.eval()
     try:
         parts = [each._replace(outputs_PE=similarity.queries(each.outputs_PE)) for each in batches]
-        corpus = Corpus(
-            similarity=similarity,
-            items=functools.partial(_items, model.tables, similarity, mesh.device),
-            counts=counts,
-            chunk=settings.corpus_chunk,
-        )
+        corpus = corpus_of(model, similarity, counts, mesh=mesh, settings=settings)
         seen = join_seen([part.seen for part in parts], [part.targets_P.numel() for part in parts])
         queries, targets = (torch.cat([part[index] for part in parts]) for index in (0, 1))
         with model.caches.undisturbed():
@@ -74,6 +69,14 @@ def rank_next_items(
     dist.all_reduce(sums)  # every rank; two rows of sums over predictions
     of_model, of_popularity = (_means(row) for row in sums)
     return of_model, of_popularity
+
+
+def corpus_of(
+    model: ParallelModel, similarity: Similarity, counts: Tensor, *, mesh: Mesh, settings: RetrievalConfig
+) -> Corpus:
+    """All items of a model, of which each occurs `counts` [items] times."""
+    items = functools.partial(_items, model.tables, similarity, mesh.device)
+    return Corpus(similarity=similarity, items=items, counts=counts, chunk=settings.corpus_chunk)
 
 
 def retrieval_table(model: dict[str, float], popularity: dict[str, float]) -> str:

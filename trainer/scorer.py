@@ -2,18 +2,22 @@
 
 with open_scorer("runs/shop") as scorer:
     predictions = scorer.score(requests)        # `pipelines.requests` says what a request is
+    items = scorer.retrieve(requests, 100)      # of a run with model.retrieval
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from embeddings.records import from_dict
 from embeddings.trained import TrainedRows
+from pipelines.features import ITEM_SPACE, UNKNOWN_ID
+from pipelines.keys import read_names
 from pipelines.loader import dataset_info
 from pipelines.requests import InputBuilder, Request
 from pipelines.vocabulary import check_same_ids, grown_spaces
@@ -22,10 +26,11 @@ from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.labels.loss import RankingLoss
-from trainer.mesh import discover_mesh, joined
+from trainer.corpus import join_seen
+from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.next_item import corpus_of
 from trainer.parallelize import ParallelModel
-from trainer.resolve import resolve
+from trainer.resolve import Resolved, resolve
 from trainer.run_dir import RunDir
 
 
@@ -33,39 +38,73 @@ from trainer.run_dir import RunDir
 class Scorer:
     """A run's model, ready to be asked."""
 
+    resolved: Resolved
+    """The run's configuration and data."""
+    mesh: Mesh
+    """Where it computes."""
     model: ParallelModel
-    """`model.score(inputs, trained)` gives the outputs of all labels."""
+    """`model.score(inputs, trained)` gives a ranker's outputs of all labels."""
     trained: TrainedRows
     """Ids without one of these rows read the unknown id's."""
     inputs: InputBuilder
     """From requests to inputs, on the host."""
-    device: torch.device
-    """The model's."""
+    key_of: Callable[[int], Any]
+    """From ids of items to keys of the log."""
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.mesh.device
 
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> list[dict[str, list[float]]]:
         """Of each request, by label, a prediction a candidate in the label's own terms: of an action its probability.
 
-        Raises ValueError for what `InputBuilder` refuses, and for a sequence longer than the model's.
+        Raises ValueError for what `InputBuilder` refuses, for a sequence longer than the model's, and of a model that
+        predicts the next item alone.
         """
         inputs = self.model.known(self.inputs(requests).to(self.device))
-        labels = self.model.model.loss
-        assert isinstance(labels, RankingLoss)
-        outputs = labels.outputs(self.model.score(inputs, self.trained))
+        labels, outputs_CK = self.resolved.task.rank(self.model, inputs, self.trained)
         counts = inputs.num_candidates_host.tolist()
         by_label = {
             kind.name: torch.split(kind.predict(values).cpu(), counts)
-            for kind, values in zip(labels.kinds, outputs, strict=True)
+            for kind, values in zip(labels.kinds, labels.outputs(outputs_CK), strict=True)
         }
         return [{name: parts[number].tolist() for name, parts in by_label.items()} for number in range(len(requests))]
+
+    @torch.no_grad()
+    def retrieve(self, requests: Sequence[Request], count: int = 10) -> list[list[tuple[Any, float]]]:
+        """Of each request, the `count` items that are likeliest to come next: (key, score), best first.
+
+        A request has a history and no candidates.  Items without a key are left out, and those of the history where
+        `model.retrieval.exclude_seen` says so.  Raises ValueError as `score`, and of a model that ranks alone.
+        """
+        info, settings = self.resolved.info, self.resolved.config.model.retrieval
+        known = info.spaces[ITEM_SPACE].used
+        if not 1 <= count < known:
+            raise ValueError(f"count must lie in [1, {known - 1}], the items that have a key, got {count}")
+        batch = self.inputs.batch(self.inputs.without_candidates(requests))
+        similarity, found = self.resolved.task.next_items(self.model, batch, self.mesh)
+        assert settings is not None
+        every = torch.arange(len(requests), device=self.device)
+        unknown = torch.stack([every, torch.full_like(every, UNKNOWN_ID)])
+        seen = join_seen([torch.cat([found.seen, unknown], dim=1)], [len(requests)])
+        corpus = corpus_of(
+            self.model, similarity, torch.zeros(known, device=self.device), mesh=self.mesh, settings=settings
+        )
+        scores, items = corpus.best(similarity.queries(found.outputs_PE), seen, count)
+        return [
+            [(self.key_of(item), score) for item, score in zip(*each, strict=True) if score > -torch.inf]
+            for each in zip(items.tolist(), scores.tolist(), strict=True)
+        ]
 
 
 @contextmanager
 def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer]:
-    """The newest complete checkpoint of a ranker's run, or that of a step, on the device at hand.
+    """The newest complete checkpoint of a run, or that of a step, on the device at hand.
 
     Raises:
-        WrongUse: there is none, or the run is no ranker's.
+        WrongUse: there is none.
         ValueError: the run's data set means something else by its ids now.
     """
     run = RunDir(Path(run_dir))
@@ -73,8 +112,6 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
     if saved is None:
         raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
     config = from_dict(TrainConfig, saved)
-    if config.model.retrieval is not None:
-        raise WrongUse(f"{run_dir} has model.retrieval: requests are scored by rankers alone")
     catalogue, mesh = open_catalogue(run, config.checkpoint.store), discover_mesh()
     checkpoint = catalogue.choose(step)
     resolved, known = resolve(config, dataset_info(config.data)), run.saved_vocabularies()
@@ -86,8 +123,10 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
         load_checkpoint(catalogue, checkpoint, model.tensors(), dist.new_group(backend="gloo"), grown)
         model.module.eval()
         yield Scorer(
+            resolved=resolved,
+            mesh=mesh,
             model=model,
             trained=model.trained_rows(mesh.device),
             inputs=InputBuilder(config.data, resolved.info, resolved.task.selection),
-            device=mesh.device,
+            key_of=read_names(config.data.path, resolved.info.spaces[ITEM_SPACE]),
         )

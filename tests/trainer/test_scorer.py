@@ -66,16 +66,27 @@ def write_log(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With data/shop, and runs/shop that was trained for a few steps on it."""
     folder = tmp_path_factory.mktemp("serving")
+    prepare_shop(folder)
+    settings = [f"data.path={folder / 'data/shop'}", "max_steps=4", "data.max_history_len=8", "data.unknown_share=0.1"]
+    run(folder, "shop", *settings)
+    return folder
+
+
+def prepare_shop(folder: Path) -> None:
+    """Write data/shop."""
     write_log(folder / "logs")
     schema = SCHEMA.replace('shelf = ["shelf"]', 'shelf = { of = ["shelf"], separator = "|" }')
     (folder / "shop.toml").write_text(schema)
     options = ["--schema", str(folder / "shop.toml"), "--no-counts", "--candidates", "4"]
     assert prepare(["event_log", "--source", str(folder / "logs"), "--out", str(folder / "data/shop"), *options]) == 0
-    settings = [f"data.path={folder / 'data/shop'}", "max_steps=4", "data.max_history_len=8", "data.unknown_share=0.1"]
-    command = ["-m", "trainer", "train", "own_log", "--run-dir", str(folder / "runs/shop"), "--set", *settings]
+
+
+def run(folder: Path, name: str, *settings: str, recipe: str = "own_log") -> Path:
+    """Train a run."""
+    command = ["-m", "trainer", "train", recipe, "--run-dir", str(folder / "runs" / name), "--set", *settings]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return folder / "runs" / name
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +169,37 @@ GOOD: dict[str, Any] = {
     },
     "candidate": {"item_id": ["sku-2", None], "timestamp": [START + 9, START + 9]},
 }
+
+
+def test_attributes_that_a_request_gives_stand_in_the_place_of_the_catalogues(scorer: Scorer) -> None:
+    """Of a new item all may be said; what the catalogue says of another may be said again, for the same inputs."""
+    given = {"item.brand": ["b2", None], "item.shelf": [["2", "2"], ["1", "never-seen", "6"]]}
+    candidate = {**GOOD["candidate"], "item_id": ["sku-2", "sku-new"]}
+    plain, mine = (
+        scorer.inputs([GOOD, {**GOOD, "candidate": candidate}]),
+        scorer.inputs([GOOD, {**GOOD, "candidate": {**candidate, **given}}]),
+    )
+    # Brands of two events, then of the first request's candidates, then of the second's; b2 is that of sku-2.
+    brands, stored = mine.ids_host("item.brand").tolist(), plain.ids_host("item.brand").tolist()
+    assert brands == stored and len(brands) == 6 and brands[-2] > 0
+    to_id = scorer.inputs._keys_of("shelf")[0]
+    lens = mine.lens["item.shelf"].tolist()
+    assert lens[:-1] == plain.lens["item.shelf"].tolist()[:-1] and (lens[-2], lens[-1]) == (2, 3)
+    assert mine.ids_host("item.shelf").tolist()[-3:] == [to_id("1"), 0, to_id("6")]
+    other = scorer.inputs([{**GOOD, "candidate": {**candidate, "item.brand": ["b3", "b1"]}}]).ids_host("item.brand")
+    assert len(set(other.tolist()[-2:]) | {0, brands[-2]}) == 4
+    for wrong, message in (
+        ({"item.brand": [3, "b1"]}, "request 0: candidate column 'item.brand' must hold text, got 3"),
+        ({"item.brand": ["b1"]}, "candidate_item.brand holds 1 values, but candidate_item_id holds 2"),
+        ({"item.colour": ["red", "red"]}, "request 0 has the candidate column 'item.colour', which is none of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scorer.inputs([{**GOOD, "candidate": {**candidate, **wrong}}])
+
+
+def test_a_ranker_names_no_items(scorer: Scorer) -> None:
+    with pytest.raises(ValueError, match="ranks candidates that it is given: ask it by score"):
+        scorer.retrieve([{"event": GOOD["event"], "sample": GOOD["sample"]}])
 
 
 def test_requests_may_lack_history_and_each_has_its_own_candidates(scorer: Scorer) -> None:

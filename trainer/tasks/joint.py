@@ -13,13 +13,12 @@ from torch import Tensor
 
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
+from embeddings.trained import TrainedRows
 from pipelines.batch import Batch, Inputs
-from pipelines.features import ITEM_ID, ITEM_SPACE, DatasetInfo
-from pipelines.padding import Padding
+from pipelines.features import ITEM_ID, ITEM_SPACE
 from pipelines.selection import Draw, Selection
 from trainer.baseline import popularity
-from trainer.columns import pooled_spaces, table_configs, widths
-from trainer.config import TrainConfig
+from trainer.columns import table_configs, widths
 from trainer.labels.loss import RankingLoss
 from trainer.mesh import Mesh
 from trainer.models.activations import MeanBatch, Memory, scoring_activations
@@ -30,20 +29,16 @@ from trainer.models.layout import take_rows
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.ranker import RankerTower
-from trainer.models.retrieval_config import RetrievalConfig
 from trainer.models.retriever import SampledSoftmax
 from trainer.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
 from trainer.parallelize import ParallelModel
 from trainer.tasks.ranking import Ranking
-from trainer.tasks.task import Evaluation, Flops
+from trainer.tasks.task import DataTask, Evaluation, Flops, LabelOutputs, NextItems
 
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(DataTask):
     """The task of a configuration with `model.retrieval` and a weight of it beside ranking."""
-
-    config: TrainConfig
-    info: DatasetInfo
 
     def __post_init__(self) -> None:
         pairs = [(each.name, each.parts) for each in self.ranking.selection.features]
@@ -57,12 +52,6 @@ class Joint:
     def ranking(self) -> Ranking:
         """What is predicted of candidates."""
         return Ranking(self.config, self.info)
-
-    @property
-    def settings(self) -> RetrievalConfig:
-        """What the configuration says of the next item."""
-        assert self.config.model.retrieval is not None
-        return self.config.model.retrieval
 
     @property
     def selection(self) -> Selection:
@@ -139,14 +128,21 @@ class Joint:
         assert settings.beside_ranking is not None
         return Model(tables, tower, JointLoss(ranker.loss, softmax, weight=settings.beside_ranking))
 
-    def prepare(self, batch: Batch, mesh: Mesh) -> Batch:
-        """The data's batch as it is."""
-        return batch
+    def rank(self, model: ParallelModel, inputs: Inputs, trained: TrainedRows) -> LabelOutputs:
+        """Every id reads its own row, trained or not, as in training."""
+        del trained
+        loss = model.model.loss
+        assert isinstance(loss, JointLoss)
+        found: JointOutputs = model.score(inputs)
+        return LabelOutputs(loss.ranking, found.labels_CK)
 
-    @property
-    def padding(self) -> Padding:
-        """One more sample."""
-        return Padding(self.selection, pooled_spaces(self.tables))
+    def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
+        """What each history's last event says."""
+        tower = model.dense
+        assert isinstance(tower, JointTower)
+        inputs = batch.inputs.to(mesh.device)
+        found: JointOutputs = model.score(inputs)
+        return NextItems(tower.similarity, predict(found.events_HE, inputs, exclude_seen=self.settings.exclude_seen))
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Both heads' metrics and tables, from one pass over the split.  Called by every rank."""

@@ -11,14 +11,11 @@ from torch import Tensor
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
 from embeddings.trained import TrainedRows
-from pipelines.batch import Batch, Inputs
-from pipelines.features import DatasetInfo
+from pipelines.batch import Inputs
 from pipelines.loader import build_loader
-from pipelines.padding import Padding
 from pipelines.selection import Selection
 from trainer.baseline import baseline_metrics
 from trainer.columns import pooled_spaces, ranker_columns, table_configs, widths
-from trainer.config import TrainConfig
 from trainer.evaluate import evaluate, ranking_table, unknown_lines, with_unknown
 from trainer.labels.binary import action_rates
 from trainer.labels.loss import RankingLoss, build_ranking_loss
@@ -29,15 +26,12 @@ from trainer.models.flops import InputWidths, input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
 from trainer.parallelize import ParallelModel
-from trainer.tasks.task import Evaluation, Flops
+from trainer.tasks.task import DataTask, Evaluation, Flops, LabelOutputs
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(DataTask):
     """The task of a configuration without `model.retrieval`, and a part of the joint one."""
-
-    config: TrainConfig
-    info: DatasetInfo
 
     def __post_init__(self) -> None:
         if self.info.cut == "by_place":
@@ -141,22 +135,21 @@ class Ranking:
         tower.start_at(loss.start())
         return Model(tables, tower, loss)
 
-    def prepare(self, batch: Batch, mesh: Mesh) -> Batch:
-        """The data's batch as it is."""
-        return batch
-
-    @property
-    def padding(self) -> Padding:
-        """One more sample."""
-        rectangular = self.config.model.is_rectangular
-        return Padding(self.selection, pooled_spaces(self.tables), rectangular=rectangular)
+    def rank(self, model: ParallelModel, inputs: Inputs, trained: TrainedRows) -> LabelOutputs:
+        """Ids without a trained row read the unknown id's."""
+        labels = model.model.loss
+        assert isinstance(labels, RankingLoss)
+        return LabelOutputs(labels, model.score(inputs, trained))
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """The metrics of each label: of actions beside the rates of items and users, of others beside what is known
         without a look at the candidate.  Called by every rank."""
         labels, trained = model.model.loss, model.trained_rows(mesh.device)
         assert isinstance(labels, RankingLoss)
-        outputs = functools.partial(model.score, trained=trained)
+
+        def outputs(inputs: Inputs) -> Tensor:
+            return self.rank(model, inputs, trained).outputs_CK
+
         return self.measure(
             model, mesh, unseen, labels=labels, outputs=outputs, selection=self.selection, trained=trained
         )

@@ -14,38 +14,27 @@ from tqdm import tqdm
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
 from pipelines.batch import Batch
-from pipelines.features import ITEM_ID, DatasetInfo
+from pipelines.features import ITEM_ID
 from pipelines.loader import build_loader
 from pipelines.selection import Selection
 from trainer.baseline import popularity
 from trainer.columns import item_columns, item_table
-from trainer.config import TrainConfig
 from trainer.mesh import Mesh
 from trainer.models.activations import MeanBatch, Memory, retriever_activations
 from trainer.models.flops import retriever_flops
 from trainer.models.layout import take_rows
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
-from trainer.models.retrieval_config import RetrievalConfig
 from trainer.models.retriever import EventOutputs, RetrieverTower, build_retriever, evaluated_rows
 from trainer.models.sequence_padding import SequencePadding
 from trainer.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
 from trainer.parallelize import ParallelModel
-from trainer.tasks.task import Evaluation, Flops
+from trainer.tasks.task import DataTask, Evaluation, Flops, NextItems
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(DataTask):
     """The task of a configuration with `model.retrieval`."""
-
-    config: TrainConfig
-    info: DatasetInfo
-
-    @property
-    def settings(self) -> RetrievalConfig:
-        """What the configuration says of retrieval."""
-        assert self.config.model.retrieval is not None
-        return self.config.model.retrieval
 
     @property
     def selection(self) -> Selection:
@@ -146,8 +135,14 @@ class Retrieval:
 
     def _predictions(self, model: ParallelModel, batches: Iterable[Batch], mesh: Mesh) -> Iterator[Predictions]:
         for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
-            prepared = self._form(batch, mesh, 0).to(mesh.device, non_blocking=True)
-            yield _predict(model.score(prepared.inputs), prepared, exclude_seen=self.settings.exclude_seen)
+            yield self.next_items(model, batch, mesh).predictions
+
+    def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
+        """Of every candidate from all events and candidates in front of it."""
+        assert isinstance(model.dense, RetrieverTower)
+        prepared = self._form(batch, mesh, 0).to(mesh.device, non_blocking=True)
+        found = _predict(model.score(prepared.inputs), prepared, exclude_seen=self.settings.exclude_seen)
+        return NextItems(model.dense.similarity, found)
 
     def _form(self, batch: Batch, mesh: Mesh, num_negatives: int | None) -> RetrievalBatch:
         made = retrieval_batch(

@@ -5,19 +5,28 @@ A task is made once, in `trainer.resolve`; nothing else asks which one a run has
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from torch import Tensor
 from torchrec.streamable import Pipelineable
 
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
-from pipelines.batch import Batch
-from pipelines.padding import BatchPadding
+from embeddings.trained import TrainedRows
+from pipelines.batch import Batch, Inputs
+from pipelines.features import DatasetInfo
+from pipelines.padding import BatchPadding, Padding
 from pipelines.selection import Selection
+from trainer.columns import pooled_spaces
+from trainer.config import TrainConfig
+from trainer.labels.loss import RankingLoss
 from trainer.mesh import Mesh
 from trainer.models.activations import MeanBatch, Memory
 from trainer.models.flops import FlopCount
+from trainer.models.heads.similarity import Similarity
 from trainer.models.model import Model
+from trainer.models.retrieval_config import RetrievalConfig
+from trainer.next_item import Predictions
 from trainer.parallelize import ParallelModel
 
 Flops = Callable[..., FlopCount]
@@ -50,6 +59,24 @@ def _of_baseline(name: str) -> str:
     """What the baseline's number is called: ne_baseline/click, hr@10_baseline."""
     metric, slash, label = name.partition("/")
     return f"{metric}_baseline{slash}{label}"
+
+
+class LabelOutputs(NamedTuple):
+    """What a model says of candidates."""
+
+    labels: RankingLoss
+    """What its outputs are of."""
+    outputs_CK: Tensor
+    """[C, outputs of all labels] of every candidate."""
+
+
+class NextItems(NamedTuple):
+    """What a model says of the items to come."""
+
+    similarity: Similarity
+    """Scores items against predictions."""
+    predictions: Predictions
+    """Of candidates, sample by sample, from all that came before each; of a sample without any event before, none."""
 
 
 class Task(Protocol):
@@ -106,3 +133,51 @@ class Task(Protocol):
 
         `unseen` scores the training samples of that part of the data instead, beside what the parts before it tell.
         """
+
+    def rank(self, model: ParallelModel, inputs: Inputs, trained: TrainedRows) -> LabelOutputs:
+        """What evaluation predicts of candidates.  Raises ValueError if the model predicts the next item alone."""
+
+    def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
+        """What evaluation predicts of candidates' items.  Raises ValueError if the model ranks alone."""
+
+
+@dataclass(frozen=True)
+class DataTask:
+    """What tasks have in common: a model that reads the data's batches as they are and answers nothing yet."""
+
+    config: TrainConfig
+    info: DatasetInfo
+
+    @property
+    def settings(self) -> RetrievalConfig:
+        """What the configuration says of the next item."""
+        assert self.config.model.retrieval is not None
+        return self.config.model.retrieval
+
+    @property
+    def selection(self) -> Selection:
+        """What its model reads of the data."""
+        raise NotImplementedError
+
+    @property
+    def tables(self) -> tuple[TableConfig, ...]:
+        """The tables that its model looks up in."""
+        raise NotImplementedError
+
+    def prepare(self, batch: Batch, mesh: Mesh) -> Pipelineable:
+        """The data's batch as it is."""
+        return batch
+
+    @property
+    def padding(self) -> BatchPadding:
+        """One more sample."""
+        rectangular = self.config.model.is_rectangular
+        return Padding(self.selection, pooled_spaces(self.tables), rectangular=rectangular)
+
+    def rank(self, model: ParallelModel, inputs: Inputs, trained: TrainedRows) -> LabelOutputs:
+        """Refused."""
+        raise ValueError("this run's model predicts the next item and no labels: ask it by retrieve")
+
+    def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
+        """Refused."""
+        raise ValueError("this run's model ranks candidates that it is given: ask it by score")
