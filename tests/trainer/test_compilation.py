@@ -10,23 +10,26 @@ from tests.trainer.models import test_ranker
 from trainer.compilation import compile_before_first_step
 from trainer.models.model import Model
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def step(model: Model, seed: int) -> list[Tensor]:
     """Loss and gradients of a batch, and what is drawn next."""
-    batch = random_batch([5, 0, 9], [2, 3, 1], context_names=test_ranker.CONTEXT, seed=seed)
+    batch = random_batch([5, 0, 9], [2, 3, 1], context_names=test_ranker.CONTEXT, seed=seed).to(DEVICE)
     torch.manual_seed(seed)
     model.zero_grad()
-    loss = model(batch)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+        loss = model(batch)
     if model.training:
         loss.backward()
     gradients = [x.grad.to_dense().clone() for x in model.parameters() if x.grad is not None]
-    return [loss.detach(), *gradients, torch.rand(3)]
+    return [loss.detach(), *gradients, torch.rand(3, device=DEVICE), torch.rand(3)]
 
 
 def test_steps_are_the_same_and_only_the_first_in_training_is_passed_twice() -> None:
     config = test_ranker.CONFIGS["paper"]
     config = replace(config, layer=replace(config.layer, dropout=0.3))
-    plain, compiled = test_ranker.small_ranker(config), test_ranker.small_ranker(config)
+    plain, compiled = (test_ranker.small_ranker(config).to(DEVICE) for _ in range(2))
     compiled.load_state_dict(plain.state_dict())
     compile_before_first_step(compiled)
     passes: list[bool] = []
