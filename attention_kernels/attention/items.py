@@ -82,6 +82,15 @@ def load_item(table, i_item):
 
 
 @triton.jit
+def item_of_program(table, H):
+    """(whether there is one, the item, its head) of a program of a grid of items times heads, as many as can be."""
+    i_item = tl.program_id(0) // H
+    # Loaded beside the number of items, not after it.
+    item = load_item(table, i_item)
+    return i_item < tl.load(table), item, tl.program_id(0) % H
+
+
+@triton.jit
 def load_parts(table, o_i, m_i):
     """Which share of its tile's work each item walks; 1 where `m_i` is not set."""
     return tl.load(table + (1 + o_i) * ITEM_SIZE + 10, mask=m_i, other=1)

@@ -10,7 +10,7 @@ accumulated sums, not every element.
 import triton
 import triton.language as tl
 
-from attention_kernels.attention.items import load_item
+from attention_kernels.attention.items import item_of_program
 from attention_kernels.attention.tiles import (
     Output,
     element_mask,
@@ -37,12 +37,9 @@ def dq_kernel(
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k]; one program a row tile and head."""
-    i_item = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
-    item = load_item(table, i_item)
+    is_there, item, i_h = item_of_program(table, H)
     start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
-    if i_item < tl.load(table):
+    if is_there:
         b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, first, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
         b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, first, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
         partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
@@ -81,12 +78,9 @@ def dkdv_kernel(
 
     Scores are computed transposed, keys by rows, so that they are the left operand of both sums.
     """
-    i_item = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
-    item = load_item(table, i_item)
+    is_there, item, i_h = item_of_program(table, H)
     start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
-    if i_item < tl.load(table):
+    if is_there:
         b_k = load_rows(k, stride_kt, stride_kh, i_h, start, first, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
         b_v = load_rows(v, stride_vt, stride_vh, i_h, start, first, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
         partners = live_rows(first, last, bounds, BLOCK_M, HAS_LOCAL)

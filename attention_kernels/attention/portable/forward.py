@@ -6,7 +6,7 @@ It is not the launcher (`launchers.py`) and decides nothing about mask (`tiles.p
 import triton
 import triton.language as tl
 
-from attention_kernels.attention.items import load_item
+from attention_kernels.attention.items import item_of_program
 from attention_kernels.attention.tiles import (
     Output,
     element_mask,
@@ -30,12 +30,9 @@ def forward_kernel(
     SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[q] = out_scale sum_k silu(2 half_scale <q, k>) v[k], accumulated in float32."""
-    i_item = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    # Loaded beside the number of items, not after it: beyond the end it is rubbish that nobody uses.
-    item = load_item(table, i_item)
+    is_there, item, i_h = item_of_program(table, H)
     start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
-    if i_item < tl.load(table):
+    if is_there:
         b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, first, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
         partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
         begin, end = part_range(partners, item.part, item.parts, SPLIT)
