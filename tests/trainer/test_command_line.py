@@ -24,12 +24,6 @@ def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GUARD, "start", lambda: None)
 
 
-@pytest.fixture(autouse=True)
-def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guard would end the process of the tests."""
-    monkeypatch.setattr(GUARD, "start", lambda: None)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
