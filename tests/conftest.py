@@ -14,10 +14,11 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, a module is one's, and so are all tests on this machine's Slurm."""
+    """Where tests run in several processes, a module is one's, and so are all that start this machine's Slurm."""
+    functions = [item for item in items if isinstance(item, pytest.Function)]
+    slurm = {function.path for function in functions if "running_cluster" in function.fixturenames}
     for item in items:
-        uses_slurm = isinstance(item, pytest.Function) and "running_cluster" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("slurm" if uses_slurm else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("slurm" if item.path in slurm else str(item.path)))
 
 
 @pytest.fixture

@@ -54,21 +54,19 @@ def test_event_log_from_parquet_and_csv(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out", "train") == rows_of(tmp_path / "out2", "train")
 
 
-@pytest.mark.parametrize("document", ["README.md", "pipelines/prepare/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/own_data.md", "pipelines/prepare/README.md"])
 def test_the_documented_command_prepares_a_log_of_that_form(tmp_path: Path, document: str) -> None:
-    text = (ROOT / document).read_text()
-    block = next(
-        each for each in text.split("```") if "pipelines.prepare event_log" in each and "--user-column" in each
-    )
-    words = block.replace("\\\n", " ").split()
-    end = words.index("dwell_s") + 1
-    options = words[words.index("--user-column") : end]
-    header, row = (ROOT / "README.md").read_text().split("customer,sku", 1)[1].split("```")[0].splitlines()[:2]
+    lines = (ROOT / document).read_text().replace("\\\n", " ").splitlines()
+    words = next(line for line in lines if "pipelines.prepare event_log" in line and "--user-column" in line).split()
+    options = words[words.index("--user-column") :]
+    example = (ROOT / "docs/own_data.md").read_text().split("customer,sku", 1)[1]
+    header, row = example.split("```")[0].splitlines()[:2]
     rows = [row.replace("c17", f"c{user}").replace("-01 ", f"-{day:02d} ") for user in range(5) for day in range(1, 11)]
     write_lines(tmp_path / "in" / "log.csv", ["customer,sku" + header, *rows])
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert (info["actions"], info["event"]) == (["view", "cart", "buy"], {"item_id": "item", "dwell_s": "number"})
+    further = {"dwell_s": "number"} if "dwell_s" in options else {}
+    assert (info["actions"], info["event"]) == (["view", "cart", "buy"], {"item_id": "item", **further})
     assert (info["statistics"]["events"], info["statistics"]["users"]) == (50, 5)
     assert read_back(tmp_path / "out") == 10
 
