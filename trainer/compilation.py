@@ -23,6 +23,8 @@ def compile_before_first_step(model: Model) -> None:
         hook.remove()
         device = parameters[0].device
         kind = device.type
+        # Metrics of training are sums that this pass would add to, of values that no kernel has computed.
+        sums = [(buffer, buffer.clone()) for buffer in objective.buffers()]
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with (
             # Draws of this pass are none of the step's, and what it casts is forgotten.
@@ -33,5 +35,7 @@ def compile_before_first_step(model: Model) -> None:
             compiling_together(),
         ):
             torch.autograd.grad(objective.forward(*arguments), parameters, allow_unused=True)
+        for buffer, before in sums:
+            buffer.copy_(before)
 
     hook = model.objective.register_forward_pre_hook(compile_kernels)

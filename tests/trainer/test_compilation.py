@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def step(model: Model, seed: int) -> list[Tensor]:
-    """Loss and gradients of a batch, and what is drawn next."""
+    """Loss and gradients of a batch, what has been summed up so far, and what is drawn next."""
     batch = random_batch([5, 0, 9], [2, 3, 1], context_names=test_ranker.CONTEXT, seed=seed).to(DEVICE)
     torch.manual_seed(seed)
     model.zero_grad()
@@ -23,7 +23,8 @@ def step(model: Model, seed: int) -> list[Tensor]:
     if model.training:
         loss.backward()
     gradients = [x.grad.to_dense().clone() for x in model.parameters() if x.grad is not None]
-    return [loss.detach(), *gradients, torch.rand(3, device=DEVICE), torch.rand(3)]
+    sums = [x.clone() for x in model.objective.buffers()]
+    return [loss.detach(), *gradients, *sums, torch.rand(3, device=DEVICE), torch.rand(3)]
 
 
 def test_steps_are_the_same_and_only_the_first_in_training_is_passed_twice() -> None:
