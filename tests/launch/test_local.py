@@ -128,7 +128,9 @@ print(run(run_dir, nodes=2, procs_per_node=1, command=command)[1])
 def test_a_stopped_job_saves_and_says_that_it_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", INTERRUPTIBLE, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
+        # Both ranks listen, and steps are taken.
+        begun = (tmp_path / "run" / "logs" / "rank-1.log", tmp_path / "run" / "metrics.jsonl")
+        while not all(file.exists() for file in begun):
             assert process.poll() is None
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
