@@ -122,9 +122,14 @@ def _choose_counts(info: DatasetInfo, names: Sequence[str] | None) -> list[Count
     return list(groups.values()) if names is None else [groups[name] for name in names]
 
 
+def _counted(info: DatasetInfo) -> set[str]:
+    """The columns of candidates that are counts."""
+    return {column for each in counts_of(info) for column in each.columns}
+
+
 def _choose(info: DatasetInfo, part: Part, names: Sequence[str] | None) -> Sequence[str]:
     """The names of columns that a part's tokens take, checked."""
-    counted = {column for each in counts_of(info) for column in each.columns} if part == "candidate" else set()
+    counted = _counted(info) if part == "candidate" else set()
     have = [each.name for each in info.of(part) if each.name not in counted]
     if part != "sample":
         have += [ITEM_PREFIX + each.name for each in info.of("item")]
@@ -174,6 +179,6 @@ def unread_columns(selection: Selection, info: DatasetInfo) -> list[str]:
         ("candidate", ITEM_ID),
     }
     read |= {("item", feature.column) for feature in selection.features if feature.of_item}
-    counted = {("candidate", name) for each in counts_of(info) for name in each.columns}
+    counted = {("candidate", name) for name in _counted(info)}
     columns = ((column.part, column.name) for column in info.columns)
     return [f"{part}.{name}" for part, name in columns if (part, name) not in read | counted]
