@@ -1,6 +1,5 @@
 """The evaluations of a training run: of the evaluation split, and of parts of the data before they are trained on."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from trainer.mesh import Mesh
 from trainer.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved
-from trainer.run_dir import JsonLines, RunDir, whole_lines
+from trainer.run_dir import JsonLines, RunDir, read_records
 from trainer.target import parse_target
 
 logger = logging.getLogger(__name__)
@@ -43,8 +42,8 @@ class Evaluator:
         if makes_up:
             self.evaluate(progress.step)
         elif self._target is not None and self.due(progress.step):
-            lines, _ = whole_lines(self._run.eval_file)
-            self._reach(next((each for each in map(json.loads, lines) if each["step"] == progress.step), {}))
+            records = read_records(self._run.eval_file)
+            self._reach(next((each for each in records if each["step"] == progress.step), {}))
         self.meet_part(progress)
         return makes_up or self.reached
 

@@ -8,14 +8,13 @@ A step whose batch is left out keeps its number and changes nothing.  The steps 
 run that is started again leaves out the same.
 """
 
-import json
 import logging
 import math
 from collections.abc import Sequence
 
 from trainer.config import NonFiniteConfig
 from trainer.mesh import Mesh
-from trainer.run_dir import JsonLines, RunDir, whole_lines
+from trainer.run_dir import JsonLines, RunDir, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class LeftOut:
 
     def __init__(self, run: RunDir, config: NonFiniteConfig, mesh: Mesh) -> None:
         self._file, self._config, self._mesh = run.left_out_file, config, mesh
-        events = [json.loads(line) for line in whole_lines(self._file)[0]]
+        events = read_records(self._file)
         self._steps = {step for event in events for step in range(event["first_step"], event["step"] + 1)}
         self._events = len(events)
 

@@ -318,6 +318,11 @@ def whole_lines(path: Path) -> tuple[list[str], list[str]]:
     return lines[:count], lines[count:]
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file's whole lines; raises ValueError as `whole_lines` does."""
+    return [json.loads(line) for line in whole_lines(path)[0]]
+
+
 def _has_step(line: str) -> bool:
     try:
         values = json.loads(line)
