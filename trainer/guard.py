@@ -9,6 +9,7 @@ imported.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import fcntl
 import os
@@ -45,10 +46,12 @@ STACKS_S = 1.0
 """What that may take."""
 IDLE_TICKS = 1
 """Hundredths of a second that the threads of an idle process compute in a second at most: they look around."""
+PR_SET_PDEATHSIG = 1
+"""Asks the system for a signal when the process that started this one ends (prctl(2))."""
 LEFT_S = 5.0
 """How long what a rank has started may outlive it."""
 SIBLINGS_LOOKS = 5
-"""Looks by which a stopped rank's own guard comes first.  It has none in the third of a second before it starts it."""
+"""Looks by which a stopped rank's own guard comes first.  It has none before it starts it, its first act."""
 
 
 class Guard:
@@ -204,6 +207,8 @@ def _say(what: str) -> None:
 
 def main(rank: int, look_s: float, looks: int) -> None:
     """Watch over a process until it has ended."""
+    # A guard that is stopped when its rank ends must go on to see it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
     stopped.LOOKS = looks
     watch, told, text = _Watch(rank), True, ""
     next_look = time.monotonic() + look_s

@@ -71,8 +71,28 @@ def test_helpers_do_not_outlive_it_though_they_are_stopped() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_guard_that_is_stopped_ends_with_its_process_all_the_same(end: str) -> None:
+    """And does its work: the helper, stopped too, ends as well."""
+    said = "GUARD.expect('its checks', 1000.0)\n"
+    # What the guard has ended by its own look, it has seen.
+    helpers = (
+        "first, second = (subprocess.Popen(helper, stdin=subprocess.PIPE) for _ in range(2))\nstop(first.pid)\n"
+        "first.wait()\nstop(second.pid)\n"
+    )
+    done = _run(f"{said}{helpers}stop(GUARD._process.pid)\n{end}")
+    assert done.returncode in (0, -signal.SIGKILL)
+
+
 def test_a_guard_whose_process_has_ended_before_it_looks_ends() -> None:
     assert _run("os._exit(0)").returncode == 0
+
+
+def test_nothing_that_takes_long_to_import_comes_before_the_guard() -> None:
+    """A process that is stopped before it has a guard is ended by nobody."""
+    text = "import sys, trainer.__main__\nprint({'numpy', 'pydantic', 'torch', 'typer'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_guard_that_has_gone_is_replaced() -> None:
