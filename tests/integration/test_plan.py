@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.training import SMALL, losses, start_command, train
-from trainer.__main__ import app
 from trainer.command_line import run_command
+from trainer.commands import app
 
 
 def _plan(out: Path, *arguments: str) -> int:

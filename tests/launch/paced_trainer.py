@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
-from trainer.__main__ import app
 from trainer.command_line import run_command
+from trainer.commands import app
 from trainer.stop_signal import STOP
 
 

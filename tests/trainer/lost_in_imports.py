@@ -9,8 +9,9 @@ import sys
 import threading
 
 from trainer import stopped
-from trainer.__main__ import app
 from trainer.command_line import run_command
+from trainer.commands import app
+from trainer.guard import GUARD
 from trainer.stop_signal import STOP
 
 
@@ -31,4 +32,5 @@ if __name__ == "__main__":
         if lost_by.isdigit():
             os.kill(os.getpid(), int(lost_by))
         sys.meta_path.insert(0, NeverFound)
+    GUARD.start()
     sys.exit(run_command(app, sys.argv[1:]))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.__main__ import app
 from trainer.command_line import run_command
+from trainer.commands import app
 from trainer.parallelize import ParallelModel
 
 KINDS = {int(step): kind for step, _, kind in (word.partition(" ") for word in os.environ["SPOILT"].split(",")) if kind}

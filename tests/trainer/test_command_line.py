@@ -10,18 +10,11 @@ from pathlib import Path
 import pytest
 
 from embeddings.records import from_dict
-from trainer.__main__ import app
 from trainer.command_line import lasting, run_command
-from trainer.guard import GUARD
+from trainer.commands import app
 from trainer.recipes import RECIPES, load_recipe
 from trainer.run_dir import RunDir, write_json
 from trainer.typed_values import apply_overrides, to_dict
-
-
-@pytest.fixture(autouse=True)
-def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These commands run in the tests' own process, which no guard shall end."""
-    monkeypatch.setattr(GUARD, "start", lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from trainer.__main__ import app
 from trainer.command_line import run_command
+from trainer.commands import app
 from trainer.report.curves import MAX_POINTS, Axis
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
