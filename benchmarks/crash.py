@@ -28,13 +28,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.crash_faults import DAMAGES, DISK_FAULTS, FAULTS, damage, family, text_of
+from benchmarks.crash_faults import DAMAGES, DISK_FAULTS, FAULTS, damage, family, saves, text_of
 from benchmarks.small_disks import SmallDisk, small_disk
 
 STEPS = 24
 STRIKES = 6
 """To a run at most."""
 LIMIT_S = 300.0
+TRAINING_S = 2.0
+"""What a start takes from its first save to its end on a quiet machine."""
 DISK = "2G"
 """Size of the disk that runs are on, where this process may mount one."""
 SETTINGS = (
@@ -69,6 +71,11 @@ class Job:
     process: "subprocess.Popen[bytes]"
     output: Path
     """What its processes say."""
+
+    @property
+    def last_words(self) -> str:
+        """The end of that."""
+        return self.output.read_text(errors="replace")[-3000:]
 
 
 def start(run_dir: Path, data: str, ranks: str, chance: random.Random) -> Job:
@@ -134,7 +141,7 @@ def wait(job: Job, pids: list[int], already_said: int = 0) -> float | None:
     while job.process.poll() is None or any(_runs(pid) for pid in pids):
         seconds = time.monotonic() - began
         if seconds > LIMIT_S:
-            raise TimeoutError(f"of the job's processes {pids} some run after {LIMIT_S:.0f} s; see {job.output}")
+            raise TimeoutError(f"of the job's processes {pids} some run after {LIMIT_S:.0f} s: {job.last_words}")
         if told_s is None and b"error: " in job.output.read_bytes()[already_said:]:
             told_s = seconds
         time.sleep(0.02)
@@ -164,21 +171,33 @@ class Striker:
             starts += 1
             assert starts <= budget + 2, f"{run_dir} does not come to its end; see {run_dir.name}.out"
             job = start(run_dir, self._data, self._ranks, self._chance)
-            moment = time.monotonic() + self._chance.uniform(0.0, 0.9 * whole_s)
-            while job.process.poll() is None and (struck >= budget or time.monotonic() < moment):
-                time.sleep(0.02)
+            if struck >= budget:
+                job.process.wait()
+            else:
+                self._wait_for_a_moment(job, whole_s)
             kind = self._strike(job, tallies)
             struck += kind is not None
             if job.process.returncode == 0:
                 return tallies
             if struck == 0:
-                raise AssertionError(f"{run_dir} failed though nothing struck it; see {job.output}")
+                raise AssertionError(f"{run_dir} failed though nothing struck it: {job.last_words}")
             if self._disk is not None and kind in DISK_FAULTS:
                 self._disk.mend()
             kind = self._chance.choice(DAMAGES)
             if struck < budget and self._chance.random() < 0.5 and damage(run_dir, kind, self._chance):
                 struck += 1
                 tallies.setdefault(kind, Tally()).strikes += 1
+
+    def _wait_for_a_moment(self, job: Job, whole_s: float) -> None:
+        """Any moment of a start, or as often one of its training: that is short, and its writers run in it alone."""
+        seconds, trains = 0.9 * whole_s, self._chance.random() < 0.5
+        if trains:
+            seconds = TRAINING_S
+            while job.process.poll() is None and not saves(job.process.pid):
+                time.sleep(0.02)
+        moment = time.monotonic() + self._chance.uniform(0.0, seconds)
+        while job.process.poll() is None and time.monotonic() < moment:
+            time.sleep(0.02)
 
     def _strike(self, job: Job, tallies: dict[str, Tally]) -> str | None:
         """Strike a job, if it still runs, and wait for its end; by which kind of fault it was struck."""
@@ -276,7 +295,7 @@ def campaign(
         runs.mkdir(exist_ok=True)
         job = start(runs / "whole", data, ranks, chance)
         wait(job, family(job.process.pid))
-        assert job.process.returncode == 0, f"the run without faults failed; see {job.output}"
+        assert job.process.returncode == 0, f"the run without faults failed: {job.last_words}"
         whole_s, expected = time.monotonic() - began, result(runs / "whole")
         striker = Striker(data, ranks, chance, disk)
         struck = number = 0

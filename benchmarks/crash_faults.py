@@ -31,12 +31,15 @@ def text_of(path: Path) -> str:
         return ""
 
 
+def _command(pid: int) -> str:
+    return text_of(Path(f"/proc/{pid}/cmdline")).replace("\0", " ")
+
+
 def _send(number: signal.Signals, choose: Callable[[str], bool]) -> Callable[[int, random.Random], bool]:
     """A fault: a signal to one process of the job whose command line is chosen; false if there is none."""
 
     def strike(job: int, chance: random.Random) -> bool:
-        commands = {pid: text_of(Path(f"/proc/{pid}/cmdline")).replace("\0", " ") for pid in family(job)}
-        chosen = [pid for pid, command in commands.items() if choose(command)]
+        chosen = [pid for pid in family(job) if choose(_command(pid))]
         if not chosen:
             return False
         try:
@@ -89,9 +92,14 @@ def _is_guard(command: str) -> bool:
     return "trainer.guard" in command
 
 
+def saves(job: int) -> bool:
+    """Whether a job has come to its first checkpoint."""
+    return any(_is_writer(_command(pid)) for pid in family(job))
+
+
 def _stop_a_rank(job: int, chance: random.Random) -> bool:
-    """Not in the third of a second in which a rank has no guard yet, unless others or our own agent look after it."""
-    commands = [text_of(Path(f"/proc/{pid}/cmdline")).replace("\0", " ") for pid in family(job)]
+    """Not before it has a guard, its first act, unless others or our own agent look after it."""
+    commands = list(map(_command, family(job)))
     guarded = any(_is_guard(command) or " -m launch.node " in command for command in commands)
     return guarded and _send(signal.SIGSTOP, _is_rank)(job, chance)
 
@@ -99,8 +107,10 @@ def _stop_a_rank(job: int, chance: random.Random) -> bool:
 FAULTS: dict[str, Callable[[int, random.Random], bool]] = {
     "kill a rank": _send(signal.SIGKILL, _is_rank),
     "stop a rank": _stop_a_rank,
+    "terminate a rank": _send(signal.SIGTERM, _is_rank),
     "kill the agent": _send(signal.SIGKILL, _is_agent),
     "terminate the agent": _send(signal.SIGTERM, _is_agent),
+    "interrupt the agent": _send(signal.SIGINT, _is_agent),
     "kill the launcher": _send(signal.SIGKILL, lambda command: " -m launch submit " in command),
     "close the launcher's terminal": _send(signal.SIGHUP, lambda command: " -m launch submit " in command),
     "kill a reader": _send(signal.SIGKILL, _is_reader),
@@ -108,6 +118,7 @@ FAULTS: dict[str, Callable[[int, random.Random], bool]] = {
     "kill a writer": _send(signal.SIGKILL, _is_writer),
     "stop a writer": _send(signal.SIGSTOP, _is_writer),
     "kill a guard": _send(signal.SIGKILL, _is_guard),
+    "stop a guard": _send(signal.SIGSTOP, _is_guard),
     "kill everything": _kill_all,
     "no longer files": _no_room,
 }
