@@ -1,33 +1,32 @@
 """Rows in host memory behind a cache on the GPU: what hits are worth, whether 10,000 steps go as without a cache, and
 whether tables of twice the free memory train.
 
-Run on a GPU: python -m benchmarks.caches [--machine MACHINE.json] [--json FILE] [--parts long large hits]
+Run on a GPU: python -m benchmarks.caches [--machine MACHINE.json] [--json FILE] [--parts long-device hits ...]
 
 `hits`: a table looked up by Zipf's law, whose hottest rows lie anywhere; the part of ids whose row lies in the cache as
 a step begins, and the step's time beside that of all rows on the device and beside the planner's, which knows the law.
-`long`: a small model through the trainer's pipeline, in three ways from one seed: rows on the device, cached, and
-cached with the next batch's rows brought in meanwhile, with an evaluation every 500 steps.  `large`: most memory is
-taken away, and a table of twice the rest is trained.
+`long-device`, `long-cached`, `long-prefetched`: a small model through the trainer's pipeline from one seed, with its
+rows on the device, cached, and cached with the next batch's rows brought in meanwhile, and an evaluation every 500
+steps: the digests of their losses must be equal.  `step-...`: likewise a whole step whose dense part takes some ms and
+whose ids a cache answers to 95%.  `large`: most memory is taken away, and a table of twice the rest is trained.
 """
 
-import argparse
 import gc
-import json
+import hashlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from benchmarks.placements import DEVICE, one_rank
+from benchmarks.on_one_gpu import DEVICE, Part, one_rank, run_parts
 from embeddings.caches import Caches
 from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
 from embeddings.exchange import table_sharders
@@ -46,14 +45,43 @@ EXPONENTS = (None, 0.8, 1.0, 1.1, 1.3)
 """None: all rows alike."""
 HITS_TABLE = TableConfig(name="item", num_embeddings=20_000_000, embedding_dim=128, features=("item",))
 HITS_IDS, FILLING_STEPS = 2**18, 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A small model and its data."""
+
+    table: TableConfig
+    ids: int
+    exponent: float
+    """Of Zipf's law."""
+    blocks: int
+    """Of the dense model."""
+    batches: int
+    """Different ones."""
+    steps: int
+    evaluated_every: int | None
+
+
 LONG_TABLE = TableConfig(name="item", num_embeddings=2_000_000, embedding_dim=64, features=("item",))
-LONG_IDS, LONG_BATCHES, LONG_STEPS, EVALUATED_EVERY = 16_384, 256, 10_000, 500
+LONG = Training(table=LONG_TABLE, ids=16_384, exponent=0.9, blocks=0, batches=256, steps=10_000, evaluated_every=500)
+STEP = Training(table=HITS_TABLE, ids=HITS_IDS, exponent=1.1, blocks=8, batches=64, steps=300, evaluated_every=None)
 WAYS: dict[str, tuple[ComputeKernel, Overlap]] = {
-    "on the device": ("fused", "sparse_dist"),
+    "device": ("fused", "sparse_dist"),
     "cached": ("fused_uvm_caching", "sparse_dist"),
-    "cached, prefetched": ("fused_uvm_caching", "prefetch"),
+    "prefetched": ("fused_uvm_caching", "prefetch"),
 }
-FREE_GIB, LARGE_STEPS = 4.0, 200
+FREE_GIB = 4.0
+LARGE = Training(
+    table=replace(LONG_TABLE, num_embeddings=int(2 * FREE_GIB * 2**30) // 512, embedding_dim=128),
+    ids=16_384,
+    exponent=0.9,
+    blocks=0,
+    batches=64,
+    steps=200,
+    evaluated_every=None,
+)
+WARM_STEPS = 100
 _SPREAD = 7_368_787
 """A prime: the n-th hottest row is row n times it."""
 
@@ -97,16 +125,17 @@ class ZipfTrial(Trial):
         return float((torch.ops.fbgemm.lxu_cache_lookup(ids, state, rows) >= 0).double().mean())
 
 
-def hits(machine_file: str | None) -> dict[str, Any]:
+def hits(machine: Machine) -> Iterator[tuple[str, Any]]:
     """Times of a step by law, cached and not, measured and planned."""
-    machine, rows = one_rank(machine_file), HITS_TABLE.num_embeddings
+    rows = HITS_TABLE.num_embeddings
     results: dict[str, dict[str, float]] = {}
     kernels: tuple[ComputeKernel, ...] = ("fused", "fused_uvm_caching")
     for kernel in kernels:
         placed = PlacementConfig(compute_kernels=(kernel,), reserved_fraction=0.0)
         trial = ZipfTrial([HITS_TABLE], HITS_IDS, machine=machine, placement=placed, rank=0)
         for exponent in EXPONENTS:
-            row = results.setdefault("all alike" if exponent is None else f"Zipf {exponent:g}", {})
+            name = "all alike" if exponent is None else f"Zipf {exponent:g}"
+            row = results.setdefault(name, {})
             trial.law = Draw(rows, exponent)
             # Until the cache holds what the law says.
             for _ in range(0 if kernel == "fused" else FILLING_STEPS):
@@ -118,11 +147,12 @@ def hits(machine_file: str | None) -> dict[str, Any]:
             row[f"{kernel}_planned_ms"] = planned(machine, placed, load)
             if kernel == "fused_uvm_caching":
                 trial.exchange()
-                row["found"], row["planned_hits"] = trial.found(), load.hit_rate("item", rows)
+                row["found"] = trial.found()
+                row["planned_hits"] = load.hit_rate("item", rows, placed.cached_part)
+            yield name, row
         del trial
         gc.collect()
         torch.cuda.empty_cache()
-    return results
 
 
 def planned(machine: Machine, placed: PlacementConfig, load: BatchLoad) -> float:
@@ -160,26 +190,35 @@ class Batch(Pipelineable):
 class Tower(nn.Module):
     """Some dense work on the rows."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, blocks: int) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, 8 * dim), nn.SiLU(), nn.Linear(8 * dim, dim)) for _ in range(blocks)
+        )
         self.layers = nn.Sequential(nn.Linear(dim, 128), nn.SiLU(), nn.Linear(128, 1))
 
-    def forward(self, looked_up: list[Rows]) -> Tensor:
-        loss: Tensor = self.layers(rows_by_feature(looked_up)["item"].values()).square().mean()
+    def forward(self, looked_up: list[Rows], batch: Batch) -> Tensor:
+        """What it lacks of knowing a number of each row."""
+        rows = rows_by_feature(looked_up)["item"].values()
+        for block in self.blocks:
+            with torch.autocast("cuda", torch.bfloat16):
+                rows = rows + block(rows)
+        wanted = torch.sin(batch.features.values().float())
+        loss: Tensor = (self.layers(rows.float()).squeeze(-1) - wanted).square().mean()
         return loss
 
 
 class Model(nn.Module):
     """A table and the tower."""
 
-    def __init__(self, table: TableConfig) -> None:
+    def __init__(self, training: Training) -> None:
         super().__init__()
-        self.tables = build_tables([table], device=torch.device("meta"))
-        self.tower = Tower(table.embedding_dim)
+        self.tables = build_tables([training.table], device=torch.device("meta"))
+        self.tower = Tower(training.table.embedding_dim, training.blocks)
 
     def forward(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.tower(self.tables(batch.features))
+        loss: Tensor = self.tower(self.tables(batch.features), batch)
         return loss
 
 
@@ -200,62 +239,75 @@ class Both:
             part.step()
 
 
-def train(
-    table: TableConfig, kernel: ComputeKernel, overlap: Overlap, batches: Iterator[Batch], *, evaluate: bool
-) -> tuple[Tensor, float]:
-    """(the loss of every step, planned GiB of the table)."""
-    model = Model(table)
-    plan = plan_tables(
-        model,
-        [table],
-        machine=one_rank(None),
-        placement=PlacementConfig(compute_kernels=(kernel,), reserved_fraction=0.0),
-        optimizer=OPTIMIZER,
-        load=BatchLoad(samples_per_rank=1, ids_per_sample={"item": float(LONG_IDS)}),
-    )
-    model.tower.to(DEVICE)
-    sharding_plan = apply_plan(model, plan, device=DEVICE, prefetch=overlap == "prefetch")
-    attach_optimizers(model.tables, OPTIMIZER)
-    module = DistributedModelParallel(
-        model,
-        device=DEVICE,
-        plan=sharding_plan,
-        sharders=table_sharders(plan.exchange),
-        init_data_parallel=False,
-    )
-    init_tables(model.tables, seed=0)
-    optimizers = TableOptimizers(model.tables, OPTIMIZER, module.fused_optimizer)
-    both = Both(torch.optim.SGD(model.tower.parameters(), lr=0.01), optimizers)
-    caches = Caches(model.tables)
+class Run:
+    """The model on this GPU, in the trainer's pipeline."""
 
-    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
-        loss: Tensor = module(batch)
+    def __init__(self, training: Training, kernel: ComputeKernel, overlap: Overlap) -> None:
+        self.training, table = training, training.table
+        model = Model(training)
+        plan = plan_tables(
+            model,
+            [table],
+            machine=one_rank(),
+            placement=PlacementConfig(compute_kernels=(kernel,), reserved_fraction=0.0),
+            optimizer=OPTIMIZER,
+            load=BatchLoad(samples_per_rank=1, ids_per_sample={"item": float(training.ids)}),
+        )
+        model.tower.to(DEVICE)
+        sharding_plan = apply_plan(model, plan, device=DEVICE, prefetch=overlap == "prefetch")
+        attach_optimizers(model.tables, OPTIMIZER)
+        self.module = DistributedModelParallel(
+            model,
+            device=DEVICE,
+            plan=sharding_plan,
+            sharders=table_sharders(plan.exchange),
+            init_data_parallel=False,
+        )
+        init_tables(model.tables, seed=0)
+        optimizers = TableOptimizers(model.tables, OPTIMIZER, self.module.fused_optimizer)
+        both = Both(torch.optim.SGD(model.tower.parameters(), lr=0.01), optimizers)
+        self.pipeline = StepPipeline(overlap, self.module, both, DEVICE, self._forward)
+        self.caches = Caches(model.tables)
+        self.planned_gib = plan.ranks[0].memory_bytes / 2**30
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss: Tensor = self.module(batch)
         return loss, loss.detach()
 
-    pipeline = StepPipeline(overlap, module, both, DEVICE, forward)
-    other = Batch(bags(torch.arange(2**14, device=DEVICE) * 113 % table.num_embeddings))
-    losses, evaluations = [], []
+    def evaluate(self) -> Tensor:
+        """The loss of other ids."""
+        other = Batch(bags(torch.arange(2**14, device=DEVICE) * 113 % self.training.table.num_embeddings))
+        self.module.eval()
+        with torch.no_grad(), self.caches.undisturbed():
+            loss: Tensor = self.module(other)
+        self.module.train()
+        return loss
 
-    def look() -> None:
-        module.eval()
-        with torch.no_grad(), caches.undisturbed():
-            evaluations.append(module(other))
-        module.train()
+    def losses(self) -> tuple[Tensor, float]:
+        """Of every step and evaluation; ms of a step, those before it is warm left out."""
+        batches = in_turn(drawn_batches(self.training), self.training.steps)
+        every, losses, start = self.training.evaluated_every, [], 0.0
+        evaluations: list[Tensor] = []
+        while True:
+            try:
+                losses.append(self.pipeline.step(batches))
+            except StopIteration:
+                break
+            if len(losses) == WARM_STEPS:
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+            if every is not None and len(losses) % every == 0:
+                self.pipeline.outside(lambda: evaluations.append(self.evaluate()))
+        torch.cuda.synchronize()
+        ms = (time.perf_counter() - start) * 1000 / (len(losses) - WARM_STEPS)
+        return torch.stack(losses + evaluations).cpu(), ms
 
-    while True:
-        try:
-            losses.append(pipeline.step(batches))
-        except StopIteration:
-            break
-        if evaluate and len(losses) % EVALUATED_EVERY == 0:
-            pipeline.outside(look)
-    return torch.stack(losses + evaluations).cpu(), plan.ranks[0].memory_bytes / 2**30
 
-
-def drawn_batches(table: TableConfig) -> list[Batch]:
+def drawn_batches(training: Training) -> list[Batch]:
     """Some batches of ids by Zipf's law, in pinned host memory."""
-    draw, generator = Draw(table.num_embeddings, 0.9), torch.Generator(DEVICE).manual_seed(1)
-    return [Batch(bags(draw(LONG_IDS, generator).cpu())).pin_memory() for _ in range(LONG_BATCHES)]
+    draw = Draw(training.table.num_embeddings, training.exponent)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    return [Batch(bags(draw(training.ids, generator).cpu())).pin_memory() for _ in range(training.batches)]
 
 
 def in_turn(batches: list[Batch], steps: int) -> Iterator[Batch]:
@@ -263,72 +315,45 @@ def in_turn(batches: list[Batch], steps: int) -> Iterator[Batch]:
     return (batches[step * (1 + 2 * (step // len(batches))) % len(batches)] for step in range(steps))
 
 
-def long(machine_file: str | None) -> dict[str, Any]:
-    """Whether the losses of all steps are the same bits in every way, and the time of a step in each."""
-    del machine_file
-    batches, losses, ms = drawn_batches(LONG_TABLE), {}, {}
-    for name, (kernel, overlap) in WAYS.items():
-        start = time.perf_counter()
-        losses[name], _ = train(LONG_TABLE, kernel, overlap, in_turn(batches, LONG_STEPS), evaluate=True)
-        ms[name] = (time.perf_counter() - start) * 1000 / LONG_STEPS
-        differ = (losses[name] != losses["on the device"]).nonzero().flatten().tolist()
-        print(name, f"{ms[name]:.3g} ms", "steps that differ:", len(differ), differ[:3], flush=True)
-    reference = losses["on the device"]
-    return {
-        "steps": LONG_STEPS,
-        "finite": all(bool(values.isfinite().all()) for values in losses.values()),
-        "steps_that_differ": {name: int((values != reference).sum()) for name, values in losses.items()},
-        "step_ms": ms,
-    }
+def trained(machine: Machine, *, training: Training, way: str) -> Iterator[tuple[str, Any]]:
+    """The losses of all steps in one way, as a digest, and the time of a step."""
+    del machine
+    losses, ms = Run(training, *WAYS[way]).losses()
+    yield "steps", training.steps
+    yield "step_ms", ms
+    yield "finite", bool(losses.isfinite().all())
+    yield "last_loss", losses[training.steps - 1].item()
+    yield "losses", hashlib.sha256(losses.numpy().tobytes()).hexdigest()
+    known = zipf(training.table.num_embeddings, training.exponent)
+    yield "planned_hits", known.hit_rate(PlacementConfig().cached_part * training.table.num_embeddings)
 
 
-def large(machine_file: str | None) -> dict[str, Any]:
+def large(machine: Machine) -> Iterator[tuple[str, Any]]:
     """A table of twice the memory that is left, and what was planned and held of it."""
-    del machine_file
+    del machine
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(int(free - FREE_GIB * 2**30), dtype=torch.uint8, device=DEVICE)
-    table = replace(LONG_TABLE, num_embeddings=int(2 * FREE_GIB * 2**30) // 512, embedding_dim=128)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    losses, planned_gib = train(
-        table,
-        "fused_uvm_caching",
-        "prefetch",
-        in_turn(drawn_batches(table), LARGE_STEPS),
-        evaluate=False,
-    )
-    peak = (torch.cuda.max_memory_allocated() - held) / 2**30
+    run = Run(LARGE, *WAYS["prefetched"])
+    losses, _ = run.losses()
+    yield "free_gib", FREE_GIB
+    yield "table_gib", LARGE.table.weight_bytes / 2**30
+    yield "steps", LARGE.steps
+    yield "finite", bool(losses.isfinite().all())
+    yield "planned_gib", run.planned_gib
+    yield "peak_gib", (torch.cuda.max_memory_allocated() - held) / 2**30
     del ballast
-    return {
-        "free_gib": FREE_GIB,
-        "table_gib": table.weight_bytes / 2**30,
-        "steps": LARGE_STEPS,
-        "finite": bool(losses.isfinite().all()),
-        "planned_gib": planned_gib,
-        "peak_gib": peak,
-    }
 
 
-PARTS: dict[str, Callable[[str | None], dict[str, Any]]] = {"long": long, "large": large, "hits": hits}
-
-
-def main() -> None:
-    """Runs the parts, prints each as it is done, and writes JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--machine", help="a machine's file, for its rates")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/caches.json"))
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
-    arguments = parser.parse_args()
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1)
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for part in arguments.parts:
-        results[part] = PARTS[part](arguments.machine)
-        print(part, json.dumps(results[part], indent=1), flush=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    dist.destroy_process_group()
+PARTS: dict[str, Part] = {
+    **{f"long-{way}": partial(trained, training=LONG, way=way) for way in WAYS},
+    "large": large,
+    "hits": hits,
+    **{f"step-{way}": partial(trained, training=STEP, way=way) for way in WAYS},
+}
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, Path("benchmarks/results/caches.json"))

@@ -8,29 +8,25 @@ SplitTableBatchedEmbeddingBags without TorchRec: what the GPU takes, and what it
 initial rows a second.
 """
 
-import argparse
 import gc
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch._C._distributed_c10d import HashStore
 
+from benchmarks.on_one_gpu import DEVICE, Part, run_parts
 from embeddings.config import ComputeKernel, PlacementConfig, RowType, TableConfig
-from embeddings.hardware import node_type
 from embeddings.initial_rows import fill
 from embeddings.machine import Machine
 from embeddings.plan import Plan
@@ -38,61 +34,55 @@ from embeddings.planning import evaluate
 from embeddings.problem import Problem
 from embeddings.trial import OPTIMIZER, Trial, median_ms
 
-Case = tuple[int, int, int, int, RowType, ComputeKernel]
-"""Tables, rows and columns of each, ids of each, type of rows, kernel."""
+Case = tuple[int, int, int, int, RowType, ComputeKernel, float]
+"""Tables, rows and columns of each, ids of each, type of rows, kernel, part of the rows that a cache has room for."""
 
 CASES: dict[str, Case] = {
-    "1 x 40M x 128, 1M ids": (1, 40_000_000, 128, 2**20, "float32", "fused"),
-    "1 x 40M x 128, 52K ids": (1, 40_000_000, 128, 52_416, "float32", "fused"),
-    "10 x 4M x 128, 105K ids": (10, 4_000_000, 128, 104_832, "float32", "fused"),
-    "50 x 500K x 128, 4K ids": (50, 500_000, 128, 4096, "float32", "fused"),
-    "50 x 500K x 128, 32K ids": (50, 500_000, 128, 32_768, "float32", "fused"),
-    "4 x 5M x 512, 64K ids": (4, 5_000_000, 512, 65_536, "float32", "fused"),
-    "1 x 40M x 16, 1M ids": (1, 40_000_000, 16, 2**20, "float32", "fused"),
-    "4 x 10M x 64, 262K ids": (4, 10_000_000, 64, 2**18, "float32", "fused"),
-    "1 x 40M x 128 fp16, 1M ids": (1, 40_000_000, 128, 2**20, "float16", "fused"),
-    "10 x 1M x 256 fp16, 52K ids": (10, 1_000_000, 256, 52_416, "float16", "fused"),
-    "1 x 20M x 128 cached, 262K ids": (1, 20_000_000, 128, 2**18, "float32", "fused_uvm_caching"),
-    "4 x 4M x 64 cached, 64K ids": (4, 4_000_000, 64, 65_536, "float32", "fused_uvm_caching"),
-    "2 x 2M x 32, 131K ids": (2, 2_000_000, 32, 2**17, "float32", "fused"),
-    "20 x 1M x 96, 16K ids": (20, 1_000_000, 96, 16_384, "float32", "fused"),
-    "1 x 10M x 256 cached, 32K ids": (1, 10_000_000, 256, 32_768, "float32", "fused_uvm_caching"),
-    "1 x 8M x 128 in host memory, 64K ids": (1, 8_000_000, 128, 65_536, "float32", "fused_uvm"),
+    "1 x 40M x 128, 1M ids": (1, 40_000_000, 128, 2**20, "float32", "fused", 0.2),
+    "1 x 40M x 128, 52K ids": (1, 40_000_000, 128, 52_416, "float32", "fused", 0.2),
+    "10 x 4M x 128, 105K ids": (10, 4_000_000, 128, 104_832, "float32", "fused", 0.2),
+    "50 x 500K x 128, 4K ids": (50, 500_000, 128, 4096, "float32", "fused", 0.2),
+    "50 x 500K x 128, 32K ids": (50, 500_000, 128, 32_768, "float32", "fused", 0.2),
+    "4 x 5M x 512, 64K ids": (4, 5_000_000, 512, 65_536, "float32", "fused", 0.2),
+    "1 x 40M x 16, 1M ids": (1, 40_000_000, 16, 2**20, "float32", "fused", 0.2),
+    "4 x 10M x 64, 262K ids": (4, 10_000_000, 64, 2**18, "float32", "fused", 0.2),
+    "1 x 40M x 128 fp16, 1M ids": (1, 40_000_000, 128, 2**20, "float16", "fused", 0.2),
+    "10 x 1M x 256 fp16, 52K ids": (10, 1_000_000, 256, 52_416, "float16", "fused", 0.2),
+    "1 x 20M x 128 cached, 262K ids": (1, 20_000_000, 128, 2**18, "float32", "fused_uvm_caching", 0.2),
+    "1 x 20M x 128 cached .05, 262K ids": (1, 20_000_000, 128, 2**18, "float32", "fused_uvm_caching", 0.05),
+    "1 x 20M x 128 cached .5, 262K ids": (1, 20_000_000, 128, 2**18, "float32", "fused_uvm_caching", 0.5),
+    "4 x 4M x 64 cached, 64K ids": (4, 4_000_000, 64, 65_536, "float32", "fused_uvm_caching", 0.2),
+    "2 x 2M x 32, 131K ids": (2, 2_000_000, 32, 2**17, "float32", "fused", 0.2),
+    "20 x 1M x 96, 16K ids": (20, 1_000_000, 96, 16_384, "float32", "fused", 0.2),
+    "1 x 10M x 256 cached, 32K ids": (1, 10_000_000, 256, 32_768, "float32", "fused_uvm_caching", 0.2),
+    "1 x 8M x 128 in host memory, 64K ids": (1, 8_000_000, 128, 65_536, "float32", "fused_uvm", 0.2),
 }
-DEVICE = torch.device("cuda")
 
 
 def tables_of(case: Case) -> list[TableConfig]:
     """The tables of a case, one feature each."""
-    count, rows, columns, _, dtype, _ = case
+    count, rows, columns, _, dtype, *_ = case
     return [
         TableConfig(name=f"t{i}", num_embeddings=rows, embedding_dim=columns, features=(f"t{i}",), dtype=dtype)
         for i in range(count)
     ]
 
 
-def one_rank(machine_file: str | None) -> Machine:
-    """This GPU; with a machine's file, at its rates."""
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    machine = Machine(world_size=1, local_world_size=1, compute_device="cuda", hbm_gib=memory, ddr_gib=100.0)
-    if machine_file is None:
-        return machine
-    node = node_type(machine_file)
-    return replace(machine, rates=node.rates, calibration=node.calibration)
+def placements(machine: Machine) -> Iterator[tuple[str, Any]]:
+    """Each case measured, and what was predicted of it; how far both are apart."""
+    cases: dict[str, dict[str, float]] = {}
+    for name, case in CASES.items():
+        cases[name] = placement(case, machine)
+        yield "cases", cases
+        yield "errors", errors(cases)
 
 
-def placements(machine_file: str | None) -> dict[str, Any]:
-    """Each case measured, and what was predicted of it."""
-    return {"cases": {name: placement(case, machine_file) for name, case in CASES.items()}}
-
-
-def placement(case: Case, machine_file: str | None) -> dict[str, float]:
+def placement(case: Case, machine: Machine) -> dict[str, float]:
     """Milliseconds and GiB of one case, predicted and measured."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    machine = one_rank(machine_file)
     trial = made(case, machine)
     measured = median_ms(trial.step, DEVICE, prepare=trial.exchange)
     row = {"measured_ms": measured, "planned_ms": trial.plan.step_ms}
@@ -104,7 +94,7 @@ def placement(case: Case, machine_file: str | None) -> dict[str, float]:
 
 def made(case: Case, machine: Machine) -> Trial:
     """The case on this GPU."""
-    placed = PlacementConfig(compute_kernels=(case[5],), reserved_fraction=0.0)
+    placed = PlacementConfig(compute_kernels=(case[5],), cached_part=case[6], reserved_fraction=0.0)
     return Trial(tables_of(case), case[3], machine=machine, placement=placed, rank=0)
 
 
@@ -114,7 +104,7 @@ def at_peaks(plan: Plan, case: Case) -> Plan:
     problem = Problem(
         tables=tuple(tables_of(case)),
         machine=machine,
-        placement=PlacementConfig(compute_kernels=(case[5],)),
+        placement=PlacementConfig(compute_kernels=(case[5],), cached_part=case[6]),
         optimizer=OPTIMIZER,
         load=plan.load,
         reservation=plan.reservation,
@@ -123,21 +113,19 @@ def at_peaks(plan: Plan, case: Case) -> Plan:
     return evaluate(problem, tables)
 
 
-def bare(machine_file: str | None) -> dict[str, Any]:
+def bare(machine: Machine) -> Iterator[tuple[str, Any]]:
     """FBGEMM's kernel called with the trial's own batches, beside the whole way."""
-    rows = {}
     for name in ("1 x 40M x 128, 1M ids", "10 x 4M x 128, 105K ids", "10 x 1M x 128, 5K ids"):
-        case = CASES.get(name, (10, 1_000_000, 128, 5_248, "float32", "fused"))
+        case = CASES.get(name, (10, 1_000_000, 128, 5_248, "float32", "fused", 0.2))
         gc.collect()
         torch.cuda.empty_cache()
-        trial = made(case, one_rank(machine_file))
+        trial = made(case, machine)
         step = bare_step(case, trial)
         row = {"trial_ms": median_ms(trial.step, DEVICE, prepare=trial.exchange)}
         row["bare_ms"] = median_ms(step, DEVICE, prepare=trial.exchange)
         row["ratio"] = row["trial_ms"] / row["bare_ms"]
         row["trial_host_ms"], row["bare_host_ms"] = host_ms(trial.step, trial), host_ms(step, trial)
-        rows[name] = row | {"exchange_host_ms": host_ms(trial.exchange, trial)}
-    return rows
+        yield name, row | {"exchange_host_ms": host_ms(trial.exchange, trial)}
 
 
 def host_ms(step: Callable[[], None], trial: Trial) -> float:
@@ -172,18 +160,16 @@ def bare_step(case: Case, trial: Trial) -> Callable[[], None]:
     return step
 
 
-def init(machine_file: str | None) -> dict[str, float]:
+def init(machine: Machine) -> Iterator[tuple[str, Any]]:
     """GB/s at which initial rows are made."""
-    del machine_file
+    del machine
     table = TableConfig(name="t", num_embeddings=40_000_000, embedding_dim=128, features=("t",))
-    rates = {}
     for dtype in (torch.float32, torch.float16):
         block = torch.empty(table.num_embeddings, table.embedding_dim, dtype=dtype, device=DEVICE)
         ms = median_ms(lambda block=block: fill(block, table, 0, 0, seed=1), DEVICE)  # type: ignore[misc]
-        rates[str(dtype)] = block.nbytes / ms / 1e6
+        yield str(dtype), block.nbytes / ms / 1e6
         del block
         torch.cuda.empty_cache()
-    return rates
 
 
 def errors(cases: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -197,34 +183,12 @@ def errors(cases: dict[str, dict[str, float]]) -> dict[str, float]:
         "median_time_error": statistics.median(time_errors),
         "median_memory_error": statistics.median(memory_errors),
         "largest_memory_error": max(memory_errors),
-        "pairs_in_order": sum(right) / len(right),
+        "pairs_in_order": sum(right) / max(len(right), 1),
     }
 
 
-PARTS: dict[str, Callable[[str | None], dict[str, Any]]] = {"init": init, "placements": placements, "bare": bare}
-
-
-def main() -> None:
-    """Runs the parts, prints each as it is done, and writes JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--machine", help="a machine's file, for its rates")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/placements.json"))
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
-    arguments = parser.parse_args()
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1)
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    if arguments.machine is not None:
-        results["rates"] = json.loads(Path(arguments.machine).read_text())["rates"]
-    for part in arguments.parts:
-        results[part] = PARTS[part](arguments.machine)
-        if part == "placements":
-            results["errors"] = errors(results[part]["cases"])
-        print(part, json.dumps(results[part], indent=1), flush=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results.get("errors", {})))
-    dist.destroy_process_group()
+PARTS: dict[str, Part] = {"init": init, "placements": placements, "bare": bare}
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, Path("benchmarks/results/placements.json"))

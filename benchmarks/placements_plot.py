@@ -29,7 +29,7 @@ def main() -> None:
 
 def draw(results: Mapping[str, Any]) -> str:
     """Two panels side by side: a point a case, on the diagonal where the prediction is right."""
-    cases, errors = results["placements"]["cases"], results["errors"]
+    cases, errors = results["placements"]["cases"], results["placements"]["errors"]
     said = (
         f"{results['gpu']}, {len(cases)} placements, rates measured by the probe; median error of time "
         f"{errors['median_time_error']:.1%}, of memory {errors['median_memory_error']:.1%}; "

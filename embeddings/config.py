@@ -9,6 +9,9 @@ fused_uvm: rows in host memory.  All three apply the optimizer inside the backwa
 
 KERNELS: tuple[ComputeKernel, ...] = get_args(ComputeKernel)
 
+CACHED_PART = 0.2
+"""Part of a fused_uvm_caching table's rows that the device caches, unless told."""
+
 RowType = Literal["float32", "float16"]
 """Type of a table's rows.  Lookups, gradients and optimizer state are float32 with either; bfloat16 rows have no CPU
 kernel in FBGEMM."""
@@ -197,6 +200,8 @@ class PlacementConfig:
     null takes all that there are (`embeddings/kinds`).  Training is the same under each."""
     compute_kernels: tuple[ComputeKernel, ...] = ("fused",)
     """Kernels to choose from.  Add fused_uvm_caching to let tables that do not fit overflow into host memory."""
+    cached_part: float = CACHED_PART
+    """Part of the rows of a fused_uvm_caching table that the device caches."""
     machine: str | None = None
     """Machine type, or .json file of one, whose rates estimates are made from (`embeddings/hardware.py`;
     `python -m embeddings probe` measures a file); null takes the known GPU whose memory is nearest."""
@@ -215,6 +220,8 @@ class PlacementConfig:
             raise ValueError(
                 "placement.sharding_types and placement.compute_kernels must name at least one choice each"
             )
+        if not 0 < self.cached_part <= 1:
+            raise ValueError(f"placement.cached_part must lie in (0, 1], got {self.cached_part}")
         if not 0 <= self.reserved_fraction < 1:
             raise ValueError(f"placement.reserved_fraction must lie in [0, 1), got {self.reserved_fraction}")
         if self.activation_gib is not None and self.activation_gib < 0:

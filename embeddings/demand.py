@@ -7,7 +7,7 @@
                 {"name": "city", "num_embeddings": 10000, "embedding_dim": 16, "dtype": "float16",
                  "optimizer": {"kind": "sgd", "learning_rate": 0.1}}],
      "samples_per_rank": 32, "dense_gib": 1.5, "activation_gib": 20.0, "dense_ms": 40.0,
-     "compute_kernels": ["fused", "fused_uvm_caching"], "reserved_fraction": 0.15}
+     "compute_kernels": ["fused", "fused_uvm_caching"], "cached_part": 0.2, "reserved_fraction": 0.15}
 
 All but `tables` may be left out.  `zipf` is the exponent of the law by which a table's rows are looked up (all alike
 without it), on which it depends what a cache on the device answers.  `dense_gib` is the dense model's memory for
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embeddings.config import (
+    CACHED_PART,
     ComputeKernel,
     PlacementConfig,
     RowType,
@@ -118,6 +119,7 @@ class DemandFile:
     dense_tflop: float = 0.0
     dense_mfu: float = 0.0
     compute_kernels: tuple[ComputeKernel, ...] = ("fused",)
+    cached_part: float = CACHED_PART
     reserved_fraction: float = PlacementConfig().reserved_fraction
     optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
 
@@ -167,6 +169,7 @@ def _demand(file: DemandFile) -> Demand:
         placement=PlacementConfig(
             activation_gib=file.activation_gib,
             compute_kernels=file.compute_kernels,
+            cached_part=file.cached_part,
             reserved_fraction=file.reserved_fraction,
         ),
         optimizer=file.optimizer,

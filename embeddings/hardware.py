@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from embeddings.config import CACHED_PART
 from embeddings.records import from_dict
 
 
@@ -34,7 +35,8 @@ class Rates:
     host_link: float
     """Between device and host memory; matters for the fused_uvm kernels only."""
     cached: float | None = None
-    """Rows of a fused_uvm_caching table with uniform ids, a fifth of it cached; null takes TorchRec's estimate."""
+    """Rows of a fused_uvm_caching table with uniform ids, `CACHED_PART` of it cached; null takes TorchRec's estimate.
+    """
     uncached: float | None = None
     """Rows of a fused_uvm table; null takes TorchRec's estimate."""
     lookup_group_ms: float = 0.2
@@ -44,11 +46,15 @@ class Rates:
     """Fixed time a step of all lookups together; it makes no placement better than another."""
     id_ns: float = 0.0
     """Time in ns of each id besides its row: an update sorts ids first.  0 where it is not measured, as in TorchRec."""
+    cache_ms: float = 0.0
+    """Fixed time a step of each lookup group with a cache, which looks its ids up in it first; 0 where not measured."""
+    cache_id_ns: float = 0.0
+    """Time in ns of each id that a cache is asked for, whether its row is there or not; 0 where it is not measured."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("lookups_ms", "id_ns") else math.ulp(0)
+            least = 0 if field.name in _MAY_BE_ZERO else math.ulp(0)
             if value is not None and not least <= value < math.inf:
                 unit = {"ms": "ms", "ns": "ns"}.get(field.name[-2:], "GB/s")
                 raise ValueError(f"rate {field.name} must be a number of {unit} above 0, got {value}")
@@ -66,14 +72,17 @@ class Rates:
         miss = (1 / uniform - CACHED_PART * hit) / (1 - CACHED_PART)
         return 1 / (hit_rate * hit + (1 - hit_rate) * miss)
 
+    def fixed_ms(self, groups: int, cached: int) -> float:
+        """Fixed time a step of so many lookup groups, of which so many have a cache."""
+        return self.lookups_ms + groups * self.lookup_group_ms + cached * self.cache_ms
+
     @property
     def uncached_rows(self) -> float:
         """GB/s of the rows of a fused_uvm table."""
         return self.host_link / 10 if self.uncached is None else self.uncached
 
 
-CACHED_PART = 0.2
-"""Part of a fused_uvm_caching table's rows that FBGEMM keeps on the device."""
+_MAY_BE_ZERO = ("lookups_ms", "id_ns", "cache_ms", "cache_id_ns")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

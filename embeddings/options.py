@@ -1,6 +1,6 @@
 """Every allowed way to place each table, with what it costs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,11 @@ from embeddings.problem import Problem
 Group = tuple[int, str | None, str, str]
 """Width, what ids are summed into, sharding type and kernel: tables that share them share an exchange of ids, a kernel,
 an exchange of rows."""
+
+
+def cached_groups(groups: Collection[Group]) -> int:
+    """How many of the groups have a cache."""
+    return sum(kernel == "fused_uvm_caching" for *_, kernel in groups)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from embeddings.hardware import Rates
 from embeddings.kinds.kind import ShardCost
-from embeddings.options import Option
+from embeddings.options import Option, cached_groups
 from embeddings.problem import Problem
 
 Choice = tuple[int, ...]
@@ -150,7 +150,7 @@ class Packer:
         ms, memory, host = loads
         excess = np.maximum(memory - self.memory_bytes, 0).sum() + np.maximum(host - self.host_bytes, 0).sum()
         groups = {self.options[i][index].group for i, index in enumerate(choice)}
-        busiest = float(ms.max()) + self._rates.lookups_ms + len(groups) * self._rates.lookup_group_ms
+        busiest = float(ms.max()) + self._rates.fixed_ms(len(groups), cached_groups(groups))
         # Exact, so that it does not depend on how a processor adds up.
         return Packing(choice, ranks_of, (float(excess), busiest, math.fsum(ms), float(memory.max())))
 

@@ -9,6 +9,7 @@ from embeddings.config import VALUE_BYTES, ComputeKernel, ExchangeConfig, RowTyp
 from embeddings.kinds.kind import Shard
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
+from embeddings.options import Group, cached_groups
 from embeddings.problem import BatchLoad, Reservation, available_bytes
 
 MAX_COMPARED_TABLES = 128
@@ -50,6 +51,8 @@ class TablePlacement:
     """How it is cut: a kind of `embeddings/kinds`."""
     kernel: ComputeKernel
     """Where its rows are."""
+    pooled: str | None = None
+    """What its rows are summed into, as the table says."""
     ranks: tuple[int, ...] = ()
     """The rank of each block, of a sharding type that leaves a choice; empty where every rank has its own."""
     candidates: tuple[Candidate, ...] = ()
@@ -99,6 +102,8 @@ class Plan:
     """Memory a rank kept from the tables."""
     exchange: ExchangeConfig
     """What ranks send each other."""
+    cached_part: float
+    """Part of the rows of cached tables that the device caches."""
     sent_bytes: int
     """Ids, rows and gradients of sharded tables that a rank sends a step, of the ranks' mean, its own part included."""
     tables: dict[str, TablePlacement]
@@ -112,15 +117,17 @@ class Plan:
         return available_bytes(self.machine, self.reservation)
 
     @property
-    def lookup_groups(self) -> int:
-        """Widths, sharding types and kernels in use together; each costs `lookup_group_ms`."""
-        return len({(table.embedding_dim, table.sharding_type, table.kernel) for table in self.tables.values()})
+    def lookup_groups(self) -> set[Group]:
+        """What is looked up together; each costs a fixed time."""
+        return {
+            (table.embedding_dim, table.pooled, table.sharding_type, table.kernel) for table in self.tables.values()
+        }
 
     @property
     def fixed_ms(self) -> float:
         """Fixed time of the lookups and of each lookup group, a step."""
-        rates = self.machine.effective_rates
-        return rates.lookups_ms + self.lookup_groups * rates.lookup_group_ms
+        groups = self.lookup_groups
+        return self.machine.effective_rates.fixed_ms(len(groups), cached_groups(groups))
 
     @property
     def step_ms(self) -> float:

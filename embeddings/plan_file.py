@@ -1,10 +1,11 @@
 """Sharding plans as files: readable, versioned JSON.  A file states a choice; its estimates are never believed.
 
-    {"version": 4,
-     "machine": {...}, "load": {...}, "reservation": {...}, "exchange": {...}, "sent_bytes": ...,
+    {"version": 5,
+     "machine": {...}, "load": {...}, "reservation": {...}, "exchange": {...}, "cached_part": 0.2,
+     "sent_bytes": ...,
      "tables": {"item": {"num_embeddings": 1000, "embedding_dim": 64, "dtype": "float32",
-                         "optimizer": "rowwise_adagrad", "sharding_type": "row_wise", "kernel": "fused", "ranks": [],
-                         "candidates": [...]}},
+                         "optimizer": "rowwise_adagrad", "sharding_type": "row_wise", "kernel": "fused",
+                         "pooled": null, "ranks": [], "candidates": [...]}},
      "ranks": [{"first": 0, "last": 7, "weight_bytes": ..., "optimizer_bytes": ..., "step_ms": ...}, ...]}
 
 A table's `ranks` are those of its blocks, where its sharding type leaves a choice; a row-wise or replicated table has
@@ -29,7 +30,7 @@ from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement, size_
 from embeddings.planning import evaluate
 from embeddings.problem import BatchLoad, Problem, Reservation
 
-VERSION = 4
+VERSION = 5
 """Raised when an older reader could misread a newer file."""
 
 Record = TypeVar("Record")
@@ -47,6 +48,7 @@ def write_plan(path: Path, plan: Plan) -> None:
         "load": dataclasses.asdict(plan.load),
         "reservation": dataclasses.asdict(plan.reservation),
         "exchange": dataclasses.asdict(plan.exchange),
+        "cached_part": plan.cached_part,
         "sent_bytes": plan.sent_bytes,
     }
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
@@ -77,7 +79,9 @@ def read_plan(path: Path, problem: Problem) -> Plan:
                 machine=stored.machine,
                 load=stored.load,
                 reservation=stored.reservation,
-                placement=dataclasses.replace(problem.placement, exchange=stored.exchange),
+                placement=dataclasses.replace(
+                    problem.placement, exchange=stored.exchange, cached_part=stored.cached_part
+                ),
             ),
             stored.tables,
         )
@@ -131,6 +135,7 @@ def _check_tables(stored: Plan, problem: Problem) -> None:
             ("columns", placed.embedding_dim, table.embedding_dim),
             ("dtype", placed.dtype, table.dtype),
             ("optimizer", placed.optimizer, problem.optimizer_of(table)),
+            ("pooled", placed.pooled, table.pooled),
         ):
             if there != here:
                 raise ValueError(f"table {table.name!r} has {what} {there} there, {here} in the model: plan again")
@@ -203,6 +208,7 @@ def _table_text(table: TablePlacement) -> str:
         "optimizer": table.optimizer,
         "sharding_type": table.sharding_type,
         "kernel": table.kernel,
+        "pooled": table.pooled,
         "ranks": table.ranks,
     }
     candidates = [json.dumps(dataclasses.asdict(candidate)) for candidate in table.candidates]
@@ -221,7 +227,7 @@ def _runs(ranks: Sequence[RankEstimate]) -> list[dict[str, Any]]:
 
 
 def _plan(values: dict[str, Any]) -> Plan:
-    known = {"version", "machine", "load", "reservation", "exchange", "sent_bytes", "tables", "ranks"}
+    known = {"version", "machine", "load", "reservation", "exchange", "cached_part", "sent_bytes", "tables", "ranks"}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}")
@@ -238,6 +244,7 @@ def _plan(values: dict[str, Any]) -> Plan:
         load=_load(values["load"]),
         reservation=_record(Reservation, values["reservation"]),
         exchange=_record(ExchangeConfig, values["exchange"]),
+        cached_part=values["cached_part"],
         sent_bytes=values.get("sent_bytes", 0),
         tables={name: _table(name, table) for name, table in values["tables"].items()},
         ranks=tuple(ranks),

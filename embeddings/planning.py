@@ -67,6 +67,7 @@ def _plan(problem: Problem, packer: Packer, packing: Packing, explained: Collect
             optimizer=problem.optimizer_of(table),
             sharding_type=option.kind.name,
             kernel=option.kernel,
+            pooled=table.pooled,
             ranks=packing.ranks_of.get(i, ()),
             candidates=_candidates(packer, packing, i, compare=compare) if table.name in explained else (),
         )
@@ -75,6 +76,7 @@ def _plan(problem: Problem, packer: Packer, packing: Packing, explained: Collect
         load=problem.load,
         reservation=problem.reservation,
         exchange=problem.placement.exchange,
+        cached_part=problem.placement.cached_part,
         sent_bytes=round(sum(_sent_bytes(problem, *each) for each in zip(problem.tables, chosen, strict=True))),
         tables=placements,
         ranks=ranks,

@@ -32,6 +32,9 @@ MANY_IDS = {"cuda": (2**18, 2**20), "cpu": (2**13, 2**16)}
 HOST_IDS = (2**15, 2**17)
 """Of rows in host memory, so few that a cache has room for all of a step's."""
 ROWS = {"cuda": 4_000_000, "cpu": 200_000}
+HOT_ROWS = 100_000
+"""So few that a cache of a fifth of all rows has all of them."""
+HOT_IDS = (2**15, 2**18)
 WIDTH = 128
 WIDTHS = (64, 96, 128, 160)
 """As many lookup groups."""
@@ -64,6 +67,8 @@ def probe() -> NodeType:
             rates = replace(rates, id_ns=_id_ns(replace(machine, rates=rates)))
         rates = replace(rates, device=_lookup_rate(replace(machine, rates=rates), "fused", "device"))
         if device.type == "cuda":
+            cache_ms, cache_id_ns = _cache_ms(replace(machine, rates=rates))
+            rates = replace(rates, cache_ms=cache_ms, cache_id_ns=cache_id_ns)
             rates = replace(rates, cached=_lookup_rate(replace(machine, rates=rates), "fused_uvm_caching", "cached"))
             rates = replace(rates, uncached=_lookup_rate(replace(machine, rates=rates), "fused_uvm", "uncached"))
         name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
@@ -120,9 +125,11 @@ def _kind(machine: Machine) -> str:
     return "row_wise" if machine.world_size > 1 else "table_wise"
 
 
-def _step_ms(tables: list[TableConfig], ids: int, machine: Machine, kernel: ComputeKernel) -> float:
+def _step_ms(
+    tables: list[TableConfig], ids: int, machine: Machine, kernel: ComputeKernel, *, hot_rows: int | None = None
+) -> float:
     placement = PlacementConfig(sharding_types=(_kind(machine),), compute_kernels=(kernel,))
-    trial = Trial(tables, ids, machine=machine, placement=placement, rank=dist.get_rank())
+    trial = Trial(tables, ids, machine=machine, placement=placement, rank=dist.get_rank(), hot_rows=hot_rows)
     return median_ms(trial.step, torch.device(machine.compute_device), prepare=trial.exchange)
 
 
@@ -141,6 +148,20 @@ def _id_ns(machine: Machine) -> float:
     narrow = _step_ms([_table(WIDTH, ROWS["cuda"])], many, machine, "fused")
     wide = _step_ms([_table(WIDTH * many // few, ROWS["cuda"])], few, machine, "fused")
     return max(narrow - wide, 0.0) / (many - few) * 1e6
+
+
+def _cache_ms(machine: Machine) -> tuple[float, float]:
+    """What a cache takes for being asked, in ms at all and in ns an id: lookups that it answers, beside the same ones
+    of a table that lies on the device."""
+    table = _table(WIDTH, ROWS["cuda"])
+    few, many = HOT_IDS
+    small, large = (
+        _step_ms([table], ids, machine, "fused_uvm_caching", hot_rows=HOT_ROWS)
+        - _step_ms([table], ids, machine, "fused", hot_rows=HOT_ROWS)
+        for ids in HOT_IDS
+    )
+    an_id = max(large - small, 0.0) / (many - few)
+    return max(small - few * an_id, 0.0), an_id * 1e6
 
 
 def _lookup_rate(machine: Machine, kernel: ComputeKernel, rate: str) -> float:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
 from embeddings.frequencies import Frequencies
-from embeddings.hardware import CACHED_PART
 from embeddings.kinds.kind import Work
 from embeddings.machine import Machine
 
@@ -40,10 +39,10 @@ class BatchLoad:
             if not 0 < part <= 1:
                 raise ValueError(f"the distinct part of table {table!r}'s ids must lie in (0, 1], got {part}")
 
-    def hit_rate(self, table: str, rows: int) -> float:
-        """Part of a table's lookups that find their row in the cache of a fused_uvm_caching kernel."""
+    def hit_rate(self, table: str, rows: int, cached_part: float) -> float:
+        """Part of a table's lookups that find their row in a cache of such a part of its rows."""
         known = self.frequencies.get(table)
-        return CACHED_PART if known is None else known.hit_rate(CACHED_PART * rows)
+        return cached_part if known is None else known.hit_rate(cached_part * rows)
 
     def ids(self, table: TableConfig) -> float:
         """Ids that a rank's samples look up in a table."""
@@ -179,7 +178,8 @@ class Problem:
             exchanged_ids=ids * sent,
             exchange=self.placement.exchange,
             bags=bags,
-            hit_rate=self.load.hit_rate(table.name, table.num_embeddings),
+            cached_part=self.placement.cached_part,
+            hit_rate=self.load.hit_rate(table.name, table.num_embeddings, self.placement.cached_part),
         )
 
     def on(self, machine: Machine) -> "Problem":

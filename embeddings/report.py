@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from embeddings.hardware import CACHED_PART
 from embeddings.kinds.registry import KINDS
 from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
 
@@ -133,8 +132,8 @@ def _totals(plan: Plan) -> str:
         *_caches(plan),
         f"imbalance (largest over mean): memory {_imbalance(memory):.2f}, time {_imbalance(times):.2f}; "
         f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank, of which "
-        f"{plan.fixed_ms:.3g} ms are fixed costs of {plan.lookup_groups} "
-        f"lookup group{'s' if plan.lookup_groups > 1 else ''}",
+        f"{plan.fixed_ms:.3g} ms are fixed costs of {len(plan.lookup_groups)} "
+        f"lookup group{'s' if len(plan.lookup_groups) > 1 else ''}",
         f"a rank sends {size_text(plan.sent_bytes)} of ids, rows and gradients a step in the mean, "
         f"{'each of its ids once' if plan.exchange.deduplicate else 'repeated ids as often as they come'}, rows as "
         f"{plan.exchange.rows}, gradients as {plan.exchange.gradients}",
@@ -151,8 +150,9 @@ def _maps(plan: Plan) -> list[str]:
 def _caches(plan: Plan) -> list[str]:
     """A line where rows lie in host memory behind a cache."""
     cached = [name for name, table in plan.tables.items() if table.kernel == "fused_uvm_caching"]
-    rates = [f"{name} {plan.load.hit_rate(name, plan.tables[name].num_embeddings):.0%}" for name in cached[:MAX_TABLES]]
-    return [f"lookups that caches of {CACHED_PART:.0%} of the rows answer: {', '.join(rates)}"] if cached else []
+    hits = {name: plan.load.hit_rate(name, plan.tables[name].num_embeddings, plan.cached_part) for name in cached}
+    rates = [f"{name} {hits[name]:.0%}" for name in cached[:MAX_TABLES]]
+    return [f"lookups that caches of {plan.cached_part:.0%} of the rows answer: {', '.join(rates)}"] if cached else []
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:

@@ -11,7 +11,6 @@ from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from embeddings.config import TableConfig
-from embeddings.hardware import CACHED_PART
 from embeddings.kinds.registry import KINDS
 from embeddings.plan import Plan
 from embeddings.tables import Collection, Group, Tables, build_embedding_collection, group_of, modules_by_table
@@ -80,7 +79,7 @@ def _parameter_sharding(plan: Plan, name: str, prefetch: bool) -> ParameterShard
         sharding_type=table.sharding_type,
         compute_kernel=table.kernel,
         ranks=[shard.rank for shard in shards],
-        cache_params=CacheParams(load_factor=CACHED_PART, prefetch_pipeline=prefetch) if cached else None,
+        cache_params=CacheParams(load_factor=plan.cached_part, prefetch_pipeline=prefetch) if cached else None,
         sharding_spec=EnumerableShardingSpec(
             [
                 ShardMetadata(

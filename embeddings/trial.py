@@ -48,9 +48,16 @@ class Trial:
     """
 
     def __init__(
-        self, tables: Sequence[TableConfig], ids: int, *, machine: Machine, placement: PlacementConfig, rank: int
+        self,
+        tables: Sequence[TableConfig],
+        ids: int,
+        *,
+        machine: Machine,
+        placement: PlacementConfig,
+        rank: int,
+        hot_rows: int | None = None,
     ) -> None:
-        """`ids` is how many ids this rank looks up in each table, a multiple of `BAG_IDS`.
+        """`ids` is how many ids this rank looks up in each table, a multiple of `BAG_IDS`, among its first `hot_rows`.
 
         Raises:
             ValueError: the tables do not fit.
@@ -73,7 +80,7 @@ class Trial:
         self._optimizers = TableOptimizers(model.tables, OPTIMIZER, self._model.fused_optimizer)
         self._generator = torch.Generator(device).manual_seed(rank)
         self._gradients = [torch.randn(ids, table.embedding_dim, device=device) for table in tables]
-        self._tables, self._ids = tuple(tables), ids
+        self._tables, self._ids, self._hot_rows = tuple(tables), ids, hot_rows
         self.exchange()
 
     def exchange(self) -> None:
@@ -87,7 +94,7 @@ class Trial:
 
     def draw(self) -> KeyedJaggedTensor:
         """The ids of a step: uniform, in each table."""
-        return random_ids(self._tables, self._ids, self._generator)
+        return random_ids(self._tables, self._ids, self._generator, hot_rows=self._hot_rows)
 
     def step(self) -> None:
         """Lookup, exchange of rows, backward pass and update, by all ranks."""
@@ -101,10 +108,13 @@ class Trial:
         self._optimizers.step()
 
 
-def random_ids(tables: Sequence[TableConfig], ids: int, generator: torch.Generator) -> KeyedJaggedTensor:
-    """Uniform ids of each table's first feature, in bags, on the generator's device."""
+def random_ids(
+    tables: Sequence[TableConfig], ids: int, generator: torch.Generator, *, hot_rows: int | None = None
+) -> KeyedJaggedTensor:
+    """Uniform ids of each table's first feature, in bags, on the generator's device; of all rows or the first ones."""
     device = generator.device
-    values = [torch.randint(0, table.num_embeddings, (ids,), generator=generator, device=device) for table in tables]
+    rows = [table.num_embeddings if hot_rows is None else hot_rows for table in tables]
+    values = [torch.randint(0, count, (ids,), generator=generator, device=device) for count in rows]
     lengths = torch.full((len(tables) * ids // BAG_IDS,), BAG_IDS, dtype=torch.int64, device=device)
     return KeyedJaggedTensor([table.features[0] for table in tables], torch.cat(values), lengths=lengths)
 

@@ -9,8 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embeddings.config import ComputeKernel, ExchangeConfig, TableConfig, state_bytes_per_row
-from embeddings.hardware import CACHED_PART
+from embeddings.config import CACHED_PART, ComputeKernel, ExchangeConfig, TableConfig, state_bytes_per_row
 from embeddings.machine import Machine
 
 ID_BYTES = 8
@@ -91,6 +90,8 @@ class Work:
     """How their rows travel."""
     bags: float | None = None
     """Of a pooled table: the bags that they are summed in, whose sums travel in the rows' place."""
+    cached_part: float = CACHED_PART
+    """Part of its rows that the device caches, where the kernel has a cache."""
     hit_rate: float = CACHED_PART
     """Part of the ids whose row a cache on the device holds, where the kernel has one."""
 
@@ -116,6 +117,12 @@ class Work:
         cached = rates.cached_rows(self.hit_rate)
         rate = {"fused": rates.device, "fused_uvm_caching": cached, "fused_uvm": rates.uncached_rows}
         return rate[self.kernel] * _GB_PER_S_IN_BYTES_PER_MS
+
+    @property
+    def id_ms(self) -> float:
+        """Of an id besides its row: sorting it for the update and, where there is a cache, asking for it."""
+        rates = self.machine.effective_rates
+        return (rates.id_ns + (rates.cache_id_ns if self.kernel == "fused_uvm_caching" else 0.0)) * 1e-6
 
     @property
     def link_bytes_per_ms(self) -> float:
@@ -168,8 +175,7 @@ def lookup_ms(
     """Reading `ids` and their rows of `columns`, writing out `vectors`, the backward pass and the sorted update."""
     value_bytes = work.table.row_bytes // work.table.embedding_dim
     read = ids * (ID_BYTES + max(columns, least_columns) * value_bytes) + vectors * columns * FLOAT_BYTES
-    sorting = ids * work.machine.effective_rates.id_ns * 1e-6
-    return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD) + sorting
+    return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD) + ids * work.id_ms
 
 
 def written_out_ms(work: Work, columns: int) -> float:
@@ -195,8 +201,8 @@ def stored(work: Work, block: Blocks, io_bytes: float, ms: float) -> ShardCost:
     cache = 0
     if work.kernel == "fused_uvm_caching":
         # Rows and state of the cached part, and FBGEMM's bookkeeping: some bytes a row and 16 a place in the cache.
-        bookkeeping = block.num_rows * (_CACHED_ROW_BYTES + 16 * CACHED_PART)
-        cache = math.ceil((weights + state) * CACHED_PART + bookkeeping)
+        bookkeeping = block.num_rows * (_CACHED_ROW_BYTES + 16 * work.cached_part)
+        cache = math.ceil((weights + state) * work.cached_part + bookkeeping)
     return ShardCost(
         ms=ms, weight_bytes=cache, optimizer_bytes=0, io_bytes=math.ceil(io_bytes), host_bytes=weights + state
     )

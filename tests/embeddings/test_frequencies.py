@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.config import CACHED_PART, PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.frequencies import Frequencies, zipf
-from embeddings.hardware import CACHED_PART
 from embeddings.machine import Machine
 from embeddings.plan import Plan
 from embeddings.plan_file import read_plan, write_plan

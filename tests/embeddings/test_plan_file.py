@@ -79,7 +79,7 @@ def test_file_is_readable_with_one_table_and_one_candidate_a_line(plan: Plan, tm
     write_plan(tmp_path / "plan.json", plan)
     text = (tmp_path / "plan.json").read_text()
     values = json.loads(text)
-    assert values["version"] == 4
+    assert values["version"] == 5
     assert values["machine"]["world_size"] == 4
     assert values["tables"]["item"]["sharding_type"] in ("row_wise", "replicated")
     assert len(values["tables"]["user"]["ranks"]) == 1
@@ -167,7 +167,7 @@ def test_no_estimate_can_be_changed(plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(version=1), "has version 1, this code reads version 4"),
+        (lambda v: v.update(version=1), "has version 1, this code reads version 5"),
         (lambda v: v.pop("version"), "has version None"),
         (lambda v: v.pop("machine"), "misses the key 'machine'"),
         (lambda v: v["machine"].update(gpus=3), "malformed"),

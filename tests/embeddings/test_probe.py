@@ -10,6 +10,7 @@ import pytest
 
 from embeddings import probe
 from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
+from embeddings.frequencies import Frequencies
 from embeddings.hardware import Rates, node_type
 from embeddings.machine import Machine
 from embeddings.planning import solve
@@ -26,10 +27,14 @@ TRUE = Rates(
     lookup_group_ms=0.4,
     lookups_ms=1.7,
     id_ns=0.3,
+    cache_ms=0.15,
+    cache_id_ns=1.1,
 )
 
 
-def planned_ms(tables: list[TableConfig], ids: int, machine: Machine, kernel: ComputeKernel) -> float:
+def planned_ms(
+    tables: list[TableConfig], ids: int, machine: Machine, kernel: ComputeKernel, *, hot_rows: int | None = None
+) -> float:
     """What a machine of the true rates takes for a step, by the planner."""
     placement = PlacementConfig(sharding_types=(probe._kind(machine),), compute_kernels=(kernel,))
     true = Machine(
@@ -39,7 +44,9 @@ def planned_ms(tables: list[TableConfig], ids: int, machine: Machine, kernel: Co
         hbm_gib=141.0,
         rates=TRUE,
     )
-    load = BatchLoad(samples_per_rank=1, ids_per_sample={table.features[0]: float(ids) for table in tables})
+    hot = {} if hot_rows is None else {table.name: Frequencies(((float(hot_rows), 1.0),)) for table in tables}
+    ids_of = {table.features[0]: float(ids) for table in tables}
+    load = BatchLoad(samples_per_rank=1, ids_per_sample=ids_of, frequencies=hot)
     reservation = reserve(true, placement, dense_bytes=0)
     return solve(
         Problem(
@@ -62,7 +69,8 @@ def test_rates_are_found_that_make_the_estimates_true(
 ) -> None:
     monkeypatch.setattr(probe, "_step_ms", planned_ms)
     guess: dict[str, Any] = {"device": TRUE.device if rate != "device" else 1000.0}
-    rates = Rates(**guess, within_node=310.0, across_nodes=41.0, host_link=54.0, id_ns=TRUE.id_ns)
+    known = {name: getattr(TRUE, name) for name in ("id_ns", "cache_id_ns")}
+    rates = Rates(**guess, **known, within_node=310.0, across_nodes=41.0, host_link=54.0)
     machine = Machine(
         world_size=world_size,
         local_world_size=min(world_size, 8),
@@ -74,6 +82,7 @@ def test_rates_are_found_that_make_the_estimates_true(
     lookups_ms, group_ms = probe._fixed_ms(machine)
     assert group_ms == pytest.approx(TRUE.lookup_group_ms, rel=0.05)
     assert lookups_ms == pytest.approx(TRUE.lookups_ms, rel=0.05)
+    assert probe._cache_ms(machine) == pytest.approx((TRUE.cache_ms, TRUE.cache_id_ns), rel=1e-6)
 
 
 def test_a_machine_that_tells_no_rate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

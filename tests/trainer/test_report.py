@@ -21,11 +21,12 @@ RANKS = [
     {"first": 3, "last": 3, "weight_bytes": 6 << 20, "optimizer_bytes": 2 << 20, "io_bytes": 0, "host_bytes": 5 << 20},
 ]
 PLAN = {
-    "version": 4,
+    "version": 5,
     "machine": {"world_size": 4, "local_world_size": 2, "compute_device": "cuda", "hbm_gib": 80.0},
     "load": {"samples_per_rank": 16, "ids_per_sample": {}},
     "reservation": {"fraction": 0.1, "fraction_bytes": 8 << 30, "dense_bytes": 0, "activation_bytes": 0},
     "exchange": {},
+    "cached_part": 0.2,
     "tables": {
         "item": {
             "num_embeddings": 7495,
