@@ -89,7 +89,9 @@ class RankingLoss(nn.Module):
     def _run(self, outputs_CK: Tensor, labels: Labels, targets: Sequence[Tensor], real_C1: Tensor | None) -> None:
         """Count the candidates in the running metrics: as evaluations weigh them, and not those without a label."""
         with torch.no_grad():
-            outputs, weights_CL = self.outputs(outputs_CK), self._weights(labels, targets)[:, self._binary]
+            outputs, weights_LC = self.outputs(outputs_CK), self._weights(labels, targets).unbind(dim=1)
+            # Place by place: a list as an index is a tensor of the host's, for which the device would be waited for.
+            weights_CL = torch.stack([weights_LC[place] for place in self._binary], dim=1)
             logits_CL = torch.cat([outputs[place] for place in self._binary], dim=1)
             targets_CL = torch.stack([targets[place] for place in self._binary], dim=1)
             counted_CL = ~targets_CL.isnan() if real_C1 is None else ~targets_CL.isnan() & real_C1
