@@ -18,6 +18,7 @@ from embeddings.tables import build_tables
 from trainer.command_line import WrongUse
 from trainer.compilation import compile_before_first_step
 from trainer.freezing import freeze
+from trainer.graphs import Graphs
 from trainer.lookups import lookup_load
 from trainer.mesh import Mesh
 from trainer.models.model import Model
@@ -131,6 +132,5 @@ def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:
     recorded = will_record(single, resolved, mesh)
     model = parallelize(single, plan, resolved.config, mesh, at_once=recorded)
     if recorded:
-        must = resolved.config.recorded == "on"
-        record_steps(model, resolved.task.padding, torch.cuda.graph_pool_handle(), must=must)
+        record_steps(model, resolved.task.padding, Graphs(must=resolved.config.recorded == "on"))
     return model

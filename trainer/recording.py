@@ -8,7 +8,6 @@ kernels are given but sizes lies on the device, lengths and seeds of dropout inc
 as ever, which also loads its kernels; its second is recorded; from then on it is replayed.  All three compute the
 same bits, because they launch the same kernels on the same memory.
 
-Graphs share one pool of memory: only one of them runs at a time, and what it leaves is read before the next one.
 Fixed memory of rows is shared by sizes within a factor of two.  Evaluation launches as ever, without padding.
 
 Applied outside the model, by `record_steps`.
@@ -24,6 +23,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from embeddings.tables import Rows, rows_by_feature
 from pipelines.padding import BatchPadding, Count
+from trainer.graphs import Graphs, Recording
 from trainer.mesh import Mesh
 from trainer.models.model import Model, Objective
 from trainer.parallelize import ParallelModel
@@ -33,46 +33,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SIZES = 64
 """Sizes that are recorded; batches of others are launched."""
-
-
-class Recording:
-    """A function of nothing, over fixed memory: launched at its first call, recorded at its second, then replayed."""
-
-    def __init__(self, name: str, function: Callable[[], None], pool: Any, *, must: bool = True) -> None:
-        """`pool` is what graphs share memory in; None launches every time.  What cannot be recorded is an error, or
-        without `must` is launched ever after."""
-        self._name, self._function, self._pool, self._must = name, function, pool, must
-        self._calls = 0
-        self._graph: Any = None
-
-    def __call__(self) -> None:
-        self._calls += 1
-        if self._graph is None and (self._pool is None or self._calls == 1):
-            self._function()
-            return
-        if self._graph is None:
-            try:
-                self._graph = self._record()
-            except RuntimeError as error:
-                if self._must:
-                    raise
-                logger.warning("%s; it is launched from now on", error)
-                self._pool = None
-                self._function()
-                return
-        self._graph.replay()
-
-    def _record(self) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads read data and pin memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._function()
-        except RuntimeError as error:
-            raise RuntimeError(f"{self._name} cannot be recorded (recorded=off launches it): {error}") from error
-        reserved = torch.cuda.memory_reserved() / 2**30
-        logger.info("recorded %s; %.2f GiB of the GPU's memory are reserved now", self._name, reserved)
-        return graph
 
 
 class _Memory:
@@ -127,12 +87,12 @@ class RecordedObjective(nn.Module):
     Args:
         objective: what is recorded.
         padding: of the task's batches.
-        pool, must: see `Recording`.
+        graphs: where sizes are recorded; None launches every step.
     """
 
-    def __init__(self, objective: Objective, padding: BatchPadding, *, pool: Any, must: bool = True) -> None:
+    def __init__(self, objective: Objective, padding: BatchPadding, graphs: Graphs | None) -> None:
         super().__init__()
-        self.objective, self._padding, self._pool, self._must = objective, padding, pool, must
+        self.objective, self._padding, self._graphs = objective, padding, graphs
         self._parameters_of_tower = [each for each in objective.tower.parameters() if each.requires_grad]
         shapes = [(parameter.numel(), 1) for parameter in self._parameters_of_tower]
         first = self._parameters_of_tower[0]
@@ -194,15 +154,13 @@ class RecordedObjective(nn.Module):
     def _of_size(
         self, sizes: tuple[int, ...], batch: Any, counts: Mapping[str, Sequence[Count]], widths: Sequence[int]
     ) -> _Sized:
-        pool = self._pool
-        if pool is not None and len(self._sized) >= MAX_SIZES:
-            pool = None
+        graphs = self._graphs
+        if graphs is not None and len(self._sized) >= MAX_SIZES:
+            graphs = None
             logger.warning("batches of sizes %s are launched: %d sizes are recorded already", sizes, MAX_SIZES)
         sized = _Sized(self._padding.kept(batch, self._gradients[0].device), counts, widths, *self._memories)
         names = list(counts)
-        sized.step = Recording(
-            f"the step of sizes {sizes}", lambda: self._differentiate(sized, names), pool, must=self._must
-        )
+        sized.step = Recording(f"the step of sizes {sizes}", lambda: self._differentiate(sized, names), graphs)
         return sized
 
     def _differentiate(self, sized: _Sized, names: Sequence[str]) -> None:
@@ -311,8 +269,7 @@ def will_record(model: Model, resolved: Resolved, mesh: Mesh) -> bool:
     return reason is None
 
 
-def record_steps(model: ParallelModel, padding: BatchPadding, pool: Any, *, must: bool = True) -> None:
-    """Let the model's steps be recorded, in place; its gradients are averaged before the update.  `pool` and `must` as
-    in `Recording`."""
-    model.model.objective = RecordedObjective(model.model.objective, padding, pool=pool, must=must)
-    model.optimizers.update = Recording("the dense update", model.optimizers.update, pool, must=must)
+def record_steps(model: ParallelModel, padding: BatchPadding, graphs: Graphs | None) -> None:
+    """Let the model's steps be recorded in `graphs`, in place; its gradients are averaged before the update."""
+    model.model.objective = RecordedObjective(model.model.objective, padding, graphs)
+    model.optimizers.update = Recording("the dense update", model.optimizers.update, graphs)

@@ -33,7 +33,7 @@ def trained(path: str, *, at_once: bool) -> dict[str, Tensor]:
     plan = make_plan(resolved, machine_of(mesh))
     model = parallelize(build_model(resolved, mesh.device), plan, config, mesh, at_once=at_once)
     if at_once:
-        record_steps(model, resolved.task.padding, pool=None)
+        record_steps(model, resolved.task.padding, None)
     selection = resolved.task.selection
     batches = iter(build_loader(config.data, split="train", rank=rank, world_size=world_size, selection=selection))
     pipeline = StepPipeline("plain", model.module, model.optimizers, mesh.device, model.loss)

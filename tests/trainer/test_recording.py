@@ -1,6 +1,8 @@
 """Recorded steps: padded batches give the loss and gradients of the batches themselves, whatever their lengths; and on
 a GPU, replayed steps give the bits of launched ones."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -8,13 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_kernels.attention import interface
+from attention_kernels.attention.portable import launchers as portable
+from attention_kernels.launcher import INTERPRETED, compiling_together
+from attention_kernels.layer import gather, operations
+from embeddings.tables import rows_by_feature
 from pipelines.padding import Padding, rounded
 from tests.support.batches import random_batch, small_selection
+from tests.support.device_alone import DeviceAlone
 from tests.trainer.models import test_joint, test_ranker, test_retriever
+from trainer.graphs import Graphs, Recording
 from trainer.models.model import Model
 from trainer.models.negatives import retrieval_batch
 from trainer.models.sequence_padding import SequencePadding
-from trainer.recording import RecordedObjective, Recording
+from trainer.recording import RecordedObjective
 from trainer.resolve import resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +88,9 @@ RETRIEVERS = ["plain", "informed", "softmax"]
 CASES = [*((ranker, name) for name in RANKERS), *((retriever, name) for name in RETRIEVERS), (joint, "plain")]
 
 
+GPU_CASES = [*CASES, (ranker, "stochastic depth"), (retriever, "dropout")]
+
+
 def gradients(model: Model, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = model(batch)
@@ -99,14 +111,13 @@ def test_padded_steps_have_the_loss_and_gradients_of_the_batch_itself(made: Any,
     """One batch after another, in memory that they share: what an earlier one left there does not matter.  Of frozen
     parameters there are none."""
     model, padding, batches = made(name)
-    model.train()
+    model.to(DEVICE).train()
+    batches = [batch.to(DEVICE) for batch in batches]
     stays = dict(list(model.tower.named_parameters())[::2]) if frozen else {}
     for parameter in stays.values():
         parameter.requires_grad_(False)
     expected = [gradients(model, batch) for batch in batches]
-    plain = model.objective
-    recorded = RecordedObjective(plain, padding, pool=None)
-    model.objective = recorded
+    model.objective = RecordedObjective(model.objective, padding, None)
     for batch, (loss, found) in [*zip(batches, expected, strict=True)] * 2:
         padded_loss, padded = gradients(model, batch)
         torch.testing.assert_close(padded_loss, loss, rtol=1e-5, atol=1e-7)
@@ -116,13 +127,12 @@ def test_padded_steps_have_the_loss_and_gradients_of_the_batch_itself(made: Any,
             torch.testing.assert_close(value, found.get(key, torch.zeros_like(value)), rtol=1e-4, atol=1e-6)
 
 
-def trained(made: Any, name: str, *, pool: Any, steps: int) -> tuple[list[Tensor], list[Tensor]]:
+def trained(made: Any, name: str, *, graphs: Graphs | None, steps: int) -> tuple[list[Tensor], list[Tensor]]:
     """Losses and parameters of some steps over batches of changing lengths, evaluation in between."""
     model, padding, batches = made(name)
     model.to(DEVICE).train()
     batches = [batch.to(DEVICE) for batch in batches]
-    recorded = RecordedObjective(model.objective, padding, pool=pool)
-    model.objective = recorded
+    model.objective = RecordedObjective(model.objective, padding, graphs)
     adam = torch.optim.Adam(model.tower.parameters(), lr=torch.tensor(1e-2, device=DEVICE), fused=True, capturable=True)
     tables = torch.optim.SGD(model.tables.parameters(), lr=0.1)
     losses = []
@@ -130,7 +140,7 @@ def trained(made: Any, name: str, *, pool: Any, steps: int) -> tuple[list[Tensor
     def step_adam() -> None:
         adam.step()
 
-    update = Recording("the update", step_adam, pool)
+    update = Recording("the update", step_adam, graphs)
     for step in range(steps):
         torch.manual_seed(step)
         with torch.autocast("cuda", torch.bfloat16):
@@ -150,9 +160,9 @@ def trained(made: Any, name: str, *, pool: Any, steps: int) -> tuple[list[Tensor
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("made", "name"), [*CASES, (ranker, "stochastic depth"), (retriever, "dropout")])
+@pytest.mark.parametrize(("made", "name"), GPU_CASES)
 def test_200_replayed_steps_have_the_bits_of_launched_ones(made: Any, name: str) -> None:
-    launched, replayed = (trained(made, name, pool=pool, steps=200) for pool in (None, torch.cuda.graph_pool_handle()))
+    launched, replayed = (trained(made, name, graphs=graphs, steps=200) for graphs in (None, Graphs()))
     for which in (0, 1):
         assert all(torch.equal(x, y) for x, y in zip(launched[which], replayed[which], strict=True))
     assert len({float(loss) for loss in replayed[0]}) > 150
@@ -164,7 +174,7 @@ def test_a_replayed_step_shows_nan_and_forgets_it() -> None:
     """A row that is not a number reaches the loss of its batch, and no later one."""
     model, padding, batches = ranker("paper")
     model.to(DEVICE).train()
-    model.objective = RecordedObjective(model.objective, padding, pool=torch.cuda.graph_pool_handle())
+    model.objective = RecordedObjective(model.objective, padding, Graphs())
     table = next(model.tables.parameters())
     before = table.detach().clone()
     losses = []
@@ -176,23 +186,133 @@ def test_a_replayed_step_shows_nan_and_forgets_it() -> None:
     assert all(torch.equal(losses[0], loss) for loss in (*losses[:4], losses[5]))
 
 
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded runs alone on the meta device, through the code of a GPU: kernels are chosen and not run."""
+
+    def call(recording: Any) -> None:
+        with compiling_together(), torch.autograd.set_multithreading_enabled(False), DeviceAlone():
+            recording._function()
+
+    monkeypatch.setattr(Recording, "__call__", call)
+    monkeypatch.setattr(interface, "_choose_backend", lambda *_: portable)
+    for module in (operations, gather):
+        monkeypatch.setattr(module, "layer_backend", lambda _: "triton")
+    # Of the meta device there is no autocast.
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiles kernels for what is no GPU")
+@pytest.mark.parametrize(("made", "name"), GPU_CASES)
+def test_what_is_recorded_neither_waits_for_the_device_nor_copies_from_the_host(
+    made: Any, name: str, on_meta: None
+) -> None:
+    """What a CUDA graph refuses, without a GPU."""
+    model, padding, batches = made(name)
+    model.train()
+    model.objective.to("meta")
+    recorded = RecordedObjective(model.objective, padding, None)
+    for batch in batches:
+        counts = padding.lookups(batch)
+        rows = rows_by_feature(model.tables(batch.inputs.features, batch.inputs.bags))
+        values = [rows[key].values()[: sum(count.real for count in each)].to("meta") for key, each in counts.items()]
+        recorded.run(batch.to(torch.device("meta")), counts, values)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x[[2, 1, 0]],
+        lambda x: x + torch.ones(3),
+        lambda x: x.to("cpu"),
+        lambda x: x.nonzero(),
+        lambda x: torch.tensor([1.0, 2.0, 3.0], device=x.device) + x,
+        lambda x: float(x.sum()),
+    ],
+)
+def test_what_a_graph_refuses_is_seen_without_a_gpu(spoil: Any) -> None:
+    x = torch.zeros(3, device="meta")
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), DeviceAlone():
+        spoil(x)
+    with DeviceAlone():
+        assert (torch.where(x > 0, x, 0) + torch.arange(3, device=x.device)).is_meta
+
+
 @pytest.mark.parametrize("must", [True, False])
 def test_what_cannot_be_recorded_is_an_error_or_launched(
     must: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """recorded=on and recorded=auto."""
+    """recorded=on and recorded=auto, which then records nothing more."""
 
-    def fail(_: Recording) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("the step cannot be recorded (recorded=off launches it): unsupported")
 
-    monkeypatch.setattr(Recording, "_record", fail)
-    calls: list[int] = []
-    step = Recording("the step", lambda: calls.append(1), pool="memory", must=must)
-    step()
+    monkeypatch.setattr(Graphs, "_record", fail)
+    graphs, calls = Graphs(must=must), []
+    steps = [Recording(name, lambda: calls.append(1), graphs) for name in ("the step", "the update")]
+    for step in steps:
+        step()
     if must:
         with pytest.raises(RuntimeError, match="the step cannot be recorded"):
-            step()
+            steps[0]()
         return
-    step()
-    step()
-    assert len(calls) == 3 and caplog.text.count("it is launched from now on") == 1
+    for step in steps * 2:
+        step()
+    assert len(calls) == 6 and caplog.text.count("steps are launched from now on") == 1
+
+
+def index_by_list(x: Tensor) -> None:
+    """Python's numbers are copied to the device: PyTorch refuses."""
+    x += x.clone()[[2, 1, 0]]
+
+
+def wait_for_value(x: Tensor) -> None:
+    """The host waits for the device: CUDA then calls the capture void."""
+    x *= float(x.sum())
+
+
+def drawn(graphs: Graphs | None, spoil: Callable[[Tensor], None] | None) -> list[Tensor]:
+    """What two recordings draw in some steps; the second, which comes later, spoils its capture."""
+    x, found = torch.zeros(3, device=DEVICE), []
+
+    def draw() -> None:
+        x.copy_(torch.rand(3, device=DEVICE))
+
+    def draw_spoilt() -> None:
+        draw()
+        if spoil is not None:
+            spoil(x)
+
+    first, second = Recording("first", draw, graphs), Recording("second", draw_spoilt, graphs)
+    for step in range(8):
+        torch.manual_seed(step)
+        first()
+        found.append(x.clone())
+        if step > 3:
+            second()
+            found.append(x.clone())
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("spoil", [index_by_list, wait_for_value])
+def test_a_recording_that_fails_leaves_draws_memory_and_later_recordings_whole(
+    spoil: Callable[[Tensor], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = drawn(None, spoil)
+    found = drawn(Graphs(must=False), spoil)
+    assert caplog.text.count("second cannot be recorded") == 1
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    del expected, found
+    before = torch.cuda.memory_allocated()
+    big = torch.zeros(2**26, device=DEVICE).uniform_()
+    assert big.min() < big.max()
+    del big
+    assert torch.cuda.memory_allocated() == before
+    launched, replayed = (trained(retriever, "dropout", graphs=graphs, steps=30) for graphs in (None, Graphs()))
+    for which in (0, 1):
+        assert all(torch.equal(x, y) for x, y in zip(launched[which], replayed[which], strict=True))
