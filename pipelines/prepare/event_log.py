@@ -4,7 +4,7 @@ This is the path that a company's own data takes.  Every column's meaning is in 
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,15 @@ from pipelines.prepare.log_tables import (
     LogSources,
     attribute_columns,
     check_columns,
+    log_columns,
     raw_columns,
     space_types,
 )
-from pipelines.prepare.readings import IdType
+from pipelines.prepare.readings import TEXT, IdType
 from pipelines.prepare.schema_file import read_schema
 from pipelines.prepare.source import USER_SPACE, Description, item_columns
+from pipelines.prepare.spellings import Spelt, check_matches, check_spellings
 from pipelines.prepare.stages import Load
-from pipelines.prepare.times import check_end
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +176,10 @@ def _load(
     if known is not None:
         left_out |= leave_out_late_rows(connection, schema, skip=schema.skip_invalid)
         add_earlier_attributes(connection, schema)
-    [(rows, last)] = connection.execute(f"SELECT count(*), max(rank) FROM {RAW}").fetchall()
+    [(rows,)] = connection.execute(f"SELECT count(*) FROM {RAW}").fetchall()
     if not rows:
         reasons = "".join(f"; left out: {what} ({count} rows)" for what, count in left_out.items())
         raise ValueError(f"the source holds no events with labels{reasons}")
-    check_end(last, schema.time_unit, schema.time)
     duplicates = count_duplicates(connection, RAW, drop=schema.drop_duplicates)
     spaces = number_spaces(connection, schema, types, known)
     make_events(connection, schema, spaces)
@@ -223,7 +223,10 @@ def _read(
     }
     users, items = (open_files(connection, found, source, scratch) for found in paths.values())
     log = log_paths(source, leave_out=[path for found in paths.values() for path in found])
-    sources = LogSources(log=open_files(connection, log, source, scratch), users=users, items=items)
+    described = [column.column for column in log_columns(schema)] if known is not None else []
+    sources = LogSources(
+        log=open_files(connection, log, source, scratch, described=described), users=users, items=items
+    )
     check_columns(schema, sources)
     types = space_types(schema, sources, stored_keys(connection, known) if known is not None else ())
     options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)
@@ -237,4 +240,29 @@ def _read(
             counts = read_rows(connection, files, table, columns, scratch, replace(options, where=None))
             left_out |= {f"{space}s: {what}": count for what, count in counts.items()}
             check_one_row_a_key(connection, table, files, attributes.key)
+    _check_keys(connection, schema, sources, types, known)
     return types, left_out
+
+
+def _check_keys(
+    connection: duckdb.DuckDBPyConnection,
+    schema: LogSchema,
+    sources: LogSources,
+    types: Mapping[str, IdType],
+    known: DatasetInfo | None,
+) -> None:
+    """Refuse keys of users and items that mean the same in two spellings, and attributes of others than the log's."""
+    for table, files, attributes, space, column in (
+        (USERS, sources.users, schema.users, USER_SPACE, "user_key"),
+        (ITEMS, sources.items, schema.items, ITEM_SPACE, "item_key"),
+    ):
+        log, described = (
+            Spelt(table=RAW, column=column, files=sources.log),
+            Spelt(table=table, column="key", files=files),
+        )
+        tables = [log, *[described] * (attributes is not None)]
+        if types[space].name == TEXT:
+            check_spellings(connection, space, tables)
+        # A later delivery may describe users and items of earlier ones.
+        if attributes is not None and known is None:
+            check_matches(connection, space, log, described)

@@ -1,15 +1,17 @@
 """Files of a log or of attributes: what each holds is known before any is read.
 
 Parquet files hold typed columns; of CSV files every column is text; of files of JSON lines every field is text or a
-list of texts.  The folders `key=value` that a file lies in are columns of text, too.
+list of texts, and one that no line of a file has is missing there if other files have it.  The folders `key=value` that
+a file lies in are columns of text, too.
 """
 
 import csv
 import io
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote
@@ -19,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.prepare.engine import COMPRESSIONS, DAMAGED, execute, find_files, literal, plain_file, quoted
-from pipelines.prepare.readings import TEXT, Stored
+from pipelines.prepare.readings import NULL, TEXT, Stored
+
+logger = logging.getLogger(__name__)
 
 FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
 JSON = ".json"
@@ -44,6 +48,13 @@ class LogFile:
     """(name, SQL type) of its columns, in order."""
     folders: Mapping[str, str | None]
     """Values of the folders `key=value` that it lies in, of which the file has no column."""
+    absent: Sequence[str] = ()
+    """Fields of other files that no line of this JSON file has: writers leave out what is missing."""
+
+    @property
+    def is_json(self) -> bool:
+        """Whether its rows are objects, each with fields of its own."""
+        return self.kind not in (".parquet", ".csv")
 
     @property
     def row_name(self) -> str:
@@ -58,7 +69,7 @@ class LogFile:
     @property
     def types(self) -> dict[str, str]:
         """The SQL type of each column, those of the folders included."""
-        return {**dict.fromkeys(self.folders, TEXT), **dict(self.columns)}
+        return {**dict.fromkeys(self.absent, NULL), **dict.fromkeys(self.folders, TEXT), **dict(self.columns)}
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ValueError if the file lacks one of these columns, or has several of the name."""
@@ -87,6 +98,7 @@ class LogFile:
                 f", {literal(value) if value is not None else 'NULL'}::{TEXT} AS {quoted(name)}"
                 for name, value in self.folders.items()
             )
+            further += "".join(f", NULL AS {quoted(name)}" for name in self.absent)
             yield f"(SELECT *{further} FROM {_table(plain, self.kind, self.columns, skip_invalid)})"
 
     def rejected(self, connection: duckdb.DuckDBPyConnection) -> Counter[str]:
@@ -130,10 +142,29 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def open_files(
-    connection: duckdb.DuckDBPyConnection, paths: Iterable[Path], source: Path, scratch: Path
+    connection: duckdb.DuckDBPyConnection,
+    paths: Iterable[Path],
+    source: Path,
+    scratch: Path,
+    *,
+    described: Iterable[str] = (),
 ) -> list[LogFile]:
-    """What files hold.  Raises ValueError if one cannot be read."""
-    return [_open(connection, path, source, scratch) for path in paths]
+    """What files hold, less JSON files without a line.  Raises ValueError if one cannot be read, or no file is left.
+
+    `described` are columns that JSON files may lack all together: an earlier delivery had them.
+    """
+    opened = [_open(connection, path, source, scratch) for path in paths]
+    files = [file for file in opened if file.columns]
+    for file in opened:
+        if not file.columns:
+            logger.info("%s holds no line", file.path)
+    if opened and not files:
+        raise ValueError(f"{opened[0].path} and all files beside it hold no line")
+    fields = dict.fromkeys([*(name for file in files for name in file.types), *described])
+    return [
+        replace(file, absent=[name for name in fields if name not in file.types]) if file.is_json else file
+        for file in files
+    ]
 
 
 def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scratch: Path) -> LogFile:
@@ -186,11 +217,15 @@ def _described(
     connection: duckdb.DuckDBPyConnection, path: Path, kind: str, scratch: Path
 ) -> Sequence[tuple[str, str]]:
     """Columns of a file that says what it holds: a Parquet file's footer, all of a JSON file's rows."""
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
     with _plain(path, scratch) as plain:
         if kind == ".parquet":
             return _parquet_columns(connection, path, plain)
+        with plain.open("rb") as stream:
+            first = next((line for line in stream if line.strip()), b"").strip()
+        if not first:
+            return []
+        if first.startswith(b"["):
+            raise ValueError(f"{path} holds a list; write its objects one a line, without brackets and commas around")
         file = literal(str(plain))
         sql = f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, sample_size = -1)"
         rows = execute(connection, f"DESCRIBE SELECT * FROM {sql}", path)
@@ -201,6 +236,8 @@ def _described(
 
 def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, plain: Path) -> Sequence[tuple[str, str]]:
     """Names as they are stored (the engine numbers those that are alike) and the engine's types."""
+    if not plain.stat().st_size:
+        raise ValueError(f"{path} is empty")
     table = _table(plain, ".parquet", ())
     try:
         types = connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()

@@ -93,17 +93,25 @@ def _insert(
         number, count, row = found[0]
         rule = rules[number]
         shown = execute(connection, f"SELECT {quoted(rule.column)}::VARCHAR FROM {rows} WHERE {ROW} = {row}")[0][0]
-        place = row % ROWS_OF_A_FILE - 1 + file.first_row
         got = "nothing" if shown is None else repr(shown[:100])
         if rule.explain is not None and shown is not None:
             got += f"; {rule.explain(shown)}"
-        raise ValueError(f"{file.path}, {file.row_name} {place}: {rule.text} ({count} such row(s)); got {got}")
+        raise ValueError(f"{_place_in(file, row)}: {rule.text} ({count} such row(s)); got {got}")
     counts = file.rejected(connection) if options.skip_invalid else Counter()
     counts += Counter({rules[number].text: count for number, count, _ in found})
     if options.where:
         sql = f"SELECT count(*) FROM {rows} WHERE ({options.where}) IS NOT TRUE"
         counts[NOT_MET] = execute(connection, sql, file.path)[0][0]
     return +counts
+
+
+def place_of(files: Sequence[LogFile], row: int) -> str:
+    """How messages name a row of a table that `read_rows` made of these files, by its `log_row`."""
+    return _place_in(files[row // ROWS_OF_A_FILE], row)
+
+
+def _place_in(file: LogFile, row: int) -> str:
+    return f"{file.path}, {file.row_name} {row % ROWS_OF_A_FILE - 1 + file.first_row}"
 
 
 def _check_where(connection: duckdb.DuckDBPyConnection, sql: str, where: str, file: LogFile) -> None:
@@ -126,9 +134,7 @@ def check_one_row_a_key(
     ).fetchall()
     if found:
         key, row = found[0]
-        file, place = files[row // ROWS_OF_A_FILE], row % ROWS_OF_A_FILE - 1
-        where = f"{file.path}, {file.row_name} {place + file.first_row}"
-        raise ValueError(f"{where}: {column} {key!r} stands in an earlier row, too; give one row each")
+        raise ValueError(f"{place_of(files, row)}: {column} {key!r} stands in an earlier row, too; give one row each")
 
 
 def count_duplicates(connection: duckdb.DuckDBPyConnection, table: str, *, drop: bool) -> dict[str, int | bool]:

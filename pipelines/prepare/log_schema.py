@@ -136,6 +136,7 @@ class LogSchema:
         for part in PARTS:
             self._check_columns(part)
         self._check_one_meaning()
+        self._check_candidates()
         self._check_spaces()
 
     def of(self, part: Part) -> tuple[LogColumn, ...]:
@@ -181,6 +182,16 @@ class LogSchema:
                 raise ValueError(
                     f"events, candidates and labels mean two things by {column.name}: {first.column} and "
                     f"{column.column}, or two kinds of value; give two names"
+                )
+
+    def _check_candidates(self) -> None:
+        """What a model predicts is not known when a candidate is scored."""
+        predicted = {*self.actions, *(column.column for column in self.of("label"))} - {self.weight, self.keep_rate}
+        for column in self.of("candidate"):
+            if column.column in predicted:
+                raise ValueError(
+                    f"the candidate column {column.name} is read from {column.column}, which a model is to predict and "
+                    "nobody knows beforehand; let it be a column of events alone"
                 )
 
     def _check_spaces(self) -> None:

@@ -262,13 +262,17 @@ def _write_samples(
 
 
 def _split_time(connection: duckdb.DuckDBPyConnection, options: SampleOptions) -> int:
-    """The first full hour before which at least `train_fraction` of the labelled events lie."""
-    rows = connection.execute(
-        f"SELECT min(hour) FROM (SELECT hour, sum(n) OVER (ORDER BY hour) / sum(n) OVER () AS share FROM "
-        "(SELECT time // 3600 AS hour, count(*) AS n FROM events WHERE candidate GROUP BY 1)) "
-        f"WHERE share >= {options.train_fraction}"
+    """The first full hour before which at least `train_fraction` of the labelled events lie and after which any do.
+
+    In a log of whole days, or of few hours, the last may hold more than the rest: it is for evaluation then.  A log of
+    one hour has none to follow.
+    """
+    [(hour, first, last)] = connection.execute(
+        f"SELECT min(hour) FILTER (share >= {options.train_fraction}), min(hour), max(hour) FROM "
+        "(SELECT hour, sum(n) OVER (ORDER BY hour) / sum(n) OVER () AS share FROM "
+        "(SELECT time // 3600 AS hour, count(*) AS n FROM events WHERE candidate GROUP BY 1))"
     ).fetchall()
-    return (int(rows[0][0]) + 1) * 3600
+    return max(int(first) + 1, min(int(hour) + 1, int(last))) * 3600
 
 
 def _whole_users(

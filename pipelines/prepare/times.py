@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.readings import EXACT, SIGNED, TEXT, Reading, Rule, Stored
@@ -11,7 +12,7 @@ TIMESTAMP = "timestamp"
 PER_SECOND: Mapping[str, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9, TIMESTAMP: 10**9}
 """Units of time in a second; dates and times are counted in nanoseconds, the finest that a file holds."""
 YEAR_1990, YEAR_2100 = 631_152_000, 4_102_444_800
-"""A log that ends outside these is in another unit than was said."""
+"""A time outside these is in another unit than was said, or stands for none."""
 
 
 def read_time(stored: Stored, unit: str) -> Reading:
@@ -48,29 +49,24 @@ def read_time(stored: Stored, unit: str) -> Reading:
         if stored.type in EXACT:
             text = f"{name} is stored as {stored.type}, which rounds such numbers of {unit}: write integers"
             rules.append(Rule(condition=f"abs({column}) < {EXACT[stored.type]}", text=text, column=name))
-    text = f"{name} lies after the year 2100: is --time-unit {unit} right?"
-    explain = (lambda shown: likely_unit(int(Decimal(shown)), unit)) if unit != TIMESTAMP else None
-    rules.append(Rule(condition=f"{later} < {YEAR_2100}", text=text, column=name, explain=explain))
+    for bound, text in (
+        (f"{later} >= {YEAR_1990}", f"{name} lies before 1990: is --time-unit {unit} right?"),
+        (f"{later} < {YEAR_2100}", f"{name} lies after the year 2100: is --time-unit {unit} right?"),
+    ):
+        rules.append(Rule(condition=bound, text=text, column=name, explain=partial(likely_unit, unit=unit)))
     return Reading(value=value, rules=tuple(rules))
 
 
-def likely_unit(time: int, unit: str) -> str:
-    """What a message says of a time, a number of units, that lies before 1990 or after 2100."""
-    fitting = [
-        f"{other} it is {datetime.fromtimestamp(time // size, UTC):%Y-%m-%d}"
-        for other, size in PER_SECOND.items()
-        if other != TIMESTAMP and YEAR_1990 <= time // size < YEAR_2100
-    ]
-    if unit == TIMESTAMP or not fitting:
-        return "no unit makes it a time between 1990 and 2100; give the time of the event"
-    return f"in {' and in '.join(fitting)}: give that --time-unit"
-
-
-def check_end(last: int, unit: str, column: str) -> None:
-    """Raise ValueError if a log whose last time is this number of units ends before 1990: the unit is another."""
-    if last // PER_SECOND[unit] < YEAR_1990:
-        day = datetime.fromtimestamp(last // PER_SECOND[unit], UTC)
-        raise ValueError(
-            f"the log ends on {day:%Y-%m-%d}, before 1990, if {column} holds --time-unit {unit}; "
-            f"{likely_unit(last, unit)}"
-        )
+def likely_unit(shown: str, unit: str) -> str:
+    """What a message says of a time, as a file has it, that lies before 1990 or after 2100."""
+    fitting = []
+    if unit != TIMESTAMP:
+        time = int(Decimal(shown))
+        fitting = [
+            f"{other} it is {datetime.fromtimestamp(time // size, UTC):%Y-%m-%d}"
+            for other, size in PER_SECOND.items()
+            if other != TIMESTAMP and YEAR_1990 <= time // size < YEAR_2100
+        ]
+    if not fitting:
+        return "no unit makes it a time between 1990 and 2100; give the time of the event, or leave the row out"
+    return f"in {' and in '.join(fitting)}: give that --time-unit, and all rows the same one"

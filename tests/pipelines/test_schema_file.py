@@ -51,6 +51,8 @@ def random_schema(generator: np.random.Generator) -> dict[str, dict[str, str]]:
             schema[part] = {name: kind for name, kind in schema[part].items() if not kind.startswith("[")}
         if part in ("sample", "users"):
             schema[part] = {f"{part}_{name}": kind for name, kind in own.items()}
+    # Nobody knows beforehand what is to be predicted.
+    schema["candidate"] = {name: kind for name, kind in schema["candidate"].items() if name not in schema["label"]}
     return schema
 
 
@@ -281,6 +283,9 @@ WRONG_FILES = {
     HEAD + "[spaces.item]\nrows = true": "spaces.item.rows must be of type int, got True",
     HEAD + "[spaces.user]\nmin_count = 2": "the space user tells users apart",
     HEAD + '[users]\nfiles = "u.csv"': "users must give files and columns",
+    HEAD + '[candidate]\nx = { of = "number", column = "buy" }': "buy, which a model is to predict",
+    HEAD + '[event]\nx = { of = "number", column = "buy", request = true }': "buy, which a model is to predict",
+    HEAD + '[candidate]\nx = "number"\n[label]\nx = "number"': "x is read from x, which a model is to predict",
     HEAD + '[event]\nx = "a/b"': "the space 'a/b' of column x must have a name without dot and slash",
 }
 

@@ -1,0 +1,81 @@
+"""Keys of users and items that programs spell in two ways: one key that would become two ids, or would match nothing.
+
+Text is compared as it stands.  A tool that leaves blanks around a value, stores whole numbers as floats where a column
+has gaps, or composes letters in another way than the next tool makes two users of one, without any wrong row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import duckdb
+
+from pipelines.prepare.engine import quoted
+from pipelines.prepare.log_files import LogFile
+from pipelines.prepare.log_rows import place_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spelt:
+    """A table with keys, and the files that its rows come from."""
+
+    table: str
+    """It has a column log_row."""
+    column: str
+    """The one with the keys."""
+    files: Sequence[LogFile]
+    """In the order in which they were read."""
+
+
+def check_spellings(connection: duckdb.DuckDBPyConnection, what: str, tables: Sequence[Spelt]) -> None:
+    """Raise ValueError, with file and row, if two keys of text in these tables are the same but for how they are spelt.
+
+    `what` is what the keys are of: user or item.
+    """
+    keys = " UNION ".join(f"SELECT DISTINCT {quoted(each.column)}::VARCHAR AS key FROM {each.table}" for each in tables)
+    found = connection.execute(
+        f"SELECT list(key ORDER BY key)[:2] FROM ({keys}) WHERE key IS NOT NULL GROUP BY {_meaning('key')} "
+        "HAVING count(*) > 1 ORDER BY 1 LIMIT 1"
+    ).fetchall()
+    if not found:
+        return
+    [(pair,)] = found
+    rows = []
+    for each in tables:
+        key = f"{quoted(each.column)}::VARCHAR"
+        firsts = f"SELECT {key}, min(log_row) FROM {each.table} WHERE {key} IN (?, ?) GROUP BY 1 ORDER BY 2"
+        rows += [(key, place_of(each.files, row)) for key, row in connection.execute(firsts, pair).fetchall()]
+    key, place = rows[-1]
+    other, first = next((other, first) for other, first in rows if other != key)
+    raise ValueError(
+        f"{place}: the {what} {key!a} is {other!a} in {first}; spelt in two ways it would be two {what}s, so write it "
+        "in one"
+    )
+
+
+def check_matches(connection: duckdb.DuckDBPyConnection, what: str, log: Spelt, attributes: Spelt) -> None:
+    """Raise ValueError if the files of attributes know none of the log's users or items."""
+    key, other = quoted(log.column), quoted(attributes.column)
+    [(matching,)] = connection.execute(
+        f"SELECT count(*) FROM {log.table} WHERE {key} IN (SELECT {other} FROM {attributes.table})"
+    ).fetchall()
+    if matching:
+        return
+    [(of_log,)] = connection.execute(f"SELECT arg_min({key}, log_row)::VARCHAR FROM {log.table}").fetchall()
+    [(known,)] = connection.execute(f"SELECT arg_min({other}, log_row)::VARCHAR FROM {attributes.table}").fetchall()
+    has = "it has no row" if known is None else f"its first key is {known!r}"
+    raise ValueError(
+        f"{attributes.files[0].path} knows no {what} of the log, nor do the files beside it: {has}, the log's first "
+        f"{what} is {of_log!r}; is the key the right column?"
+    )
+
+
+def _meaning(key: str) -> str:
+    """SQL of the same text for keys that differ in blanks around them, `.0`, an exponent, or composed letters alone."""
+    text = f"nfc_normalize(regexp_replace({key}, '^[\\s\\x{{a0}}]+|[\\s\\x{{a0}}]+$', '', 'g'))"
+    exponent = "[+-]?[0-9]+([.][0-9]+[eE][+]?|[eE][+])[0-9]+"
+    number = f"TRY_CAST({text} AS DOUBLE)"
+    whole = f"CASE WHEN abs({number}) < 1e18 AND {number} = trunc({number}) THEN {number}::BIGINT::VARCHAR END"
+    return (
+        f"CASE WHEN regexp_full_match({text}, '[+-]?[0-9]+[.]0+') THEN regexp_replace({text}, '[.]0+$', '') "
+        f"WHEN regexp_full_match({text}, '{exponent}') THEN coalesce({whole}, {text}) ELSE {text} END"
+    )
