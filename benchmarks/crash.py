@@ -31,11 +31,11 @@ from typing import Any
 from benchmarks.crash_faults import DAMAGES, DISK_FAULTS, FAULTS, damage, family, saves, text_of
 from benchmarks.small_disks import SmallDisk, small_disk
 
-STEPS = 24
-STRIKES = 6
+STEPS = 48
+STRIKES = 12
 """To a run at most."""
 LIMIT_S = 300.0
-TRAINING_S = 2.0
+TRAINING_S = 3.0
 """What a start takes from its first save to its end on a quiet machine."""
 DISK = "2G"
 """Size of the disk that runs are on, where this process may mount one."""
