@@ -133,7 +133,8 @@ def fill(store: Store, checkpoint: Checkpoint, pieces: list[LivePiece]) -> None:
         # The first error ends the load.
         for _ in pool.map(partial(_fill_group, store, folder, manifest, memory), groups):
             pass
-        for _ in pool.map(partial(_fill_rows, store, folder, manifest), pieces):
+        rows = _row_reads(store, folder, manifest, pieces)
+        for _ in pool.map(partial(_fill_rows, store, folder, manifest, memory), rows):
             pass
 
 
@@ -192,27 +193,59 @@ def _fill_group(store: Store, folder: str, manifest: Manifest, memory: ThreadMem
         read.target.copy_(narrowed(values, read.rows, read.part))
 
 
-def _fill_rows(store: Store, folder: str, manifest: Manifest, live: LivePiece) -> None:
-    """Fill the rows of `live` that pieces hold by their numbers."""
-    tensor = manifest.tensors[live.name]
-    for piece in tensor.pieces:
-        part = piece.region.overlap(live.region)
-        if part is None or piece.rows is None:
-            continue
-        name = f"{folder}/{piece.file}"
-        reader = ChunkReader(name, manifest.files[piece.file], partial(store.read_into, name))
-        content = reader.bytes(piece.rows.start, piece.rows.start + 8 * piece.rows.count)
-        rows = torch.frombuffer(bytearray(content), dtype=torch.int64) if piece.rows.count else torch.empty(0).long()
-        first, last = torch.searchsorted(
-            rows, torch.tensor([part.offsets[0], part.offsets[0] + part.sizes[0]])
-        ).tolist()
-        row_bytes = prod(piece.region.sizes[1:]) * DTYPE_BYTES[tensor.dtype]
-        target, step = narrowed(live.tensor, live.region, part), max(1, GROUP_BYTES // row_bytes)
-        for begin in range(first, last, step):
-            end = min(begin + step, last)
-            content = reader.bytes(piece.start + begin * row_bytes, piece.start + end * row_bytes)
-            held = Region((0, *piece.region.offsets[1:]), (end - begin, *piece.region.sizes[1:]))
-            values = torch.frombuffer(content, dtype=getattr(torch, tensor.dtype)).view(held.sizes)
-            wanted = narrowed(values, held, Region((0, *part.offsets[1:]), (end - begin, *part.sizes[1:])))
-            places = rows[begin:end] - part.offsets[0]
-            target.index_copy_(0, places.to(target.device), wanted.to(target.device))
+@dataclass(frozen=True, slots=True)
+class _RowsRead:
+    """Rows of a stored piece that holds them by their numbers, one after another there and anywhere in `target`."""
+
+    file: str
+    start: int
+    values: Region
+    """Of the rows as they are stored, counted from the first of them."""
+    part: Region
+    """What goes into `target`."""
+    places: Tensor
+    """[rows] int64, in `target`."""
+    target: Tensor
+
+
+def _row_reads(store: Store, folder: str, manifest: Manifest, pieces: list[LivePiece]) -> Iterator[_RowsRead]:
+    """In runs of at most `GROUP_BYTES`; reads the rows' numbers.
+
+    Raises:
+        ChunkError, OSError: they cannot be read.
+    """
+    for live in pieces:
+        stored = manifest.tensors[live.name]
+        for piece in stored.pieces:
+            part = piece.region.overlap(live.region)
+            if part is None or piece.rows is None or not piece.rows.count:
+                continue
+            name = f"{folder}/{piece.file}"
+            reader = ChunkReader(name, manifest.files[piece.file], partial(store.read_into, name))
+            numbers = reader.bytes(piece.rows.start, piece.rows.start + 8 * piece.rows.count)
+            rows = torch.frombuffer(numbers, dtype=torch.int64)
+            if (rows[1:] <= rows[:-1]).any():
+                raise ChunkError(f"{name} does not name the rows of {live.name!r} in ascending order")
+            ends = torch.tensor([part.offsets[0], part.offsets[0] + part.sizes[0]])
+            first, last = torch.searchsorted(rows, ends).tolist()
+            row_bytes = prod(piece.region.sizes[1:]) * DTYPE_BYTES[stored.dtype]
+            target, step = narrowed(live.tensor, live.region, part), max(1, GROUP_BYTES // row_bytes)
+            for begin in range(first, last, step):
+                places = rows[begin : min(begin + step, last)] - part.offsets[0]
+                yield _RowsRead(
+                    piece.file,
+                    piece.start + begin * row_bytes,
+                    Region((0, *piece.region.offsets[1:]), (len(places), *piece.region.sizes[1:])),
+                    Region((0, *part.offsets[1:]), (len(places), *part.sizes[1:])),
+                    places,
+                    target,
+                )
+
+
+def _fill_rows(store: Store, folder: str, manifest: Manifest, memory: ThreadMemory, read: _RowsRead) -> None:
+    name = f"{folder}/{read.file}"
+    reader = ChunkReader(name, manifest.files[read.file], partial(store.read_into, name), memory)
+    device, dtype = read.target.device, read.target.dtype
+    content = reader.bytes(read.start, read.start + read.values.numel * dtype.itemsize)
+    values = narrowed(torch.frombuffer(content, dtype=dtype).view(read.values.sizes), read.values, read.part)
+    read.target.index_copy_(0, read.places.to(device), values.to(device))

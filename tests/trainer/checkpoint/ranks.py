@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_from_local_shards
 
+from trainer.checkpoint import loading
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.pieces import Tensors, Touched
@@ -218,7 +219,8 @@ def save_every_way(folder: str) -> None:
 
 
 def load_every_way(folder: str) -> dict[tuple[str, str], tuple[int, list[str]]]:
-    """(run, layout) -> what `load` says."""
+    """(run, layout) -> what `load` says; a few rows at a time, as of large tables."""
+    loading.GROUP_BYTES = 64
     runs = sorted(path.name for path in Path(folder).iterdir())
     return {(run, layout): load(f"{folder}/{run}", layout) for run in runs for layout in LAYOUTS}
 
