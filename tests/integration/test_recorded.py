@@ -7,7 +7,15 @@ import torch
 
 from tests.support.training import TIMEOUT_S, losses, read_lines, start_training, train
 
-SETTINGS = ("deterministic=true", "evaluation.every_steps=4", "checkpoint.every_steps=5", "precision=bfloat16")
+# Histories of one length and a candidate each: few sizes, which come again within a few steps.
+SETTINGS = (
+    "deterministic=true",
+    "evaluation.every_steps=4",
+    "checkpoint.every_steps=5",
+    "precision=bfloat16",
+    "data.max_history_len=4",
+    "data.max_candidates=1",
+)
 STEPS, STOP = 12, 7
 
 

@@ -130,7 +130,7 @@ def test_rematerialisation_gives_identical_gradients(
 ) -> None:
     monkeypatch.setattr(operations, "layer_backend", lambda x: backend)
     x, parameters, batch = make(SPECS[name], torch.float32, DEVICE if backend == "triton" else CPU)
-    batch = replace(batch, dropout=dropout, seed=torch.tensor([5], device=DEVICE))
+    batch = replace(batch, dropout=dropout, seed=torch.tensor([5], device=x.device))
     results = []
     for normed, uvqk, gated in [(True, True, True), (False, False, False), (True, False, True), (False, True, False)]:
         spec = replace(SPECS[name], recompute_normed=normed, recompute_uvqk=uvqk, recompute_gated=gated)
@@ -165,13 +165,12 @@ def test_fused_kernels_equal_the_plain_layer(name: str, monkeypatch: pytest.Monk
     """The Triton path in float32, against the plain float64 layer; dropout included."""
     spec = SPECS[name]
     x, parameters, batch = make(spec)
-    dropout = {"dropout": 0.2, "seed": torch.tensor([11], device=DEVICE)}
-    batch = replace(batch, **dropout)
+    batch = replace(batch, dropout=0.2, seed=torch.tensor([11], device=x.device))
     expected = plain_layer(x, parameters, spec, batch)
     wanted = [expected, *gradients(expected, x, parameters)]
     monkeypatch.setattr(operations, "layer_backend", lambda x: "triton")
     x, parameters, batch = make(spec, torch.float32, DEVICE)
-    batch = replace(batch, **dropout)
+    batch = replace(batch, dropout=0.2, seed=torch.tensor([11], device=x.device))
     out = fused_layer(x, parameters, spec, batch)
     for actual, reference in zip([out, *gradients(out, x, parameters)], wanted, strict=True):
         scale = float(reference.detach().abs().max())
@@ -239,7 +238,7 @@ def test_fp8_is_close_to_full_precision_and_keeps_its_gradients(name: str, dropo
     """
     spec = SPECS[name]
     x, parameters, batch = make(spec, torch.float32)
-    batch = replace(batch, dropout=dropout, seed=torch.tensor([5], device=DEVICE))
+    batch = replace(batch, dropout=dropout, seed=torch.tensor([5], device=x.device))
     exact = fused_layer(x, parameters, spec, batch)
     quantised = fused_layer(x, parameters, replace(spec, fp8=True), batch)
     error = (quantised - exact).norm() / (exact - x).norm()
