@@ -1,0 +1,58 @@
+"""How steps are computed is no matter of what they learn: launched or replayed, in batches of several sizes or all of
+one, with all rows of the last layer or those of candidates alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_kernels import AttentionPlan
+from pipelines import padding as padding_of_batches
+from tests.trainer.test_recording import DEVICE, ranker, sized_of
+from trainer.graphs import Graphs
+from trainer.models.hstu import HstuLayer
+from trainer.models.layer import ProductWeights
+from trainer.models.layout import take_rows
+from trainer.recording import RecordedObjective
+
+STEPS = 200 if DEVICE.type == "cuda" else 60
+
+
+def losses(name: str, *, recorded: bool) -> tuple[list[float], int]:
+    """Of a ranker's steps, and the number of sizes that its batches were padded to."""
+    model, padding, batches = ranker(name)
+    model.to(DEVICE).train()
+    batches = [batch.to(DEVICE) for batch in batches]
+    if recorded:
+        model.objective = RecordedObjective(model.objective, padding, Graphs() if DEVICE.type == "cuda" else None)
+    # A large eps: gradients that are nothing but rounding move nothing.
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3, eps=1e-3)
+    found = []
+    for step in range(STEPS):
+        model.zero_grad()
+        loss = model(batches[step % len(batches)])
+        loss.backward()
+        adam.step()
+        found.append(float(loss.detach()))
+    return found, len(sized_of(model)) if recorded else 0
+
+
+def all_rows(
+    layer: HstuLayer, x_TD: Tensor, rows_C: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None
+) -> Tensor:
+    """`HstuLayer.at_candidates` by its definition."""
+    return take_rows(layer(x_TD, plan, weights), rows_C)
+
+
+@pytest.mark.parametrize("name", ["paper", "production"])
+def test_losses_of_many_steps_are_the_same_in_all_ways(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, _ = losses(name, recorded=False)
+    assert min(launched[-5:]) < 0.9 * min(launched[:5])
+    replayed, several = losses(name, recorded=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(padding_of_batches, "rounded", lambda _: 64)
+        padded, one = losses(name, recorded=True)
+    monkeypatch.setattr(HstuLayer, "at_candidates", all_rows)
+    whole, _ = losses(name, recorded=False)
+    assert several > one == 1
+    for found in (replayed, padded, whole):
+        assert found == pytest.approx(launched, rel=1e-3)
