@@ -14,7 +14,8 @@ Applied outside the model, by `record_steps`.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pipelines.padding import BatchPadding, Count
 from trainer.graphs import Graphs, Recording
 from trainer.mesh import Mesh
 from trainer.models.model import Model, Objective
+from trainer.models.precision import compute_dtype
 from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved
 
@@ -36,18 +38,23 @@ MAX_SIZES = 64
 
 
 class _Memory:
-    """Fixed memory of float32, shared by what is not used at the same time: one piece for each power of two."""
+    """Fixed memory, shared by what is not used at the same time: one piece for each power of two."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pieces: dict[int, Tensor] = {}
 
-    def take(self, size: int) -> Tensor:
-        """[size], the same for the same size."""
-        power = 1 << max(0, size - 1).bit_length()
+    def take(self, shapes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Tensors side by side, the same for the same shapes and types."""
+        sizes = [count * width * dtype.itemsize for (count, width), dtype in zip(shapes, dtypes, strict=True)]
+        # Kernels want rows that start at multiples of 16 bytes.
+        aligned = [-(-size // 16) * 16 for size in sizes]
+        power = 1 << max(0, sum(aligned) - 1).bit_length()
         if power not in self._pieces:
-            self._pieces[power] = torch.zeros(power, dtype=torch.float32, device=self._device)
-        return self._pieces[power][:size]
+            self._pieces[power] = torch.zeros(power, dtype=torch.uint8, device=self._device)
+        parts = torch.split(self._pieces[power][: sum(aligned)], aligned)
+        each = zip(parts, sizes, shapes, dtypes, strict=True)
+        return [part[:size].view(dtype).view(shape) for part, size, shape, dtype in each]
 
 
 class _Sized:
@@ -56,26 +63,16 @@ class _Sized:
     def __init__(
         self,
         batch: Any,
-        counts: Mapping[str, Sequence[Count]],
-        widths: Sequence[int],
+        shapes: Sequence[tuple[int, int]],
+        dtypes: Sequence[torch.dtype],
         rows: _Memory,
         gradients: _Memory,
     ) -> None:
-        """`widths` are those of the features' rows."""
+        """`shapes` and `dtypes` are those of the features' rows."""
         self.batch = batch
-        totals = [sum(count.padded for count in each) for each in counts.values()]
-        sizes = [total * width for total, width in zip(totals, widths, strict=True)]
-        self.all_rows = rows.take(sum(sizes))
-        shapes = list(zip(totals, widths, strict=True))
-        self.rows = _views(self.all_rows, shapes)
-        self.gradients = _views(gradients.take(sum(sizes)), shapes)
-        self.loss = torch.zeros((), device=self.all_rows.device)
+        self.rows, self.gradients = rows.take(shapes, dtypes), gradients.take(shapes, dtypes)
+        self.loss = torch.zeros((), device=self.rows[0].device)
         self.step: Callable[[], None] = lambda: None
-
-
-def _views(memory: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    parts = torch.split(memory, [count * width for count, width in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class RecordedObjective(nn.Module):
@@ -94,10 +91,10 @@ class RecordedObjective(nn.Module):
         super().__init__()
         self.objective, self._padding, self._graphs = objective, padding, graphs
         self._parameters_of_tower = [each for each in objective.tower.parameters() if each.requires_grad]
-        shapes = [(parameter.numel(), 1) for parameter in self._parameters_of_tower]
+        sizes = [parameter.numel() for parameter in self._parameters_of_tower]
         first = self._parameters_of_tower[0]
-        memory = torch.zeros(sum(count for count, _ in shapes), dtype=first.dtype, device=first.device)
-        views = zip(_views(memory, shapes), self._parameters_of_tower, strict=True)
+        parts = torch.split(torch.zeros(sum(sizes), dtype=first.dtype, device=first.device), sizes)
+        views = zip(parts, self._parameters_of_tower, strict=True)
         self._gradients = [view.view(parameter.shape) for view, parameter in views]
         self._unused: set[int] = set()
         self._memories = _Memory(first.device), _Memory(first.device)
@@ -121,8 +118,7 @@ class RecordedObjective(nn.Module):
         self.tower.check(batch.inputs)  # type: ignore[operator]  # torch does not know a module's methods
         counts = self._padding.lookups(batch)
         rows = rows_by_feature(looked_up)
-        # A pooled lookup of no bags gives one sum.
-        values = [rows[name].values()[: sum(count.real for count in each)] for name, each in counts.items()]
+        values = [_first(rows[name].values(), sum(count.real for count in each)) for name, each in counts.items()]
         replayed: Tensor = _Replayed.apply(self, batch, counts, *values)  # type: ignore[no-untyped-call]  # torch
         return replayed
 
@@ -131,7 +127,7 @@ class RecordedObjective(nn.Module):
         sizes = self._padding.sizes(batch)
         sized = self._sized.get(sizes)
         if sized is None:
-            sized = self._sized[sizes] = self._of_size(sizes, batch, counts, [x.shape[1] for x in values])
+            sized = self._sized[sizes] = self._of_size(sizes, batch, counts, values)
         else:
             self._padding.fill(sized.batch, batch)
         pairs = list(zip(sized.rows, counts.values(), strict=True))
@@ -145,30 +141,38 @@ class RecordedObjective(nn.Module):
             for value, each in zip(values, counts.values(), strict=True)
             for part in torch.split(value.detach(), [count.real for count in each])
         ]
-        torch._foreach_copy_(places, sources)
+        _copy(zip(places, sources, strict=True))
         sized.step()
         for index, (parameter, gradient) in enumerate(zip(self._parameters_of_tower, self._gradients, strict=True)):
             parameter.grad = None if index in self._unused else gradient
         return sized
 
     def _of_size(
-        self, sizes: tuple[int, ...], batch: Any, counts: Mapping[str, Sequence[Count]], widths: Sequence[int]
+        self, sizes: tuple[int, ...], batch: Any, counts: Mapping[str, Sequence[Count]], values: Sequence[Tensor]
     ) -> _Sized:
         graphs = self._graphs
         if graphs is not None and len(self._sized) >= MAX_SIZES:
             graphs = None
             logger.warning("batches of sizes %s are launched: %d sizes are recorded already", sizes, MAX_SIZES)
-        sized = _Sized(self._padding.kept(batch, self._gradients[0].device), counts, widths, *self._memories)
-        names = list(counts)
+        names, device = list(counts), self._gradients[0].device
+        shapes = [(sum(n.padded for n in each), x.shape[1]) for each, x in zip(counts.values(), values, strict=True)]
+        kept, dtypes = self._padding.kept(batch, device), self._dtypes(names, values)
+        sized = _Sized(kept, shapes, dtypes, *self._memories)
         sized.step = Recording(f"the step of sizes {sizes}", lambda: self._differentiate(sized, names), graphs)
         return sized
 
+    def _dtypes(self, names: Sequence[str], values: Sequence[Tensor]) -> list[torch.dtype]:
+        """What rows are kept in: the type of computation, where the tower casts them to it before all else."""
+        cast: frozenset[str] = self.tower.cast_first  # type: ignore[assignment]  # torch does not know a module's own
+        return [compute_dtype(x) if name in cast else x.dtype for name, x in zip(names, values, strict=True)]
+
     def _differentiate(self, sized: _Sized, names: Sequence[str]) -> None:
         """Forward and backward from the fixed memory of inputs to that of the loss and of gradients."""
-        kind = sized.all_rows.device.type
+        device = sized.loss.device
+        kind = device.type
         rows = [x.detach().requires_grad_() for x in sized.rows]
         # Encoders read values alone; the lengths of what was looked up are the batch's.
-        none = torch.zeros(0, dtype=torch.long, device=sized.all_rows.device)
+        none = torch.zeros(0, dtype=torch.long, device=device)
         looked_up = {name: JaggedTensor(x, lengths=none) for name, x in zip(names, rows, strict=True)}
         # Weights that are cast once for several uses would outlive the recording that they were cast in.
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -178,15 +182,27 @@ class RecordedObjective(nn.Module):
         found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, allow_unused=True)
         of_rows, of_parameters = found[: len(rows)], found[len(rows) :]
         self._unused = {index for index, gradient in enumerate(of_parameters) if gradient is None}
-        pairs = list(zip([*sized.gradients, *self._gradients], [*of_rows, *of_parameters], strict=True))
-        torch._foreach_copy_(
-            [place for place, gradient in pairs if gradient is not None],
-            [gradient for _, gradient in pairs if gradient is not None],
-        )
+        pairs = zip([*sized.gradients, *self._gradients], [*of_rows, *of_parameters], strict=True)
+        _copy((place, gradient) for place, gradient in pairs if gradient is not None)
         for place, gradient in zip(sized.gradients, of_rows, strict=True):
             if gradient is None:
                 place.zero_()
         sized.loss.copy_(loss.detach())
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The first rows: a pooled lookup of no bags gives one sum.  A slice of all of them would be no view to autograd,
+    whose backward fills and copies their gradients."""
+    return rows if rows.shape[0] == count else rows[:count]
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second one into the first; a launch for each pair of types."""
+    by_types: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for to, of in pairs:
+        by_types[to.dtype, of.dtype].append((to, of))
+    for alike in by_types.values():
+        torch._foreach_copy_([to for to, _ in alike], [of for _, of in alike])
 
 
 def _real(rows: Tensor, counts: Sequence[Count]) -> list[Tensor]:
@@ -209,16 +225,24 @@ class _Replayed(torch.autograd.Function):
         ctx: Any, objective: RecordedObjective, batch: Any, counts: Mapping[str, Sequence[Count]], *values: Tensor
     ) -> Tensor:
         ctx.sized, ctx.counts = objective.run(batch, counts, values), counts
+        ctx.dtypes = [x.dtype for x in values]
         # The next step overwrites it.
         loss: Tensor = ctx.sized.loss.clone()
         return loss
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        pairs: list[tuple[Tensor, Tensor]] = []
         gradients = []
-        for rows, counts in zip(ctx.sized.gradients, ctx.counts.values(), strict=True):
-            parts = _real(rows, counts)
-            gradients.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        for place, counts, dtype in zip(ctx.sized.gradients, ctx.counts.values(), ctx.dtypes, strict=True):
+            parts = _real(place, counts)
+            if len(parts) == 1 and place.dtype == dtype:
+                gradients.append(parts[0])
+                continue
+            real = [len(part) for part in parts]
+            gradients.append(torch.empty(sum(real), place.shape[1], dtype=dtype, device=place.device))
+            pairs += zip(torch.split(gradients[-1], real), parts, strict=True)
+        _copy(pairs)
         return None, None, None, *gradients
 
 

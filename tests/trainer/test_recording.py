@@ -127,6 +127,28 @@ def test_padded_steps_have_the_loss_and_gradients_of_the_batch_itself(made: Any,
             torch.testing.assert_close(value, found.get(key, torch.zeros_like(value)), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["columns", "columns, pooled", "interleaved"])
+def test_rows_that_a_ranker_casts_are_kept_in_the_type_of_computation(name: str) -> None:
+    """Half the bytes, with the same roundings: those of many ids, which are added up first, stay as they are."""
+    model, padding, batches = ranker(name)
+    model.to(DEVICE).train()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        expected = [gradients(model, batch.to(DEVICE)) for batch in batches]
+        model.objective = RecordedObjective(model.objective, padding, None)
+        for batch, (loss, found) in zip(batches, expected, strict=True):
+            padded_loss, padded = gradients(model, batch.to(DEVICE))
+            torch.testing.assert_close(padded_loss, loss, rtol=1e-2, atol=1e-3)
+            for key, value in found.items():
+                torch.testing.assert_close(padded[key], value, rtol=5e-2, atol=5e-3 * float(value.abs().max() + 1))
+    kept = {name: x.dtype for name, x in zip(padding.lookups(batches[0]), sized_of(model)[0].rows, strict=True)}
+    assert kept["item_id"] == torch.bfloat16 and kept.get("tags", torch.float32) == torch.float32
+
+
+def sized_of(model: Model) -> list[Any]:
+    """What batches of each size are computed in."""
+    return [*model.objective._sized.values()]
+
+
 def trained(made: Any, name: str, *, graphs: Graphs | None, steps: int) -> tuple[list[Tensor], list[Tensor]]:
     """Losses and parameters of some steps over batches of changing lengths, evaluation in between."""
     model, padding, batches = made(name)

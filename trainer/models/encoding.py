@@ -54,6 +54,8 @@ class InputEncoder(nn.Module):
         super().__init__()
         self.interleave, self.causal = config.merge == "interleave", config.causal
         self.dropout = config.dropout
+        self.cast_first = frozenset(each.name for each in selection.features if each.kind == "id")
+        """Features whose rows are cast to the type of computation before all else: those of many ids are added up."""
 
         def encoder(features: Sequence[Feature]) -> RowEncoder:
             return RowEncoder(features, widths=widths, config=config, dim=dim, pooled=pooled)

@@ -46,6 +46,8 @@ class JointTower(nn.Module):
     def __init__(self, ranker: RankerTower, similarity: Similarity, *, dim: int, embedding_dim: int) -> None:
         super().__init__()
         self.ranker, self.similarity = ranker, similarity
+        # Items' rows are compared as they are, too.
+        self.cast_first: frozenset[str] = ranker.cast_first - {ITEM_ID}
         self.output_projection = nn.Identity() if embedding_dim == dim else nn.Linear(dim, embedding_dim)
 
     def check(self, inputs: Inputs) -> None:

@@ -33,6 +33,7 @@ class RankerTower(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.tower, self.head, self.rates, self.max_len = encoder, tower, head, rates, max_len
+        self.cast_first: frozenset[str] = encoder.cast_first
 
     def start_at(self, outputs_K: Tensor) -> None:
         """Let the untrained model give these outputs, since a rare label would need many steps to be rare.

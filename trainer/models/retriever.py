@@ -76,6 +76,8 @@ class RetrieverTower(nn.Module):
     ) -> None:
         super().__init__()
         self.tower, self.similarity, self.max_len, self.dropout = tower, similarity, max_len, dropout
+        # Items' rows are compared as they are.
+        self.cast_first: frozenset[str] = frozenset()
         same = embedding_dim == dim
         self.item_projection = nn.Identity() if same else nn.Linear(embedding_dim, dim)
         self.output_projection = nn.Identity() if same else nn.Linear(dim, embedding_dim)
