@@ -53,10 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time launched and replayed steps.")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     parser.add_argument("--small", action="store_true", help="short histories")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these cases")
     arguments = parser.parse_args()
     mesh, rows = discover_mesh(), {}
     with joined(mesh):
-        for name, case in make_cases(small=arguments.small).items():
+        cases = make_cases(small=arguments.small)
+        for name in arguments.only or cases:
+            case = cases[name]
             settings: tuple[Literal["off", "on"], ...] = ("off", "on") if mesh.device.type == "cuda" else ("off",)
             for recorded in settings:
                 row = measure(replace(case, config=replace(case.config, recorded=recorded)), mesh)
