@@ -25,8 +25,8 @@ def allocate(
     """Room for each tile's sums of q's, k's and v's gradients over its rows, in so many parts of them:
     [items, H, groups, padded size] each."""
     q, k, v = (
-        torch.empty(plan.max_items, x.shape[1], groups, pad_size(x.shape[2]), dtype=torch.float32, device=x.device)
-        for x, plan, groups in zip(gradients, (rows, keys, keys), (row_groups, key_groups, key_groups), strict=True)
+        torch.empty(schedule.max_items, x.shape[1], groups, pad_size(x.shape[2]), dtype=torch.float32, device=x.device)
+        for x, schedule, groups in zip(gradients, (rows, keys, keys), (row_groups, key_groups, key_groups), strict=True)
     )
     return q, k, v
 

@@ -175,6 +175,8 @@ def _check_gated_norm(
         raise ValueError(f"dropout={dropout} must lie in [0, 1)")
     if dropout > 0 and seed is None:
         raise ValueError(f"dropout={dropout} needs a seed, a tensor [1] of int64 beside the rows")
+    if seed is not None and seed.device != attention_TW.device:
+        raise ValueError(f"seed is on {seed.device}, attention_TW on {attention_TW.device}; put both on one device")
 
 
 def _check_rows(shape: Sequence[int], rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:

@@ -164,6 +164,9 @@ def test_wrong_shapes_are_refused_with_the_arguments_name() -> None:
         operations.gated_norm_forward(x, x[:, :4], torch.ones(8), torch.ones(8), EPS, backend="reference")
     with pytest.raises(ValueError, match="dropout=1"):
         operations.gated_norm_forward(x, x, torch.ones(8), torch.ones(8), EPS, dropout=1.0, backend="reference")
+    with pytest.raises(ValueError, match="seed is on meta"):
+        seed = torch.zeros(1, dtype=torch.long, device="meta")
+        operations.gated_norm_forward(x, x, *[torch.ones(8)] * 2, EPS, dropout=0.5, seed=seed, backend="reference")
     with pytest.raises(ValueError, match="x is"):
         operations.silu_(x.T, backend="reference")
     norm = (torch.ones(8), torch.ones(8))
