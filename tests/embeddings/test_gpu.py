@@ -38,9 +38,14 @@ KERNELS: tuple[ComputeKernel, ...] = ("fused", "fused_uvm_caching", "fused_uvm")
 
 BY_OPTIMIZER = {
     # FBGEMM can be built without the kernels of an optimizer: then the others are tested still.
-    "plain_adagrad": tuple(table for table in sharded.TABLES if table.name == "tag"),
-    "others": tuple(table for table in sharded.TABLES if table.name != "tag"),
+    "plain_adagrad": tuple(table for table in sharded.TABLES if table.optimizer and table.optimizer.kind == "adagrad"),
+    # Pooled tables have plain Adagrad there, and are to be tested here.
+    "others": tuple(
+        replace(table, optimizer=None) if table.pooled else table for table in sharded.TABLES if table.name != "tag"
+    ),
 }
+NOT_BUILT = "device kernel image is invalid"
+"""What CUDA says of a kernel that was not built for its GPU."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +99,13 @@ def train(model: DistributedModelParallel, optimizers: TableOptimizers) -> list[
             (values * sharded.weights(feature, told[feature], step).cuda()).sum()
             for feature, values in embedded.items()
         ]
-        torch.stack(losses).sum().backward()
+        try:
+            torch.stack(losses).sum().backward()
+        except RuntimeError as error:
+            plain = [table.name for table in sharded.tables_of(model).configs if table in BY_OPTIMIZER["plain_adagrad"]]
+            if plain and NOT_BUILT in str(error):
+                pytest.skip(f"this FBGEMM has no kernels of plain Adagrad, which {plain} have")
+            raise
         optimizers.step()
         outputs.append({feature: values.detach().cpu() for feature, values in embedded.items()})
     return outputs
