@@ -1,26 +1,38 @@
 """The checkpoints of a run: which are complete, which are damaged, which is the newest to go on from."""
 
+import errno
 import logging
 import re
 from dataclasses import dataclass, replace
 from functools import partial
 
 from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader
-from trainer.checkpoint.manifest import Manifest, decode, digest
+from trainer.checkpoint.manifest import Manifest, OtherFormat, decode, digest
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import COMPLETE, Store, open_store
 from trainer.command_line import WrongUse
-from trainer.run_dir import RunDir
+from trainer.run_dir import MEND, RunDir
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
+_TRIAL = "trial"
+"""A folder that is made and removed at the start."""
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
+"""What a file answers that is not there, or whose disk is broken."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that was complete is so no longer."""
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether what was met in reading a checkpoint says that it is damaged.  It does not where a file may not be read,
+    or a server does not answer: then it may be whole, and a run must not leave it behind."""
+    kinds = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # pyarrow leaves out the number
+    return not isinstance(error, OSError) or isinstance(error, kinds) or error.errno in _GONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,8 @@ class Newest:
     """What is wrong with newer ones, by step."""
     abandoned: tuple[int, ...] = ()
     """Steps of later ones that the run goes back behind."""
+    exact: bool = False
+    """Whether this one was asked for, so that no other will do."""
 
     @property
     def progress(self) -> Progress:
@@ -77,6 +91,8 @@ class Catalogue:
 
         Raises:
             DamagedCheckpoint: they are not as they were written.
+            OtherFormat: another version of this code wrote it.
+            OSError: they cannot be read, though they may be whole.
         """
         folder = step_folder(step)
         try:
@@ -92,8 +108,10 @@ class Catalogue:
                 if size != record.num_bytes:
                     has = "is missing" if size is None else f"has {size} bytes"
                     raise ValueError(f"{name} {has}, {record.num_bytes} were written")
+        except OtherFormat as other:
+            raise OtherFormat(f"checkpoint {self.store.address}/{folder} {other}") from None
         except (OSError, ValueError) as error:
-            raise self.damaged(step, error) from None
+            raise self.unread(step, error) from None
         if manifest.base is None:
             return Checkpoint(step, manifest)
         try:
@@ -106,6 +124,7 @@ class Catalogue:
 
         Raises:
             DamagedCheckpoint: something of it is not as it was written.
+            OtherFormat, OSError: as `open`.
         """
         checkpoint, folder = self.open(step), step_folder(step)
         try:
@@ -114,7 +133,7 @@ class Catalogue:
                 for start in range(0, record.num_bytes, CHUNK_BYTES):
                     reader.bytes(start, min(start + CHUNK_BYTES, record.num_bytes))
         except (OSError, ChunkError) as error:
-            raise self.damaged(step, error) from None
+            raise self.unread(step, error) from None
         return checkpoint
 
     def newest(self, below: int | None = None) -> "Newest":
@@ -122,6 +141,7 @@ class Catalogue:
 
         Raises:
             DamagedCheckpoint: there are some, and every one is damaged.
+            OtherFormat, OSError: as `open`.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
         for step in reversed([step for step in self.steps() if below is None or step < below]):
@@ -139,7 +159,7 @@ class Catalogue:
         Raises:
             WrongUse, DamagedCheckpoint: as `choose`.
         """
-        return Newest(self.choose(step), {}, tuple(other for other in self.steps() if other > step))
+        return Newest(self.choose(step), {}, tuple(other for other in self.steps() if other > step), exact=True)
 
     def nothing_left(self, damage: DamagedCheckpoint) -> DamagedCheckpoint:
         """What is said where no other checkpoint is left than damaged ones."""
@@ -165,15 +185,37 @@ class Catalogue:
             raise WrongUse(f"{self.store.address} has nothing of step {step}: {reason} (complete steps: {listed})")
         return self.open(steps[-1] if step is None else step)
 
+    def unread(self, step: int, error: Exception) -> Exception:
+        """What is said of a checkpoint in whose reading `error` was met: that it is damaged, or cannot be read."""
+        if is_damage(error):
+            return self.damaged(step, error)
+        return OSError(
+            f"checkpoint {self.store.address}/{step_folder(step)} cannot be read: {error}; give access to it, or wait "
+            "until its file system or server answers, then start the same command"
+        )
+
     def damaged(self, step: int, reason: object) -> DamagedCheckpoint:
         """What is said of a damaged checkpoint."""
         return DamagedCheckpoint(f"checkpoint {self.store.address}/{step_folder(step)} is damaged: {reason}")
 
+    def check_writable(self) -> None:
+        """Write something small and remove it: what keeps checkpoints from being written is found before work is lost.
+
+        Raises:
+            OSError: nothing can be written.
+        """
+        try:
+            with self.store.writing(f"{_TRIAL}/{COMPLETE}") as file:
+                file.write(b"checkpoints can be written here\n")
+            self.store.remove(_TRIAL)
+        except OSError as error:
+            raise OSError(f"checkpoints cannot be written to {self.store.address}: {error}; {MEND}") from None
+
     def clear_leftovers(self) -> None:
-        """Remove checkpoints that were never finished.  Writes."""
+        """Remove checkpoints that were never finished; says which cannot be removed.  Writes."""
         for step in sorted(set(self._folders()) - set(self.steps())):
             logger.warning("removing %s, which was never finished", step_folder(step))
-            self.store.remove(step_folder(step))
+            self._remove_folder(step_folder(step))
 
     def set_aside(self, step: int, word: str) -> str:
         """Rename a checkpoint so that it counts no longer but can be looked at; returns its new name.  Writes."""
@@ -208,10 +250,21 @@ class Catalogue:
             pass
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint; without COMPLETE first, so that a half-deleted one is never taken for whole.  Writes."""
+        """Delete a checkpoint; without COMPLETE first, so that a half-deleted one is never taken for whole.  Says so
+        where it cannot be deleted: those that count are no worse for it.  Writes."""
         self._bases.pop(step, None)
-        self.store.remove_file(f"{step_folder(step)}/{COMPLETE}")
-        self.store.remove(step_folder(step))
+        try:
+            self.store.remove_file(f"{step_folder(step)}/{COMPLETE}")
+        except OSError as error:
+            logger.error("%s, which is kept no longer, cannot be removed: %s", step_folder(step), error)
+            return
+        self._remove_folder(step_folder(step))
+
+    def _remove_folder(self, folder: str) -> None:
+        try:
+            self.store.remove(folder)
+        except OSError as error:
+            logger.error("%s, which does not count, cannot be removed: %s", folder, error)
 
     def _folders(self) -> list[int]:
         matches = [_STEP_FOLDER.fullmatch(name) for name in self.store.folders()]

@@ -28,6 +28,7 @@ from trainer.checkpoint.layout import Layout, dtype_name, lay_out
 from trainer.checkpoint.loading import gather, load_checkpoint
 from trainer.checkpoint.manifest import (
     Manifest,
+    OtherFormat,
     StoredPiece,
     StoredRows,
     StoredTensor,
@@ -111,17 +112,15 @@ class Checkpointer:
         of later steps; the run is locked.
 
         Raises, on every rank alike:
-            DamagedCheckpoint: none is left, or with `checkpoint.strict` the newest is damaged.
+            DamagedCheckpoint: none is left, with `checkpoint.strict` the newest is damaged, or the one that was asked
+                for is.
+            OSError: it cannot be read, or no other could be written.
             ValueError: the checkpoint is of another model, or ranks see different files.
         """
         if self._config.strict:
             for damage in newest.damaged.values():
                 raise damage
-        if self._mesh.is_first:
-            self._catalogue.clear_leftovers()
-            self._set_aside(newest.damaged)
-            for step in newest.abandoned:
-                logger.warning("going back behind step %d: its checkpoint is called %s now", step, self._abandon(step))
+        self._clear_up(newest.damaged)
         found = newest.checkpoint
         self._check_same_view(found.step if found else None)
         while found is not None:
@@ -129,12 +128,30 @@ class Checkpointer:
                 load_checkpoint(self._catalogue, found, self._tensors(), self._group, self._grown)
                 break
             except DamagedCheckpoint as damage:
+                if newest.exact:
+                    raise
                 found = self._one_before(found.step, damage)
+        if self._mesh.is_first:
+            for step in newest.abandoned:
+                logger.warning("going back behind step %d: its checkpoint is called %s now", step, self._abandon(step))
         progress, self._full_step = Progress(), None
         if found is not None:
             self._newest_step = found.step
             progress = replace(found.manifest.progress)
         return self._restart(progress)
+
+    def _clear_up(self, damaged: dict[int, DamagedCheckpoint]) -> None:
+        problem = None
+        if self._mesh.is_first:
+            try:
+                self._catalogue.check_writable()
+                self._catalogue.clear_leftovers()
+                self._set_aside(damaged)
+            except OSError as error:
+                problem = str(error)
+        problem = gather(problem, self._group)[0]
+        if problem is not None:
+            raise OSError(problem)
 
     def _restart(self, progress: Progress) -> Restart:
         evaluated, losses = False, {}
@@ -146,7 +163,7 @@ class Checkpointer:
         return Restart(progress=progress, evaluated=gather(evaluated, self._group)[0], losses=losses)
 
     def _check_same_view(self, step: int | None) -> None:
-        views = gather(step, self._group)  # every rank; also waits until the first has cleared up
+        views = gather(step, self._group)  # every rank
         if len(set(views)) > 1:
             raise ValueError(
                 f"ranks see different newest checkpoints in {self._catalogue.store.address} (steps "
@@ -160,7 +177,7 @@ class Checkpointer:
         if self._mesh.is_first and not self._config.strict:
             try:
                 older = self._catalogue.newest(below=step)
-            except DamagedCheckpoint as another:
+            except (DamagedCheckpoint, OtherFormat, OSError) as another:
                 logger.error("%s", another)
             else:
                 found = older.checkpoint
@@ -315,6 +332,12 @@ class Checkpointer:
             file.write(digest(content).encode())
         store.settle(folder)
         logger.info("checkpoint of step %d is complete: %s/%s", progress.step, store.address, folder)
+        try:
+            self._remove_superfluous()
+        except (OSError, OtherFormat) as error:
+            logger.error("older checkpoints stay, for nobody can tell which of them are needed: %s", error)
+
+    def _remove_superfluous(self) -> None:
         steps = self._catalogue.steps()
         best = best_step(self._run.eval_file, self._config.keep_best, steps)
         pinned = filter(self._catalogue.is_pinned, steps)

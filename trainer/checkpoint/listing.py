@@ -1,6 +1,7 @@
 """The checkpoints of a run as a table for a person; needs no torch."""
 
 from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint, step_folder
+from trainer.checkpoint.manifest import OtherFormat
 from trainer.command_line import WrongUse
 
 
@@ -10,9 +11,9 @@ def list_checkpoints(catalogue: Catalogue, *, verify: bool) -> tuple[list[str], 
     for step in catalogue.steps():
         try:
             manifest = (catalogue.verify if verify else catalogue.open)(step).manifest
-        except DamagedCheckpoint as damage:
+        except (DamagedCheckpoint, OtherFormat, OSError) as problem:
             fine = False
-            lines.append(f"{step:>10}{'-':>9}{'-':>7}{'-':>14}  {damage}")
+            lines.append(f"{step:>10}{'-':>9}{'-':>7}{'-':>14}  {problem}")
             continue
         state = ("verified" if verify else "complete") + (", pinned" if catalogue.is_pinned(step) else "")
         if manifest.base is not None:

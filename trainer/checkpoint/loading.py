@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.checkpoint.catalogue import Catalogue, Checkpoint, step_folder
+from trainer.checkpoint.catalogue import Catalogue, Checkpoint, DamagedCheckpoint, step_folder
 from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader, ThreadMemory
 from trainer.checkpoint.layout import dtype_name
 from trainer.checkpoint.manifest import DTYPE_BYTES, Manifest
@@ -57,7 +57,8 @@ def load_checkpoint(
 
     Raises, on every rank alike:
         ValueError: the checkpoint lacks a tensor of the model, holds one that the model lacks, or one of another shape.
-        DamagedCheckpoint: some bytes are not what was written, or cannot be read; `tensors` hold nothing of use.
+        DamagedCheckpoint: some bytes are not what was written; `tensors` hold nothing of use.
+        OSError: some cannot be read, as little.
     """
     folder = step_folder(checkpoint.step)
     pieces = local_pieces(tensors)
@@ -68,14 +69,15 @@ def load_checkpoint(
         check_fits(checkpoint.manifest, needed, grown)
     except ValueError as error:
         raise ValueError(f"checkpoint {catalogue.store.address}/{folder} {error}") from None
-    reason = None
+    problem = None
     try:
         fill(catalogue.store, checkpoint, pieces)
     except (ChunkError, OSError) as error:
-        reason = str(error)
-    reasons = [reason for reason in gather(reason, group) if reason is not None]
-    if reasons:
-        raise catalogue.damaged(checkpoint.step, reasons[0])
+        problem = catalogue.unread(checkpoint.step, error)
+    problems = [problem for problem in gather(problem, group) if problem is not None]
+    if problems:
+        # Damage that one rank has met is damage, whatever keeps another from reading.
+        raise next((problem for problem in problems if isinstance(problem, DamagedCheckpoint)), problems[0])
 
 
 def gather(value: T, group: dist.ProcessGroup) -> list[T]:

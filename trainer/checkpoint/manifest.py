@@ -15,7 +15,7 @@ from trainer.checkpoint.progress import Progress, progress_from_dict
 from trainer.checkpoint.region import Region
 
 FORMAT = 2
-"""Version of the format; a reader refuses a newer one."""
+"""Version of the format; a reader refuses any other."""
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -140,17 +140,22 @@ def _piece_values(piece: StoredPiece) -> dict[str, Any]:
     return values if piece.rows is None else {**values, "rows": asdict(piece.rows)}
 
 
+class OtherFormat(ValueError):
+    """A manifest is whole, but of another version of the format: another code reads it."""
+
+
 def decode(content: bytes) -> Manifest:
     """Read what `Manifest.encode` made.
 
     Raises:
-        ValueError: it is something else, or of a newer format; says what is wrong.
+        OtherFormat: another version of this code wrote it.
+        ValueError: it is something else; says what is wrong.
     """
     try:
         values = json.loads(content)
         if values["format"] != FORMAT:
-            raise ValueError(
-                f"it is of format {values['format']}, written by {values.get('versions')}; this code reads format "
+            raise OtherFormat(
+                f"is of format {values['format']}, written by {values.get('versions')}; this code reads format "
                 f"{FORMAT}: use the code that wrote it"
             )
         return Manifest(

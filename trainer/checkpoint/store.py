@@ -166,7 +166,11 @@ class LocalStore:
 
     def remove(self, folder: str) -> None:
         """Remove a folder and what is in it."""
-        shutil.rmtree(self._root / folder)
+        path = self._root / folder
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def open_store(address: str) -> Store:
