@@ -10,6 +10,8 @@ from pipelines.features import DatasetInfo
 
 DIGEST_LEN = 16
 """Characters of a digest, each 4 bits."""
+ACTIONS = "event.action"
+"""Under which the names of the actions stand among the digests, in the order of their bits; no space has a dot."""
 
 
 def keys_digest(parts: Iterable[pa.Array]) -> str:
@@ -30,8 +32,9 @@ def keys_digest(parts: Iterable[pa.Array]) -> str:
 
 
 def vocabularies(info: DatasetInfo) -> dict[str, str]:
-    """The digest of each space that has one."""
-    return {name: space.digest for name, space in info.spaces.items() if space.digest is not None}
+    """The digest of each space that has one, and the names of the actions."""
+    digests = {name: space.digest for name, space in info.spaces.items() if space.digest is not None}
+    return {**digests, ACTIONS: ", ".join(info.actions)}
 
 
 def earlier_digests(info: DatasetInfo, space: str) -> tuple[str, ...]:
@@ -45,13 +48,19 @@ def grown_spaces(known: Mapping[str, str], info: DatasetInfo) -> set[str]:
 
 
 def check_same_ids(known: Mapping[str, str], info: DatasetInfo, *, data: str, other: str) -> None:
-    """Raise ValueError if ids of `data`, which `info` describes, mean something else than `other` took them for.
+    """Raise ValueError if ids or action bits of `data`, described by `info`, mean something else than to `other`.
 
     `known` holds the digests of `other`; spaces of which one side has no digest cannot be compared.
     """
     for name, digest in vocabularies(info).items():
-        if name in known and known[name] not in (digest, *earlier_digests(info, name)):
+        if name not in known or known[name] in (digest, *earlier_digests(info, name)):
+            continue
+        if name == ACTIONS:
             raise ValueError(
-                f"ids of the space {name!r} mean something else in {data} (digest {digest}) than in {other} (digest "
-                f"{known[name]}): the keys were numbered anew; use data with the old numbers, or start a new run"
+                f"the actions of {data} are {digest}, but those of {other} {known[name]}: a model knows them by their "
+                "places; prepare the data with these, in this order"
             )
+        raise ValueError(
+            f"ids of the space {name!r} mean something else in {data} (digest {digest}) than in {other} (digest "
+            f"{known[name]}): the keys were numbered anew; use data with the old numbers, or start a new run"
+        )

@@ -26,7 +26,6 @@ from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.selection import unread_columns
-from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer, Restart
@@ -50,7 +49,7 @@ from trainer.parallelize import ParallelModel
 from trainer.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
 from trainer.recorder import Recorder
 from trainer.recording import check_recorded
-from trainer.resolve import Resolved, resolve
+from trainer.resolve import Resolved, check_same_meanings, resolve
 from trainer.run_dir import CHANGEABLE, RunDir, locked
 from trainer.run_log import logged
 from trainer.target import parse_target
@@ -85,7 +84,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     mesh, run = discover_mesh(config.context_parallel), RunDir(run_dir)
     run.check_same_run(to_dict(config))
     resolved = resolve(config, dataset_info(config.data))
-    grown = _check_ids(run, resolved)
+    grown = check_same_meanings(run.saved_vocabularies(), resolved, f"the run of {run.path}")
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine), start.plan_file)
     catalogue = open_catalogue(run, config.checkpoint.store)
@@ -204,7 +203,7 @@ class _Session:
 
 def write_settings(run: RunDir, resolved: Resolved, plan: Plan) -> None:
     """Write what the run is made of: its configuration, what its ids mean, and its plan."""
-    run.save_config(to_dict(resolved.config), vocabularies(resolved.info))
+    run.save_config(to_dict(resolved.config), resolved.meanings())
     write_plan(run.plan_file, plan)
 
 
@@ -236,7 +235,7 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
     catalogue = open_catalogue(run, config.checkpoint.store)
     checkpoint = catalogue.choose(step)
     resolved = resolve(config, dataset_info(config.data))
-    grown = _check_ids(run, resolved)
+    grown = check_same_meanings(run.saved_vocabularies(), resolved, f"the run of {run.path}")
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
     file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
     with logged(run, mesh), joined(mesh):
@@ -244,13 +243,6 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
         group = dist.new_group(backend="gloo")
         load_checkpoint(catalogue, checkpoint, model.tensors(), group, grown)
         evaluate(resolved, model, file, mesh, checkpoint.step)
-
-
-def _check_ids(run: RunDir, resolved: Resolved) -> set[str]:
-    """Refuse data whose ids mean something else than the run took them for; returns the tables that have grown."""
-    known, path = run.saved_vocabularies(), resolved.config.data.path
-    check_same_ids(known, resolved.info, data=path, other=f"the run of {run.path}")
-    return grown_spaces(known, resolved.info)
 
 
 def _overridden(trained: TrainConfig, overrides: list[str]) -> TrainConfig:

@@ -2,7 +2,9 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from embeddings.config import TableConfig
 from embeddings.problem import BatchLoad
 from pipelines.columns import IntArray
 from pipelines.features import DatasetInfo
+from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
 from trainer.config import TrainConfig
 from trainer.models.activations import MeanBatch
 from trainer.models.flops import Count, training_flops
@@ -23,6 +26,8 @@ PIPELINED_BATCHES = 3
 """On a device at once: one whose step is taken, one whose ids are exchanged, one that is copied there."""
 EVENT_BYTES = 12
 """Of an event besides its ids: time and actions."""
+INPUTS = "model.input"
+"""Under which the names of a model's columns stand among the digests of vocabularies; no space has a dot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,11 @@ class Resolved:
     `channel_history_lens`, without which every channel counts as if it saw all events."""
     balanced_cost: functools.partial[Count]
     """The same with `data.attention_cost`: how much time a sample takes, by which batches are balanced."""
+
+    def meanings(self) -> dict[str, str]:
+        """What the model knows by its place alone: digests of the ids' keys, names of actions and of columns."""
+        columns = (f"{'+'.join(feature.parts)}.{feature.column}" for feature in self.task.selection.features)
+        return {**vocabularies(self.info), INPUTS: ", ".join(columns)}
 
     def token_count(self, history_lens: IntArray, num_candidates: IntArray) -> IntArray:
         """Tokens that the model makes of samples."""
@@ -112,6 +122,24 @@ def resolve(config: TrainConfig, info: DatasetInfo) -> Resolved:
     )
     _check_lengths(resolved)
     return resolved
+
+
+def check_same_meanings(known: Mapping[str, str], resolved: Resolved, other: str) -> set[str]:
+    """Refuse data that mean something else than what `other`, whose `meanings` are known, was trained on.
+
+    Returns the tables that have grown since.  Raises ValueError with both meanings.
+    """
+    path = resolved.config.data.path
+    check_same_ids(known, resolved.info, data=path, other=other)
+    columns = resolved.meanings()[INPUTS]
+    pairs = zip_longest(columns.split(", "), known.get(INPUTS, columns).split(", "), fillvalue="none")
+    for place, (here, there) in enumerate(pairs, start=1):
+        if here != there:
+            raise ValueError(
+                f"column {place} of those that a model reads is {here} in {path}, but {there} in {other}: a model "
+                "knows columns by their places; prepare the data with the same ones in the same order"
+            )
+    return grown_spaces(known, resolved.info)
 
 
 def make_task(config: TrainConfig, info: DatasetInfo) -> Task:

@@ -20,7 +20,6 @@ from pipelines.features import ITEM_SPACE, UNKNOWN_ID
 from pipelines.keys import read_names
 from pipelines.loader import dataset_info
 from pipelines.requests import InputBuilder, Request
-from pipelines.vocabulary import check_same_ids, grown_spaces
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint
@@ -30,7 +29,7 @@ from trainer.corpus import join_seen
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.next_item import corpus_of
 from trainer.parallelize import ParallelModel
-from trainer.resolve import Resolved, resolve
+from trainer.resolve import Resolved, check_same_meanings, resolve
 from trainer.run_dir import RunDir
 
 
@@ -115,11 +114,10 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
     catalogue, mesh = open_catalogue(run, config.checkpoint.store), discover_mesh()
     checkpoint = catalogue.choose(step)
     resolved, known = resolve(config, dataset_info(config.data)), run.saved_vocabularies()
-    check_same_ids(known, resolved.info, data=config.data.path, other=f"the run of {run.path}")
+    grown = check_same_meanings(known, resolved, f"the run of {run.path}")
     with joined(mesh):
         plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
         model = build_parallel(resolved, plan, mesh)
-        grown = grown_spaces(known, resolved.info)
         load_checkpoint(catalogue, checkpoint, model.tensors(), dist.new_group(backend="gloo"), grown)
         model.module.eval()
         yield Scorer(

@@ -20,7 +20,7 @@ from pipelines.columns import IntArray
 from pipelines.dataset_json import read_dataset_info
 from pipelines.features import DatasetInfo, Space
 from pipelines.keys import key_columns
-from pipelines.vocabulary import earlier_digests, vocabularies
+from pipelines.vocabulary import ACTIONS, earlier_digests, vocabularies
 from trainer.checkpoint.catalogue import Checkpoint, DamagedCheckpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.layout import dtype_name
@@ -75,6 +75,12 @@ class WarmStart:
             raise WrongUse(f"--init-from {run_dir} holds no complete checkpoint")
         self._checkpoint: Checkpoint = newest
         self._all = not only
+        actions = vocabularies(info)[ACTIONS]
+        if self._all and self._known.get(ACTIONS, actions) != actions:
+            raise WrongUse(
+                f"--init-from {run_dir} learnt the actions {self._known[ACTIONS]}, but {path} has {actions}: name what "
+                "means the same here by --init-only, as 'tables/*'"
+            )
         try:
             self._renamings = [renaming(text) for text in only] or [renaming("*")]
             self._sources = self._choose()

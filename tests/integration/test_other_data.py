@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def data_like_the_runs(folder: Path, **item: Any) -> Path:
     """A copy of the small data set, whose space of items is changed so."""
+    return described_otherwise(folder, lambda description: description["spaces"]["item"].update(item))
+
+
+def described_otherwise(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the small data set with a description that was changed."""
     shutil.copytree(small_dataset(), folder)
     description = json.loads((folder / "dataset.json").read_text())
-    description["spaces"]["item"] |= item
+    change(description)
     (folder / "dataset.json").write_text(json.dumps(description))
     return folder
 
@@ -54,6 +60,28 @@ def test_renumbered_items_are_refused_with_both_digests(run_dir: Path, tmp_path:
         assert "ids of the space 'item' mean something else" in line
         assert "0123456789abcdef" in line
         assert digest in line
+
+
+def actions_turned(description: dict[str, Any]) -> None:
+    description["actions"].reverse()
+
+
+def context_turned(description: dict[str, Any]) -> None:
+    description["sample"] = dict(reversed(description["sample"].items()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(actions_turned, "a model knows them by their places"), (context_turned, "a model knows columns by their places")],
+)
+def test_actions_and_columns_in_another_order_are_refused(
+    run_dir: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    turned = described_otherwise(tmp_path / "turned", change)
+    status, line = ended(start_command("evaluate", str(run_dir), "--set", f"data.path={turned}"))
+    assert status == 1
+    assert message in line
+    assert f"the run of {run_dir}" in line
 
 
 def test_an_evaluation_cannot_change_the_model(run_dir: Path) -> None:

@@ -40,7 +40,7 @@ def test_renumbered_ids_are_refused_with_both_digests() -> None:
         plain = made_up_info(num_items=9, actions=("click",))
         return replace(plain, spaces={"item": Space(name="item", rows=9, used=9, digest=digest)})
 
-    assert vocabularies(info("aa")) == {"item": "aa"}
+    assert vocabularies(info("aa")) == {"item": "aa", "event.action": "click"}
     check_same_ids({"item": "aa"}, info("aa"), data="new", other="the run")
     check_same_ids({}, info("aa"), data="new", other="the run")
     check_same_ids({"item": "aa"}, info(None), data="new", other="the run")

@@ -207,6 +207,10 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(trained: tup
     info = read_dataset_info(str(data))
     with pytest.raises(WrongUse, match=r"holds no config\.json"):
         WarmStart(tmp_path, str(data), info, ())
+    turned = replace(info, actions=info.actions[::-1])
+    with pytest.raises(WrongUse, match="name what means the same here by --init-only"):
+        WarmStart(run, str(data), turned, ())
+    assert WarmStart(run, str(data), turned, ("tables/*",))
     spaces = {**info.spaces, "item": replace(info.spaces["item"], digest=None, keys=None, rows=9)}
     warm = WarmStart(run, str(data), replace(info, spaces=spaces), ())
     piece = LivePiece("tables/item", (9, 8), Region((0, 0), (9, 8)), torch.zeros(9, 8))
