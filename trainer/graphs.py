@@ -85,13 +85,15 @@ def _leave_capture(graph: Any, pool: Any) -> None:
 class Recording:
     """A function of nothing, over fixed memory: launched at its first call, recorded at its second, then replayed."""
 
-    def __init__(self, name: str, function: Callable[[], None], graphs: Graphs | None) -> None:
-        """`name` is its own among the recordings of `graphs`; None launches every time."""
+    def __init__(
+        self, name: str, function: Callable[[], None], graphs: Graphs | None, *, launched: bool = False
+    ) -> None:
+        """`name` is its own among the recordings of `graphs`; None launches every time.  `launched`: it was before."""
         self._name, self._function, self._graphs = name, function, graphs
-        self._called = False
+        self._launched = launched
 
     def __call__(self) -> None:
-        replayed = self._called and self._graphs is not None and self._graphs.replay(self._name, self._function)
-        self._called = True
+        replayed = self._launched and self._graphs is not None and self._graphs.replay(self._name, self._function)
+        self._launched = True
         if not replayed:
             self._function()

@@ -5,8 +5,8 @@
 
 What stands between bars is a CUDA graph.  Batches are padded to few sizes (`pipelines.padding`), and everything that
 kernels are given but sizes lies on the device, lengths and seeds of dropout included.  A size's first batch is launched
-as ever, which also loads its kernels; its second is recorded; from then on it is replayed.  All three compute the
-same bits, because they launch the same kernels on the same memory.
+as ever, which also loads its kernels; if there is a second it is recorded, and from then on replayed.  All three
+compute the same bits, because they launch the same kernels on the same memory.
 
 Fixed memory of rows is shared by sizes within a factor of two.  Evaluation launches as ever, without padding.
 
@@ -15,7 +15,7 @@ Applied outside the model, by `record_steps`.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from trainer.resolve import Resolved
 logger = logging.getLogger(__name__)
 
 MAX_SIZES = 64
-"""Sizes that are recorded; batches of others are launched."""
+"""Sizes that are recorded, the first that come again; batches of others are launched."""
 
 
 class _Memory:
@@ -72,7 +72,8 @@ class _Sized:
         self.batch = batch
         self.rows, self.gradients = rows.take(shapes, dtypes), gradients.take(shapes, dtypes)
         self.loss = torch.zeros((), device=self.rows[0].device)
-        self.step: Callable[[], None] = lambda: None
+        self.recording: Recording | None = None
+        """Of their step; None if they are launched."""
 
 
 class RecordedObjective(nn.Module):
@@ -99,6 +100,7 @@ class RecordedObjective(nn.Module):
         self._unused: set[int] = set()
         self._memories = _Memory(first.device), _Memory(first.device)
         self._sized: dict[tuple[int, ...], _Sized] = {}
+        self._seen: set[int] = set()
 
     @property
     def tower(self) -> nn.Module:
@@ -127,7 +129,7 @@ class RecordedObjective(nn.Module):
         sizes = self._padding.sizes(batch)
         sized = self._sized.get(sizes)
         if sized is None:
-            sized = self._sized[sizes] = self._of_size(sizes, batch, counts, values)
+            sized = self._of_size(sizes, batch, counts, values)
         else:
             self._padding.fill(sized.batch, batch)
         pairs = list(zip(sized.rows, counts.values(), strict=True))
@@ -142,7 +144,10 @@ class RecordedObjective(nn.Module):
             for part in torch.split(value.detach(), [count.real for count in each])
         ]
         _copy(zip(places, sources, strict=True))
-        sized.step()
+        if sized.recording is None:
+            self._differentiate(sized, list(counts))
+        else:
+            sized.recording()
         for index, (parameter, gradient) in enumerate(zip(self._parameters_of_tower, self._gradients, strict=True)):
             parameter.grad = None if index in self._unused else gradient
         return sized
@@ -150,15 +155,18 @@ class RecordedObjective(nn.Module):
     def _of_size(
         self, sizes: tuple[int, ...], batch: Any, counts: Mapping[str, Sequence[Count]], values: Sequence[Tensor]
     ) -> _Sized:
-        graphs = self._graphs
-        if graphs is not None and len(self._sized) >= MAX_SIZES:
-            graphs = None
-            logger.warning("batches of sizes %s are launched: %d sizes are recorded already", sizes, MAX_SIZES)
+        """For a batch of no kept size; kept where another was of its size, as long as there are not MAX_SIZES."""
         names, device = list(counts), self._gradients[0].device
         shapes = [(sum(n.padded for n in each), x.shape[1]) for each, x in zip(counts.values(), values, strict=True)]
         kept, dtypes = self._padding.kept(batch, device), self._dtypes(names, values)
         sized = _Sized(kept, shapes, dtypes, *self._memories)
-        sized.step = Recording(f"the step of sizes {sizes}", lambda: self._differentiate(sized, names), graphs)
+        if hash(sizes) in self._seen and len(self._sized) < MAX_SIZES:
+            name = f"the step of sizes {sizes}"
+            sized.recording = Recording(name, lambda: self._differentiate(sized, names), self._graphs, launched=True)
+            self._sized[sizes] = sized
+            if len(self._sized) == MAX_SIZES:
+                logger.warning("%d sizes of batches are recorded, the most: others will be launched", MAX_SIZES)
+        self._seen.add(hash(sizes))
         return sized
 
     def _dtypes(self, names: Sequence[str], values: Sequence[Tensor]) -> list[torch.dtype]:

@@ -19,6 +19,7 @@ from pipelines.padding import Padding, rounded
 from tests.support.batches import random_batch, small_selection
 from tests.support.device_alone import DeviceAlone
 from tests.trainer.models import test_joint, test_ranker, test_retriever
+from trainer import recording
 from trainer.graphs import Graphs, Recording
 from trainer.models.model import Model
 from trainer.models.negatives import retrieval_batch
@@ -118,7 +119,8 @@ def test_padded_steps_have_the_loss_and_gradients_of_the_batch_itself(made: Any,
         parameter.requires_grad_(False)
     expected = [gradients(model, batch) for batch in batches]
     model.objective = RecordedObjective(model.objective, padding, None)
-    for batch, (loss, found) in [*zip(batches, expected, strict=True)] * 2:
+    # The third time, a batch is written over the second.
+    for batch, (loss, found) in [*zip(batches, expected, strict=True)] * 3:
         padded_loss, padded = gradients(model, batch)
         torch.testing.assert_close(padded_loss, loss, rtol=1e-5, atol=1e-7)
         assert padded.keys() >= found.keys()
@@ -135,13 +137,28 @@ def test_rows_that_a_ranker_casts_are_kept_in_the_type_of_computation(name: str)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         expected = [gradients(model, batch.to(DEVICE)) for batch in batches]
         model.objective = RecordedObjective(model.objective, padding, None)
-        for batch, (loss, found) in zip(batches, expected, strict=True):
+        for batch, (loss, found) in [*zip(batches, expected, strict=True)] * 2:
             padded_loss, padded = gradients(model, batch.to(DEVICE))
             torch.testing.assert_close(padded_loss, loss, rtol=1e-2, atol=1e-3)
             for key, value in found.items():
                 torch.testing.assert_close(padded[key], value, rtol=5e-2, atol=5e-3 * float(value.abs().max() + 1))
     kept = {name: x.dtype for name, x in zip(padding.lookups(batches[0]), sized_of(model)[0].rows, strict=True)}
     assert kept["item_id"] == torch.bfloat16 and kept.get("tags", torch.float32) == torch.float32
+
+
+def test_sizes_are_kept_that_come_again_and_no_more_than_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Data of ever new sizes takes no more memory with every step."""
+    monkeypatch.setattr(recording, "MAX_SIZES", 2)
+    model, padding, batches = ranker("paper")
+    model.train()
+    model.objective = RecordedObjective(model.objective, padding, None)
+    assert len({padding.sizes(batch) for batch in batches}) == 4
+    for batch, kept in zip([*batches, batches[2], batches[3], batches[0]], [0, 0, 0, 0, 1, 2, 2, 2], strict=True):
+        gradients(model, batch)
+        assert len(sized_of(model)) == kept
+    assert caplog.text.count("others will be launched") == 1
 
 
 def sized_of(model: Model) -> list[Any]:
@@ -212,11 +229,13 @@ def test_a_replayed_step_shows_nan_and_forgets_it() -> None:
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded runs alone on the meta device, through the code of a GPU: kernels are chosen and not run."""
 
-    def call(recording: Any) -> None:
-        with compiling_together(), torch.autograd.set_multithreading_enabled(False), DeviceAlone():
-            recording._function()
+    differentiate = RecordedObjective._differentiate
 
-    monkeypatch.setattr(Recording, "__call__", call)
+    def alone(*arguments: Any) -> None:
+        with compiling_together(), torch.autograd.set_multithreading_enabled(False), DeviceAlone():
+            differentiate(*arguments)
+
+    monkeypatch.setattr(RecordedObjective, "_differentiate", alone)
     monkeypatch.setattr(interface, "_choose_backend", lambda *_: portable)
     for module in (operations, gather):
         monkeypatch.setattr(module, "layer_backend", lambda _: "triton")
