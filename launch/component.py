@@ -36,6 +36,8 @@ def _role(request: Request) -> Role:
     trainer = ["-m", "trainer", "train", request.recipe, "--run-dir", str(request.absolute_run_dir)]
     if request.plan is not None:
         trainer += ["--plan", str(Path.cwd() / request.plan)]
+    if request.profile is not None:
+        trainer += ["--profile", request.profile]
     for override in request.overrides:
         trainer += ["--set", override]
     node = ["-m", "launch.node", "--nodes", str(request.nodes), "--procs-per-node", str(request.procs_per_node)]

@@ -29,6 +29,10 @@ class Request:
         list[str], typer.Option("--set", metavar="KEY=VALUE ...", help="Change the recipe's values.")
     ] = field(default_factory=list)
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A sharding plan to use.")] = None
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="STEP:COUNT", help="Write a trace of COUNT steps from STEP on, for Chrome and Perfetto."),
+    ] = None
     machine: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Machine type of embeddings/hardware.py, or a .json file; default: P cores."),

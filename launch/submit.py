@@ -19,6 +19,7 @@ from launch.request import Request
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Scheduler
 from launch.workspace import ROOT, check_workspace
+from trainer.command_line import parse_window
 from trainer.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -113,14 +114,16 @@ def check(scheduler: Scheduler, request: Request) -> dict[str, CfgVal]:
     """The request's options in TorchX's form, after checking the request as far as this machine can.
 
     Raises:
-        ValueError: a field has no effect with this scheduler, an option or a mount is malformed, the machine is unknown
-            or too small, or the plan cannot be for this job.
+        ValueError: a field has no effect with this scheduler, an option, a mount or the window of steps to profile is
+            malformed, the machine is unknown or too small, or the plan cannot be for this job.
     """
     for entry in fields(request):
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         if entry.name in scheduler.without_effect and getattr(request, entry.name) != default:
             option = "--" + {"mounts": "mount"}.get(entry.name, entry.name).replace("_", "-")
             raise ValueError(f"{option} has no effect with scheduler {request.scheduler}: leave it out")
+    if request.profile is not None:
+        parse_window(request.profile)
     _check_plan(request, in_container=scheduler.needs_image)
     component.train(request)
     return scheduler.check(request)

@@ -33,14 +33,18 @@ def _train(**changes: Any) -> tuple[AppDef, Role]:
 
 def test_workers_are_a_module_with_an_argument_list() -> None:
     _, role = _train(
-        python="/venv/bin/python", overrides=["data.num_epochs=3", "data.path=b c"], plan=Path("/plans/p.json")
+        python="/venv/bin/python",
+        overrides=["data.num_epochs=3", "data.path=b c"],
+        plan=Path("/plans/p.json"),
+        profile="100:5",
     )
     assert role.entrypoint == "/venv/bin/python"
     split = role.args.index("--")
     node, trainer = role.args[:split], role.args[split + 1 :]
     assert node[:6] == ["-m", "launch.node", "--nodes", "2", "--procs-per-node", "8"]
     assert trainer[:6] == ["-m", "trainer", "train", "kuairand_sample", "--run-dir", "/runs/demo"]
-    assert trainer[6:] == ["--plan", "/plans/p.json", "--set", "data.num_epochs=3", "--set", "data.path=b c"]
+    assert trainer[6:10] == ["--plan", "/plans/p.json", "--profile", "100:5"]
+    assert trainer[10:] == ["--set", "data.num_epochs=3", "--set", "data.path=b c"]
 
 
 def test_one_replica_a_node_asks_for_the_whole_machine() -> None:

@@ -62,6 +62,13 @@ def test_set_takes_several_values(tmp_path: Path) -> None:
     assert "--set data.num_epochs=1 --set embedding_dim=16" in done.stdout
 
 
+def test_steps_to_profile_are_checked_before_anything_is_sent(tmp_path: Path) -> None:
+    done = _launch(*SUBMIT, "--profile", "100", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --profile must be STEP:COUNT")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plan_for_another_job_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text('{"machine": {"world_size": 16}}')
