@@ -29,7 +29,7 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:78rem;margin:0 auto;padding:1
 background:var(--ground);color:var(--text)}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin:2.2rem 0 .6rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
 .quiet,figcaption span{color:var(--quiet);font-weight:normal}
-.runs{position:sticky;top:0;background:var(--ground);border-bottom:1px solid var(--line);z-index:1}
+.runs{position:sticky;top:0;background:var(--ground);border-bottom:1px solid var(--line);margin-bottom:1rem;z-index:1}
 .legend{margin:0;padding:.5rem 0;display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}
 .key{display:inline-flex;align-items:center;gap:.4rem;overflow-wrap:anywhere}.key svg{flex:none}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%%,22rem),1fr));gap:1.2rem 1.6rem}
@@ -39,8 +39,8 @@ figure .legend{font-size:.85rem;padding:0}
 .tick{font-size:11px;fill:var(--quiet)}
 .curve{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dot,.bar{fill:var(--c)}.band{fill:var(--c);opacity:.16}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.28rem .8rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-thead th{color:var(--quiet);font-weight:600;vertical-align:bottom}
+th,td{padding:.28rem .65rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+thead th{color:var(--quiet);font-weight:600;vertical-align:bottom;white-space:normal}
 .named td:nth-child(2),.named th:nth-child(2),th:first-child{text-align:left}th:first-child{padding-left:.4rem}
 tbody th{font-weight:normal}
 .words td,.words th,.summary td:last-child,.summary th:last-child{text-align:left;white-space:normal;

@@ -45,8 +45,8 @@ def plan_section(plan: Plan) -> str:
     fullest, room = max(rank.memory_bytes for rank in plan.ranks), plan.available_bytes
     text = (
         f"<p>{len(plan.ranks):,} rank{'s' * (len(plan.ranks) > 1)}. The fullest holds {size_text(fullest)} of the "
-        f"{size_text(room)} that tables may use; tables take {plan.step_ms:.3g} ms of a step (the planner's "
-        "estimates).</p>"
+        f"{size_text(room)} that tables may use; tables take {plan.step_ms:.3g} ms of a step, "
+        f"{plan.fixed_ms:.3g} ms of them fixed costs, the same on every rank (the planner's estimates).</p>"
     )
     bars = _bars("memory a rank", _MEMORY, plan.ranks, _bytes) + _bars("time a rank", _TIME, plan.ranks, _milliseconds)
     if any(rank.host_bytes for rank in plan.ranks):
