@@ -188,14 +188,12 @@ def _four(value: float) -> str:
 _WHOLE = ("--leave-last", "1", "--candidates", "1")
 _PIECES = ("--leave-last", "1", "--samples-per-user", "0", "--candidates", "199")
 _LONG = (*_PIECES, "--train-history", "1", "--max-history", "199")
-_DRAWN = ("model.retrieval.num_negatives=128", "model.retrieval.share_negatives=false")
 ML1M = NextItem(
     dataset="movielens",
     orders=("gr", "log"),
     rows=(
         Row(recipe="ml1m_sasrec", prepare=_WHOLE, published=(0.2853, 0.1603)),
         Row(recipe="ml1m_hstu", prepare=_WHOLE, published=(0.3097, 0.1720)),
-        Row(recipe="ml1m_hstu", other="128 drawn films", prepare=_WHOLE, settings=_DRAWN),
         Row(recipe="ml1m_hstu_large", prepare=_WHOLE, published=(0.3294, 0.1893)),
         Row(recipe="ml1m_longview", prepare=_LONG),
     ),

@@ -112,14 +112,16 @@ def _unfit_nodes(mesh: Mesh, store: Store) -> Iterator[str]:
 
 
 def check_kernels(device: torch.device, layers: Collection[LayerConfig], dtype: torch.dtype) -> None:
-    """On a GPU, compare the attention kernels with their reference, for the heads and the type of these layers: a
-    compiler or driver may miscompile them.
+    """On a GPU, compare the attention kernels with their reference, for the heads and the type of the layers that have
+    them: a compiler or driver may miscompile them.
 
     Raises:
         KernelMismatchError: they differ; the message names the versions.
     """
     if device.type == "cuda":
-        for key_size, value_size in sorted({(layer.qk_dim, layer.value_dim) for layer in layers}):
+        # Other layers are plain PyTorch.
+        having = [layer for layer in layers if layer.is_hstu and layer.relative_bias is None]
+        for key_size, value_size in sorted({(layer.qk_dim, layer.value_dim) for layer in having}):
             check_attention(device, dtype, key_size, value_size)
             logger.info(
                 "attention kernels agree with their reference: %s, heads of %d, %d", dtype, key_size, value_size

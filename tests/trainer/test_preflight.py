@@ -18,7 +18,9 @@ from trainer import preflight
 from trainer import slow_ranks as slow_ranks_module
 from trainer.fitness import UnfitNodes, facts_here
 from trainer.mesh import Mesh, joined
-from trainer.preflight import check_fp8, check_nodes
+from trainer.models.config import LayerConfig
+from trainer.models.relative_config import RelativeBiasConfig
+from trainer.preflight import check_fp8, check_kernels, check_nodes
 from trainer.slow_ranks import check_ranks, rounds, slow_ranks
 
 
@@ -31,6 +33,15 @@ def test_fp8_is_refused_on_a_gpu_without_it_before_anything_runs(monkeypatch: py
     check_fp8(torch.device("cpu"))
     capability = (9, 0)
     check_fp8(torch.device("cuda"))
+
+
+def test_only_layers_that_have_the_attention_kernels_wait_for_their_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    monkeypatch.setattr(preflight, "check_attention", lambda device, dtype, key, value: checked.append(key))
+    plain = LayerConfig(qk_dim=32)
+    others = LayerConfig(relative_bias=RelativeBiasConfig()), LayerConfig(variant="softmax")
+    check_kernels(torch.device("cuda"), [plain, *others, plain], torch.bfloat16)
+    assert checked == [32]
 
 
 def test_slow_ranks_are_named_with_their_host() -> None:

@@ -32,6 +32,8 @@ class LayerConfig:
     """Norm of the attention output: over all heads together, or over each head by itself."""
     norm_eps: float = 1e-6
     """Added to the variance in both norms."""
+    initial_std: float | None = None
+    """Standard deviation of the initial values of the product that makes U, V, Q and K; null for Xavier's."""
     dropout: float = 0.0
     """Probability of zeroing an input of the output product while training."""
     stochastic_depth: float = 0.0
@@ -72,10 +74,10 @@ class LayerConfig:
             )
         if self.relative_bias is not None and self.stochastic_depth:
             raise ValueError("layer.stochastic_depth has no effect with layer.relative_bias: set it to 0")
-        if self.scale is not None and self.scale <= 0:
-            raise ValueError(f"layer.scale must be above 0, or null for 1 / sqrt(qk_dim), got {self.scale}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"layer.norm_eps must be above 0, got {self.norm_eps}")
+        for name in ("scale", "norm_eps", "initial_std"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"layer.{name} must be above 0, got {value}")
 
     @property
     def is_hstu(self) -> bool:

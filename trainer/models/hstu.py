@@ -48,7 +48,10 @@ class HstuLayer(nn.Module):
         self.output_norm_weight = nn.Parameter(torch.ones(spec.gate_width))
         self.output_norm_bias = nn.Parameter(torch.zeros(spec.gate_width))
         self.output_weight = nn.Parameter(torch.empty(spec.output_inputs(dim), dim))
-        nn.init.xavier_uniform_(self.uvqk_weight)
+        if spec.initial_std is None:
+            nn.init.xavier_uniform_(self.uvqk_weight)
+        else:
+            nn.init.normal_(self.uvqk_weight, std=spec.initial_std)
         nn.init.xavier_uniform_(self.output_weight)
 
     def forward(
@@ -251,6 +254,7 @@ def build_layer_spec(layer: LayerConfig, *, max_len: int) -> LayerSpec:
         production=layer.variant == "production",
         group_norm=layer.norm == "group",
         norm_eps=layer.norm_eps,
+        initial_std=layer.initial_std,
         dropout=layer.dropout,
         recompute_normed=layer.recompute_normed,
         recompute_uvqk=layer.recompute_uvqk,

@@ -33,6 +33,8 @@ class LayerSpec:
     group_norm: bool = False
     """Norm of the attention output a head instead of over all heads."""
     norm_eps: float = 1e-6
+    initial_std: float | None = None
+    """Of the fused product's initial values; None for Xavier's."""
     dropout: float = 0.0
     recompute_normed: bool = True
     recompute_uvqk: bool = True

@@ -60,19 +60,18 @@ class SoftmaxLayer(nn.Module):
 
 
 class SoftmaxTower(nn.Module):
-    """Layers over one packed batch of sequences whose events all see their whole past, and a norm behind the last."""
+    """Layers over one packed batch of sequences whose events all see their whole past."""
 
     def __init__(self, *, dim: int, layer: LayerConfig, num_layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(SoftmaxLayer(dim=dim, layer=layer) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim, eps=layer.norm_eps)
         linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
         for linear in linears:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
-        """The last layer's output at every event, normed.  Attention here knows no `times`."""
+        """The last layer's output at every event.  Attention here knows no `times`."""
         return self._outputs(x_TD, rectangle_of(layout), None)
 
     def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
@@ -87,8 +86,7 @@ class SoftmaxTower(nn.Module):
     def _outputs(self, x_TD: Tensor, rectangle: Rectangle, mask_B1NN: Tensor | None) -> Tensor:
         for layer in self.layers:
             x_TD = layer(x_TD, rectangle, mask_B1NN)
-        normed_TD: Tensor = self.norm(x_TD)
-        return normed_TD.to(compute_dtype(x_TD))
+        return x_TD.to(compute_dtype(x_TD))
 
 
 def ranker_mask(layout: SequenceLayout, rectangle: Rectangle) -> Tensor:

@@ -179,6 +179,14 @@ def test_fused_kernels_equal_the_plain_layer(name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_products_begin_as_large_as_stated() -> None:
+    spec = LayerSpec(num_heads=2, qk_dim=32, value_dim=32, max_len=30)
+    of_xavier, stated = (HstuLayer(dim=64, spec=replace(spec, initial_std=std)) for std in (None, 0.02))
+    # Xavier's have a variance of 2 / (64 + 256); a deviation of 16,384 values is known to 2% at four of its own.
+    assert of_xavier.uvqk_weight.std().item() == pytest.approx(320**-0.5 * 2**0.5, rel=0.03)
+    assert stated.uvqk_weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
 @pytest.mark.parametrize("production", [False, True])
 def test_bfloat16_is_as_good_as_plain_pytorch(production: bool) -> None:
     """Errors against float64 at most twice those of the plain layer in bfloat16, and the same bits with and without
