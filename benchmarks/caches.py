@@ -283,9 +283,9 @@ class Run:
         self.module.train()
         return loss
 
-    def losses(self) -> tuple[Tensor, float]:
+    def losses(self, drawn: list[Batch]) -> tuple[Tensor, float]:
         """Of every step and evaluation; ms of a step, those before it is warm left out."""
-        batches = in_turn(drawn_batches(self.training), self.training.steps)
+        batches = in_turn(drawn, self.training.steps)
         every, losses, start = self.training.evaluated_every, [], 0.0
         evaluations: list[Tensor] = []
         while True:
@@ -318,7 +318,7 @@ def in_turn(batches: list[Batch], steps: int) -> Iterator[Batch]:
 def trained(machine: Machine, *, training: Training, way: str) -> Iterator[tuple[str, Any]]:
     """The losses of all steps in one way, as a digest, and the time of a step."""
     del machine
-    losses, ms = Run(training, *WAYS[way]).losses()
+    losses, ms = Run(training, *WAYS[way]).losses(drawn_batches(training))
     yield "steps", training.steps
     yield "step_ms", ms
     yield "finite", bool(losses.isfinite().all())
@@ -331,13 +331,14 @@ def trained(machine: Machine, *, training: Training, way: str) -> Iterator[tuple
 def large(machine: Machine) -> Iterator[tuple[str, Any]]:
     """A table of twice the memory that is left, and what was planned and held of it."""
     del machine
+    drawn = drawn_batches(LARGE)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(int(free - FREE_GIB * 2**30), dtype=torch.uint8, device=DEVICE)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run = Run(LARGE, *WAYS["prefetched"])
-    losses, _ = run.losses()
+    losses, _ = run.losses(drawn)
     yield "free_gib", FREE_GIB
     yield "table_gib", LARGE.table.weight_bytes / 2**30
     yield "steps", LARGE.steps

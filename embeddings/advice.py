@@ -1,16 +1,19 @@
 """What is missing where tables do not fit, and what would help: every fix is planned before it is named."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from embeddings.config import KERNELS, ComputeKernel
 from embeddings.machine import Machine
-from embeddings.options import table_options
+from embeddings.options import Option, table_options
 from embeddings.packing import Packer, Packing, make_packer
 from embeddings.plan import size_text
 from embeddings.problem import Problem
 from embeddings.search import fits
+
+Options = Sequence[Sequence[Option]]
+"""Of each table."""
 
 MOST_TIMES = 64
 """Of ranks or memory that are there, a fix asks for at most so many times as much."""
@@ -43,7 +46,7 @@ def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> str:
                 f"rank {rank} needs {size_text(int(load[rank]))} of {where}, {size_text(int(load[rank]) - room)} more "
                 f"than the {size_text(room)} that are there for tables"
             )
-    fixes = list(_fixes(problem)) or [_no_single_fix(problem)]
+    fixes = list(_fixes(problem, packer.options)) or [_no_single_fix(problem)]
     return (
         f"the tables do not fit on {problem.machine.describe()}: {' and '.join(lacks)}; they need "
         f"{size_text(sum(needs))} in all, {size_text(available * ranks)} are there; largest: {names}; "
@@ -51,8 +54,9 @@ def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> str:
     )
 
 
-def _fixes(problem: Problem) -> Iterable[str]:
-    """Single changes under which the tables fit, each planned."""
+def _fixes(problem: Problem, options: Options) -> Iterable[str]:
+    """Single changes under which the tables fit, each planned.  `options` are the tables' on these ranks, however much
+    memory they have."""
     machine, placement = problem.machine, problem.placement
     free = {name: replace(constraint, sharding_types=None) for name, constraint in placement.tables.items()}
     if free != placement.tables and _fits(problem.with_placement(replace(placement, tables=free))):
@@ -65,16 +69,16 @@ def _fixes(problem: Problem) -> Iterable[str]:
     ranks = _least(machine.local_world_size, machine.world_size, lambda n: problem.on(replace(machine, world_size=n)))
     if ranks is not None:
         yield f"use more ranks (at least {ranks})"
-    gib = _least(1, math.floor(machine.memory_gib), lambda n: problem.on(_with_memory(problem, n)))
+    gib = _least(1, math.floor(machine.memory_gib), lambda n: problem.on(_with_memory(problem, n)), options)
     if gib is not None:
         yield f"use ranks with more memory (at least {gib} GiB)"
-    yield from _host_fixes(problem)
-    lowered = _lowest_reservation(problem)
+    yield from _host_fixes(problem, options)
+    lowered = _lowest_reservation(problem, options)
     if lowered is not None:
         yield f"lower placement.reserved_fraction (to {lowered:g})"
 
 
-def _host_fixes(problem: Problem) -> Iterable[str]:
+def _host_fixes(problem: Problem, options: Options) -> Iterable[str]:
     """Rows in host memory, or more of that."""
     machine, placement = problem.machine, problem.placement
     if machine.compute_device != "cuda":
@@ -86,17 +90,17 @@ def _host_fixes(problem: Problem) -> Iterable[str]:
                 yield f"keep cold rows in host memory (add {kernel} to placement.compute_kernels)"
                 return
     if any(kernel != "fused" for kernel in placement.compute_kernels):
-        gib = _least(1, math.floor(machine.ddr_gib), lambda n: problem.on(replace(machine, ddr_gib=float(n))))
+        gib = _least(1, math.floor(machine.ddr_gib), lambda n: problem.on(replace(machine, ddr_gib=float(n))), options)
         if gib is not None:
             yield f"use nodes with more host memory (at least {gib} GiB a rank)"
 
 
-def _lowest_reservation(problem: Problem) -> float | None:
+def _lowest_reservation(problem: Problem, options: Options) -> float | None:
     """The highest lower reserved fraction of 0.1, 0.05 and 0 with which the tables fit."""
     for fraction in (0.1, 0.05, 0.0):
         if fraction < problem.placement.reserved_fraction:
             changed = problem.with_placement(replace(problem.placement, reserved_fraction=fraction))
-            if _fits(changed):
+            if _fits(changed, options):
                 return fraction
     return None
 
@@ -120,16 +124,16 @@ def _no_single_fix(problem: Problem) -> str:
     )
 
 
-def _least(step: int, there: int, changed: Callable[[int], Problem]) -> int | None:
+def _least(step: int, there: int, changed: Callable[[int], Problem], options: Options | None = None) -> int | None:
     """The least multiple of `step` above `there` with which the tables fit, as far as bisection finds it."""
     low, high = there // step, there // step + 1
-    while not _fits(changed(high * step)):
+    while not _fits(changed(high * step), options):
         low, high = high, high * 2
         if high * step > MOST_TIMES * max(there, step):
             return None
     while low + 1 < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if _fits(changed(middle * step)) else (middle, high)
+        low, high = (low, middle) if _fits(changed(middle * step), options) else (middle, high)
     return high * step
 
 
@@ -140,8 +144,8 @@ def _with_memory(problem: Problem, gib: int) -> Machine:
     return replace(machine, hbm_gib=float(gib))
 
 
-def _fits(problem: Problem) -> bool:
-    """Whether the planner finds a plan."""
+def _fits(problem: Problem, options: Options | None = None) -> bool:
+    """Whether the planner finds a plan; with the options of another machine's problem, if they are the same here."""
     if problem.available_bytes <= 0:
         return False
-    return fits(make_packer(problem, table_options(problem)))
+    return fits(make_packer(problem, table_options(problem) if options is None else options))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from embeddings.hardware import CPU_RATES, GPUS, NodeType, Rates
 
@@ -53,10 +54,7 @@ class Machine:
     @property
     def nearest_gpu(self) -> str | None:
         """The known GPU whose memory is nearest; its bandwidths stand in for this machine's.  None for a cpu."""
-        memory = self.hbm_gib
-        if memory is None:
-            return None
-        return min(GPUS, key=lambda name: abs(GPUS[name].hbm_gib - memory))
+        return None if self.hbm_gib is None else _nearest_gpu(self.hbm_gib)
 
     @property
     def effective_rates(self) -> Rates:
@@ -89,6 +87,11 @@ class Machine:
             f"{self.world_size} {self.compute_device} ranks ({nodes} x {self.local_world_size}{racks}), "
             f"{self.memory_gib:g} GiB each{like}"
         )
+
+
+@lru_cache
+def _nearest_gpu(memory_gib: float) -> str:
+    return min(GPUS, key=lambda name: abs(GPUS[name].hbm_gib - memory_gib))
 
 
 def cluster(node: NodeType, ranks: int) -> Machine:

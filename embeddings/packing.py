@@ -65,18 +65,25 @@ class Packer:
 
     def pack(self, choice: Choice) -> Packing:
         """Deal out `choice` by time, which balances better; if that does not fit, by size, which fits more."""
-        loads = self._spread_loads(choice)
-        pieces = [
+        by_time = sorted(self._pieces(choice), key=lambda p: (-p[2].ms, -p[2].memory_bytes, p[0], p[1]))
+        packing = self._deal(choice, by_time)
+        if not packing.rating[0] or not self._has_room(choice):
+            return packing
+        return min(packing, self.pack_by_size(choice), key=lambda packing: packing.rating)
+
+    def pack_by_size(self, choice: Choice) -> Packing:
+        """Deal out `choice`, the largest first."""
+        pieces = self._pieces(choice)
+        return self._deal(
+            choice, sorted(pieces, key=lambda p: (-p[2].memory_bytes - p[2].host_bytes, -p[2].ms, p[0], p[1]))
+        )
+
+    def _pieces(self, choice: Choice) -> list[tuple[int, int, ShardCost]]:
+        return [
             (i, number, cost)
             for i, option in enumerate(choice)
             for number, cost in enumerate(self.options[i][option].pieces)
         ]
-        by_time = sorted(pieces, key=lambda p: (-p[2].ms, -p[2].memory_bytes, p[0], p[1]))
-        packing = self._deal(choice, by_time, loads)
-        if not packing.rating[0] or not self._has_room(choice):
-            return packing
-        by_size = sorted(pieces, key=lambda p: (-p[2].memory_bytes - p[2].host_bytes, -p[2].ms, p[0], p[1]))
-        return min(packing, self._deal(choice, by_size, loads), key=lambda packing: packing.rating)
 
     def _has_room(self, choice: Choice) -> bool:
         """Whether all ranks' memory together would hold the tables."""
@@ -116,12 +123,12 @@ class Packer:
                 start += count
         return np.cumsum(np.array([ms, memory, host], dtype=np.float64)[:, :-1], axis=1)
 
-    def _deal(self, choice: Choice, order: Sequence[tuple[int, int, ShardCost]], loads: Loads) -> Packing:
+    def _deal(self, choice: Choice, order: Sequence[tuple[int, int, ShardCost]]) -> Packing:
         """Give each block of `order` to the least loaded rank where it fits; else to the one with most room.
 
         Blocks of one table go to different ranks.
         """
-        loads = loads[:, self._ranks]
+        loads = self._spread_loads(choice)[:, self._ranks]
         ms, memory, host = loads
         places_of = {i: [-1] * len(self.options[i][choice[i]].pieces) for i, _, _ in order}
         for i, number, cost in order:

@@ -12,44 +12,67 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, combinations, pairwise
 
 from embeddings.options import Option
-from embeddings.packing import Packer, Packing
+from embeddings.packing import Choice, Packer, Packing, Rating
 
 MAX_SINGLE_CHANGES = 512
 """Single-table changes tried, for up to 1,000 tables; fewer for more, in proportion."""
 
+MAX_SEARCHED_TABLES = 1000
+"""Up to so many tables, what a few packings find no room for is searched for."""
+
 REFINED = 2
 """Sets of kinds that are searched finely, the best ones of a coarse search."""
+
+_LARGE_PARTS = (1 / 16, 1 / 4, 0.0)
+"""Of a rank's memory that a block takes: what is more is large, where tables hardly fit."""
+_FILLED = (1.0, 0.9)
+"""Parts of all device memory that tables stay in while some go to host memory: blocks never fill all ranks alike."""
 
 Allowed = Sequence[Sequence[int]]
 """For each table, the indices of the options that it may have."""
 
 
+def _rating(packing: Packing) -> Rating:
+    return packing.rating
+
+
 def _best(packings: Iterable[Packing]) -> Packing:
-    return min(packings, key=lambda packing: packing.rating)
+    return min(packings, key=_rating)
 
 
 def best_packing(packer: Packer) -> Packing:
     """The best placement found.  It does not fit if its rating begins with more than 0 bytes."""
-    if not _may_fit(packer, [range(len(table)) for table in packer.options]):
-        return _least_lacking(packer)
-    allowed = _fitting(packer)
-    if allowed is None:
-        start = _best(_best_choice(packer, allowed) for allowed in _levels(packer))
-    else:
-        start = _best_choice(packer, allowed)
-    return _change_single_tables(packer, start)
+    if not _could_fit(packer):
+        return _tightest(packer)
+    found = _fitting(packer)
+    if found is not None:
+        allowed, fitting = found
+        return _change_single_tables(packer, min(_best_choice(packer, allowed), fitting, key=_rating))
+    tightest = _tightest(packer)
+    if tightest.rating[0] and len(packer.options) > MAX_SEARCHED_TABLES:
+        return tightest
+    return _change_single_tables(packer, min(tightest, *_best_of_levels(packer), key=_rating))
 
 
 def fits(packer: Packer) -> bool:
-    """Whether there is a placement that fits, as far as can be told without looking for a good one."""
-    return _fitting(packer) is not None
+    """Whether there is a placement that fits, as far as a few packings tell: `best_packing` then finds one."""
+    return _could_fit(packer) and not _tightest(packer).rating[0]
 
 
-def _fitting(packer: Packer) -> Allowed | None:
-    """Options of which some choice fits: those of the fastest kernels, for as many tables as possible."""
+def _could_fit(packer: Packer) -> bool:
+    return _may_fit(packer, [range(len(table)) for table in packer.options])
+
+
+def _best_of_levels(packer: Packer) -> list[Packing]:
+    return [_best_choice(packer, allowed) for allowed in _levels(packer)]
+
+
+def _fitting(packer: Packer) -> tuple[Allowed, Packing] | None:
+    """Options of which some choice fits, and that: those of the fastest kernels, for as many tables as possible."""
     levels = list(_levels(packer))
-    if _first_fit(packer, levels[0]) is not None:
-        return levels[0]
+    fitting = _first_fit(packer, levels[0])
+    if fitting is not None:
+        return levels[0], fitting
     mixed = (_as_few_as_needed(packer, faster, slower) for faster, slower in pairwise(levels))
     return next((allowed for allowed in mixed if allowed is not None), None)
 
@@ -68,24 +91,56 @@ def _levels(packer: Packer) -> Iterable[Allowed]:
         allowed = slower
 
 
-def _least_lacking(packer: Packer) -> Packing:
-    """For tables that cannot fit: all in their smallest blocks, the coldest on their slowest kernel as far as device
-    memory is short."""
+def _tightest(packer: Packer) -> Packing:
+    """The placement that leaves least over of what fits, by a few packings: the coldest tables on their slowest kernel
+    as far as device memory is short, tables that are large beside a rank's memory on all ranks, the others dealt out by
+    size, so that they fill what is left to within one of them."""
     levels = list(_levels(packer))
+    tried: list[Packing] = []
+    for choice in _tight_choices(packer, levels[0], levels[-1]):
+        tried.append(packer.pack_by_size(choice))
+        if not tried[-1].rating[0]:
+            break
+    return _best(tried)
+
+
+def _tight_choices(packer: Packer, fastest: Allowed, slowest: Allowed) -> list[Choice]:
+    """For tables on these kernels, the coldest on the slower ones as far as device memory is short."""
+    parts = _FILLED if fastest != slowest else _FILLED[:1]
+    return list(
+        dict.fromkeys(
+            _tight_choice(packer, (fastest, slowest), large, filled) for filled in parts for large in _LARGE_PARTS
+        )
+    )
+
+
+def _tight_choice(packer: Packer, levels: tuple[Allowed, Allowed], large_part: float, filled: float) -> Choice:
     choice, slowest = (
-        [
-            min(indices, key=lambda index: table[index].largest.memory_bytes)
-            for table, indices in zip(packer.options, allowed, strict=True)
-        ]
-        for allowed in (levels[0], levels[-1])
+        [_tight_option(packer, i, indices, large_part) for i, indices in enumerate(allowed)] for allowed in levels
     )
     device_bytes = sum(table[index].total_bytes[0] for table, index in zip(packer.options, choice, strict=True))
-    for i in _coldest_first(packer, levels[0]):
-        if device_bytes > packer.room[0]:
+    room = filled * packer.room[0]
+    for i in _coldest_first(packer, levels[0]) if device_bytes > room else ():
+        if device_bytes > room:
             table = packer.options[i]
             device_bytes -= table[choice[i]].total_bytes[0] - table[slowest[i]].total_bytes[0]
             choice[i] = slowest[i]
-    return packer.pack(tuple(choice))
+    return tuple(choice)
+
+
+def _tight_option(packer: Packer, table: int, indices: Sequence[int], large_part: float) -> int:
+    """Of a table's options the one that can be dealt out with least memory, or if its block is large beside a rank's
+    memory, the one with the smallest block."""
+    options = packer.options[table]
+    dealt = [index for index in indices if options[index].pieces]
+    if dealt:
+        index = min(dealt, key=lambda index: (sum(options[index].total_bytes), index))
+        block = options[index].largest
+        if block.memory_bytes <= large_part * packer.memory_bytes and block.host_bytes <= large_part * max(
+            packer.host_bytes, 0
+        ):
+            return index
+    return min(indices, key=lambda index: (options[index].largest.memory_bytes, options[index].largest.host_bytes))
 
 
 def _fastest_kernels(table: Sequence[Option]) -> list[int]:
@@ -111,6 +166,10 @@ def _first_fit(packer: Packer, allowed: Allowed) -> Packing | None:
     """The first of these choices that fits; None if none does."""
     if not _may_fit(packer, allowed):
         return None
+    tight = (packer.pack_by_size(choice) for choice in _tight_choices(packer, allowed, allowed))
+    fitting = next((packing for packing in tight if not packing.rating[0]), None)
+    if fitting is not None or len(allowed) > MAX_SEARCHED_TABLES:
+        return fitting
     searches = []
     for search in _searches(packer, allowed):
         searches.append(search)
@@ -222,9 +281,9 @@ def _spread_counts(largest: int) -> list[int]:
     return sorted(counts)
 
 
-def _as_few_as_needed(packer: Packer, faster: Allowed, slower: Allowed) -> Allowed | None:
-    """`faster`, but `slower` for as few tables as needed to fit, first those with most bytes for their time; None where
-    no number of them was found."""
+def _as_few_as_needed(packer: Packer, faster: Allowed, slower: Allowed) -> tuple[Allowed, Packing] | None:
+    """`faster`, but `slower` for as few tables as needed to fit, first those with most bytes for their time, and what
+    fits; None where no number of them was found."""
     order = _coldest_first(packer, faster)
 
     def mixed(count: int) -> Allowed:
@@ -236,14 +295,14 @@ def _as_few_as_needed(packer: Packer, faster: Allowed, slower: Allowed) -> Allow
     first = bisect_left(counts, True, key=lambda count: _needs(packer, mixed(count))[0] <= device_room)
     end = bisect_left(counts, True, key=lambda count: _needs(packer, mixed(count))[1] > host_room)
     tried = [first + (end - 1 - first) * quarters // 4 for quarters in (4, 3, 2, 1, 0)] if first < end else []
-    fitting = next((count for count in tried if _first_fit(packer, mixed(count)) is not None), None)
-    if fitting is None:
-        return None
-    low, high = first - 1, fitting
-    while low + 1 < high:
+    fits = ((count, _first_fit(packer, mixed(count))) for count in tried)
+    high, found = next(((count, packing) for count, packing in fits if packing is not None), (0, None))
+    low = first - 1
+    while found is not None and low + 1 < high:
         middle = (low + high) // 2
-        low, high = (middle, high) if _first_fit(packer, mixed(middle)) is None else (low, middle)
-    return mixed(high)
+        packing = _first_fit(packer, mixed(middle))
+        low, high, found = (middle, high, found) if packing is None else (low, middle, packing)
+    return None if found is None else (mixed(high), found)
 
 
 def _coldest_first(packer: Packer, allowed: Allowed) -> list[int]:

@@ -359,3 +359,16 @@ def test_an_exchange_goes_at_the_rate_of_its_slowest_link() -> None:
     assert [machine.exchange_rate for machine in (node, nodes, racks, unknown)] == [400, 50, 10, 50]
     with pytest.raises(ValueError, match="racks=5 must be between 1 and the number of nodes, 4"):
         replace(nodes, racks=5)
+
+
+def test_a_large_refusal_takes_few_packings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all fixes planned: what would be a search for a plan is a few packings of what is tightest."""
+    made = []
+    original = Packer.pack_by_size
+    monkeypatch.setattr(Packer, "pack_by_size", lambda self, choice: made.append(1) or original(self, choice))
+    monkeypatch.setattr(Packer, "pack", lambda *_: pytest.fail("a refusal looks for no good plan"))
+    tables = [table(f"t{i}", 1000 + 9973 * i, dim=128) for i in range(1500)]
+    machine = replace(GPUS_16, world_size=256, hbm_gib=16.0)
+    with pytest.raises(ValueError, match="or use ranks with more memory"):
+        plan(tables, machine=machine)
+    assert len(made) < 150
