@@ -18,7 +18,7 @@ from launch import component, records
 from launch.request import Request
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Scheduler
-from launch.workspace import ROOT, check_workspace
+from launch.workspace import ROOT, check_workspace, share_with_older
 from trainer.command_line import parse_window
 from trainer.run_dir import RunDir
 
@@ -77,7 +77,10 @@ class Connection:
             code_dir.parent.mkdir(parents=True, exist_ok=True)
             options = options | {"job_dir": str(code_dir)}
         started = time.time()
-        handle: str = self.runner.schedule(self.runner.dryrun(app, base.scheduler, cfg=options, workspace=workspace))
+        built = self.runner.dryrun(app, base.scheduler, cfg=options, workspace=workspace)
+        if code_dir is not None and workspace is not None:
+            share_with_older(code_dir)
+        handle: str = self.runner.schedule(built)
         sent = []
         for number, request in enumerate(requests):
             job_dir = self.scheduler.job_dir(request, name)

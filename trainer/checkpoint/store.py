@@ -69,7 +69,7 @@ class DrainedFile(FileIO):
 
     def __init__(self, path: Path) -> None:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="drain")
-        super().__init__(path, "wb")
+        super().__init__(str(path), "wb")  # as errors show it
         self._under_way: Future[None] | None = None
         self._drained = self._written = 0
 
