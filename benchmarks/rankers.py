@@ -13,15 +13,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
-from benchmarks.made_up_logs import KINDS
-from benchmarks.own_log import MADE_UP_COLUMNS
 from benchmarks.trainings import Asked, Trained, Training, prepare, seeded, train_all
 from trainer.recorder import peak_flops
 
 RECIPE = "own_log"
+RATES = "rates of items and users"
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """97.5% quantiles of Student's t by the number of seeds."""
 
@@ -39,19 +37,11 @@ class Log:
     """What is predicted and shown."""
     telling: str
     """An action that tells more than most events do, `$TELLING` in settings."""
-    made_up: tuple[str, int] | None = None
-    """Kind and events of a log that is made here (`benchmarks.made_up_logs`)."""
 
     def prepared(self, asked: Asked) -> Path:
         """The prepared data, made if it is not there."""
-        source, out = asked.source / self.folder, asked.work / "data" / self.folder
-        if self.made_up is not None:
-            kind, num_events = self.made_up
-            source = asked.work / "logs" / self.folder
-            if not source.is_dir():
-                source.mkdir(parents=True)
-                pq.write_table(KINDS[kind](num_events, 0), source / "log.parquet")
-        prepare(out, [self.prepare[0], "--source", str(source), *self.prepare[1:]])
+        out = asked.work / "data" / self.folder
+        prepare(out, [self.prepare[0], "--source", str(asked.source / self.folder), *self.prepare[1:]])
         return out
 
 
@@ -76,12 +66,12 @@ class Rankers:
         runs = [
             (log, name, self.training(log, name, seed, asked, data[log.name]))
             for log in self._logs(asked)
-            for seed in range(asked.seeds)
             for name in self.names
             if name in asked.rows
+            for seed in range(asked.seeds)
         ]
         trained = train_all([run for _, _, run in runs], asked.jobs, asked.limit_s)
-        logs = report.setdefault("logs", {})
+        logs, rates = report.setdefault("logs", {}), report.setdefault("rates", {})
         for log in self._logs(asked):
             rows = logs.get(log.name, {})
             for name in asked.rows:
@@ -89,6 +79,9 @@ class Rankers:
                 own = [(run, each) for (place, row, run), each in pairs if (place, row) == (log, name)]
                 rows[name] = _result(log, [pair for pair in own if pair[1].seconds is not None], asked.jobs)
             logs[log.name] = {name: rows[name] for name in self.names if name in rows}
+            done = [each for (place, _, _), each in zip(runs, trained, strict=True) if place == log and each.seconds]
+            if done:
+                rates[log.name] = _of_rates(log, done[0])
 
     def _logs(self, asked: Asked) -> list[Log]:
         return [log for log in self.logs if not asked.logs or log.folder in asked.logs]
@@ -106,33 +99,27 @@ class Rankers:
 
     def table(self, report: Mapping[str, Any]) -> str:
         """The report in Markdown: of the first row means, of the others what they differ by."""
-        return "\n\n".join(_of_log(log, report["logs"][log.name]) for log in self.logs if log.name in report["logs"])
+        logs, rates = report["logs"], report["rates"]
+        return "\n\n".join(_of_log(log, logs[log.name], rates.get(log.name)) for log in self.logs if log.name in logs)
 
 
 EQUAL = (
     "model.input.counts=[]",
     "data.max_history_len=256",
+    "data.global_batch_size=128",
     "checkpoint.every_steps=null",
-)
-FUNNEL = Log(
-    name="made up: funnel",
-    folder="funnel",
-    prepare=("event_log", *MADE_UP_COLUMNS, "view,cart,buy"),
-    labels=("view", "cart"),
-    telling="cart",
-    made_up=("funnel", 30_000),
 )
 KUAIRAND = Log(
     name="KuaiRand-Pure",
     folder="kuairand",
-    prepare=("kuairand",),
+    prepare=("kuairand", "--no-counts"),
     labels=("is_click", "long_view", "is_like"),
     telling="is_like",
 )
 MOVIELENS = Log(
     name="MovieLens-1M",
     folder="movielens",
-    prepare=("movielens", "--max-history", "256"),
+    prepare=("movielens", "--no-counts", "--max-history", "256"),
     labels=("rated_3_or_more", "rated_4_or_more", "rated_5"),
     telling="rated_5",
 )
@@ -148,7 +135,7 @@ def _layer(variant: str) -> tuple[str, ...]:
 
 _SEMI_LOCAL = {"local": 32, "global_rows": 32}
 RANKING = Rankers(
-    logs=(FUNNEL, KUAIRAND, MOVIELENS),
+    logs=(KUAIRAND, MOVIELENS),
     rows={
         "HSTU": ("model.input.merge=interleave", "model.max_len=1024"),
         "ULTRA-HSTU": (
@@ -166,7 +153,7 @@ _CHANNELS = [
     {"name": "liked", "dim": 32, "stages": [{"num_layers": 2}], "actions": ["$TELLING"]},
 ]
 ABLATION = Rankers(
-    logs=(FUNNEL, MOVIELENS),
+    logs=(MOVIELENS, KUAIRAND),
     rows={
         "one token an event, all of it seen": (),
         "K1 = 32, K2 = 32": (_stages({"num_layers": 2, **_SEMI_LOCAL}),),
@@ -195,6 +182,15 @@ ABLATION = Rankers(
 )
 
 
+def _measured(log: Log) -> list[str]:
+    return [f"{kind}/{label}" for label in log.labels for kind in ("ne", "auc")]
+
+
+def _of_rates(log: Log, trained: Trained) -> dict[str, float]:
+    """What the rates of items and users in the training split predict of a log; no seed changes it."""
+    return {key: trained.evaluations[-1][key.replace("/", "_baseline/")] for key in _measured(log)}
+
+
 def _result(log: Log, runs: Sequence[tuple[Training, Trained]], jobs: int) -> dict[str, Any]:
     """What the report says of a row on a log: its finished runs, by seed."""
     return {
@@ -204,11 +200,7 @@ def _result(log: Log, runs: Sequence[tuple[Training, Trained]], jobs: int) -> di
         "settings": list(runs[0][0].settings) if runs else [],
         "side_by_side": jobs,
         "seeds": [int(run.run.name.rsplit("-", 1)[1]) for run, _ in runs],
-        "metrics": {
-            f"{kind}/{label}": [each.evaluations[-1][f"{kind}/{label}"] for _, each in runs]
-            for label in log.labels
-            for kind in ("ne", "auc")
-        },
+        "metrics": {key: [each.evaluations[-1][key] for _, each in runs] for key in _measured(log)},
         "gflops": [_gflops(run.run) for run, _ in runs],
         "seconds": [each.seconds for _, each in runs],
     }
@@ -222,11 +214,13 @@ def _gflops(run: Path) -> float | None:
     return None if peak is None else round(mean(found) * peak / 1e9, 3)
 
 
-def _of_log(log: Log, rows: Mapping[str, Any]) -> str:
-    measured = [f"{kind}/{label}" for label in log.labels for kind in ("ne", "auc")]
+def _of_log(log: Log, rows: Mapping[str, Any], rates: Mapping[str, float] | None) -> str:
+    measured = _measured(log)
     head = [log.name, "seeds", *(f"{label}: {kind.upper()}" for kind, label in (key.split("/") for key in measured))]
     lines = ["| " + " | ".join([*head, "GFLOP"]) + " |", "| --- |" + " --- |" * (len(measured) + 2)]
     first = next(iter(rows.values()))
+    if rates is not None:
+        lines.append("| " + " | ".join([RATES, "", *(f"{rates[key]:.4f}" for key in measured), ""]) + " |")
     for name, cell in rows.items():
         values = [_cell(cell, None if cell is first else first, key) for key in measured]
         known = [each for each in cell["gflops"] if each is not None]

@@ -92,11 +92,12 @@ def train_all(trainings: Iterable[Training], jobs: int, limit_s: float | None = 
     """Train them, at most `jobs` at a time, until all are done or so many seconds are over.
 
     Raises:
-        SystemExit: a training failed; the message names its log.
+        SystemExit: a training failed; the message names its log.  The others are done by then.
     """
     end = None if limit_s is None else time.monotonic() + limit_s
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda training: train(training, end), trainings))
+        begun = [pool.submit(train, training, end) for training in trainings]
+    return [each.result() for each in begun]
 
 
 def train(training: Training, end: float | None = None) -> Trained:

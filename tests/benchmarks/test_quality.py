@@ -10,7 +10,7 @@ import pytest
 from benchmarks import next_item
 from benchmarks.next_item import METRICS, ML1M, Cell, Row
 from benchmarks.quality import RESULTS, TABLES
-from benchmarks.rankers import ABLATION, RANKING, RECIPE, Rankers
+from benchmarks.rankers import ABLATION, RANKING, RATES, RECIPE, Rankers
 from benchmarks.trainings import Asked, Trained
 from tests.support.batches import small_selection
 from trainer.models.ranker import build_ranker_tower
@@ -98,7 +98,14 @@ def test_rankers_are_compared_seed_by_seed_with_the_first_row() -> None:
     """Differences .01 and .03 of the seeds that both have: mean .02, and 12.71 standard errors of .01."""
     first, *others = ABLATION.names
     rows = {first: cell_of([0, 1, 2], [0.8, 0.6, 0.7]), others[0]: cell_of([0, 2], [0.81, 0.73])}
-    lines = ABLATION.table({"logs": {ABLATION.logs[0].name: rows}}).splitlines()
+    log = ABLATION.logs[0].name
+    rates = dict.fromkeys(rows[first]["metrics"], 0.9)
+    assert (
+        ABLATION.table({"logs": {log: rows}, "rates": {log: rates}})
+        .splitlines()[2]
+        .startswith(f"| {RATES} |  | 0.9000 |")
+    )
+    lines = ABLATION.table({"logs": {log: rows}, "rates": {}}).splitlines()
     assert lines[2].startswith(f"| {first} | 3 | 0.7000 |")
     assert lines[3].startswith(f"| {others[0]} | 2 | +0.0200 +- 0.1271 |")
 

@@ -11,12 +11,14 @@ from benchmarks.trainings import Training, commit, train, train_all
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Training:
-    """Its process adds an evaluation and ends; that of another recipe waits for ever."""
+    """Its process adds an evaluation and ends; that of `failing` fails, of another recipe waits for ever."""
     package = tmp_path / "trainer"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(
         "import sys, threading\n"
+        "if sys.argv[2] == 'failing':\n"
+        "    sys.exit(1)\n"
         "if sys.argv[2] != 'short':\n"
         "    threading.Event().wait()\n"
         "open(sys.argv[4] + '/eval.jsonl', 'a').write('{\"step\": 1}\\n')\n"
@@ -41,3 +43,10 @@ def test_at_the_limit_runs_are_cut_off_and_none_begins(training: Training) -> No
     assert (cut.evaluations, cut.seconds) == (({"step": 5},), None)
     assert (none.evaluations, none.seconds) == ((), None)
     assert not unbegun.run.exists()
+
+
+def test_one_that_fails_stops_none_of_the_others(training: Training) -> None:
+    fails = replace(training, recipe="failing", run=training.run.with_name("b"))
+    with pytest.raises(SystemExit, match=r"failed: see .*b\.log"):
+        train_all([fails, training], jobs=1)
+    assert (training.run / "finished.json").is_file()
