@@ -161,7 +161,6 @@ ABLATION = Rankers(
         "K2 = 0 (K1 = 32)": (_stages({"num_layers": 2, "local": 32}),),
         "prefix columns (K1 = 32, 32 oldest)": (_stages({"num_layers": 2, "local": 32, "global_columns": 32}),),
         "truncation: second layer on 64": (_stages({"num_layers": 1}, {"num_layers": 1, "keep_newest": 64}),),
-        "histories of 64": ("data.max_history_len=64",),
         "one layer, at candidates alone": (_stages({"num_layers": 1}),),
         "mixture of transducers": (
             "model.stages=[]",
@@ -175,8 +174,9 @@ ABLATION = Rankers(
         ),
         "two tokens an event": ("model.input.merge=interleave", "model.max_len=1024"),
         "candidates with a learned action": ("model.input.candidate_action=learned",),
-        "production layer": ("model.layer.variant=production",),
         "softmax": _layer("softmax"),
+        "production layer": ("model.layer.variant=production",),
+        "histories of 64": ("data.max_history_len=64",),
     },
     settings=EQUAL,
 )
