@@ -4,9 +4,9 @@ Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows N
      python -m benchmarks.quality --table ml1m --show
 
 Tables are `ml1m` (`benchmarks.next_item`), `ranking` and `ablation` (`benchmarks.rankers`, whose --source holds a
-folder a publisher, `kuairand` and `movielens`).  The result goes to benchmarks/results/quality_TABLE.json, where rows
-that were not run stay; docs/quality.md shows it.  What is done under --work is used again.  Where `--limit-s` ends
-runs, what they had by then counts.
+folder a publisher, `kuairand` and `movielens`) and `length` (`benchmarks.lengths`, which makes its data).  The result
+goes to benchmarks/results/quality_TABLE.json, where rows that were not run stay; docs/quality.md shows it.  What is
+done under --work is used again.  Where `--limit-s` ends runs, what they had by then counts.
 """
 
 import argparse
@@ -14,19 +14,25 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.lengths import LENGTH, Lengths
 from benchmarks.next_item import ML1M, NextItem
 from benchmarks.rankers import ABLATION, RANKING, Rankers
 from benchmarks.trainings import Asked
 
 RESULTS = Path("benchmarks/results")
-TABLES: Mapping[str, NextItem | Rankers] = {"ml1m": ML1M, "ranking": RANKING, "ablation": ABLATION}
+TABLES: Mapping[str, NextItem | Rankers | Lengths] = {
+    "ml1m": ML1M,
+    "ranking": RANKING,
+    "ablation": ABLATION,
+    "length": LENGTH,
+}
 """Every table by name."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Models on public data, in a stated protocol.")
     parser.add_argument("--table", choices=list(TABLES), default="ml1m", help="which table")
-    parser.add_argument("--source", type=Path, help="folder with the publisher's files")
+    parser.add_argument("--source", type=Path, help="folder with the publisher's files; WORK/source if not given")
     parser.add_argument("--work", type=Path, help="folder for prepared data and runs")
     parser.add_argument("--rows", nargs="+", help="rows by name; all if not given")
     parser.add_argument("--orders", nargs="+", default=[], help="ml1m: orders of ties; all if not given")
@@ -46,10 +52,10 @@ def main() -> None:
     file = arguments.out or RESULTS / f"quality_{arguments.table}.json"
     report = json.loads(file.read_text()) if file.is_file() else {}
     if not arguments.show:
-        if arguments.source is None or arguments.work is None:
-            parser.error("--source and --work are needed, unless --show is given")
+        if arguments.work is None:
+            parser.error("--work is needed, unless --show is given")
         asked = Asked(
-            source=arguments.source,
+            source=arguments.source or arguments.work / "source",
             work=arguments.work,
             rows=tuple(arguments.rows or named.names),
             orders=tuple(arguments.orders),

@@ -60,6 +60,9 @@ class SyntheticConfig:
     """Candidates of each sample."""
     lag: int = 1024
     """Age in events, counted back from the newest, of the events that decide the candidates' labels."""
+    lag_until: int | None = None
+    """Each user has a lag of his own from `lag` to this, as likely in every doubling; as many events decide, and a
+    history shorter than the lag has none of them.  Null for `lag` for all."""
     noise: float = 0.1
     """Probability that a label is replaced by a coin flip."""
     seed: int = 0
@@ -69,6 +72,8 @@ class SyntheticConfig:
         for name in ("num_users", "num_items", "min_len", "num_candidates", "lag"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.synthetic.{name} must be at least 1, got {getattr(self, name)}")
+        if self.lag_until is not None and self.lag_until < self.lag:
+            raise ValueError(f"data.synthetic.lag_until must be at least lag={self.lag}, got {self.lag_until}")
         if not self.min_len <= self.max_len <= 65536:
             raise ValueError(f"data.synthetic.max_len must lie in [min_len={self.min_len}, 65536], got {self.max_len}")
         if not 0 <= self.noise <= 1:

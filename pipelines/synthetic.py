@@ -3,6 +3,9 @@
 Each user has a favourite cluster of items.  It shows only in a short stretch of liked events about `lag` events back;
 events since then, liked or not, come from all clusters alike.  A candidate's label says whether it belongs to the
 favourite cluster.  So a model that sees fewer than `lag` events can do no better than the base rate.
+
+With `lag_until` users differ in their lag, and each one's stretch is as long as his lag.  So every doubling of what a
+model sees shows it the favourites of about as many users more.
 """
 
 import functools
@@ -26,7 +29,7 @@ MATCH, LIKE = 1, 2
 ROWS_PER_UNIT = 64
 UNITS_PER_FILE = 64
 START_TIME, SECONDS_BETWEEN_EVENTS = 1_600_000_000, 60
-LENGTHS, CONTENT = 31, 32
+LENGTHS, CONTENT, LAGS = 31, 32, 34  # 33 draws lengths, too.
 SPLITS: tuple[Split, Split] = ("train", "eval")
 COUNTED_SAMPLES = 65_536
 
@@ -74,10 +77,9 @@ class SyntheticSource:
         favourite = (generator.random(len(rows)) * NUM_CLUSTERS).astype(np.int64)
         offsets = np.concatenate(([0], np.cumsum(lengths.history)))
         age = np.repeat(offsets[1:], lengths.history) - 1 - np.arange(offsets[-1])
-        # A history too short for the lag shows the favourite in its oldest events.
-        newest = np.minimum(config.lag - 1, np.maximum(lengths.history - STRETCH, 0))
+        newest, stretch = self._stretch(rows, lengths.history)
         since = age - np.repeat(newest, lengths.history)
-        planted = (since >= 0) & (since < STRETCH)
+        planted = (since >= 0) & (since < np.repeat(stretch, lengths.history))
         items = self._items(generator, len(age))
         items = np.where(planted, _in_cluster(items, np.repeat(favourite, lengths.history), config.num_items), items)
         liked = planted | ((since < 0) & (generator.random(len(age)) < 0.1))
@@ -95,6 +97,16 @@ class SyntheticSource:
             history={name: ListColumn(values=values, offsets=offsets) for name, values in history.items()},
             candidate=self._candidates(generator, favourite),
         )
+
+    def _stretch(self, rows: IntArray, history: IntArray) -> tuple[IntArray, IntArray]:
+        """[rows] age of the newest event of each stretch, counted from 0, and how many it has, seen or not."""
+        config = self._config
+        if config.lag_until is None:
+            # A history too short for the lag shows the favourite in its oldest events.
+            return np.minimum(config.lag - 1, np.maximum(history - STRETCH, 0)), np.full(len(rows), STRETCH)
+        draws = random_uniform((config.seed, LAGS, self._part), rows)
+        lags: IntArray = (config.lag * (config.lag_until / config.lag) ** draws).astype(np.int64)
+        return lags - 1, lags
 
     def items(self) -> Mapping[str, Values]:
         """Items have no columns."""

@@ -80,3 +80,20 @@ def test_only_a_reader_of_old_events_can_tell_the_labels(seen: int, least: float
     values = np.array(scores)
     wins = (values[labels][:, None] > values[~labels]) + 0.5 * (values[labels][:, None] == values[~labels])
     assert least <= wins.mean() <= most
+
+
+def test_with_lags_of_their_own_a_history_shows_what_it_reaches_of_them() -> None:
+    """Lags from 16 to 256 events; nothing older than a stretch, as long as its lag, is liked."""
+    config = replace(CONFIG, lag=16, lag_until=256, lengths="constant", min_len=1)
+    oldest = {}
+    for length in (64, 512):
+        source = SyntheticSource(replace(config, max_len=length), "train")
+        actions = [source.read(unit).history["action"].values for unit in range(len(source.unit_rows))]
+        liked = np.concatenate(actions).reshape(-1, length)[:, ::-1] & LIKE > 0
+        oldest[length] = np.array([np.flatnonzero(row).max(initial=-1) for row in liked])
+    lags = oldest[512] // 2 + 1
+    assert 16 <= lags.min() < 20
+    assert 220 < lags.max() <= 256
+    assert 0.45 < (lags < 64).mean() < 0.55
+    seen = lags < 64
+    assert (oldest[64][seen] == np.minimum(oldest[512], 63)[seen]).all()

@@ -1,0 +1,96 @@
+"""The table of lengths: its rows are models that train, cost is measured once, slopes are those of straight lines."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import lengths
+from benchmarks.lengths import LENGTH, RECIPE, Cost, Lengths
+from benchmarks.trainings import Asked, Trained, Training
+from pipelines.loader import dataset_info
+from trainer.config import TrainConfig
+from trainer.mesh import Mesh
+from trainer.recipes import load_recipe
+from trainer.resolve import resolve
+from trainer.typed_values import apply_overrides
+
+TINY = replace(
+    LENGTH,
+    towers={name: replace(tower, lengths=(16, 32)) for name, tower in LENGTH.towers.items()},
+    lags=(4, 16),
+    samples=8,
+    settings=(*LENGTH.settings, "model.dim=8", "model.layer.qk_dim=8", "model.layer.value_dim=8"),
+)
+
+
+def asked(folder: Path, **changes: Any) -> Asked:
+    return replace(Asked(source=folder, work=folder, rows=TINY.names, seeds=2, jobs=1), **changes)
+
+
+@pytest.mark.parametrize("name", LENGTH.names)
+def test_a_row_is_a_ranker_that_holds_its_histories(name: str, tmp_path: Path) -> None:
+    for length in LENGTH.towers[name].lengths:
+        training = LENGTH.training(name, length, 0, asked(tmp_path))
+        config = apply_overrides(load_recipe(RECIPE), list(training.settings))
+        info = dataset_info(config.data)
+        resolve(config, info)
+        assert info.splits["train"].history_events == LENGTH.samples * length
+
+
+def test_cost_is_of_one_sample_of_the_full_length(tmp_path: Path) -> None:
+    """Both are measured on real steps of a real model; what they are is the machine's."""
+    training = TINY.training(TINY.names[1], 32, 0, asked(tmp_path, settings=("data.global_batch_size=2",)))
+    config = apply_overrides(load_recipe(RECIPE), list(training.settings))
+    with lengths.joined(mesh := lengths.discover_mesh()):
+        found = lengths.cost(replace(config, schedule=lengths.ScheduleConfig()), mesh)
+    assert min(found.train_ms, found.score_ms) > 0
+
+
+def test_what_was_measured_is_used_again_and_unfinished_runs_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = []
+
+    def cost(config: TrainConfig, _: Mesh) -> Cost:
+        measured.append(config.data.max_history_len)
+        return Cost(train_ms=1.0, score_ms=0.5)
+
+    def train_all(runs: list[Training], jobs: int, limit_s: float | None) -> list[Trained]:
+        line = {"ne/match": 0.9, "auc/match": 0.6}
+        done = [None if str(run.run).endswith("-32-1") else 3.0 for run in runs]
+        return [Trained(evaluations=(line,), seconds=seconds, hardware="a GPU", commit="abc") for seconds in done]
+
+    monkeypatch.setattr(lengths, "cost", cost)
+    monkeypatch.setattr(lengths, "train_all", train_all)
+    report: dict[str, Any] = {}
+    for _ in range(2):
+        TINY.measure(asked(tmp_path), report)
+    assert measured == [16, 32, 16, 32]
+    row = json.loads(json.dumps(report))["rows"][TINY.names[1]]
+    assert (row["16"]["seeds"], row["32"]["seeds"], row["32"]["train_ms"]) == ([0, 1], [0], 1.0)
+
+
+def rows_of(costs: dict[str, float], gains: dict[str, float]) -> dict[str, Any]:
+    return {
+        length: {"seeds": [0], "ne": [1 - gains[length]], "auc": [0.5], "train_ms": cost, "score_ms": cost / 2}
+        for length, cost in costs.items()
+    }
+
+
+def test_slopes_are_compared_over_the_lengths_that_both_have() -> None:
+    """HSTU gains .1 for 2 ms, ULTRA-HSTU .1 for .5 ms; what it gains beyond does not count."""
+    hstu, ultra = TINY.names
+    gains = {"16": 0.1, "32": 0.2, "64": 0.9}
+    report = {
+        "samples": 8,
+        "rows": {
+            hstu: rows_of({"16": 1.0, "32": 3.0}, gains),
+            ultra: rows_of({"16": 1.0, "32": 1.5, "64": 2.5}, gains),
+        },
+    }
+    assert "from 16 to 32 events, ULTRA-HSTU over HSTU: 4.0 times in training, 4.0 times" in TINY.table(report)
+    alone = {"samples": 8, "rows": {ultra: report["rows"][ultra]}}
+    assert "times" not in Lengths.table(TINY, alone)
