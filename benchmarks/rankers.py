@@ -61,7 +61,7 @@ class Rankers:
         return tuple(self.rows)
 
     def measure(self, asked: Asked, report: dict[str, Any]) -> None:
-        """Run what was asked for and put it into the report; what that says of the rest stays."""
+        """Run what was asked for and put what ends of it into the report; what that says of the rest stays."""
         data = {log.name: log.prepared(asked) for log in self._logs(asked)}
         runs = [
             (log, name, self.training(log, name, seed, asked, data[log.name]))
@@ -73,15 +73,17 @@ class Rankers:
         trained = train_all([run for _, _, run in runs], asked.jobs, asked.limit_s)
         logs, rates = report.setdefault("logs", {}), report.setdefault("rates", {})
         for log in self._logs(asked):
-            rows = logs.get(log.name, {})
-            for name in asked.rows:
-                pairs = zip(runs, trained, strict=True)
-                own = [(run, each) for (place, row, run), each in pairs if (place, row) == (log, name)]
-                rows[name] = _result(log, [pair for pair in own if pair[1].seconds is not None], asked.jobs)
+            done = [
+                (name, run, each)
+                for (place, name, run), each in zip(runs, trained, strict=True)
+                if place == log and each.seconds is not None
+            ]
+            if not done:
+                continue
+            found = {row: [(run, each) for name, run, each in done if name == row] for row in asked.rows}
+            rows = logs.get(log.name, {}) | {row: _result(log, own, asked.jobs) for row, own in found.items() if own}
             logs[log.name] = {name: rows[name] for name in self.names if name in rows}
-            done = [each for (place, _, _), each in zip(runs, trained, strict=True) if place == log and each.seconds]
-            if done:
-                rates[log.name] = _of_rates(log, done[0])
+            rates[log.name] = _of_rates(log, done[0][2])
 
     def _logs(self, asked: Asked) -> list[Log]:
         return [log for log in self.logs if not asked.logs or log.folder in asked.logs]
@@ -197,7 +199,7 @@ def _result(log: Log, runs: Sequence[tuple[Training, Trained]], jobs: int) -> di
         "date": datetime.date.today().isoformat(),
         "commit": sorted({each.commit for _, each in runs}),
         "hardware": sorted({each.hardware for _, each in runs}),
-        "settings": list(runs[0][0].settings) if runs else [],
+        "settings": list(runs[0][0].settings),
         "side_by_side": jobs,
         "seeds": [int(run.run.name.rsplit("-", 1)[1]) for run, _ in runs],
         "metrics": {key: [each.evaluations[-1][key] for _, each in runs] for key in _measured(log)},

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import next_item
+from benchmarks import next_item, rankers
 from benchmarks.next_item import METRICS, ML1M, Cell, Row
 from benchmarks.quality import RESULTS, TABLES
 from benchmarks.rankers import ABLATION, RANKING, RATES, RECIPE, Rankers
-from benchmarks.trainings import Asked, Trained
+from benchmarks.trainings import Asked, Trained, Training
 from tests.support.batches import small_selection
 from trainer.models.ranker import build_ranker_tower
 from trainer.recipes import load_recipe
@@ -108,6 +108,29 @@ def test_rankers_are_compared_seed_by_seed_with_the_first_row() -> None:
     lines = ABLATION.table({"logs": {log: rows}, "rates": {}}).splitlines()
     assert lines[2].startswith(f"| {first} | 3 | 0.7000 |")
     assert lines[3].startswith(f"| {others[0]} | 2 | +0.0200 +- 0.1271 |")
+
+
+def test_a_row_whose_runs_are_all_cut_off_leaves_what_is_known_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = ABLATION.names[:2]
+    log = ABLATION.logs[0]
+    values = {f"{kind}{of}/{label}": 0.8 for label in log.labels for kind in ("ne", "auc") for of in ("", "_baseline")}
+
+    def train_all(runs: list[Training], *_: object) -> list[Trained]:
+        for run in runs:
+            run.run.mkdir(parents=True)
+            (run.run / "metrics.jsonl").touch()
+        return [trained({"step": 1, **values}, seconds=None if "K1" in run.run.name else 2) for run in runs]
+
+    monkeypatch.setattr(rankers, "train_all", train_all)
+    monkeypatch.setattr(rankers, "prepare", lambda *_: None)
+    known = {"logs": {log.name: {second: cell_of([0], [0.5])}}}
+    asked = Asked(source=tmp_path, work=tmp_path, rows=(first, second), seeds=2, jobs=1, logs=(log.folder,))
+    ABLATION.measure(asked, report := dict(known))
+    rows = report["logs"][log.name]
+    assert (rows[first]["seeds"], rows[second]) == ([0, 1], cell_of([0], [0.5]))
+    assert report["rates"][log.name] == dict.fromkeys(rows[first]["metrics"], 0.8)
 
 
 SHOWN = [name for name in TABLES if (ROOT / RESULTS / f"quality_{name}.json").is_file()]
