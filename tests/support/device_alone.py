@@ -4,9 +4,11 @@ Tensors on PyTorch's meta device stand for the device's, those of the CPU for th
 """
 
 import gc
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,3 +60,10 @@ def _counts_values(operation: Any, taken: list[Tensor], kwargs: Any) -> bool:
     if operation is torch.ops.aten.index.Tensor:
         return any(x.dtype == torch.bool for x in taken[1:])
     return torch.Tag.dynamic_output_shape in operation.tags and kwargs.get("output_size") is None
+
+
+def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the meta device there is none, not even one that is off."""
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())

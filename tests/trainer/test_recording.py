@@ -2,7 +2,6 @@
 a GPU, replayed steps give the bits of launched ones."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from attention_kernels.layer import gather, operations
 from embeddings.tables import rows_by_feature
 from pipelines.padding import Padding, rounded
 from tests.support.batches import random_batch, small_selection
-from tests.support.device_alone import DeviceAlone
+from tests.support.device_alone import DeviceAlone, without_autocast
 from tests.trainer.models import test_joint, test_ranker, test_retriever
 from trainer import recording
 from trainer.graphs import Graphs, Recording
@@ -239,10 +238,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interface, "_choose_backend", lambda *_: portable)
     for module in (operations, gather):
         monkeypatch.setattr(module, "layer_backend", lambda _: "triton")
-    # Of the meta device there is no autocast.
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    without_autocast(monkeypatch)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiles kernels for what is no GPU")
