@@ -246,10 +246,10 @@ class Allocation:
         index = os.environ.get("SLURM_ARRAY_TASK_ID")
         member = [f"--array={index}"] if index else []
         command = ["sbatch", "--parsable", depends, *member, *options, str(self.code_dir / SCRIPT)]
-        sbatch = slurm_queue.run(command, PATIENCE_S)
-        if sbatch.returncode != 0:
-            return self._say(FAILED, f": {reason}; Slurm has no other nodes for it: {' '.join(sbatch.stderr.split())}")
-        successor = sbatch.stdout.strip().split(";")[0] + (f"_{index}" if index else "")
+        try:
+            successor = slurm_queue.submit(command, PATIENCE_S) + (f"_{index}" if index else "")
+        except SlurmError as error:
+            return self._say(FAILED, f": {reason}; Slurm has no other nodes for it: {error}")
         record = find_in(self.job_dir)
         if record is not None:
             save_in(self.job_dir, replace(record, handle=f"{record.handle.rpartition('/')[0]}/{successor}"))

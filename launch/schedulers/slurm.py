@@ -159,19 +159,12 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             for number, folder in enumerate(request.job_dirs if len(request.job_dirs) > 1 else ()):
                 Path(folder).mkdir(parents=True)
                 Path(folder, BATCH_OUTPUT).symlink_to(Path(request.job_dir, ARRAY_OUTPUT.format(number)))
-            sbatch = slurm_queue.run(request.submission())
-            if sbatch.returncode != 0:
-                raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
-            answer = re.match(r"(\d+)(?:;|$)", sbatch.stdout.strip())
-            if answer is None:
-                said = " ".join(sbatch.stdout.split())[:80]
-                raise SlurmError(f"sbatch gave no number of a job but said {said!r}: leave out what makes it do so")
+            return slurm_queue.submit(request.submission())
         except Exception:
             # The copy of the code too.
             for folder in (request.job_dir, *request.job_dirs):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        return answer[1]
 
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """From Slurm, and from the job's own output where Slurm has forgotten it."""

@@ -4,11 +4,14 @@
 accounting database.  Nothing in other people's jobs may stop the reading: what is not understood is unknown.
 """
 
+import logging
+import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchx.schedulers.slurm_scheduler import SLURM_STATES
 from torchx.specs import AppState
@@ -53,9 +56,19 @@ _NO_ANSWER = re.compile(
     "slurm_receive_msg|zero bytes were transmitted|temporarily unable to accept",
     flags=re.IGNORECASE,
 )
+_SAID = re.compile(r"^#SBATCH --([a-z-]+)", flags=re.MULTILINE)
+# A site's wrapper may greet before and after it; with several clusters the cluster's name follows.
+_NUMBER = re.compile(r"^(\d+)(?:;\S*)?\s*$", flags=re.MULTILINE)
+_VARIABLES = {"array-inx": "array", "mem-per-node": "mem", "no-requeue": "requeue", "timelimit": "time"}
+"""Variables SBATCH_* that are called otherwise than the option that they stand for."""
+_ALONE = ("array", "error", "test-only", "wait")
+"""Options that no script of ours says, and that a shell must not say either."""
 ASK_AGAIN_S = 5.0
 _SEPARATOR = "\x1f"
 _SACCT_FIELDS = ("JobID", "State", "NodeList", "ExitCode", "Reason", "WorkDir")
+
+
+logger = logging.getLogger(__name__)
 
 
 class SlurmError(OSError):
@@ -95,7 +108,9 @@ def app_state(slurm_state: str) -> AppState:
     return STATES.get(words[0].rstrip("+") if words else "", AppState.UNKNOWN)
 
 
-def run(command: Sequence[str], patience_s: float = 0.0) -> "subprocess.CompletedProcess[str]":
+def run(
+    command: Sequence[str], patience_s: float = 0.0, environment: Mapping[str, str] = os.environ
+) -> "subprocess.CompletedProcess[str]":
     """Run one of Slurm's commands; again for `patience_s` seconds if the controller does not answer, which an update or
     a failover of it may take.
 
@@ -103,14 +118,42 @@ def run(command: Sequence[str], patience_s: float = 0.0) -> "subprocess.Complete
         SlurmError: it is not installed.
     """
     deadline = time.monotonic() + patience_s
+    # Whatever a user likes to see, times are read here.
+    variables = {**environment, "SLURM_TIME_FORMAT": "standard"}
     while True:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
         except FileNotFoundError:
             raise SlurmError(f"{command[0]} is not installed: run this where Slurm's commands are") from None
         if done.returncode == 0 or not _NO_ANSWER.search(done.stderr) or time.monotonic() > deadline:
             return done
         time.sleep(ASK_AGAIN_S)
+
+
+def submit(command: Sequence[str], patience_s: float = 0.0) -> str:
+    """Send a job by a command that ends in its batch script; returns the job's number.
+
+    Raises:
+        SlurmError: Slurm refuses it.
+    """
+    sbatch = run(command, patience_s, _without_overrides(Path(command[-1]).read_text()))
+    if sbatch.returncode != 0:
+        raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
+    numbers = _NUMBER.findall(sbatch.stdout)
+    if not numbers:
+        said = " ".join(sbatch.stdout.split())[:80]
+        raise SlurmError(f"sbatch gave no number of a job but said {said!r}: leave out what makes it do so")
+    return str(numbers[-1])
+
+
+def _without_overrides(script: str) -> dict[str, str]:
+    """The environment less the variables SBATCH_* that would take the place of what the script says."""
+    said, kept = {*_SAID.findall(script), *_ALONE}, dict(os.environ)
+    for name in os.environ:
+        option = name.removeprefix("SBATCH_").lower().replace("_", "-")
+        if name.startswith("SBATCH_") and _VARIABLES.get(option, option) in said:
+            logger.info("%s=%s of the environment has no effect: the job's script decides", name, kept.pop(name))
+    return kept
 
 
 def fields_of(line: str) -> dict[str, str]:

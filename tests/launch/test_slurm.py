@@ -215,6 +215,39 @@ def test_what_is_no_jobs_number_is_no_job(tmp_path: Path, commands: Callable[...
             connection.submit(asked, check(connection.scheduler, asked))
 
 
+@pytest.mark.parametrize("number", ["17", "17;west", "17\n"])
+def test_a_jobs_number_is_found_beside_what_a_site_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None], number: str
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    greeting = "printf '%s\\n' 'Welcome to 1 of 2 clusters' '--> verifying 3 limits...OK' '{}' 'charged: 5 h'"
+    commands(sbatch=greeting.format(number))
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run")
+        assert connection.submit(asked, check(connection.scheduler, asked)).handle.endswith("/17")
+
+
+def test_variables_of_a_shell_do_not_take_the_place_of_what_the_script_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    overriding = {"SBATCH_PARTITION": "debug", "SBATCH_TIMELIMIT": "1", "SBATCH_OUTPUT": "x", "SBATCH_NO_REQUEUE": ""}
+    overriding |= {"SBATCH_ERROR": "y", "SBATCH_ARRAY_INX": "0-9", "SBATCH_WAIT": "1", "SBATCH_OPEN_MODE": "truncate"}
+    kept = {"SBATCH_ACCOUNT": "abc", "SBATCH_QOS": "high"}
+    for name, value in {**overriding, **kept, "SLURM_TIME_FORMAT": "relative"}.items():
+        monkeypatch.setenv(name, value)
+    commands(sbatch=f"env > {tmp_path}/seen; echo 17", scontrol=f"env > {tmp_path}/asked; exit 1")
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run", options=["partition=gpu", "time=12:00:00"])
+        connection.submit(asked, check(connection.scheduler, asked))
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "seen").read_text().splitlines())
+    assert {name: value for name, value in seen.items() if name.startswith("SBATCH_")} == kept
+    with pytest.raises(SlurmError):
+        slurm_queue.find_job("17")
+    # Otherwise the end of an allocation could not be read, and the run not be told of it.
+    assert "SLURM_TIME_FORMAT=standard" in (tmp_path / "asked").read_text().splitlines()
+
+
 def test_a_job_that_slurm_refuses_leaves_no_copy_of_the_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
 ) -> None:
