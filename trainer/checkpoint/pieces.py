@@ -1,6 +1,6 @@
 """Which parts of which tensors a rank holds: the live state, cut into regions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -132,11 +132,22 @@ def narrowed(tensor: Tensor, held: Region, part: Region) -> Tensor:
 
 
 def not_finite(pieces: list[LivePiece]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity.  Reads each value once and waits for the device once."""
+    """Names of the tensors that hold a NaN or an infinity.  Where there is none, reads each value once and waits for
+    the device once."""
     checked = [piece for piece in pieces if piece.tensor.is_floating_point()]
-    if not checked:
+    # A sum of finite numbers may be too large, so it acquits alone; it goes at the memory's speed.
+    suspects = _broken(checked, torch.sum)
+    return sorted({piece.name for piece in _broken(suspects, _extremes)})
+
+
+def _extremes(values: Tensor) -> Tensor:
+    """They take no memory beside the tensor, and NaN is both of them."""
+    return torch.stack(torch.aminmax(values))
+
+
+def _broken(pieces: list[LivePiece], reduce: Callable[[Tensor], Tensor]) -> list[LivePiece]:
+    """Those of whose values something that is not finite is made; waits for the device once."""
+    if not pieces:
         return []
-    # The extremes take no memory beside the tensor, and NaN is both of them.
-    extremes = [torch.stack(torch.aminmax(piece.tensor)).isfinite().all() for piece in checked]
-    finite = torch.stack(extremes).tolist()
-    return sorted({piece.name for piece, fine in zip(checked, finite, strict=True) if not fine})
+    finite = torch.stack([reduce(piece.tensor).isfinite().all() for piece in pieces]).tolist()
+    return [piece for piece, fine in zip(pieces, finite, strict=True) if not fine]

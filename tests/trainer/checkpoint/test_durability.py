@@ -379,14 +379,6 @@ def test_a_disk_that_fails_beside_the_writing_fails_it(tmp_path: Path, monkeypat
                 file.write(memoryview(bytes(100)))
 
 
-def test_a_state_that_is_not_finite_is_saved_by_no_rank_and_replaces_nothing(tmp_path: Path) -> None:
-    for said, folders in run_ranks(2, ranks.save_not_finite, str(tmp_path / "run")):
-        assert said.startswith(
-            "tables/item is not finite after step 2, which is not saved; the newest checkpoint is of"
-        )
-        assert folders == ["step-00000001"]
-
-
 def test_the_bases_of_checkpoints_are_read_once_and_known_anew_after_a_change(tmp_path: Path) -> None:
     """Retention asks after every save."""
     run_ranks(1, ranks.save_delta, str(tmp_path / "run"), "row_wise")
