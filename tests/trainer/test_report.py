@@ -229,7 +229,6 @@ def test_an_axis_has_a_few_labels_between_its_ends(axis: Axis) -> None:
     [
         (lambda folder: folder / "nothing", "is no directory"),
         (lambda folder: folder, "holds no config.json"),
-        (lambda folder: _run(folder / "young", steps=0), "holds no logged step yet"),
     ],
 )
 def test_what_is_no_run_yet_is_one_line_and_status_two(
@@ -240,6 +239,30 @@ def test_what_is_no_run_yet_is_one_line_and_status_two(
     assert run_command(app, ["report", str(sound), str(make(tmp_path)), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_run_that_ended_before_its_first_step_stands_beside_others_and_is_no_page_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    young, sound = _run(tmp_path / "young", steps=0, plan=None), _run(tmp_path / "sound")
+    page = _report(young, sound)
+    (row,) = [row for _, row in page.rows if row[:2] == ["young", "demo"]]
+    assert row[2:6] == ["0", "-", "-", "-"] and "holds no logged step yet" in row[6]
+    assert "sound, step 30: 0.166667" in page.text
+    assert run_command(app, ["report", str(young), "--out", str(tmp_path / "alone.html")]) == 2
+    assert "holds no logged step yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_said_and_the_rest_drawn(tmp_path: Path, value: float) -> None:
+    run = _run(tmp_path / "spoilt")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"loss": value, "imbalance": value}
+    (run / "metrics.jsonl").write_text(_lines([*lines, {**lines[2], "step": 40, "loss": value}]))
+    page = _report(run)
+    (row,) = [row for _, row in page.rows if row[:2] == ["spoilt", "demo"]]
+    assert row[4] == str(value) and "its loss is not finite at step 20" in row[6]
+    assert "spoilt, step 30: 0.166667" in page.text
 
 
 def test_wrong_use_is_said_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

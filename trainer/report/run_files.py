@@ -1,6 +1,7 @@
 """What the files of a run directory say, read while the run may still be writing them."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class RunFiles:
     config: dict[str, Any]
     """The resolved configuration, and the digests of its vocabularies."""
     metrics: list[Record]
-    """A record a logged step; at least one."""
+    """A record a logged step; none of a run that ended before its first."""
     evaluations: dict[str, list[Record]]
     """By the data that was scored: "" is the run's own evaluation split."""
     progressive: list[Record]
@@ -37,15 +38,15 @@ class RunFiles:
 
     @property
     def last(self) -> Record:
-        """The newest logged step."""
-        return self.metrics[-1]
+        """The newest logged step; empty if there is none."""
+        return self.metrics[-1] if self.metrics else {}
 
 
 def read_runs(paths: list[Path]) -> list[RunFiles]:
     """The runs in the order given, named by their folders, or by their whole paths where two folders share a name.
 
     Raises:
-        WrongUse: a directory is named twice, is no run's, or holds no logged step yet.
+        WrongUse: a directory is named twice or is no run's, or none of them holds a logged step yet.
         ValueError: a file is damaged in a way that no crash leaves behind.
     """
     resolved = [path.resolve() for path in paths]
@@ -54,7 +55,11 @@ def read_runs(paths: list[Path]) -> list[RunFiles]:
             raise WrongUse(f"{path} is named twice: name each run once")
     names = [path.name for path in resolved]
     unique = len(set(names)) == len(names)
-    return [_read(path, place.name if unique else str(place)) for path, place in zip(paths, resolved, strict=True)]
+    runs = [_read(path, place.name if unique else str(place)) for path, place in zip(paths, resolved, strict=True)]
+    if not any(run.metrics for run in runs):
+        which = str(paths[0]) if len(paths) == 1 else "each of these runs"
+        raise WrongUse(f"{which} holds no logged step yet: wait for the first line of metrics.jsonl")
+    return runs
 
 
 def _read(path: Path, name: str) -> RunFiles:
@@ -65,10 +70,13 @@ def _read(path: Path, name: str) -> RunFiles:
         raise WrongUse(f"{path} {what}: name a run directory that `train` made")
     metrics = _records(run.metrics_file, notes)
     if not metrics:
-        raise WrongUse(f"{path} holds no logged step yet: wait for the first line of {run.metrics_file.name}")
+        notes.append("holds no logged step yet")
+    broken = next((each["step"] for each in metrics if not math.isfinite(each.get("loss") or 0.0)), None)
+    if broken is not None:
+        notes.append(f"its loss is not finite at step {broken:,}")
     others = {file.stem.removeprefix("eval_"): file for file in sorted(path.glob("eval_*.jsonl"))}
     evaluations = {data: _records(file, notes) for data, file in {"": run.eval_file, **others}.items()}
-    step, max_steps = metrics[-1]["step"], config.get("max_steps")
+    step, max_steps = metrics[-1]["step"] if metrics else 0, config.get("max_steps")
     if max_steps is not None and step < max_steps:
         notes.append(f"stands at step {step:,} of {max_steps:,}")
     if not evaluations[""]:

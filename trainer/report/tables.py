@@ -1,6 +1,7 @@
 """What runs are and what they reached, as HTML tables with the runs side by side."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -63,7 +64,7 @@ def lifetime_table(runs: Sequence[RunFiles]) -> str:
     """What each run's newest logged step says of all candidates since its last start, a row a label and run."""
     records = [
         [
-            {"step": run.last["step"]}
+            {"step": run.last.get("step", 0)}
             | {name.removeprefix(_LIFETIME): run.last[name] for name in run.last if name.startswith(_LIFETIME)}
         ]
         for run in runs
@@ -132,7 +133,7 @@ def summary_table(runs: Sequence[RunFiles]) -> str:
         [
             run.name,
             str(run.config.get("name", ABSENT)),
-            f"{run.last['step']:,}",
+            f"{run.last.get('step', 0):,}",
             _measured(run.last.get("samples")),
             _measured(run.last.get("loss")),
             _measured(run.last.get("samples_per_s")),
@@ -171,6 +172,8 @@ def _measured(value: object, half: object = None) -> str:
     """A number with its interval; counts without decimals, rates of hundreds with one."""
     if not isinstance(value, int | float):
         return ABSENT
+    if not math.isfinite(value):
+        return str(value)
     decimals = 0 if value == int(value) and abs(value) >= 2 else 1 if abs(value) >= 100 else 4
     text = f"{value:,.{decimals}f}"
     return f"{text} \u00b1 {half:.4f}" if isinstance(half, int | float) else text
