@@ -156,13 +156,17 @@ def joined(mesh: Mesh) -> Iterator[Store]:
         mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
     )
     logger.info("rank %d of %d on %s, collectives by %s", mesh.rank, mesh.world_size, mesh.device, mesh.backend)
+    ended_well = False
     try:
         yield store
+        ended_well = True
     except RuntimeError as error:
         # gloo's errors have no class of their own.
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             reason = str(error).splitlines()[0]
             raise ConnectionError(f"another rank ended, or cannot be reached any longer: {reason}") from error
         raise
-    # Not after an error: other ranks may wait in a collective, which closing the group would wait for in turn.
-    dist.destroy_process_group()
+    finally:
+        # After an error other ranks may wait in a collective, which closing the group would wait for in turn.
+        if ended_well or mesh.world_size == 1:
+            dist.destroy_process_group()

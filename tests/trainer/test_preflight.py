@@ -136,3 +136,11 @@ def test_processes_that_cannot_meet_say_where(monkeypatch: pytest.MonkeyPatch) -
         mesh = Mesh(rank=0, world_size=2, local_world_size=2, device=torch.device("cpu"))
         with pytest.raises(ConnectionError, match=f"cannot meet at 127.0.0.1:{port}"), joined(mesh):
             pass
+
+
+def test_a_job_of_one_closes_its_group_after_an_error_too() -> None:
+    """NCCL complains of one left open after the last line, which is the error's."""
+    mesh = Mesh(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="bad input"), joined(mesh):
+        raise ValueError("bad input")
+    assert not dist.is_initialized()
