@@ -83,7 +83,7 @@ def plan_capacity(arguments: list[str]) -> int:
         rank_numbers(parsed.ranks),
         samples=parsed.samples_per_day,
         prices={} if parsed.prices is None else read_prices(parsed.prices, nodes),
-        copies=[Copies(number=number, averaged_every=parsed.average_every) for number in parsed.copies],
+        copies=[Copies(number=number, averaged_every=parsed.average_every) for number in dict.fromkeys(parsed.copies)],
         begin=_show_progress,
     )
     _show_progress("")

@@ -95,22 +95,35 @@ def read_nodes(names: Sequence[str]) -> dict[str, NodeType]:
     """Node types by name: known ones, and files that hold the fields of a `NodeType`.
 
     Raises:
-        ValueError: neither a known name nor a file, or a wrong file.
+        ValueError: neither a known name nor a file, a wrong file, a node without GPUs, or two of one name.
     """
-    return {Path(name).stem if name.endswith(".json") else name: node_type(name) for name in names}
+    nodes: dict[str, NodeType] = {}
+    for name in map(str.strip, names):
+        node, known_as = node_type(name), Path(name).stem if name.endswith(".json") else name
+        if known_as in nodes or node in nodes.values():
+            raise ValueError(
+                f"--machines names {name!r} twice, or two machines alike: leave one out, or rename its file"
+            )
+        if not node.gpus:
+            raise ValueError(f"clusters are planned for nodes with GPUs, which {name} has none of")
+        nodes[known_as] = node
+    return nodes
 
 
 def read_prices(path: Path, nodes: Collection[str]) -> dict[str, float]:
-    """Price of an hour of a whole node, by its name, for some of `nodes`.
+    """Price of an hour of a whole node, by its name.
 
     Raises:
-        ValueError: it cannot be read, a price is no positive number, or it is of none of the nodes.
+        ValueError: it cannot be read, a price is no positive number or of none of the nodes, or a node has none.
     """
     prices = read_object(path)
     unknown = sorted(set(prices) - set(nodes))
     if unknown:
         raise ValueError(f"{path}: {unknown[0]!r} is none of --machines, which are {', '.join(nodes)}")
-    wrong = [name for name, price in prices.items() if not isinstance(price, int | float) or not price > 0]
+    missing = [name for name in nodes if name not in prices]
+    if missing:
+        raise ValueError(f"{path} has no price of {missing[0]!r}: clusters are compared by price only if all have one")
+    wrong = [name for name, price in prices.items() if type(price) not in (int, float) or not 0 < price < math.inf]
     if wrong:
         raise ValueError(f"{path}: the price of {wrong[0]!r} must be a number above 0, got {prices[wrong[0]]!r}")
     return dict(prices)
@@ -123,7 +136,8 @@ def rank_numbers(text: str) -> list[int]:
         ValueError: it is neither.
     """
     first, dots, last = text.partition("..")
-    if not first.isdigit() or (dots and not last.isdigit()) or int(first) < 1 or (dots and int(last) < int(first)):
+    whole = all(number.isascii() and number.isdigit() for number in ([first, last] if dots else [first]))
+    if not whole or int(first) < 1 or (dots and int(last) < int(first)):
         raise ValueError(f"--ranks must be a number or FIRST..LAST, got {text!r}")
     numbers = [int(first)]
     while dots and numbers[-1] * 2 <= int(last):

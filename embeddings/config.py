@@ -140,8 +140,8 @@ class TableConfig:
                 f"table {self.name!r}: initial_bound must be above 0, or null for 1 / sqrt(embedding_dim), "
                 f"got {self.initial_bound}"
             )
-        if not self.name or "." in self.name or "/" in self.name:
-            raise ValueError(f"table name must be non-empty and hold no dot or slash, got {self.name!r}")
+        if not self.name or "." in self.name or "/" in self.name or not self.name.isprintable():
+            raise ValueError(f"table name must be printable text without a dot or slash, got {self.name!r}")
         if self.num_embeddings < 1:
             raise ValueError(f"table {self.name!r}: num_embeddings must be at least 1, got {self.num_embeddings}")
         if self.embedding_dim < 4 or self.embedding_dim % 4:
@@ -155,6 +155,10 @@ class TableConfig:
             raise ValueError(f"table {self.name!r} of unbounded ids needs 2 rows or more: one is shared by other keys")
         if not self.features:
             raise ValueError(f"table {self.name!r} has no features: name at least one, or drop the table")
+        if "" in self.features or len(set(self.features)) < len(self.features):
+            raise ValueError(f"table {self.name!r}: features must be different names, got {list(self.features)}")
+        if self.pooled == "":
+            raise ValueError(f"table {self.name!r}: pooled must be a word for what has a bag, or null, got ''")
         if self.dtype not in VALUE_BYTES:
             raise ValueError(f"table {self.name!r}: dtype must be one of {', '.join(VALUE_BYTES)}, got {self.dtype!r}")
 

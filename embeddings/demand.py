@@ -16,6 +16,7 @@ Where no run did, `dense_tflop` states instead what a rank computes a step, forw
 part of a GPU's bfloat16 peak that reaches: 0.3 is usual.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,10 +127,16 @@ class DemandFile:
     def __post_init__(self) -> None:
         if not self.tables:
             raise ValueError("there must be at least one table")
-        names = [table.name for table in self.tables]
-        twice = [name for name in names if names.count(name) > 1]
+        twice = [name for name, times in Counter(table.name for table in self.tables).items() if times > 1]
         if twice:
             raise ValueError(f"there are two tables {twice[0]!r}: names must be unique")
+        looked_up = Counter(feature for table in self.tables for feature in table.feature_names)
+        shared = [feature for feature, times in looked_up.items() if times > 1]
+        if shared:
+            raise ValueError(f"feature {shared[0]!r} is looked up twice: give each table features of its own")
+        bags = [table.name for table in self.tables if table.pooled is None and table.bags_per_sample is not None]
+        if bags:
+            raise ValueError(f"bags_per_sample of table {bags[0]!r} has no effect, as it is not pooled: remove it")
         if min(self.dense_gib, self.dense_ms, self.dense_tflop) < 0:
             raise ValueError("dense_gib, dense_ms and dense_tflop must be at least 0")
         if self.dense_ms and self.dense_tflop:
@@ -148,7 +155,8 @@ def read_demand(path: Path) -> Demand:
     try:
         return _demand(from_dict(DemandFile, values))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        # The file states the settings of a placement without that word.
+        raise ValueError(f"{path}: {error}".replace("placement.", "")) from error
 
 
 def _demand(file: DemandFile) -> Demand:

@@ -227,16 +227,28 @@ def node_type(name: str) -> NodeType:
         raise ValueError(f"{name}: a machine has gpus, hbm_gib, host_gib and rates ({error})") from error
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object")
+    return values
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file.
 
     Raises:
-        ValueError: it cannot be read or holds something else; one line.
+        ValueError: it cannot be read, states a key twice or holds something else; one line.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors begin a file with a mark of its encoding.
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(values, dict):

@@ -9,6 +9,10 @@ from embeddings.kinds.kind import Blocks, ShardCost, ShardingKind, Work
 from embeddings.kinds.registry import KINDS, kind_named
 from embeddings.problem import Problem
 
+MAX_COLUMNS = 1024
+"""Of a block of FBGEMM's kernels on a GPU: up to 2,048 they look up zeros without a word (TorchRec's issue 3673), and
+above that they fail."""
+
 Group = tuple[int, str | None, str, str]
 """Width, what ids are summed into, sharding type and kernel: tables that share them share an exchange of ids, a kernel,
 an exchange of rows."""
@@ -77,10 +81,10 @@ def placed_option(problem: Problem, table: TableConfig, kind: str, kernel: Compu
     """
     work = problem.work(table, kernel)
     found = kind_named(kind)
-    refusal = _kernel_refusal(work) or found.refusal(work)
+    refusal = _refusal(found, work)
     if refusal is not None:
         raise ValueError(f"table {table.name!r} cannot be {kind}: {refusal}")
-    for cut in found.cuts(table, problem.machine.world_size):
+    for cut in _cuts(found, work):
         if found.everywhere or sum(blocks.count for blocks in cut) == num_blocks:
             return _option(found, work, cut)
     raise ValueError(f"table {table.name!r} cannot be {kind} on {num_blocks} ranks")
@@ -97,11 +101,11 @@ def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
         kind = kind_named(name)
         for kernel in kernels:
             work = problem.work(table, kernel)
-            refusal = _kernel_refusal(work) or kind.refusal(work)
+            refusal = _refusal(kind, work)
             if refusal is not None:
                 refusals.setdefault(name, refusal)
                 continue
-            options += [_option(kind, work, cut) for cut in kind.cuts(table, problem.machine.world_size)]
+            options += [_option(kind, work, cut) for cut in _cuts(kind, work)]
     left = {option.kind.name for option in options}
     impossible = [name for name in types if name not in left]
     if impossible and (own or not options):
@@ -109,6 +113,24 @@ def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
         where = "placement.tables" if own else "placement"
         raise ValueError(f"{where} allows table {table.name!r} to be {name}, which it cannot be: {refusals[name]}")
     return options
+
+
+def _refusal(kind: ShardingKind, work: Work) -> str | None:
+    refusal = _kernel_refusal(work) or kind.refusal(work)
+    if refusal is None and not _cuts(kind, work):
+        refusal = (
+            f"FBGEMM's kernels on a GPU look up wrong values in rows of more than {MAX_COLUMNS} columns: take "
+            "a narrower table, or several"
+        )
+    return refusal
+
+
+def _cuts(kind: ShardingKind, work: Work) -> list[tuple[Blocks, ...]]:
+    """The kind's ways to cut the table into blocks that the kernel can have."""
+    cuts = kind.cuts(work.table, work.machine.world_size)
+    if not kind.sharded or work.machine.compute_device == "cpu":
+        return cuts
+    return [cut for cut in cuts if all(blocks.num_columns <= MAX_COLUMNS for blocks in cut)]
 
 
 def _kernel_refusal(work: Work) -> str | None:

@@ -19,21 +19,19 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from embeddings.config import KERNELS, VALUE_BYTES, ExchangeConfig
-from embeddings.frequencies import Frequencies
-from embeddings.hardware import Rates, read_object
-from embeddings.kinds.registry import KINDS
+from embeddings.config import ExchangeConfig
+from embeddings.hardware import read_object
+from embeddings.kinds.registry import KINDS, kind_named
 from embeddings.machine import Machine
-from embeddings.plan import Candidate, Plan, RankEstimate, TablePlacement, size_text
+from embeddings.plan import Plan, RankEstimate, TablePlacement, size_text
 from embeddings.planning import evaluate
 from embeddings.problem import BatchLoad, Problem, Reservation
+from embeddings.records import from_dict
 
 VERSION = 5
 """Raised when an older reader could misread a newer file."""
-
-Record = TypeVar("Record")
 
 
 def write_plan(path: Path, plan: Plan) -> None:
@@ -231,48 +229,38 @@ def _plan(values: dict[str, Any]) -> Plan:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}")
-    rates = values["machine"].get("rates")
-    machine = _record(Machine, values["machine"] | {"rates": rates and _record(Rates, rates)})
+    machine = from_dict(Machine, values["machine"], "machine.")
     ranks: list[RankEstimate] = []
     for run in values.get("ranks", []):
-        estimate = _record(RankEstimate, {k: v for k, v in run.items() if k not in ("first", "last")})
+        estimate = from_dict(RankEstimate, {k: v for k, v in run.items() if k not in ("first", "last")}, "ranks.")
         if run["first"] != len(ranks) or not run["first"] <= run["last"] < machine.world_size:
             raise ValueError(f"ranks {run['first']} to {run['last']} follow {len(ranks)} of {machine.world_size} ranks")
         ranks += [estimate] * (run["last"] - run["first"] + 1)
+    head = from_dict(_Head, {key: values[key] for key in ("cached_part", "sent_bytes") if key in values})
     return Plan(
         machine=machine,
-        load=_load(values["load"]),
-        reservation=_record(Reservation, values["reservation"]),
-        exchange=_record(ExchangeConfig, values["exchange"]),
-        cached_part=values["cached_part"],
-        sent_bytes=values.get("sent_bytes", 0),
+        load=from_dict(BatchLoad, values["load"], "load."),
+        reservation=from_dict(Reservation, values["reservation"], "reservation."),
+        exchange=from_dict(ExchangeConfig, values["exchange"], "exchange."),
+        cached_part=head.cached_part,
+        sent_bytes=head.sent_bytes,
         tables={name: _table(name, table) for name, table in values["tables"].items()},
         ranks=tuple(ranks),
     )
 
 
-def _load(values: dict[str, Any]) -> BatchLoad:
-    frequencies = {
-        name: Frequencies(tuple((float(rows), float(share)) for rows, share in each["points"]))
-        for name, each in values.get("frequencies", {}).items()
-    }
-    return _record(BatchLoad, values | {"frequencies": frequencies})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Head:
+    cached_part: float
+    sent_bytes: int = 0
 
 
 def _table(name: str, values: dict[str, Any]) -> TablePlacement:
-    for what, choices in (("sharding_type", KINDS), ("kernel", KERNELS), ("dtype", VALUE_BYTES)):
-        if values[what] not in choices:
-            raise ValueError(f"table {name!r}: {what} must be one of {', '.join(choices)}, got {values[what]!r}")
-    placed = _record(
-        TablePlacement,
-        values
-        | {
-            "ranks": tuple(values["ranks"]),
-            "candidates": tuple(_record(Candidate, candidate) for candidate in values.get("candidates", [])),
-        },
-    )
-    if not all(isinstance(rank, int) for rank in placed.ranks):
-        raise ValueError(f"table {name!r}: ranks must be whole numbers, got {list(placed.ranks)}")
+    try:
+        placed = from_dict(TablePlacement, values)
+        kind_named(placed.sharding_type)
+    except ValueError as error:
+        raise ValueError(f"table {name!r}: {error}") from error
     chosen = placed.candidates[:1]
     if chosen and (chosen[0].sharding_type, chosen[0].kernel) != (placed.sharding_type, placed.kernel):
         raise ValueError(
@@ -280,8 +268,3 @@ def _table(name: str, values: dict[str, Any]) -> TablePlacement:
             f"choice, is {chosen[0].sharding_type}/{chosen[0].kernel}"
         )
     return placed
-
-
-def _record(kind: type[Record], values: dict[str, Any]) -> Record:
-    """A flat dataclass from its JSON object; wrong keys raise TypeError, as a wrong call does."""
-    return kind(**values)

@@ -9,6 +9,8 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union
 
 Record = TypeVar("Record")
@@ -37,6 +39,11 @@ def from_dict(kind: type[Record], values: dict[str, Any], prefix: str = "") -> R
 
 
 def field_types(kind: Any) -> dict[str, Any]:
+    return _field_types(kind)
+
+
+@lru_cache
+def _field_types(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
@@ -74,7 +81,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
                 _convert(item, choice, f"{key}[{i}]")
                 for i, (item, choice) in enumerate(zip(value, choices, strict=True))
             )
-    if origin is dict and isinstance(value, dict):
+    if origin in (dict, Mapping) and isinstance(value, dict):
         return {name: _convert(item, choices[1], f"{key}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

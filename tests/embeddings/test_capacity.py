@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from embeddings.__main__ import main
-from embeddings.capacity import Copies, clusters, pareto, rank_numbers, read_nodes
+from embeddings.capacity import Copies, clusters, pareto, rank_numbers, read_nodes, read_prices
 from embeddings.capacity_report import capacity_page, capacity_text
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.demand import read_demand
@@ -210,6 +210,17 @@ def test_numbers_of_ranks_double() -> None:
         ({"dense_tflop": 3.0, "dense_mfu": 0.3}, [], "dense_ms and dense_tflop both"),
         ({"dense_ms": 0.0, "dense_tflop": 3.0}, [], "goes with a dense_mfu in (0, 1]"),
         ({"dense_ms": -1.0}, [], "must be at least 0"),
+        ({"cached_part": 1.5}, [], "cached_part must lie in (0, 1]"),
+        ({"tables": [{**TABLES["tables"][0], "bags_per_sample": 2.0}]}, [], "has no effect, as it is not pooled"),
+        (
+            {"tables": [{**TABLES["tables"][0], "name": name, "features": ["f"]} for name in "ab"]},
+            [],
+            "looked up twice",
+        ),
+        ({}, ["--ranks", "\u00b2"], "--ranks must be a number or FIRST..LAST"),
+        ({}, ["--machines", "cpu-16"], "which cpu-16 has none of"),
+        ({}, ["--machines", "h100x8,h100-8"], "names 'h100-8' twice"),
+        ({}, ["--machines", "h800x8, h100x8", "--prices", "PRICES"], "unknown machine 'h800x8'"),
     ],
 )
 def test_wrong_file_or_option_is_named_in_one_line(
@@ -222,6 +233,55 @@ def test_wrong_file_or_option_is_named_in_one_line(
     assert main(["plan", str(tables), "--machines", "h100x8", "--ranks", "8", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("price", ["Infinity", "NaN", "0", "true", '"60"'])
+def test_wrong_or_missing_price_is_named(price: str, tmp_path: Path) -> None:
+    path = tmp_path / "prices.json"
+    path.write_text(f'{{"h100x8": {price}}}')
+    with pytest.raises(ValueError, match=r"the price of 'h100x8' must be a number above 0"):
+        read_prices(path, ["h100x8"])
+    with pytest.raises(ValueError, match="has no price of 'h200x8'"):
+        read_prices(path, ["h200x8", "h100x8"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"tables": 1, "tables": 2}', "the key 'tables' is there twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ("", "is not JSON"),
+        ("[]", "must hold a JSON object"),
+    ],
+)
+def test_a_file_that_is_no_object_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "tables.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_demand(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_fault(tables: Path) -> None:
+    plain = read_demand(tables)
+    tables.write_text("\ufeff" + tables.read_text(), encoding="utf-8")
+    assert read_demand(tables) == plain
+
+
+def test_rows_wider_than_the_kernels_of_a_gpu_are_cut_or_whole_on_every_rank(tables: Path) -> None:
+    """FBGEMM's kernels look up zeros beyond 1,024 columns."""
+    wide = {"name": "wide", "num_embeddings": 1000, "embedding_dim": 2048}
+    nodes = read_nodes(["h100x8"])
+    for optimizer, kinds in (("adagrad", {"column_wise", "replicated"}), ("rowwise_adagrad", {"replicated"})):
+        tables.write_text(json.dumps({"tables": [wide | {"optimizer": {"kind": optimizer}}]}))
+        (found,) = clusters(read_demand(tables), nodes, [8], samples=1.0, prices={})
+        assert found.plan is not None
+        considered = {candidate.sharding_type for candidate in found.plan.tables["wide"].candidates}
+        assert considered == kinds
+        assert all(len(shard.columns) <= 1024 or kinds == {"replicated"} for shard in found.plan.shards("wide"))
+    tables.write_text(json.dumps({"tables": [wide]}))
+    with pytest.raises(ValueError, match="rows of more than 1024 columns"):
+        clusters(read_demand(tables), nodes, [1], samples=1.0, prices={})
 
 
 def test_wrong_machine_file_is_named(tmp_path: Path) -> None:

@@ -26,8 +26,12 @@ def cuda(**changes: Any) -> Machine:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: table(name=""), "name must be non-empty"),
-        (lambda: table(name="a.b"), "no dot or slash"),
+        (lambda: table(name=""), "name must be printable"),
+        (lambda: table(name="a.b"), "without a dot or slash"),
+        (lambda: table(name="a\nb"), "printable text"),
+        (lambda: table(features=("a", "a")), "must be different names"),
+        (lambda: table(pooled=""), "pooled must be a word"),
+        (lambda: PlacementConfig(cached_part=0.0), r"cached_part must lie in \(0, 1\]"),
         (lambda: table(num_embeddings=0), "num_embeddings must be at least 1"),
         (lambda: table(embedding_dim=6), "multiple of 4"),
         (lambda: table(features=()), "has no features"),

@@ -1,7 +1,7 @@
 """Plan files: written and read back unchanged, readable, and refused with one line when they do not fit the job."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,33 @@ def test_no_estimate_can_be_changed(plan: Plan, tmp_path: Path) -> None:
             assert "\n" not in str(error.value), place
 
 
+def leaves(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values that are no objects or lists."""
+    if isinstance(values, dict | list):
+        for key in values if isinstance(values, dict) else range(len(values)):
+            yield from leaves(values[key], (*place, key))
+    else:
+        yield place
+
+
+def test_a_value_of_another_type_is_refused_wherever_it_stands(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_plan(path, plan)
+    places = list(leaves(json.loads(path.read_text())))
+    assert len(places) > 60
+    for place in places:
+        for wrong in ([7], {"a": 7}, float("nan"), *(() if place[-1] == "calibration" else ("seven",))):
+
+            def change(values: dict[str, Any], place: tuple[Any, ...] = place, wrong: Any = wrong) -> None:
+                for key in place[:-1]:
+                    values = values[key]
+                values[place[-1]] = wrong
+
+            with pytest.raises(ValueError, match="plan") as error:
+                read_plan(edited(plan, path, change), problem())
+            assert "\n" not in str(error.value), place
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -183,15 +210,15 @@ def test_no_estimate_can_be_changed(plan: Plan, tmp_path: Path) -> None:
         (lambda v: table(v).update(num_embeddings=11), "'item' has rows 11 there, 10 in the model"),
         (lambda v: table(v).update(embedding_dim=16), "'item' has columns 16 there, 8 in the model"),
         (lambda v: table(v).update(dtype="float16"), "'item' has dtype float16 there"),
-        (lambda v: table(v).update(dtype="int4"), "dtype must be one of"),
+        (lambda v: table(v).update(dtype="int4"), "dtype' must be one of"),
         (lambda v: table(v).update(optimizer="sgd"), "'item' has optimizer sgd there, rowwise_adagrad in the model"),
-        (lambda v: table(v).update(sharding_type="rows"), "sharding_type must be one of"),
+        (lambda v: table(v).update(sharding_type="rows"), "there is no sharding type"),
         (lambda v: table(v).update(sharding_type="table_wise"), "its first candidate, which must be the choice"),
-        (lambda v: table(v).update(kernel="dense"), "kernel must be one of"),
+        (lambda v: table(v).update(kernel="dense"), "kernel' must be one of"),
         (lambda v: table(v).update(ranks=[0, 1, 2, 3]), "has a block on every rank: leave its ranks empty"),
         (lambda v: table(v, "user").update(ranks=[]), "needs the ranks of its blocks"),
         (lambda v: table(v, "user").update(ranks=[4]), "block on rank 4, but ranks are 0 to 3"),
-        (lambda v: table(v, "user").update(ranks=[1.5]), "whole numbers"),
+        (lambda v: table(v, "user").update(ranks=[1.5]), "must be an integer"),
         (lambda v: table(v, "user").update(ranks=[3 - table(v, "user")["ranks"][0]]), "says of rank"),
         (lambda v: table(v, "user").update(ranks=[0, 1]), "cannot be table_wise on 2 ranks"),
         (lambda v: table(v, "tag").update(ranks=[1, 1]), "two blocks on one of the ranks"),
