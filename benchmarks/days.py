@@ -10,6 +10,7 @@ Prints the table of docs/quality.md, from the run's progressive.jsonl and its ev
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,17 @@ def table(result: dict[str, Any]) -> str:
     """The figures as docs/quality.md shows them."""
     lines = ["| day | steps before | positives | NE | of the rates | AUC, 95% interval | of the rates | difference |"]
     lines.append("| --- " * 8 + "|")
-    lines += [
-        f"| {day['day']} | {day['step']} | {day['positives']:,.0f} | {day['ne']:.3f} | {day['ne_baseline']:.3f} "
-        f"| {day['auc']:.3f} +- {day['auc_95']:.3f} | {day['auc_baseline']:.3f} "
-        f"| {day['auc'] - day['auc_baseline']:+.3f} |"
-        for day in result["days"]
-    ]
+    lines += [f"| {day['day']} | {day['step']} | {cells(day)} |" for day in result["days"]]
     return "\n".join(lines)
+
+
+def cells(found: Mapping[str, float]) -> str:
+    """What `METRICS` say of a label, the model's beside the rates'."""
+    return (
+        f"{found['positives']:,.0f} | {found['ne']:.3f} | {found['ne_baseline']:.3f} "
+        f"| {found['auc']:.3f} +- {found['auc_95']:.3f} | {found['auc_baseline']:.3f} "
+        f"| {found['auc'] - found['auc_baseline']:+.3f}"
+    )
 
 
 def _records(file: Path) -> list[dict[str, Any]]:

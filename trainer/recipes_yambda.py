@@ -104,7 +104,7 @@ def dlrm_v4() -> TrainConfig:
     recommendation_v4, at a global batch of 8,192; at k times as much the reference takes k times the rates.  Every 280
     steps (2,293,760 samples) from step 7,000 on the last day is scored, and .75 ends the run.  What differs: the layers
     of the input and the head are this project's, the head reads the tower's output alone, the AUC is of all of the
-    day's samples at once, and docs/quality.md says the rest.  No baseline is counted: it would gather 2.3 billion
+    day's samples at once, and docs/models.md says the rest.  No baseline is counted: it would gather 2.3 billion
     histories.
     """
     columns = ("item_id", "item.artist", "item.album")

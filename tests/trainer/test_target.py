@@ -1,12 +1,9 @@
-"""Runs end with the first evaluation that reaches a stated quality, and an evaluation's baseline stands beside it."""
-
-from pathlib import Path
+"""Targets of training: `test_watched_run` ends a run at one."""
 
 import pytest
 
 from pipelines.loader import dataset_info
 from tests.support.small_data import small_dataset
-from tests.support.training import read_lines, train
 from trainer.job import check_target
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
@@ -23,17 +20,6 @@ def test_a_target_is_a_metric_and_a_bound() -> None:
     for text in ("auc/click", "auc/click>0.75", "auc/click>=high", ">=0.5", ""):
         with pytest.raises(ValueError, match="must be METRIC>=NUMBER or METRIC<=NUMBER"):
             parse_target(text)
-
-
-def test_training_ends_at_its_target_and_stays_there(tmp_path: Path) -> None:
-    overrides = ("evaluation.every_steps=1", "evaluation.first_step=3", "max_steps=6", "checkpoint.every_steps=100")
-    lines = train(tmp_path, 2, *overrides, "evaluation.target=auc/is_click>=0.01")
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    (record,) = read_lines(tmp_path / "eval.jsonl")
-    assert record["step"] == 3 and record["auc_baseline/is_click"] > 0
-    # The same command again has nothing to do.
-    assert len(train(tmp_path, 1, *overrides, "evaluation.target=auc/is_click>=0.01")) == 3
-    assert len(read_lines(tmp_path / "eval.jsonl")) == 1
 
 
 @pytest.mark.parametrize(

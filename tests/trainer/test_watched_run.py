@@ -1,13 +1,23 @@
-"""A run that is asked for a trace of some steps writes those, with their stages named; training metrics are logged."""
+"""A run of two ranks with all that is watched of one: a trace of some steps, metrics in training, and a target."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.training import train
+from tests.support.training import read_lines, train
 from trainer.command_line import WrongUse, parse_window
+
+TARGET = ("evaluation.every_steps=1", "evaluation.first_step=4", "evaluation.target=auc/is_click>=0.01", "max_steps=6")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Its directory, and what it logged."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(folder, 2, *TARGET, options=("--profile", "2:2"))
 
 
 def test_windows_are_a_step_and_a_count() -> None:
@@ -17,10 +27,9 @@ def test_windows_are_a_step_and_a_count() -> None:
             parse_window(text)
 
 
-def test_two_ranks_write_a_trace_each_and_log_what_they_learn_from(tmp_path: Path) -> None:
-    overrides = ("max_steps=4", "evaluation.baseline=false")
-    lines = train(tmp_path, 2, *overrides, options=("--profile", "2:2"))
-    traces = sorted((tmp_path / "profile").iterdir())
+def test_each_rank_writes_a_trace_of_the_steps_asked_for(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = run
+    traces = sorted((folder / "profile").iterdir())
     assert [path.name for path in traces] == [f"steps-2-to-3-rank-{rank}.json" for rank in (0, 1)]
     for trace in traces:
         names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
@@ -28,8 +37,12 @@ def test_two_ranks_write_a_trace_each_and_log_what_they_learn_from(tmp_path: Pat
         for stage in ("longview: tower", "longview: loss"):
             assert names.count(stage) == 2, stage
         assert any("forward" in str(name) for name in names)
-    said = (tmp_path / "logs" / "rank-0.log").read_text()
+    said = (folder / "logs" / "rank-0.log").read_text()
     assert said.count("profile of steps 2 to 3: ") == 1 and str(traces[0]) in said
+
+
+def test_what_is_trained_on_is_measured(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, lines = run
     for line in lines:
         assert 0 <= line["data_wait"] <= 1
         assert line["ne/is_click"] > 0 and 0 <= line["auc/is_click"] <= 1 and line["calibration/is_click"] > 0
@@ -38,3 +51,13 @@ def test_two_ranks_write_a_trace_each_and_log_what_they_learn_from(tmp_path: Pat
     windows = [line["ne/is_click"] for line in lines]
     assert min(windows) < last["lifetime_ne/is_click"] < max(windows)
     assert not math.isnan(last["lifetime_auc/is_click"])
+
+
+def test_training_ends_at_its_target_and_stays_there(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, lines = run
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    (record,) = read_lines(folder / "eval.jsonl")
+    assert record["step"] == 4 and record["auc_baseline/is_click"] > 0
+    # The same command again has nothing to do.
+    assert len(train(folder, 1, *TARGET)) == 4
+    assert len(read_lines(folder / "eval.jsonl")) == 1
