@@ -133,7 +133,7 @@ def _tower(
         tokens = _tokens(batch, history)
         for _ in range(stage.num_layers):
             depth += 1
-            if depth == num_layers and alone and not layer.fp8:
+            if depth == num_layers and alone:
                 of_last, turn = _candidate_layer_bytes(dim, layer, tokens * b, batch.samples * batch.candidates * b)
             else:
                 of_last, turn = tokens * b * layer_kept, tokens * b * in_turn

@@ -288,8 +288,8 @@ def _tower_flops(
         one = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs)
         for _ in range(stage.num_layers):
             total, last = _add(total, last), one
-    # In FP8 the last layer computes all rows, and a Transformer's always does.
-    if at_candidates and not layer.fp8 and layer.variant not in ("softmax", "last_event"):
+    # A Transformer's last layer computes all rows.
+    if at_candidates and layer.variant not in ("softmax", "last_event"):
         pairs = candidates * (num_context + history + 1.0)
         last = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs, num_rows=candidates.astype(np.float64))
     return _add(total, last)

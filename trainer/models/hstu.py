@@ -4,7 +4,7 @@ Shapes: T packed tokens, C candidates of all users, R rows (T or C), D model wid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -74,12 +74,12 @@ class HstuLayer(nn.Module):
     ) -> Tensor:
         """The rows of candidates of `forward`'s output, [C, D], computed alone.
 
-        Equal but for rounding, and for which elements dropout zeroes.  A layer in FP8 computes all rows.
+        Equal but for rounding, and for which elements dropout zeroes.  Nothing here is in FP8: there is little to
+        multiply.
         """
-        if self.spec.fp8:
-            return take_rows(self(x_TD, plan, weights), rows_C)
+        spec = replace(self.spec, fp8=False)
         x_TD, batch = x_TD.to(compute_dtype(x_TD)), self._batch(plan_of_targets(plan), ALL_AT_HAND)
-        out: Tensor = candidate_layer(x_TD, rows_C, self.parameter_set(), self.spec, batch, weights=weights)
+        out: Tensor = candidate_layer(x_TD, rows_C, self.parameter_set(), spec, batch, weights=weights)
         return out
 
     def plan(self, layout: SequenceLayout, mask: SemiLocalMask, *, padded: bool = False) -> AttentionPlan:

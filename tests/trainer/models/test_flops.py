@@ -1,7 +1,5 @@
 """FLOP counts: allowed pairs against the dense mask, the paper's figures, the paper's scaling fits."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -114,13 +112,13 @@ def test_ultra_saves_what_the_paper_says_of_merging_and_truncation() -> None:
 
 
 def test_a_rankers_last_layer_costs_the_rows_of_candidates() -> None:
-    """V and K for all tokens, everything else for candidates; in FP8 it computes all rows."""
+    """V and K for all tokens, everything else for candidates."""
     layer = LayerConfig(num_heads=2, qk_dim=8, value_dim=16)
     data = {"inputs": InputWidths(event=9, candidate=0, context=0), "num_context": 2, "num_outputs": 3}
 
-    def count(num_layers: int, *, fp8: bool = False) -> FlopCount:
+    def count(num_layers: int) -> FlopCount:
         stages = (StageConfig(num_layers=num_layers, local=4),)
-        config = ModelConfig(dim=64, max_len=100, stages=stages, layer=replace(layer, fp8=fp8))
+        config = ModelConfig(dim=64, max_len=100, stages=stages, layer=layer)
         return ranker_flops(config, 50, 3, **data)
 
     pairs = float(allowed_pairs(50, 3, num_context=2, local=4))
@@ -134,7 +132,6 @@ def test_a_rankers_last_layer_costs_the_rows_of_candidates() -> None:
     for field in ("projections", "attention", "outputs"):
         assert getattr(count(1), field) == getattr(last, field)
         assert getattr(count(3), field) == 2 * getattr(whole, field) + getattr(last, field)
-        assert getattr(count(3, fp8=True), field) == 3 * getattr(whole, field)
 
 
 def test_counts_take_arrays_of_lengths() -> None:
