@@ -18,7 +18,7 @@ WIDTH, HEIGHT, LEFT, TOP, SIDE, TALL = 900, 420, 60, 40, 340, 300
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw milliseconds against length, forward and backward.")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention_h100.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention_h200.json"))
     parser.add_argument("--svg", type=Path, default=Path("benchmarks/results/attention.svg"))
     arguments = parser.parse_args()
     arguments.svg.write_text(draw(json.loads(arguments.json.read_text())))
