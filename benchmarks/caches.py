@@ -40,6 +40,7 @@ from embeddings.sharding import apply_plan
 from embeddings.tables import Rows, build_tables, fbgemm_kernels, init_tables, rows_by_feature
 from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 from pipelines.overlap import Overlap, StepPipeline
+from trainer.determinism import make_deterministic
 
 EXPONENTS = (None, 0.8, 1.0, 1.1, 1.3)
 """None: all rows alike."""
@@ -318,6 +319,8 @@ def in_turn(batches: list[Batch], steps: int) -> Iterator[Batch]:
 def trained(machine: Machine, *, training: Training, way: str) -> Iterator[tuple[str, Any]]:
     """The losses of all steps in one way, as a digest, and the time of a step."""
     del machine
+    # As the trainer does: else FBGEMM adds up the gradients of a row that a batch looks up 1,025 times in any order.
+    make_deterministic()
     losses, ms = Run(training, *WAYS[way]).losses(drawn_batches(training))
     yield "steps", training.steps
     yield "step_ms", ms

@@ -233,6 +233,9 @@ def _cluster(
             raise
         # A file of tables states these settings without the word.
         reason = str(error).replace("placement.", "")
+        if copies.number > 1:
+            # Fixes are planned for the ranks of one copy, and among all kernels.
+            reason = f"each of {copies.number} copies: {reason.split('; fixes: ')[0]}"
     step_ms = math.inf
     if plan is not None:
         step_ms = plan.step_ms + demand.dense_ms_on(name, node) + copies.averaging_ms(plan, machine)

@@ -65,8 +65,8 @@ def capacity_page(found: Sequence[Cluster], samples: float) -> str:
         f"<title>Clusters for these tables</title><style>{_STYLE}</style><h1>Clusters for these tables</h1>",
         f"<p class=answer>{html.escape(_answer(found, samples))}</p>",
         f"<div class=wide><table><tr>{head}</tr>{body}</table></div>",
-        f"<p class=quiet>Estimates by {html.escape('; '.join(rates))}. Green: it keeps up, and none is both faster and "
-        f"cheaper. Bars: of the memory of each rank that there is for tables, {_LEGEND}.</p>",
+        f"<p class=quiet>Estimates by {html.escape('; '.join(rates))}. Bold: the answer. Green: it keeps up, and none "
+        f"is both faster and cheaper. Bars: of the memory of each rank that there is for tables, {_LEGEND}.</p>",
         *([f"<p>{html.escape(_OF_COPIES)}</p>"] if any(cluster.copies > 1 for cluster in found) else []),
     ]
     for cluster in found:

@@ -293,3 +293,11 @@ def test_wrong_machine_file_is_named(tmp_path: Path) -> None:
         path.write_text(json.dumps(OWN | change))
         with pytest.raises(ValueError, match=r"own\.json: a machine has gpus"):
             read_nodes([str(path)])
+
+
+def test_copies_that_do_not_fit_name_what_lacks_and_no_fix_for_one_copy(tables: Path) -> None:
+    tables.write_text(json.dumps({"tables": [{"name": "item", "num_embeddings": 10**9, "embedding_dim": 128}]}))
+    nodes, copies = read_nodes(["h100x8"]), [Copies(number=2)]
+    (found,) = clusters(read_demand(tables), nodes, [8], samples=1e6, prices={}, copies=copies)
+    assert found.plan is None and found.problem.startswith("each of 2 copies: the tables do not fit on 4 cuda ranks")
+    assert "of device memory" in found.problem and "fixes" not in found.problem
