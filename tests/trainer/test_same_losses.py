@@ -14,7 +14,7 @@ from trainer.models.layer import ProductWeights
 from trainer.models.layout import take_rows
 from trainer.recording import RecordedObjective
 
-STEPS = 200 if DEVICE.type == "cuda" else 60
+STEPS = 200 if DEVICE.type == "cuda" else 30
 
 
 def losses(name: str, *, recorded: bool) -> tuple[list[float], int]:
