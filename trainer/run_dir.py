@@ -186,9 +186,10 @@ class RunDir:
         saved = self.saved_config()
         if saved is None:
             # These come into being before the run does.
-            if self.path.is_dir() and any(
-                entry.name not in ("attempts.jsonl", "jobs", "lock", "logs") for entry in self.path.iterdir()
-            ):
+            early: tuple[str, ...] = ("attempts.jsonl", "jobs", "lock", "logs")
+            if not any(self.checkpoints.glob("*/COMPLETE")):
+                early += (self.checkpoints.name,)
+            if self.path.is_dir() and any(entry.name not in early for entry in self.path.iterdir()):
                 raise WrongUse(
                     f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one"
                 )

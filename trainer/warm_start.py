@@ -21,7 +21,7 @@ from pipelines.dataset_json import read_dataset_info
 from pipelines.features import DatasetInfo, Space
 from pipelines.keys import key_columns
 from pipelines.vocabulary import ACTIONS, earlier_digests, vocabularies
-from trainer.checkpoint.catalogue import Checkpoint, DamagedCheckpoint, open_catalogue
+from trainer.checkpoint.catalogue import Checkpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.layout import dtype_name
 from trainer.checkpoint.loading import fill, gather
@@ -111,6 +111,7 @@ class WarmStart:
         Raises, on every rank alike:
             ValueError: a tensor's shape or type differs, keys cannot be compared, or a name is none of the model's.
             DamagedCheckpoint: bytes of the checkpoint are not what was written.
+            OSError: they cannot be read.
         """
         problem, pieces = None, []
         taken: dict[str, _Taken] = {}
@@ -129,16 +130,16 @@ class WarmStart:
         names = sorted({name for each in gather(list(tensors), group) for name in each})
         taken = {name: found for each in gather(taken, group) for name, found in each.items()}
         self._check_all_used(names)
-        reason = None
+        failure = None
         try:
             fill(self._catalogue.store, self._checkpoint, [part for _, parts in pieces for part in parts])
             for piece in live:
                 self._mark_trained(piece)
         except (ChunkError, OSError) as error:
-            reason = str(error)
-        reasons = [each for each in gather(reason, group) if each is not None]
-        if reasons:
-            raise DamagedCheckpoint(f"--init-from {self._run.path}: {reasons[0]}")
+            failure = self._catalogue.unread(self._checkpoint.step, error)
+        for each in gather(failure, group):
+            if each is not None:
+                raise each
         left = sorted(set(self._checkpoint.manifest.tensors) - {found.source for found in taken.values()})
         lines = [*_table(names, taken), *(f"  {name:<50} not taken" for name in left if _is_weight(name))]
         logger.info("started from step %d of %s:\n%s", self._checkpoint.step, self._run.path, "\n".join(lines))

@@ -42,6 +42,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         RunDir(tmp_path / "thesis.tex").check_same_run(CONFIG)
 
 
+def test_what_a_run_leaves_that_ends_before_its_first_step_is_no_hindrance(tmp_path: Path) -> None:
+    """But a checkpoint without the configuration that it is of is one."""
+    run = RunDir(tmp_path)
+    for folder in (run.path / "logs", run.checkpoints / "trial"):
+        folder.mkdir(parents=True)
+    run.check_same_run({"name": "demo"})
+    (run.checkpoints / "step-00000001").mkdir()
+    (run.checkpoints / "step-00000001" / "COMPLETE").touch()
+    with pytest.raises(ValueError, match="holds no config.json"):
+        run.check_same_run({"name": "demo"})
+
+
 def test_json_lines_never_repeat_a_step_and_drop_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')

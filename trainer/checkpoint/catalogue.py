@@ -188,6 +188,11 @@ class Catalogue:
     def unread(self, step: int, error: Exception) -> Exception:
         """What is said of a checkpoint in whose reading `error` was met: that it is damaged, or cannot be read."""
         if is_damage(error):
+            if self.store.size(f"{step_folder(step)}/{COMPLETE}") is None:
+                return FileNotFoundError(
+                    f"checkpoint {self.store.address}/{step_folder(step)} was removed while it was read, by the run's "
+                    "training: start again with a newer one, or let one stay (python -m trainer checkpoints --pin N)"
+                )
             return self.damaged(step, error)
         return OSError(
             f"checkpoint {self.store.address}/{step_folder(step)} cannot be read: {error}; give access to it, or wait "
@@ -205,7 +210,7 @@ class Catalogue:
             OSError: nothing can be written.
         """
         try:
-            with self.store.writing(f"{_TRIAL}/{COMPLETE}") as file:
+            with self.store.writing(f"{_TRIAL}/file") as file:
                 file.write(b"checkpoints can be written here\n")
             self.store.remove(_TRIAL)
         except OSError as error:
@@ -228,11 +233,11 @@ class Catalogue:
         return name
 
     def base(self, step: int) -> int | None:
-        """Step of the checkpoint that this one needs; None where it needs none, or is damaged."""
+        """Step of the checkpoint that this one needs; None where it needs none, is damaged or has gone."""
         if step not in self._bases:
             try:
                 self._bases[step] = self.open(step).manifest.base
-            except DamagedCheckpoint:
+            except (DamagedCheckpoint, FileNotFoundError):
                 self._bases[step] = None
         return self._bases[step]
 

@@ -36,6 +36,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
         ValueError: the data set (`data`, or else the run's) has other keys than the run was trained with, or a table
             has unbounded ids.
         DamagedCheckpoint: bytes of the checkpoint are not what was written.
+        OSError: it cannot be read.
     """
     run = RunDir(run_dir)
     saved = run.saved_config()
@@ -109,7 +110,7 @@ class CheckpointReader:
             if region.numel:
                 fill(self._catalogue.store, self.checkpoint, [LivePiece(name, kind.shape, region, values)])
         except (ChunkError, OSError) as error:
-            raise self._catalogue.damaged(self.checkpoint.step, error) from None
+            raise self._catalogue.unread(self.checkpoint.step, error) from None
         return values
 
 
