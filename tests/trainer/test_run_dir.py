@@ -50,7 +50,7 @@ def test_what_a_run_leaves_that_ends_before_its_first_step_is_no_hindrance(tmp_p
     run.check_same_run({"name": "demo"})
     (run.checkpoints / "step-00000001").mkdir()
     (run.checkpoints / "step-00000001" / "COMPLETE").touch()
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match="holds no config"):
         run.check_same_run({"name": "demo"})
 
 
