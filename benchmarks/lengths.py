@@ -24,7 +24,7 @@ import torch
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
 from benchmarks.step import Case, measure
-from benchmarks.trainings import Asked, Trained, Training, seeded, train_all
+from benchmarks.trainings import Asked, Trained, Training, commit, hardware, seeded, train_all
 from pipelines.config import SYNTHETIC_PATH
 from pipelines.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
@@ -125,15 +125,18 @@ class Lengths:
         first, lines = rows[self.names[0]], []
         for name, own in list(rows.items())[1:]:
             lengths = [length for length, row in first.items() if row["ne"] and own.get(length, {}).get("ne")]
-            ratios = [slope(own, lengths, cost) / slope(first, lengths, cost) for cost in ("train_ms", "score_ms")]
-            if len(lengths) > 1:
+            costs = ("train_ms", "score_ms")
+            slopes = [(slope(own, lengths, cost), slope(first, lengths, cost)) for cost in costs]
+            # Two models that learn nothing more from longer histories have no ratio.
+            if all(min(pair) > 0 for pair in slopes):
+                ratios = [of_own / of_first for of_own, of_first in slopes]
                 lines.append(
                     f"NE gained for the same cost from {int(lengths[0]):,} to {int(lengths[-1]):,} events, {name} over "
                     f"{self.names[0]}: {ratios[0]:.1f} times in training, {ratios[1]:.1f} times in scoring."
                 )
         return lines
 
-    def _costs(self, cells: Sequence[tuple[str, int]], asked: Asked) -> dict[tuple[str, int], dict[str, float]]:
+    def _costs(self, cells: Sequence[tuple[str, int]], asked: Asked) -> dict[tuple[str, int], dict[str, Any]]:
         """Milliseconds of a sample in training and in scoring; what was measured under --work is used again."""
         found = {}
         mesh = discover_mesh()
@@ -145,7 +148,9 @@ class Lengths:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     config = apply_overrides(load_recipe(RECIPE), list(training.settings))
                     # A rate that decays to the end of a run has none here.
-                    file.write_text(json.dumps(asdict(cost(replace(config, schedule=ScheduleConfig()), mesh))))
+                    measured = asdict(cost(replace(config, schedule=ScheduleConfig()), mesh))
+                    about = {"cost_hardware": hardware(), "cost_commit": commit()}
+                    file.write_text(json.dumps({**measured, **about}))
                 found[name, length] = json.loads(file.read_text())
         return found
 
@@ -180,7 +185,7 @@ def cost(config: TrainConfig, mesh: Mesh) -> Cost:
 
 
 def slope(rows: Mapping[str, Mapping[str, Any]], lengths: Sequence[str], cost: str) -> float:
-    """What NE falls for each unit of cost, by least squares; NaN of fewer than two lengths."""
+    """What NE falls for each unit of cost, by least squares; NaN for fewer than two lengths."""
     if len(lengths) < 2:
         return float("nan")
     costs = np.array([rows[length][cost] for length in lengths])

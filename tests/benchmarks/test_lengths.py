@@ -92,5 +92,8 @@ def test_slopes_are_compared_over_the_lengths_that_both_have() -> None:
         },
     }
     assert "from 16 to 32 events, ULTRA-HSTU over HSTU: 4.0 times in training, 4.0 times" in TINY.table(report)
+    for row in report["rows"][hstu].values():
+        row["ne"] = [1.0]
+    assert "times" not in TINY.table(report)
     alone = {"samples": 8, "rows": {ultra: report["rows"][ultra]}}
     assert "times" not in Lengths.table(TINY, alone)
