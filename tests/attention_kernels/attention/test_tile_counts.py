@@ -71,6 +71,25 @@ def count(
     only_targets: bool = False,
 ) -> Counts:
     """Counts of a batch of sequences, (history, candidates) each, by row tiles or by key tiles."""
+    out = walks(mask, sequences, by_rows=by_rows, block=block, partner=partner, only_targets=only_targets)
+    return Counts(
+        live=int(out[:, 2].sum()),
+        full=int(out[:, 3].sum()),
+        pairs=int((out[:, 1] * out[:, 2]).sum()) * partner,
+        tiles=int((out[:, 0] == 0).sum()),
+    )
+
+
+def walks(
+    mask: SemiLocalMask,
+    sequences: list[tuple[int, int]],
+    *,
+    by_rows: bool,
+    block: int = BLOCK,
+    partner: int = BLOCK,
+    only_targets: bool = False,
+) -> torch.Tensor:
+    """[items, 4] what `count_kernel` tells of each item of the schedule, in its order."""
     lengths = [mask.num_context + h + t for h, t in sequences]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=DEVICE)
     plan = make_plan(offsets, mask, num_targets=torch.tensor([t for _, t in sequences], device=DEVICE), max_len=10000)
@@ -85,12 +104,7 @@ def count(
     out = torch.zeros(items, 4, dtype=torch.int32, device=DEVICE)
     has_local = plan.mask.local is not None
     count_kernel[(items,)](out, tiles.table, PARTNER=partner, BY_ROWS=by_rows, HAS_LOCAL=has_local)
-    return Counts(
-        live=int(out[:, 2].sum()),
-        full=int(out[:, 3].sum()),
-        pairs=int((out[:, 1] * out[:, 2]).sum()) * partner,
-        tiles=int((out[:, 0] == 0).sum()),
-    )
+    return out
 
 
 def grid_counts(mask: SemiLocalMask, h: int, t: int) -> tuple[int, int]:
@@ -224,3 +238,16 @@ def test_targets_alone_cost_their_own_tiles(mask: SemiLocalMask) -> None:
     assert by_rows.tiles == t and by_keys.tiles == 1 + h + t
     assert by_rows.live == by_keys.live == t * (1 + h + 1)
     assert by_rows.full == by_keys.full == t * (1 + h)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_parts_of_a_split_tile_share_its_partners_evenly(by_rows: bool) -> None:
+    mask = SemiLocalMask(local=20, global_rows=BLOCK, global_columns=BLOCK)
+    parts = walks(mask, [(96 * BLOCK, 0)], by_rows=by_rows)[:, [0, 2]].tolist()
+    tiles: list[list[int]] = []
+    for part, visited in parts:
+        tiles += [[]] if part == 0 else []
+        tiles[-1].append(visited)
+    split = [visited for visited in tiles if len(visited) > 1]
+    assert split
+    assert all(max(visited) - min(visited) <= 1 for visited in split)

@@ -36,11 +36,11 @@ def segments_kernel(
 @triton.jit
 def groups_kernel(
     out, first, last, n, u, c, g, s, r, local,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr,
 ):  # fmt: skip
     """(begin, end) of each group of a tile, among the tile's live partners."""
     bounds = Bounds(n, u, c, g, s, r, local)
-    for i in range(BLOCK // GROUP):
+    for i in range(GROUPS):
         own = first + i * GROUP
         own_last = tl.minimum(own + GROUP, last)
         if BY_ROWS:
@@ -78,9 +78,8 @@ def test_live_tiles_cover_every_pair_once(seed: int) -> None:
     out, groups = (torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (6, 4))
     for by_rows, first, last in classes:
         segments_kernel[(1,)](out, first, last, *bounds, BLOCK=BLOCK, BY_ROWS=by_rows, HAS_LOCAL=has_local)
-        groups_kernel[(1,)](
-            groups, first, last, *bounds, BLOCK=BLOCK, GROUP=GROUP, BY_ROWS=by_rows, HAS_LOCAL=has_local
-        )
+        sizes = {"BLOCK": BLOCK, "GROUP": GROUP, "GROUPS": BLOCK // GROUP}
+        groups_kernel[(1,)](groups, first, last, *bounds, **sizes, BY_ROWS=by_rows, HAS_LOCAL=has_local)
         numbers = out.tolist()
         starts = [
             start + i * BLOCK for number, start in zip(numbers[:3], numbers[3:], strict=True) for i in range(number)
@@ -96,16 +95,28 @@ def test_live_tiles_cover_every_pair_once(seed: int) -> None:
                 assert (seen[needed(allowed, by_rows, own, own_last)] == 1).all(), (mask, h, t, by_rows, own)
 
 
-def test_a_group_leaves_out_tiles_that_only_the_other_needs() -> None:
-    """A window of two blocks: either group needs all but one of the tiles that the two together need."""
-    mask = SemiLocalMask(local=2 * BLOCK)
-    bounds, _ = sequence(mask, 200, 0)
+@pytest.mark.parametrize(
+    ("mask", "by_rows"),
+    [
+        (SemiLocalMask(), True),
+        (SemiLocalMask(), False),
+        (SemiLocalMask(num_context=BLOCK), True),
+        (SemiLocalMask(local=2 * BLOCK), True),
+    ],
+    ids=["full causal, rows", "full causal, keys", "context, rows", "local, rows"],
+)
+def test_a_group_walks_the_tiles_that_it_needs_and_none_of_the_others(mask: SemiLocalMask, by_rows: bool) -> None:
+    """Of tiles of two groups, far from the edges, where every boundary is a multiple of a block."""
+    has_local, h = mask.local is not None, 12 * BLOCK
+    allowed, (bounds, _) = dense_mask(mask, h, 0), sequence(mask, h, 0)
     groups = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    for by_rows in (True, False):
-        arguments = (groups, 96, 96 + 2 * BLOCK, *bounds)
-        groups_kernel[(1,)](*arguments, BLOCK=2 * BLOCK, GROUP=BLOCK, BY_ROWS=by_rows, HAS_LOCAL=True)
-        (begin, end), (other_begin, other_end) = groups.view(2, 2).tolist()
-        assert end - begin <= 3 and other_end - other_begin <= 3
+    sizes = {"BLOCK": BLOCK, "GROUP": BLOCK, "GROUPS": 2}
+    for first in (4 * BLOCK, 6 * BLOCK):
+        groups_kernel[(1,)](groups, first, first + 2 * BLOCK, *bounds, **sizes, BY_ROWS=by_rows, HAS_LOCAL=has_local)
+        for i, (begin, end) in enumerate(groups.view(2, 2).tolist()):
+            own = first + i * BLOCK
+            tiles = needed(allowed, by_rows, own, own + BLOCK).view(-1, BLOCK).any(1)
+            assert end - begin == int(tiles.sum()), (own, begin, end)
 
 
 def sequence(mask: SemiLocalMask, h: int, t: int) -> tuple[tuple[int, ...], list[tuple[bool, int, int]]]:
