@@ -177,12 +177,13 @@ class Striker:
                 self._wait_for_a_moment(job, whole_s)
             kind = self._strike(job, tallies)
             struck += kind is not None
+            if self._disk is not None and kind in DISK_FAULTS:
+                # Where the run came to its end all the same, for the next one.
+                self._disk.mend()
             if job.process.returncode == 0:
                 return tallies
             if struck == 0:
                 raise AssertionError(f"{run_dir} failed though nothing struck it: {job.last_words}")
-            if self._disk is not None and kind in DISK_FAULTS:
-                self._disk.mend()
             kind = self._chance.choice(DAMAGES)
             if struck < budget and self._chance.random() < 0.5 and damage(run_dir, kind, self._chance):
                 struck += 1
