@@ -1,6 +1,7 @@
 """Unbounded ids from a log's raw keys to a trained, resumed and evaluated run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.drifting_log import write_drifting_log
 from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
@@ -210,15 +212,26 @@ def test_rows_without_their_map_are_refused_before_anything_begins(learnt: tuple
     assert "Traceback" not in output
 
 
-def test_an_export_is_refused_in_one_line(learnt: tuple[Path, Path], tmp_path: Path) -> None:
-    code, output = commanded("export", str(learnt[1]), "--out", str(tmp_path / "out"))
-    assert code != 0 and "Traceback" not in output
-    assert (
-        output.strip()
-        .splitlines()[-1]
-        .endswith("table 'item' has unbounded ids, of whose map an export knows nothing yet")
-    )
-    assert not list(tmp_path.iterdir())
+def test_an_export_holds_the_map_and_comes_back_as_it_was(learnt: tuple[Path, Path], tmp_path: Path) -> None:
+    _, run = learnt
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert commanded("export", str(run), "--out", str(out))[0] == 0
+    trained, maps = newest(run), load_file(out / "maps.safetensors")
+    values = pq.read_table(out / "tables" / "item.parquet").column("values").to_pylist()
+    keys = maps["item/keys"].tolist()
+    # The key of a slot has the row after it.
+    for slot in (keys.index(key) for key in keys if key != UNKNOWN_KEY):
+        assert values[slot + 1] == trained["tables/item"][slot + 1].tolist()
+    assert commanded("import", str(out), "--out", str(back))[0] == 0
+    again = newest(back)
+    for name in trained:
+        if name.startswith(("ids/", "tables/", "dense/")):
+            assert torch.equal(again[name], trained[name]), name
+    maps["item/keys"] = maps["item/keys"].roll(64)
+    save_file(maps, out / "maps.safetensors")
+    code, output = commanded("import", str(out), "--out", str(tmp_path / "wrong"))
+    assert code != 0 and "Traceback" not in output and not (tmp_path / "wrong").exists()
+    assert re.search(r"key -?\d+ of 'item/keys' cannot have row \d+: leave maps alone", output.splitlines()[-1])
 
 
 def test_learns_a_drifting_catalogue_better_than_a_hash_of_as_many_rows(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
     DIR/  export.json             what was exported: shapes, and the run's configuration
           dense.safetensors       the dense weights by name
           unknown.safetensors     row 0 of each table whose rows have keys: what ids without a key are given
+          maps.safetensors        of tables of unbounded ids: TABLE/keys[i] is the key whose row is i + 1, and what
+                                  decides who stays; taken back as it is
           tables/TABLE.parquet    a row a key: `key` and `values`; `row` for `key` where ids have no keys
 
 Both go through a table in parts, so it may be larger than memory, and neither knows which ranks held what.

@@ -13,9 +13,10 @@ from trainer.command_line import WrongUse
 DESCRIPTION = "export.json"
 DENSE = "dense.safetensors"
 UNKNOWN = "unknown.safetensors"
+MAPS = "maps.safetensors"
 VALUES = "values"
 """Parquet column of a table's rows."""
-FORMAT = 1
+FORMAT = 2
 
 Identity = Literal["key", "row"]
 """Parquet column that says which row of a table is meant: the key behind its id, or its number."""
@@ -61,6 +62,8 @@ class Export:
     """By name."""
     dense: Mapping[str, TensorKind]
     """By name."""
+    maps: Mapping[str, TensorKind]
+    """Of tables of unbounded ids, by TABLE/PART."""
     optimizers: Mapping[str, TensorKind]
     """State that the run's optimizers have, which is not exported."""
 
@@ -96,10 +99,10 @@ def read_description(folder: Path) -> Export:
             name: ExportedTable(**{**table, "kind": _kind(table["kind"])})
             for name, table in values.pop("tables").items()
         }
-        dense, optimizers = (
-            {name: _kind(kind) for name, kind in values.pop(part).items()} for part in ("dense", "optimizers")
+        dense, maps, optimizers = (
+            {name: _kind(kind) for name, kind in values.pop(part).items()} for part in ("dense", "maps", "optimizers")
         )
-        return Export(tables=tables, dense=dense, optimizers=optimizers, **values)
+        return Export(tables=tables, dense=dense, maps=maps, optimizers=optimizers, **values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WrongUse(f"{file} is not what `python -m trainer export` writes ({error!r}): export again") from None
 

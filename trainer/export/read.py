@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embeddings.config import TableConfig
 from embeddings.initial_rows import fill
+from embeddings.key_map import UNKNOWN_KEY, WAYS, slots_of
 from embeddings.records import from_dict
 from pipelines.prepare.engine import connect
 from pipelines.prepare.stages import workspace
@@ -27,7 +28,16 @@ from trainer.checkpoint.pieces import Tensors
 from trainer.checkpoint.progress import Progress
 from trainer.command_line import WrongUse
 from trainer.config import CheckpointConfig, TableSettings, TrainConfig
-from trainer.export.description import DENSE, UNKNOWN, Export, ExportedTable, TensorKind, read_description, table_file
+from trainer.export.description import (
+    DENSE,
+    MAPS,
+    UNKNOWN,
+    Export,
+    ExportedTable,
+    TensorKind,
+    read_description,
+    table_file,
+)
 from trainer.export.keys import Identities
 from trainer.export.rows import TableRows
 from trainer.mesh import Mesh, joined
@@ -52,6 +62,7 @@ def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
     config = from_dict(TrainConfig, dict(export.config))
     identities = Identities(data or config.data.path)
     tensors: Tensors = {f"dense/{name}": value for name, value in _read_dense(folder / DENSE, export.dense).items()}
+    tensors |= {f"ids/{name}": value for name, value in _read_maps(folder / MAPS, export.maps).items()}
     unknown = _read_dense(folder / UNKNOWN, _unknown_rows(export))
     files = {name: TableRows(table_file(folder, name), name, table) for name, table in export.tables.items()}
     for name, rows in files.items():
@@ -107,6 +118,21 @@ def _read_dense(file: Path, needed: Mapping[str, TensorKind]) -> dict[str, Tenso
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{file}: {name!r} has a value that is not finite")
     return tensors
+
+
+def _read_maps(file: Path, needed: Mapping[str, TensorKind]) -> Tensors:
+    """The maps of unbounded ids; raises ValueError where a key stands in a row in which it would not be looked for."""
+    maps = _read_dense(file, needed)
+    for name, keys in maps.items():
+        if name.split("/")[1] in ("keys", "waiting_keys"):
+            slots = torch.arange(len(keys))
+            astray = (keys != UNKNOWN_KEY) & (slots_of(keys, len(keys)) // WAYS != slots // WAYS)
+            if astray.any():
+                slot = int(astray.nonzero()[0])
+                raise ValueError(
+                    f"{file}: key {int(keys[slot])} of {name!r} cannot have row {slot + 1}: leave maps alone"
+                )
+    return dict(maps)
 
 
 def _mapped(file: Path, kind: TensorKind) -> Tensor:

@@ -19,7 +19,17 @@ from trainer.checkpoint.pieces import LivePiece
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.export.description import DENSE, UNKNOWN, VALUES, Export, ExportedTable, TensorKind, table_file, value_type
+from trainer.export.description import (
+    DENSE,
+    MAPS,
+    UNKNOWN,
+    VALUES,
+    Export,
+    ExportedTable,
+    TensorKind,
+    table_file,
+    value_type,
+)
 from trainer.export.keys import Identities
 from trainer.run_dir import RunDir
 
@@ -33,8 +43,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
 
     Raises:
         WrongUse: there is no such run or step, or `out` exists.
-        ValueError: the data set (`data`, or else the run's) has other keys than the run was trained with, or a table
-            has unbounded ids.
+        ValueError: the data set (`data`, or else the run's) has other keys than the run was trained with.
         DamagedCheckpoint: bytes of the checkpoint are not what was written.
         OSError: it cannot be read.
     """
@@ -47,8 +56,6 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
     config = from_dict(TrainConfig, saved)
     catalogue = open_catalogue(run, config.checkpoint.store)
     reader = CheckpointReader(catalogue, catalogue.choose(step))
-    for name in reader.names("ids"):
-        raise ValueError(f"table {name.split('/')[0]!r} has unbounded ids, of whose map an export knows nothing yet")
     identities, known = Identities(data or config.data.path), run.saved_vocabularies()
     for name in reader.names("tables"):
         identities.check(name, known.get(name))
@@ -63,6 +70,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
             vocabularies=known,
             tables={name: _write_table(folder, reader, name, identities) for name in reader.names("tables")},
             dense={name: reader.kind(f"dense/{name}") for name in reader.names("dense")},
+            maps={name: reader.kind(f"ids/{name}") for name in reader.names("ids")},
             optimizers={
                 f"{part}/{name}": reader.kind(f"{part}/{name}")
                 for part in ("tables_optimizer", "dense_optimizer")
@@ -72,6 +80,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
         unknown = {name: table for name, table in export.tables.items() if table.first > UNKNOWN_ID}
         save_file({name: reader.rows(f"tables/{name}", UNKNOWN_ID, 1)[0] for name in unknown}, folder / UNKNOWN)
         save_file({name: reader.whole(f"dense/{name}") for name in export.dense}, folder / DENSE)
+        save_file({name: reader.whole(f"ids/{name}") for name in export.maps}, folder / MAPS)
         export.write(folder)
         folder.rename(out)
     return export
