@@ -64,7 +64,6 @@ def test_float16_rows_are_looked_up_in_float32() -> None:
     [
         ([], "at least one table"),
         ([table(), table()], "table name 'item' is used twice"),
-        ([table(features=("a", "a"))], "feature 'a' is used twice"),
         ([table(), table("user", features=("item",))], "feature 'item' is used twice"),
     ],
 )
