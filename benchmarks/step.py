@@ -36,6 +36,7 @@ from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
+from trainer.left_out import check_finite
 from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.preflight import device_name
@@ -170,8 +171,12 @@ def dlrm_v4(folder: Path, *, small: bool) -> Case:
 
 
 def measure(case: Case, mesh: Mesh, steps: int = STEPS) -> dict[str, float]:
-    """Milliseconds of a step (median of turns), tokens a second, MFU and peak memory."""
-    config = case.config
+    """Milliseconds of a step (median of turns), tokens a second, MFU and peak memory.
+
+    Raises:
+        FloatingPointError: the loss or the gradients are not finite: what took that time was no training.
+    """
+    config, lens, samples = case.config, case.history_lens, len(case.history_lens)
     resolved = resolve(config, dataset_info(config.data))
     is_cuda = mesh.device.type == "cuda"
     if is_cuda:
@@ -183,19 +188,20 @@ def measure(case: Case, mesh: Mesh, steps: int = STEPS) -> dict[str, float]:
 
     pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
     model.module.train()
-    batches = repeat(made_up_batch(resolved, case.history_lens).to(mesh.device))
+    batches = repeat(made_up_batch(resolved, lens).to(mesh.device))
     times = []
     for turn in range(1 + TURNS):
         start, count = time.perf_counter(), steps if turn else min(steps, WARM_UP)
         for step in range(count):
             model.optimizers.set_step(turn * steps + step + 1)
-            pipeline.step(batches)
+            loss = pipeline.step(batches)
         synchronize(mesh)
         times.append(1e3 * (time.perf_counter() - start) / count)
+        # What is not finite in one step is not in those behind it.
+        check_finite([float(loss)], [float(model.optimizers.gradient_norm)], [(turn * steps + count, 0, samples - 1)])
     ms = statistics.median(times[1:])
-    lens = case.history_lens
-    row = {"samples": len(lens), "events": int(lens.sum()), "step_ms": ms, "events_per_s": lens.sum() / ms * 1e3}
-    row["samples_per_s"] = len(lens) / ms * 1e3
+    row = {"samples": samples, "events": int(lens.sum()), "step_ms": ms, "events_per_s": lens.sum() / ms * 1e3}
+    row["samples_per_s"] = samples / ms * 1e3
     peak = peak_flops(mesh.device)
     if peak is not None:
         flops = resolved.training_flops(lens, np.ones_like(lens)).sum()

@@ -1,11 +1,15 @@
-"""The batches of whole steps: as many events as they say, each history with its candidate at the end."""
+"""Whole steps: batches have as many events as they say, and steps that train nothing have no time."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from benchmarks.cost import made_up_batch
-from benchmarks.step import make_cases, zipf_lens
+from benchmarks.step import Case, make_cases, measure, zipf_lens
 from pipelines.loader import dataset_info
+from trainer.config import DenseOptimizerConfig
+from trainer.mesh import discover_mesh, joined
 from trainer.resolve import resolve
 
 
@@ -28,3 +32,11 @@ def test_a_made_up_batch_has_histories_of_the_lengths_asked_for() -> None:
     assert len(inputs.ids_host("sample.segment")) == len(lens)
     assert inputs.action.numel() == lens.sum()
     assert inputs.timestamp[lens.sum() :].tolist() == lens.tolist()
+
+
+def test_steps_whose_numbers_are_not_finite_are_not_timed() -> None:
+    """As a learning rate makes them after which no product is a number."""
+    config = make_cases(small=True)["HSTU"].config
+    spoilt = replace(config, optimizer=DenseOptimizerConfig(learning_rate=1e38))
+    with joined(mesh := discover_mesh()), pytest.raises(FloatingPointError, match="nan is the"):
+        measure(Case(spoilt, np.array([3, 40, 1])), mesh, steps=2)
