@@ -2,15 +2,21 @@
 
 import json
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import lengths
+from benchmarks.cost import made_up_batch
 from benchmarks.lengths import LENGTH, RECIPE, Cost, Lengths
 from benchmarks.trainings import Asked, Trained, Training
 from pipelines.loader import dataset_info
+from pipelines.overlap import StepPipeline
+from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
 from trainer.mesh import Mesh
 from trainer.recipes import load_recipe
@@ -47,6 +53,33 @@ def test_cost_is_of_one_sample_of_the_full_length(tmp_path: Path) -> None:
     with lengths.joined(mesh := lengths.discover_mesh()):
         found = lengths.cost(replace(config, schedule=lengths.ScheduleConfig()), mesh)
     assert min(found.train_ms, found.score_ms) > 0
+
+
+TABLE, RECORDED = (LENGTH, ("auto", "off")) if torch.cuda.is_available() else (TINY, ("off",))
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+@pytest.mark.parametrize(
+    ("name", "length"), [(name, length) for name, tower in TABLE.towers.items() for length in tower.lengths]
+)
+def test_the_first_steps_of_a_row_have_finite_gradients(name: str, length: int, recorded: str, tmp_path: Path) -> None:
+    """At the table's own sizes on a GPU, launched and recorded; not clipped, which would spread what is not finite."""
+    own = ("optimizer.max_gradient_norm=null", f"recorded={recorded}")
+    training = TABLE.training(name, length, 0, asked(tmp_path, settings=own))
+    config = replace(apply_overrides(load_recipe(RECIPE), list(training.settings)), schedule=lengths.ScheduleConfig())
+    resolved = resolve(config, dataset_info(config.data))
+    with lengths.joined(mesh := lengths.discover_mesh()):
+        model = build_parallel(resolved, make_plan(resolved, machine_of(mesh)), mesh)
+        model.module.train()
+        pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
+        batches = repeat(made_up_batch(resolved, np.full(config.data.global_batch_size, length)).to(mesh.device))
+        for step in range(1, 6):
+            model.optimizers.set_step(step)
+            loss = pipeline.step(batches)
+            gradients = {name: each.grad for name, each in model.model.tower.named_parameters()}
+            spoilt = [name for name, each in gradients.items() if each is not None and not each.isfinite().all()]
+            assert loss.isfinite() and not spoilt, f"step {step}"
+            assert any(each is not None and each.any() for each in gradients.values())
 
 
 def test_what_was_measured_is_used_again_and_unfinished_runs_are_left_out(

@@ -22,7 +22,7 @@ from pipelines.selection import Feature, Selection
 from trainer.models.config import InputConfig
 from trainer.models.layout import SequenceLayout, candidate_mask, history_mask, make_layout
 from trainer.models.precision import compute_dtype
-from trainer.models.rows import RowEncoder, learned_vectors
+from trainer.models.rows import RowEncoder, combine, learned_vectors
 
 
 class InputEncoder(nn.Module):
@@ -157,7 +157,7 @@ class InputEncoder(nn.Module):
         """What events and candidates do not share: actions and columns of events, then columns of candidates."""
         bits_HA = inputs.action[:, None] >> self.action_bits & 1
         bits_HA = torch.cat([torch.ones_like(bits_HA[:, :1]), bits_HA], dim=1)
-        source_ND = bits_HA.to(dtype) @ self.action_vectors.to(dtype)
+        source_ND = combine(bits_HA.to(dtype), self.action_vectors)
         if self.of_events is not None:
             source_ND = source_ND + self.of_events(embedded, inputs, dtype)
         rows_T = torch.where(tokens.is_action, tokens.rows, -1)

@@ -25,7 +25,7 @@ from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, SequenceInputs
 from trainer.models.precision import compute_dtype
 from trainer.models.relative import RelativeTower
-from trainer.models.rows import learned_vectors
+from trainer.models.rows import combine, learned_vectors
 from trainer.models.softmax import SoftmaxTower
 
 
@@ -123,7 +123,7 @@ class RetrieverTower(nn.Module):
         told: Tensor | float = 0.0
         if self.action_vectors is not None:
             bits = torch.arange(self.action_vectors.shape[0], device=inputs.action.device)
-            told = (inputs.action[:, None] >> bits & 1).to(dtype) @ self.action_vectors.to(dtype)
+            told = combine((inputs.action[:, None] >> bits & 1).to(dtype), self.action_vectors)
         if self.next_time_vectors is not None:
             bucket_S = log_bucket(inputs.next_time - inputs.time, self.next_time_vectors.shape[0])
             told = told + F.embedding(bucket_S, self.next_time_vectors.to(dtype))

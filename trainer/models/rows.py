@@ -125,9 +125,7 @@ class NumberEncoder(nn.Module):
         # All rows of a batch read, and their gradients meet in, a few vectors: a product with a matrix of 0 and 1.
         places = torch.arange(self.borders.shape[1] + 2, device=raw_FN.device)
         chosen_NB = (bucket_FN.t()[:, :, None] == places).flatten(1).to(dtype)
-        missing = missing_columns(len(self.vectors), chosen_NB)
-        vectors_BD = F.pad(self.vectors, (0, 0, 0, missing)) if missing else self.vectors
-        vectors_ND = (F.pad(chosen_NB, (0, missing)) if missing else chosen_NB) @ vectors_BD.to(dtype)
+        vectors_ND = combine(chosen_NB, self.vectors)
         scaled = [
             (_logarithm(value_N) if logarithmic else value_N)
             for value_N, logarithmic in zip(value_FN, self.logarithmic, strict=True)
@@ -141,6 +139,14 @@ class NumberEncoder(nn.Module):
 def missing_columns(width: int, rows: Tensor) -> int:
     """Columns of zeros that fill up what a GPU multiplies to a multiple of `COLUMNS`; none on a CPU."""
     return -width % COLUMNS if rows.is_cuda else 0
+
+
+def combine(weights_NV: Tensor, vectors_VD: Tensor) -> Tensor:
+    """The sums [N, D] of vectors with each row's weights, in the weights' type."""
+    missing = missing_columns(len(vectors_VD), weights_NV)
+    if missing:
+        weights_NV, vectors_VD = F.pad(weights_NV, (0, missing)), F.pad(vectors_VD, (0, 0, 0, missing))
+    return weights_NV @ vectors_VD.to(weights_NV.dtype)
 
 
 def learned_vectors(count: int, dim: int) -> nn.Parameter:
