@@ -9,14 +9,14 @@ GPU, and its codecs take float16 for bfloat16 on a CPU, so these are ours.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import CommOp, ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import ExchangeConfig
-from embeddings.tables import fbgemm_kernels
+from embeddings.partial_sums import PooledTableSharder
+from embeddings.tables import let_empty_kernels_run
 
 _IDS_OF_A_TABLE = 2**40
 """Distance of two tables' ids when they are sorted together; an id that is in no table stays so."""
@@ -24,7 +24,7 @@ _IDS_OF_A_TABLE = 2**40
 
 def table_sharders(exchange: ExchangeConfig) -> list[ModuleSharder[Any]]:
     """Of all collections: sequences as `exchange` says, pooled ones send all ids and sums in full."""
-    return [TableSharder(exchange), EmbeddingBagCollectionSharder()]
+    return [TableSharder(exchange), PooledTableSharder()]
 
 
 class TableSharder(EmbeddingCollectionSharder):
@@ -58,7 +58,7 @@ class TableSharder(EmbeddingCollectionSharder):
             use_index_dedup=self._deduplicate,
             module_fqn=module_fqn,
         )
-        _let_empty_kernels_run(sharded)
+        let_empty_kernels_run(sharded)
         return sharded
 
 
@@ -83,17 +83,6 @@ class DeduplicatedCollection(ShardedEmbeddingCollection):
             ctx.reverse_indices.append(places)
             found.append(KeyedJaggedTensor(features.keys(), ids, lengths=lengths.view(-1)))
         return found
-
-
-def _let_empty_kernels_run(collection: ShardedEmbeddingCollection) -> None:
-    """Give every FBGEMM kernel on a CPU that holds no value one that nobody reads.
-
-    By its values a kernel tells whether it runs on a CPU.  A rank has a kernel without any where all its tables have
-    fewer rows than there are ranks: it would take itself for a GPU's and fail in its first lookup.
-    """
-    for kernel in fbgemm_kernels(collection):
-        if kernel.use_cpu and not kernel.weights_host.numel():
-            kernel.weights_host = nn.Parameter(kernel.weights_host.new_zeros(1))
 
 
 def distinct_ids(ids: Tensor, lengths: Tensor, features_of_tables: list[int]) -> tuple[Tensor, Tensor, Tensor]:

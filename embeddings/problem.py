@@ -3,7 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from embeddings.config import ComputeKernel, PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
+from embeddings.config import (
+    ComputeKernel,
+    ExchangeConfig,
+    PlacementConfig,
+    SparseOptimizerConfig,
+    TableConfig,
+    optimizer_of,
+)
 from embeddings.frequencies import Frequencies
 from embeddings.kinds.kind import Work
 from embeddings.machine import Machine
@@ -168,7 +175,9 @@ class Problem:
     def work(self, table: TableConfig, kernel: ComputeKernel) -> Work:
         """The lookups of one of the tables in a step, with its rows where `kernel` has them."""
         ids, bags = self.load.ids(table), self.load.bags(table)
-        sent = self.load.distinct.get(table.name, 1.0) if self.placement.exchange.deduplicate and bags is None else 1.0
+        # Pooled tables send all ids, and sums in full.
+        exchange = self.placement.exchange if bags is None else ExchangeConfig()
+        sent = self.load.distinct.get(table.name, 1.0) if exchange.deduplicate else 1.0
         return Work(
             table=table,
             optimizer=self.optimizer_of(table),
@@ -176,7 +185,7 @@ class Problem:
             machine=self.machine,
             ids=ids,
             exchanged_ids=ids * sent,
-            exchange=self.placement.exchange,
+            exchange=exchange,
             bags=bags,
             cached_part=self.placement.cached_part,
             hit_rate=self.load.hit_rate(table.name, table.num_embeddings, self.placement.cached_part),

@@ -178,6 +178,17 @@ def fbgemm_kernels(collection: Any) -> Iterator[Any]:
                 yield module
 
 
+def let_empty_kernels_run(collection: nn.Module) -> None:
+    """Give every FBGEMM kernel on a CPU that holds no value one that nobody reads.
+
+    By its values a kernel tells whether it runs on a CPU.  A rank has a kernel without any where all its tables have
+    fewer rows than there are ranks: it would take itself for a GPU's and fail in its first lookup.
+    """
+    for kernel in fbgemm_kernels(collection):
+        if kernel.use_cpu and not kernel.weights_host.numel():
+            kernel.weights_host = nn.Parameter(kernel.weights_host.new_zeros(1))
+
+
 def table_name(key: str) -> str:
     """`embeddings.TABLE.weight`, as collections name their tables, -> TABLE; table names hold no dot."""
     return key.split(".")[-2]

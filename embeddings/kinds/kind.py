@@ -103,7 +103,7 @@ class Work:
     @property
     def deduplicates(self) -> bool:
         """Whether the rank sends its distinct ids alone."""
-        return self.exchange.deduplicate and self.bags is None
+        return self.exchange.deduplicate
 
     @property
     def exchanged_row_bytes(self) -> float:

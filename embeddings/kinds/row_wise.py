@@ -6,6 +6,7 @@ from dataclasses import replace
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import (
     FLOAT_BYTES,
+    ID_BYTES,
     Blocks,
     Shard,
     ShardCost,
@@ -30,15 +31,6 @@ class RowWise(ShardingKind):
     in_words = "equal blocks of rows, one on every rank"
     everywhere = True
 
-    def refusal(self, work: Work) -> str | None:
-        """Every rank would send every other one its part of every bag's sum."""
-        if work.table.pooled is not None:
-            return (
-                "it is pooled, and all ranks would send parts of every bag's sum, added up in another order on other "
-                "numbers of ranks: take another kind, or pooled=false for it"
-            )
-        return None
-
     def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
         """Full blocks, perhaps a smaller one, and empty ones where a table has fewer rows than there are ranks."""
         rows = block_rows(table.num_embeddings, world_size)
@@ -54,17 +46,25 @@ class RowWise(ShardingKind):
     def cost(self, work: Work, block: Blocks) -> ShardCost:
         """A block takes part in the lookups in proportion to its rows: a table of few rows spreads them less.
 
-        On one rank it is a whole table whose ids and rows TorchRec puts in order, and back, for nothing.
+        Of a pooled table all ranks, even those without a row, send each other parts of every bag's sum.  On one rank it
+        is a whole table whose ids and rows TorchRec puts in order, and back, for nothing.
         """
-        copied_ms = work.exchanged_ids * block.num_columns * FLOAT_BYTES * _COPY / work.device_bytes_per_ms
+        columns = block.num_columns
+        share = block.num_rows * work.machine.world_size / work.table.num_embeddings
+        ids = work.exchanged_ids * share
+        vectors = ids if work.bags is None else work.bags * work.machine.world_size
+        copied_ms = vectors * columns * FLOAT_BYTES * _COPY / work.device_bytes_per_ms
         if work.machine.world_size == 1:
             whole = gathered_cost(work, block)
             return replace(whole, ms=whole.ms + copied_ms)
-        share = block.num_rows * work.machine.world_size / work.table.num_embeddings
-        ids, columns = work.exchanged_ids, block.num_columns
-        ms = lookup_ms(work, ids, ids, columns) + ids * work.exchanged_row_bytes / work.link_bytes_per_ms + copied_ms
-        io_bytes = buffer_bytes(work, ids, ids, columns) * share + written_out_bytes(work, columns)
-        return stored(work, block, io_bytes, ms * share + written_out_ms(work, columns))
+        ms = lookup_ms(work, ids, vectors, columns) + vectors * work.exchanged_row_bytes / work.link_bytes_per_ms
+        io_bytes = buffer_bytes(work, ids, vectors, columns) + written_out_bytes(work, columns)
+        return stored(work, block, io_bytes, ms + copied_ms + written_out_ms(work, columns))
+
+    def sent_bytes(self, work: Work, num_blocks: int) -> float:
+        """Of a pooled table every rank sends a part of each bag's sum, and gets its gradient."""
+        parts = 1 if work.bags is None else work.machine.world_size
+        return work.exchanged_ids * ID_BYTES + parts * work.vectors * work.exchanged_row_bytes
 
 
 def block_rows(num_embeddings: int, num_blocks: int) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.exchange import Codec, distinct_ids, table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
@@ -104,18 +104,27 @@ TABLES = (
         features=("wide",),
         optimizer=SparseOptimizerConfig(kind="sgd"),
     ),
+    TableConfig(
+        name="word",
+        num_embeddings=700,
+        embedding_dim=64,
+        features=sharded.POOLED,
+        optimizer=SparseOptimizerConfig(kind="sgd"),
+        pooled="sample",
+    ),
 )
 IDS = 3200
+BAG = 32
 
 
 def skewed(rank: int) -> dict[str, list[list[int]]]:
-    """Ids in bags of 32, few of them often."""
+    """Ids in bags, few of them often."""
     generator = torch.Generator().manual_seed(rank)
     batch = {}
     for table in TABLES:
         for feature in table.features:
             ids = (torch.rand(IDS, generator=generator) ** 3 * table.num_embeddings).long()
-            batch[feature] = [bag.tolist() for bag in ids.split(32)]
+            batch[feature] = [bag.tolist() for bag in ids.split(BAG)]
     return batch
 
 
@@ -134,11 +143,16 @@ def planned_and_sent(kind: str, exchange: ExchangeConfig) -> tuple[float, float]
         model,
         TABLES,
         machine=Machine(world_size=world_size, local_world_size=world_size, compute_device="cpu"),
-        placement=PlacementConfig(sharding_types=(kind, "table_wise"), exchange=exchange),
+        placement=PlacementConfig(
+            sharding_types=(kind, "table_wise"),
+            exchange=exchange,
+            tables={"word": TableConstraint(sharding_types=(kind,))},
+        ),
         optimizer=SparseOptimizerConfig(),
         load=BatchLoad(
             samples_per_rank=1,
             ids_per_sample={feature: float(IDS) for table in TABLES for feature in table.features},
+            bags_per_sample=dict.fromkeys(sharded.POOLED, IDS / BAG),
             distinct=distinct_parts(),
         ),
     )

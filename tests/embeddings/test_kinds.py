@@ -124,7 +124,11 @@ def test_cost_is_torchrecs_estimate(
             # in host memory two, the buffers that ids are sorted in, and 4 bytes more of each row of a cached table.
             ranks = 1 if KINDS[kind].everywhere else machine.world_size
             copies = (3 if kernel == "fused_uvm" else 2) * block.num_columns * 4
-            left_out += ranks * (work.ids * 52 + (work.bags or work.ids) * copies)
+            vectors = ranks * work.ids
+            if work.bags is not None:
+                # Parts of sums come for the bags of all ranks.
+                vectors = work.bags * (machine.world_size if KINDS[kind].sharded else 1)
+            left_out += ranks * work.ids * 52 + vectors * copies
             left_out += block.num_rows * 4 if kernel == "fused_uvm_caching" else 0
         assert ours.memory_bytes - left_out == pytest.approx(device, rel=1e-6, abs=64)
         assert ours.host_bytes == host

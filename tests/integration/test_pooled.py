@@ -17,10 +17,10 @@ def test_pooled_lookups_train_as_single_ones_and_go_on_from_each_other(tmp_path:
     single = losses(train(tmp_path / "single", 2, *COMMON))
     expected = read_checkpoint(tmp_path / "single" / "checkpoints" / "step-00000006")
     before = tmp_path / "single"
-    for name, ranks, pooled, step in (("pooled", 2, True, 2), ("back", 1, False, 4)):
+    for name, ranks, pooled, kind, step in (("pooled", 2, True, "row_wise", 2), ("back", 1, False, "table_wise", 4)):
         run = tmp_path / name
         shutil.copytree(before, run)
-        placed = json.dumps({"tag": {"pooled": pooled, "sharding_types": ["table_wise"]}})
+        placed = json.dumps({"tag": {"pooled": pooled, "sharding_types": [kind]}})
         more = (f"placement.tables={placed}", "placement.exchange.deduplicate=true")
         found = losses(train(run, ranks, *COMMON, *more, options=("--from-step", str(step))))
         assert found == pytest.approx(single, abs=1e-5)
