@@ -112,7 +112,7 @@ def _kind_ms(
         exchange=exchange,
     )
     kind = KINDS[name]
-    return kind.cost(work, kind.cuts(table, machine.world_size)[0][0]).ms
+    return kind.cost(work, kind.cuts(table, machine)[0][0]).ms
 
 
 if __name__ == "__main__":

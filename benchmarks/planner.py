@@ -259,8 +259,7 @@ def torchrec_plan(
     seconds = time.process_time() - start
     best = planner._best_plan
     foreign = {option.sharding_type for option in best} - {"data_parallel"} - set(KINDS)
-    ours_too = not foreign and not (pooled and any(option.sharding_type == "row_wise" for option in best))
-    placed = _placements(tables, best) if ours_too else None
+    placed = None if foreign else _placements(tables, best)
     widths = {table.name: table.embedding_dim for table in tables}
     fixed_ms = machine.effective_rates.lookup_group_ms * len(
         {(widths[option.name], option.sharding_type) for option in best}

@@ -37,7 +37,7 @@ class Option:
     """Likewise."""
     runs: tuple[tuple[int, ShardCost], ...]
     """(number of blocks, cost of each), block by block.  Of a kind that is everywhere they lie on ranks 0, 1, 2 ...
-    in order, otherwise each goes to a rank of choice."""
+    in order, of one on a node on its ranks in order, otherwise each goes to a rank of choice."""
 
     @cached_property
     def pieces(self) -> tuple[ShardCost, ...]:
@@ -127,7 +127,7 @@ def _refusal(kind: ShardingKind, work: Work) -> str | None:
 
 def _cuts(kind: ShardingKind, work: Work) -> list[tuple[Blocks, ...]]:
     """The kind's ways to cut the table into blocks that the kernel can have."""
-    cuts = kind.cuts(work.table, work.machine.world_size)
+    cuts = kind.cuts(work.table, work.machine)
     if not kind.sharded or work.machine.compute_device == "cpu":
         return cuts
     return [cut for cut in cuts if all(blocks.num_columns <= MAX_COLUMNS for blocks in cut)]

@@ -56,6 +56,7 @@ class Packer:
         self.options = options
         self.memory_bytes = memory_bytes
         self.world_size = world_size
+        self._nodes = world_size // local_world_size
         # Ties go to the same place of another node, so that tables spread over nodes and their host memory.
         self._ranks = sorted(range(world_size), key=lambda rank: (rank % local_world_size, rank))
         self.host_bytes = host_bytes
@@ -83,6 +84,7 @@ class Packer:
             (i, number, cost)
             for i, option in enumerate(choice)
             for number, cost in enumerate(self.options[i][option].pieces)
+            if not (number and self.options[i][option].kind.on_a_node)
         ]
 
     def _has_room(self, choice: Choice) -> bool:
@@ -126,12 +128,17 @@ class Packer:
     def _deal(self, choice: Choice, order: Sequence[tuple[int, int, ShardCost]]) -> Packing:
         """Give each block of `order` to the least loaded rank where it fits; else to the one with most room.
 
-        Blocks of one table go to different ranks.
+        Blocks of one table go to different ranks; those of a table on a node follow its largest one.
         """
         loads = self._spread_loads(choice)[:, self._ranks]
         ms, memory, host = loads
         places_of = {i: [-1] * len(self.options[i][choice[i]].pieces) for i, _, _ in order}
         for i, number, cost in order:
+            if self.options[i][choice[i]].kind.on_a_node:
+                places_of[i] = self._node_with_room(cost, loads)
+                for place, block in zip(places_of[i], self.options[i][choice[i]].pieces, strict=True):
+                    loads[:, place] += block.ms, block.memory_bytes, block.host_bytes
+                continue
             places, place = places_of[i], int(ms.argmin())
             fits = memory[place] <= self.memory_bytes - cost.memory_bytes
             if not fits or host[place] > self.host_bytes - cost.host_bytes or place in places:
@@ -152,6 +159,15 @@ class Packer:
         room &= free
         order = np.where(room, ms, math.inf) if room.any() else np.where(free, memory + host, math.inf)
         return int(order.argmin())
+
+    def _node_with_room(self, cost: ShardCost, loads: Loads) -> list[int]:
+        """The columns of the node whose busiest rank has least time, where a block fits on every rank; else of the one
+        with most room."""
+        ms, memory, host = (load.reshape(-1, self._nodes) for load in loads)
+        room = (memory <= self.memory_bytes - cost.memory_bytes) & (host <= self.host_bytes - cost.host_bytes)
+        free = room.all(axis=0)
+        order = np.where(free, ms.max(axis=0), math.inf) if free.any() else (memory + host).max(axis=0)
+        return list(range(int(order.argmin()), self.world_size, self._nodes))
 
     def _rated(self, choice: Choice, ranks_of: dict[int, tuple[int, ...]], loads: Loads) -> Packing:
         ms, memory, host = loads

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchrec.distributed.dist_data import PooledEmbeddingsAllToAll
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingDist, TwRwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
 from embeddings.tables import let_empty_kernels_run
@@ -55,34 +57,64 @@ class RowWiseBags(RwPooledEmbeddingSharding):
 
     def create_output_dist(self, device: torch.device | None = None) -> TwPooledEmbeddingDist:
         """The way of the parts to the bags' ranks."""
-        return _way_of_parts(self._pg, [self.embedding_dims()], device or self._device)
+        widths, ranks = self.embedding_dims(), self._pg.size()
+        return TwPooledEmbeddingDist(
+            self._pg,
+            [sum(widths)] * ranks,
+            [widths] * ranks,
+            device or self._device,
+            callbacks=[partial(_added_up, ranks, sum(widths))],
+        )
 
 
-_SHARDINGS = {"row_wise": RowWiseBags}
+class TableRowWiseBags(TwRwPooledEmbeddingSharding):
+    """Rows of every table on all ranks of a node."""
+
+    def _shard(self, sharding_infos: list[Any]) -> Any:
+        for info in sharding_infos:
+            ranks = info.param_sharding.ranks
+            if len(ranks) != self._local_size:
+                raise ValueError(
+                    f"table {info.embedding_config.name!r} is planned for the {len(ranks)} ranks of a node, but "
+                    f"LOCAL_WORLD_SIZE says {self._local_size}: plan again for this job"
+                )
+        return super()._shard(sharding_infos)
+
+    def create_output_dist(self, device: torch.device | None = None) -> "NodesSums":
+        """The way of the parts to ranks of the node, and of the sums to the bags' ranks."""
+        return NodesSums(
+            rank=self._rank,
+            cross_pg=self._cross_pg,
+            intra_pg=self._intra_pg,
+            dim_sum_per_node=self._dim_sum_per_node(),
+            emb_dim_per_node_per_feature=self._emb_dim_per_node_per_feature(),
+            device=device or self._device,
+        )
 
 
-def _way_of_parts(group: Any, widths_of_nodes: list[list[int]], device: torch.device | None) -> TwPooledEmbeddingDist:
-    """Parts of sums to the ranks of their bags, where they are added up.
+class NodesSums(TwRwPooledEmbeddingDist):
+    """Adds parts up within the node as this module does; sums of whole tables then travel between nodes."""
 
-    Args:
-        group: All ranks.
-        widths_of_nodes: Of each of equally many neighbouring ranks, which hold rows of the same tables, the widths of
-            the features that they look up.
-        device: Of the sums.
-    """
-    parts = group.size() // len(widths_of_nodes)
-    widths_of_ranks = [widths for widths in widths_of_nodes for _ in range(parts)]
-    return TwPooledEmbeddingDist(
-        group,
-        [sum(widths) for widths in widths_of_ranks],
-        widths_of_ranks,
-        device,
-        callbacks=[partial(_added_up, parts, [sum(widths) for widths in widths_of_nodes])],
-    )
+    def _create_output_dist_modules(self, sharding_ctx: Any = None) -> None:
+        super()._create_output_dist_modules(sharding_ctx)
+        width = self._dim_sum_per_node[self._rank // self._intra_pg.size()]
+        self._intra_dist = PartsOfNode(self._intra_pg, width, self._device)
 
 
-def _added_up(parts: int, widths: list[int], received_BX: Tensor) -> Tensor:
-    """[bags, parts x sum of `widths`], the parts of a node beside each other -> [bags, sum of `widths`]."""
-    nodes = received_BX.split_with_sizes([parts * width for width in widths], dim=1)
-    summed = [node.view(len(node), parts, width).sum(dim=1) for node, width in zip(nodes, widths, strict=True)]
-    return torch.cat(summed, dim=1)
+class PartsOfNode(PooledEmbeddingsAllToAll):
+    """In the place of TorchRec's reduce-scatter within a node."""
+
+    def __init__(self, group: Any, width: int, device: torch.device | None) -> None:
+        super().__init__(group, [width] * group.size(), device, [partial(_added_up, group.size(), width)])
+
+    def forward(self, local_embs: Tensor, input_splits: list[int] | None = None) -> Any:
+        """`input_splits`: how many bags each rank of the node adds up; None for equally many."""
+        return super().forward(local_embs, input_splits)
+
+
+_SHARDINGS = {"row_wise": RowWiseBags, "table_row_wise": TableRowWiseBags}
+
+
+def _added_up(parts: int, width: int, received_BX: Tensor) -> Tensor:
+    """[bags, parts x width], the parts beside each other -> [bags, width]."""
+    return received_BX.view(len(received_BX), parts, width).sum(dim=1)

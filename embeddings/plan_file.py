@@ -137,10 +137,11 @@ def _check_tables(stored: Plan, problem: Problem) -> None:
         ):
             if there != here:
                 raise ValueError(f"table {table.name!r} has {what} {there} there, {here} in the model: plan again")
-        _check_ranks(table.name, placed, machine.world_size)
+        _check_ranks(table.name, placed, machine)
 
 
-def _check_ranks(name: str, placed: TablePlacement, world_size: int) -> None:
+def _check_ranks(name: str, placed: TablePlacement, machine: Machine) -> None:
+    world_size = machine.world_size
     if KINDS[placed.sharding_type].everywhere and placed.ranks:
         raise ValueError(
             f"table {name!r} is {placed.sharding_type}, which has a block on every rank: leave its ranks empty"
@@ -152,6 +153,13 @@ def _check_ranks(name: str, placed: TablePlacement, world_size: int) -> None:
         raise ValueError(f"table {name!r} has a block on rank {stray[0]}, but ranks are 0 to {world_size - 1}")
     if len(set(placed.ranks)) < len(placed.ranks):
         raise ValueError(f"table {name!r} has two blocks on one of the ranks {list(placed.ranks)}: they must differ")
+    first = placed.ranks[0] if placed.ranks else 0
+    node = tuple(range(first, first + machine.local_world_size))
+    if KINDS[placed.sharding_type].on_a_node and (placed.ranks != node or first % machine.local_world_size):
+        raise ValueError(
+            f"table {name!r} is {placed.sharding_type} on ranks {list(placed.ranks)}: name all "
+            f"{machine.local_world_size} ranks of one node, in order"
+        )
 
 
 def _check_estimates(stored: Plan, computed: Plan) -> None:

@@ -195,7 +195,7 @@ def _estimate_ms(
         exchange=ExchangeConfig(),
     )
     kind = KINDS[_kind(machine)]
-    blocks: Blocks = kind.cuts(table, machine.world_size)[0][0]
+    blocks: Blocks = kind.cuts(table, machine)[0][0]
     return kind.cost(work, blocks).ms
 
 

@@ -223,14 +223,16 @@ def _two_ways(packer: Packer, table: int, indices: Sequence[int], names: set[str
 
 
 class _SpreadSearch:
-    """How many of the tables to spread, heaviest first, when each has one option of either way."""
+    """How many of the tables to spread, those first of which that saves a rank most, when each has one option of either
+    way."""
 
     def __init__(self, packer: Packer, ways: Sequence[tuple[int, int]]) -> None:
         self._ways = ways
         self._packer = packer
         free = [i for i, (spread, dealt) in enumerate(ways) if spread != dealt]
         dealt = {i: packer.options[i][ways[i][1]].largest for i in free}
-        by_time = sorted(free, key=lambda i: (-dealt[i].ms, i))
+        saved = {i: dealt[i].ms - packer.options[i][ways[i][0]].largest.ms for i in free}
+        by_time = sorted(free, key=lambda i: (-saved[i], i))
         by_size = sorted(free, key=lambda i: (-dealt[i].memory_bytes, i))
         self._orders = (by_time,) if by_time == by_size else (by_time, by_size)
         self._found: list[dict[int, Packing]] = [{} for _ in self._orders]

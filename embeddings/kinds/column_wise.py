@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import ID_BYTES, Blocks, Shard, ShardCost, ShardingKind, Work
 from embeddings.kinds.table_wise import gathered_cost
+from embeddings.machine import Machine
 
 MIN_COLUMNS = 32
 """Of a block.  Narrower ones would leave most of a warp idle."""
@@ -30,15 +31,15 @@ class ColumnWise(ShardingKind):
             return "Adam has not been held against an unsharded table so: take the optimizer adagrad or sgd for it"
         if work.kernel != "fused":
             return f"the kernel {work.kernel} is planned for whole rows only: take fused"
-        if not self.cuts(work.table, work.machine.world_size):
+        if not self.cuts(work.table, work.machine):
             return f"two blocks of at least {MIN_COLUMNS} columns need {2 * MIN_COLUMNS} columns and two ranks"
         return None
 
-    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
+    def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
         """2, 4 and 8 blocks, as far as the columns go."""
         cuts: list[tuple[Blocks, ...]] = []
         count = 2
-        while count <= min(MAX_BLOCKS, world_size) and table.embedding_dim % (4 * count) == 0:
+        while count <= min(MAX_BLOCKS, machine.world_size) and table.embedding_dim % (4 * count) == 0:
             columns = table.embedding_dim // count
             if columns < MIN_COLUMNS:
                 break

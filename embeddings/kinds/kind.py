@@ -143,6 +143,8 @@ class ShardingKind(ABC):
     """For reports."""
     everywhere: bool
     """Whether block i always lies on rank i, so that there is nothing to choose."""
+    on_a_node: bool = False
+    """Whether the blocks lie on all ranks of one node, in order, so that the node is what there is to choose."""
     sharded: bool = True
     """Whether TorchRec shards the table; if not, each rank has all of it as an ordinary parameter."""
 
@@ -152,8 +154,8 @@ class ShardingKind(ABC):
         return None
 
     @abstractmethod
-    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
-        """Every way to cut the table, each as its blocks in order."""
+    def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
+        """Every way to cut the table for a machine, each as its blocks in order."""
 
     @abstractmethod
     def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:

@@ -4,9 +4,12 @@ from embeddings.kinds.column_wise import ColumnWise
 from embeddings.kinds.kind import ShardingKind
 from embeddings.kinds.replicated import Replicated
 from embeddings.kinds.row_wise import RowWise
+from embeddings.kinds.table_row_wise import TableRowWise
 from embeddings.kinds.table_wise import TableWise
 
-KINDS: dict[str, ShardingKind] = {kind.name: kind for kind in (TableWise(), RowWise(), ColumnWise(), Replicated())}
+KINDS: dict[str, ShardingKind] = {
+    kind.name: kind for kind in (TableWise(), RowWise(), TableRowWise(), ColumnWise(), Replicated())
+}
 
 
 def kind_named(name: str) -> ShardingKind:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from embeddings.config import TableConfig, state_bytes_per_row
 from embeddings.kinds.kind import FLOAT_BYTES, Blocks, Shard, ShardCost, ShardingKind, Work, buffer_bytes, lookup_ms
+from embeddings.machine import Machine
 
 _ELEMENTWISE_PASSES = 9.22
 """Passes of an optimizer and its helpers over a dense table, as TorchRec measured."""
@@ -36,9 +37,9 @@ class Replicated(ShardingKind):
             return f"a replicated table has no kernel {work.kernel}: take fused"
         return None
 
-    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
+    def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
         """The whole table for every rank."""
-        return [(Blocks(world_size, table.num_embeddings, table.embedding_dim),)]
+        return [(Blocks(machine.world_size, table.num_embeddings, table.embedding_dim),)]
 
     def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
         """All rows and columns on every rank."""

@@ -19,8 +19,9 @@ from embeddings.kinds.kind import (
     written_out_ms,
 )
 from embeddings.kinds.table_wise import gathered_cost
+from embeddings.machine import Machine
 
-_COPY = 2.455
+COPY = 2.455
 """Bytes that a rank moves for each byte of gradients that it sends, as TorchRec measured."""
 
 
@@ -31,12 +32,9 @@ class RowWise(ShardingKind):
     in_words = "equal blocks of rows, one on every rank"
     everywhere = True
 
-    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
-        """Full blocks, perhaps a smaller one, and empty ones where a table has fewer rows than there are ranks."""
-        rows = block_rows(table.num_embeddings, world_size)
-        full, rest = divmod(table.num_embeddings, rows)
-        counts = ((full, rows), (int(rest > 0), rest), (world_size - full - int(rest > 0), 0))
-        return [tuple(Blocks(count, size, table.embedding_dim) for count, size in counts if count)]
+    def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
+        """As many blocks as there are ranks."""
+        return [equal_blocks(table, machine.world_size)]
 
     def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
         """Block i on rank i."""
@@ -53,7 +51,7 @@ class RowWise(ShardingKind):
         share = block.num_rows * work.machine.world_size / work.table.num_embeddings
         ids = work.exchanged_ids * share
         vectors = ids if work.bags is None else work.bags * work.machine.world_size
-        copied_ms = vectors * columns * FLOAT_BYTES * _COPY / work.device_bytes_per_ms
+        copied_ms = vectors * columns * FLOAT_BYTES * COPY / work.device_bytes_per_ms
         if work.machine.world_size == 1:
             whole = gathered_cost(work, block)
             return replace(whole, ms=whole.ms + copied_ms)
@@ -65,6 +63,14 @@ class RowWise(ShardingKind):
         """Of a pooled table every rank sends a part of each bag's sum, and gets its gradient."""
         parts = 1 if work.bags is None else work.machine.world_size
         return work.exchanged_ids * ID_BYTES + parts * work.vectors * work.exchanged_row_bytes
+
+
+def equal_blocks(table: TableConfig, num_blocks: int) -> tuple[Blocks, ...]:
+    """Full blocks, perhaps a smaller one, and empty ones where a table has fewer rows than there are to be blocks."""
+    rows = block_rows(table.num_embeddings, num_blocks)
+    full, rest = divmod(table.num_embeddings, rows)
+    counts = ((full, rows), (int(rest > 0), rest), (num_blocks - full - int(rest > 0), 0))
+    return tuple(Blocks(count, size, table.embedding_dim) for count, size in counts if count)
 
 
 def block_rows(num_embeddings: int, num_blocks: int) -> int:

@@ -15,6 +15,7 @@ from embeddings.kinds.kind import (
     written_out_bytes,
     written_out_ms,
 )
+from embeddings.machine import Machine
 
 FULL_COLUMNS = 128
 """FBGEMM's kernel gives a row of so many columns to a warp; narrower rows leave threads idle."""
@@ -27,7 +28,7 @@ class TableWise(ShardingKind):
     in_words = "whole, on one rank"
     everywhere = False
 
-    def cuts(self, table: TableConfig, world_size: int) -> list[tuple[Blocks, ...]]:
+    def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
         """One block."""
         return [(Blocks(1, table.num_embeddings, table.embedding_dim),)]
 

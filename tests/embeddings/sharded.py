@@ -80,6 +80,10 @@ class Model(nn.Module):
         return self.tables(features, {POOLED: features})
 
 
+NODE = 2
+"""Ranks of a node in the layout table_row_wise, which takes several."""
+
+
 def make_problem(
     layout: str, world_size: int, tables: Sequence[TableConfig] = TABLES, exchange: ExchangeConfig = IN_FULL
 ) -> Problem:
@@ -89,6 +93,8 @@ def make_problem(
         kind = layout
         if layout == "mixed":
             kind = "row_wise" if table.name == "item" else "table_wise"
+        elif layout == "table_row_wise" and not table.pooled:
+            kind = "row_wise"
         elif layout == "replicated" and (world_size == 1 or table.dtype == "float16"):
             kind = "table_wise"
         elif layout == "column_wise" and (world_size == 1 or table.embedding_dim < 64):
@@ -98,7 +104,11 @@ def make_problem(
     return problem_of(
         Model(tables),
         tables,
-        machine=Machine(world_size=world_size, local_world_size=world_size, compute_device="cpu"),
+        machine=Machine(
+            world_size=world_size,
+            local_world_size=NODE if layout == "table_row_wise" else world_size,
+            compute_device="cpu",
+        ),
         placement=PlacementConfig(tables=kinds, exchange=exchange),
         optimizer=OPTIMIZER,
         load=BatchLoad(samples_per_rank=2),
@@ -226,9 +236,9 @@ def train(
     return result
 
 
-def reload(saved: str, layout: str, folder: Path) -> dict[str, Any]:
-    """The state after loading what two ranks saved under another plan."""
-    _, model, optimizers = shard(layout, folder)
+def reload(saved: str, layout: str, folder: Path, configs: Sequence[TableConfig] = TABLES) -> dict[str, Any]:
+    """The state after loading what was saved under another plan."""
+    _, model, optimizers = shard(layout, folder, configs)
     dcp.load(state(tables_of(model), optimizers), checkpoint_id=folder / saved)
     return local_parts(tables_of(model), optimizers)
 

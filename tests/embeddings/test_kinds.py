@@ -111,7 +111,7 @@ def test_cost_is_torchrecs_estimate(
     work = work_of(config, optimizer, kernel, machine, ids=64 * 37.5)
     if KINDS[kind].refusal(work) is not None or (machine is CPUS_2 and kernel != "fused"):
         return
-    for (block,) in KINDS[kind].cuts(config, machine.world_size):
+    for (block,) in KINDS[kind].cuts(config, machine):
         ours, theirs = KINDS[kind].cost(work, block), torchrec_estimate(work, kind, block)
         assert ours.ms == pytest.approx(theirs.perf.total, rel=1e-6)
         device, host = theirs.storage.hbm, theirs.storage.ddr
@@ -122,7 +122,9 @@ def test_cost_is_torchrecs_estimate(
         if machine is not CPUS_2:
             # It also leaves out what a GPU was seen to hold: the gradient of the rows and one of their copies, of rows
             # in host memory two, the buffers that ids are sorted in, and 4 bytes more of each row of a cached table.
-            ranks = 1 if KINDS[kind].everywhere else machine.world_size
+            ranks: float = 1 if KINDS[kind].everywhere else machine.world_size
+            if KINDS[kind].on_a_node:
+                ranks = machine.world_size / machine.local_world_size
             copies = (3 if kernel == "fused_uvm" else 2) * block.num_columns * 4
             vectors = ranks * work.ids
             if work.bags is not None:
@@ -138,9 +140,10 @@ def test_cost_is_torchrecs_estimate(
 @pytest.mark.parametrize("seed", range(5))
 def test_shards_hold_every_value_once_or_on_every_rank(kind: str, seed: int) -> None:
     draw = random.Random(seed)
-    world_size = draw.choice([2, 3, 8, 16])
+    world_size, ranks_a_node = draw.choice([(2, 2), (3, 1), (8, 4), (16, 8)])
+    machine = Machine(world_size=world_size, local_world_size=ranks_a_node, compute_device="cpu")
     config = table(draw.randint(1, 200), draw.choice([4, 64, 256]))
-    for cut in KINDS[kind].cuts(config, world_size):
+    for cut in KINDS[kind].cuts(config, machine):
         count = sum(blocks.count for blocks in cut)
         ranks = range(world_size) if KINDS[kind].everywhere else draw.sample(range(world_size), count)
         shards = KINDS[kind].shards(config, ranks)

@@ -238,6 +238,19 @@ def test_wrong_plan_is_refused_in_one_line(
     assert str(tmp_path / "plan.json") in str(error.value)
 
 
+@pytest.mark.parametrize("ranks", [[1, 2], [1, 0], [0], [0, 2], [2, 3, 1]])
+def test_table_over_a_nodes_ranks_lies_on_one_node(tmp_path: Path, ranks: list[int]) -> None:
+    word = TableConfig(name="word", num_embeddings=9, embedding_dim=8, features=("word",), pooled="sample")
+    placement = PlacementConfig(tables={"word": TableConstraint(sharding_types=("table_row_wise",))})
+    asked = problem(tables=(word,), placement=placement)
+    made = solve(asked)
+    assert made.tables["word"].ranks in ((0, 1), (2, 3))
+    assert [len(shard.rows) for shard in made.shards("word")] == [5, 4]
+    path = edited(made, tmp_path / "plan.json", lambda v: table(v, "word").update(ranks=ranks))
+    with pytest.raises(ValueError, match="name all 2 ranks of one node, in order"):
+        read_plan(path, asked)
+
+
 def test_plan_that_does_not_fit_the_machine_at_hand_is_refused_with_rank_and_room(plan: Plan, tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", plan)
     small = replace(MACHINE, hbm_gib=0.00002)

@@ -1,5 +1,6 @@
 """Sharded tables on real processes equal the unsharded ones: values, updates, memory, and state across plans."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,48 @@ def test_ranks_without_a_row_of_any_table_take_part(tmp_path: Path) -> None:
         for part, value in expected.items():
             tolerance = 1e-3 if value.dtype == torch.float16 else 1e-6
             torch.testing.assert_close(final[part], value, rtol=10 * tolerance, atol=tolerance)
+
+
+SUMS = next(table for table in sharded.TABLES if table.pooled)
+NODES_SUMS = {
+    "one": (SUMS,),
+    "two": tuple(replace(SUMS, name=feature, features=(feature,)) for feature in SUMS.features),
+}
+"""Pooled tables of one node, beside one that has none, and of both."""
+
+
+def train_on_nodes(folder: str) -> dict[str, dict[str, Any]]:
+    """Each of these over the ranks of a node and whole, then each from the other's checkpoint."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(sharded.NODE)
+    results: dict[str, dict[str, Any]] = {}
+    for name, configs in NODES_SUMS.items():
+        parts, kinds = Path(folder, name), ("table_row_wise", "table_wise")
+        parts.mkdir(exist_ok=True)
+        results[name] = {kind: sharded.train(kind, parts, save=True, configs=configs) for kind in kinds}
+        for saved, kind in (kinds, kinds[::-1]):
+            results[name][f"{saved}->{kind}"] = sharded.reload(saved, kind, parts, configs)
+    return results
+
+
+def test_rows_over_a_nodes_ranks_train_as_the_unsharded_table_and_move_to_another_plan(tmp_path: Path) -> None:
+    results = run_ranks(4, train_on_nodes, str(tmp_path))
+    for name, configs in NODES_SUMS.items():
+        ranks = [rank[name] for rank in results]
+        state, outputs = sharded.oracle(configs)
+        final = {
+            kind: sharded.whole([rank[kind]["final"] for rank in ranks]) for kind in ("table_row_wise", "table_wise")
+        }
+        held = [sum(len(pieces) for pieces in rank["table_row_wise"]["final"].values()) for rank in ranks]
+        assert held == ([2, 2, 0, 0] if name == "one" else [2, 2, 2, 2])
+        for part, value in state.items():
+            torch.testing.assert_close(final["table_row_wise"][part], value, rtol=1e-5, atol=1e-6)
+        for step, expected in enumerate(outputs):
+            for feature, values in expected.items():
+                samples: list[Tensor] = [torch.empty(0)] * sharded.GLOBAL_SAMPLES
+                for number, rank in enumerate(ranks):
+                    samples[number::4] = rank["table_row_wise"]["outputs"][step][feature]
+                torch.testing.assert_close(torch.cat(samples), values, rtol=1e-5, atol=1e-6)
+        for saved, kind in (("table_row_wise", "table_wise"), ("table_wise", "table_row_wise")):
+            loaded = sharded.whole([rank[f"{saved}->{kind}"] for rank in ranks])
+            assert loaded.keys() == final[saved].keys()
+            assert all(torch.equal(loaded[part], value) for part, value in final[saved].items())
