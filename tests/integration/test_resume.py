@@ -215,7 +215,7 @@ def test_other_data_under_the_same_path_is_refused_and_nothing_is_written(
     before = (run / "config.json").read_text()
     process = start_training(run, 1, f"data.path={data}", "max_steps=6", "checkpoint.every_steps=4")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "saved data position belongs to other data" in output
+    assert process.returncode != 0 and "prepare the data with these, in this order" in output.splitlines()[-1]
     assert (run / "config.json").read_text() == before
 
 
