@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.days import METRICS, cells
 from benchmarks.loader import hardware
+from trainer.run_dir import RunDir, read_records
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
@@ -31,7 +32,7 @@ def main() -> None:
 
 def labels(run_dir: Path) -> dict[str, dict[str, float]]:
     """What the newest evaluation found of each label."""
-    record = json.loads((run_dir / "eval.jsonl").read_text().splitlines()[-1])
+    record = read_records(RunDir(run_dir).eval_file)[-1]
     names = [name.removeprefix("ne/") for name in record if name.startswith("ne/")]
     return {name: {metric: record[f"{metric}/{name}"] for metric in METRICS} for name in names}
 

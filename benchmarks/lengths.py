@@ -24,7 +24,7 @@ import torch
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
 from benchmarks.step import Case, measure
-from benchmarks.trainings import Asked, Trained, Training, commit, hardware, seeded, train_all
+from benchmarks.trainings import Asked, Trained, Training, commit, folder_of, hardware, seeded, train_all
 from pipelines.config import SYNTHETIC_PATH
 from pipelines.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
@@ -88,7 +88,6 @@ class Lengths:
 
     def training(self, name: str, length: int, seed: int, asked: Asked) -> Training:
         """A model's run of a seed at a length."""
-        folder = "".join(letter if letter.isalnum() else "_" for letter in name)
         nearest, farthest = self.lags
         stream = {"num_users": self.samples, "min_len": length, "max_len": length, "lag": nearest}
         own = (
@@ -100,7 +99,7 @@ class Lengths:
         )
         return Training(
             recipe=RECIPE,
-            run=asked.work / "runs" / f"{folder}-{length}-{seed}",
+            run=asked.work / "runs" / f"{folder_of(name)}-{length}-{seed}",
             settings=(*self.settings, *own, *seeded(seed), *asked.settings),
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.trainings import Asked, Trained, Training, prepare, seeded, train_all
+from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, seeded, train_all
 from pipelines.dataset_json import read_dataset_info
 from trainer.recipes import load_recipe
 
@@ -162,7 +162,7 @@ class Cell:
 
     @property
     def _folder(self) -> str:
-        return "".join(letter if letter.isalnum() else "_" for letter in self.row.name)
+        return folder_of(self.row.name)
 
     @property
     def _last_pass(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.trainings import Asked, Trained, Training, prepare, seeded, train_all
+from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, seeded, train_all
 from trainer.recorder import peak_flops
 
 RECIPE = "own_log"
@@ -92,10 +92,9 @@ class Rankers:
         """A row's run of a seed on a log."""
         labels = "model.labels=" + json.dumps([{"name": label} for label in log.labels])
         own = [each.replace("$TELLING", log.telling) for each in self.rows[name]]
-        folder = "".join(letter if letter.isalnum() else "_" for letter in name)
         return Training(
             recipe=RECIPE,
-            run=asked.work / "runs" / f"{log.folder}-{folder}-{seed}",
+            run=asked.work / "runs" / f"{log.folder}-{folder_of(name)}-{seed}",
             settings=(f"data.path={data}", *seeded(seed), labels, *self.settings, *own, *asked.settings),
         )
 

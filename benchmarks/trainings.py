@@ -65,6 +65,11 @@ class Trained:
     """Of the code that it ran, with a + where files differed from it."""
 
 
+def folder_of(row: str) -> str:
+    """What the folders of a table's row are called."""
+    return "".join(letter if letter.isalnum() else "_" for letter in row)
+
+
 def seeded(seed: int) -> tuple[str, ...]:
     """Settings of a run of this seed: initial values, dropout and the order of samples."""
     return (f"seed={seed}", f"data.seed={seed}")
