@@ -91,6 +91,37 @@ def test_a_cluster_ends_with_the_tests_that_started_it(
         assert time.monotonic() < deadline, _processes_of(tmp_path)
 
 
+FROM_THE_SAME_PORT = """
+import os, sys
+from pathlib import Path
+from tests.support.slurm import slurm_cluster
+os.getpid = lambda: 7
+print("ready", flush=True)
+sys.stdin.readline()
+with slurm_cluster(Path(sys.argv[1])) as cluster:
+    print(next(line for line in (cluster.folder / "slurm.conf").open() if "SlurmctldPort" in line), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_clusters_that_start_at_once_listen_at_ports_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
+    commands = [[sys.executable, "-c", FROM_THE_SAME_PORT, str(tmp_path / name)] for name in "ab"]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for words in commands]
+    assert _told(started) == ["ready\n"] * 2
+    for process in started:
+        print(file=process.stdin, flush=True)
+    ports = _told(started)
+    errors = [process.communicate("\n")[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    assert len(set(ports)) == 2
+
+
+def _told(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    """A line of each."""
+    return [process.stdout.readline() for process in processes if process.stdout is not None]
+
+
 def _processes_of(folder: Path) -> set[str]:
     """The names of a cluster's processes, by what they were started with."""
     found = set()

@@ -11,6 +11,7 @@ There is no accounting database, as on many small clusters.  Needs root: slurmd 
 into /etc/hosts, because torchrun's rendezvous waits for ever for a name that does not resolve.
 """
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -129,7 +130,6 @@ def slurm_cluster(folder: Path, system: Path | None = None) -> Iterator[Cluster]
     if os.geteuid() != 0:
         raise RuntimeError("slurm's daemons need root")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_configuration(folder)
     environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
     if system is not None:
         # This version asks for control groups, which a container may not have.
@@ -139,10 +139,13 @@ def slurm_cluster(folder: Path, system: Path | None = None) -> Iterator[Cluster]
     daemons: list[subprocess.Popen[bytes]] = []
     with _interrupted_by_sigterm(), _names_resolve(folder):
         try:
-            for command in _daemon_commands(folder, system):
-                # One by one: those already started are stopped if the next one cannot be.
-                daemons += [_start(command, folder, environment)]
-            _wait_until_idle(folder, environment, daemons)
+            # Ports that are free stay so until the daemons listen there.
+            with _no_other_starts():
+                _write_configuration(folder)
+                for command in _daemon_commands(folder, system):
+                    # One by one: those already started are stopped if the next one cannot be.
+                    daemons += [_start(command, folder, environment)]
+                _wait_until_idle(folder, environment, daemons)
             yield Cluster(folder=folder, environment=environment)
         finally:
             # What a job runs outlives its node's daemon.
@@ -188,7 +191,7 @@ def _free_ports(count: int) -> int:
         sockets = [socket.socket() for _ in range(count)]
         try:
             for offset, sock in enumerate(sockets):
-                sock.bind(("127.0.0.1", first + offset))
+                sock.bind(("", first + offset))
         except OSError:
             continue
         finally:
@@ -222,6 +225,14 @@ def _daemon_commands(folder: Path, system: Path | None) -> list[list[str]]:
         [*_alone(of_last if node == NODES[-1] else mounts), "slurmd", "-D", "-N", node] for node in NODES + GPU_NODES
     ]
     return [[*_alone(mounts), *munged], [*_alone(mounts), "slurmctld", "-D"], *nodes]
+
+
+@contextmanager
+def _no_other_starts() -> Iterator[None]:
+    """Have other clusters of this machine wait at this block until it ends."""
+    with HOSTS.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
@@ -290,14 +301,15 @@ def _wait_until_idle(folder: Path, environment: dict[str, str], daemons: "list[s
 def _names_resolve(folder: Path) -> Iterator[None]:
     """Have the nodes' names in /etc/hosts for the duration of the block, in a line of this cluster's own."""
     line = f"127.0.0.1 {' '.join(NODES + GPU_NODES)} # {folder}\n"
-    with HOSTS.open("r+") as file:
+    with _no_other_starts(), HOSTS.open("r+") as file:
         begins = "" if file.read().endswith("\n") else "\n"
         file.write(begins + line)
     try:
         yield
     finally:
         # Written in place: in a container the file is a mount and cannot be replaced.
-        HOSTS.write_text(HOSTS.read_text().replace(line, ""))
+        with _no_other_starts():
+            HOSTS.write_text(HOSTS.read_text().replace(line, ""))
 
 
 def main(arguments: list[str]) -> None:
