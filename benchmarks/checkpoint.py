@@ -39,8 +39,8 @@ from trainer.checkpoint.pieces import local_pieces, not_finite
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import open_store
 from trainer.config import CheckpointConfig
-from trainer.mesh import Mesh
-from trainer.run_dir import RunDir
+from trainer.parallel.mesh import Mesh
+from trainer.run.run_dir import RunDir
 
 TABLES, DIM = 4, 128
 ZIPF = 1.05

@@ -1,4 +1,4 @@
-"""Training steps on one long history: on one rank, or shared by all ranks of the job (`trainer.context_parallel`).
+"""Training steps on one long history: on one rank, or shared by all ranks of the job.
 
 Run: python -m benchmarks.context_parallel [--json FILE] [--small]; torchrun --nproc-per-node N -m
 benchmarks.context_parallel
@@ -18,9 +18,9 @@ from benchmarks.loader import hardware
 from benchmarks.step import Case, measure
 from pipelines.config import DataConfig, SyntheticConfig
 from trainer.config import TrainConfig
-from trainer.mesh import discover_mesh, joined
+from trainer.health.preflight import device_name
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
-from trainer.preflight import device_name
+from trainer.parallel.mesh import discover_mesh, joined
 
 
 def main() -> None:

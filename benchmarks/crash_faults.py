@@ -89,7 +89,7 @@ def _is_writer(command: str) -> bool:
 
 
 def _is_guard(command: str) -> bool:
-    return "trainer.guard" in command
+    return "trainer.health.guard" in command
 
 
 def saves(job: int) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.crash import SETTINGS
 from benchmarks.small_disks import make_image, mounted, run_tool
 from trainer.checkpoint.catalogue import open_catalogue
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 STEPS = 1_000_000
 MORE = 20

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from attention_kernels import SemiLocalMask
 from attention_kernels.layer import reference as layer_reference
-from trainer.metrics import retrieval_scores
+from trainer.evaluation.metrics import retrieval_scores
 from trainer.models.heads.dot_product import DotProduct
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec

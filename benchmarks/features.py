@@ -30,9 +30,9 @@ from pipelines.overlap import StepPipeline
 from pipelines.selection import select
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TableSettings, TrainConfig
-from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.health.preflight import device_name
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
-from trainer.preflight import device_name
+from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.resolve import resolve
 
 ITEMS, ROWS = 100_000, 10_000

@@ -29,7 +29,7 @@ from pipelines.config import SYNTHETIC_PATH
 from pipelines.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
-from trainer.mesh import Mesh, discover_mesh, joined
+from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 from trainer.typed_values import apply_overrides

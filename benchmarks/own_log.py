@@ -25,7 +25,7 @@ from benchmarks.trainings import Training, hardware, prepare, seeded, train_all
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
 from pipelines.loader import dataset_info
-from trainer.metrics import score
+from trainer.evaluation.metrics import score
 
 SEEDS = (0, 1, 2)
 MIN_POSITIVES = 200

@@ -31,8 +31,8 @@ from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
-from trainer.mesh import Mesh, discover_mesh, joined
-from trainer.preflight import device_name
+from trainer.health.preflight import device_name
+from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
 

@@ -36,10 +36,10 @@ from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
+from trainer.health.preflight import device_name
 from trainer.left_out import check_finite
-from trainer.mesh import Mesh, discover_mesh, joined
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
-from trainer.preflight import device_name
+from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.recorder import peak_flops
 from trainer.resolve import resolve

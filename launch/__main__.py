@@ -36,7 +36,7 @@ from launch.sweep import runs_of
 from trainer.command_line import WrongUse, run_command, show_findings
 from trainer.exit_status import FAILED, STOPPED
 from trainer.recipes import load_recipe
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 from trainer.typed_values import apply_overrides, to_dict
 
 app = typer.Typer(

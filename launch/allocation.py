@@ -29,10 +29,10 @@ from launch.records import find_in, save_in
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
 from launch.schedulers.slurm_queue import SlurmError, SlurmJob
-from trainer import fitness
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
-from trainer.run_dir import RunDir
-from trainer.stop_signal import ASKING
+from trainer.health import fitness
+from trainer.health.stop_signal import ASKING
+from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,13 @@ class Allocation:
         # In the job's folder: what a killed start leaves behind there is nothing of the run's.
         token = f"jobs/{self.job_dir.name}/preflight-{self.job_id}-{time.time_ns()}"
         (self.run_dir / token).write_text(token)
-        question = [self.command[0], "-m", "trainer.fitness", "--as", fitness.as_argument(fitness.facts_here(token))]
+        question = [
+            self.command[0],
+            "-m",
+            "trainer.health.fitness",
+            "--as",
+            fitness.as_argument(fitness.facts_here(token)),
+        ]
         question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
         question += [word for path in self.data for word in ("--data", path)]
         try:
@@ -262,7 +268,7 @@ class Allocation:
 
 
 def read_answers(words: str, nodes: Sequence[str]) -> dict[str, str]:
-    """Unfit nodes -> a line that says why, from what `trainer.fitness` printed on all of them."""
+    """Unfit nodes -> a line that says why, from what `trainer.health.fitness` printed on all of them."""
     answers, rest = {}, []
     for line in words.splitlines():
         try:

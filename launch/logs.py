@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch import attempts
 from launch.records import JobRecord, find_in
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.]?(\d{3})? ")
 _ERROR = re.compile(r"\S+ \S+ (?:ERROR|CRITICAL) ")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from launch import signals
 from trainer.exit_status import FAILED, STOPPED
-from trainer.fitness import node_name
-from trainer.stop_signal import AGENT, OWN_AGENT
-from trainer.stopped import LOOK_S, LOST, StoppedProcesses
+from trainer.health.fitness import node_name
+from trainer.health.stop_signal import AGENT, OWN_AGENT
+from trainer.health.stopped import LOOK_S, LOST, StoppedProcesses
 
 GRACE_S = 5.0
 """How long the others may take to end after one has failed: their collectives fail at once, or never."""

@@ -9,7 +9,7 @@ from launch import attempts
 from launch.records import JobRecord
 from trainer.checkpoint.catalogue import open_catalogue, step_folder
 from trainer.checkpoint.store import COMPLETE
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 
 def progress_lines(record: JobRecord) -> list[str]:

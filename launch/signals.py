@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer.stop_signal import asking, leave_terminal
+from trainer.health.stop_signal import asking, leave_terminal
 
 
 def _held() -> set[signal.Signals]:

@@ -20,7 +20,7 @@ from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Scheduler
 from launch.workspace import ROOT, check_workspace, share_with_older
 from trainer.command_line import parse_window
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ goes on).
 
 import sys
 
-from trainer.guard import GUARD
-from trainer.stop_signal import STOP
+from trainer.health.guard import GUARD
+from trainer.health.stop_signal import STOP
 
 
 def main(arguments: list[str]) -> int:

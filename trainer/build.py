@@ -20,9 +20,9 @@ from trainer.compilation import compile_before_first_step
 from trainer.freezing import freeze
 from trainer.graphs import Graphs
 from trainer.lookups import lookup_load
-from trainer.mesh import Mesh
 from trainer.models.model import Model
-from trainer.parallelize import ParallelModel, parallelize
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel, parallelize
 from trainer.recording import record_steps, will_record
 from trainer.resolve import Resolved
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import typer
 
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
-from trainer.fitness import UnfitNodes
-from trainer.stop_signal import StoppedEarly
+from trainer.health.fitness import UnfitNodes
+from trainer.health.stop_signal import StoppedEarly
 
 SEVERAL = ("--set", "--init-only")
 """Options that take several values."""

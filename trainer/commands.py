@@ -10,11 +10,11 @@ from trainer.checkpoint import listing
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.command_line import WrongUse, lasting, parse_window, show_findings
 from trainer.config import TrainConfig
-from trainer.guard import GUARD, IDLE_S, IMPORTS_S
+from trainer.health.guard import GUARD, IDLE_S, IMPORTS_S
+from trainer.health.stop_signal import STOP
 from trainer.recipes import load_recipe, recipe_summaries
 from trainer.report.page import write_report
-from trainer.run_dir import RunDir
-from trainer.stop_signal import STOP
+from trainer.run.run_dir import RunDir
 from trainer.typed_values import apply_overrides
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _counted(exported: "Export") -> str:
 @app.command()
 def doctor() -> None:
     """Say what this machine has and what keeps it from training; exit status 1 if something does."""
-    from trainer.doctor import look_at_machine
+    from trainer.health.doctor import look_at_machine
 
     show_findings(look_at_machine())
 

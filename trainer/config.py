@@ -236,8 +236,8 @@ class TrainConfig:
     (`trainer.recording`).  auto: on one GPU where that can be, and the log says why where it cannot; on: on several
     too, else an error."""
     context_parallel: int = 1
-    """Ranks that train on the same samples and compute a part of their tokens each (`trainer.context_parallel`): for
-    histories too long for one GPU.  It divides the heads of every layer."""
+    """Ranks that train on the same samples and compute a part of their tokens each
+    (`trainer.parallel.context_parallel`): for histories too long for one GPU.  It divides the heads of every layer."""
     overlap: Literal["sparse_dist", "prefetch", "plain"] = "sparse_dist"
     """sparse_dist: the copy and input dist of coming batches overlap with a step.  prefetch: the filling of the tables'
     device cache too (for fused_uvm_caching tables).  plain: nothing does."""

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from pipelines.loader import Loader
 from pipelines.position import SourcePosition
 from trainer.checkpoint.progress import Progress
-from trainer.mesh import Mesh
-from trainer.parallelize import ParallelModel
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved
-from trainer.run_dir import JsonLines, RunDir, read_records
+from trainer.run.run_dir import JsonLines, RunDir, read_records
 from trainer.target import parse_target
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from torchrec.streamable import Pipelineable
 
 from embeddings.unbounded import UnboundedTables
 from pipelines.batch import Batch
-from trainer.mesh import Mesh
-from trainer.profiling import stage
+from trainer.health.watchdog import Phase
+from trainer.parallel.mesh import Mesh
 from trainer.recorder import Consumed
 from trainer.resolve import Resolved
-from trainer.watchdog import Phase
+from trainer.run.profiling import stage
 
 
 class Feed:

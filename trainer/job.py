@@ -38,24 +38,24 @@ from trainer.determinism import make_deterministic
 from trainer.evaluator import Evaluator, evaluate
 from trainer.feed import Feed
 from trainer.freezing import announce_frozen
-from trainer.guard import GUARD
+from trainer.health.guard import GUARD
+from trainer.health.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
+from trainer.health.watchdog import Watchdog
 from trainer.labels.running import running_metrics
 from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
 from trainer.measured import dense_cost
-from trainer.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
 from trainer.optim import settle_schedule
-from trainer.parallelize import ParallelModel
-from trainer.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
+from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
+from trainer.parallel.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.recording import check_recorded
 from trainer.resolve import Resolved, check_same_meanings, resolve
-from trainer.run_dir import CHANGEABLE, RunDir, locked
-from trainer.run_log import logged
+from trainer.run.run_dir import CHANGEABLE, RunDir, locked
+from trainer.run.run_log import logged
 from trainer.target import parse_target
 from trainer.typed_values import apply_overrides, differences, to_dict
 from trainer.warm_start import WarmStart
-from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

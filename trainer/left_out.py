@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 
 from trainer.config import NonFiniteConfig
-from trainer.mesh import Mesh
-from trainer.run_dir import JsonLines, RunDir, read_records
+from trainer.parallel.mesh import Mesh
+from trainer.run.run_dir import JsonLines, RunDir, read_records
 
 logger = logging.getLogger(__name__)
 

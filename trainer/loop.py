@@ -18,11 +18,11 @@ from trainer.checkpoint.progress import Progress
 from trainer.config import TrainConfig
 from trainer.evaluator import Evaluator
 from trainer.feed import Feed
-from trainer.mesh import Mesh
-from trainer.parallelize import ParallelModel
+from trainer.health.stop_signal import STOP, StoppedEarly
+from trainer.health.watchdog import Watchdog
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
 from trainer.recorder import Consumed, Outcome, Recorder
-from trainer.stop_signal import STOP, StoppedEarly
-from trainer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from pipelines.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.resolve import Resolved, resolve
-from trainer.run_dir import RunDir, whole_lines
+from trainer.run.run_dir import RunDir, whole_lines
 from trainer.typed_values import differences, to_dict
 
 

@@ -21,10 +21,10 @@ from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
 from trainer.labels.running import RunningMetrics
 from trainer.left_out import check_finite
-from trainer.mesh import Mesh
-from trainer.profiling import StepProfile
+from trainer.parallel.mesh import Mesh
 from trainer.resolve import Resolved
-from trainer.run_dir import JsonLines, RunDir, written
+from trainer.run.profiling import StepProfile
+from trainer.run.run_dir import JsonLines, RunDir, written
 
 Outcome = tuple[Tensor, Tensor]
 """(this rank's loss, norm of the dense gradients) of a step, both [] on the device."""

@@ -25,10 +25,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from embeddings.tables import Rows, rows_by_feature
 from pipelines.padding import BatchPadding, Count
 from trainer.graphs import Graphs, Recording
-from trainer.mesh import Mesh
 from trainer.models.model import Model, Objective
 from trainer.models.precision import compute_dtype
-from trainer.parallelize import ParallelModel
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
 from trainer.resolve import Resolved
 
 logger = logging.getLogger(__name__)

@@ -25,12 +25,12 @@ from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.corpus import join_seen
-from trainer.mesh import Mesh, discover_mesh, joined
-from trainer.next_item import corpus_of
-from trainer.parallelize import ParallelModel
+from trainer.evaluation.corpus import join_seen
+from trainer.evaluation.next_item import corpus_of
+from trainer.parallel.mesh import Mesh, discover_mesh, joined
+from trainer.parallel.parallelize import ParallelModel
 from trainer.resolve import Resolved, check_same_meanings, resolve
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.name_patterns import renaming
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

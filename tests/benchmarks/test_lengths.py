@@ -18,7 +18,7 @@ from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.mesh import Mesh
+from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 from trainer.typed_values import apply_overrides

@@ -15,7 +15,7 @@ from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
 from tests.pipelines.test_prepare import prepare
 from tests.support.training import ROOT, TIMEOUT_S
-from trainer.metrics import score
+from trainer.evaluation.metrics import score
 
 
 def test_own_log_beats_the_rates_where_what_users_do_depends_on_what_they_did(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from launch.progress import newest_checkpoint
 from trainer.checkpoint.catalogue import COMPLETE, step_folder
 from trainer.exit_status import STOPPED
-from trainer.run_dir import RunDir
-from trainer.stop_signal import STOP
+from trainer.health.stop_signal import STOP
+from trainer.run.run_dir import RunDir
 
 
 def main(run: RunDir, steps: int, every: int, failing: tuple[int, int], *, always: bool) -> int:

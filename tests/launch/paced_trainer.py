@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.command_line import run_command
 from trainer.commands import app
-from trainer.stop_signal import STOP
+from trainer.health.stop_signal import STOP
 
 
 def main(seconds: float, arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ import pytest
 from launch import logs, records
 from launch.logs import Span
 from launch.records import JobRecord
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 START = time.mktime(time.strptime("2026-03-01 12:00:00", "%Y-%m-%d %H:%M:%S"))
 

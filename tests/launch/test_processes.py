@@ -21,7 +21,7 @@ NODE += ["--first-node-variable", "FIRST", "--"]
 OBEDIENT = """
 import sys, time
 from pathlib import Path
-from trainer.stop_signal import STOP
+from trainer.health.stop_signal import STOP
 STOP.listen()
 STOP.heeded = True
 Path(sys.argv[1], os.environ["RANK"]).touch()
@@ -66,7 +66,7 @@ def test_a_failure_names_the_rank_and_ends_the_others(tmp_path: Path, end: str, 
 # The agent, which loses its patience sooner.
 IMPATIENT = """
 import sys
-from trainer import stopped
+from trainer.health import stopped
 stopped.LOOK_S, stopped.LOOKS = 0.05, 3
 from launch.node import main
 sys.exit(main(sys.argv[1:]))

@@ -37,7 +37,7 @@ from tests.support.slurm_jobs import (
     until_counting,
     warn,
 )
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.support.slurm import Cluster
 from tests.support.slurm_jobs import TIMEOUT_S, batch_output, expect, request, send, until, warn
 from tests.support.small_data import small_dataset
 from tests.support.training import SMALL, losses, read_lines, train
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 PACE_S = 0.2
 """Of a step, at least."""

@@ -16,7 +16,7 @@ from tests.pipelines.made_up import write_dataset
 from tests.support.distributed import run_ranks
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
-from trainer.mesh import Mesh
+from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 

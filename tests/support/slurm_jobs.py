@@ -19,7 +19,7 @@ from launch.schedulers.slurm import Slurm, SlurmRequest
 from launch.submit import check, connected
 from launch.workspace import ROOT
 from tests.support.training import read_lines
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 TIMEOUT_S = 300
 ENDED = (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED)

@@ -12,7 +12,7 @@ from tests.support.distributed import run_ranks
 from tests.support.small_data import small_dataset
 from tests.support.training import SMALL
 from trainer.build import agreed_machine, agreed_plan, machine_of, make_plan
-from trainer.mesh import Mesh, discover_mesh
+from trainer.parallel.mesh import Mesh, discover_mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 from trainer.typed_values import apply_overrides

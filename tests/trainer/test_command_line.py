@@ -13,7 +13,7 @@ from embeddings.records import from_dict
 from trainer.command_line import lasting, run_command
 from trainer.commands import app
 from trainer.recipes import RECIPES, load_recipe
-from trainer.run_dir import RunDir, write_json
+from trainer.run.run_dir import RunDir, write_json
 from trainer.typed_values import apply_overrides, to_dict
 
 

@@ -15,7 +15,7 @@ from trainer.job import plan_job
 from trainer.measured import dense_cost
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 from trainer.typed_values import apply_overrides, to_dict
 
 ACTIVATIONS, DENSE_MS = 3.25, 40.0

@@ -12,13 +12,13 @@ from tests.support.datasets import made_up_info
 from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
 from trainer.feed import describe
-from trainer.mesh import Mesh
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
 from trainer.models.flops import InputWidths, ranker_flops
+from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.recorder import Recorder, _Interval
 from trainer.resolve import resolve
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
 INFO = made_up_info(num_items=NUM_ITEMS, actions=ACTIONS, numbers=("play_s",))

@@ -7,7 +7,7 @@ import torch
 
 from pipelines.loader import build_loader
 from tests.trainer.test_scorer import GOOD, prepare_shop, run, stored_requests
-from trainer.next_item import corpus_of
+from trainer.evaluation.next_item import corpus_of
 from trainer.scorer import Scorer, open_scorer
 
 

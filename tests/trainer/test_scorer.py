@@ -21,7 +21,7 @@ from pipelines.requests import Request
 from tests.support.training import ROOT
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 from trainer.scorer import Scorer, open_scorer
 
 SCHEMA = """

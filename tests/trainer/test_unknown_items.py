@@ -19,8 +19,8 @@ from tests.support.distributed import run_ranks
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.labels.config import LabelConfig
-from trainer.mesh import Mesh
 from trainer.models.config import InputConfig
+from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 

@@ -41,9 +41,9 @@ from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import COMPLETE
 from trainer.config import CheckpointConfig
-from trainer.mesh import Mesh
-from trainer.run_dir import MEND, JsonLines, RunDir, forget_after, write_json
-from trainer.watchdog import Phase
+from trainer.health.watchdog import Phase
+from trainer.parallel.mesh import Mesh
+from trainer.run.run_dir import MEND, JsonLines, RunDir, forget_after, write_json
 
 logger = logging.getLogger(__name__)
 

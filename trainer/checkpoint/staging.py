@@ -19,7 +19,7 @@ import torch
 from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.layout import Layout
 from trainer.checkpoint.store import Store
-from trainer.stop_signal import kept_from_children
+from trainer.health.stop_signal import kept_from_children
 
 logger = logging.getLogger(__name__)
 

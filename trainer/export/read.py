@@ -40,8 +40,8 @@ from trainer.export.description import (
 )
 from trainer.export.keys import Identities
 from trainer.export.rows import TableRows
-from trainer.mesh import Mesh, joined
-from trainer.run_dir import RunDir
+from trainer.parallel.mesh import Mesh, joined
+from trainer.run.run_dir import RunDir
 from trainer.typed_values import to_dict
 
 MEMORY_GIB = 2.0

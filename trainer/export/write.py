@@ -31,7 +31,7 @@ from trainer.export.description import (
     value_type,
 )
 from trainer.export.keys import Identities
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 PART_BYTES = 64 * 2**20
 """Of a table's rows, read and written at a time."""

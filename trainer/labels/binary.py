@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from pipelines.batch import Labels
 from pipelines.features import DatasetInfo
+from trainer.evaluation.metrics import binary_metrics
 from trainer.labels.column import label_column
 from trainer.labels.config import LabelConfig
 from trainer.labels.kind import LabelKind
-from trainer.metrics import binary_metrics
 
 SMALLEST_RATE = 1e-6
 
@@ -66,7 +66,7 @@ class Binary(LabelKind):
         return torch.stack([self.predict(outputs_CK), targets_C.double()], dim=1)
 
     def measure(self, evidence: Tensor, weights_C: Tensor, user_ids_C: Tensor) -> dict[str, float]:
-        """See `trainer.metrics.binary_metrics`."""
+        """See `trainer.evaluation.metrics.binary_metrics`."""
         return binary_metrics(evidence[:, 0], evidence[:, 1], user_ids_C, weights_C)
 
 

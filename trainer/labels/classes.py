@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from pipelines.batch import Labels
 from pipelines.features import UNKNOWN_ID, DatasetInfo
+from trainer.evaluation.metrics import class_metrics
 from trainer.labels.column import label_column
 from trainer.labels.config import LabelConfig
 from trainer.labels.kind import LabelKind
-from trainer.metrics import class_metrics
 
 
 class Classes(LabelKind):
@@ -57,7 +57,7 @@ class Classes(LabelKind):
         return torch.stack([log_C, hit_C.double(), targets_C], dim=1)
 
     def measure(self, evidence: Tensor, weights_C: Tensor, user_ids_C: Tensor) -> dict[str, float]:
-        """See `trainer.metrics.class_metrics`."""
+        """See `trainer.evaluation.metrics.class_metrics`."""
         return class_metrics(evidence[:, 0], evidence[:, 1], evidence[:, 2].long(), weights_C)
 
 

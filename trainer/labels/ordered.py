@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from pipelines.batch import Labels
 from pipelines.features import DatasetInfo
+from trainer.evaluation.metrics import value_metrics
 from trainer.labels.binary import SMALLEST_RATE
 from trainer.labels.column import label_column
 from trainer.labels.config import LabelConfig
 from trainer.labels.kind import LabelKind
-from trainer.metrics import value_metrics
 
 
 class Ordered(LabelKind):
@@ -67,7 +67,7 @@ class Ordered(LabelKind):
         return torch.stack([self.predict(outputs_CK), targets_C.double()], dim=1)
 
     def measure(self, evidence: Tensor, weights_C: Tensor, user_ids_C: Tensor) -> dict[str, float]:
-        """See `trainer.metrics.value_metrics`."""
+        """See `trainer.evaluation.metrics.value_metrics`."""
         return value_metrics(evidence[:, 0], evidence[:, 1], weights_C)
 
 

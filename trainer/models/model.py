@@ -7,7 +7,7 @@ from torchrec.streamable import Pipelineable
 
 from embeddings.tables import Rows, Tables
 from embeddings.trained import TrainedRows
-from trainer.profiling import stage
+from trainer.run.profiling import stage
 
 
 class Objective(nn.Module):

@@ -1,7 +1,7 @@
 """The retriever: predict the next item of a user's events among all items.
 
 Causal layers over item tokens; the output at each event predicts the event behind it.  Training scores the true item
-against sampled ones (sampled softmax); evaluation ranks it among all items (`trainer.next_item`).
+against sampled ones (sampled softmax); evaluation ranks it among all items (`trainer.evaluation.next_item`).
 
 Shapes: B users, S events of all users, P predictions, N negatives, D model width, E row width of the item table.
 """

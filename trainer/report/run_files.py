@@ -9,7 +9,7 @@ from typing import Any
 from embeddings.plan import Plan
 from embeddings.plan_file import parse_plan
 from trainer.command_line import WrongUse
-from trainer.run_dir import VOCABULARIES, RunDir, whole_lines
+from trainer.run.run_dir import VOCABULARIES, RunDir, whole_lines
 
 Record = dict[str, Any]
 """One line of a file of JSON lines."""

@@ -17,10 +17,10 @@ from embeddings.trained import TrainedRows
 from pipelines.batch import Batch, Inputs
 from pipelines.features import ITEM_ID, ITEM_SPACE
 from pipelines.selection import Draw, Selection
-from trainer.baseline import popularity
 from trainer.columns import table_configs, widths
+from trainer.evaluation.baseline import popularity
+from trainer.evaluation.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
 from trainer.labels.loss import RankingLoss
-from trainer.mesh import Mesh
 from trainer.models.activations import MeanBatch, Memory, scoring_activations
 from trainer.models.flops import joint_flops
 from trainer.models.heads.build import build_similarity
@@ -30,8 +30,8 @@ from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.ranker import RankerTower
 from trainer.models.retriever import SampledSoftmax
-from trainer.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
-from trainer.parallelize import ParallelModel
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
 from trainer.tasks.ranking import Ranking
 from trainer.tasks.task import DataTask, Evaluation, Flops, LabelOutputs, NextItems
 

@@ -14,18 +14,18 @@ from embeddings.trained import TrainedRows
 from pipelines.batch import Inputs
 from pipelines.loader import build_loader
 from pipelines.selection import Selection
-from trainer.baseline import baseline_metrics
 from trainer.columns import pooled_spaces, ranker_columns, table_configs, widths
-from trainer.evaluate import evaluate, ranking_table, unknown_lines, with_unknown
+from trainer.evaluation.baseline import baseline_metrics
+from trainer.evaluation.evaluate import evaluate, ranking_table, unknown_lines, with_unknown
 from trainer.labels.binary import action_rates
 from trainer.labels.loss import RankingLoss, build_ranking_loss
-from trainer.mesh import Mesh
 from trainer.models.activations import MeanBatch, Memory, ranker_activations
 from trainer.models.encoding import num_context
 from trainer.models.flops import InputWidths, input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
-from trainer.parallelize import ParallelModel
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
 from trainer.tasks.task import DataTask, Evaluation, Flops, LabelOutputs
 
 

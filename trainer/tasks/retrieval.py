@@ -17,9 +17,9 @@ from pipelines.batch import Batch
 from pipelines.features import ITEM_ID
 from pipelines.loader import build_loader
 from pipelines.selection import Selection
-from trainer.baseline import popularity
 from trainer.columns import item_columns, item_table
-from trainer.mesh import Mesh
+from trainer.evaluation.baseline import popularity
+from trainer.evaluation.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
 from trainer.models.activations import MeanBatch, Memory, retriever_activations
 from trainer.models.flops import retriever_flops
 from trainer.models.layout import take_rows
@@ -27,8 +27,8 @@ from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
 from trainer.models.retriever import EventOutputs, RetrieverTower, build_retriever, evaluated_rows
 from trainer.models.sequence_padding import SequencePadding
-from trainer.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
-from trainer.parallelize import ParallelModel
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
 from trainer.tasks.task import DataTask, Evaluation, Flops, NextItems
 
 
@@ -113,8 +113,8 @@ class Retrieval(DataTask):
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Hit rate, NDCG and MRR of each candidate's rank among all items, beside popularity.  Called by every rank.
 
-        Memory of a rank: one query a prediction, a block of scores (`trainer.corpus`), and with `exclude_seen` two
-        numbers an earlier event.
+        Memory of a rank: one query a prediction, a block of scores (`trainer.evaluation.corpus`), and with
+        `exclude_seen` two numbers an earlier event.
         """
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
         batches = build_loader(

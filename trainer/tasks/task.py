@@ -19,15 +19,15 @@ from pipelines.padding import BatchPadding, Padding
 from pipelines.selection import Selection
 from trainer.columns import pooled_spaces
 from trainer.config import TrainConfig
+from trainer.evaluation.next_item import Predictions
 from trainer.labels.loss import RankingLoss
-from trainer.mesh import Mesh
 from trainer.models.activations import MeanBatch, Memory
 from trainer.models.flops import FlopCount
 from trainer.models.heads.similarity import Similarity
 from trainer.models.model import Model
 from trainer.models.retrieval_config import RetrievalConfig
-from trainer.next_item import Predictions
-from trainer.parallelize import ParallelModel
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
 
 Flops = Callable[..., FlopCount]
 """The model's FLOPs by sample, from history lengths, numbers of candidates and, by keyword, `channel_history_lens`: the

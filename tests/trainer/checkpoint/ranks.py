@@ -16,8 +16,8 @@ from trainer.checkpoint.pieces import Tensors, Touched
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import Store, open_store
 from trainer.config import CheckpointConfig
-from trainer.mesh import Mesh
-from trainer.run_dir import RunDir
+from trainer.parallel.mesh import Mesh
+from trainer.run.run_dir import RunDir
 
 LAYOUTS = ("row_wise", "column_wise", "table_wise", "grid", "replicated")
 ROWS, COLUMNS = 47, 6

@@ -18,7 +18,7 @@ from trainer.checkpoint import store as store_module
 from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore, open_store
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 
 class CountingStore(LocalStore):

@@ -14,7 +14,7 @@ from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.manifest import digest
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore
-from trainer.run_dir import RunDir
+from trainer.run.run_dir import RunDir
 
 
 class _AnsweringStore(LocalStore):

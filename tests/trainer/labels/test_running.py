@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from trainer.evaluation.metrics import binary_metrics
 from trainer.labels.running import BIN_WIDTH, RunningMetrics, running_metrics
-from trainer.metrics import binary_metrics
 
 
 def candidates(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

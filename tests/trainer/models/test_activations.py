@@ -17,8 +17,8 @@ from embeddings.problem import GIB
 from embeddings.tables import build_tables, init_tables
 from pipelines.loader import dataset_info
 from trainer.build import make_plan
-from trainer.mesh import Mesh
 from trainer.models.activations import MeanBatch
+from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
 from trainer.typed_values import apply_overrides

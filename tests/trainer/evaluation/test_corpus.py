@@ -1,0 +1,65 @@
+"""Ranks among all items, beside a plain count over all scores."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.evaluation import corpus
+from trainer.evaluation.corpus import Corpus, join_seen
+from trainer.models.heads.dot_product import DotProduct
+from trainer.models.heads.mixture_of_logits import MixtureOfLogits
+from trainer.models.heads.similarity import Similarity
+
+WIDTH = 33
+
+
+def _similarities() -> dict[str, Similarity]:
+    torch.manual_seed(0)
+    mixture = MixtureOfLogits(embedding_dim=WIDTH, query_vectors=3, item_vectors=2, dim=5, hidden=7)
+    return {"dot product": DotProduct(normalise=False), "mixture of logits": mixture}
+
+
+def _corpus(similarity: Similarity, rows: Tensor, counts: Tensor, chunk: int) -> Corpus:
+    def items(first: int, last: int) -> Tensor:
+        # A copy, as a lookup gives: rounding may depend on where in memory rows begin.
+        return similarity.items(rows[first:last].clone())
+
+    return Corpus(similarity=similarity, items=items, counts=counts, chunk=chunk)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", _similarities())
+@pytest.mark.parametrize("chunk", [1, 16, 49, 50, 64])
+def test_equal_items_tie_and_count_against_the_true_one_however_they_are_cut(name: str, chunk: int) -> None:
+    """50 items with one vector: a product of another width may round it differently."""
+    similarity = _similarities()[name]
+    rows = torch.randn(1, WIDTH).expand(50, WIDTH).contiguous()
+    queries, targets = similarity.queries(torch.randn(200, WIDTH)), torch.arange(200) % 50
+    ranks, popular = _corpus(similarity, rows, torch.ones(50), chunk).ranks(queries, targets, join_seen([NONE], [200]))
+    assert ranks.unique().tolist() == [50]
+    assert popular.unique().tolist() == [50]
+
+
+NONE = torch.empty(2, 0, dtype=torch.long)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", _similarities())
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
+@pytest.mark.parametrize("pairs_at_a_time", [1, 300, 10**6])
+def test_ranks_leave_out_what_was_seen(
+    name: str, chunk: int, pairs_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "PAIRS", pairs_at_a_time)
+    similarity = _similarities()[name]
+    rows, targets = torch.randn(50, WIDTH), torch.randint(50, (30,))
+    queries, counts = similarity.queries(torch.randn(30, WIDTH)), torch.randint(5, (50,)).float()
+    pairs = torch.stack([torch.arange(30).repeat_interleave(9), torch.randint(50, (270,))])
+    ranks, popular = _corpus(similarity, rows, counts, chunk).ranks(queries, targets, join_seen([pairs.clone()], [30]))
+    scores = similarity(queries, similarity.items(rows))
+    own = scores.gather(1, targets[:, None])
+    wanted = own - similarity.rounding * (1 + own.abs())
+    for i, target in enumerate(targets.tolist()):
+        others = set(range(50)) - {target} - set(pairs[1, pairs[0] == i].tolist())
+        assert ranks[i] == 1 + sum(bool(scores[i, item] >= wanted[i]) for item in others)
+        assert popular[i] == 1 + sum(bool(counts[item] >= counts[target]) for item in others)

@@ -1,0 +1,154 @@
+"""Each fault of a node, injected alone, is one line that names it; a node without one is fit."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launch.allocation import read_answers
+from trainer.health import fitness
+from trainer.health.fitness import Facts, facts_here, gpu_faults, problems, xid_faults
+
+ROOT = Path(__file__).resolve().parents[3]
+TOKEN = ".preflight-1-2"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / TOKEN).write_text(TOKEN)
+    return tmp_path
+
+
+def _found(first: Facts, here: Facts, run_dir: Path, **changes: Any) -> list[str]:
+    arguments: dict[str, Any] = {"data": [str(run_dir)], "procs_per_node": 1}
+    return list(problems(first, here, run_dir=run_dir, **(arguments | changes)))
+
+
+def test_a_node_like_the_first_is_fit(run_dir: Path) -> None:
+    here = facts_here(TOKEN)
+    assert here.packages.keys() >= {"torch", "numpy"}
+    assert _found(here, here, run_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"code": "0"}, "its code in .* is not the first node's"),
+        ({"python": "3.9.1"}, r"its Python is 3\.9\.1, the first node's 3\."),
+        ({"packages": {"torch": "1.0"}}, r"its torch is 1\.0, the first node's"),
+        ({"driver": "NVIDIA 1"}, "its NVIDIA driver is NVIDIA 1, the first node's missing"),
+        ({"time": -60.0}, "its clock is 60 s behind the first node's"),
+        ({"time": 600.0}, "its clock is 600 s ahead of the first node's"),
+    ],
+)
+def test_what_differs_is_named(run_dir: Path, change: dict[str, Any], words: str) -> None:
+    first = facts_here(TOKEN)
+    if "time" in change:
+        change = {"time": first.time + change["time"]}
+    if "packages" in change:
+        change = {"packages": first.packages | change["packages"]}
+    (found,) = _found(first, replace(first, **change), run_dir)
+    assert re.match(words, found)
+
+
+def test_a_disk_that_is_another_one_is_found_by_a_token(run_dir: Path) -> None:
+    here = facts_here(TOKEN)
+    (run_dir / TOKEN).write_text("an old one")
+    (found,) = _found(here, here, run_dir)
+    assert found.startswith("it does not see what the first node has written")
+
+
+def test_data_that_cannot_be_read_is_named(run_dir: Path) -> None:
+    here = facts_here(TOKEN)
+    (found,) = _found(here, here, run_dir, data=["/nowhere/data"])
+    assert found == "it cannot read the data in /nowhere/data"
+
+
+@pytest.mark.parametrize("full", ["run directory", "/dev/shm", "temporary folder"])
+def test_a_full_disk_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    places = {"run directory": str(run_dir), "/dev/shm": "/dev/shm", "temporary folder": str(run_dir / "tmp")}
+    (run_dir / "tmp").mkdir()
+    monkeypatch.setattr(fitness.tempfile, "gettempdir", lambda: places["temporary folder"])
+    room = {places[full]: SimpleNamespace(free=0)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room.get(str(path), SimpleNamespace(free=2**40)))
+    here = facts_here(TOKEN)
+    (found,) = _found(here, here, run_dir)
+    assert found.startswith(f"its {full} {places[full]} has 0 MiB free")
+
+
+@pytest.mark.parametrize(
+    ("listing", "words"),
+    [
+        ("0, 0\n1, 0\n", []),
+        ("0, [N/A]\n1, [N/A]\n", []),
+        ("0, 0\n", ["it has 1 working GPUs, the job wants 2"]),
+        ("0, 0\n1, 7\n", ["its GPU 1 has 7 uncorrected memory errors: reset or replace it"]),
+    ],
+)
+def test_broken_gpus_are_named(listing: str, words: list[str]) -> None:
+    assert list(gpu_faults(listing, 2)) == words
+
+
+KERNEL_LOG = """\
+[    1.000000] NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  580.1
+[ 9000.000000] NVRM: Xid (PCI:0000:1a:00): 31, pid=77, name=python, Ch 00000001, MMU Fault: ENGINE GRAPHICS
+[ 9001.500000] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+[ 9001.600000] NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+[ 9002.000000] something of Xid (PCI:0000:5e:00): 79
+"""
+FALLEN = "its GPU at 0000:3b:00 has reported Xid 79 (it has fallen off the bus): reset it, or restart the node"
+
+
+@pytest.mark.parametrize(("uptime_s", "words"), [(9100.0, [FALLEN]), (90000.0, [])])
+def test_a_gpu_that_has_reported_a_hardware_fault_is_named(uptime_s: float, words: list[str]) -> None:
+    # A program's own fault (31) is none of the node's, and what was long ago has been dealt with.
+    assert list(xid_faults(KERNEL_LOG, uptime_s)) == words
+
+
+def test_nodes_with_gpus_ask_the_driver_and_the_kernel(run_dir: Path, commands: Callable[..., None]) -> None:
+    stamp = float(Path("/proc/uptime").read_text().split()[0])
+    line = f"[{stamp:.6f}] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."
+    commands(**{"nvidia-smi": "echo '0, 0'; echo '1, 3'", "dmesg": f"echo '{line}'"})
+    first = replace(facts_here(TOKEN), driver="NVIDIA 1")
+    broken = "its GPU 1 has 3 uncorrected memory errors: reset or replace it"
+    assert _found(first, first, run_dir, procs_per_node=2) == [broken, FALLEN]
+
+
+def test_the_code_is_told_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "a.py").write_text("x = 1")
+    before = fitness.code_digest(tmp_path)
+    (tmp_path / "launch" / "a.py").write_text("x = 2")
+    assert fitness.code_digest(tmp_path) != before
+
+
+def test_a_node_answers_in_a_line_without_torch_or_torchx(run_dir: Path) -> None:
+    first = json.dumps({**json.loads(fitness.as_argument(facts_here(TOKEN))), "python": "2.7"})
+    block = "import sys, runpy\nfor name in ('torch', 'torchx', 'typer'): sys.modules[name] = None\n"
+    block += "runpy.run_module('trainer.health.fitness', run_name='__main__')"
+    arguments = ["--as", first, "--run-dir", str(run_dir), "--procs-per-node", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", block, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    (answer,) = read_answers(done.stdout, [json.loads(done.stdout)["node"]]).values()
+    assert "the first node's 2.7" in answer
+
+
+def test_nodes_that_say_nothing_are_not_fit() -> None:
+    words = '{"node": "a", "problems": []}\n{"node": "b", "problems": ["x", "y"]}\n'
+    words += "srun: error: c: task 2: Exited\nerror: node c has no folder /r\nsrun: error: d: task 3: Killed\n"
+    assert read_answers(words, ["a", "b", "c", "d", "e"]) == {
+        "b": "node b: x; y",
+        "c": "node c has no folder /r",
+        "d": "node d does not answer: srun: error: d: task 3: Killed",
+        "e": "node e does not answer",
+    }

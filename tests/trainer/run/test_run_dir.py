@@ -1,0 +1,136 @@
+"""A run directory refuses another run's configuration, and its metric files never repeat a step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.run.run_dir import JsonLines, RunDir, forget_after, locked, write_json
+
+CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every_steps": 5, "store": None}}
+
+
+def test_settings_that_do_not_change_the_numbers_may_change(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.config_file, CONFIG)
+    run.check_same_run({**CONFIG, "max_steps": 99, "checkpoint": {"every_steps": 1, "store": None}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2}, "seed=1, now 2"),
+        ({"name": "other"}, "recipe 'demo', not 'other'"),
+        ({"new": 1}, "new=null, now 1"),
+        ({"checkpoint": {"every_steps": 5, "store": "s3://b"}}, 'checkpoint.store=null, now "s3://b"'),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.config_file, CONFIG)
+    with pytest.raises(ValueError, match=message):
+        run.check_same_run({**CONFIG, **change})
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="no run"):
+        RunDir(tmp_path).check_same_run(CONFIG)
+    with pytest.raises(ValueError, match="is a file"):
+        RunDir(tmp_path / "thesis.tex").check_same_run(CONFIG)
+
+
+def test_what_a_run_leaves_that_ends_before_its_first_step_is_no_hindrance(tmp_path: Path) -> None:
+    """But a checkpoint without the configuration that it is of is one."""
+    run = RunDir(tmp_path)
+    for folder in (run.path / "logs", run.checkpoints / "trial"):
+        folder.mkdir(parents=True)
+    run.check_same_run({"name": "demo"})
+    (run.checkpoints / "step-00000001").mkdir()
+    (run.checkpoints / "step-00000001" / "COMPLETE").touch()
+    with pytest.raises(ValueError, match="holds no config"):
+        run.check_same_run({"name": "demo"})
+
+
+def test_json_lines_never_repeat_a_step_and_drop_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    lines = JsonLines(path)
+    assert not lines.append({"step": 2})
+    assert lines.append({"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("tail", ['{"st', '{"step": 3', "\0\0\0\0", '\0\0\n{"ste', '{"loss": 1}\n', "3\n"])
+def test_what_a_crash_left_at_the_end_of_json_lines_is_dropped(tail: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + tail)
+    assert JsonLines(path).append({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_a_line_in_the_middle_that_no_crash_leaves_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        JsonLines(path)
+
+
+def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert forget_after(path, 3) == []
+    path.write_text('{"step": 2, "loss": 5.0}\n{"step": 4, "loss": 6.0}\n{"st')
+    assert forget_after(path, 3) == [{"step": 4, "loss": 6.0}]
+    assert path.read_text() == '{"step": 2, "loss": 5.0}\n'
+
+
+def test_an_older_step_that_is_not_there_is_added(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "eval.jsonl")
+    assert lines.append({"step": 8}) and lines.append({"step": 4}) and not lines.append({"step": 8})
+
+
+def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    JsonLines(path).append({"step": 1, "auc/click": float("nan"), "ne/click": 0.5})
+    assert path.read_text() == '{"step": 1, "auc/click": null, "ne/click": 0.5}\n'
+
+
+HOLD_THE_LOCK = """
+import pathlib, sys, time
+from trainer.run.run_dir import RunDir, locked
+with locked(RunDir(pathlib.Path(sys.argv[1]))):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    other = subprocess.Popen([sys.executable, "-c", HOLD_THE_LOCK, str(run.path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"is being trained by another job .process {other.pid} on "), locked(run):
+        pytest.fail("locked twice")
+    # However it ends.
+    other.kill()
+    other.communicate()
+    with locked(run):
+        pass
+    with locked(run):
+        pass
+    # A new run, as far as its configuration goes.
+    run.check_same_run(CONFIG)
+
+
+def test_a_file_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """/dev/full takes no byte, as a disk without room."""
+    said = "make room or give access, then start the same command"
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "config.json.partial").symlink_to("/dev/full")
+    run = RunDir(tmp_path)
+    with pytest.raises(OSError, match=rf"metrics\.jsonl cannot be written: No space left on device; {said}"):
+        JsonLines(run.metrics_file).append({"step": 1})
+    with pytest.raises(OSError, match=rf"config\.json cannot be written: No space left on device; {said}"):
+        run.save_config({}, {})

@@ -1,0 +1,173 @@
+"""Score the evaluation split on all ranks, and show the result beside a baseline that knows no sequences."""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from embeddings.trained import TrainedRows
+from pipelines.batch import Batch, Inputs
+from pipelines.features import ITEM_ID
+from trainer.labels.kind import LabelKind
+from trainer.labels.loss import RankingLoss
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.parallelize import ParallelModel
+
+logger = logging.getLogger(__name__)
+
+FEW_POSITIVES = 100
+"""With fewer, the AUC's 95% interval is about 0.1 wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScores:
+    """What was measured of the evaluation split, as `METRIC/LABEL`."""
+
+    metrics: dict[str, float]
+    """Of the model."""
+    constant: dict[str, float]
+    """Of what each label's kind says without a look at the candidate, for the labels that were asked for."""
+    unknown: dict[str, float]
+    """Of the model, over the candidates with an unknown item alone; empty where there is none."""
+    unknown_share: float
+    """Which part of the candidates those are."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: ParallelModel,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    *,
+    labels: RankingLoss,
+    outputs: Callable[[Inputs], Tensor],
+    trained: TrainedRows | None = None,
+    constant: Collection[str] = (),
+) -> LabelScores:
+    """The metrics of each label over the evaluation split.  Called by every rank, each with its own batches.
+
+    `outputs` gives the model's outputs of `labels` at every candidate of a batch.  Candidates whose item is not among
+    the `trained` rows are measured apart, too; `constant` names labels of which is measured what their kind says
+    without a look at the candidate.  Every rank must get the same number of batches, for each lookup is a collective; a
+    batch may be empty.  The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
+    """
+    # Not before it is needed: see `trainer.evaluation.metrics`.
+    from trainer.labels.measure import LabelMetrics
+
+    kinds = labels.kinds
+    places = [place for place, name in enumerate(labels.names) if name in constant]
+    metrics = LabelMetrics(kinds, mesh.device)
+    of_constant = LabelMetrics([kinds[place] for place in places], mesh.device)
+    of_unknown = LabelMetrics(kinds, mesh.device)
+    counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    start_K = labels.start().to(mesh.device)
+    was_training = model.module.training
+    model.module.eval()
+    try:
+        for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=not mesh.is_first):
+            on_device = batch.to(mesh.device, non_blocking=True)
+            inputs = model.known(on_device.inputs)
+            outputs_CK = outputs(inputs)
+            unknown_C = _unknown_items(inputs, trained)
+            users = torch.repeat_interleave(inputs.user_id, inputs.num_candidates)
+            evidence, weights_CL = labels.evidence(outputs_CK, on_device.labels)
+            metrics.update(evidence, weights_CL, users)
+            of_unknown.update([each[unknown_C] for each in evidence], weights_CL[unknown_C], users[unknown_C])
+            counts += torch.stack([unknown_C.sum(), torch.ones_like(unknown_C).sum()])
+            if places:
+                evidence, _ = labels.evidence(start_K.expand_as(outputs_CK), on_device.labels)
+                of_constant.update([evidence[place] for place in places], weights_CL[:, places], users)
+    finally:
+        model.module.train(was_training)
+    # The collectives here: torchmetrics gathers every rank's candidates.
+    dist.all_reduce(counts)
+    unknown, candidates = counts.tolist()
+    return LabelScores(
+        metrics=metrics.compute(),
+        constant=of_constant.compute() if places else {},
+        unknown=of_unknown.compute() if unknown else {},
+        unknown_share=unknown / max(1, candidates),
+    )
+
+
+def _unknown_items(inputs: Inputs, trained: TrainedRows | None) -> Tensor:
+    """[C] whether a candidate's item has no trained row of its own."""
+    count, keys = int(inputs.num_candidates_host.sum()), inputs.features.keys()
+    if trained is None or ITEM_ID not in keys:
+        return torch.zeros(count, dtype=torch.bool, device=inputs.user_id.device)
+    ids = inputs.ids(ITEM_ID)
+    # Candidates come after all events.
+    return ~trained.known(ITEM_ID, ids[len(ids) - count :])
+
+
+def with_unknown(found: LabelScores) -> dict[str, float]:
+    """The metrics that are written: the model's, and with `_unknown` those over unknown items, where there are any."""
+    if not found.unknown:
+        return found.metrics
+    of_unknown = {name.replace("/", "_unknown/", 1): value for name, value in found.unknown.items()}
+    return {**found.metrics, "unknown_share": found.unknown_share, **of_unknown}
+
+
+def ranking_table(model: Mapping[str, float], baseline: Mapping[str, float], kinds: Iterable[LabelKind]) -> str:
+    """Binary labels in one table, then the others' metrics, a line each, beside the baseline's."""
+    kinds = list(kinds)
+    binary = tuple(kind.name for kind in kinds if "auc" in kind.metrics)
+    tables = [comparison_table(model, baseline, binary)] if binary else []
+    others = [(kind.name, metric) for kind in kinds if "auc" not in kind.metrics for metric in kind.metrics]
+    if others:
+        header = f"{'label':<18}{'metric':<14}{'model':>12}{'baseline':>12}"
+        tables.append("\n".join([header, "-" * len(header)]))
+    for label, metric in others:
+        values = "".join(_cell(metrics.get(f"{metric}/{label}", math.nan), 12) for metrics in (model, baseline))
+        tables.append(f"{label:<18}{metric:<14}{values}")
+    return "\n".join(tables)
+
+
+def unknown_lines(found: LabelScores, kinds: Iterable[LabelKind]) -> str:
+    """What the table says of candidates whose item no training has seen; nothing where there are none."""
+    if not found.unknown:
+        return ""
+    lines = [f"\n{found.unknown_share:.2%} of the candidates have an unknown item, which no training has seen:"]
+    for kind in kinds:
+        values = {name: found.unknown[f"{name}/{kind.name}"] for name in kind.metrics if name != "auc_95"}
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value)]
+        lines.append(f"{kind.name:<18}{', '.join(shown)}")
+    return "\n".join(lines)
+
+
+def comparison_table(model: Mapping[str, float], baseline: Mapping[str, float], labels: tuple[str, ...]) -> str:
+    """A table of one row a binary label: the model's metrics beside the baseline's, and the difference of their AUC.
+
+    The AUC is given with its 95% interval; a label with few positives is marked.
+    """
+    header = (
+        f"{'label':<18}{'positives':>10}{'NE':>9}{'baseline':>10}{'AUC':>9}{'+-':>8}{'baseline':>10}{'difference':>12}"
+    )
+    rows = [header + f"{'GAUC':>9}{'baseline':>10}"]
+    rows.append("-" * len(rows[0]))
+    few = []
+    for label in labels:
+        (ne, auc, gauc), (base_ne, base_auc, base_gauc) = (
+            [metrics.get(f"{name}/{label}", math.nan) for name in ("ne", "auc", "gauc")]
+            for metrics in (model, baseline)
+        )
+        positives = model[f"positives/{label}"]
+        few += [label] * (positives < FEW_POSITIVES)
+        rows.append(
+            f"{label:<18}{positives:>10,.0f}{_cell(ne, 9)}{_cell(base_ne, 10)}"
+            f"{_cell(auc, 9)}{_cell(model[f'auc_95/{label}'], 8)}{_cell(base_auc, 10)}{_cell(auc - base_auc, 12, '+')}"
+            f"{_cell(gauc, 9)}{_cell(base_gauc, 10)}"
+        )
+    if few:
+        rows.append(f"fewer than {FEW_POSITIVES} positives, too few to say anything: {', '.join(few)}")
+    return "\n".join(rows)
+
+
+def _cell(value: Any, width: int, sign: str = "") -> str:
+    return f"{'-':>{width}}" if math.isnan(value) else f"{value:>{sign}{width}.4f}"

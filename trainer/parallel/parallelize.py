@@ -1,0 +1,140 @@
+"""Turn the single-process model into the parallel one.  All parallelism is applied here, in this order:
+
+1. ranks that train on the same samples share the tower (`trainer.parallel.context_parallel`), where the run has such;
+2. tables that the plan replicates are set apart as ordinary parameters, the others get their fused optimizers;
+3. TorchRec shards these as the plan says, allocating only this rank's part (the tables were on the meta device);
+4. the dense model and the replicated tables have their gradients averaged over ranks, if there are several
+   (DistributedDataParallel; `trainer.parallel.averaging` where steps are replayed);
+5. the tables get their initial values, which do not depend on the plan.
+
+TorchRec and DDP both average gradients over ranks; a batch's `loss_denominator` makes that average the global mean.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.streamable import Pipelineable
+
+from embeddings.caches import Caches
+from embeddings.exchange import table_sharders
+from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.plan import Plan
+from embeddings.sharding import apply_plan
+from embeddings.tables import Tables, init_tables, table_weights
+from embeddings.trained import TrainedRows
+from embeddings.unbounded import UnboundedTables
+from pipelines.batch import Inputs
+from trainer.checkpoint.pieces import Tensors
+from trainer.config import TrainConfig
+from trainer.freezing import replicated_parameters
+from trainer.models.model import Model
+from trainer.optim import Optimizers
+from trainer.parallel.averaging import GradientAverage
+from trainer.parallel.context_parallel import share_histories
+from trainer.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelModel:
+    """The sharded model and its optimizers, as the loop, the evaluation and the checkpoints use them."""
+
+    module: DistributedModelParallel
+    """The tables sharded, the dense model replicated."""
+    model: Model
+    """The same without what trains it: its tables are sharded, its dense parameters are those of `module`."""
+    optimizers: Optimizers
+    """Dense and sparse."""
+    unbounded: UnboundedTables
+    """Makes rows of unbounded ids."""
+    caches: Caches
+    """Of rows in host memory."""
+    autocast: functools.partial[Any]
+    """Makes the context in which forward runs."""
+
+    def loss(self, batch: Pipelineable) -> tuple[Tensor, Tensor]:
+        """(loss to differentiate, what a step returns of it) of this rank's part of a global batch, in the run's
+        precision: the forward of a `StepPipeline`."""
+        self.unbounded.begin_step()
+        with self.autocast():
+            loss: Tensor = self.module(batch)
+        return loss, loss.detach()
+
+    def score(self, inputs: Any, trained: TrainedRows | None = None) -> Any:
+        """`Model.score`, in the run's precision, of `known` inputs.  A collective: every rank looks up as often."""
+        with self.autocast(), self.caches.undisturbed():
+            return self.model.score(inputs, trained)
+
+    def known(self, inputs: Inputs) -> Inputs:
+        """The inputs with rows in the place of unbounded ids, as the tables were trained with.  A collective."""
+        rows = self.unbounded.find(inputs.ids_host)
+        return inputs.with_ids(rows) if rows else inputs
+
+    def trained_rows(self, device: torch.device) -> TrainedRows:
+        """Which rows have been trained so far.  A collective."""
+        return TrainedRows(self.tables, self.optimizers.tables, device)
+
+    @property
+    def tables(self) -> Tables:
+        """The sharded tables."""
+        return self.model.tables
+
+    @property
+    def dense(self) -> nn.Module:
+        """The dense model."""
+        return self.model.tower
+
+    def tensors(self) -> Tensors:
+        """The whole state of model and optimizers under names that do not depend on the plan; shares their memory."""
+        parts = {
+            "tables": table_weights(self.tables),
+            "tables_optimizer": self.optimizers.tables.state(),
+            "ids": self.unbounded.state(),
+            "dense": self.dense.state_dict(),
+            "dense_optimizer": self.optimizers.dense_state(),
+        }
+        return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh, *, at_once: bool = False) -> ParallelModel:
+    """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan.
+
+    `at_once`: gradients are averaged before the update, not while they are computed.
+    """
+    share_histories(model, mesh)
+    sharding_plan = apply_plan(model, plan, device=mesh.device, prefetch=config.overlap == "prefetch")
+    attach_optimizers(model.tables, config.sparse_optimizer)
+    # One process has nothing to average: DDP would copy each gradient for it.
+    averaged = replicated_parameters(model) if mesh.world_size > 1 else []
+    module = DistributedModelParallel(
+        module=model,
+        device=mesh.device,
+        plan=sharding_plan,
+        sharders=table_sharders(plan.exchange),
+        init_data_parallel=bool(averaged) and not at_once,
+        # An empty batch at the end of the data takes another path through autograd: no static graph.
+        # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over
+        # ranks; otherwise it reorders them after the first backward pass of a process, so after a resume too.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+    )
+    init_tables(model.tables, seed=config.seed)
+    table_optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)
+    optimizers = Optimizers(model.tower, table_optimizers, config.optimizer, config.schedule)
+    if averaged and at_once:
+        optimizers.average = GradientAverage(averaged, mesh.world_size)
+    return ParallelModel(
+        module=module,
+        model=model,
+        optimizers=optimizers,
+        unbounded=UnboundedTables(model.tables, table_optimizers, seed=config.seed, copies=mesh.sharing),
+        caches=Caches(model.tables),
+        autocast=functools.partial(
+            torch.autocast,
+            device_type=mesh.device.type,
+            dtype=torch.bfloat16,
+            enabled=mesh.device.type == "cuda" and config.precision == "bfloat16",
+        ),
+    )

@@ -1,0 +1,1 @@
+"""A run directory: which file is what, and what is written there besides checkpoints."""
