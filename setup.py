@@ -31,6 +31,7 @@ setup(
         "trainer.evaluation",
         "trainer.export",
         "trainer.health",
+        "trainer.jobs",
         "trainer.labels",
         "trainer.models",
         "trainer.models.heads",

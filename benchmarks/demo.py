@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks.days import METRICS, cells
 from benchmarks.loader import hardware
-from trainer.run.run_dir import RunDir, read_records
+from trainer.run.json_lines import read_records
+from trainer.run.run_dir import RunDir
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 

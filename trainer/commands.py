@@ -76,7 +76,7 @@ def train(
         reader_server()
     # torch takes seconds to import; a wrong recipe or key is answered before.
     with lasting():
-        from trainer.job import Start, train_job
+        from trainer.jobs.train import Start, train_job
 
     GUARD.expect("its checks", config.watch.first_s)
     train_job(
@@ -105,7 +105,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a checkpoint on the evaluation split, of the run's data or of later data."""
-    from trainer.job import evaluate_job
+    from trainer.jobs.evaluate import evaluate_job
 
     evaluate_job(run_dir, step, set_ or [])
 
@@ -129,10 +129,7 @@ def checkpoints(
 ) -> None:
     """List the complete checkpoints of a run; exit status 1 if one is damaged."""
     run = RunDir(run_dir)
-    saved = run.saved_config()
-    if saved is None:
-        raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
-    catalogue = open_catalogue(run, saved["checkpoint"].get("store"))
+    catalogue = open_catalogue(run, run.config_of_run()["checkpoint"].get("store"))
     for step, pinned in ((pin, True), (unpin, False)):
         if step is not None:
             listing.pin(catalogue, step, pinned)
@@ -207,7 +204,7 @@ def plan(
 ) -> None:
     """Plan where the recipe's tables go on a cluster, without a GPU, and explain the plan."""
     config = _resolve(recipe, set_)
-    from trainer.job import plan_job
+    from trainer.jobs.plan import plan_job
 
     plan_job(
         config,

@@ -14,7 +14,8 @@ from trainer.parallel.mesh import Mesh
 from trainer.parallel.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved
-from trainer.run.run_dir import JsonLines, RunDir, read_records
+from trainer.run.json_lines import JsonLines, read_records
+from trainer.run.run_dir import RunDir
 from trainer.target import parse_target
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from trainer.config import NonFiniteConfig
 from trainer.parallel.mesh import Mesh
-from trainer.run.run_dir import JsonLines, RunDir, read_records
+from trainer.run.json_lines import JsonLines, read_records
+from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from pipelines.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.resolve import Resolved, resolve
-from trainer.run.run_dir import RunDir, whole_lines
+from trainer.run.json_lines import whole_lines
+from trainer.run.run_dir import RunDir
 from trainer.typed_values import differences, to_dict
 
 
@@ -50,9 +51,9 @@ def dense_cost(run_dir: Path, resolved: Resolved, world_size: int) -> DenseCost:
             its plan says of tables and parameters.
     """
     run = RunDir(run_dir)
-    saved = run.saved_config()
-    if saved is None or not run.plan_file.is_file():
-        raise WrongUse(f"{run_dir} holds no config.json and plan.json: name a run directory that `train` made")
+    saved = run.config_of_run()
+    if not run.plan_file.is_file():
+        raise WrongUse(f"{run_dir} holds no plan.json: name a run directory that `train` made")
     lines, _ = whole_lines(run.metrics_file)
     records = [record for record in map(json.loads, lines) if "peak_gib" in record]
     if not records:

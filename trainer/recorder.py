@@ -23,8 +23,10 @@ from trainer.labels.running import RunningMetrics
 from trainer.left_out import check_finite
 from trainer.parallel.mesh import Mesh
 from trainer.resolve import Resolved
+from trainer.run.json_lines import JsonLines
 from trainer.run.profiling import StepProfile
-from trainer.run.run_dir import JsonLines, RunDir, written
+from trainer.run.run_dir import RunDir
+from trainer.run.writing import written
 
 Outcome = tuple[Tensor, Tensor]
 """(this rank's loss, norm of the dense gradients) of a step, both [] on the device."""

@@ -23,7 +23,6 @@ from pipelines.requests import InputBuilder, Request
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint
-from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.evaluation.corpus import join_seen
 from trainer.evaluation.next_item import corpus_of
@@ -107,10 +106,7 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
         ValueError: the run's data set means something else by its ids now.
     """
     run = RunDir(Path(run_dir))
-    saved = run.saved_config()
-    if saved is None:
-        raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
-    config = from_dict(TrainConfig, saved)
+    config = from_dict(TrainConfig, run.config_of_run())
     catalogue, mesh = open_catalogue(run, config.checkpoint.store), discover_mesh()
     checkpoint = catalogue.choose(step)
     resolved, known = resolve(config, dataset_info(config.data)), run.saved_vocabularies()

@@ -62,12 +62,9 @@ class WarmStart:
             WrongUse: `run_dir` holds no run with a complete checkpoint, or nothing of such a name.
         """
         run = RunDir(run_dir)
-        saved = run.saved_config()
-        if saved is None:
-            raise WrongUse(f"--init-from {run_dir} holds no config.json: name a run directory that `train` made")
+        other = from_dict(TrainConfig, run.config_of_run())
         self._run, self._path, self._info = run, path, info
         self._known = run.saved_vocabularies()
-        other = from_dict(TrainConfig, saved)
         self._old_path = other.data.path
         self._catalogue = open_catalogue(run, other.checkpoint.store)
         newest = self._catalogue.newest().checkpoint

@@ -22,7 +22,8 @@ from tests.support.training import (
     start_training,
     train,
 )
-from trainer.run.run_dir import MEND, RunDir, locked
+from trainer.run.run_dir import RunDir, locked
+from trainer.run.writing import MEND
 
 STEPS = 8
 # Float32 sums in another order; after 8 steps the largest difference measured is 1.2e-7, in losses and in tensors.

@@ -13,7 +13,8 @@ from embeddings.records import from_dict
 from trainer.command_line import lasting, run_command
 from trainer.commands import app
 from trainer.recipes import RECIPES, load_recipe
-from trainer.run.run_dir import RunDir, write_json
+from trainer.run.run_dir import RunDir
+from trainer.run.writing import write_json
 from trainer.typed_values import apply_overrides, to_dict
 
 
@@ -120,7 +121,7 @@ def test_checkpoint_without_complete_cannot_be_evaluated(tmp_path: Path, capsys:
 def test_the_first_step_waits_for_no_import_that_it_does_not_need() -> None:
     """torchmetrics imports what it finds of libraries for pictures and texts, which took 6 of 20 s on a GPU machine."""
     needless = ("torchmetrics", "torchrec.metrics", "torchx", "duckdb", "matplotlib", "scipy", "pandas", "transformers")
-    code = f"import sys, trainer.job; print(sorted(set({needless}) & set(sys.modules)))"
+    code = f"import sys, trainer.jobs.train; print(sorted(set({needless}) & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -11,7 +11,7 @@ from embeddings.problem import GIB
 from pipelines.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.job import plan_job
+from trainer.jobs.plan import plan_job
 from trainer.measured import dense_cost
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
@@ -80,7 +80,7 @@ def test_plan_counts_the_activations_and_predicts_the_step(
     ("change", "message"),
     [
         (lambda run: run.metrics_file.write_text('{"step": 1, "step_ms": 2.0}\n'), "logged no peak_gib"),
-        (lambda run: run.plan_file.unlink(), r"holds no config.json and plan.json"),
+        (lambda run: run.plan_file.unlink(), r"holds no plan\.json"),
         (lambda run: run.metrics_file.write_text('{"step": 1, "step_ms": 2.0, "peak_gib": 0.0}\n'), "peaked at 0.00"),
     ],
 )

@@ -116,8 +116,8 @@ def test_what_the_files_say_stands_in_the_page(tmp_path: Path) -> None:
     (run / "eval.jsonl").write_text(_lines([_evaluation(10, 0.61), _evaluation(30, 0.7654)]))
     (run / "eval_today.jsonl").write_text(_lines([_evaluation(30, None)]))
     (run / "progressive.jsonl").write_text(_lines([{"part": "day-7", **_evaluation(20, 0.5812)}]))
-    (run / "logs").mkdir()
-    (run / "logs" / "rank-0.log").write_text("2026 INFO trainer.job: versions torch 2.13.0\nother versions 1\n")
+    environment = {"devices": "4 x CPU", "versions": {"torch": "2.13.0", "triton": "3.6.0"}}
+    (run / "environment.json").write_text(json.dumps(environment))
     page = _report(run)
     cells = [row for _, row in page.rows]
     assert ["first", "demo", "30", "480", "0.1667", "40", "-"] in cells
@@ -125,7 +125,11 @@ def test_what_the_files_say_stands_in_the_page(tmp_path: Path) -> None:
     assert ["click", "first", "30", "8,142", "0.9321", "-", "0.6000", "-"] in cells
     assert ["day-7", "first", "20", "0.9321", "0.5812", "3.2500"] in cells
     assert ["model.dim", "64"] in cells and ["model.channels", "[]"] in cells
-    assert ["versions", "torch 2.13.0"] in cells and ["processes", "4"] in cells
+    assert (
+        ["versions", "torch 2.13.0, triton 3.6.0"] in cells
+        and ["devices", "4 x CPU"] in cells
+        and ["processes", "4"] in cells
+    )
     assert ["item", "7,495", "32", "936.88 KiB", "table_wise", "fused", "3"] in cells
     assert "rank 3: rows 6.00 MiB, optimizer state 2.00 MiB, buffers 0" in page.text and "3.5 ms" in page.text
     assert "first, step 20: 0.25" in page.text

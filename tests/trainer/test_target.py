@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.loader import dataset_info
 from tests.support.small_data import small_dataset
-from trainer.job import check_target
+from trainer.jobs.train import check_target
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 from trainer.target import parse_target

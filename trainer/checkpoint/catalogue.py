@@ -11,7 +11,8 @@ from trainer.checkpoint.manifest import Manifest, OtherFormat, decode, digest
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import COMPLETE, Store, open_store
 from trainer.command_line import WrongUse
-from trainer.run.run_dir import MEND, RunDir
+from trainer.run.run_dir import RunDir
+from trainer.run.writing import MEND
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,9 @@ from trainer.checkpoint.store import COMPLETE
 from trainer.config import CheckpointConfig
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh
-from trainer.run.run_dir import MEND, JsonLines, RunDir, forget_after, write_json
+from trainer.run.json_lines import JsonLines, forget_after
+from trainer.run.run_dir import RunDir
+from trainer.run.writing import MEND, write_json
 
 logger = logging.getLogger(__name__)
 

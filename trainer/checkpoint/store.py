@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol, cast
 
 from typing_extensions import Buffer
 
-from trainer.run.run_dir import sync
+from trainer.run.writing import sync
 
 COMPLETE = "COMPLETE"
 """The file that is written last, and without which a folder is no checkpoint."""

@@ -48,9 +48,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
         OSError: it cannot be read.
     """
     run = RunDir(run_dir)
-    saved = run.saved_config()
-    if saved is None:
-        raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
+    saved = run.config_of_run()
     if out.exists():
         raise WrongUse(f"--out {out} exists already: remove it or name another folder")
     config = from_dict(TrainConfig, saved)

@@ -9,7 +9,8 @@ from typing import Any
 from embeddings.plan import Plan
 from embeddings.plan_file import parse_plan
 from trainer.command_line import WrongUse
-from trainer.run.run_dir import VOCABULARIES, RunDir, whole_lines
+from trainer.run.json_lines import whole_lines
+from trainer.run.run_dir import VOCABULARIES, RunDir
 
 Record = dict[str, Any]
 """One line of a file of JSON lines."""
@@ -31,8 +32,8 @@ class RunFiles:
     """A record a part of the data that was scored before it was trained on."""
     plan: Plan | None
     """The sharding plan in force."""
-    start: dict[str, str]
-    """What the first rank's log says of its last start: `recipe` (and the devices), `versions`."""
+    environment: dict[str, Any]
+    """What its newest start ran on, as `environment.json` says; empty if that is missing."""
     notes: list[str]
     """What is missing from the directory, or was passed over in it; a sentence each."""
 
@@ -64,10 +65,7 @@ def read_runs(paths: list[Path]) -> list[RunFiles]:
 
 def _read(path: Path, name: str) -> RunFiles:
     run, notes = RunDir(path), list[str]()
-    config = run.saved_config()
-    if config is None:
-        what = "holds no config.json" if path.is_dir() else "is no directory"
-        raise WrongUse(f"{path} {what}: name a run directory that `train` made")
+    config = run.config_of_run()
     metrics = _records(run.metrics_file, notes)
     if not metrics:
         notes.append("holds no logged step yet")
@@ -88,7 +86,7 @@ def _read(path: Path, name: str) -> RunFiles:
         evaluations={data: records for data, records in evaluations.items() if records},
         progressive=_records(run.progressive_file, notes),
         plan=_plan(run.plan_file, notes),
-        start=_start(run.log_file(0)),
+        environment=run.saved_environment(),
         notes=notes,
     )
 
@@ -110,16 +108,3 @@ def _plan(file: Path, notes: list[str]) -> Plan | None:
         # The curves of an old run are worth showing whatever has become of the format of plans.
         notes.append(f"its plan is not shown: {error}")
         return None
-
-
-def _start(log: Path) -> dict[str, str]:
-    """By its first word, what the job said of itself when it last started, as far as the log is there."""
-    said: dict[str, str] = {}
-    if log.is_file():
-        with log.open(errors="replace") as lines:
-            for line in lines:
-                _, ours, text = line.partition(" trainer.job: ")
-                word, _, rest = text.strip().partition(" ")
-                if ours and word in ("recipe", "versions"):
-                    said[word] = rest
-    return said

@@ -147,14 +147,15 @@ def summary_table(runs: Sequence[RunFiles]) -> str:
 
 
 def _environment(run: RunFiles) -> dict[str, str]:
+    versions = run.environment.get("versions", {})
     worlds = dict.fromkeys(str(record["world_size"]) for record in run.metrics if "world_size" in record)
     machine = run.plan.machine if run.plan else None
     memory = machine and (machine.hbm_gib if machine.compute_device == "cuda" else machine.ddr_gib)
     times = [record["time"] for record in run.metrics if "time" in record]
     peaks = [record["peak_gib"] for record in run.metrics if "peak_gib" in record]
     return {
-        "recipe and devices": run.start.get("recipe", ABSENT),
-        "versions": run.start.get("versions", ABSENT),
+        "devices": run.environment.get("devices", ABSENT),
+        "versions": ", ".join(map(" ".join, versions.items())) or ABSENT,
         "processes": ", then ".join(worlds) or ABSENT,
         "processes a machine": str(machine.local_world_size) if machine else ABSENT,
         "device": machine.compute_device if machine else ABSENT,

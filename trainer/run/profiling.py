@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer.run.run_dir import written
+from trainer.run.writing import written
 
 logger = logging.getLogger(__name__)
 

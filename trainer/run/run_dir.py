@@ -1,4 +1,4 @@
-"""A run directory: where a run keeps its configuration, metrics, checkpoints and logs (contracts, section 2).
+"""A run directory: where a run keeps its configuration, metrics, checkpoints and logs.
 
 Opening an existing directory checks that it belongs to the same run before anything in it is touched.
 """
@@ -9,22 +9,20 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.command_line import WrongUse
+from trainer.run.writing import sync, write_json, written
 from trainer.typed_values import differences
 
 logger = logging.getLogger(__name__)
 
 VOCABULARIES = "vocabularies"
 """Key of `config.json` that is no part of the configuration: what the ids mean in the data that the run learnt from."""
-
-MEND = "make room or give access, then start the same command, which goes on from the newest checkpoint"
-"""What is said where something cannot be written."""
 
 # What may differ between a run's saved configuration and the one that resumes it: how long, how often, where and how
 # fast the work is done.  Everything else decides which numbers the run computes, so changing it asks for another run.
@@ -71,6 +69,11 @@ class RunDir:
     def plan_file(self) -> Path:
         """The sharding plan in force."""
         return self.path / "plan.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """What the newest start ran on: devices and versions."""
+        return self.path / "environment.json"
 
     @property
     def profile(self) -> Path:
@@ -164,6 +167,14 @@ class RunDir:
         values.pop(VOCABULARIES, None)
         return values
 
+    def config_of_run(self) -> dict[str, Any]:
+        """As `saved_config`, where a run must be.  Raises WrongUse if the directory holds none."""
+        saved = self.saved_config()
+        if saved is None:
+            what = "holds no config.json" if self.path.is_dir() else "is no directory"
+            raise WrongUse(f"{self.path} {what}: name a run directory that `train` made")
+        return saved
+
     def saved_vocabularies(self) -> dict[str, str]:
         """The digest of the keys behind the ids of each space, as the run was trained with; after `saved_config`."""
         if not self.config_file.is_file():
@@ -174,6 +185,17 @@ class RunDir:
     def save_config(self, config: dict[str, Any], known: dict[str, str]) -> None:
         """Write the configuration, and the digests beside it."""
         write_json(self.config_file, {**config, VOCABULARIES: known})
+
+    def save_environment(self, devices: str, versions: Mapping[str, str]) -> None:
+        """Write what this start runs on."""
+        write_json(self.environment_file, {"devices": devices, "versions": dict(versions)})
+
+    def saved_environment(self) -> dict[str, Any]:
+        """What the newest start ran on; empty where it is not known."""
+        if not self.environment_file.is_file():
+            return {}
+        known: dict[str, Any] = json.loads(self.environment_file.read_text())
+        return known
 
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuse a directory that another run made; reads only.
@@ -230,113 +252,3 @@ def locked(run: RunDir) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
-
-
-@contextmanager
-def written(path: Path) -> Iterator[None]:
-    """What happens here is written to `path`.
-
-    Raises:
-        OSError: it cannot be; in one line that says what to do.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}; {MEND}") from error
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace the file as a whole: a reader never sees half of it."""
-    _replace_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def sync(path: Path) -> None:
-    """Let a file, or the names in a folder, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class JsonLines:
-    """A file of one JSON object a line, appended to, in which no step appears twice."""
-
-    def __init__(self, path: Path) -> None:
-        """Drops the end of the file from the first line on that a crash left torn or empty.
-
-        Raises:
-            ValueError: a line in the middle is no object with a step.
-        """
-        self._path = path
-        lines, rest = whole_lines(path)
-        if rest:
-            logger.warning("%s ended in the middle of a line, which is dropped", path)
-            _replace_text(path, "".join(lines))
-        self._steps: set[int] = {json.loads(line)["step"] for line in lines}
-
-    def append(self, record: dict[str, Any]) -> bool:
-        """Write `record` and flush, unless its step is in the file; returns whether it was written.
-
-        An undefined number (NaN) becomes null, for JSON has no other word for it.
-        """
-        if record["step"] in self:
-            return False
-        values = {key: None if value != value else value for key, value in record.items()}
-        with written(self._path), self._path.open("a") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
-        self._steps.add(record["step"])
-        return True
-
-    def __contains__(self, step: int) -> bool:
-        return step in self._steps
-
-
-def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of steps after `step` from a file of JSON lines, and return their objects.
-
-    A run that goes on from a checkpoint takes those steps again; its lines say what led to its state.
-    """
-    lines, rest = whole_lines(path)
-    objects = [json.loads(line) for line in lines]
-    if rest or any(values["step"] > step for values in objects):
-        kept = [line for line, values in zip(lines, objects, strict=True) if values["step"] <= step]
-        _replace_text(path, "".join(kept))
-    return [values for values in objects if values["step"] > step]
-
-
-def whole_lines(path: Path) -> tuple[list[str], list[str]]:
-    """(lines up to the first that is no object with a step, the rest), each with its end.
-
-    Raises:
-        ValueError: a sound line follows an unsound one, which no crash leaves behind.
-    """
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
-    sound = [line.endswith("\n") and _has_step(line) for line in lines]
-    count = sound.index(False) if False in sound else len(lines)
-    if any(sound[count:]):
-        raise ValueError(f"{path}, line {count + 1}, is not a JSON object with a step: mend or remove that line")
-    return lines[:count], lines[count:]
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file's whole lines; raises ValueError as `whole_lines` does."""
-    return [json.loads(line) for line in whole_lines(path)[0]]
-
-
-def _has_step(line: str) -> bool:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(values, dict) and isinstance(values.get("step"), int)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with written(path):
-        partial.write_text(text)
-        # Before the rename: after a power cut there is the old file or the new one, never an empty one.
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from trainer.health.fitness import OURS
 from trainer.parallel.mesh import Mesh
-from trainer.run.run_dir import RunDir, written
+from trainer.run.run_dir import RunDir
+from trainer.run.writing import written
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.run.run_dir import JsonLines, RunDir, forget_after, locked, write_json
+from trainer.run.json_lines import JsonLines, forget_after
+from trainer.run.run_dir import RunDir, locked
+from trainer.run.writing import write_json
 
 CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every_steps": 5, "store": None}}
 

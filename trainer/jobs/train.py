@@ -1,7 +1,4 @@
-"""The three jobs behind the command line: train, evaluate, plan.
-
-Each checks everything it can before it changes anything on disk.
-"""
+"""Train a run, or go on with it.  Everything that can be checked is checked before anything changes on disk."""
 
 import logging
 import math
@@ -10,16 +7,12 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from embeddings.hardware import node_type
-from embeddings.machine import Machine, cluster
 from embeddings.plan import Plan
 from embeddings.plan_file import write_plan
-from embeddings.records import from_dict
 from embeddings.report import plan_report
 from embeddings.touched import TouchedRows
 from pipelines.batch import Batch
@@ -29,13 +22,12 @@ from pipelines.selection import unread_columns
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer, Restart
-from trainer.checkpoint.loading import load_checkpoint
 from trainer.checkpoint.manifest import writing_versions
 from trainer.checkpoint.progress import Progress
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.determinism import make_deterministic
-from trainer.evaluator import Evaluator, evaluate
+from trainer.evaluator import Evaluator
 from trainer.feed import Feed
 from trainer.freezing import announce_frozen
 from trainer.health.guard import GUARD
@@ -44,17 +36,16 @@ from trainer.health.watchdog import Watchdog
 from trainer.labels.running import running_metrics
 from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
-from trainer.measured import dense_cost
 from trainer.optim import settle_schedule
 from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
 from trainer.parallel.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.recording import check_recorded
 from trainer.resolve import Resolved, check_same_meanings, resolve
-from trainer.run.run_dir import CHANGEABLE, RunDir, locked
+from trainer.run.run_dir import RunDir, locked
 from trainer.run.run_log import logged
 from trainer.target import parse_target
-from trainer.typed_values import apply_overrides, differences, to_dict
+from trainer.typed_values import differences, to_dict
 from trainer.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
@@ -119,7 +110,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         if warm is not None:
             warm.load(model.tensors(), dist.new_group(backend="gloo"))
         if mesh.is_first:
-            write_settings(run, resolved, plan)
+            write_settings(run, resolved, plan, mesh)
         announce(resolved, plan, model, mesh)
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
             # There is a beginning to go back to.
@@ -201,10 +192,11 @@ class _Session:
         return None
 
 
-def write_settings(run: RunDir, resolved: Resolved, plan: Plan) -> None:
-    """Write what the run is made of: its configuration, what its ids mean, and its plan."""
+def write_settings(run: RunDir, resolved: Resolved, plan: Plan, mesh: Mesh) -> None:
+    """Write what the run is made of: its configuration, what its ids mean, its plan, and what it runs on."""
     run.save_config(to_dict(resolved.config), resolved.meanings())
     write_plan(run.plan_file, plan)
+    run.save_environment(f"{mesh.world_size} x {device_name(mesh.device)}", installed_versions())
 
 
 def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | None:
@@ -218,84 +210,6 @@ def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | 
         logger.info("--init-from %s: the run has a checkpoint of its own and goes on from that", start.init_from)
         return None
     return warm
-
-
-def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
-    """Score a checkpoint of `run_dir` on the evaluation split, on any number of ranks.
-
-    `overrides` may name other data of the same vocabularies: what came in after the training.
-    """
-    check_packages()
-    mesh, run = discover_mesh(), RunDir(run_dir)
-    saved = run.saved_config()
-    if saved is None:
-        raise WrongUse(f"{run_dir} holds no config.json: name a run directory that `train` made")
-    trained = from_dict(TrainConfig, saved)
-    config = _overridden(trained, overrides)
-    catalogue = open_catalogue(run, config.checkpoint.store)
-    checkpoint = catalogue.choose(step)
-    resolved = resolve(config, dataset_info(config.data))
-    grown = check_same_meanings(run.saved_vocabularies(), resolved, f"the run of {run.path}")
-    plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
-    file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
-    with logged(run, mesh), joined(mesh):
-        model = build_parallel(resolved, agreed_plan(plan, resolved, mesh), mesh)
-        group = dist.new_group(backend="gloo")
-        load_checkpoint(catalogue, checkpoint, model.tensors(), group, grown)
-        evaluate(resolved, model, file, mesh, checkpoint.step)
-
-
-def _overridden(trained: TrainConfig, overrides: list[str]) -> TrainConfig:
-    """A run's configuration with what an evaluation may change; raises WrongUse for anything else."""
-    try:
-        config = apply_overrides(trained, overrides)
-    except ValueError as error:
-        raise WrongUse(str(error)) from None
-    for key, _, new in differences(to_dict(trained), to_dict(config)):
-        if not key.startswith(CHANGEABLE):
-            raise WrongUse(f"--set {key}={new} would make another model of it: an evaluation may change the data alone")
-    return config
-
-
-def plan_job(
-    config: TrainConfig,
-    *,
-    world_size: int,
-    local_world_size: int | None,
-    hbm_gib: float | None,
-    host_gib: float | None,
-    out: Path | None,
-    like: Path | None = None,
-) -> None:
-    """Plan the recipe's tables for GPUs that need not be here; print the plan and, with `out`, write it.
-
-    `like` is a run of the same model on GPUs, which tells the activations and the time of the dense model.
-    """
-    given: dict[str, Any] = {"local_world_size": local_world_size, "hbm_gib": hbm_gib, "ddr_gib": host_gib}
-    stated = {name: value for name, value in given.items() if value is not None}
-    try:
-        if config.placement.machine is not None:
-            machine = replace(cluster(node_type(config.placement.machine), world_size), **stated)
-        else:
-            local = max(size for size in range(1, 9) if world_size % size == 0)
-            usual: dict[str, Any] = {"local_world_size": local, "hbm_gib": 80.0, "ddr_gib": 128.0}
-            machine = Machine(world_size=world_size, compute_device="cuda", **{**usual, **stated})
-    except ValueError as error:
-        raise WrongUse(str(error)) from None
-    resolved = resolve(config, dataset_info(config.data))
-    if like is None:
-        plan = make_plan(resolved, machine)
-        print(plan_report(plan))
-    else:
-        if config.placement.activation_gib is not None:
-            raise WrongUse("placement.activation_gib states what --like measures: leave one of them out")
-        dense = dense_cost(like, resolved, world_size)
-        placement = replace(config.placement, activation_gib=round(dense.activation_gib, 2))
-        plan = make_plan(replace(resolved, config=replace(config, placement=placement)), machine)
-        print(plan_report(plan) + "\n\n" + dense.describe(plan, like))
-    if out is not None:
-        write_plan(out, plan)
-        print(f"written to {out}; use it with: python -m trainer train {config.name} --plan {out}")
 
 
 def check_settings(resolved: Resolved, mesh: Mesh) -> None:

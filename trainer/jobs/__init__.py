@@ -1,0 +1,1 @@
+"""The jobs behind the command line, a module each: train, evaluate, plan."""

@@ -1,0 +1,49 @@
+"""Files that a crash never leaves half written, and what is said where one cannot be written."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MEND = "make room or give access, then start the same command, which goes on from the newest checkpoint"
+"""What is said where something cannot be written."""
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What happens here is written to `path`.
+
+    Raises:
+        OSError: it cannot be; in one line that says what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}; {MEND}") from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace the file as a whole: a reader never sees half of it."""
+    replace_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Let a file, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace the file as a whole, and let it reach the disk."""
+    partial = path.with_name(path.name + ".partial")
+    with written(path):
+        partial.write_text(text)
+        # Before the rename: after a power cut there is the old file or the new one, never an empty one.
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
