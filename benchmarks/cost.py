@@ -31,7 +31,7 @@ from pipelines.position import DataPosition
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
 from trainer.typed_values import apply_overrides

@@ -22,7 +22,7 @@ from trainer.graphs import Graphs
 from trainer.lookups import lookup_load
 from trainer.models.model import Model
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel, parallelize
+from trainer.parallelize import ParallelModel, parallelize
 from trainer.recording import record_steps, will_record
 from trainer.resolve import Resolved
 

@@ -11,7 +11,7 @@ from pipelines.loader import Loader
 from pipelines.position import SourcePosition
 from trainer.checkpoint.progress import Progress
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.resolve import Resolved
 from trainer.run.json_lines import JsonLines, read_records

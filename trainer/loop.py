@@ -21,7 +21,7 @@ from trainer.feed import Feed
 from trainer.health.stop_signal import STOP, StoppedEarly
 from trainer.health.watchdog import Watchdog
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.recorder import Consumed, Outcome, Recorder
 
 logger = logging.getLogger(__name__)

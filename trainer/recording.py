@@ -28,7 +28,7 @@ from trainer.graphs import Graphs, Recording
 from trainer.models.model import Model, Objective
 from trainer.models.precision import compute_dtype
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from trainer.config import TrainConfig
 from trainer.evaluation.corpus import join_seen
 from trainer.evaluation.next_item import corpus_of
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved, check_same_meanings, resolve
 from trainer.run.run_dir import RunDir
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.command_line import run_command
 from trainer.commands import app
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 
 KINDS = {int(step): kind for step, _, kind in (word.partition(" ") for word in os.environ["SPOILT"].split(",")) if kind}
 plain_loss = ParallelModel.loss

@@ -17,7 +17,7 @@ from pipelines.features import ITEM_ID
 from trainer.labels.kind import LabelKind
 from trainer.labels.loss import RankingLoss
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 
 logger = logging.getLogger(__name__)
 

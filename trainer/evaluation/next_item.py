@@ -23,7 +23,7 @@ from trainer.evaluation.metrics import CUTOFFS, retrieval_scores
 from trainer.models.heads.similarity import Similarity
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 
 MEASURED = (*(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS), "mrr")
 """Names of the metrics of a next item."""

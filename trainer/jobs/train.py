@@ -38,7 +38,7 @@ from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import run_steps
 from trainer.optim import settle_schedule
 from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.recording import check_recorded
 from trainer.resolve import Resolved, check_same_meanings, resolve

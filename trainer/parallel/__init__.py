@@ -1,1 +1,1 @@
-"""Everything that knows of several ranks: the mesh, and how a single-process model is spread over it."""
+"""What knows of several ranks, besides `trainer.parallelize`, which spreads a single-process model over them."""

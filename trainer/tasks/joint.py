@@ -31,7 +31,7 @@ from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.ranker import RankerTower
 from trainer.models.retriever import SampledSoftmax
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.tasks.ranking import Ranking
 from trainer.tasks.task import DataTask, Evaluation, Flops, LabelOutputs, NextItems
 

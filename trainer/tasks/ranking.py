@@ -25,7 +25,7 @@ from trainer.models.flops import InputWidths, input_widths, ranker_flops
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.tasks.task import DataTask, Evaluation, Flops, LabelOutputs
 
 

@@ -28,7 +28,7 @@ from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval
 from trainer.models.retriever import EventOutputs, RetrieverTower, build_retriever, evaluated_rows
 from trainer.models.sequence_padding import SequencePadding
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 from trainer.tasks.task import DataTask, Evaluation, Flops, NextItems
 
 

@@ -27,7 +27,7 @@ from trainer.models.heads.similarity import Similarity
 from trainer.models.model import Model
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import ParallelModel
+from trainer.parallelize import ParallelModel
 
 Flops = Callable[..., FlopCount]
 """The model's FLOPs by sample, from history lengths, numbers of candidates and, by keyword, `channel_history_lens`: the

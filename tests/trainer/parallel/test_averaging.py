@@ -17,7 +17,7 @@ from tests.trainer.labels.test_ranks import config_of, write_labels
 from trainer.build import build_model, machine_of, make_plan
 from trainer.parallel.averaging import GradientAverage
 from trainer.parallel.mesh import Mesh
-from trainer.parallel.parallelize import parallelize
+from trainer.parallelize import parallelize
 from trainer.recording import record_steps
 from trainer.resolve import resolve
 
