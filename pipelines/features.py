@@ -11,7 +11,7 @@ only.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from pipelines.known_numbers import NumberStatistics, parse_statistics
@@ -161,6 +161,20 @@ class DatasetInfo:
             raise ValueError(f"unknown action {action!r}; {self.name} has {', '.join(self.actions)}")
         return self.actions.index(action)
 
+    @property
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """What is known of columns of numbers, by PART.NAME."""
+        known = {f"{column.part}.{column.name}": column.statistics for column in self.columns}
+        return {name: each.as_dict() for name, each in known.items() if each is not None}
+
+    def measured_by(self, numbers: Mapping[str, Any]) -> "DatasetInfo":
+        """The same data, with what `numbers` of other data say of columns of these names."""
+        known = {name: parse_statistics(entry, name) for name, entry in numbers.items()}
+        columns = (
+            replace(each, statistics=known.get(f"{each.part}.{each.name}", each.statistics)) for each in self.columns
+        )
+        return replace(self, columns=tuple(columns))
+
     def as_dict(self) -> dict[str, Any]:
         """The content of `dataset.json`, which `parse_dataset_info` reads back."""
         spaces = {
@@ -171,18 +185,12 @@ class DatasetInfo:
             }
             for space in self.spaces.values()
         }
-        numbers = {
-            f"{column.part}.{column.name}": {key: getattr(known, key) for key in _STATISTICS}
-            | {"quantiles": list(known.quantiles)}
-            for column in self.columns
-            if (known := column.statistics) is not None
-        }
         return {
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "spaces": spaces,
             **{part: {each.name: _word(each) for each in self.of(part)} for part in get_args(Part)},
-            "numbers": numbers,
+            "numbers": self.numbers,
             "actions": list(self.actions),
             "weight": self.weight,
             "keep_rate": self.keep_rate,
@@ -255,7 +263,6 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
     )
 
 
-_STATISTICS = ("count", "missing", "mean", "std")
 _FIELDS = {
     *(
         "format_version",

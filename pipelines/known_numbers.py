@@ -1,7 +1,7 @@
 """What `dataset.json` says of a column of numbers.  Standard library only."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -19,6 +19,10 @@ class NumberStatistics:
     """Their standard deviation."""
     quantiles: tuple[float, ...]
     """Their quantiles at equal steps of probability, smallest and largest value included, not falling."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `parse_statistics` reads back."""
+        return {**asdict(self), "quantiles": list(self.quantiles)}
 
 
 def parse_statistics(entry: Any, where: str) -> NumberStatistics:

@@ -1,22 +1,25 @@
 """Everything that follows from a configuration and its data, computed once: task, tables, lengths, costs."""
 
 import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
 from embeddings.config import TableConfig
 from embeddings.problem import BatchLoad
 from pipelines.columns import IntArray
-from pipelines.features import DatasetInfo
+from pipelines.features import Column, DatasetInfo
+from pipelines.selection import Feature
 from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
 from trainer.config import TrainConfig
 from trainer.models.activations import MeanBatch
 from trainer.models.flops import Count, training_flops
 from trainer.models.transducers import EventChoice, event_choices
+from trainer.run.run_dir import NUMBERS
 from trainer.tasks.joint import Joint
 from trainer.tasks.ranking import Ranking
 from trainer.tasks.retrieval import Retrieval
@@ -57,9 +60,22 @@ class Resolved:
     """The same with `data.attention_cost`: how much time a sample takes, by which batches are balanced."""
 
     def meanings(self) -> dict[str, str]:
-        """What the model knows by its place alone: digests of the ids' keys, names of actions and of columns."""
-        columns = (f"{'+'.join(feature.parts)}.{feature.column}" for feature in self.task.selection.features)
-        return {**vocabularies(self.info), INPUTS: ", ".join(columns)}
+        """What the model takes for granted of the data: digests of the ids' keys, actions and columns, which it knows
+        by their places, and what is known of its numbers."""
+        selection = self.task.selection
+        inputs = [self._described("+".join(each.parts), each.column, each) for each in selection.features]
+        labels = [self._described("label", each.name, each) for each in selection.labels]
+        return {**vocabularies(self.info), INPUTS: "; ".join(inputs + labels), NUMBERS: json.dumps(self.info.numbers)}
+
+    def _described(self, part: str, name: str, column: Feature | Column) -> str:
+        """A column as `event+candidate.tags (ids of tag)`, with the rows of a space to which nothing can be added."""
+        if column.space is None:
+            return f"{part}.{name} ({column.kind})"
+        space = self.info.spaces[column.space]
+        # Of a label each row has an output; without a digest nobody can tell whether rows were added.
+        fixed = part == "label" or (space.digest is None and not space.unbounded)
+        rows = f", {space.rows} rows" if fixed else ", unbounded" if space.unbounded else ""
+        return f"{part}.{name} ({column.kind} of {space.name}{rows})"
 
     def token_count(self, history_lens: IntArray, num_candidates: IntArray) -> IntArray:
         """Tokens that the model makes of samples."""
@@ -124,22 +140,41 @@ def resolve(config: TrainConfig, info: DatasetInfo) -> Resolved:
     return resolved
 
 
-def check_same_meanings(known: Mapping[str, str], resolved: Resolved, other: str) -> set[str]:
-    """Refuse data that mean something else than what `other`, whose `meanings` are known, was trained on.
+def resolve_again(
+    config: TrainConfig, info: DatasetInfo, known: Mapping[str, str], run: Path
+) -> tuple[Resolved, set[str]]:
+    """As `resolve`, for a model that a run, whose `meanings` are known, has trained: numbers are measured as there.
 
-    Returns the tables that have grown since.  Raises ValueError with both meanings.
+    Returns the tables that have grown since, too.  `known` is empty where nothing has been trained yet.
+
+    Raises:
+        ValueError: as `resolve`, or the data mean something else than what the model was trained on.
     """
-    path = resolved.config.data.path
-    check_same_ids(known, resolved.info, data=path, other=other)
-    columns = resolved.meanings()[INPUTS]
-    pairs = zip_longest(columns.split(", "), known.get(INPUTS, columns).split(", "), fillvalue="none")
-    for place, (here, there) in enumerate(pairs, start=1):
-        if here != there:
+    resolved, other = resolve(config, info.measured_by(json.loads(known.get(NUMBERS, "{}")))), f"the run of {run}"
+    check_same_ids(known, info, data=config.data.path, other=other)
+    here = resolved.meanings()[INPUTS]
+    _check_same_columns(here.split("; "), known.get(INPUTS, here).split("; "), data=config.data.path, other=other)
+    return resolved, grown_spaces(known, info)
+
+
+def _check_same_columns(here: list[str], there: list[str], *, data: str, other: str) -> None:
+    """Refuse data whose columns are not those that `other` was trained on, one by one."""
+    missing, added = (
+        ", ".join(each for each in ours if each not in theirs) for ours, theirs in ((there, here), (here, there))
+    )
+    if missing or added:
+        lacks = f" lacks {missing}" if missing else ""
+        has = f"{' and' if missing else ''} has {added} besides" if added else ""
+        raise ValueError(
+            f"{data}{lacks}{has}, beside what {other} was trained on: a model reads the same columns in all data; "
+            "prepare it with the same columns and options"
+        )
+    for place, (now, then) in enumerate(zip(here, there, strict=True), start=1):
+        if now != then:
             raise ValueError(
-                f"column {place} of those that a model reads is {here} in {path}, but {there} in {other}: a model "
-                "knows columns by their places; prepare the data with the same ones in the same order"
+                f"column {place} of those that a model reads is {now} in {data}, but {then} in {other}: a model knows "
+                "columns by their places; prepare the data with the same ones in the same order"
             )
-    return grown_spaces(known, resolved.info)
 
 
 def make_task(config: TrainConfig, info: DatasetInfo) -> Task:

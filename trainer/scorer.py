@@ -28,7 +28,7 @@ from trainer.evaluation.corpus import join_seen
 from trainer.evaluation.next_item import corpus_of
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.parallelize import ParallelModel
-from trainer.resolve import Resolved, check_same_meanings, resolve
+from trainer.resolve import Resolved, resolve_again
 from trainer.run.run_dir import RunDir
 
 
@@ -109,8 +109,7 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
     config = from_dict(TrainConfig, run.config_of_run())
     catalogue, mesh = open_catalogue(run, config.checkpoint.store), discover_mesh()
     checkpoint = catalogue.choose(step)
-    resolved, known = resolve(config, dataset_info(config.data)), run.saved_vocabularies()
-    grown = check_same_meanings(known, resolved, f"the run of {run.path}")
+    resolved, grown = resolve_again(config, dataset_info(config.data), run.saved_vocabularies(), run.path)
     with joined(mesh):
         plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
         model = build_parallel(resolved, plan, mesh)

@@ -1,6 +1,7 @@
 """From a configuration and a data set to what follows from them: lengths that do not fit are refused at once."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from trainer.config import TrainConfig
 from trainer.labels.config import LabelConfig
 from trainer.models.config import ChannelConfig, StageConfig
 from trainer.recipes import load_recipe
-from trainer.resolve import make_task, resolve
+from trainer.resolve import Resolved, make_task, resolve, resolve_again
 
 SWIPES = ChannelConfig(name="swipes", dim=16, stages=(StageConfig(num_layers=1),), actions=("swipe",))
 COUNTED = {"splits": {"train": {"num_candidates": {"q100": 9}}, "eval": {"num_candidates": {"q100": 100}}}}
@@ -176,3 +177,75 @@ def bags() -> DatasetInfo:
 def with_bags(tables: dict[str, TableConstraint], exchange: ExchangeConfig) -> TrainConfig:
     recipe = load_recipe("kuairand_sample")
     return replace(recipe, placement=replace(recipe.placement, tables=tables, exchange=exchange))
+
+
+LOGGED = parse_dataset_info(
+    {
+        **made_up_info(num_items=9, context={"country": 3}, actions=("click",)).as_dict(),
+        "spaces": {"item": {"rows": 9, "used": 9, "digest": "a"}, "tag": {"rows": 16, "used": 16, "hash": "xxh64"}},
+        "sample": {},
+        "event": {"item_id": "item", "dwell_s": "number"},
+        "candidate": {"item_id": "item", "tags": ["tag"]},
+        "label": {"watched_s": "number"},
+    },
+    "dataset.json",
+)
+PREDICTS = (LabelConfig(name="watched_s", kind="regression"),)
+
+
+def again(**changes: Any) -> Resolved:
+    """What follows for a model that was trained on `LOGGED`, from data whose description was changed so."""
+    recipe = load_recipe("own_log")
+    config = replace(recipe, model=replace(recipe.model, labels=PREDICTS))
+    other = parse_dataset_info({**LOGGED.as_dict(), **changes}, "dataset.json")
+    return resolve_again(config, other, resolve(config, LOGGED).meanings(), Path("runs/a"))[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"event": {"item_id": "item"}},
+            r"lacks event.dwell_s \(number\), beside what the run of runs/a was trained on",
+        ),
+        (
+            {"event": {**LOGGED.as_dict()["event"], "price": "number"}},
+            r"data/own_log has event.price \(number\) besides, beside",
+        ),
+        (
+            {"candidate": {"item_id": "item", "tags": "tag"}},
+            r"lacks candidate.tags \(ids of tag, 16 rows\) and has candidate.tags \(id of tag, 16 rows\) besides",
+        ),
+        (
+            {"spaces": {**LOGGED.as_dict()["spaces"], "tag": {"rows": 32, "used": 32, "hash": "xxh64"}}},
+            r"lacks candidate.tags \(ids of tag, 16 rows\)",
+        ),
+        (
+            {"spaces": {**LOGGED.as_dict()["spaces"], "item": {"rows": 9, "used": 9, "digest": "b"}}},
+            r"ids of the space 'item' mean something else",
+        ),
+        ({"actions": ["like"]}, r"the actions of data/own_log are like, but .*: a model knows them by their places"),
+        (
+            {"event": dict(reversed(LOGGED.as_dict()["event"].items()))},
+            r"column 1 of those .* is event.dwell_s \(number\) in .*: a model knows columns by their places",
+        ),
+    ],
+)
+def test_data_of_which_another_model_would_be_made_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        again(**changes)
+
+
+def test_a_trained_model_keeps_the_measure_of_its_numbers() -> None:
+    def known(mean: float) -> dict[str, Any]:
+        numbers = {"count": 9, "missing": 0, "mean": mean, "std": 2.0, "quantiles": [0.0, mean, 2 * mean]}
+        return {"numbers": {"label.watched_s": numbers}}
+
+    recipe = load_recipe("own_log")
+    config = replace(recipe, model=replace(recipe.model, labels=PREDICTS))
+    yesterday, today = (parse_dataset_info({**LOGGED.as_dict(), **known(mean)}, "x") for mean in (5.0, 50.0))
+    meanings = resolve(config, yesterday).meanings()
+    resolved, _ = resolve_again(config, today, meanings, Path("runs/a"))
+    [label] = resolved.task.labels.kinds
+    assert label.predict(torch.zeros(1, 1)).item() == 5.0
+    assert resolved.meanings() == meanings

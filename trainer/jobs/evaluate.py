@@ -14,7 +14,7 @@ from trainer.config import TrainConfig
 from trainer.evaluator import evaluate
 from trainer.health.preflight import check_packages
 from trainer.parallel.mesh import discover_mesh, joined
-from trainer.resolve import check_same_meanings, resolve
+from trainer.resolve import resolve_again
 from trainer.run.run_dir import CHANGEABLE, RunDir
 from trainer.run.run_log import logged
 from trainer.typed_values import apply_overrides, differences, to_dict
@@ -31,8 +31,7 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
     config = _overridden(trained, overrides)
     catalogue = open_catalogue(run, config.checkpoint.store)
     checkpoint = catalogue.choose(step)
-    resolved = resolve(config, dataset_info(config.data))
-    grown = check_same_meanings(run.saved_vocabularies(), resolved, f"the run of {run.path}")
+    resolved, grown = resolve_again(config, dataset_info(config.data), run.saved_vocabularies(), run.path)
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
     file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
     with logged(run, mesh), joined(mesh):

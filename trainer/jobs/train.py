@@ -41,7 +41,7 @@ from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joine
 from trainer.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.recording import check_recorded
-from trainer.resolve import Resolved, check_same_meanings, resolve
+from trainer.resolve import Resolved, resolve_again
 from trainer.run.run_dir import RunDir, locked
 from trainer.run.run_log import logged
 from trainer.target import parse_target
@@ -74,8 +74,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         make_deterministic()
     mesh, run = discover_mesh(config.context_parallel), RunDir(run_dir)
     run.check_same_run(to_dict(config))
-    resolved = resolve(config, dataset_info(config.data))
-    grown = check_same_meanings(run.saved_vocabularies(), resolved, f"the run of {run.path}")
+    resolved, grown = resolve_again(config, dataset_info(config.data), run.saved_vocabularies(), run.path)
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine), start.plan_file)
     catalogue = open_catalogue(run, config.checkpoint.store)

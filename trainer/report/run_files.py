@@ -10,7 +10,7 @@ from embeddings.plan import Plan
 from embeddings.plan_file import parse_plan
 from trainer.command_line import WrongUse
 from trainer.run.json_lines import whole_lines
-from trainer.run.run_dir import VOCABULARIES, RunDir
+from trainer.run.run_dir import NUMBERS, VOCABULARIES, RunDir
 
 Record = dict[str, Any]
 """One line of a file of JSON lines."""
@@ -79,9 +79,11 @@ def _read(path: Path, name: str) -> RunFiles:
         notes.append(f"stands at step {step:,} of {max_steps:,}")
     if not evaluations[""]:
         notes.append("has not been evaluated yet")
+    # Quantiles of numbers would fill the page.
+    meanings = {key: text for key, text in run.saved_vocabularies().items() if key != NUMBERS}
     return RunFiles(
         name=name,
-        config={**config, VOCABULARIES: run.saved_vocabularies()},
+        config={**config, VOCABULARIES: meanings},
         metrics=metrics,
         evaluations={data: records for data, records in evaluations.items() if records},
         progressive=_records(run.progressive_file, notes),

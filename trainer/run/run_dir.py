@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 VOCABULARIES = "vocabularies"
 """Key of `config.json` that is no part of the configuration: what the ids mean in the data that the run learnt from."""
+NUMBERS = "data.numbers"
+"""Key among these: what is known of the data's columns of numbers, as JSON."""
 
 # What may differ between a run's saved configuration and the one that resumes it: how long, how often, where and how
 # fast the work is done.  Everything else decides which numbers the run computes, so changing it asks for another run.
@@ -176,14 +178,14 @@ class RunDir:
         return saved
 
     def saved_vocabularies(self) -> dict[str, str]:
-        """The digest of the keys behind the ids of each space, as the run was trained with; after `saved_config`."""
+        """What the run was trained with (`trainer.resolve.Resolved.meanings`); after `saved_config`."""
         if not self.config_file.is_file():
             return {}
         known: dict[str, str] = json.loads(self.config_file.read_text()).get(VOCABULARIES, {})
         return known
 
     def save_config(self, config: dict[str, Any], known: dict[str, str]) -> None:
-        """Write the configuration, and the digests beside it."""
+        """Write the configuration, and what its data mean beside it."""
         write_json(self.config_file, {**config, VOCABULARIES: known})
 
     def save_environment(self, devices: str, versions: Mapping[str, str]) -> None:
