@@ -1,8 +1,4 @@
-"""Jobs on a real Slurm of two nodes: a run that counts gets to its end, and what goes wrong is said.
-
-What goes on in several allocations waits for Slurm far longer than it works: those jobs are sent first, one beside the
-other, and looked at last.
-"""
+"""Jobs on a real Slurm of two nodes: a run that counts gets to its end, and what goes wrong is said."""
 
 import re
 import signal
@@ -16,7 +12,6 @@ from torchx.specs import AppState
 
 from launch import attempts, logs, records
 from launch.progress import newest_checkpoint
-from launch.records import JobRecord
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm
 from launch.schedulers.slurm_queue import NEVER, SlurmError
@@ -24,7 +19,7 @@ from launch.submit import check, connected
 from launch.sweep import runs_of
 from launch.workspace import ROOT
 from tests.launch.test_new_user import BARE_PYTHON
-from tests.support.slurm import Cluster
+from tests.support.slurm import HOSTS, Cluster, names_resolve
 from tests.support.slurm_jobs import (
     batch_output,
     count,
@@ -39,82 +34,50 @@ from tests.support.slurm_jobs import (
 )
 from trainer.run.run_dir import RunDir
 
-
-@pytest.fixture(scope="module")
-def robbed(cluster: Cluster) -> JobRecord:
-    """A job whose second node goes down; the first of all jobs, so that it takes no other one's node."""
-    record = count(cluster.folder / "robbed", "60", "5")
-    until_counting(record)
-    node = ["scontrol", "update", "nodename=longview-n2"]
-    assert slurm_queue.run([*node, "state=down", "reason=test"]).returncode == 0
-    until(lambda: "running" not in str(Slurm("test").status(job_id(record), record)).lower(), record)
-    # It may have come back by itself.
-    slurm_queue.run([*node, "state=resume"])
-    return record
-
-
-@pytest.fixture(scope="module")
-def chained(cluster: Cluster) -> JobRecord:
-    """A job that may not be requeued, warned as a site does it."""
-    record = count(cluster.folder / "chained", "150", options=["no-requeue="])
-    warn(record)
-    return record
-
-
 CLUSTER = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from tests.support.slurm import slurm_cluster
-with slurm_cluster(Path(sys.argv[1])) as cluster:
-    job = ["sbatch", "--output=/dev/null", "--wrap=sleep 1000"]
-    subprocess.run(job, env={**os.environ, **cluster.environment}, check=True, stdout=sys.stderr)
-    print("here", flush=True)
-    signal.pause()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_cluster_ends_with_the_tests_that_started_it(
-    cluster: Cluster, tmp_path: Path, number: signal.Signals
-) -> None:
-    command = [sys.executable, "-c", CLUSTER, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"here\n"
-        assert _processes_of(tmp_path) >= {"munged", "slurmctld", "slurmd"}
-        process.send_signal(number)
-        process.communicate()
-    # Of a killed one, what its job runs may go on for a while.
-    left = {"slurmstepd", "sleep", "slurm_script"} if number == signal.SIGKILL else set()
-    deadline = time.monotonic() + 20
-    while _processes_of(tmp_path) - left:
-        assert time.monotonic() < deadline, _processes_of(tmp_path)
-
-
-FROM_THE_SAME_PORT = """
-import os, sys
-from pathlib import Path
-from tests.support.slurm import slurm_cluster
+# Each looks for ports from the same one on.
 os.getpid = lambda: 7
 print("ready", flush=True)
 sys.stdin.readline()
 with slurm_cluster(Path(sys.argv[1])) as cluster:
+    job = ["sbatch", "--output=/dev/null", "--wrap=sleep 1000"]
+    subprocess.run(job, env={**os.environ, **cluster.environment}, check=True, stdout=sys.stderr)
     print(next(line for line in (cluster.folder / "slurm.conf").open() if "SlurmctldPort" in line), flush=True)
-    sys.stdin.readline()
+    signal.pause()
 """
 
 
-def test_clusters_that_start_at_once_listen_at_ports_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
-    commands = [[sys.executable, "-c", FROM_THE_SAME_PORT, str(tmp_path / name)] for name in "ab"]
+def test_clusters_start_at_once_and_end_with_the_tests_that_started_them(cluster: Cluster, tmp_path: Path) -> None:
+    ends = {tmp_path / "asked": signal.SIGTERM, tmp_path / "killed": signal.SIGKILL}
+    commands = [[sys.executable, "-c", CLUSTER, str(folder)] for folder in ends]
     pipe = subprocess.PIPE
     started = [subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for words in commands]
     assert _told(started) == ["ready\n"] * 2
     for process in started:
         print(file=process.stdin, flush=True)
     ports = _told(started)
-    errors = [process.communicate("\n")[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], errors
+    for process, (folder, number) in zip(started, ends.items(), strict=True):
+        programs = _processes_of(folder)
+        process.send_signal(number)
+        assert programs >= {"munged", "slurmctld", "slurmd"}, process.communicate()[1]
+        process.communicate()
+        # Of a killed one, what its job runs may go on for a while.
+        left = {"slurmstepd", "sleep", "slurm_script"} if number == signal.SIGKILL else set()
+        deadline = time.monotonic() + 20
+        while _processes_of(folder) - left:
+            assert time.monotonic() < deadline, _processes_of(folder)
     assert len(set(ports)) == 2
+    # What a killed one has left in /etc/hosts goes with the next one's start.
+    assert [str(folder) in HOSTS.read_text() for folder in ends] == [False, True]
+    (tmp_path / "next").mkdir()
+    with names_resolve(tmp_path / "next"):
+        names = HOSTS.read_text()
+        assert [str(folder) in names for folder in (*ends, tmp_path / "next", cluster.folder)] == [False] * 2 + [
+            True
+        ] * 2
 
 
 def _told(processes: "list[subprocess.Popen[str]]") -> list[str]:
@@ -135,11 +98,11 @@ def _processes_of(folder: Path) -> set[str]:
 
 
 def test_a_run_that_always_fails_stops_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
-    record = count(tmp_path, "30", "100", "1", "2", "always", max_retries=2, max_restarts=2)
+    record = count(tmp_path, "30", "100", "1", "2", "always", max_retries=1)
     expect(record, AppState.FAILED)
     ends = [(attempt.ended, attempt.progress) for attempt in attempts.read(tmp_path)]
-    assert ends == [("failed", False)] * 3
-    assert "3 failures in a row without a new checkpoint, --max-retries is 2" in batch_output(record)
+    assert ends == [("failed", False)] * 2
+    assert "2 failures in a row without a new checkpoint, --max-retries is 1" in batch_output(record)
     fault = logs.first_failure(record, logs.last_start(record))
     assert fault is not None
     assert (fault.rank, "out of luck" in fault.words) == (1, True)
@@ -224,15 +187,25 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster: Cluster, tmp_pat
     assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["taken"]
 
 
-def test_a_node_that_goes_down_costs_no_retry(robbed: JobRecord) -> None:
-    expect(robbed, AppState.SUCCEEDED)
-    assert counted(Path(robbed.run_dir)) == list(range(1, 61))
-    assert "failed" not in [attempt.ended for attempt in attempts.read(Path(robbed.run_dir))]
+def test_a_node_that_goes_down_costs_no_retry(cluster: Cluster, tmp_path: Path) -> None:
+    record = count(tmp_path, "40", "5")
+    until_counting(record)
+    node = ["scontrol", "update", "nodename=longview-n2"]
+    assert slurm_queue.run([*node, "state=down", "reason=test"]).returncode == 0
+    until(lambda: "running" not in str(Slurm("test").status(job_id(record), record)).lower(), record)
+    # It may have come back by itself.
+    slurm_queue.run([*node, "state=resume"])
+    expect(record, AppState.SUCCEEDED)
+    assert counted(tmp_path) == list(range(1, 41))
+    assert "failed" not in [attempt.ended for attempt in attempts.read(tmp_path)]
 
 
-def test_where_requeueing_is_forbidden_a_successor_goes_on(chained: JobRecord) -> None:
-    expect(chained, AppState.SUCCEEDED)
-    assert [attempt.ended for attempt in attempts.read(Path(chained.run_dir))] == ["stopped", "done"]
-    successor = records.find(chained.handle)
+def test_where_requeueing_is_forbidden_a_successor_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    record = count(tmp_path, "40", options=["no-requeue="])
+    # As a site does it.
+    warn(record)
+    expect(record, AppState.SUCCEEDED)
+    assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["stopped", "done"]
+    successor = records.find(record.handle)
     assert successor is not None
-    assert successor.handle != chained.handle
+    assert successor.handle != record.handle

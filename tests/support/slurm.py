@@ -33,6 +33,8 @@ GPU_NODES = ("longview-g1", "longview-g2", "longview-g3", "longview-g4")
 UNSHARED = "unshared"
 """A folder of the cluster's own that the last node does not share."""
 HOSTS = Path("/etc/hosts")
+HOSTS_MARK = " # longview's test cluster in "
+"""In /etc/hosts, between nodes' names and the folder of their cluster."""
 COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun", "sacct")
 START_TIMEOUT_S = 60.0
 
@@ -57,8 +59,8 @@ SelectTypeParameters=CR_Core_Memory
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
-# The backfill loop starts heterogeneous jobs, by default every 30 s.
-SchedulerParameters=bf_interval=1
+# A requeued job starts when one of these loops looks at it again: by default every 60 and 30 s.
+SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 TopologyPlugin=topology/tree
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=2 RealMemory={memory_mib}
@@ -137,7 +139,7 @@ def slurm_cluster(folder: Path, system: Path | None = None) -> Iterator[Cluster]
         _write_commands(folder / "bin", system)
         environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
     daemons: list[subprocess.Popen[bytes]] = []
-    with _interrupted_by_sigterm(), _names_resolve(folder):
+    with _interrupted_by_sigterm(), names_resolve(folder):
         try:
             # Ports that are free stay so until the daemons listen there.
             with _no_other_starts():
@@ -298,18 +300,46 @@ def _wait_until_idle(folder: Path, environment: dict[str, str], daemons: "list[s
 
 
 @contextmanager
-def _names_resolve(folder: Path) -> Iterator[None]:
-    """Have the nodes' names in /etc/hosts for the duration of the block, in a line of this cluster's own."""
-    line = f"127.0.0.1 {' '.join(NODES + GPU_NODES)} # {folder}\n"
-    with _no_other_starts(), HOSTS.open("r+") as file:
-        begins = "" if file.read().endswith("\n") else "\n"
-        file.write(begins + line)
-    try:
-        yield
-    finally:
-        # Written in place: in a container the file is a mount and cannot be replaced.
+def names_resolve(folder: Path) -> Iterator[None]:
+    """Have the nodes' names in /etc/hosts for the duration of the block, in a line of this cluster's own; lines of
+    clusters that were killed go."""
+    line = f"127.0.0.1 {' '.join(NODES + GPU_NODES)}{HOSTS_MARK}{folder}\n"
+    with _lock_of(folder).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         with _no_other_starts():
-            HOSTS.write_text(HOSTS.read_text().replace(line, ""))
+            lines = HOSTS.read_text().splitlines(keepends=True)
+            kept = "".join(known for known in lines if HOSTS_MARK not in known or _lives(known))
+            _write_hosts(kept + "\n" * (not kept.endswith("\n")) + line)
+        try:
+            yield
+        finally:
+            with _no_other_starts():
+                _write_hosts(HOSTS.read_text().replace(line, ""))
+
+
+def _lock_of(folder: Path) -> Path:
+    """Locked by a cluster's process, for as long as it lives."""
+    return folder / "alive"
+
+
+def _lives(line: str) -> bool:
+    """Whether the cluster of a line in /etc/hosts still runs."""
+    try:
+        with _lock_of(Path(line.rstrip("\n").partition(HOSTS_MARK)[2])).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _write_hosts(text: str) -> None:
+    # In place: in a container the file is a mount and cannot be replaced.  Shortened last, so that whoever looks up a
+    # name meanwhile finds it.
+    with HOSTS.open("r+") as file:
+        file.write(text)
+        file.truncate()
 
 
 def main(arguments: list[str]) -> None:
