@@ -57,10 +57,10 @@ class EventLogOptions:
     item_column: str = ""
     """What: any type."""
     time_column: str = ""
-    """When, in time_unit."""
+    """When."""
     time_unit: str = "s"
-    """What the time column holds: whole numbers of s, ms, us or ns since 1970, or timestamp: dates and times, in UTC
-    where they name no zone."""
+    """How times are written: numbers of s, ms, us or ns since 1970; timestamp: dates and times, the year first, in UTC
+    where they name no zone; or for other dates a pattern of strptime, such as "%m/%d/%Y %H:%M"."""
     action_columns: str = ""
     """Columns of 0 and 1, separated by commas, that become the actions; or one column of words with action_values."""
     action_values: str = ""

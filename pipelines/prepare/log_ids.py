@@ -18,7 +18,7 @@ from pipelines.prepare.readings import IdType, Stored
 from pipelines.prepare.source import USER_SPACE, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
-from pipelines.prepare.times import PER_SECOND
+from pipelines.prepare.times import NANOSECONDS, YEAR_1990
 
 
 def stored_keys(connection: duckdb.DuckDBPyConnection, known: DatasetInfo) -> list[tuple[str, Stored]]:
@@ -38,19 +38,26 @@ def leave_out_late_rows(connection: duckdb.DuckDBPyConnection, schema: LogSchema
 
     Raises ValueError if there are any, or with `skip` leaves them out and returns their number.
     """
-    [(end,)] = connection.execute(f"SELECT max(rank) FROM {EVENTS}").fetchall()
+    [(end, shown)] = connection.execute(f"SELECT max(rank), {_date('max(rank)')} FROM {EVENTS}").fetchall()
+    if end < YEAR_1990 * NANOSECONDS:
+        raise ValueError("the data set's state is of an earlier version, with other times: prepare the data again")
     late = f"FROM {RAW} WHERE rank < {end}"
-    [(count, first)] = connection.execute(f"SELECT count(*), min(rank) {late}").fetchall()
+    [(count, first)] = connection.execute(f"SELECT count(*), {_date('min(rank)')} {late}").fetchall()
     if not count:
         return {}
     text = f"{schema.time} lies before the end of the parts before"
     if not skip:
         raise ValueError(
-            f"{text} in {count} row(s), the earliest at {first}, the end at {end}: a delivery goes on where the "
+            f"{text} in {count} row(s), the earliest at {first}, the end at {shown}: a delivery goes on where the "
             "last one ended; --skip-invalid leaves such rows out"
         )
     connection.execute(f"DELETE {late}")
     return {text: count}
+
+
+def _date(rank: str) -> str:
+    """SQL of a time as messages show it."""
+    return f"make_timestamp_ns({rank})::VARCHAR"
 
 
 def number_spaces(
@@ -93,7 +100,7 @@ def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces
     (user, item, *values), joins = _encoded(connection, RAW, lookups, list(columns.values()), spaces)
     further = "".join(f", {value} AS {quoted(value_column(name))}" for value, name in zip(values, columns, strict=True))
     connection.execute(
-        f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {PER_SECOND[schema.time_unit]} "
+        f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {NANOSECONDS} "
         f"AS time, t.rank, t.log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"
     )
     if table_exists(connection, EVENTS):

@@ -17,7 +17,7 @@ from pipelines.features import (
     Part,
 )
 from pipelines.prepare.source import USER_SPACE
-from pipelines.prepare.times import PER_SECOND
+from pipelines.prepare.times import check_unit
 
 PARTS: tuple[Part, ...] = get_args(Part)
 ROW_LISTS: tuple[Part, ...] = ("event", "candidate", "label")
@@ -94,9 +94,9 @@ class LogSchema:
     item: str
     """What."""
     time: str
-    """When, in time_unit."""
+    """When."""
     time_unit: str = "s"
-    """Of the time column, a key of PER_SECOND."""
+    """How times are written (`pipelines.prepare.times`)."""
     actions: tuple[str, ...]
     """Columns of 0 and 1, or one column of words with action_values."""
     action_values: tuple[str, ...] = ()
@@ -126,8 +126,7 @@ class LogSchema:
     """Texts that mean a missing value."""
 
     def __post_init__(self) -> None:
-        if self.time_unit not in PER_SECOND:
-            raise ValueError(f"the time unit must be one of {', '.join(PER_SECOND)}, got {self.time_unit}")
+        check_unit(self.time_unit)
         if len({self.user, self.item, self.time}) < 3:
             raise ValueError(
                 f"user, item and time are the columns {self.user}, {self.item}, {self.time}; name three columns"

@@ -1,6 +1,6 @@
 """Tables of a described log: what is read of each file into them, and as which types.
 
-raw     log_row, user_key, item_key, rank (the time in its unit), request_key, action, a column a `raw_name`
+raw     log_row, user_key, item_key, rank (the time in nanoseconds), request_key, action, a column a `raw_name`
 users_attributes, items_attributes    log_row, key, a column a `raw_name`
 """
 
