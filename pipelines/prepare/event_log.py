@@ -65,6 +65,9 @@ class EventLogOptions:
     """Columns of 0 and 1, separated by commas, that become the actions; or one column of words with action_values."""
     action_values: str = ""
     """Words, separated by commas, that the one action column may hold; each is an action."""
+    action_separator: str = ""
+    """What divides several words in one cell of the action column, such as "|"; a list needs none.  A row whose cell is
+    empty took no action then."""
     context_columns: str = ""
     """Columns, separated by commas, of which a user's first known value becomes a context feature."""
     history_columns: str = ""
@@ -112,10 +115,12 @@ class EventLogOptions:
     def _named(self) -> LogSchema:
         """What the options that name columns say."""
         context = tuple(
-            LogColumn(name=name, column=name, kind="id", space=USER_SPACE if name == USER_ID else name)
-            for name in names(self.context_columns)
+            LogColumn(name=name, column=column, kind="id", space=USER_SPACE if name == USER_ID else name)
+            for name, column in _named_after(self.context_columns)
         )
-        history = tuple(LogColumn(name=name, column=name, kind="number") for name in names(self.history_columns))
+        history = tuple(
+            LogColumn(name=name, column=column, kind="number") for name, column in _named_after(self.history_columns)
+        )
         return LogSchema(
             user=self.user_column,
             item=self.item_column,
@@ -123,13 +128,17 @@ class EventLogOptions:
             time_unit=self.time_unit,
             actions=names(self.action_columns),
             action_values=names(self.action_values),
+            action_separator=self.action_separator or None,
             columns={"sample": context, "event": history},
             request=self.request_column or None,
         )
 
 
 NEEDED = ("user_column", "item_column", "time_column", "action_columns")
-NAMING = (*NEEDED, "time_unit", "action_values", "context_columns", "history_columns", "request_column")
+NAMING = (
+    *(*NEEDED, "time_unit", "action_values", "action_separator"),
+    *("context_columns", "history_columns", "request_column"),
+)
 """Options that say what a schema file says in their place."""
 
 
@@ -140,6 +149,11 @@ def _flags(options: Iterable[str]) -> str:
 def names(text: str) -> tuple[str, ...]:
     """The parts of a list separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _named_after(text: str) -> list[tuple[str, str]]:
+    """(name, column) of the columns in a list: a field of an object, user.country, is called user_country."""
+    return [(column.replace(".", "_"), column) for column in names(text)]
 
 
 def loader(options: EventLogOptions) -> Load:

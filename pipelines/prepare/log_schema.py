@@ -101,6 +101,8 @@ class LogSchema:
     """Columns of 0 and 1, or one column of words with action_values."""
     action_values: tuple[str, ...] = ()
     """The words, each an action."""
+    action_separator: str | None = None
+    """What divides several words in one cell; lists need none.  A row without a word took no action then."""
     columns: Mapping[Part, tuple[LogColumn, ...]] = field(default_factory=dict)
     """Columns that rows of the log hold, by part; of samples, a user's first known value."""
     users: Attributes | None = None
@@ -148,6 +150,8 @@ class LogSchema:
             raise ValueError("at least one action must be named: the labels that a model learns")
         if self.action_values and len(self.actions) != 1:
             raise ValueError(f"action values are words of one column, but the actions are {', '.join(self.actions)}")
+        if self.action_separator and not self.action_values:
+            raise ValueError(f"the separator {self.action_separator!r} divides words: give the action values")
         actions = self.action_values or self.actions
         if len(set(actions)) != len(actions):
             raise ValueError(f"each action must be named once, got {', '.join(actions)}")

@@ -22,7 +22,7 @@ from pipelines.prepare.readings import (
     read_id,
     read_ids,
     read_number,
-    read_word,
+    read_words,
 )
 from pipelines.prepare.source import USER_SPACE
 from pipelines.prepare.times import read_time
@@ -90,7 +90,7 @@ def _keys(schema: LogSchema, sources: LogSources) -> Iterator[tuple[str, Stored]
         if schema.request is not None:
             yield REQUEST, file.stored(schema.request)
         if schema.action_values:
-            yield ACTION, file.stored(schema.actions[0])
+            yield ACTION, file.stored(schema.actions[0]).element
         yield from _column_keys(file, log_columns(schema))
     for attributes, files, space in (
         (schema.users, sources.users, USER_SPACE),
@@ -187,8 +187,8 @@ def _read_request(file: LogFile, schema: LogSchema, types: Mapping[str, IdType])
 def _read_actions(file: LogFile, schema: LogSchema, types: Mapping[str, IdType]) -> Reading:
     """The bits of all actions."""
     if schema.action_values:
-        word = read_word(file.stored(schema.actions[0]), types[ACTION], schema.action_values)
-        return replace(word, value=f"1 << ({word.value})")
+        stored = file.stored(schema.actions[0])
+        return read_words(stored, types[ACTION], schema.action_values, schema.action_separator)
     flags = [read_flag(file.stored(name)) for name in schema.actions]
     bits = " + ".join(f"(({flag.value}) << {bit})" for bit, flag in enumerate(flags))
     return Reading(value=bits, rules=tuple(rule for flag in flags for rule in flag.rules))

@@ -123,7 +123,9 @@ def _family(stored: Stored) -> str:
         return kind
     if _is_number(kind):
         return WIDEST
-    what = "lists where one id a row was expected" if stored.is_list else "which cannot be an id"
+    what = "which cannot be an id" + "; name a field of it, OBJECT.FIELD" * kind.startswith("STRUCT(")
+    if stored.is_list:
+        what = "lists where one id a row was expected: write one row an event, or for columns of many ids say [space]"
     raise ValueError(f"{stored.path} stores {stored.name} as {kind}, {what}")
 
 
@@ -220,25 +222,42 @@ def read_number(stored: Stored, texts: Sequence[str]) -> Reading:
     # Text may spell NaN in ways that are not listed.
     value = f"CASE WHEN NOT {absent} AND isfinite({number}) THEN {number} END"
     known = f"{absent} OR isnan({number}) OR isfinite({number})"
-    rule = Rule(condition=known, text=f"{stored.name} must hold finite numbers", column=stored.name)
+    text = f"{stored.name} must hold finite numbers"
+    if _is_text(kind):
+        text += ", with a point before decimals and nothing between thousands"
+    rule = Rule(condition=known, text=text, column=stored.name)
     return Reading(value=value, rules=(rule,))
 
 
 def read_flag(stored: Stored) -> Reading:
     """A label of 0 and 1 a row, as INTEGER."""
     column = quoted(stored.name)
+    if not (_is_text(stored.type) or _is_number(stored.type) or stored.type in ("BOOLEAN", NULL)):
+        raise ValueError(f"{stored.path} stores {stored.name} as {stored.type}, but labels of 0 and 1 were expected")
     flag = f"TRY_CAST({column} AS DOUBLE)"
     if _is_text(stored.type):
-        flag = f"CASE lower(trim({column})) WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE {flag} END"
+        # The engine knows true, t, yes, y and their opposites.
+        flag = f"coalesce(TRY_CAST(trim({column}) AS BOOLEAN)::DOUBLE, {flag})"
     rule = Rule(condition=f"{flag} IN (0, 1)", text=f"label {stored.name} must be 0 or 1", column=stored.name)
     return Reading(value=f"CASE WHEN {flag} = 1 THEN 1 ELSE 0 END", rules=(rule,))
 
 
-def read_word(stored: Stored, target: IdType, words: Sequence[str]) -> Reading:
-    """The place of a row's word among `words`; any other is refused."""
-    reading = read_id(stored, target, ())
-    value = f"({reading.value})::VARCHAR"
-    place = " ".join(f"WHEN {literal(word)} THEN {place}" for place, word in enumerate(words))
-    known = f"{value} IN ({', '.join(map(literal, words))})"
-    rule = Rule(condition=known, text=f"{stored.name} must be one of {', '.join(words)}", column=stored.name)
-    return Reading(value=f"CASE {value} {place} ELSE 0 END", rules=(*reading.rules, rule))
+def read_words(stored: Stored, target: IdType, words: Sequence[str], separator: str | None) -> Reading:
+    """The bits of a row's words, by their places among `words`; any other word is refused.
+
+    A list, or text divided at `separator`, holds any number of words, none included; without them a row has one.
+    """
+    bits = " ".join(f"WHEN {literal(word)} THEN {1 << place}" for place, word in enumerate(words))
+    known = f"IN ({', '.join(map(literal, words))})"
+    if stored.is_list or separator:
+        reading = read_ids(stored, target, (), separator)
+        value = f"list_distinct({reading.value})"
+        condition = f"len(list_filter({value}, lambda word: word::VARCHAR NOT {known})) = 0"
+        value = f"coalesce(list_sum(list_transform({value}, lambda word: CASE word::VARCHAR {bits} ELSE 0 END)), 0)"
+        text = f"{stored.name} must hold words of {', '.join(words)}"
+    else:
+        reading = read_id(stored, target, ())
+        value = f"({reading.value})::VARCHAR"
+        condition, value = f"{value} {known}", f"CASE {value} {bits} ELSE 0 END"
+        text = f"{stored.name} must be one of {', '.join(words)}; several in one cell need an action separator"
+    return Reading(value=value, rules=(*reading.rules, Rule(condition=condition, text=text, column=stored.name)))
