@@ -9,17 +9,22 @@ A data set's module fills two tables with it, which the later stages read:
     users   user_id, one column a context feature
 """
 
+import bz2
 import gzip
 import logging
 import lzma
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import duckdb
+import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +62,32 @@ def table_exists(connection: duckdb.DuckDBPyConnection, name: str) -> bool:
 
 
 def find_files(source: Path, pattern: str) -> list[Path]:
-    """Files of data anywhere under `source` whose name, less a compression suffix, matches the glob `pattern`.
+    """Files of data anywhere under `source` whose name, less a compression suffix, matches the glob `pattern`, in large
+    or small letters.
 
     Left out, as other engines do: names that begin with `_` or `.`, of files and of folders (but folders `key=value`),
     and compressed copies of a file that lies beside them.
     """
     if not source.is_dir():
         raise ValueError(f"--source {source} is not a folder")
-    found = {path for suffix in ("", *COMPRESSIONS) for path in source.rglob(pattern + suffix) if path.is_file()}
     chosen: dict[Path, Path] = {}
-    for path in sorted(found, key=lambda path: (path.suffix in COMPRESSIONS, path)):
-        if not is_data(path.relative_to(source)):
+    for path in sorted(data_files(source), key=lambda path: (path.suffix.lower() in COMPRESSIONS, path)):
+        plain = plain_name(path)
+        if not fnmatchcase(plain.name.lower(), pattern.lower()):
             continue
-        plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
         if chosen.setdefault(plain, path) != path:
             logger.info("%s is not read: %s is the same file", path, chosen[plain].name)
     return sorted(chosen.values())
+
+
+def data_files(source: Path) -> list[Path]:
+    """All files under `source` that are not hidden, of any kind."""
+    return sorted(path for path in source.rglob("*") if is_data(path.relative_to(source)) and path.is_file())
+
+
+def plain_name(path: Path) -> Path:
+    """The path less the suffix of a compression."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
 def is_data(path: Path) -> bool:
@@ -93,18 +108,28 @@ def require_files(source: Path, pattern: str, what: str) -> list[Path]:
 
 def plain_file(path: Path, scratch: Path) -> Path:
     """`path` itself, or its decompressed copy in `scratch`."""
-    opener = COMPRESSIONS.get(path.suffix)
-    if opener is None:
+    if plain_name(path) == path:
         return path
     copy = scratch / "plain" / path.stem
     copy.parent.mkdir(exist_ok=True)
     logger.info("decompressing %s", path.name)
-    try:
-        with opener(path) as compressed, copy.open("wb") as plain:
-            shutil.copyfileobj(compressed, plain, 1 << 20)
-    except DAMAGED as error:
-        raise ValueError(f"{path} cannot be decompressed: {error}") from error
+    with decompressed(path) as content, copy.open("wb") as plain:
+        shutil.copyfileobj(content, plain, 1 << 20)
     return copy
+
+
+@contextmanager
+def decompressed(path: Path) -> Iterator[BinaryIO]:
+    """The content of a file, compressed or not; raises ValueError if it turns out to be damaged as it is read."""
+    opener = COMPRESSIONS.get(path.suffix.lower())
+    try:
+        with opener(path) if opener else path.open("rb") as stream:
+            yield stream
+    except DAMAGED as error:
+        # Errors of the file system have a number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} cannot be decompressed: {error}") from error
 
 
 def csv_reader(path: Path, columns: Mapping[str, str | None]) -> str:
@@ -248,6 +273,14 @@ def _open_gz(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path))
 
 
+def _open_bz2(path: Path) -> BinaryIO:
+    return cast(BinaryIO, bz2.open(path))
+
+
+def _open_zst(path: Path) -> BinaryIO:
+    return cast(BinaryIO, pa.input_stream(path, compression="zstd"))
+
+
 def _line_of(message: str) -> str:
     """The line number and the cause out of DuckDB's many-line message."""
     malformed = re.search(r"Malformed JSON .* in line (\d+)", message)
@@ -271,7 +304,13 @@ def _open_zip(path: Path) -> BinaryIO:
     return cast(BinaryIO, archive.open(members[0]))
 
 
-DAMAGED = (lzma.LZMAError, EOFError, gzip.BadGzipFile, zipfile.BadZipFile)
+DAMAGED = (lzma.LZMAError, EOFError, OSError, zlib.error, zipfile.BadZipFile)
 """What decompressing a file that is not whole ends in."""
-COMPRESSIONS: Mapping[str, Callable[[Path], BinaryIO]] = {".xz": _open_xz, ".gz": _open_gz, ".zip": _open_zip}
+COMPRESSIONS: Mapping[str, Callable[[Path], BinaryIO]] = {
+    ".xz": _open_xz,
+    ".gz": _open_gz,
+    ".bz2": _open_bz2,
+    ".zst": _open_zst,
+    ".zip": _open_zip,
+}
 """Openers of compressed text, by the last part of the file's name."""

@@ -1,8 +1,8 @@
 """Files of a log or of attributes: what each holds is known before any is read.
 
 Parquet files hold typed columns; of CSV files every column is text; of files of JSON lines every field is text or a
-list of texts, and one that no line of a file has is missing there if other files have it.  The folders `key=value` that
-a file lies in are columns of text, too.
+list of texts, and one that no line of a file has is missing there if other files have it.  Fields of objects are
+columns called OBJECT.FIELD; the folders `key=value` that a file lies in are columns of text, too.
 """
 
 import csv
@@ -19,17 +19,35 @@ from urllib.parse import unquote
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+from duckdb.sqltypes import DuckDBPyType
 
-from pipelines.prepare.engine import COMPRESSIONS, DAMAGED, execute, find_files, literal, plain_file, quoted
+from pipelines.prepare.engine import (
+    COMPRESSIONS,
+    data_files,
+    decompressed,
+    execute,
+    find_files,
+    literal,
+    plain_file,
+    plain_name,
+    quoted,
+)
 from pipelines.prepare.readings import NULL, TEXT, Stored
 
 logger = logging.getLogger(__name__)
 
-FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson")
+FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
+CSV = ".csv"
+"""The kind of all files whose first line names columns, whatever divides them."""
+DELIMITERS = (",", ";", "\t", "|")
+"""What may divide a CSV file's columns: that of which its header has most."""
+HEADER_BYTES = 1 << 20
 JSON = ".json"
 """Read where a folder holds no file of FORMATS: a description of the data often ends in it."""
 UTF_16 = ("\ufffd\ufffd", "\xff\xfe", "\xfe\xff")
 """How the mark at the beginning of a file in UTF-16 reads where UTF-8 was expected."""
+SHOWN = 5
+"""Names of files that a message shows at most."""
 REJECTED = "longview_rejected"
 """Table of lines that are no rows."""
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
@@ -43,9 +61,11 @@ class LogFile:
     path: Path
     """Where it lies; perhaps compressed."""
     kind: str
-    """The suffix, less that of a compression."""
+    """The suffix in small letters, less that of a compression."""
     columns: Sequence[tuple[str, str]]
     """(name, SQL type) of its columns, in order."""
+    delimiter: str = ","
+    """What divides the columns of a CSV file."""
     folders: Mapping[str, str | None]
     """Values of the folders `key=value` that it lies in, of which the file has no column."""
     absent: Sequence[str] = ()
@@ -54,7 +74,7 @@ class LogFile:
     @property
     def is_json(self) -> bool:
         """Whether its rows are objects, each with fields of its own."""
-        return self.kind not in (".parquet", ".csv")
+        return self.kind not in (".parquet", CSV)
 
     @property
     def row_name(self) -> str:
@@ -64,22 +84,30 @@ class LogFile:
     @property
     def first_row(self) -> int:
         """The number that messages give to the first row; a CSV file's line 1 is its header."""
-        return 2 if self.kind == ".csv" else 1
+        return 2 if self.kind == CSV else 1
+
+    @property
+    def fields(self) -> dict[str, tuple[str, str]]:
+        """(SQL, SQL type) of the fields of its objects, however deep, by OBJECT.FIELD."""
+        return {name: found for column, kind in self.columns for name, found in _fields(column, quoted(column), kind)}
 
     @property
     def types(self) -> dict[str, str]:
         """The SQL type of each column, those of the folders included."""
-        return {**dict.fromkeys(self.absent, NULL), **dict.fromkeys(self.folders, TEXT), **dict(self.columns)}
+        fields = {name: kind for name, (_, kind) in self.fields.items()}
+        given = {**dict.fromkeys(self.absent, NULL), **dict.fromkeys(self.folders, TEXT)}
+        return {**given, **fields, **dict(self.columns)}
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ValueError if the file lacks one of these columns, or has several of the name."""
         types, wanted = self.types, list(dict.fromkeys(names))
         lacking = [name for name in wanted if name not in types]
         if lacking:
-            divided = "divided at commas, it has" if self.kind == ".csv" else "it has"
+            divided = f"divided at {self.delimiter!r}, it has" if self.kind == CSV else "it has"
             raise ValueError(f"{self.path} lacks the column(s) {', '.join(lacking)}; {divided} {', '.join(types)}")
+        names = [*(name for name, _ in self.columns), *self.fields]
         for name in wanted:
-            if sum(name.lower() == other.lower() for other, _ in self.columns) > 1:
+            if sum(name.lower() == other.lower() for other in names) > 1:
                 raise ValueError(f"{self.path} has several columns {name}, in large or small letters; rename one")
 
     def stored(self, name: str) -> Stored:
@@ -99,11 +127,12 @@ class LogFile:
                 for name, value in self.folders.items()
             )
             further += "".join(f", NULL AS {quoted(name)}" for name in self.absent)
-            yield f"(SELECT *{further} FROM {_table(plain, self.kind, self.columns, skip_invalid)})"
+            further += "".join(f", {value} AS {quoted(name)}" for name, (value, _) in self.fields.items())
+            yield f"(SELECT *{further} FROM {_table(plain, self, skip_invalid)})"
 
     def rejected(self, connection: duckdb.DuckDBPyConnection) -> Counter[str]:
         """How many lines the last reading with `skip_invalid` left out, by what was wrong with them."""
-        if self.kind != ".csv":
+        if self.kind != CSV:
             return Counter()
         counts = connection.execute(
             f"SELECT 'line that is no row: ' || lower(error_type::VARCHAR), count(DISTINCT line) FROM {REJECTED} "
@@ -115,10 +144,16 @@ class LogFile:
 
 def log_paths(source: Path, leave_out: Iterable[Path] = ()) -> list[Path]:
     """Files of data under `source`, by path, less some.  Raises ValueError if there is none."""
-    found = sorted(set(_data_files(source)) - set(leave_out))
+    attributes = set(leave_out)
+    found = sorted(set(_data_files(source)) - attributes)
+    twins = {plain_name(path) for path in found}
+    others = [path for path in data_files(source) if path not in attributes and plain_name(path) not in twins]
+    names = ", ".join(str(path.relative_to(source)) for path in others[:SHOWN]) + ", ..." * (len(others) > SHOWN)
     if not found:
-        formats = ".parquet, .csv, .jsonl or .ndjson file (also .csv.gz, .csv.xz, .csv.zip)"
-        raise ValueError(f"--source {source} holds no {formats}")
+        formats = f"{', '.join(FORMATS)} file, compressed or not ({', '.join(COMPRESSIONS)})"
+        raise ValueError(f"--source {source} holds no {formats}" + f"; it holds {names}" * bool(others))
+    if others:
+        logger.info("%d file(s) of other kinds are not read: %s", len(others), names)
     return found
 
 
@@ -169,8 +204,12 @@ def open_files(
 
 def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scratch: Path) -> LogFile:
     folder = path.relative_to(source).parent if path.is_relative_to(source) else path.parent
-    kind = (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
-    columns = _csv_columns(path) if kind == ".csv" else _described(connection, path, kind, scratch)
+    kind = plain_name(path).suffix.lower()
+    delimiter = DELIMITERS[0]
+    if kind in (CSV, ".tsv"):
+        kind, (delimiter, columns) = CSV, _csv_columns(path)
+    else:
+        columns = _described(connection, path, kind, scratch)
     pairs = [part.split("=", 1) for part in folder.parts if "=" in part]
     have = {name.lower() for name, _ in columns}
     folders = {
@@ -178,7 +217,7 @@ def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scrat
         for name, value in pairs
         if unquote(name).lower() not in have
     }
-    return LogFile(path=path, kind=kind, columns=columns, folders=folders)
+    return LogFile(path=path, kind=kind, columns=columns, delimiter=delimiter, folders=folders)
 
 
 @contextmanager
@@ -192,25 +231,31 @@ def _plain(path: Path, scratch: Path) -> Iterator[Path]:
             plain.unlink()
 
 
-def _table(plain: Path, kind: str, columns: Sequence[tuple[str, str]], skip_invalid: bool = False) -> str:
-    """The SQL table function that reads a file as columns of these names and types."""
+def _table(plain: Path, described: LogFile, skip_invalid: bool) -> str:
+    """The SQL table function that reads a file, or its copy without compression, as columns of its names and types."""
+    kind = described.kind
     skip = (
         {
-            ".csv": f", store_rejects = true, rejects_table = '{REJECTED}', rejects_scan = '{REJECTED}_scans'",
+            CSV: f", store_rejects = true, rejects_table = '{REJECTED}', rejects_scan = '{REJECTED}_scans'",
             ".parquet": "",
         }.get(kind, ", ignore_errors = true")
         if skip_invalid
         else ""
     )
-    file, types = literal(str(plain)), ", ".join(f"{literal(name)}: {literal(each)}" for name, each in columns)
+    file = literal(str(plain))
+    types = ", ".join(f"{literal(name)}: {literal(each)}" for name, each in described.columns)
     if kind == ".parquet":
-        return f"read_parquet({file}, hive_partitioning = false)"
-    if kind == ".csv":
+        return _parquet_table(plain)
+    if kind == CSV:
         return (
-            f"read_csv({file}, header = true, auto_detect = false, delim = ',', quote = '\"', escape = '\"', "
-            f"hive_partitioning = false, columns = {{{types}}}{skip})"
+            f"read_csv({file}, header = true, auto_detect = false, delim = {literal(described.delimiter)}, "
+            f"quote = '\"', escape = '\"', hive_partitioning = false, columns = {{{types}}}{skip})"
         )
     return f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, columns = {{{types}}}{skip})"
+
+
+def _parquet_table(plain: Path) -> str:
+    return f"read_parquet({literal(str(plain))}, hive_partitioning = false)"
 
 
 def _described(
@@ -229,18 +274,40 @@ def _described(
         file = literal(str(plain))
         sql = f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, sample_size = -1)"
         rows = execute(connection, f"DESCRIBE SELECT * FROM {sql}", path)
-        # Objects are neither ids nor numbers, which a message is to say.
-        kinds = [(name, kind if "(" in kind else TEXT + "[]" * kind.endswith("[]")) for name, kind, *_ in rows]
-        return kinds
+        return [(name, _as_text(duckdb.sqltype(kind))) for name, kind, *_ in rows]
+
+
+def _as_text(kind: DuckDBPyType) -> str:
+    """The type that reads every value within lists and objects of a JSON file as text."""
+    if kind.id == "list":
+        [(_, element)] = _children(kind)
+        return _as_text(element) + "[]"
+    if kind.id == "struct":
+        return f"STRUCT({', '.join(f'{quoted(name)} {_as_text(field)}' for name, field in _children(kind))})"
+    return str(kind) if kind.id == "map" else TEXT
+
+
+def _children(kind: DuckDBPyType) -> list[tuple[str, DuckDBPyType]]:
+    """Names and types of what a list or an object holds."""
+    return [(name, cast(DuckDBPyType, child)) for name, child in kind.children]
+
+
+def _fields(name: str, value: str, kind: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(OBJECT.FIELD, (SQL, SQL type)) of a value's fields and theirs, if it is an object."""
+    if not kind.startswith("STRUCT(") or kind.endswith("]"):
+        return
+    for child, field in _children(duckdb.sqltype(kind)):
+        full, sql = f"{name}.{child}", f"struct_extract({value}, {literal(child)})"
+        yield full, (sql, str(field))
+        yield from _fields(full, sql, str(field))
 
 
 def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, plain: Path) -> Sequence[tuple[str, str]]:
     """Names as they are stored (the engine numbers those that are alike) and the engine's types."""
     if not plain.stat().st_size:
         raise ValueError(f"{path} is empty")
-    table = _table(plain, ".parquet", ())
     try:
-        types = connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()
+        types = connection.execute(f"DESCRIBE SELECT * FROM {_parquet_table(plain)}").fetchall()
         names = pq.read_schema(plain).names
     except (duckdb.InvalidInputException, duckdb.IOException, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
@@ -248,20 +315,21 @@ def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, plain: P
     return [(name, kind[1]) for name, kind in zip(names, types, strict=True)]
 
 
-def _csv_columns(path: Path) -> Sequence[tuple[str, str]]:
-    """The names in a CSV file's header; a name in quotes may hold commas."""
-    opener = COMPRESSIONS.get(path.suffix)
+def _csv_columns(path: Path) -> tuple[str, Sequence[tuple[str, str]]]:
+    """What divides a CSV file, and the names in its header; a name in quotes may hold what divides."""
+    with decompressed(path) as stream:
+        text = stream.read(HEADER_BYTES).decode("utf-8-sig", errors="replace")
+    if not text:
+        raise ValueError(f"{path} is empty: a header line was expected")
     try:
-        with opener(path) if opener else path.open("rb") as stream:
-            text = io.TextIOWrapper(cast(io.BufferedReader, stream), encoding="utf-8-sig", errors="replace", newline="")
-            names = next(csv.reader(text, skipinitialspace=True), None)
-    except DAMAGED as error:
-        raise ValueError(f"{path} cannot be decompressed: {error}") from error
+        headers = {
+            delimiter: next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True))
+            for delimiter in DELIMITERS
+        }
     except csv.Error as error:
         raise ValueError(f"{path}: the header is not one of a CSV file: {error}") from error
-    names = [name.strip() for name in names] if names is not None else None
-    if names is None:
-        raise ValueError(f"{path} is empty: a header line was expected")
+    delimiter = max(headers, key=lambda each: len(headers[each]))
+    names = [name.strip() for name in headers[delimiter]]
     if names and names[0].startswith(UTF_16):
         raise ValueError(f"{path} is stored in UTF-16; write it in UTF-8")
     if not any(names):
@@ -269,4 +337,4 @@ def _csv_columns(path: Path) -> Sequence[tuple[str, str]]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: the header names {', '.join(twice)} more than once; rename or remove one")
-    return [(name, TEXT) for name in names]
+    return delimiter, [(name, TEXT) for name in names]

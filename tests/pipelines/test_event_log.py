@@ -129,7 +129,11 @@ LOG = {
             [1_700_000_000_000 + step for step in range(4)],
             "1: t lies after the year 2100: is --time-unit s right?",
         ),
-        ("dwell", ["1.0", "2.0", "long", "4.0"], "3: dwell must hold finite numbers (1 such row(s)); got 'long'"),
+        (
+            "dwell",
+            ["1.0", "2.0", "long", "4.0"],
+            "3: dwell must hold finite numbers, with a point before decimals and nothing between thousands",
+        ),
         ("dwell", [1.0, 2.0, float("inf"), 4.0], "3: dwell must hold finite numbers"),
         ("u", [1, 1, None, 1], "3: u must not be missing"),
         ("i", [1, 1, None, 1], "3: i must not be missing"),
@@ -192,8 +196,8 @@ def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.Cap
     [
         (b"u,i,t,like,like\n1,2,3,1,1\n", "log.csv: the header names like more than once"),
         (
-            b"u;i;t;like\n1;2;3;1\n",
-            "log.csv lacks the column(s) u, i, t, like; divided at commas, it has u;i",
+            b"u:i:t:like\n1:2:3:1\n",
+            "log.csv lacks the column(s) u, i, t, like; divided at ',', it has u:i",
         ),
         (b"u,i,t,like\n1,2,3,1\n\xe9,2,3,1\n", "log.csv, line 3: Invalid unicode"),
         (b"u,i,t,like\n1,2,3,1\n1,2\n", "log.csv, line 3: Expected Number of Columns: 4 Found: 2"),
@@ -219,6 +223,7 @@ def test_a_malformed_csv_file_is_one_clear_error(
         (["--context-columns", "land,land"], "the sample column land is named twice"),
         (["--action-columns", ",".join(f"a{bit}" for bit in range(32))], "at most 31 actions fit into a bit mask"),
         (["--action-columns", "like,like"], "each action must be named once, got like, like"),
+        (["--action-separator", "|"], "the separator '|' divides words: give the action values"),
         (["--item-column", "u"], "user, item and time are the columns u, u, t"),
         (["--time-unit", "min"], "the time unit must be one of s, ms, us, ns, timestamp, or how dates are written"),
         (["--time-unit", "%Q"], "the time unit '%Q' is no pattern of strptime: "),
