@@ -57,7 +57,7 @@ class Blocks:
         self.padding = "zero"
 
     def descriptor(self) -> Any:
-        """What Triton takes."""
+        """The tensor's description in the form that Triton takes."""
         lists = (list(self.shape), list(self.strides), list(self.block_shape))
         if self.layout is None:
             return TensorDescriptor(self.base, *lists)
@@ -134,7 +134,7 @@ def _call(kernel: triton.JITFunction[Any], grid: tuple[int, ...], arguments: Seq
 
 
 def _described(arguments: Sequence[Any]) -> list[Any]:
-    """As Triton takes them."""
+    """The arguments, with descriptors in the place of `Blocks`."""
     return [x.descriptor() if isinstance(x, Blocks) else x for x in arguments]
 
 

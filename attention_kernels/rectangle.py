@@ -17,9 +17,9 @@ class Rectangle:
     place_T: Tensor
     """user * N + index; B * N for positions of users from B on, which lie outside."""
     num_users: int
-    """B."""
+    """B, the number of sequences."""
     longest: int
-    """N."""
+    """N, the length of the longest."""
 
     def pad(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [B, N, ...], zero where a sequence has ended."""

@@ -24,7 +24,7 @@ _MASKS = (
     SemiLocalMask(local=40, global_rows=30, global_columns=5, num_context=2),
 )
 _SIZES = (64, 128, 256)
-"""Of heads, that a call from the command line checks in both types."""
+"""Head sizes that a call from the command line checks, each in both types."""
 _NAMES = ("output", "dq", "dk", "dv", "sum of dq", "sum of dk", "sum of dv")
 # The last is long enough for global rows to be split over keys.
 _LENGTHS = (0, 3, 64, 129, 1100)

@@ -13,10 +13,10 @@ from embeddings.problem import Problem
 from embeddings.search import fits
 
 Options = Sequence[Sequence[Option]]
-"""Of each table."""
+"""The ways to place each table."""
 
 MOST_TIMES = 64
-"""Of ranks or memory that are there, a fix asks for at most so many times as much."""
+"""A fix asks for at most so many times the ranks or the memory that there are."""
 
 
 def nothing_left(problem: Problem) -> str:

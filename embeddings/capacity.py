@@ -62,12 +62,12 @@ class Copies:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """One answer."""
+    """What one cluster would do: one answer to the question which to take."""
 
     node: str
     """Name of the node type."""
     ranks: int
-    """GPUs."""
+    """GPUs of the cluster."""
     copies: int
     """Groups of them that hold all tables."""
     plan: Plan | None
@@ -77,13 +77,13 @@ class Cluster:
     step_ms: float
     """Tables, dense model and the average of copies; infinite if nothing fits."""
     samples_per_s: float
-    """Of all ranks."""
+    """Samples that all ranks train on a second."""
     hours: float
     """For a day's samples; infinite if nothing fits."""
     gpu_hours: float
-    """As many a GPU."""
+    """GPU hours for a day's samples: `hours` times the number of GPUs."""
     price: float | None
-    """Of these; None without a price of the node."""
+    """What these GPU hours cost; None where the node has no price."""
 
     @property
     def keeps_up(self) -> bool:

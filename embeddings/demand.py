@@ -40,17 +40,17 @@ class Demand:
     """What is to be trained."""
 
     tables: tuple[TableConfig, ...]
-    """The tables."""
+    """What is to be placed."""
     load: BatchLoad
     """The lookups of a step, the same a rank on any cluster."""
     placement: PlacementConfig
-    """What may be chosen."""
+    """What the planner may choose."""
     optimizer: SparseOptimizerConfig
-    """Of the tables without one of their own."""
+    """The optimizer of the tables that have none of their own."""
     dense_bytes: int
     """Memory a rank for the dense model."""
     dense_ms: float
-    """Its time a step, as measured; 0 where `dense_tflop` tells it."""
+    """Measured time of the dense model a step; 0 where `dense_tflop` tells it."""
     dense_tflop: float
     """What a rank computes for it a step, in 10^12 operations."""
     dense_mfu: float

@@ -128,12 +128,12 @@ class Codec:
         return input_tensor.contiguous().view(-1).to(self._dtype).view(torch.uint8)
 
     def decode(self, input_grad: Tensor, ctx: None = None) -> Tensor:
-        """And back."""
+        """The inverse of `encode`."""
         return input_grad.view(self._dtype).float()
 
     @property
     def quantized_dtype(self) -> torch.dtype:
-        """Of what `encode` returns."""
+        """Type of what `encode` returns."""
         return torch.uint8
 
     def calc_quantized_size(self, input_len: int, ctx: None = None) -> int:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 BINS = 16
-"""Of rows taken to be alike, between two points."""
+"""Between two points of the curve the rows are put into so many groups, within which all are taken to be alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frequencies:
-    """Of a table's lookups, by a few points of the curve; between two of them it is a power of the number of rows."""
+    """How often rows of a table are looked up: a few points of the curve; between two of them it is a power of the
+    number of rows."""
 
     points: tuple[tuple[float, float], ...]
     """(rows, share): the hottest so many rows get so large a share of all lookups.  Both rise, the last share is 1."""

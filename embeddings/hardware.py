@@ -151,7 +151,7 @@ class NodeType:
     host_gib: float
     """GiB of host memory a node, as a scheduler may hand it out."""
     rates: Rates
-    """Of a rank."""
+    """What a rank on this node reaches."""
     bf16_tflops: float | None = None
     """A GPU's peak in bfloat16; null where nobody said, which will do for what tables take."""
     calibration: str = ""

@@ -9,7 +9,7 @@ WEYL = 0x9E3779B97F4A7C15
 FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 """Its two mixing products."""
 _BLOCK = 2048
-"""Values a program."""
+"""Values that one program computes."""
 
 
 @triton.jit

@@ -113,7 +113,7 @@ class Change:
     waiting: tuple[Tensor, Slots]
     """Slots of waiting keys, and what they hold now."""
     now: int
-    """The map's time."""
+    """The map's time, by which keys grow old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class KeyMap:
     def __init__(self, config: UnboundedConfig, num_slots: int) -> None:
         self._config = config
         self.rows = Slots.empty(num_slots)
-        """Keys that have a row."""
+        """The keys that have a row."""
         self.waiting = Slots.empty(num_slots if config.min_count > 1 else 0)
         """Keys that do not have one yet."""
         self.now = torch.zeros((), dtype=torch.int64)

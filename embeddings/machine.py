@@ -12,13 +12,13 @@ class Machine:
     """The ranks of a job, all alike."""
 
     world_size: int
-    """Ranks."""
+    """Ranks of the job."""
     local_world_size: int
-    """Ranks a node."""
+    """Ranks of a node."""
     racks: int = 1
     """Groups of nodes, each behind a switch of its own, that the nodes are spread over."""
     compute_device: str
-    """Where tables and model live: cuda or cpu."""
+    """Where tables and model are computed: cuda or cpu."""
     hbm_gib: float | None = None
     """GiB of device memory a rank; required for cuda, null for cpu."""
     ddr_gib: float = 128.0

@@ -10,8 +10,8 @@ from embeddings.kinds.registry import KINDS, kind_named
 from embeddings.problem import Problem
 
 MAX_COLUMNS = 1024
-"""Of a block of FBGEMM's kernels on a GPU: up to 2,048 they look up zeros without a word (TorchRec's issue 3673), and
-above that they fail."""
+"""The most columns of a block that FBGEMM's kernels take on a GPU: up to 2,048 they look up zeros without a word
+(TorchRec's issue 3673), and above that they fail."""
 
 Group = tuple[int, str | None, str, str]
 """Width, what ids are summed into, sharding type and kernel: tables that share them share an exchange of ids, a kernel,
@@ -28,13 +28,13 @@ class Option:
     """One way to place one table."""
 
     kind: ShardingKind
-    """How it is cut."""
+    """How the table is cut."""
     kernel: ComputeKernel
-    """Where its rows are."""
+    """Which memory holds its rows."""
     width: int
-    """Of the table."""
+    """Columns of the whole table."""
     pooled: str | None
-    """Likewise."""
+    """How its rows are summed; None if they are not."""
     runs: tuple[tuple[int, ShardCost], ...]
     """(number of blocks, cost of each), block by block.  Of a kind that is everywhere they lie on ranks 0, 1, 2 ...
     in order, of one on a node on its ranks in order, otherwise each goes to a rank of choice."""

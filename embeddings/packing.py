@@ -22,7 +22,7 @@ Choice = tuple[int, ...]
 """For each table, the index of its option."""
 
 Loads = npt.NDArray[np.float64]
-"""Of each rank, one a column: ms a step, bytes of device memory, bytes of host memory."""
+"""[3, ranks] of each rank: ms a step, bytes of device memory, bytes of host memory."""
 
 Rating = tuple[float, float, float, float]
 """Bytes that do not fit, ms of the busiest rank, ms of all ranks, bytes of the fullest rank."""
@@ -98,7 +98,7 @@ class Packer:
         return self._rated(choice, ranks_of, self._loads(choice, ranks_of))
 
     def loads(self, packing: Packing) -> Loads:
-        """What each rank has."""
+        """The time and memory that each rank has been given so far."""
         return self._loads(packing.choice, packing.ranks_of)
 
     def _loads(self, choice: Choice, ranks_of: dict[int, tuple[int, ...]]) -> Loads:

@@ -102,7 +102,7 @@ class NodesSums(TwRwPooledEmbeddingDist):
 
 
 class PartsOfNode(PooledEmbeddingsAllToAll):
-    """In the place of TorchRec's reduce-scatter within a node."""
+    """Takes the place of TorchRec's reduce-scatter within a node."""
 
     def __init__(self, group: Any, width: int, device: torch.device | None) -> None:
         super().__init__(group, [width] * group.size(), device, [partial(_added_up, group.size(), width)])

@@ -21,9 +21,9 @@ class Candidate:
     """One way to place a table, with everything else as in the plan."""
 
     sharding_type: str
-    """How it is cut."""
+    """How the table is cut."""
     kernel: ComputeKernel
-    """Where its rows are."""
+    """Which memory holds its rows."""
     num_blocks: int
     """Blocks that it is cut into; with a sharding type that has one on every rank, the number of ranks."""
     table_ms: float
@@ -37,12 +37,12 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TablePlacement:
-    """Where one table lives."""
+    """Where one table lives, and what it costs there."""
 
     num_embeddings: int
     """Rows of the whole table."""
     embedding_dim: int
-    """Columns."""
+    """Columns of the whole table."""
     dtype: RowType
     """Type of the rows."""
     optimizer: str
@@ -50,7 +50,7 @@ class TablePlacement:
     sharding_type: str
     """How it is cut: a kind of `embeddings/kinds`."""
     kernel: ComputeKernel
-    """Where its rows are."""
+    """Which memory holds its rows."""
     pooled: str | None = None
     """What its rows are summed into, as the table says."""
     ranks: tuple[int, ...] = ()
@@ -95,7 +95,7 @@ class Plan:
     """A placement of every table, and its estimates."""
 
     machine: Machine
-    """What it was made for."""
+    """The machine that the plan was made for."""
     load: BatchLoad
     """The lookups it was made for."""
     reservation: Reservation
@@ -107,9 +107,9 @@ class Plan:
     sent_bytes: int
     """Ids, rows and gradients of sharded tables that a rank sends a step, of the ranks' mean, its own part included."""
     tables: dict[str, TablePlacement]
-    """By table name."""
+    """The placement of each table, by its name."""
     ranks: tuple[RankEstimate, ...]
-    """By rank."""
+    """What each rank gets, in the order of ranks."""
 
     @property
     def available_bytes(self) -> int:

@@ -30,14 +30,14 @@ FEW_IDS = BAG_IDS
 MANY_IDS = {"cuda": (2**18, 2**20), "cpu": (2**13, 2**16)}
 """Two numbers of ids between whose times a rate is told."""
 HOST_IDS = (2**15, 2**17)
-"""Of rows in host memory, so few that a cache has room for all of a step's."""
+"""Two numbers of ids whose rows lie in host memory, so few that a cache has room for all of a step's."""
 ROWS = {"cuda": 4_000_000, "cpu": 200_000}
 HOT_ROWS = 100_000
 """So few that a cache of a fifth of all rows has all of them."""
 HOT_IDS = (2**15, 2**18)
 WIDTH = 128
 WIDTHS = (64, 96, 128, 160)
-"""As many lookup groups."""
+"""Widths of tables, each of which makes a lookup group of its own."""
 EXCHANGED_BYTES = {"cuda": 2**28, "cpu": 2**24}
 COPIED_BYTES = 2**28
 

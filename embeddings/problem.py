@@ -17,7 +17,7 @@ from embeddings.machine import Machine
 
 GIB = 2**30
 SLOT_BYTES = 16
-"""Of a row in a map of unbounded ids: a key, a count and a time."""
+"""Bytes of a row in a map of unbounded ids: a key, a count and a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,13 +129,13 @@ class Problem:
     """Everything that a plan depends on."""
 
     tables: tuple[TableConfig, ...]
-    """What is to be placed."""
+    """The tables to be placed."""
     machine: Machine
-    """Where."""
+    """The ranks that they are placed on."""
     placement: PlacementConfig
     """What may be chosen, and the memory to be left alone."""
     optimizer: SparseOptimizerConfig
-    """Of the tables without one of their own."""
+    """The optimizer of the tables that have none of their own."""
     load: BatchLoad
     """The lookups of a step."""
     reservation: Reservation
@@ -192,7 +192,7 @@ class Problem:
         )
 
     def on(self, machine: Machine) -> "Problem":
-        """The same on another machine, with the same part of its memory reserved."""
+        """The same problem on another machine, with the same part of its memory reserved."""
         reservation = replace(
             self.reservation,
             fraction_bytes=_fraction_bytes(machine, self.reservation.fraction),
@@ -201,7 +201,7 @@ class Problem:
         return replace(self, machine=machine, reservation=reservation)
 
     def with_placement(self, placement: PlacementConfig) -> "Problem":
-        """The same under other settings."""
+        """The same problem under other settings of placement."""
         reservation = reserve(
             self.machine,
             placement,

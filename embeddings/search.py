@@ -24,7 +24,7 @@ REFINED = 2
 """Sets of kinds that are searched finely, the best ones of a coarse search."""
 
 _LARGE_PARTS = (1 / 16, 1 / 4, 0.0)
-"""Of a rank's memory that a block takes: what is more is large, where tables hardly fit."""
+"""Parts of a rank's memory: where tables hardly fit, a block that takes more than one of them counts as large."""
 _FILLED = (1.0, 0.9)
 """Parts of all device memory that tables stay in while some go to host memory: blocks never fill all ranks alike."""
 

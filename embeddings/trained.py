@@ -18,7 +18,7 @@ from embeddings.optimizers import TableOptimizers
 from embeddings.tables import Tables
 
 UNKNOWN_ROW = 0
-"""Of every table: what is missing, too rare, or was never trained on."""
+"""The row of the unknown id, in every table: ids that are missing, too rare, or were never trained on."""
 CHUNK_ROWS = 1 << 26
 """Rows whose marks the ranks join at a time, a byte each; a multiple of 8."""
 

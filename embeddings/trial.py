@@ -26,7 +26,8 @@ OPTIMIZER = SparseOptimizerConfig()
 WARM_STEPS = 8
 """Steps before those that are timed: compilation, a cache that fills."""
 _HEAD_START_CYCLES = 20_000_000
-"""Of the GPU, some 10 ms: in them its host comes through a step, so that the GPU then does not wait for its host."""
+"""Cycles of the GPU, some 10 ms, in which its host launches a whole step, so that the GPU then does not wait for its
+host."""
 
 
 class _Model(nn.Module):

@@ -58,15 +58,15 @@ class Allocation:
     """One allocation of a job."""
 
     job_id: str
-    """Slurm's number."""
+    """Slurm's number of the job."""
     code_dir: Path
-    """Where the code lies, and the batch script."""
+    """The folder of the code and the batch script."""
     job_dir: Path
-    """Where the output goes; its name is the submission's."""
+    """The folder of the output; its name is the submission's."""
     run_dir: Path
     """The run directory."""
     nodes: int
-    """Machines."""
+    """Nodes that the job has."""
     cpus_per_task: int
     """Cores of a node's task; 0: what Slurm gives."""
     max_retries: int
@@ -76,9 +76,9 @@ class Allocation:
     data: tuple[str, ...]
     """Folders that every node reads."""
     procs_per_node: int
-    """Processes of a node."""
+    """Processes on each node."""
     command: tuple[str, ...]
-    """What every node runs."""
+    """The command that every node runs."""
 
     def run(self) -> int:
         """Start the run until it is done or this allocation should end; returns the batch job's exit status."""

@@ -23,11 +23,11 @@ class Attempt:
     submission: str
     """Name of the job's folder: a new submission has a new budget."""
     ended: Ending
-    """How."""
+    """How the start ended."""
     reason: str
-    """One line."""
+    """Why, in one line."""
     step: int
-    """Of the newest complete checkpoint afterwards; 0: there is none."""
+    """Step of the newest complete checkpoint afterwards; 0 if there is none."""
     progress: bool
     """Whether that is newer than before."""
     time: float

@@ -47,7 +47,7 @@ class Fault:
     rank: int | None
     """None: a node's own words."""
     words: str
-    """One line."""
+    """The line itself."""
 
     @property
     def order(self) -> tuple[bool, bool, float]:

@@ -20,7 +20,8 @@ from launch.processes import Place, run_processes
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 
 DEFAULT_PORT = 29500
-"""Where the job's processes meet, unless MASTER_PORT says otherwise: free in a container, which has its own ports."""
+"""The port at which the job's processes meet, unless MASTER_PORT says otherwise: free in a container, which has its
+own."""
 
 NODE_STATUS = {0: 0, STOPPED: STOPPED, WRONG_USE: 4, FAILED: 5}
 """The trainer's exit status -> the node's.  srun answers with the highest of all nodes, and a node that fails has the

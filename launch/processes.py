@@ -26,15 +26,15 @@ class Place:
     """Where this node stands in the job."""
 
     nodes: int
-    """Machines."""
+    """Nodes of the job."""
     procs_per_node: int
-    """Processes a machine."""
+    """Processes on each node."""
     node_rank: int
     """This machine's number, from 0."""
     first_host: str
     """Name of the first node, where its first process keeps the job's store."""
     port: int
-    """At which it does."""
+    """The port of that node at which all processes meet."""
 
     def rank(self, local_rank: int) -> int:
         """The number in the job of a process of this node."""

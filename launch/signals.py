@@ -24,7 +24,7 @@ def hold() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """The same for the duration of the block only."""
+    """As `hold`, for the duration of the block only."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _held())
     try:
         yield

@@ -47,7 +47,7 @@ class Connection:
     def dry_run_of_sweep(
         self, requests: Sequence[Request], base: Request, options: dict[str, CfgVal]
     ) -> AppDryRunInfo[Any]:
-        """The same of many runs; of a scheduler without arrays, of the first."""
+        """As `dry_run`, of many runs; for a scheduler without job arrays, the first of them."""
         if not self.scheduler.has_arrays:
             return self.dry_run(requests[0], options)
         options = options | {"job_dir": str(self.scheduler.job_dir(base, "DRY-RUN"))}

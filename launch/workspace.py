@@ -12,7 +12,7 @@ import fsspec
 from torchx.workspace.api import walk_workspace
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout."""
+"""The folder of this checkout."""
 
 LIMIT_MIB = 64
 

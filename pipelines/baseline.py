@@ -111,7 +111,7 @@ class Rates:
         self.count = np.zeros((num_ids, 1))
 
     def add(self, ids: IntArray, labels: FloatArray) -> None:
-        """Count observations."""
+        """Count further observations."""
         # In time that grows with the observations alone: units are small, and items may be millions.
         np.add.at(self.count[:, 0], ids, 1)
         np.add.at(self.positive, ids, labels)
@@ -128,10 +128,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class UserRates:
-    """Counts of some users."""
+    """How often some users were seen, and what they did."""
 
     ids: IntArray
-    """Distinct, in order."""
+    """The users' ids, ascending, each once."""
     rates: Rates
 
 

@@ -80,7 +80,7 @@ class Inputs:
         return self._host_array("ids")[first : first + count]
 
     def ids(self, name: str) -> Tensor:
-        """The same on the batch's device."""
+        """[its ids] int64 of one feature of ids, on the batch's device."""
         first, count = self._lookup(name)
         return self._all_ids[first : first + count]
 
@@ -99,27 +99,27 @@ class Inputs:
 
     @cached_property
     def user_id(self) -> Tensor:
-        """[B] int64."""
+        """[B] int64 the users' ids."""
         return self._array("user_id")
 
     @cached_property
     def history_lens(self) -> Tensor:
-        """[B] int64."""
+        """[B] int64 events of each history."""
         return self._array("history_lens")
 
     @cached_property
     def num_candidates(self) -> Tensor:
-        """[B] int64."""
+        """[B] int64 candidates of each sample."""
         return self._array("num_candidates")
 
     @cached_property
     def history_lens_host(self) -> Tensor:
-        """[B] int64."""
+        """[B] int64 events of each history, in host memory."""
         return self._host_array("history_lens")
 
     @cached_property
     def num_candidates_host(self) -> Tensor:
-        """[B] int64."""
+        """[B] int64 candidates of each sample, in host memory."""
         return self._host_array("num_candidates")
 
     @cached_property
@@ -129,7 +129,7 @@ class Inputs:
 
     @cached_property
     def action_host(self) -> Tensor:
-        """[H] int32."""
+        """[H] int32, as `action`, in host memory."""
         return self._host_array("action")
 
     @cached_property
@@ -176,7 +176,7 @@ class Labels:
 
     @cached_property
     def action(self) -> Tensor:
-        """[C] int32 bit masks."""
+        """[C] int32 actions of each candidate, bit i set if action i was taken."""
         return unpack(self._memory, self._contents.places["candidate_action"])
 
     @cached_property

@@ -15,7 +15,7 @@ Selection = slice | IntArray
 
 @dataclass(frozen=True, slots=True)
 class Bags:
-    """Any number of ids a row, packed."""
+    """A column of any number of ids a row, packed one row after another."""
 
     values: AnyArray
     """All rows' ids, one row after another."""
@@ -60,7 +60,7 @@ def join_values(parts: Sequence[Values]) -> Values:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListColumn:
-    """A list a row, packed."""
+    """A column of lists, packed one row after another."""
 
     values: Values
     """All rows' values, one row after another."""
@@ -80,7 +80,7 @@ class ListColumn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """Some rows of a split."""
+    """Some rows of a split, as flat arrays."""
 
     scalars: Mapping[str, Values]
     """user_id and the columns of samples, [rows]."""

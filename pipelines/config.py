@@ -53,7 +53,7 @@ class SyntheticConfig:
     lengths: Literal["lognormal", "zipf", "constant"] = "lognormal"
     """Distribution of history lengths, always within [min_len, max_len]."""
     min_len: int = 16
-    """Shortest history."""
+    """The shortest history."""
     max_len: int = 4096
     """Longest history; every history has this length if lengths is constant."""
     num_candidates: int = 8

@@ -30,7 +30,7 @@ class Counts:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All of them."""
+        """Names of all columns of counts."""
         return (self.seen, *self.taken)
 
 

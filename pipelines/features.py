@@ -72,7 +72,7 @@ class Space:
     keys: str | None = None
     """Parquet file within the data set: the key behind each id, in order of ids."""
     digest: str | None = None
-    """Of the keys in order of ids: two data sets with one digest mean the same by an id."""
+    """Digest of the keys in the order of ids: two data sets with the same one mean the same by an id."""
     hash: str | None = None
     """The function from keys to ids, in place of a file of keys."""
     unbounded: bool = False
@@ -89,11 +89,11 @@ class Column:
     part: Part
     """What the values belong to."""
     kind: Kind
-    """What a value is."""
+    """What its values are: ids, numbers or bits."""
     space: str | None = None
     """The ids' space; None for numbers."""
     statistics: NumberStatistics | None = None
-    """Of numbers, where the preparation counted them."""
+    """Statistics of a column of numbers, where the preparation counted them."""
 
     @property
     def stored(self) -> str:
@@ -106,7 +106,7 @@ class SplitInfo:
     """Sizes of one split."""
 
     samples: int
-    """Rows."""
+    """Samples, which are rows of its files."""
     history_events: int
     """Events in all histories."""
     candidates: int

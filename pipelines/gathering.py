@@ -99,7 +99,7 @@ def action_type(num_actions: int) -> DTypeLike:
 
 
 def array_file(folder: Path, name: str) -> Path:
-    """Where an array lies."""
+    """The path of an array's file."""
     return folder / f"{name}.bin"
 
 
@@ -137,7 +137,7 @@ class Histories:
         return lens
 
     def places(self) -> Iterator[IntArray]:
-        """Of each sample, the places of its history's events, oldest first."""
+        """The places in the log of the events of each sample's history, oldest first."""
         for sample in range(self.begin.shape[1]):
             bounds = zip(self.pools, self.begin[:, sample], self.end[:, sample], strict=True)
             # Runs one after another, so that the sort merges them.

@@ -12,7 +12,7 @@ class NumberStatistics:
     count: int
     """Values that are not missing."""
     missing: int
-    """Values that are."""
+    """How many values are missing."""
     mean: float
     """Mean of the known values."""
     std: float

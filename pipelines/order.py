@@ -44,7 +44,7 @@ class References:
         return len(self.unit)
 
     def select(self, index: IntArray | slice) -> "References":
-        """Some of the samples."""
+        """Some of the samples, by their index."""
         return References(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
@@ -58,7 +58,7 @@ class _Epoch:
     """The arrangement of one pass."""
 
     units: IntArray
-    """Units in order."""
+    """The units in the order in which they are read."""
     window_units: IntArray
     """[windows + 1] where each window begins among `units`."""
     window_rows: IntArray

@@ -27,10 +27,10 @@ class StepOptimizer(Protocol):
     """What a pipeline needs of an optimizer."""
 
     def zero_grad(self) -> None:
-        """Before forward."""
+        """Called before the forward pass."""
 
     def step(self) -> None:
-        """After backward."""
+        """Called after the backward pass."""
 
 
 def check_overlap(overlap: Overlap, device: torch.device) -> None:

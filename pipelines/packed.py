@@ -46,9 +46,9 @@ class Place(NamedTuple):
     """Where an array lies in the memory of its batch."""
 
     start: int
-    """First byte."""
+    """Its first byte."""
     end: int
-    """Byte after the last."""
+    """The byte after its last."""
     dtype: torch.dtype
     """Type of the values."""
 
@@ -58,9 +58,9 @@ class Contents:
     """What is known of one rank's share of a global batch besides its arrays."""
 
     size_bytes: int
-    """Memory of the arrays."""
+    """Memory of all arrays together."""
     places: Mapping[str, Place]
-    """Each array's place."""
+    """The place of each array, by its name."""
     lookups: tuple[str, ...]
     """The features of ids, in the order of `ids`."""
     position: DataPosition
@@ -82,7 +82,7 @@ class Packed:
     memory: Tensor
     """[bytes] uint8."""
     contents: tuple[Contents, ...]
-    """One entry a batch."""
+    """What each batch holds."""
 
     def split(self) -> Iterator[tuple[Tensor, Contents]]:
         """Each batch's part of the memory, not copied, and what it holds."""

@@ -13,7 +13,7 @@ class SourcePosition:
     """Progress in one source: a part of the data set, or a data set of a mix."""
 
     epoch: int = 0
-    """Complete passes."""
+    """Complete passes over the data."""
     sample: int = 0
     """Samples of the current pass that were consumed."""
 
@@ -38,7 +38,7 @@ class DataPosition:
     load_sum: float = 0.0
     """Cost under the plain rule summed over the samples since the budget was last set."""
     load_samples: int = 0
-    """Samples in that sum."""
+    """Samples that the sum of loads is of."""
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form that `position_from_dict` reads back."""

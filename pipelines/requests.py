@@ -29,7 +29,7 @@ from pipelines.selection import ITEM_PREFIX, Feature, Selection, stored_columns
 from pipelines.validate import check_samples
 
 Request = Mapping[str, Mapping[str, Any]]
-"""Columns by part."""
+"""A request: the parts of a sample by name, each with its columns by name."""
 PARTS: tuple[Part, ...] = ("sample", "event", "candidate")
 """Parts of a request."""
 ACTION, TIMESTAMP, _ = TAKEN
@@ -71,7 +71,7 @@ class InputBuilder:
         return self.batch(requests).inputs
 
     def batch(self, requests: Sequence[Request]) -> Batch:
-        """The same as a batch, whose labels say nothing."""
+        """The request as a batch; its labels say nothing."""
         if not requests:
             raise ValueError("there is no request: give at least one")
         for number, request in enumerate(requests):

@@ -22,11 +22,11 @@ class Feature:
     parts: tuple[Part, ...]
     """("event",), ("candidate",), ("event", "candidate") or ("sample",)."""
     kind: Kind
-    """What a value is."""
+    """What its values are."""
     space: str | None
     """The ids' space; None for numbers."""
     statistics: NumberStatistics | None = None
-    """Of numbers, where the data set has them."""
+    """Statistics of numbers, where the data set has them."""
 
     @property
     def of_item(self) -> bool:
@@ -56,7 +56,7 @@ class Selection:
     """The inputs and labels that a run reads."""
 
     features: tuple[Feature, ...] = ()
-    """Inputs, each once."""
+    """The columns that a model reads, each once."""
     labels: tuple[Column, ...] = ()
     """Label columns besides the action bits, which are always read."""
     counts: tuple[Counts, ...] = ()

@@ -145,7 +145,7 @@ class SyntheticSource:
 
 
 def num_samples(config: SyntheticConfig, split: Split) -> int:
-    """Samples of a split."""
+    """How many samples a split has."""
     return config.num_users if split == "train" else max(config.num_users // 10, 1)
 
 

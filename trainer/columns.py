@@ -37,7 +37,7 @@ def ranker_columns(config: TrainConfig, info: DatasetInfo) -> Selection:
 
 
 def item_columns(info: DatasetInfo) -> Selection:
-    """Item ids alone."""
+    """A selection of the item ids alone."""
     return select(info, event=(ITEM_ID,), candidate=(ITEM_ID,), context=())
 
 
@@ -115,7 +115,7 @@ def _summed_into(space: str, names: Sequence[str], selection: Selection, config:
 
 
 def pooled_spaces(tables: tuple[TableConfig, ...]) -> frozenset[str]:
-    """Those whose tables give sums."""
+    """The spaces whose tables give sums of rows."""
     return frozenset(table.name for table in tables if table.pooled is not None)
 
 

@@ -20,7 +20,7 @@ class DenseOptimizerConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
-    """L2 penalty."""
+    """L2 penalty on the dense parameters."""
     max_gradient_norm: float | None = 1.0
     """Dense gradients are scaled down to this global norm; null switches clipping off."""
 
@@ -145,9 +145,9 @@ class TableSettings:
     optimizer: SparseOptimizerConfig | None = None
     """An optimizer of its own; null for the run's `sparse_optimizer`."""
     initial_bound: float | None = None
-    """Its initial values are uniform within plus and minus this; null for 1 / sqrt(embedding_dim)."""
+    """Initial values are uniform between minus and plus this; null for 1 / sqrt(embedding_dim)."""
     unbounded: UnboundedConfig | None = None
-    """Of a space of unbounded ids: which keys have its rows; null for `UnboundedConfig`'s own values."""
+    """Which keys have rows, for a space of unbounded ids; null for `UnboundedConfig`'s own values."""
 
     def __post_init__(self) -> None:
         if self.embedding_dim is not None:
@@ -212,13 +212,13 @@ class TrainConfig:
     """Parts that stay as they begin, with their optimizers' state: patterns of names in checkpoints, as tables/item or
     dense/tower.*."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Checkpoints."""
+    """When checkpoints are saved, and which stay."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluations during training."""
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     """Batches that spoil the model."""
     watch: WatchConfig = field(default_factory=WatchConfig)
-    """Hung ranks."""
+    """When a rank counts as hung."""
     max_steps: int | None = None
     """Optimizer steps after which training ends; null trains on all of `data.num_epochs`."""
     log_every: int = 10

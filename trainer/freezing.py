@@ -39,7 +39,7 @@ def replicated_parameters(model: Model) -> list[nn.Parameter]:
 
 
 def announce_frozen(model: Model) -> None:
-    """Log what is frozen."""
+    """Log which parts are frozen."""
     tables = [config.name for config in model.tables.configs if config.frozen]
     dense = [parameter for parameter in model.tower.parameters() if not parameter.requires_grad]
     if tables or dense:

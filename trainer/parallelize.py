@@ -45,13 +45,14 @@ class ParallelModel:
     module: DistributedModelParallel
     """The tables sharded, the dense model replicated."""
     model: Model
-    """The same without what trains it: its tables are sharded, its dense parameters are those of `module`."""
+    """The model inside `module`, by which it is called without training: sharded tables, and the dense parameters of
+    `module`."""
     optimizers: Optimizers
-    """Dense and sparse."""
+    """The optimizers of the dense parameters and of the tables."""
     unbounded: UnboundedTables
     """Makes rows of unbounded ids."""
     caches: Caches
-    """Of rows in host memory."""
+    """The device's caches of rows that lie in host memory."""
     autocast: functools.partial[Any]
     """Makes the context in which forward runs."""
 
@@ -84,7 +85,7 @@ class ParallelModel:
 
     @property
     def dense(self) -> nn.Module:
-        """The dense model."""
+        """The dense model, replicated."""
         return self.model.tower
 
     def tensors(self) -> Tensors:

@@ -37,7 +37,7 @@ class Consumed:
     """What the loop must know of a batch once its step is done; host numbers only."""
 
     position: DataPosition
-    """Where the data goes on after this batch."""
+    """The place in the data behind this batch."""
     samples: int
     """Samples of the global batch."""
     history_lens: IntArray
@@ -173,8 +173,8 @@ class Recorder:
     def _over_ranks(
         self, counts: list[float], progress: Progress, running: Tensor | None = None
     ) -> tuple[list[float], list[float], list[float]]:
-        """Of the interval: means of losses and of gradients' norms, each a step taken, and sums of `counts` and then of
-        the `running` numbers."""
+        """Sum the interval over ranks: means of losses and of gradients' norms, one a step taken, and sums of `counts`
+        and then of the `running` numbers."""
         interval = self._interval
         values = (
             torch.stack([value for outcome in interval.outcomes for value in outcome]) if interval.outcomes else None

@@ -73,7 +73,7 @@ class _Sized:
         self.rows, self.gradients = rows.take(shapes, dtypes), gradients.take(shapes, dtypes)
         self.loss = torch.zeros((), device=self.rows[0].device)
         self.recording: Recording | None = None
-        """Of their step; None if they are launched."""
+        """The recording of its step; None if it is launched."""
 
 
 class RecordedObjective(nn.Module):
@@ -104,12 +104,12 @@ class RecordedObjective(nn.Module):
 
     @property
     def tower(self) -> nn.Module:
-        """Of the objective."""
+        """The tower of the objective."""
         return self.objective.tower
 
     @property
     def loss(self) -> nn.Module:
-        """Of the objective."""
+        """The loss module of the objective."""
         return self.objective.loss
 
     def forward(self, looked_up: list[Rows], batch: Any) -> Tensor:

@@ -28,9 +28,9 @@ from trainer.tasks.task import Task
 PIPELINED_BATCHES = 3
 """On a device at once: one whose step is taken, one whose ids are exchanged, one that is copied there."""
 EVENT_BYTES = 12
-"""Of an event besides its ids: time and actions."""
+"""Bytes of an event besides its ids: its time and its actions."""
 INPUTS = "model.input"
-"""Under which the names of a model's columns stand among the digests of vocabularies; no space has a dot."""
+"""The key of the names of a model's columns among the digests of vocabularies; no space has a dot in its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Resolved:
     task: Task
     """What the model is trained for."""
     tables: tuple[TableConfig, ...]
-    """The task's tables."""
+    """The tables that the task's model looks up in."""
     num_context: int
     """Context tokens of a sample."""
     tokens_an_event: int
@@ -57,7 +57,7 @@ class Resolved:
     """FLOPs of a training step by sample, from history lengths and numbers of candidates and, by keyword,
     `channel_history_lens`, without which every channel counts as if it saw all events."""
     balanced_cost: functools.partial[Count]
-    """The same with `data.attention_cost`: how much time a sample takes, by which batches are balanced."""
+    """How much time a sample takes, by which batches are balanced: `training_flops` with `data.attention_cost`."""
 
     def meanings(self) -> dict[str, str]:
         """What the model takes for granted of the data: digests of the ids' keys, actions and columns, which it knows

@@ -39,7 +39,7 @@ class Scorer:
     resolved: Resolved
     """The run's configuration and data."""
     mesh: Mesh
-    """Where it computes."""
+    """The process and its device, as a job of one rank."""
     model: ParallelModel
     """`model.score(inputs, trained)` gives a ranker's outputs of all labels."""
     trained: TrainedRows
@@ -51,7 +51,7 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The device that the model computes on."""
         return self.mesh.device
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ class Target:
     """What an evaluation must find."""
 
     metric: str
-    """Its name in eval.jsonl."""
+    """The metric's name in eval.jsonl."""
     bound: float
     """The value that it must reach."""
     rises: bool

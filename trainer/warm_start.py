@@ -46,9 +46,9 @@ class _Taken:
     """What was found for a tensor."""
 
     source: str
-    """Its name in the other run."""
+    """The name of the part in the other run."""
     rows: tuple[int, int] | None
-    """Of a table: (rows that were found, rows that there are)."""
+    """For a table: (rows that were found, rows that there are); None for other parts."""
 
 
 class WarmStart:

@@ -16,11 +16,11 @@ class Bounds(NamedTuple):
     """Where the parts of a sequence end, from its first token on, and its window."""
 
     n: tl.tensor
-    """Length."""
+    """Length of the sequence."""
     u: tl.tensor
-    """End of the history."""
+    """Where its history ends."""
     c: tl.tensor
-    """End of the context."""
+    """Where its context ends."""
     g: tl.tensor
     """First unrestricted history row."""
     s: tl.tensor
@@ -37,7 +37,7 @@ class Item(NamedTuple):
     start: tl.tensor
     """First position of the sequence among keys and values."""
     row_start: tl.tensor
-    """Likewise among rows: row i of the sequence lies at row_start + i.  Differs where only targets are rows."""
+    """As `start`, among rows: row i of the sequence lies at row_start + i.  It differs where only targets are rows."""
     bounds: Bounds
     first: tl.tensor
     last: tl.tensor

@@ -16,7 +16,7 @@ from attention_kernels.launcher import launch
 from attention_kernels.rows import multiprocessors, warp_blocks
 
 _MOST = 3
-"""Tensors of a launch."""
+"""The most tensors that one launch fills."""
 
 
 def zero(tensors: Sequence[tuple[Tensor, Tensor]], *, on_host: bool = False) -> None:

@@ -20,7 +20,7 @@ from attention_kernels.rows import cdiv, pad_size, row_blocks, serial_blocks
 
 _BACKWARD_WARPS = 12
 _BACKWARD_REGISTERS = 168
-"""Of a thread: the compiler would take 224, and then 9 warps fit a multiprocessor; with 168 it is 12."""
+"""Registers of a thread: the compiler would take 224, with which 9 warps fit a multiprocessor; with 168 it is 12."""
 
 
 @triton.jit

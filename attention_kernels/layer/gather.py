@@ -26,7 +26,7 @@ from attention_kernels.rows import cdiv, power_of_two, row_blocks
 
 MAX_GATHERS = 5
 _PART_LEN = 512
-"""Tokens of a part."""
+"""Tokens that one program adds up."""
 _PART_COLUMNS = 128
 _PART_ROWS = 32
 """Tokens (or parts) that a program reads at once."""
@@ -34,7 +34,7 @@ _PART_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gather:
-    """One summand."""
+    """One summand of a token: rows of a table, and which of them each token takes."""
 
     source: Tensor
     """[N, D], any float type."""

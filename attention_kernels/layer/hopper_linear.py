@@ -32,11 +32,11 @@ from attention_kernels.layer.linear_kernel import Epilogue
 from attention_kernels.rows import cdiv, multiprocessors
 
 _ROWS = 128
-"""Of a group."""
+"""Rows of the result that one group computes."""
 _COLUMNS = gl.constexpr(128)
-"""Of a tile."""
+"""Columns of a tile of the result."""
 _STEP_BYTES = 128
-"""Of a row of the left operand in a step."""
+"""Bytes of a row of the left operand that one step multiplies."""
 
 
 @gluon.jit

@@ -190,7 +190,7 @@ class Epilogue:
     bias: Tensor | None = None
     residual: Tensor | None = None
     row_scale: Tensor | None = None
-    """Of FP8 operands, with `column_scale`; B is [N, K] then, as FP8 tensor cores read it."""
+    """Scales of the rows of A, of FP8 operands, with `column_scale`; B is [N, K] then, as FP8 tensor cores read it."""
     column_scale: Tensor | None = None
 
     def arguments(self, out: Tensor, blocks: Callable[[Tensor], Blocks]) -> tuple[Any, ...]:

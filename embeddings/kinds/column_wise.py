@@ -8,9 +8,9 @@ from embeddings.kinds.table_wise import gathered_cost
 from embeddings.machine import Machine
 
 MIN_COLUMNS = 32
-"""Of a block.  Narrower ones would leave most of a warp idle."""
+"""The fewest columns of a block.  With fewer most of a warp would be idle."""
 MAX_BLOCKS = 8
-"""Blocks of a table."""
+"""The most blocks that a table is cut into."""
 
 
 class ColumnWise(ShardingKind):
@@ -56,7 +56,7 @@ class ColumnWise(ShardingKind):
         )
 
     def cost(self, work: Work, block: Blocks) -> ShardCost:
-        """As of a table of so many columns on one rank."""
+        """The cost of a table of so many columns on one rank."""
         return gathered_cost(work, block)
 
     def sent_bytes(self, work: Work, num_blocks: int) -> float:

@@ -13,12 +13,12 @@ from embeddings.config import CACHED_PART, ComputeKernel, ExchangeConfig, TableC
 from embeddings.machine import Machine
 
 ID_BYTES = 8
-"""Of an id on its way to the rank that holds its row."""
+"""Bytes of an id on its way to the rank that holds its row."""
 FLOAT_BYTES = 4
-"""Of a value of a looked-up row and of its gradient, whatever the type of the table's rows."""
+"""Bytes of a value of a looked-up row and of its gradient, whatever the type of the table's rows."""
 _BACKWARD_OVER_FORWARD = 2.0
 _SORTED_BYTES = 52
-"""Of an id while a GPU's update sorts the ids of a step, as measured (`benchmarks/placements.py`)."""
+"""Bytes of an id while a GPU's update sorts the ids of a step, as measured (`benchmarks/placements.py`)."""
 _CACHED_ROW_BYTES = 8
 """Bookkeeping of each row of a cached table, in the cache or not, as measured."""
 _GB_PER_S_IN_BYTES_PER_MS = 1e6
@@ -29,11 +29,11 @@ class Shard:
     """A rectangle of a table on one rank."""
 
     rank: int
-    """Where it lives."""
+    """The rank that holds it."""
     rows: range
     """Global rows; empty where a table has fewer rows than there are ranks."""
     columns: range
-    """Columns."""
+    """Columns of the whole table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class Blocks:
     """Some blocks of a table that are alike."""
 
     count: int
-    """How many."""
+    """How many of such blocks there are."""
     num_rows: int
-    """Rows of each."""
+    """Rows of each block."""
     num_columns: int
-    """Columns of each."""
+    """Columns of each block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ class ShardCost:
 
     @property
     def memory_bytes(self) -> int:
-        """Device memory."""
+        """Device memory of the block with its buffers."""
         return self.weight_bytes + self.optimizer_bytes + self.io_bytes
 
 
@@ -75,21 +75,22 @@ class Work:
     """The lookups of one table in a step, and where they happen."""
 
     table: TableConfig
-    """The table."""
+    """The table whose rows are looked up."""
     optimizer: str
     """Kind of its optimizer."""
     kernel: ComputeKernel
-    """Where its rows are."""
+    """Which memory holds its rows, in the words of TorchRec's kernels."""
     machine: Machine
-    """Whose ranks do it."""
+    """The machine whose ranks do the work."""
     ids: float
     """Ids that one rank's samples look up."""
     exchanged_ids: float
-    """As many of them as it sends: the distinct ones, or all."""
+    """Ids that it sends to other ranks: the distinct ones, or all."""
     exchange: ExchangeConfig
     """How their rows travel."""
     bags: float | None = None
-    """Of a pooled table: the bags that they are summed in, whose sums travel in the rows' place."""
+    """Bags that the rows of a pooled table are summed in, whose sums travel in the rows' place; None of other
+    tables."""
     cached_part: float = CACHED_PART
     """Part of its rows that the device caches, where the kernel has a cache."""
     hit_rate: float = CACHED_PART
@@ -120,7 +121,8 @@ class Work:
 
     @property
     def id_ms(self) -> float:
-        """Of an id besides its row: sorting it for the update and, where there is a cache, asking for it."""
+        """Time of an id besides that of its row: to sort it for the update and, where there is a cache, to ask for
+        it."""
         rates = self.machine.effective_rates
         return (rates.id_ns + (rates.cache_id_ns if self.kernel == "fused_uvm_caching" else 0.0)) * 1e-6
 
@@ -138,9 +140,9 @@ class ShardingKind(ABC):
     """
 
     name: str
-    """As settings, plans and, but for `replicated`, TorchRec spell it."""
+    """The name in settings and plans; TorchRec's, but for `replicated`."""
     in_words: str
-    """For reports."""
+    """The name in reports."""
     everywhere: bool
     """Whether block i always lies on rank i, so that there is nothing to choose."""
     on_a_node: bool = False

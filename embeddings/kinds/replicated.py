@@ -10,7 +10,7 @@ from embeddings.machine import Machine
 _ELEMENTWISE_PASSES = 9.22
 """Passes of an optimizer and its helpers over a dense table, as TorchRec measured."""
 _GRADIENTS = 2
-"""Of all rows: that of the backward pass, and its copy in DDP's bucket."""
+"""Copies of the gradients of all rows: that of the backward pass, and that in DDP's bucket."""
 
 
 class Replicated(ShardingKind):

@@ -33,7 +33,7 @@ class RowWise(ShardingKind):
     everywhere = True
 
     def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
-        """As many blocks as there are ranks."""
+        """One way: as many blocks as there are ranks."""
         return [equal_blocks(table, machine.world_size)]
 
     def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
@@ -60,7 +60,7 @@ class RowWise(ShardingKind):
         return stored(work, block, io_bytes, ms + copied_ms + written_out_ms(work, columns))
 
     def sent_bytes(self, work: Work, num_blocks: int) -> float:
-        """Of a pooled table every rank sends a part of each bag's sum, and gets its gradient."""
+        """Bytes that a rank sends a step; for a pooled table, a part of each bag's sum, whose gradient comes back."""
         parts = 1 if work.bags is None else work.machine.world_size
         return work.exchanged_ids * ID_BYTES + parts * work.vectors * work.exchanged_row_bytes
 

@@ -26,7 +26,7 @@ class TableRowWise(RowWise):
         return None
 
     def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
-        """As many blocks as a node has ranks."""
+        """One way: as many blocks as a node has ranks."""
         return [equal_blocks(table, machine.local_world_size)]
 
     def cost(self, work: Work, block: Blocks) -> ShardCost:

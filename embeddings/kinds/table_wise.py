@@ -29,7 +29,7 @@ class TableWise(ShardingKind):
     everywhere = False
 
     def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
-        """One block."""
+        """One way: the whole table."""
         return [(Blocks(1, table.num_embeddings, table.embedding_dim),)]
 
     def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:

@@ -29,7 +29,7 @@ class CodeInImage(DockerWorkspaceMixin):
     """Adds the code to the image by the Docker engine of the machine that submits."""
 
     def build_workspace_and_update_role(self, role: Role, workspace: str, cfg: Mapping[str, CfgVal]) -> None:
-        """TorchX's."""
+        """TorchX's own step, with one clear error where the Docker engine does not answer."""
         with docker_answers():
             super().build_workspace_and_update_role(role, workspace, cfg)
 

@@ -49,17 +49,17 @@ class Docker(CodeInImage, DockerScheduler):
             return str(super().schedule(dryrun_info))
 
     def record_of(self, app_id: str) -> JobRecord | None:
-        """Nothing leads to it."""
+        """None: nothing leads from a container to the record of another checkout."""
         return None
 
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
-        """From the containers."""
+        """What is known of a job, from its containers."""
         with docker_answers():
             described = self.describe(app_id)
         return None if described is None else JobStatus(state=described.state)
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
-        """The container's log."""
+        """The log of the node's container."""
         with docker_answers():
             try:
                 yield from self.log_iter(app_id, ROLE, node)
@@ -67,7 +67,7 @@ class Docker(CodeInImage, DockerScheduler):
                 raise ValueError(str(error)) from None
 
     def cancel_job(self, app_id: str, record: JobRecord | None) -> None:
-        """Stop the containers."""
+        """Stop the job's containers."""
         with docker_answers():
             self.cancel(app_id)
 

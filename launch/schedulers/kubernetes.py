@@ -39,7 +39,7 @@ PHASES = {
     "Terminated": AppState.CANCELLED,
     "Failed": AppState.FAILED,
 }
-"""Volcano's."""
+"""Volcano's phases of a job in TorchX's terms."""
 
 
 class KubernetesError(ConnectionError):
@@ -48,12 +48,12 @@ class KubernetesError(ConnectionError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KubernetesRequest:
-    """One object to create."""
+    """One object for the cluster to create."""
 
     kind: str
-    """A key of APIS."""
+    """Which kind of object: a key of APIS."""
     resource: dict[str, Any]
-    """The object."""
+    """The object as it is sent."""
     images: dict[str, tuple[str, str]]
     """Images to push first, as TorchX's workspace names them."""
 
@@ -72,7 +72,8 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
         super().__init__("kubernetes", session_name)
 
     def check(self, request: Request) -> dict[str, CfgVal]:
-        """Those of OPTIONS, an image, and a run directory that outlives the pods."""
+        """The request's options, which OPTIONS lists; an image and a run directory that outlives the pods must be
+        given."""
         options = options_from(request, parse=_option)
         cluster_of(options)
         check_container(request)
@@ -105,7 +106,7 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
         return f"{namespace}:{request.kind}:{created['metadata']['name']}"
 
     def record_of(self, app_id: str) -> JobRecord | None:
-        """Nothing leads to it."""
+        """None: nothing leads from an object of the cluster to the record of another checkout."""
         return None
 
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
@@ -126,7 +127,7 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
         return JobStatus(state=state, reason="; ".join([*filter(None, [reason]), *waiting[:1]]), nodes=" ".join(nodes))
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
-        """The pod's log."""
+        """The log of the node's pod."""
         namespace, kind, name = _parts(app_id)
         with _api() as client:
             core = client.CoreV1Api()
@@ -145,7 +146,7 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
             client.CustomObjectsApi().delete_namespaced_custom_object(group, version, namespace, plural, name)
 
     def jobs(self) -> Sequence[ListedJob]:
-        """Those submitted from this checkout that the cluster still has."""
+        """The jobs submitted from this checkout that the cluster still has."""
         found = []
         for record in records.load():
             if record.handle.startswith("kubernetes://"):
@@ -185,7 +186,7 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
         return None if found is None else DescribeAppResponse(app_id=app_id, state=found.state, msg=found.reason)
 
     def list(self) -> list[ListAppResponse]:
-        """TorchX's: see `jobs`."""
+        """Asked by TorchX; our own listing is `jobs`."""
         return [ListAppResponse(app_id=job.app_id, state=job.state) for job in self.jobs()]
 
     def _cancel_existing(self, app_id: str) -> None:

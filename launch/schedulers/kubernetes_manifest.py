@@ -29,7 +29,7 @@ CONTAINER = "trainer"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """The options, read."""
+    """The options of a request, parsed."""
 
     kind: str = "jobset"
     namespace: str = "default"

@@ -42,7 +42,7 @@ class LocalRequest:
     app_id: str
     """The job's name."""
     commands: tuple[tuple[str, ...], ...]
-    """Of each node."""
+    """The command of each node."""
     environment: dict[str, str]
     """What all get besides this process's environment."""
 
@@ -78,7 +78,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
         return options_from(request, parse=refuse)
 
     def job_dir(self, request: Request, name: str) -> Path:
-        """In the run directory."""
+        """The job's folder in the run directory."""
         return request.absolute_run_dir / "jobs" / name
 
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[LocalRequest]:
@@ -137,7 +137,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
         return status
 
     def record_of(self, app_id: str) -> JobRecord | None:
-        """Nothing leads to it."""
+        """None: nothing leads from a process to the record of another checkout."""
         return None
 
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
@@ -164,7 +164,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
             os.kill(record.pid, signal.SIGTERM)
 
     def jobs(self) -> Sequence[ListedJob]:
-        """Those submitted from this checkout."""
+        """The jobs submitted from this checkout."""
         found = []
         for record in records.load():
             if record.handle.startswith("local_cwd://"):
@@ -183,7 +183,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
         return None
 
     def list(self) -> list[ListAppResponse]:
-        """TorchX's: see `jobs`."""
+        """Asked by TorchX; our own listing is `jobs`."""
         return [ListAppResponse(app_id=job.app_id, state=job.state) for job in self.jobs()]
 
     def _cancel_existing(self, app_id: str) -> None:

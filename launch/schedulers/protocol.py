@@ -25,23 +25,23 @@ class JobStatus:
     """What a scheduler knows of a job; an empty text is what it does not know."""
 
     state: AppState
-    """In TorchX's terms."""
+    """The job's state in TorchX's terms."""
     reason: str = ""
     """Why it waits, failed or cannot start, in the scheduler's words with ours where they explain more."""
     nodes: str = ""
-    """Where it runs or ran."""
+    """The nodes that it runs or ran on."""
     time_left: str = ""
     """Until the scheduler ends it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListedJob:
-    """One line of `list`."""
+    """A job as `launch list` shows it."""
 
     app_id: str
     """The job's name at the scheduler."""
     state: AppState
-    """In TorchX's terms."""
+    """The job's state in TorchX's terms."""
     record: JobRecord | None
     """What we noted when we submitted it; None where only the scheduler knows it."""
 
@@ -50,7 +50,7 @@ class Scheduler(Protocol):
     """A TorchX scheduler with what the launcher needs besides."""
 
     backend: str
-    """Its name on the command line."""
+    """The scheduler's name on the command line."""
     needs_image: ClassVar[bool]
     """Whether its jobs run in containers, with paths of their own."""
     has_arrays: ClassVar[bool]

@@ -55,7 +55,7 @@ BATCH_OUTPUT = "job.out"
 """What the job's batch script says, in the job's folder."""
 
 ARRAY_OUTPUT = "job-{}.out"
-"""The same of a job array's member, in the folder of the array's code."""
+"""As `BATCH_OUTPUT`, of a member of a job array, in the folder of the array's code."""
 
 NODE_OUTPUT = "node-{}.out"
 """What a node's processes say, in the job's folder."""
@@ -68,15 +68,15 @@ class SlurmRequest:
     """A batch script and its options."""
 
     job_dir: str
-    """Where the code lies and the output goes."""
+    """The folder of the code and of the output."""
     options: dict[str, str]
-    """Of sbatch; an empty value is an option without one."""
+    """Options of sbatch; an empty value stands for an option that takes none."""
     environment: dict[str, str]
     """Variables besides those of the submitting shell."""
     commands: tuple[tuple[str, ...], ...]
     """What the batch script becomes: one, or of a job array each member's."""
     job_dirs: tuple[str, ...]
-    """Where the output of each goes; one job's is `job_dir`."""
+    """The folder of each job's output; if there is one job, its `job_dir`."""
 
     def script(self) -> str:
         """The file that sbatch reads: sending it again by hand does the same."""
@@ -115,13 +115,13 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         return known
 
     def check(self, request: Request) -> dict[str, CfgVal]:
-        """Any option of sbatch but those that the job sets itself."""
+        """The request's options: any of sbatch but those that the job sets itself."""
         options = options_from(request, parse=_sbatch_option)
         options["job_dir"] = str(self.job_dir(request, "DRY-RUN"))
         return options
 
     def job_dir(self, request: Request, name: str) -> Path:
-        """In the run directory, which all nodes share."""
+        """The job's folder in the run directory, which all nodes share."""
         return request.absolute_run_dir / "jobs" / name
 
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[SlurmRequest]:
@@ -192,7 +192,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             raise SlurmError(f"scancel failed: {' '.join(scancel.stderr.split())}")
 
     def jobs(self) -> Sequence[ListedJob]:
-        """Those whose folder holds a record of ours, whoever submitted them."""
+        """The jobs whose folder holds a record of ours, whoever submitted them."""
         found = []
         for job in slurm_queue.all_jobs():
             record = records.find_in(Path(job.work_dir)) if job.work_dir else None
@@ -215,7 +215,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         return None if found is None else DescribeAppResponse(app_id=app_id, state=found.state, msg=found.reason)
 
     def list(self) -> list[ListAppResponse]:
-        """TorchX's: see `jobs`."""
+        """Asked by TorchX; our own listing is `jobs`."""
         return [ListAppResponse(app_id=job.app_id, state=job.state) for job in self.jobs()]
 
     def _cancel_existing(self, app_id: str) -> None:
@@ -223,7 +223,8 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
 
 def _checks(interpreter: str) -> list[str]:
-    """That the first node can run our code at all; what it lacks is one line, and another start would lack it, too."""
+    """Lines of the batch script that check whether the first node can run our code at all; what it lacks is one line,
+    and another start would lack it, too."""
     python = shlex.quote(interpreter)
     words = "error: %s has no interpreter %s: name one with --python that all nodes have"
     return [

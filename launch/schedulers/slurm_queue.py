@@ -86,19 +86,19 @@ class SlurmJob:
     reason: str = ""
     """Slurm's word for why it waits or ended."""
     nodes: str = ""
-    """Where it runs or ran."""
+    """The nodes that it runs or ran on."""
     exit_code: str = ""
-    """STATUS:SIGNAL."""
+    """How it ended, as Slurm writes it: STATUS:SIGNAL."""
     end_time: str = ""
     """When it ends at the latest, as 2026-11-29T01:02:03."""
     work_dir: str = ""
-    """Our job's folder."""
+    """The folder that it was submitted from; for our jobs, the job's folder."""
     excluded: str = ""
     """Nodes that it must not run on."""
 
     @property
     def state(self) -> AppState:
-        """In TorchX's terms."""
+        """The job's state in TorchX's terms."""
         return app_state(self.slurm_state)
 
 

@@ -45,7 +45,7 @@ class Edition:
     time_divisor: int
     """Units of time in a second."""
     source: str
-    """Attribution."""
+    """Attribution, as the data's description gives it."""
 
 
 OLD_JSON = {"reviewerID": "user_key", "asin": "item_key", "overall": "rating", "unixReviewTime": "time"}

@@ -53,11 +53,11 @@ class EventLogOptions:
     """A TOML file that says what the columns mean (pipelines/prepare/README.md), in place of the options that name
     columns: item and user attributes, lists of ids, numbers, labels, weights, spaces."""
     user_column: str = ""
-    """Who: any type."""
+    """The column that says who did it; any type."""
     item_column: str = ""
-    """What: any type."""
+    """The column that says with which item; any type."""
     time_column: str = ""
-    """When."""
+    """The column that says when."""
     time_unit: str = "s"
     """How times are written: numbers of s, ms, us or ns since 1970; timestamp: dates and times, the year first, in UTC
     where they name no zone; or for other dates a pattern of strptime, such as "%m/%d/%Y %H:%M"."""

@@ -43,7 +43,7 @@ from pipelines.prepare.source import Description, GatheredRules
 logger = logging.getLogger(__name__)
 
 WINDOW_S = 86_400
-"""Length of a window."""
+"""Seconds of a window, a day."""
 REST = 0.1
 """What is left behind the last whole window is one of its own only if it is longer than this part of one."""
 SCAN_EVENTS = 20_000
@@ -64,10 +64,10 @@ class _Split:
     samples: int
     history_events: int
     positives: IntArray
-    """[actions]"""
+    """[actions] how often each was taken."""
 
     def info(self, files: int) -> SplitInfo:
-        """Its sizes."""
+        """The sizes as `dataset.json` states them."""
         return SplitInfo(samples=self.samples, history_events=self.history_events, candidates=self.samples, files=files)
 
 

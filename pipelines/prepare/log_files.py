@@ -59,7 +59,7 @@ class LogFile:
     """One file, and what it holds."""
 
     path: Path
-    """Where it lies; perhaps compressed."""
+    """The file, perhaps compressed."""
     kind: str
     """The suffix in small letters, less that of a compression."""
     columns: Sequence[tuple[str, str]]

@@ -39,7 +39,7 @@ class LogColumn:
     kind: Kind
     """One id, many ids, or a number."""
     space: str | None = None
-    """The ids' space."""
+    """The space of its ids."""
     separator: str | None = None
     """What divides many ids in text; lists need none."""
 
@@ -90,11 +90,11 @@ class LogSchema:
     """The meaning of a log's columns."""
 
     user: str
-    """Who."""
+    """The column that says who did it."""
     item: str
-    """What."""
+    """The column that says with which item."""
     time: str
-    """When."""
+    """The column that says when."""
     time_unit: str = "s"
     """How times are written (`pipelines.prepare.times`)."""
     actions: tuple[str, ...]
@@ -108,7 +108,7 @@ class LogSchema:
     users: Attributes | None = None
     """Files of users, whose columns become columns of samples."""
     items: Attributes | None = None
-    """Files of items."""
+    """Files of attributes of items."""
     request: str | None = None
     """What was shown together: a user's events of one request become candidates of one sample, as events of one second
     always do.  A missing value is no request."""

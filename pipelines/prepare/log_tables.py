@@ -31,7 +31,7 @@ Read = Callable[[LogFile], Reading]
 Columns = Mapping[str, tuple[str, Read]]
 """(SQL type, how a file's value is read) by name."""
 RAW, USERS, ITEMS = "raw", "users_attributes", "items_attributes"
-"""Names of the tables."""
+"""Names of the tables in the database."""
 REQUEST, ACTION = "request.", "action."
 """What the types of requests and of actions' words are found under: with a dot, so no space is called so."""
 
@@ -41,15 +41,15 @@ class LogSources:
     """The files of a described log."""
 
     log: Sequence[LogFile]
-    """One row an event."""
+    """Files of the log, one row an event."""
     users: Sequence[LogFile] = ()
-    """One row a user."""
+    """Files of users' attributes, one row a user."""
     items: Sequence[LogFile] = ()
-    """One row an item."""
+    """Files of items' attributes, one row an item."""
 
 
 def raw_name(column: LogColumn) -> str:
-    """Under which name a column is read: once, however many parts have it."""
+    """The name that a column has in the database: it is read once, however many parts have it."""
     return ".".join((column.kind, column.space or "", column.column))
 
 

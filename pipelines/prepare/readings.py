@@ -15,7 +15,7 @@ from pathlib import Path
 from pipelines.prepare.engine import literal, quoted
 
 TEXT = "VARCHAR"
-"""As what CSV files are read."""
+"""The type in which columns of CSV files are read first."""
 NULL = '"NULL"'
 """The engine's type of a column that holds nothing but nulls."""
 SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
@@ -61,7 +61,7 @@ class Stored:
     name: str
     """The column's name."""
     type: str
-    """The SQL type."""
+    """The column's SQL type."""
 
     @property
     def element(self) -> "Stored":
@@ -76,10 +76,10 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdType:
-    """As what the ids of a space are read."""
+    """The type in which the ids of a space are read."""
 
     name: str
-    """The SQL type."""
+    """Its name in SQL."""
     beside: str | None = None
     """The type of values in other files that are read as text because text stands beside them."""
 

@@ -21,12 +21,12 @@ WHOLE = frozenset({*SIGNED, *UNSIGNED, WIDEST})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keys:
-    """Where keys of a space stand."""
+    """The place of a space's keys in the database."""
 
     table: str
-    """A table."""
+    """The table that holds them."""
     column: str
-    """Its column."""
+    """The column of that table."""
     many: bool = False
     """Whether each value is a list of keys."""
 
@@ -89,7 +89,7 @@ class Lookup:
     """Keys of a table that become ids."""
 
     space: Space
-    """The ids' space."""
+    """The space whose ids are made."""
     column: str
     """The column with the keys."""
     many: bool = False

@@ -23,7 +23,7 @@ class Spelt:
     column: str
     """The one with the keys."""
     files: Sequence[LogFile]
-    """In the order in which they were read."""
+    """The files, in the order in which they were read."""
 
 
 def check_spellings(connection: duckdb.DuckDBPyConnection, what: str, tables: Sequence[Spelt]) -> None:

@@ -27,7 +27,7 @@ MULTI_EVENT = "multi_event.parquet"
 EVENTS = ("listen", "like", "dislike", "unlike", "undislike")
 TYPES = {"uid": "BIGINT", "item_id": "BIGINT", "timestamp": "BIGINT", "is_organic": "INTEGER"}
 LISTENED = {"played_ratio_pct": "DOUBLE"}
-"""Of listenings alone."""
+"""Numbers that only listenings have."""
 KIND = {"event_type": "VARCHAR"}
 RULES = {
     "uid >= 0": "uid must not be negative or missing",

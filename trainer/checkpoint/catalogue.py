@@ -48,7 +48,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """Where to go on from."""
+    """The checkpoint that a run goes on from, and how far it had come."""
 
     checkpoint: Checkpoint | None
     """The newest that is in order; None in a run that holds none at all."""
@@ -81,7 +81,7 @@ class Catalogue:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._bases: dict[int, int | None] = {}
-        """Of checkpoints that were asked about; what is complete changes no longer."""
+        """The base of each checkpoint that was asked about; what is complete changes no longer."""
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint holds COMPLETE, oldest first."""

@@ -64,10 +64,10 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restart:
-    """Where a run begins, or begins again."""
+    """What a run begins with, or goes on with."""
 
     progress: Progress
-    """How far it had come."""
+    """How far the run had come."""
     evaluated: bool
     """Whether eval.jsonl has a line of that step; the same on every rank."""
     losses: dict[int, float]
@@ -267,7 +267,7 @@ class Checkpointer:
             )
 
     def _write(self, layout: Layout, progress: Progress, base: int | None) -> None:
-        """In the thread: write this rank's file; the first rank commits when every file is there."""
+        """Runs in the thread: write this rank's file; the first rank commits when every file is there."""
         problem = None
         parts = gather(self._write_part(layout, step_folder(progress.step)), self._group)
         problems = [part.problem for part in parts if part.problem is not None]

@@ -24,9 +24,9 @@ class FileRecord:
     """What must be true of a file."""
 
     num_bytes: int
-    """Its size."""
+    """The file's size."""
     crc32: tuple[int, ...]
-    """Of each chunk."""
+    """The checksum of each chunk."""
 
     def __post_init__(self) -> None:
         chunks = -(-self.num_bytes // CHUNK_BYTES)

@@ -17,17 +17,17 @@ class Place:
 
     piece: LivePiece
     rows_start: int
-    """Where the numbers of its rows begin, int64, if not all are stored."""
+    """Byte at which the numbers of its rows begin, int64, if not all are stored."""
     start: int
-    """Where its values begin."""
+    """Byte at which its values begin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A rank's file."""
+    """How a rank's file is laid out."""
 
     places: tuple[Place, ...]
-    """One after another."""
+    """The place of each piece, one after another."""
     num_bytes: int
     """Size of the file."""
 

@@ -202,7 +202,7 @@ class _RowsRead:
     file: str
     start: int
     values: Region
-    """Of the rows as they are stored, counted from the first of them."""
+    """The region that is read of the stored rows, counted from the first of them."""
     part: Region
     """What goes into `target`."""
     places: Tensor

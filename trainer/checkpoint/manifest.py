@@ -34,7 +34,7 @@ _FILE_NAME = re.compile(r"rank-\d{5}\.bin")
 
 @dataclass(frozen=True, slots=True)
 class StoredPiece:
-    """Where a region of a tensor lies: row by row, from byte `start` of `file` on."""
+    """The place of a region of a tensor: row by row, from byte `start` of `file` on."""
 
     file: str
     start: int
@@ -72,11 +72,11 @@ class Manifest:
     progress: Progress
     """How far the run had come."""
     world_size: int
-    """Ranks that wrote it."""
+    """How many ranks wrote it."""
     base: int | None
     """Step of the checkpoint that holds the rows which this one leaves out; None for a full one."""
     versions: Mapping[str, str]
-    """Of the packages that wrote it."""
+    """Versions of the packages that wrote it."""
     files: Mapping[str, FileRecord]
     """By name: size and checksums."""
     tensors: Mapping[str, StoredTensor]
@@ -111,11 +111,11 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(record.num_bytes for record in self.files.values())
 
     def encode(self) -> bytes:
-        """The file's content."""
+        """The content of `manifest.json`."""
         values = {
             "format": FORMAT,
             "versions": dict(self.versions),

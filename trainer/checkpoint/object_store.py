@@ -24,7 +24,7 @@ class ObjectStore:
 
     @property
     def address(self) -> str:
-        """As it was given."""
+        """The address as the user gave it."""
         return self._address
 
     def folders(self) -> list[str]:
@@ -38,7 +38,7 @@ class ObjectStore:
         return int(info.size) if info.type == fs.FileType.File else None
 
     def read(self, path: str) -> bytes:
-        """A small file."""
+        """The content of a small file."""
         with self._filesystem.open_input_file(self._path(path)) as file:
             return bytes(file.read())
 

@@ -23,11 +23,11 @@ class LivePiece:
     """A region of a tensor as this rank holds it."""
 
     name: str
-    """Of the tensor."""
+    """Name of the tensor."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     region: Region
-    """Which part this is."""
+    """The part of the tensor that this is."""
     tensor: Tensor
     """Its live values, [*region.sizes]."""
     rows: Tensor | None = None
@@ -70,7 +70,7 @@ class Touched(Protocol):
         knows."""
 
     def clear(self) -> None:
-        """From now on."""
+        """Forget what was touched: `rows` tells of what comes from now on."""
 
 
 def local_pieces(tensors: Tensors) -> list[LivePiece]:
@@ -93,7 +93,7 @@ def local_pieces(tensors: Tensors) -> list[LivePiece]:
 
 
 def whole_shape(value: Tensor | ShardedTensor) -> tuple[int, ...]:
-    """Of the tensor, not of this rank's part."""
+    """Shape of the tensor, not of this rank's part."""
     return tuple(value.metadata().size if isinstance(value, ShardedTensor) else value.shape)
 
 
@@ -146,7 +146,7 @@ def _extremes(values: Tensor) -> Tensor:
 
 
 def _broken(pieces: list[LivePiece], reduce: Callable[[Tensor], Tensor]) -> list[LivePiece]:
-    """Those of whose values something that is not finite is made; waits for the device once."""
+    """The pieces of which `reduce` makes something that is not finite; waits for the device once."""
     if not pieces:
         return []
     finite = torch.stack([reduce(piece.tensor).isfinite().all() for piece in pieces]).tolist()

@@ -19,7 +19,7 @@ class Progress:
     """Where the data goes on; None at the start."""
 
     def advance(self, samples: int, position: DataPosition) -> None:
-        """One step further."""
+        """Count one step."""
         self.step += 1
         self.samples += samples
         self.position = position

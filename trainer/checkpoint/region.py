@@ -15,7 +15,7 @@ class Region:
 
     @property
     def numel(self) -> int:
-        """Values inside."""
+        """How many values lie in it."""
         return prod(self.sizes)
 
     def overlap(self, other: "Region") -> "Region | None":

@@ -127,7 +127,7 @@ class LocalStore:
         return file.stat().st_size if file.is_file() else None
 
     def read(self, path: str) -> bytes:
-        """A small file."""
+        """The content of a small file."""
         return (self._root / path).read_bytes()
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> int:

@@ -49,7 +49,7 @@ def popularity(config: DataConfig, mesh: Mesh, unseen: int | None = None) -> Ten
 
 @functools.cache
 def _item_counts(config: DataConfig, rank: int, world_size: int, unseen: int | None) -> Tensor:
-    """The same at every evaluation of a run."""
+    """Kept, because it is the same at every evaluation of a run."""
     return torch.from_numpy(item_counts(config, rank, world_size, unseen=unseen))
 
 

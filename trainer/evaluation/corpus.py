@@ -36,7 +36,7 @@ class Corpus:
     counts: Tensor
     """[items] how often each occurs in the training split."""
     chunk: int
-    """Items at a time."""
+    """How many items are scored at a time."""
 
     def ranks(self, queries: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Rank of each true item by the similarity and by popularity, [P], 1 for the best; ties count against it.

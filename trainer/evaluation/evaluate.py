@@ -30,11 +30,11 @@ class LabelScores:
     """What was measured of the evaluation split, as `METRIC/LABEL`."""
 
     metrics: dict[str, float]
-    """Of the model."""
+    """The model's metrics."""
     constant: dict[str, float]
-    """Of what each label's kind says without a look at the candidate, for the labels that were asked for."""
+    """The same of what a label's kind says without a look at the candidate, for the labels that were asked for."""
     unknown: dict[str, float]
-    """Of the model, over the candidates with an unknown item alone; empty where there is none."""
+    """The model's metrics over the candidates with an unknown item alone; empty where there is none."""
     unknown_share: float
     """Which part of the candidates those are."""
 

@@ -35,7 +35,7 @@ class Predictions(NamedTuple):
     outputs_PE: Tensor
     """[P, E]: to be compared with items by its similarity."""
     targets_P: Tensor
-    """[P] the true items."""
+    """[P] int64 the items that came next."""
     seen: Tensor
     """[2, pairs] of (prediction, item) to leave out of the ranking."""
 

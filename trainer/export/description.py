@@ -29,15 +29,15 @@ class TensorKind:
     dtype: str
     """torch's name of its type."""
     shape: tuple[int, ...]
-    """Its size."""
+    """The tensor's shape."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportedTable:
-    """A table and its file."""
+    """A table as a file of an export."""
 
     kind: TensorKind
-    """Of the whole table, [rows, columns]."""
+    """Type and shape of the whole table, [rows, columns]."""
     identity: Identity
     """How the file's rows are told apart."""
     first: int
@@ -53,17 +53,17 @@ class Export:
     run: str
     """The run directory that it was made of."""
     step: int
-    """After which step."""
+    """The step whose checkpoint it was made of."""
     config: Mapping[str, Any]
     """The run's configuration."""
     vocabularies: Mapping[str, str]
     """The digest of the keys of each space that has keys."""
     tables: Mapping[str, ExportedTable]
-    """By name."""
+    """The tables by their names."""
     dense: Mapping[str, TensorKind]
-    """By name."""
+    """The dense tensors by their names."""
     maps: Mapping[str, TensorKind]
-    """Of tables of unbounded ids, by TABLE/PART."""
+    """The maps of tables of unbounded ids, by TABLE/PART."""
     optimizers: Mapping[str, TensorKind]
     """State that the run's optimizers have, which is not exported."""
 

@@ -43,7 +43,7 @@ class Identities:
         return int(self.kind(table) == "key")
 
     def type(self, table: str) -> pa.DataType:
-        """Of a table's keys, or numbers."""
+        """Type of a table's keys, or of the numbers of its rows."""
         return pa.int64() if self.kind(table) == "row" else self._open(table).schema_arrow.field(0).type
 
     def parts(self, table: str, *, rows: int, part_rows: int) -> Iterator[tuple[int, pa.Array]]:

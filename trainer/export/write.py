@@ -34,7 +34,7 @@ from trainer.export.keys import Identities
 from trainer.run.run_dir import RunDir
 
 PART_BYTES = 64 * 2**20
-"""Of a table's rows, read and written at a time."""
+"""How much of a table is read and written at a time."""
 
 
 def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) -> Export:
@@ -106,7 +106,7 @@ class CheckpointReader:
         return self._read(name, Region((first, *(0 for _ in shape[1:])), (count, *shape[1:])))
 
     def whole(self, name: str) -> Tensor:
-        """The tensor."""
+        """The whole tensor of this name."""
         shape = self.kind(name).shape
         return self._read(name, Region((0,) * len(shape), shape))
 

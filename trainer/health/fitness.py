@@ -30,7 +30,7 @@ OURS = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
 """The project's top-level packages."""
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "numpy", "pyarrow")
-"""Those whose versions must be the same on every node."""
+"""The packages whose versions must be the same on every node."""
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 MIN_FREE_MIB = {"run directory": 1024, "/dev/shm": 256, "temporary folder": 256}
@@ -67,7 +67,7 @@ class Facts:
     python: str
     """The interpreter's version."""
     packages: dict[str, str]
-    """Versions of PACKAGES."""
+    """Versions of PACKAGES on this node."""
     driver: str
     """NVIDIA's driver; empty without one."""
     token: str
@@ -81,7 +81,7 @@ class UnfitNodes(OSError):
 
 
 def node_name() -> str:
-    """As the scheduler calls this machine, or as it calls itself."""
+    """The machine's name at the scheduler, or else its own."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -104,7 +104,7 @@ def facts_here(token: str) -> Facts:
 
 
 def code_digest(root: Path) -> str:
-    """Of the names and contents of all source files of our packages below `root`."""
+    """Digest of the names and contents of all source files of our packages below `root`."""
     digest = hashlib.sha256()
     for package in OURS:
         for path in sorted((root / package).rglob("*.py")):

@@ -43,7 +43,7 @@ IDLE_S = 30.0
 SHOW_STACKS = signal.SIGUSR2
 """Lets a rank write the stacks of its threads to its standard error, whatever holds its interpreter."""
 STACKS_S = 1.0
-"""What that may take."""
+"""Seconds that writing the stacks may take."""
 IDLE_TICKS = 1
 """Hundredths of a second that the threads of an idle process compute in a second at most: they look around."""
 PR_SET_PDEATHSIG = 1
@@ -55,7 +55,7 @@ SIBLINGS_LOOKS = 5
 
 
 class Guard:
-    """The rank's side."""
+    """What a rank holds of its guard: starts it, and tells it what to expect."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -99,7 +99,7 @@ class Guard:
 
 
 GUARD = Guard()
-"""This process's."""
+"""The guard of this process."""
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Word:
     idle_s: float
     what: str
     looks: int = 0
-    """Since it was given."""
+    """Looks at the rank since it gave its word."""
     idle_looks: int = 0
     """In a row, to the last one, that found nothing done since the one before."""
 
@@ -143,7 +143,7 @@ class _Watch:
         self._helpers: dict[int, Status] = {}
 
     def hear(self, words: str) -> None:
-        """What the rank says."""
+        """Take note of what the rank says it does next."""
         seconds, idle_s, what = words.split(" ", 2)
         self._word = Word(float(seconds), float(idle_s), what)
 

@@ -29,7 +29,7 @@ ANSWER_S = 60
 """How long nodes may take to say whether they are fit."""
 
 _NODES = "preflight"
-"""Under which the nodes' answers stand in the store."""
+"""Prefix of the nodes' answers in the store."""
 
 VERSIONED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton")
 

@@ -13,7 +13,7 @@ class Status:
     """A process at a moment."""
 
     state: str
-    """One letter."""
+    """The process's state, one letter."""
     ticks: int
     """Hundredths of a second for which its threads have computed so far."""
     page_reads: int
@@ -70,7 +70,7 @@ def rank_of(pid: int) -> str | None:
 
 
 def command_of(pid: int) -> str:
-    """Its command line; empty if it has ended."""
+    """The command line of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except (FileNotFoundError, ProcessLookupError):

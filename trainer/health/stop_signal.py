@@ -24,7 +24,7 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def asking() -> set[signal.Signals]:
-    """Those of this process: one that nohup started stays when its terminal goes."""
+    """The signals that ask this process to stop: one that nohup started stays when its terminal goes."""
     return {number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN}
 
 
@@ -119,4 +119,4 @@ class StopSignal:
 
 
 STOP = StopSignal()
-"""This process's."""
+"""The stop signal of this process."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from trainer.health.process_table import STOPPED, status_of
 
 LOOK_S = 1.0
-"""Between two looks."""
+"""Seconds between two looks."""
 LOOKS = 20
 """Looks in a row that find a process stopped before it counts as lost.  Looks, not seconds: where a whole job is
 suspended, those who look are so too."""
@@ -22,12 +22,12 @@ class StoppedProcesses:
         self._looks: dict[int, int] = {}
 
     def look(self, pids: Iterable[int]) -> list[int]:
-        """Those that have been stopped too long.  To be called every LOOK_S."""
+        """The processes that have been stopped too long.  To be called every LOOK_S."""
         self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if is_stopped(pid)}
         return [pid for pid, looks in self._looks.items() if looks >= LOOKS + self._more_looks]
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether it is so now."""
+    """Whether a signal has stopped the process."""
     status = status_of(pid)
     return status is not None and status.state == STOPPED

@@ -63,7 +63,7 @@ class Beat:
     phase: str
     step: int
     seconds: float
-    """In this phase."""
+    """Time that it has been in this phase."""
     host: str
     pid: int
 
@@ -81,12 +81,12 @@ class Clock:
 
     @property
     def phase(self) -> str:
-        """The innermost one."""
+        """The phase that the rank is in, the innermost of nested ones."""
         return self._phases[-1]
 
     @property
     def seconds(self) -> float:
-        """Time in it."""
+        """Time since that phase began."""
         return time.monotonic() - self._since
 
     def limit(self, phase: str) -> float:
@@ -146,7 +146,7 @@ class Watchdog:
             self.clock.leave()
 
     def stepped(self, step: int) -> None:
-        """Another step is done."""
+        """Take note that a further step is done."""
         self.clock.stepped(step)
 
     def close(self) -> None:

@@ -144,7 +144,7 @@ class _Session:
     """The first step and the number of steps of which a trace is written."""
 
     def train_anew(self, restart: Restart) -> NotFinite | None:
-        """As `train`, with a reader of its own."""
+        """As `train`, with a loader of its own."""
         loader = training_loader(self.resolved, self.mesh, restart.progress)
         with closing(iter(loader)) as batches:
             return self.train(restart, loader, batches)

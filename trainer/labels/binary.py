@@ -36,7 +36,7 @@ class Binary(LabelKind):
         self.name, self.bit, self.rate = name, bit, rate
 
     def targets(self, labels: Labels) -> Tensor:
-        """[C] 0 or 1."""
+        """[C] 1 where the candidate has the label, else 0."""
         if self.bit is None:
             return labels.values[self.name].float()
         return (labels.action >> self.bit & 1).float()
@@ -49,7 +49,7 @@ class Binary(LabelKind):
         return torch.tensor([math.log(rate / (1 - rate))])
 
     def loss(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
-        """[C] cross entropies."""
+        """[C] cross entropy of each candidate."""
         if self.bit is not None:
             # Bits are always known, and many labels of a step are actions: a launch each, no more.
             return F.binary_cross_entropy_with_logits(outputs_CK[:, 0], targets_C, reduction="none")
@@ -58,7 +58,7 @@ class Binary(LabelKind):
         return losses_C * known_C
 
     def predict(self, outputs_CK: Tensor) -> Tensor:
-        """[C] probabilities."""
+        """[C] probability that the candidate has the label."""
         return torch.sigmoid(outputs_CK[:, 0].double())
 
     def evidence(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:

@@ -35,16 +35,16 @@ class Classes(LabelKind):
         return torch.where(ids_C == UNKNOWN_ID, torch.nan, ids_C.double() - 1)
 
     def start(self) -> Tensor:
-        """All alike."""
+        """[K] zeros: all classes are as likely."""
         return torch.zeros(self.num_outputs)
 
     def loss(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
-        """[C] cross entropies."""
+        """[C] cross entropy of each candidate."""
         losses_C = F.cross_entropy(outputs_CK, targets_C.nan_to_num().long(), reduction="none")
         return losses_C * ~targets_C.isnan()
 
     def predict(self, outputs_CK: Tensor) -> Tensor:
-        """[C, K] probabilities."""
+        """[C, K] probability of each class."""
         return torch.softmax(outputs_CK.double(), dim=1)
 
     def evidence(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:

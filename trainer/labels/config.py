@@ -18,13 +18,14 @@ class LabelConfig:
     keep_rate: Literal["weight", "shift", "ignore"] = "weight"
     """What the data set's keep rates of thinned candidates do: see `trainer.labels.loss`."""
     transform: Literal["none", "log"] | None = None
-    """Of regression; log is sign(x) log(1 + |x|), for what spans orders of magnitude.  Null is none."""
+    """For kind=regression; log is sign(x) log(1 + |x|), for what spans orders of magnitude.  Null is none."""
     huber: float | None = None
-    """Of regression: deviation, in units of the training split's spread, from which the loss is linear; null is 1.0."""
+    """For kind=regression: deviation, in units of the training split's spread, from which the loss is linear; null is
+    1.0."""
     thresholds: tuple[float, ...] = ()
-    """Of ordered: in the column's own unit, rising; empty takes the training split's quantiles."""
+    """For kind=ordered: borders in the column's own unit, rising; empty takes the training split's quantiles."""
     buckets: int | None = None
-    """Of ordered without thresholds: about so many equally full buckets; null is 16."""
+    """For kind=ordered without thresholds: about so many equally full buckets; null is 16."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:

@@ -14,7 +14,7 @@ class LabelKind(nn.Module):
     name: str
     """The action or the label column."""
     num_outputs: int
-    """K."""
+    """K, the outputs that the head gives for this label."""
     metrics: tuple[str, ...]
     """What `measure` returns, in the order of tables."""
 

@@ -99,12 +99,12 @@ class RankingLoss(nn.Module):
 
     @property
     def kinds(self) -> list[LabelKind]:
-        """The labels."""
+        """The kind of each label."""
         return [kind for kind in self._kinds if isinstance(kind, LabelKind)]
 
     @property
     def num_outputs(self) -> int:
-        """K."""
+        """Outputs of all labels together."""
         return sum(self.widths)
 
     @property

@@ -45,11 +45,11 @@ class Ordered(LabelKind):
         self.register_buffer("values", torch.tensor(values, dtype=torch.float64), persistent=False)
 
     def targets(self, labels: Labels) -> Tensor:
-        """[C] the column."""
+        """[C] the value of the label column."""
         return labels.values[self.name]
 
     def start(self) -> Tensor:
-        """The rates' logits."""
+        """[K] log-odds that the value lies above each border."""
         return torch.logit(torch.tensor(self.rates), eps=SMALLEST_RATE)
 
     def loss(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Ordered(LabelKind):
         return losses_CK.mean(1) * ~targets_C.isnan()
 
     def predict(self, outputs_CK: Tensor) -> Tensor:
-        """[C] values."""
+        """[C] expected value."""
         return self.values[0] + torch.sigmoid(outputs_CK.double()) @ self.values.diff()
 
     def evidence(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ class Regression(LabelKind):
         self.name, self.transform, self.centre, self.scale, self.huber = name, transform, centre, scale, huber
 
     def targets(self, labels: Labels) -> Tensor:
-        """[C] the column."""
+        """[C] the value of the label column."""
         return labels.values[self.name]
 
     def start(self) -> Tensor:
-        """0, the centre."""
+        """[1] zero, which stands for the centre of the training split's values."""
         return torch.zeros(1)
 
     def loss(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Regression(LabelKind):
         return losses_C * known_C
 
     def predict(self, outputs_CK: Tensor) -> Tensor:
-        """[C] values."""
+        """[C] predicted value."""
         values_C = self.centre + self.scale * outputs_CK[:, 0].double()
         return values_C if self.transform == "none" else values_C.sign() * torch.expm1(values_C.abs())
 

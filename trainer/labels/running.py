@@ -78,5 +78,5 @@ class RunningMetrics(nn.Module):
 
 
 def running_metrics(loss: nn.Module) -> RunningMetrics | None:
-    """Those of a model's loss; None where it has no binary label."""
+    """The running metrics of a model's loss; None where it has no binary label."""
     return next((each for each in loss.modules() if isinstance(each, RunningMetrics)), None)

@@ -31,12 +31,12 @@ class MeanBatch:
     num_context: int
     """Context tokens of a sample."""
     value_bytes: int
-    """Of a value in the type of computation."""
+    """Bytes of a value in the type of computation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of a rank."""
+    """Device memory of a rank, in bytes."""
 
     kept: float
     """For the backward pass."""
@@ -48,8 +48,8 @@ class Memory:
 
 
 def ranker_activations(config: ModelConfig, batch: MeanBatch, *, inputs: InputWidths) -> Memory:
-    """Of a ranker; with `retrieval` beside it the last layer computes all rows (`scoring_activations` are the
-    rest).  Every channel is taken to see all events."""
+    """What a ranker holds; with `retrieval` beside it the last layer computes all rows (`scoring_activations` are the
+    rest)."""
     factor = 2 if config.input.merge == "interleave" else 1
     ends = _encoder_bytes(config, batch, inputs, factor)
     alone = config.retrieval is None
@@ -67,7 +67,7 @@ def ranker_activations(config: ModelConfig, batch: MeanBatch, *, inputs: InputWi
 
 
 def retriever_activations(config: ModelConfig, batch: MeanBatch, *, embedding_dim: int, num_items: int) -> Memory:
-    """Of a retriever, to which candidates are the newest events."""
+    """What a retriever holds, to which candidates are the newest events."""
     assert config.retrieval is not None
     events = batch.history + batch.candidates
     tokens, b = batch.samples * events, batch.value_bytes

@@ -35,7 +35,7 @@ class _Columns(NamedTuple):
 
 
 class _Heads(NamedTuple):
-    """What attention reads."""
+    """What attention reads, by heads."""
 
     q: Tensor
     """[C, H, K]."""

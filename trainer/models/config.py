@@ -230,7 +230,7 @@ class ChannelConfig:
     dim: int
     """Width of the channel's tokens."""
     stages: tuple[StageConfig, ...]
-    """The channel's layers."""
+    """The channel's layers, stage by stage."""
     layer: LayerConfig | None = None
     """The channel's layer; null for `model.layer`."""
     actions: tuple[str, ...] = ()

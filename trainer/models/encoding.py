@@ -183,7 +183,7 @@ class _Tokens:
     """What each token stands for; all tensors [T]."""
 
     layout: SequenceLayout
-    """Where the tokens lie."""
+    """Where each token lies."""
     rows: Tensor
     """The event or candidate, as a row of all events and then all candidates; -1 for context."""
     event: Tensor

@@ -37,16 +37,16 @@ class FlopCount:
     outputs: Count
     """The output products of all layers."""
     ends: Count
-    """Encoder and head."""
+    """What comes before and behind the layers: encoder and head."""
 
     @property
     def forward(self) -> Count:
-        """All of it."""
+        """FLOPs of a forward pass."""
         return self.projections + self.attention + self.outputs + self.ends
 
     @property
     def training(self) -> Count:
-        """Forward and backward."""
+        """FLOPs of a forward and a backward pass."""
         return TRAINING_FACTOR * self.forward
 
 
@@ -55,13 +55,13 @@ class InputWidths:
     """How many columns of looked-up rows, numbers and action bits are mapped to the model's width."""
 
     event: int
-    """Of an event; for a retriever the width of an item's row."""
+    """Columns for an event; for a retriever the width of an item's row."""
     candidate: int
-    """Of a candidate."""
+    """Columns for a candidate."""
     context: int
-    """Of a sample's context tokens together."""
+    """Columns for a sample's context tokens together."""
     rates: int = 0
-    """Of a candidate's rates, which are mapped to its token and to its logits."""
+    """Columns for a candidate's rates, which are mapped to its token and to its logits."""
 
 
 def input_widths(

@@ -34,7 +34,7 @@ class LayerSpec:
     """Norm of the attention output a head instead of over all heads."""
     norm_eps: float = 1e-6
     initial_std: float | None = None
-    """Of the fused product's initial values; None for Xavier's."""
+    """Standard deviation of the fused product's initial values; None for Xavier's."""
     dropout: float = 0.0
     recompute_normed: bool = True
     recompute_uvqk: bool = True
@@ -44,7 +44,7 @@ class LayerSpec:
 
     @property
     def gate_width(self) -> int:
-        """W."""
+        """W, the width of U and of V."""
         return self.num_heads * self.value_dim
 
     @property
@@ -76,7 +76,7 @@ class Attention:
     """Which part of the batch's rows a layer holds: dropout draws for each part anew."""
 
     def forward(self, q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) -> Tensor:
-        """[T, H, V]."""
+        """[T, H, V] the attention output."""
         out: Tensor = attention_forward(q_THK, k_THK, v_THV, plan)
         return out
 
@@ -89,7 +89,7 @@ class Attention:
         scaled: bool,
         out: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `attention_kernels.projection_backward`."""
+        """Gradients, as of `attention_kernels.projection_backward`."""
         sums: tuple[Tensor, Tensor, Tensor] = projection_backward(dout_THV, *qkv, plan, scaled=scaled, out=out)
         return sums
 
@@ -130,7 +130,7 @@ class LayerParameters:
 
     @property
     def products(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Those that products read."""
+        """The parameters that products read."""
         return self.uvqk_weight, self.uvqk_bias, self.output_weight
 
 

@@ -42,12 +42,12 @@ class SequenceLayout:
 
     @property
     def num_users(self) -> int:
-        """B."""
+        """B, the number of sequences."""
         return self.history_lens_host.numel()
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return self.user_T.numel()
 
 
@@ -55,7 +55,7 @@ class EventTimes(NamedTuple):
     """When the events of a packed batch happened, for towers that ask; both [T] int64 seconds."""
 
     happened: Tensor
-    """Each event."""
+    """When each event happened."""
     asked: Tensor
     """The event behind it, which is asked for; of a sequence's last event, its own."""
 

@@ -45,7 +45,7 @@ class Model(nn.Module):
 
     @property
     def tower(self) -> nn.Module:
-        """All dense parameters."""
+        """The dense model: all parameters but the tables'."""
         tower: nn.Module = self.objective.tower
         return tower
 

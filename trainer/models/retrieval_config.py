@@ -14,7 +14,7 @@ class RetrievalConfig:
     share_negatives: bool = True
     """One draw serves all predictions of a global batch; false draws for each prediction, at as many lookups."""
     temperature: float = 0.05
-    """Divides the scores."""
+    """What scores are divided by before the softmax."""
     similarity: SimilarityConfig = field(default_factory=DotProductConfig)
     """How items are scored: {"kind":"dot_product"}, {"kind":"mixture_of_logits"}, and settings of that kind
     (`trainer.models.heads.config`)."""

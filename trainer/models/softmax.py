@@ -55,7 +55,7 @@ class SoftmaxLayer(nn.Module):
         return out_TD
 
     def _by_head(self, x_BNW: Tensor) -> Tensor:
-        """[B, H, N, W / H]"""
+        """The columns split by heads, [B, H, N, W / H]."""
         return x_BNW.view(*x_BNW.shape[:2], self.num_heads, x_BNW.shape[2] // self.num_heads).transpose(1, 2)
 
 

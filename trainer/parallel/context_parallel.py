@@ -44,7 +44,7 @@ class Sharing:
     part: int
     """Which part is this rank's."""
     parts: int
-    """S."""
+    """S, the ranks that share the samples."""
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's rows [R, ...] of `x` [T, ...]; zeros where the last part is shorter."""
@@ -115,7 +115,7 @@ class SharedAttention(Attention):
         self._sharing, self.part = sharing, sharing.part
 
     def forward(self, q_RHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, plan: AttentionPlan) -> Tensor:
-        """[R, H, V]."""
+        """[R, H, V] the attention output at this rank's tokens."""
         q, k, v = self._sharing.to_heads(q_RHK, k_RHK, v_RHV)
         (out,) = self._sharing.to_rows(attention_forward(q, k, v, plan))
         return out.contiguous()
@@ -129,7 +129,7 @@ class SharedAttention(Attention):
         scaled: bool,
         out: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `projection_backward`, of own rows; the sums are of own rows too."""
+        """Gradients, as of `projection_backward`, at this rank's tokens; the sums are over them, too."""
         dout, q, k, v = self._sharing.to_heads(dout_RHV, *qkv)
         gradients = self._sharing.to_rows(*attention_backward(dout, q, k, v, plan))
         wide = torch.promote_types(dout.dtype, torch.float32)
@@ -151,7 +151,7 @@ class SharedTower(HstuTower):
         self._sharing, self._attention = sharing, SharedAttention(sharing)
 
     def forward(self, x_TD: Tensor, layout: SequenceLayout) -> tuple[Tensor, SequenceLayout]:
-        """As the plain tower's; every sharing rank passes the same and gets the same."""
+        """The same as the plain tower; every sharing rank passes the same and gets the same."""
         if not self.training:
             return super().forward(x_TD, layout)
         x_TD, depth = x_TD.to(compute_dtype(x_TD)), 0
@@ -171,7 +171,7 @@ class SharedTower(HstuTower):
         return x_TD, layout
 
     def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
-        """As the plain tower's; while training, the last layer computes all rows."""
+        """The same as the plain tower; while training, the last layer computes all rows."""
         if not self.training:
             return super().at_candidates(x_TD, layout)
         x_TD, layout = self(x_TD, layout)

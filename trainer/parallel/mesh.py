@@ -33,7 +33,7 @@ class Mesh:
     local_world_size: int
     """Number of processes of the job on this machine."""
     device: torch.device
-    """Where this process computes."""
+    """The device of this process."""
     rack: str = ""
     """The switch that this machine is behind, as the scheduler calls it; empty where it does not say."""
     sharing: int = 1
@@ -51,7 +51,7 @@ class Mesh:
 
     @property
     def nodes(self) -> int:
-        """Machines of the job."""
+        """Nodes of the job."""
         return self.world_size // self.local_world_size
 
     @property

@@ -12,7 +12,8 @@ MAX_RUNS = 32
 BASELINE = "_baseline"
 """Ends the name of a metric of what knows no sequences."""
 MAX_POINTS = 200
-"""Of longer curves, the mean of each of so many stretches is drawn, on a band from its lowest to its highest value."""
+"""The most points of a curve: a longer one is drawn as the means of so many stretches, on a band from the lowest to the
+highest value of each."""
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 230, 58, 18, 10, 28
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
@@ -39,7 +40,7 @@ _TITLES = {
 _ACRONYMS = {"ne", "auc", "gauc", "mae", "rmse", "hr", "ndcg", "mrr"}
 
 Points = list[tuple[float, float]]
-"""(step, value)."""
+"""(step, value) in the order of steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ def metric_title(name: str) -> str:
 
 
 def curved_metrics(records: Iterable[Record]) -> list[str]:
-    """Of `METRIC/LABEL`, NE and AUC of each label, in the order of the records; every metric of a label without."""
+    """The metrics that are drawn: NE and AUC of each label, in the order of the records; every metric without a
+    label."""
     found = dict.fromkeys(name for record in records for name in record if name not in ("step", "part"))
     # A baseline does not change from step to step: tables have it.
     names = [name for name in found if not name.partition("/")[0].endswith(BASELINE)]
@@ -130,7 +132,7 @@ def points(records: Sequence[Record], name: str) -> Points:
 
 
 def legend(runs: Sequence[RunFiles]) -> str:
-    """Which curve is whose."""
+    """Which colour is which run."""
     keys = (
         f'<span class="key"><svg width="30" height="10" aria-hidden="true">'
         f'<path class="curve c{run % 8}" {_dash(run)} d="M0 5H30"/></svg>{escape(files.name)}</span>'

@@ -19,7 +19,7 @@ from trainer.report.tables import (
 
 _LIGHT = ("#2f6db3", "#c8561b", "#2c8a57", "#8d4bb0", "#b8860b", "#c23b62", "#17818c", "#6b6b6b")
 _DARK = ("#74b0f0", "#f39a5f", "#68cf96", "#c592e6", "#e3bd4f", "#f286a3", "#5cc6d1", "#b0b0b0")
-"""Of the runs, one after another; readable on the ground below."""
+"""Colours of the runs, one after another: on a light ground, and on a dark one."""
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--text:#1d232b;--quiet:#5d6875;--line:#dfe3e8;--mark:#fff1c9;%(light)s}
@@ -95,7 +95,7 @@ def _labels(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _evaluations(runs: Sequence[RunFiles]) -> list[str]:
-    """Of each data that was scored, the newest result and, of several evaluations, the curves."""
+    """For each data set that was scored the newest result and, if there are several evaluations, their curves."""
     sections = []
     for data in dict.fromkeys(data for run in runs for data in run.evaluations):
         records = [run.evaluations.get(data, []) for run in runs]

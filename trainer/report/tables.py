@@ -11,7 +11,7 @@ from trainer.report.curves import BASELINE, curved_metrics, metric_title
 from trainer.report.run_files import Record, RunFiles
 
 ABSENT = "-"
-"""In the place of a value that is not there."""
+"""What is shown in the place of a value that is not there."""
 
 _INTERVAL = "_95"
 """Ends the name of a metric that is half the 95% interval of another one."""

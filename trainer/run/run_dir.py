@@ -108,7 +108,7 @@ class RunDir:
 
     @property
     def tensorboard(self) -> Path:
-        """The same numbers for TensorBoard."""
+        """The numbers of metrics.jsonl and eval.jsonl, for TensorBoard."""
         return self.path / "tensorboard"
 
     def log_file(self, rank: int) -> Path:
@@ -170,7 +170,7 @@ class RunDir:
         return values
 
     def config_of_run(self) -> dict[str, Any]:
-        """As `saved_config`, where a run must be.  Raises WrongUse if the directory holds none."""
+        """The configuration of the run that the directory must hold.  Raises WrongUse if it holds none."""
         saved = self.saved_config()
         if saved is None:
             what = "holds no config.json" if self.path.is_dir() else "is no directory"

@@ -1,4 +1,4 @@
-"""Where a run's words go: every rank's into its own file, the first rank's also above the progress bar."""
+"""Where a run's log goes: every rank's into a file of its own, the first rank's also above the progress bar."""
 
 import logging
 import sys

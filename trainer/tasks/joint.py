@@ -73,12 +73,12 @@ class Joint(DataTask):
 
     @property
     def tokens_an_event(self) -> int:
-        """As of the ranker."""
+        """As many as the ranker makes."""
         return self.ranking.tokens_an_event
 
     @property
     def num_context(self) -> int:
-        """As of the ranker."""
+        """As many as the ranker makes."""
         return self.ranking.num_context
 
     @property
@@ -94,7 +94,7 @@ class Joint(DataTask):
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Both heads' numbers."""
+        """The metrics of both heads."""
         return (*self.ranking.measured, *MEASURED)
 
     def activations(self, batch: MeanBatch) -> Memory:
@@ -105,7 +105,7 @@ class Joint(DataTask):
         return self.ranking.activations(batch) + scores
 
     def check_training_data(self) -> None:
-        """As for the ranker, and items under their own ids."""
+        """The ranker's checks, and that items are read under their own ids."""
         if self.config.data.unknown_share:
             raise ValueError(
                 f"data.unknown_share={self.config.data.unknown_share} is for rankers alone: beside them the next item "
@@ -145,7 +145,7 @@ class Joint(DataTask):
         return NextItems(tower.similarity, predict(found.events_HE, inputs, exclude_seen=self.settings.exclude_seen))
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
-        """Both heads' metrics and tables, from one pass over the split.  Called by every rank."""
+        """Metrics and tables of both heads, from one pass over the split.  Called by every rank."""
         tower, loss = model.dense, model.model.loss
         assert isinstance(tower, JointTower) and isinstance(loss, JointLoss)
         predictions: list[Predictions] = []

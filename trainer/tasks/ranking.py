@@ -87,7 +87,7 @@ class Ranking(DataTask):
         )
 
     def activations(self, batch: MeanBatch) -> Memory:
-        """Of encoder and towers."""
+        """What encoder and towers hold."""
         return ranker_activations(self.config.model, batch, inputs=self._inputs)
 
     @property
@@ -165,7 +165,8 @@ class Ranking(DataTask):
         selection: Selection,
         trained: TrainedRows | None = None,
     ) -> Evaluation:
-        """The same of any model that gives the `outputs` of these `labels` at candidates of what `selection` reads."""
+        """As `evaluate`, of any model that gives the `outputs` of these `labels` at the candidates of what `selection`
+        reads."""
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
         batches = build_loader(
             data,

@@ -38,7 +38,7 @@ class Retrieval(DataTask):
 
     @property
     def selection(self) -> Selection:
-        """Item ids."""
+        """The item ids of events and candidates."""
         return item_columns(self.info)
 
     @functools.cached_property
@@ -52,12 +52,12 @@ class Retrieval(DataTask):
 
     @property
     def tokens_an_event(self) -> int:
-        """Its item."""
+        """One: an event is its item."""
         return 1
 
     @property
     def num_context(self) -> int:
-        """The model reads none."""
+        """None: the model reads no columns of samples."""
         return 0
 
     @property
@@ -73,13 +73,13 @@ class Retrieval(DataTask):
         return MEASURED
 
     def activations(self, batch: MeanBatch) -> Memory:
-        """Of tower and scores."""
+        """What the tower and the scores hold."""
         return retriever_activations(
             self.config.model, batch, embedding_dim=self._item_width, num_items=self.info.num_items
         )
 
     def check_training_data(self) -> None:
-        """Any events will do, under their own ids."""
+        """There is always something to learn; but items must be read under their own ids."""
         if self.config.data.unknown_share:
             raise ValueError(
                 f"data.unknown_share={self.config.data.unknown_share} is for rankers: a retriever would learn to "
@@ -93,7 +93,7 @@ class Retrieval(DataTask):
         return {ITEM_ID: events, NEGATIVE_FEATURE: (self.settings.num_negatives or self.info.num_items) / sharing}
 
     def build(self, tables: Tables) -> Model:
-        """The retriever."""
+        """The retriever over the items' table."""
         return build_retriever(
             self.config.model,
             tables=tables,
@@ -107,7 +107,7 @@ class Retrieval(DataTask):
 
     @property
     def padding(self) -> SequencePadding:
-        """One more sequence."""
+        """Batches are padded by one more sequence."""
         return SequencePadding(rectangular=self.config.model.is_rectangular)
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
@@ -138,7 +138,7 @@ class Retrieval(DataTask):
             yield self.next_items(model, batch, mesh).predictions
 
     def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
-        """Of every candidate from all events and candidates in front of it."""
+        """Predict every candidate from all events and candidates in front of it."""
         assert isinstance(model.dense, RetrieverTower)
         prepared = self._form(batch, mesh, 0).to(mesh.device, non_blocking=True)
         found = _predict(model.score(prepared.inputs), prepared, exclude_seen=self.settings.exclude_seen)

@@ -41,7 +41,7 @@ class Evaluation:
     metrics: Mapping[str, float]
     """The model's numbers by name; NaN where the data leave one undefined."""
     table: str
-    """The same beside the baseline's, for people; empty on all ranks but the first."""
+    """Model and baseline beside each other, for people; empty on all ranks but the first."""
     baseline: Mapping[str, float] = field(default_factory=dict)
     """The baseline's, by the same names; empty on all ranks but the first, and where it was not asked for."""
 
@@ -170,14 +170,14 @@ class DataTask:
 
     @property
     def padding(self) -> BatchPadding:
-        """One more sample."""
+        """Batches are padded by one more sample."""
         rectangular = self.config.model.is_rectangular
         return Padding(self.selection, pooled_spaces(self.tables), rectangular=rectangular)
 
     def rank(self, model: ParallelModel, inputs: Inputs, trained: TrainedRows) -> LabelOutputs:
-        """Refused."""
+        """Refuses: this task's model predicts no labels."""
         raise ValueError("this run's model predicts the next item and no labels: ask it by retrieve")
 
     def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
-        """Refused."""
+        """Refuses: this task's model predicts no next item."""
         raise ValueError("this run's model ranks candidates that it is given: ask it by score")

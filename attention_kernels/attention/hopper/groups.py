@@ -19,7 +19,7 @@ def matrix_layout(N, bits=16):
 
 @gluon.jit
 def zero_sum(SIZE: gl.constexpr):
-    """Of a group's products, [64, SIZE]."""
+    """Zeros for the sum of a group's products, [64, SIZE]."""
     return gl.zeros([GROUP_SIZE, SIZE], gl.float32, matrix_layout(SIZE))
 
 

@@ -49,7 +49,7 @@ class RingConfig:
     """Streamed tiles in shared memory; at least two, as a group releases a tile only when it has the next."""
 
     wide: bool = False
-    """Of the backward for large heads (`wide.py`), in which both groups of dk and dv share 64 keys."""
+    """Whether it is the backward for large heads (`wide.py`), in which both groups of dk and dv share 64 keys."""
 
     def __post_init__(self) -> None:
         if self.stages < 2:

@@ -44,7 +44,7 @@ _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.fl
 
 @functools.cache
 def block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of blocks [1, rows, columns] in shared memory."""
+    """The layout in shared memory of blocks [1, rows, columns]."""
     return gl.NVMMASharedLayout.get_default_for([1, rows, columns], _GLUON_TYPES[dtype])
 
 

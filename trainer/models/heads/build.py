@@ -20,7 +20,7 @@ SIMILARITIES: dict[type, Callable[..., Similarity]] = {
 }
 """How each kind of similarity is made, by the class of its settings."""
 RANK_HEADS: dict[type, Callable[..., RankHead]] = {MlpConfig: mlp.build, ExpertsConfig: experts.build}
-"""Likewise each kind of a ranker's head."""
+"""The function that builds each kind of a ranker's head."""
 
 
 def build_similarity(config: SimilarityConfig, *, embedding_dim: int) -> Similarity:

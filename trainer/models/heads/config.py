@@ -13,7 +13,7 @@ class DotProductConfig:
     """Score an item by the dot product of its row with a prediction (`trainer.models.heads.dot_product`)."""
 
     kind: Literal["dot_product"] = "dot_product"
-    """This one."""
+    """The word that chooses this head."""
     normalise: bool = True
     """L2-normalise outputs and item vectors: scores are then cosines."""
 
@@ -23,15 +23,15 @@ class DotProductConfig:
         return 0
 
     def query_flops(self, embedding_dim: int) -> int:
-        """Of a prediction's side."""
+        """Forward FLOPs of a prediction's side."""
         return 0
 
     def item_flops(self, embedding_dim: int) -> int:
-        """Of an item's side."""
+        """Forward FLOPs of an item's side."""
         return 0
 
     def pair_flops(self, embedding_dim: int) -> int:
-        """Of a prediction and an item, both sides given."""
+        """Forward FLOPs of a prediction and an item, both sides given."""
         return 2 * embedding_dim
 
 
@@ -40,7 +40,7 @@ class MixtureOfLogitsConfig:
     """Score an item by a gated mixture of small dot products (`trainer.models.heads.mixture_of_logits`)."""
 
     kind: Literal["mixture_of_logits"] = "mixture_of_logits"
-    """This one."""
+    """The word that chooses this head."""
     query_vectors: int = 8
     """Vectors of a prediction."""
     item_vectors: int = 4
@@ -92,7 +92,7 @@ class MlpConfig:
     """Hidden layers, then the outputs of all labels (`trainer.models.heads.mlp`)."""
 
     kind: Literal["mlp"] = "mlp"
-    """This one."""
+    """The word that chooses this head."""
     hidden: tuple[int, ...] = ()
     """Widths of the hidden layers; without any, outputs are linear in what the tower says of a candidate."""
 
@@ -101,7 +101,7 @@ class MlpConfig:
             raise ValueError(f"mlp: hidden must hold widths of at least 1, got {self.hidden}")
 
     def flops(self, dim: int, num_outputs: int) -> int:
-        """Of a candidate."""
+        """Forward FLOPs of a candidate."""
         return 2 * sum(below * above for below, above in itertools.pairwise([dim, *self.hidden, num_outputs]))
 
 
@@ -110,11 +110,11 @@ class ExpertsConfig:
     """Hidden layers side by side, which every output mixes by a gate of its own (`trainer.models.heads.experts`)."""
 
     kind: Literal["experts"] = "experts"
-    """This one."""
+    """The word that chooses this head."""
     num_experts: int = 4
     """Hidden layers side by side."""
     hidden: int = 64
-    """Width of each."""
+    """Width of each expert's hidden layer."""
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden"):
@@ -122,7 +122,7 @@ class ExpertsConfig:
                 raise ValueError(f"experts: {name} must be at least 1, got {getattr(self, name)}")
 
     def flops(self, dim: int, num_outputs: int) -> int:
-        """Of a candidate: experts and gates, the mixtures, and an output of each."""
+        """Forward FLOPs of a candidate: experts and gates, the mixtures, and an output of each."""
         layers = self.num_experts * (self.hidden + num_outputs)
         return 2 * (dim * layers + num_outputs * self.hidden * (self.num_experts + 1))
 

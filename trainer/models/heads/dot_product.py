@@ -12,14 +12,14 @@ from trainer.models.heads.similarity import Similarity
 
 
 class DotProduct(Similarity):
-    """Without parameters; `normalise` divides both sides by their length."""
+    """The dot product of both sides; it has no parameters.  `normalise` divides both by their length."""
 
     def __init__(self, *, normalise: bool = True) -> None:
         super().__init__()
         self.normalise = normalise
 
     def queries(self, outputs_PE: Tensor) -> Tensor:
-        """[P, E]"""
+        """[P, E] the predictions as they are scored."""
         return F.normalize(outputs_PE.float(), dim=-1, eps=1e-6) if self.normalise else outputs_PE.float()
 
     def items(self, rows_NE: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class DotProduct(Similarity):
         return self.queries(rows_NE)
 
     def forward(self, queries: Tensor, items: Tensor) -> Tensor:
-        """[P, N]"""
+        """[P, N] scores."""
         # 16 bits would round a cosine of 1, over a temperature of 0.05, by 0.08.
         with torch.autocast(queries.device.type, enabled=False):
             if items.dim() == 2:

@@ -36,7 +36,7 @@ class ExpertsHead(RankHead):
         self.num_experts = num_experts
 
     def forward(self, hidden_CD: Tensor) -> Tensor:
-        """[C, K] float32."""
+        """[C, K] float32 outputs of all labels."""
         normed_CD = self.norm(hidden_CD)
         experts, gates = F.silu(self.experts(normed_CD)), self.gates(normed_CD)
         with torch.autocast(hidden_CD.device.type, enabled=False):
@@ -46,7 +46,7 @@ class ExpertsHead(RankHead):
 
     @torch.no_grad()
     def start_at(self, outputs_K: Tensor, *, alike: bool) -> None:
-        """As biases; `alike` without weights."""
+        """Begin with these outputs, as biases; `alike` sets the weights to 0, so that all candidates begin alike."""
         self.bias.copy_(outputs_K)
         if alike:
             self.weight.zero_()

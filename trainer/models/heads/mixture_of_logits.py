@@ -60,7 +60,7 @@ class MixtureOfLogits(Similarity):
         return self._side(rows_NE, self.item_projection, self.item_gate)
 
     def forward(self, queries: Tensor, items: Tensor) -> Tensor:
-        """[P, N]"""
+        """[P, N] scores."""
         with torch.autocast(queries.device.type, enabled=False):
             f_PID, query_gate_PG = self._split(queries, self.query_vectors)
             g_NJD, item_gate_NG = self._split(items, self.item_vectors)

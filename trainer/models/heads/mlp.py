@@ -25,7 +25,7 @@ class MlpHead(RankHead):
         self.output = nn.Linear(dim, num_outputs)
 
     def forward(self, hidden_CD: Tensor) -> Tensor:
-        """[C, K] float32."""
+        """[C, K] float32 outputs of all labels."""
         hidden_CD = self.layers(hidden_CD)
         with torch.autocast(hidden_CD.device.type, enabled=False):
             outputs_CK: Tensor = self.output(hidden_CD.float())
@@ -33,7 +33,7 @@ class MlpHead(RankHead):
 
     @torch.no_grad()
     def start_at(self, outputs_K: Tensor, *, alike: bool) -> None:
-        """As biases; `alike` without weights."""
+        """Begin with these outputs, as biases; `alike` sets the weights to 0, so that all candidates begin alike."""
         self.output.bias.copy_(outputs_K)
         if alike:
             self.output.weight.zero_()
