@@ -231,7 +231,7 @@ def _cluster(
     except ValueError as error:
         if "fit" not in str(error) and "no memory is left" not in str(error):
             raise
-        # A file of tables states these settings without the word.
+        # In a file of tables these settings have no "placement." in front.
         reason = str(error).replace("placement.", "")
         if copies.number > 1:
             # Fixes are planned for the ranks of one copy, and among all kernels.

@@ -86,7 +86,7 @@ def read_plan(path: Path, problem: Problem) -> Plan:
         _check_estimates(stored, as_stored)
         tables = stored.tables
         if stored.machine.compute_device != problem.machine.compute_device:
-            # What was considered there may not be had here.
+            # The alternatives were considered for another machine, and may not exist on this one.
             tables = {name: dataclasses.replace(table, candidates=()) for name, table in tables.items()}
         plan = evaluate(problem, tables)
         _check_fit(plan, problem)

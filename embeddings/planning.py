@@ -106,7 +106,7 @@ def _candidates(packer: Packer, packing: Packing, table: int, *, compare: bool) 
             )
         )
     chosen = candidates.pop(packing.choice[table] if compare else 0)
-    # What does not fit, or was not tried: last.
+    # Candidates that do not fit, or were not tried, come last.
     order = sorted(candidates, key=lambda c: (c.plan_ms is None, c.plan_ms or 0.0, c.table_ms))
     return (chosen, *order)
 

@@ -82,7 +82,7 @@ def rows_by_feature(looked_up: Sequence[Any]) -> Rows:
         # Two heads ask for them: TorchRec keeps here what has been waited for, which cannot be done twice.
         found = LazyAwaitable._wait_async(of_collection)
         if isinstance(found, KeyedTensor):
-            # Sums have no lengths that anybody reads.
+            # Nobody reads the lengths of sums.
             none = torch.zeros(0, dtype=torch.long, device=found.device())
             found = {feature: JaggedTensor(sums, lengths=none) for feature, sums in found.to_dict().items()}
         rows |= found

@@ -175,7 +175,7 @@ class _Rows:
             for name, value in optimizers.state().items()
             if name.startswith(f"{config.name}/")
             for first, _, block in local_blocks(value)
-            # Adam's step is the table's, not a row's.
+            # Adam's step counter belongs to the table, not to a row, and has no dims.
             if block.dim()
         ]
 

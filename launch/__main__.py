@@ -97,7 +97,7 @@ def sweep(
             options = check(scheduler, requests[-1])
             if not scheduler.needs_image:
                 RunDir(run.absolute_run_dir).check_same_run(to_dict(config))
-        # A folder of their own, which holds the code of all.
+        # The folder above the runs holds the code of all of them.
         base = replace(request, run_dir=requests[0].absolute_run_dir.parent, overrides=[])
         if dry_run:
             print(connection.dry_run_of_sweep(requests, base, options))

@@ -227,7 +227,7 @@ class Allocation:
             end = time.mktime(time.strptime(job.end_time if job else "", "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
             return None
-        # A short allocation is not spent on leads alone.
+        # At most half of a short allocation is kept for the last save.
         return end - min(stopping_time_s(RunDir(self.run_dir)), (end - started) / 2)
 
     def _newest_step(self) -> int:

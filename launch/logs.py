@@ -157,7 +157,7 @@ def follow(paths: Callable[[], list[Path]], ended: Callable[[], bool], show: Cal
             with path.open("rb") as file:
                 file.seek(read.get(path, 0))
                 text = file.read()
-            # Half a line waits for its other half.
+            # The beginning of a line waits until the rest is written.
             whole = text if over else text[: text.rfind(b"\n") + 1]
             read[path] = read.get(path, 0) + len(whole)
             if whole:
@@ -171,7 +171,7 @@ def follow_text(read: Callable[[], str], ended: Callable[[], bool], show: Callab
     """Show a text that grows, until the job has ended."""
     shown = 0
     while True:
-        # Asked before the last look, as above.
+        # Asked before the last read, so that nothing is missed that was written before the end.
         over = ended()
         text = read()
         show(text[shown:])

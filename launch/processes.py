@@ -82,7 +82,7 @@ def run_processes(command: Sequence[str], place: Place) -> int:
             lost |= set(stopped.look(process.pid for process in running.values()))
             _send(signal.SIGKILL, {rank: process for rank, process in running.items() if process.pid in lost})
             if os.getppid() != started_by and not asked:
-                # Nobody is left to whom the job belongs.
+                # The launcher that this job belongs to has ended.
                 received = signal.SIGTERM
         if received not in (None, signal.SIGCHLD):
             if received == signal.SIGINT and received in asked:

@@ -17,7 +17,7 @@ def progress_lines(record: JobRecord) -> list[str]:
     run = RunDir(Path(record.run_dir))
     lines = [f"recipe: {record.recipe}", f"run: {run.path}"]
     if not run.path.is_dir():
-        # It lies in containers, or on another machine.
+        # The run directory lies in containers, or on another machine.
         return lines
     last = _last_metrics(run.metrics_file)
     if last:
@@ -25,7 +25,7 @@ def progress_lines(record: JobRecord) -> list[str]:
     step = newest_checkpoint(run)
     if step:
         complete = run.checkpoints / step_folder(step) / COMPLETE
-        # On an object store nothing but its step is known.
+        # Of a checkpoint on an object store nothing but its step is known.
         age = f", {_age(complete.stat().st_mtime)} ago" if complete.is_file() else ""
         lines.append(f"last checkpoint: step {step}{age}")
     else:

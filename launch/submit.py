@@ -134,7 +134,7 @@ def check(scheduler: Scheduler, request: Request) -> dict[str, CfgVal]:
 
 def _check_plan(request: Request, *, in_container: bool) -> None:
     """The workers check the plan against the tables, which takes torch."""
-    # In a container it is another file.
+    # In a container the path means another file, which is not checked here.
     if request.plan is None or in_container:
         return
     try:

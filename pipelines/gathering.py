@@ -140,7 +140,7 @@ class Histories:
         """The places in the log of the events of each sample's history, oldest first."""
         for sample in range(self.begin.shape[1]):
             bounds = zip(self.pools, self.begin[:, sample], self.end[:, sample], strict=True)
-            # Runs one after another, so that the sort merges them.
+            # Sorted runs lie one after another here, which the sort merges quickly.
             yield np.sort(np.concatenate([places[low:high] for places, low, high in bounds]), kind="stable")
 
 

@@ -100,7 +100,7 @@ class Padding:
             counts = [parts[part] for part in rows] or [Count(len(array), len(array))]
             arrays[name] = (array.dtype, list(_filled(name, array, counts)))
         for name, part in (("history_lens", "event"), ("num_candidates", "candidate")):
-            # The last sample has all of the padding.
+            # All padding goes to the last sample.
             arrays[name][1][1][-1] = parts[part].padded - parts[part].real
         padded_memory, places = pack(arrays)
         changed = replace(contents, places=places, size_bytes=padded_memory.numel(), lookups=(), padded=True)

@@ -167,7 +167,7 @@ class InputBuilder:
             of_part[column.name] = self._joined(column, requests, of_part[ITEM_ID])
         actions = [self._actions(request, f"request {number}") for number, request in enumerate(requests)]
         lists["event"][ACTION] = _lists(Column(name=ACTION, part="event", kind="id"), actions, np.int32)
-        # What becomes of candidates is not known, and not read.
+        # Labels of candidates are not known, and scoring does not read them.
         items = lists["candidate"][ITEM_ID]
         lists["candidate"][ACTION] = replace(items, values=np.zeros(len(items.array), dtype=np.int32))
         return Samples(scalars=scalars, history=lists["event"], candidate=lists["candidate"])

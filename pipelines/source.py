@@ -75,7 +75,7 @@ class ParquetSource:
         self._unit_rows = np.array([rows for each in counts for rows in each], dtype=np.int64)
         self._unit_file = np.repeat(np.arange(len(self._files)), [len(each) for each in counts])
         self._first_unit = np.cumsum([0, *(len(each) for each in counts)])
-        # Of several parts, `dataset.json` tells the sum alone.
+        # If there are several parts, `dataset.json` tells only their sum.
         if len(info.parts) == 1:
             check_whole(f"{PurePosixPath(folder) / split}", info.splits.get(split), [self])
 

@@ -97,7 +97,7 @@ def make_plan(resolved: Resolved, machine: Machine, plan_file: Path | None = Non
     load = lookup_load(resolved, ranks_with_samples)
     in_16_bits = machine.compute_device == "cuda" and resolved.config.precision == "bfloat16"
     problem = problem_of(
-        # It tells how much memory the dense parameters take.
+        # Built to count the memory of the dense parameters.
         build_model(resolved, torch.device("meta")),
         resolved.tables,
         machine=machine,

@@ -52,7 +52,7 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
             _say(error.format_message() if isinstance(error, typer.TyperException) else str(error))
         return WRONG_USE
     except UnfitNodes as error:
-        # Every rank knows it, as above.
+        # Every rank has found the same error: one of them prints it.
         if os.environ.get("RANK", "0") == "0":
             _say(str(error))
         return FAILED

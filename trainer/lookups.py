@@ -53,7 +53,7 @@ def item_frequencies(popularity: Mapping[str, Any]) -> Frequencies | None:
         (0.1 * items, popularity["top_10_percent_share"]),
         (items, 1.0),
     ]
-    # Of few items some of these are one and the same.
+    # With few items some of these points are the same.
     rising = [points[0], *(b for a, b in pairwise(points) if b[0] > max(a[0], 1.0) and b[1] > a[1])]
     return Frequencies(tuple(rising))
 

@@ -114,7 +114,7 @@ class Optimizers:
         if self.average is not None:
             self.average()
         self.update()
-        # The next step overwrites it.
+        # A copy, because the next step overwrites the norm.
         self.gradient_norm = self._norm.clone()
         self.tables.step()
 

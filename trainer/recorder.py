@@ -104,7 +104,7 @@ class Recorder:
     def paused(self) -> Iterator[None]:
         """What happens here takes no time of the steps."""
         if self._mesh.device.type == "cuda":
-            # Steps that still run are theirs.
+            # Steps that still run on the device count as time of steps.
             torch.cuda.synchronize(self._mesh.device)
         start = time.perf_counter()
         try:
@@ -128,7 +128,7 @@ class Recorder:
         running = None if self._running is None else self._running.state()
         losses, norms, (flops, tokens, waited_s, *numbers) = self._over_ranks(counts, progress, running)
         interval, self._interval = self._interval, _Interval()
-        # A step whose batch was left out has neither.
+        # A step whose batch was left out has neither loss nor norm.
         mean_loss, norm = (losses[-1], norms[-1]) if interval.took_last else (math.nan, math.nan)
         if interval.took_last:
             self._check_same(progress.step, mean_loss)

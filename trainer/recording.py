@@ -234,7 +234,7 @@ class _Replayed(torch.autograd.Function):
     ) -> Tensor:
         ctx.sized, ctx.counts = objective.run(batch, counts, values), counts
         ctx.dtypes = [x.dtype for x in values]
-        # The next step overwrites it.
+        # A copy, because the next step overwrites the loss.
         loss: Tensor = ctx.sized.loss.clone()
         return loss
 

@@ -162,7 +162,7 @@ def sequence_bounds(
     s = c
     if HAS_LOCAL:
         g = tl.maximum(c, u - GLOBAL_ROWS)
-        # c + COLUMNS could overflow
+        # Not c + COLUMNS, which could overflow.
         s = c + tl.minimum(u - c, COLUMNS)
     r = n * 0
     if ONLY_TARGETS:
@@ -206,7 +206,7 @@ def schedule_by_length(
         SECTION = tl.minimum(longest, 2**24) * tl.maximum(_MAX_SHARING // H, 1)
     num_tiles = tl.cdiv(bounds.n, BLOCK)
     section = start // SECTION
-    # At least once, for the header's sake.
+    # At least one round, because the first program also writes the header.
     for first_j in range(tl.program_id(1) * BLOCK_J, tl.maximum(num_tiles, 1), tl.num_programs(1) * BLOCK_J):
         o_j = first_j + tl.arange(0, BLOCK_J)
         level = o_j

@@ -78,7 +78,7 @@ def live_rows(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr)
     if HAS_LOCAL:
         in_band = (first >= s) & (first < u)
         if in_band:
-            # last + local could overflow
+            # Not last + local, which could overflow.
             band_end = tl.maximum(last + tl.minimum(local, g - last), band_start)
             wide_start = tl.maximum(g, first)
     # Neighbours whose blocks would overlap become one segment: context and band, band and unrestricted rows.

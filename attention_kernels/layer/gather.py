@@ -155,7 +155,7 @@ def _sum_by_row(values_TD: Tensor, rows_T: Tensor, count: int, dtype: torch.dtyp
         places = torch.where(rows_T < 0, count, rows_T)
         sums: Tensor = torch.ops.aten.embedding_dense_backward(wide, places, count + 1, -1, False)
         return sums[:count].to(dtype)
-    # Half as many bits are sorted in half the time.
+    # int32 instead of int64: half as many bits are sorted in half the time.
     sorted_T, order_T = torch.sort(rows_T.int(), stable=True)
     ends = torch.searchsorted(sorted_T, torch.arange(count + 1, dtype=torch.int32, device=device))
     part_ends = torch.nn.functional.pad(torch.cumsum((ends.diff() + _PART_LEN - 1) // _PART_LEN, 0), (1, 0))

@@ -151,7 +151,7 @@ def hopper_matmul_kernel(
     """See `product`.  Grid: one program a processor."""
     a_rings = (make_ring(a, STAGES, 1), make_ring(a, STAGES, 1))
     b_ring = make_ring(b, STAGES, 2)
-    # Without a residual only their buffers are used.
+    # Without a residual only the buffers of these rings are used.
     results = (make_ring(out, 1, 1), make_ring(out, 1, 1))
     work = (a_rings, b_ring, results, out, slopes, bias, row_scale, column_scale, M, num_tiles)
     gl.warp_specialize(

@@ -206,7 +206,7 @@ def _fused(what: str, *operands: Tensor | None) -> bool:
     return False
 
 
-# Once for each reason.
+# Cached, so that each reason is logged once.
 @functools.cache
 def _log_unfused(what: str, reason: str) -> None:
     logger.info("%s is not fused: %s", what, reason)

@@ -52,7 +52,7 @@ class Replicated(ShardingKind):
         reduced = weights * (2 * nodes - 1) / nodes
         if machine.world_size > 2 * machine.local_world_size:
             reduced *= 2
-        # One network card a rank, all of them at once.
+        # Each rank has a network card, and all send at once.
         reduce_ms = reduced / (machine.network_rate * machine.local_world_size * 1e6)
         update_ms = weights * _ELEMENTWISE_PASSES / (work.device_bytes_per_ms / 2)
         state = block.num_rows * state_bytes_per_row(work.optimizer, block.num_columns)

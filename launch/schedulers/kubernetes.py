@@ -168,7 +168,7 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
         for kind, (group, _, _) in APIS.items():
             has = group in groups
             words = "there" if has else f"not installed: --option kind={kind} fails"
-            # One of the two will do.
+            # One of the two kinds of jobs is enough.
             yield Finding(ok=one, text=f"{group} is {words}")
         has = "kueue.x-k8s.io" in groups
         yield Finding(ok=True, text=f"Kueue is {'there: --option queue=NAME' if has else 'not installed: no queue'}")

@@ -161,7 +161,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
                 Path(folder, BATCH_OUTPUT).symlink_to(Path(request.job_dir, ARRAY_OUTPUT.format(number)))
             return slurm_queue.submit(request.submission())
         except Exception:
-            # The copy of the code too.
+            # The job's folder holds the copy of the code too.
             for folder in (request.job_dir, *request.job_dirs):
                 shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -118,7 +118,7 @@ def run(
         SlurmError: it is not installed.
     """
     deadline = time.monotonic() + patience_s
-    # Whatever a user likes to see, times are read here.
+    # The user may have set another format, in which we could not read times.
     variables = {**environment, "SLURM_TIME_FORMAT": "standard"}
     while True:
         try:
@@ -181,7 +181,7 @@ def parse_scontrol(output: str) -> list[SlurmJob]:
                 reason="" if told.get("Reason") in (None, "None") else told["Reason"],
                 nodes="" if told.get("NodeList") in (None, "(null)") else told["NodeList"],
                 exit_code=told.get("ExitCode", ""),
-                # Without a limit Slurm says a year from now.
+                # For a job without a limit Slurm reports an end a year from now.
                 end_time="" if told.get("TimeLimit") == "UNLIMITED" else told.get("EndTime", ""),
                 work_dir=told.get("WorkDir", ""),
                 excluded="" if told.get("ExcNodeList") in (None, "(null)") else told["ExcNodeList"],
@@ -225,7 +225,7 @@ def find_job(job_id: str, patience_s: float = 0.0) -> SlurmJob | None:
     else:
         raise SlurmError(f"scontrol failed: {' '.join(scontrol.stderr.split())}")
     exact = [job for job in jobs if job.job_id == job_id]
-    # Of a job array as a whole there are its members only.
+    # Slurm lists the members of a job array, not the array as a whole.
     return next(iter(exact or jobs), None)
 
 

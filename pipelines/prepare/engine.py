@@ -39,7 +39,7 @@ def connect(scratch: Path, memory_gib: float, threads: int | None) -> duckdb.Duc
     connection.execute("SET temp_directory = " + literal(str(scratch / "spill")))
     connection.execute("SET preserve_insertion_order = false")
     connection.execute("SET enable_progress_bar = false")
-    # Dates and times that name no zone.
+    # For dates and times that name no zone.
     connection.execute("SET TimeZone = 'UTC'")
     if threads is not None:
         connection.execute(f"SET threads = {threads}")
@@ -126,7 +126,7 @@ def decompressed(path: Path) -> Iterator[BinaryIO]:
         with opener(path) if opener else path.open("rb") as stream:
             yield stream
     except DAMAGED as error:
-        # Errors of the file system have a number.
+        # The error comes from the file system if it has a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path} cannot be decompressed: {error}") from error

@@ -230,7 +230,7 @@ def _read(
     """
     if not source.is_dir():
         raise ValueError(f"--source {source} is not a folder")
-    # A later delivery may say nothing new of users and items.
+    # A later delivery need not bring files of users and items: these may say nothing new.
     paths = {
         name: attribute_paths(source, attributes.files, needed=known is None) if attributes else []
         for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))

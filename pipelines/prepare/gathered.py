@@ -149,7 +149,7 @@ def _described(about: Description, rules: GatheredRules) -> tuple[dict[str, Spac
     crosses = [Column(name=name, part="sample", kind="id", space=name) for name in rules.crosses]
     used = {each.space for each in kept} | {ITEM_SPACE}
     spaces = {name: space for name, space in about.spaces.items() if name in used}
-    # A smaller log has crosses in proportion.
+    # The rules are for the whole log; a smaller one gets crosses in proportion.
     share = min(1.0, about.spaces["user"].used / rules.users)
     for name, cross in rules.crosses.items():
         rows = max(2, round(cross.rows * share))

@@ -72,7 +72,7 @@ def _described(rows: int, moments: Sequence[float], inner: Sequence[float] | Non
     return NumberStatistics(
         count=int(count),
         missing=rows - int(count),
-        # A sum over threads may end in other last digits each time.
+        # Rounded, because threads add up in any order: the last digits may differ each time.
         mean=float(f"{mean:.10g}"),
         std=float(f"{std:.10g}"),
         quantiles=(low, *(inner[1:-1] if inner else ()), high),

@@ -281,7 +281,7 @@ def _whole_users(
     """Events of whole users, sorted, in the order of a hash of the users' ids."""
     names = sorted({value_column(column.name) for column in _listed(about)})
     context = [column for column in about.columns if column.part == "sample" and column.name != USER_ID]
-    # A user without a row has what is missing.
+    # What a user without a row gets: the values that stand for missing.
     absent = {"id": "0::BIGINT", "ids": "[]::BIGINT[]", "number": "'nan'::DOUBLE"}
     values = "".join(f", e.{quoted(name)}" for name in names)
     values += "".join(

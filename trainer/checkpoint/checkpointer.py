@@ -236,7 +236,7 @@ class Checkpointer:
             if 2 * sum(size for size, _ in sizes) <= sum(size for _, size in sizes):
                 self._deltas += 1
                 return delta, self._full_step
-        # Known again when the full one is complete.
+        # Set again when the full checkpoint is complete.
         self._full_step, self._deltas = None, 0
         if self._touched is not None:
             self._touched.clear()

@@ -43,7 +43,7 @@ class Staging:
         check_memory(num_bytes, ranks_here)
         self._num_bytes, self._device = num_bytes, device
         self._file = os.memfd_create("checkpoint")
-        # Now, not page by page during the first save.
+        # Allocate the memory now, not page by page during the first save.
         try:
             os.posix_fallocate(self._file, 0, max(1, num_bytes))
         except OSError as error:

@@ -90,7 +90,7 @@ class Guard:
         assert self._process.stdin is not None
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
-        # The smallest: full after minutes, not after an hour.
+        # The smallest pipe: if the guard stops reading, it is full after minutes, not after an hour.
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
 
     def _tell(self, words: bytes) -> None:

@@ -131,7 +131,7 @@ class Watchdog:
         self._limits = limits
         self._main = threading.main_thread().ident
         self._over = threading.Event()
-        # Whoever is lost from now on has said which process it is.
+        # From now on the others know which process this rank is, should it be lost.
         self._tell(0)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -165,7 +165,7 @@ class Watchdog:
         following = (self._mesh.rank + 1) % self._mesh.world_size
         try:
             while not self._over.wait(BEAT_S):
-                # Other ranks, which can name a culprit, come first.
+                # Later than the other ranks, which can name a culprit.
                 GUARD.expect("a sign of life", self._limits.least_s + STACKS_S + SENTENCE_S)
                 pause, looked_at = time.monotonic() - looked_at, time.monotonic()
                 if pause > PAUSE_S:
@@ -224,7 +224,7 @@ class Watchdog:
         for rank, stack in stacks.items():
             beat = beats[rank]
             if stack is None and beat is not None and beat.host == socket.gethostname():
-                # It cannot end itself, and its agent would wait for it.
+                # A stopped process cannot end itself, and its agent would wait for it.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(beat.pid, signal.SIGKILL)
         print(f"error: {sentence}", file=sys.stderr, flush=True)

@@ -112,16 +112,17 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
             write_settings(run, resolved, plan, mesh)
         announce(resolved, plan, model, mesh)
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
-            # There is a beginning to go back to.
+            # The run may have to go back to before its first step: save the beginning.
             checkpointer.save(restart.progress)
         session = _Session(
             run, settled, mesh, model, checkpointer, watchdog, LeftOut(run, config.nonfinite, mesh), start.profile
         )
-        # Anew where the newest checkpoint turned out to be damaged.
+        # `batches` follow the newest checkpoint; if that was damaged, an older one was restored, and they are read
+        # anew.
         whole = restart.progress == progress
         spoilt = session.train(restart, loader, batches) if whole else session.train_anew(restart)
         while spoilt is not None:
-            # A save that is under way is of an earlier step.
+            # A save that is under way is of a step before the spoilt one, and counts.
             checkpointer.wait()
             newest = catalogue.newest()
             session.left_out.add(spoilt, newest.progress.step)
@@ -266,7 +267,7 @@ def _settle(resolved: Resolved, loader: Loader, progress: Progress) -> Resolved:
     """The run with a schedule that knows its end.  Raises ValueError if steps are left that would learn nothing."""
     config = resolved.config
     last_step = config.max_steps
-    # Batches of so many tokens hold as many samples as fit.
+    # With global_batch_tokens nobody knows how many samples a batch will hold, and so how many steps there are.
     if config.data.global_batch_tokens is None:
         steps = math.ceil(loader.total_samples / config.data.global_batch_size)
         last_step = steps if last_step is None else min(steps, last_step)

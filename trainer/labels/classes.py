@@ -51,7 +51,7 @@ class Classes(LabelKind):
         """[C, 3] logarithm of the true class's probability, whether it was the likeliest, the class."""
         place_C = targets_C.nan_to_num().long()
         log_C = torch.log_softmax(outputs_CK.double(), dim=1).gather(1, place_C[:, None])[:, 0]
-        # Ties count as missed.
+        # A class that ties with another counts as missed.
         own_C1 = outputs_CK.gather(1, place_C[:, None])
         hit_C = (outputs_CK >= own_C1).sum(1) == 1
         return torch.stack([log_C, hit_C.double(), targets_C], dim=1)

@@ -195,7 +195,7 @@ def _rectangular(config: ModelConfig, batch: MeanBatch, events: float) -> Memory
         one += padded * b * (2 * key + 2 * gate)
         kept = num_layers * one + tokens * dim * _FLOAT_BYTES
         return Memory(kept, kept + one)
-    # Scores, which SiLU's slope is taken of, and weights.
+    # The scores, whose SiLU is differentiated, and the weights.
     pairs = padded * config.max_len
     one = tokens * (b * (2 * dim + 2 * uvqk + gate) + _FLOAT_BYTES * 2 * gate) + padded * b * (2 * key + gate)
     one += pairs * layer.num_heads * (_FLOAT_BYTES + b)

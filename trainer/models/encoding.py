@@ -70,9 +70,9 @@ class InputEncoder(nn.Module):
         # One vector for "something happened" (an impression without any action is an event), then one a bit.
         self.action_vectors = learned_vectors(1 + num_actions, dim)
         self.candidate_action = learned_vectors(1, dim) if config.candidate_action == "learned" else None
-        # Row 0 is the candidates'.
+        # Row 0 is for candidates, which have no position.
         self.position_vectors = learned_vectors(1 + config.num_positions, dim)
-        # Row 0 is the unknown time's.
+        # Row 0 is for events whose time is unknown.
         self.age_vectors = learned_vectors(1 + config.num_time_buckets, dim)
         self.candidate_gap_vectors = learned_vectors(1 + config.num_time_buckets, dim)
         self.context = nn.ModuleList(encoder([feature]) for feature in selection.of("sample"))

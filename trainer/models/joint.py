@@ -46,7 +46,7 @@ class JointTower(nn.Module):
     def __init__(self, ranker: RankerTower, similarity: Similarity, *, dim: int, embedding_dim: int) -> None:
         super().__init__()
         self.ranker, self.similarity = ranker, similarity
-        # Items' rows are compared as they are, too.
+        # Not items' rows, which the second head compares as they are.
         self.cast_first: frozenset[str] = ranker.cast_first - {ITEM_ID}
         self.output_projection = nn.Identity() if embedding_dim == dim else nn.Linear(dim, embedding_dim)
 

@@ -76,7 +76,7 @@ class RetrieverTower(nn.Module):
     ) -> None:
         super().__init__()
         self.tower, self.similarity, self.max_len, self.dropout = tower, similarity, max_len, dropout
-        # Items' rows are compared as they are.
+        # None: items' rows are compared as they are.
         self.cast_first: frozenset[str] = frozenset()
         same = embedding_dim == dim
         self.item_projection = nn.Identity() if same else nn.Linear(embedding_dim, dim)
@@ -148,7 +148,7 @@ class SampledSoftmax(nn.Module):
         rows = rows_by_feature(looked_up)
         items_SE, negatives = rows[ITEM_ID].values(), rows[NEGATIVE_FEATURE].values()
         rows_P = rows_with_next(outputs.layout)
-        # Behind -1, which is no event, stands none.
+        # -1 stands for no event, and stays -1.
         next_P = rows_P + (rows_P >= 0)
         own = batch.negative_ids.dim() == 2
         losses_P = self.of_predictions(

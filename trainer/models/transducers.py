@@ -48,7 +48,7 @@ class EventChoice:
             kept &= (inputs.action_host & self.action_mask) != 0
         if self.column is not None:
             read = inputs.numbers_host if self.column.kind == "number" else inputs.ids_host
-            # Behind the events' may stand the candidates'.
+            # The values of events come first; those of candidates may follow.
             values = read(self.column.name)[: kept.numel()]
             kept &= (values != 0) & ~values.isnan()
         return kept

@@ -46,7 +46,7 @@ def evaluation_table(records: Sequence[Sequence[Record]], runs: Sequence[RunFile
     metrics = [
         metric for metric in metrics if not (metric.endswith(_INTERVAL) and metric.removesuffix(_INTERVAL) in metrics)
     ]
-    # A baseline's number stands behind the model's.
+    # A baseline's number is shown beside the model's, not as a metric of its own.
     own = [metric for metric in metrics if not metric.endswith(BASELINE)]
     metrics = [each for metric in own for each in (metric, metric + BASELINE) if each in metrics]
     rows = []

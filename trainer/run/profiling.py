@@ -51,7 +51,7 @@ class StepProfile:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            # What earlier steps still compute is not theirs.
+            # Earlier steps may still compute, and do not belong in the trace.
             torch.cuda.synchronize()
         self._recording = torch.profiler.profile(activities=activities)
         self._recording.start()

@@ -209,7 +209,7 @@ class RunDir:
             raise WrongUse(f"--run-dir {self.path} is a file: name a directory")
         saved = self.saved_config()
         if saved is None:
-            # These come into being before the run does.
+            # A job may make these before it writes config.json.
             early: tuple[str, ...] = ("attempts.jsonl", "jobs", "lock", "logs")
             if not any(self.checkpoints.glob("*/COMPLETE")):
                 early += (self.checkpoints.name,)

@@ -109,12 +109,12 @@ def write_group(p_x, m_x, b_x, sums, slot, buffer, SCALED: gl.constexpr, SUMS: g
         gl.thread_barrier()
         buffer.store(b_x.to(dtype))
     if SCALED:
-        # Asked for before the barriers of the change of layout.
+        # Loaded before the barriers of the change of layout, so that it arrives while they are waited for.
         b_factor = gl.load(p_x, mask=m_x, other=0.0)
     if BUFFERED:
         gl.thread_barrier()
         b_x = buffer.load(LAYOUT)
-        # The TMA writes here next.
+        # The TMA writes into this shared memory next, and must not overtake what is read here.
         fence_async_shared()
     else:
         b_x = gl.convert_layout(b_x.to(dtype), LAYOUT)
