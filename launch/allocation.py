@@ -82,6 +82,7 @@ class Allocation:
 
     def run(self) -> int:
         """Start the run until it is done or this allocation should end; returns the batch job's exit status."""
+        attempts.note_first_start(self.job_dir)
         restarts = 0
         while True:
             before = self._newest_step()

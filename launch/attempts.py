@@ -1,16 +1,19 @@
-"""How the starts of a job ended, one line each in the run directory; and whether another one is worth it.
+"""When a job first started, and how its starts ended, one line each in the run directory; is another one worth it?
 
 A time limit, a preemption and a node's failure cost nothing.  Nor does a failure after which there is a newer complete
 checkpoint than before it: the run gets on.  Failures without progress, one after the other, are what the budget counts.
 """
 
 import json
-import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 FILE = "attempts.jsonl"
+STARTED = "started"
+"""A file in the job's folder."""
 
 Ending = Literal["done", "stopped", "failed", "taken", "unfit"]
 """Done; stopped in good order; failed; the scheduler took a node or all of them away; or a node was not fit."""
@@ -30,8 +33,19 @@ class Attempt:
     """Step of the newest complete checkpoint afterwards; 0 if there is none."""
     progress: bool
     """Whether that is newer than before."""
-    time: float
-    """Unix seconds."""
+    time: str
+    """When, in the words of the logs."""
+
+
+def note_first_start(job_dir: Path) -> None:
+    """Write into the job's folder when it first started."""
+    with suppress(FileExistsError), (job_dir / STARTED).open("x") as file:
+        file.write(_now())
+
+
+def _now() -> str:
+    """In the words of the logs, whose lines are compared with it where clock and time zone may be others."""
+    return datetime.now().isoformat(" ", "milliseconds")
 
 
 def note(run_dir: Path, submission: str, *, ended: Ending, reason: str, before: int, after: int) -> None:
@@ -42,7 +56,7 @@ def note(run_dir: Path, submission: str, *, ended: Ending, reason: str, before: 
         reason=reason,
         step=after,
         progress=after > before,
-        time=time.time(),
+        time=_now(),
     )
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / FILE).open("a") as file:

@@ -1,7 +1,7 @@
 """What a job's ranks and nodes wrote, each job's own part, and which rank failed first.
 
-All jobs of a run append to the same file a rank; a job's part is what was written from its submission on and before the
-next one's.
+All jobs of a run append to the same file a rank; a job's part is what was written from its first start on and before
+the next one's.
 """
 
 import re
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import attempts
-from launch.records import JobRecord, find_in
+from launch import attempts, records
+from launch.records import JobRecord
 from trainer.run.run_dir import RunDir
 
-_STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.]?(\d{3})? ")
+_STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.]?(\d{3})?(?: |$)")
 _ERROR = re.compile(r"\S+ \S+ (?:ERROR|CRITICAL) ")
 _ENDED = re.compile(r"\S+ \S+ rank (\d+) failed: it (.*)")
 _SAID = re.compile(
@@ -56,18 +56,26 @@ class Fault:
 
 
 def span_of(record: JobRecord) -> Span:
-    """From the job's submission to the next one into the same run directory."""
-    siblings = [find_in(folder) for folder in Path(record.run_dir, "jobs").glob("*")]
-    later = [job.time for job in siblings if job is not None and job.time > record.time]
-    # Log lines are stamped to the second.
-    return Span(int(record.time), min(later, default=float("inf")))
+    """From the job's first start to the next one's in the same run directory; empty if it has not started."""
+    begun = _first_start(record)
+    if begun is None:
+        return Span(float("inf"))
+    others = [_first_start(job) or 0.0 for job in records.of_run(Path(record.run_dir))]
+    # Log lines may be stamped to the second.
+    return Span(int(begun), min((moment for moment in others if moment > begun), default=float("inf")))
+
+
+def _first_start(job: JobRecord) -> float | None:
+    """As its first node told it: that its clock or time zone is not this machine's then does no harm."""
+    told = Path(job.job_dir, attempts.STARTED)
+    return _moment(told.read_text()) if told.is_file() else None
 
 
 def last_start(record: JobRecord) -> Span:
     """Of the job's time, what came after its last start but one had ended."""
     span = span_of(record)
-    ends = [attempt.time for attempt in attempts.read(Path(record.run_dir), Path(record.job_dir).name)]
-    return Span(max(span.since, ends[-2]) if len(ends) > 1 else span.since, span.until)
+    ends = [_moment(attempt.time) for attempt in attempts.read(Path(record.run_dir), Path(record.job_dir).name)]
+    return Span(max(span.since, ends[-2] or 0.0) if len(ends) > 1 else span.since, span.until)
 
 
 def ranks(run: RunDir) -> list[int]:

@@ -9,10 +9,12 @@ them here keeps shells and their quoting out of the job, and a name that does no
 
 import argparse
 import os
+import random
 import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launch import signals
 from launch.environment import check_environment
@@ -22,6 +24,10 @@ from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 DEFAULT_PORT = 29500
 """The port at which the job's processes meet, unless MASTER_PORT says otherwise: free in a container, which has its
 own."""
+
+LOWEST_PORT = 10000
+GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""The ports that the system gives to whoever asks for any."""
 
 NODE_STATUS = {0: 0, STOPPED: STOPPED, WRONG_USE: 4, FAILED: 5}
 """The trainer's exit status -> the node's.  srun answers with the highest of all nodes, and a node that fails has the
@@ -59,10 +65,20 @@ def first_node(environment: Mapping[str, str], variable: str, *, node_rank: int)
 
 
 def free_port() -> int:
-    """A port that nothing on this machine uses at the moment."""
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])
+    """A port that nothing on this machine uses at the moment.
+
+    The first process listens there seconds later, when its imports are done.  So it is none of those that the system
+    gives to connections meanwhile, where there are others, and at random: other jobs may look for one at this moment.
+
+    Raises:
+        OSError: a hundred are in use.
+    """
+    given_from = int(GIVEN_PORTS.read_text().split()[0])
+    ports = range(LOWEST_PORT, given_from if given_from > LOWEST_PORT + 1000 else 2**16)
+    for port in random.sample(ports, k=100):
+        if not _refusal(port):
+            return port
+    raise OSError(f"no free port on {socket.gethostname()}: a hundred between {ports[0]} and {ports[-1]} are in use")
 
 
 def check_port(port: int) -> None:
@@ -71,16 +87,25 @@ def check_port(port: int) -> None:
     Raises:
         ValueError: something else does.
     """
-    with socket.socket() as sock:
-        # Connections of an earlier start that are not quite gone do not count.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("", port))
-        except OSError as error:
-            raise ValueError(
-                f"port {port} on {socket.gethostname()}, where the job's processes should meet, cannot be used "
-                f"({error.strerror}): set MASTER_PORT to another one"
-            ) from None
+    why = _refusal(port)
+    if why:
+        raise ValueError(
+            f"port {port} on {socket.gethostname()}, where the job's processes should meet, cannot be used ({why}): "
+            "set MASTER_PORT to another one"
+        )
+
+
+def _refusal(port: int) -> str:
+    """Why nothing can listen at `port`; empty if something can."""
+    # Connections of an earlier start that are not quite gone do not count.
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def place_of(

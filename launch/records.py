@@ -37,20 +37,31 @@ class JobRecord:
 
 
 def save(record: JobRecord) -> None:
-    """Note the job in this checkout and, where that is a folder here, in the job's own."""
-    line = json.dumps(asdict(record)) + "\n"
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    with FILE.open("a+b") as file:
-        # After a crash in the middle of a line, this one starts anew.
-        torn = file.tell() > 0 and FILE.read_bytes()[-1:] != b"\n"
-        file.write(b"\n" * torn + line.encode())
-    if Path(record.job_dir).is_dir():
+    """Note the job in its own folder, where it has one here, and in this checkout, where that may be written."""
+    if record.job_dir:
+        Path(record.job_dir).mkdir(parents=True, exist_ok=True)
         save_in(Path(record.job_dir), record)
+    line = json.dumps(asdict(record)) + "\n"
+    try:
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        with FILE.open("a+b") as file:
+            # After a crash in the middle of a line, this one starts anew.
+            torn = file.tell() > 0 and FILE.read_bytes()[-1:] != b"\n"
+            file.write(b"\n" * torn + line.encode())
+    except OSError as error:
+        # The job is on its way, and nothing may keep its handle from being said.
+        logger.warning("%s cannot be written (%s): this checkout does not know the job", FILE, error.strerror)
 
 
 def save_in(job_dir: Path, record: JobRecord) -> None:
     """Put the record in the job's folder; of a job with a successor, the successor's."""
     (job_dir / IN_JOB_DIR).write_text(json.dumps(asdict(record)) + "\n")
+
+
+def of_run(run_dir: Path) -> list[JobRecord]:
+    """Every job whose folder lies in a run directory, oldest first."""
+    found = [find_in(folder) for folder in (run_dir / "jobs").glob("*")]
+    return sorted((record for record in found if record is not None), key=lambda record: record.time)
 
 
 def load() -> list[JobRecord]:

@@ -24,13 +24,13 @@ def hold() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """As `hold`, for the duration of the block only."""
+    """As `hold`, for the duration of the block only; within another such block, for that one's."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _held())
     try:
         yield
     finally:
         # What came and was not taken has been dealt with by what came before it: a second Ctrl-C, the last child's end.
-        while signal.sigtimedwait(_held(), 0) is not None:
+        while not before >= _held() and signal.sigtimedwait(_held(), 0) is not None:
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

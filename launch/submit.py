@@ -3,18 +3,19 @@
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torchx.runner import Runner
-from torchx.specs import AppDef, CfgVal
+from torchx.specs import AppDef, CfgVal, is_terminal
 from torchx.specs.api import AppDryRunInfo
 
-from launch import component, records
+from launch import component, records, signals
 from launch.request import Request
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Scheduler
@@ -76,27 +77,33 @@ class Connection:
         if code_dir is not None:
             code_dir.parent.mkdir(parents=True, exist_ok=True)
             options = options | {"job_dir": str(code_dir)}
-        started = time.time()
-        built = self.runner.dryrun(app, base.scheduler, cfg=options, workspace=workspace)
-        if code_dir is not None and workspace is not None:
-            share_with_older(code_dir)
-        handle: str = self.runner.schedule(built)
-        sent = []
-        for number, request in enumerate(requests):
-            job_dir = self.scheduler.job_dir(request, name)
-            if job_dir is not None:
-                job_dir.mkdir(parents=True, exist_ok=True)
-            record = records.JobRecord(
-                handle=handle if len(requests) == 1 else f"{handle}_{number}",
-                recipe=request.recipe,
-                run_dir=str(request.absolute_run_dir),
-                job_dir=str(job_dir or ""),
-                pid=os.getpid(),
-                time=started,
-            )
-            records.save(record)
-            sent.append(record)
-        return sent
+        try:
+            built = self.runner.dryrun(app, base.scheduler, cfg=options, workspace=workspace)
+            if code_dir is not None and workspace is not None:
+                share_with_older(code_dir)
+        except BaseException:
+            # Ctrl-C too leaves no half of a copy.
+            if code_dir is not None:
+                shutil.rmtree(code_dir, ignore_errors=True)
+            raise
+        # A job that was sent is noted, whatever comes between the two; images are pushed first, for minutes.
+        with nullcontext() if code_dir is None else signals.held():
+            started = time.time()
+            handle: str = self.runner.schedule(built)
+            sent = []
+            for number, request in enumerate(requests):
+                job_dir = self.scheduler.job_dir(request, name)
+                record = records.JobRecord(
+                    handle=handle if len(requests) == 1 else f"{handle}_{number}",
+                    recipe=request.recipe,
+                    run_dir=str(request.absolute_run_dir),
+                    job_dir=str(job_dir or ""),
+                    pid=os.getpid(),
+                    time=started,
+                )
+                records.save(record)
+                sent.append(record)
+            return sent
 
 
 @contextmanager
@@ -130,6 +137,25 @@ def check(scheduler: Scheduler, request: Request) -> dict[str, CfgVal]:
     _check_plan(request, in_container=scheduler.needs_image)
     component.train(request)
     return scheduler.check(request)
+
+
+def check_no_other(scheduler: Scheduler, request: Request) -> None:
+    """Make sure that no job waits or runs in the run directory already: the second would fail as soon as it runs.
+
+    Raises:
+        ValueError: one does, and this one does not wait for its end.
+    """
+    ours = [job for job in records.of_run(request.absolute_run_dir) if job.handle.startswith(f"{request.scheduler}://")]
+    if not ours or any(option.startswith("dependency=") for option in request.options):
+        return
+    # Of those before it this one made sure as well.
+    app_id = ours[-1].handle.rpartition("/")[2]
+    found = scheduler.status(app_id, ours[-1])
+    if found is not None and not is_terminal(found.state):
+        wait = f", or wait for its end with --option dependency=afterany:{app_id}" if scheduler.has_arrays else ""
+        raise ValueError(
+            f"job {ours[-1].handle} in --run-dir {request.absolute_run_dir} is {found.state.name}: cancel it{wait}"
+        )
 
 
 def _check_plan(request: Request, *, in_container: bool) -> None:

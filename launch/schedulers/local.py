@@ -17,7 +17,7 @@ from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppRes
 from torchx.schedulers.ids import make_unique
 from torchx.specs import AppDef, AppState, CfgVal, is_terminal, macros
 
-from launch import records, signals
+from launch import attempts, records, signals
 from launch.node import free_port, job_status
 from launch.records import JobRecord
 from launch.request import Request
@@ -41,6 +41,8 @@ class LocalRequest:
 
     app_id: str
     """The job's name."""
+    job_dir: str
+    """Where its end is noted."""
     commands: tuple[tuple[str, ...], ...]
     """The command of each node."""
     environment: dict[str, str]
@@ -75,7 +77,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
                 f"{processes} processes on this machine, which has {cores} cores: "
                 f"ask for at most {MAX_PROCESSES_A_CORE * cores}, nodes times processes a node"
             )
-        return options_from(request, parse=refuse)
+        return {**options_from(request, parse=refuse), "job_dir": str(self.job_dir(request, "DRY-RUN"))}
 
     def job_dir(self, request: Request, name: str) -> Path:
         """The job's folder in the run directory."""
@@ -95,7 +97,10 @@ class Local(Scheduler[dict[str, CfgVal]]):
             # Another interpreter may not have this checkout installed.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
-        return AppDryRunInfo(LocalRequest(app_id=app_id, commands=tuple(commands), environment=environment), str)
+        request = LocalRequest(
+            app_id=app_id, job_dir=str(cfg["job_dir"]), commands=tuple(commands), environment=environment
+        )
+        return AppDryRunInfo(request, str)
 
     def schedule(self, dryrun_info: AppDryRunInfo[LocalRequest]) -> str:
         """Start a process a node.
@@ -105,6 +110,8 @@ class Local(Scheduler[dict[str, CfgVal]]):
         """
         request: LocalRequest = dryrun_info.request
         environment = {**os.environ, **request.environment}
+        Path(request.job_dir).mkdir(parents=True)
+        attempts.note_first_start(Path(request.job_dir))
         # In sessions of their own: Ctrl-C reaches them by way of this process only.
         self._nodes[request.app_id] = [
             subprocess.Popen(command, env=environment, start_new_session=True) for command in request.commands

@@ -12,7 +12,7 @@ import yaml
 from docker.errors import DockerException
 from torchx.specs import AppState
 
-from launch.__main__ import app
+from launch.commands import app
 from launch.schedulers.kubernetes import Kubernetes, KubernetesError
 from launch.submit import check, connected
 from tests.launch.kubernetes_schemas import JOBSET, VOLCANO_JOB, faults

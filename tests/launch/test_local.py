@@ -67,7 +67,8 @@ def test_processes_find_each_other_and_show_on_this_terminal(
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_failing_rank_fails_the_job_and_is_named(tmp_path: Path, nodes: int) -> None:
-    record, status = run(tmp_path, nodes=nodes, procs_per_node=2 // nodes, command=[*TINY, str(tmp_path), "1"])
+    fails = ["-m", "tests.launch.counting_job", str(tmp_path), "10", "10", "1", "2"]
+    record, status = run(tmp_path, nodes=nodes, procs_per_node=2 // nodes, command=fails)
     assert status == 1
     assert _state(record) == AppState.FAILED
     fault = logs.first_failure(record, logs.span_of(record))

@@ -19,6 +19,7 @@ def _stamp(seconds: float) -> str:
 
 
 def _job(run_dir: Path, name: str, seconds: float) -> JobRecord:
+    """A job that started at that time by its node's clock, and was submitted before all others by another one."""
     job_dir = run_dir / "jobs" / name
     job_dir.mkdir(parents=True)
     record = JobRecord(
@@ -27,9 +28,10 @@ def _job(run_dir: Path, name: str, seconds: float) -> JobRecord:
         run_dir=str(run_dir),
         job_dir=str(job_dir),
         pid=1,
-        time=START + seconds,
+        time=START - 7 * 3600,
     )
     records.save_in(job_dir, record)
+    (job_dir / "started").write_text(_stamp(seconds))
     return record
 
 
@@ -49,10 +51,13 @@ def test_jobs_that_share_a_run_directory_have_their_own_lines(tmp_path: Path) ->
         f"{_stamp(101)} ERROR a: two",
         "more of two",
     )
-    lines = [list(logs.rank_lines(RunDir(tmp_path), 0, logs.span_of(job))) for job in (first, second)]
+    waiting = _job(tmp_path, "3", 200)
+    Path(waiting.job_dir, "started").unlink()
+    lines = [list(logs.rank_lines(RunDir(tmp_path), 0, logs.span_of(job))) for job in (first, second, waiting)]
     assert lines == [
         [f"{_stamp(1)} INFO a: one\n", "more of one\n"],
         [f"{_stamp(101)} ERROR a: two\n", "more of two\n"],
+        [],
     ]
     assert logs.first_failure(first, logs.span_of(first)) is None
 

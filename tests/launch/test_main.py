@@ -1,5 +1,6 @@
 """The command line, in processes in which torch cannot be imported; mistakes are in `test_new_user.py`."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def test_help(command: tuple[str, ...]) -> None:
     done = _launch(*command, "--help")
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+def test_an_interrupt_among_the_imports_ends_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", "launch", "list", "--scheduler", "local_cwd"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import records
-from launch.__main__ import app
+from launch.commands import app
 from trainer.command_line import run_command
 
 BARE_PYTHON = Path(sys.base_prefix, "bin", "python3")

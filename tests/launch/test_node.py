@@ -1,6 +1,7 @@
 """What runs on a node: its number, the first node's name and the port where processes meet."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,16 @@ def test_one_node_takes_a_free_port_of_its_own() -> None:
     assert (place.first_host, place.node_rank) == ("127.0.0.1", 0)
     with socket.socket() as sock:
         sock.bind(("", place.port))
+
+
+def test_a_free_port_is_none_that_a_connection_may_take_meanwhile() -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if first < 20000:
+        pytest.skip(f"this system gives ports from {first} on")
+    ports = [free_port() for _ in range(20)]
+    assert not set(ports) & set(range(first, last + 1))
+    # Two jobs that look at the same moment find different ones.
+    assert len(set(ports)) > 15
 
 
 def test_all_nodes_of_a_job_meet_at_one_port_of_the_first() -> None:

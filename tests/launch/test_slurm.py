@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 from torchx.specs import AppState
 
 from embeddings.hardware import NODES
-from launch import component, records
+from launch import component, records, submit
 from launch.records import JobRecord
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import OURS, Slurm
 from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob, app_state, parse_scontrol
-from launch.submit import check, connected
+from launch.submit import check, check_no_other, connected
 from tests.launch.test_component import request
 
 
@@ -225,6 +226,63 @@ def test_a_jobs_number_is_found_beside_what_a_site_says(
     with connected("slurm") as connection:
         asked = request(run_dir=tmp_path / "run")
         assert connection.submit(asked, check(connection.scheduler, asked)).handle.endswith("/17")
+
+
+def test_an_interrupt_while_a_job_is_sent_loses_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    commands(sbatch="kill -INT $PPID; echo 17")
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run")
+        record = connection.submit(asked, check(connection.scheduler, asked))
+    assert (record.handle, records.find(record.handle)) == ("slurm://longview/17", record)
+
+
+def test_an_interrupt_while_the_code_is_copied_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(copy: Path) -> None:
+        assert (copy / "launch" / "node.py").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, "share_with_older", interrupted)
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            connection.submit(asked, check(connection.scheduler, asked))
+    assert list((tmp_path / "run" / "jobs").iterdir()) == []
+
+
+def test_a_checkout_that_cannot_be_written_still_sends_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, commands: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(records, "FILE", Path("/proc/runs/jobs.jsonl"))
+    commands(sbatch="echo 17")
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run")
+        record = connection.submit(asked, check(connection.scheduler, asked))
+    assert records.find_in(Path(record.job_dir)) == record
+    assert "/proc/runs/jobs.jsonl cannot be written (No such file or directory)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("state", "options"), [("PENDING", []), ("RUNNING", []), ("RUNNING", ["dependency=singleton"]), ("FAILED", [])]
+)
+def test_a_run_directory_is_one_jobs_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, options: list[str]
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    folders = [tmp_path / "jobs" / name for name in "ab"]
+    for number, folder in enumerate(folders):
+        records.save(replace(_record(folder), handle=f"slurm://longview/{number}", time=float(number)))
+    _answers(monkeypatch, scontrol=(0, f"JobId=1 JobName=a JobState={state} Reason=None", ""))
+    asked = request(run_dir=tmp_path, options=options)
+    if state == "FAILED" or options:
+        check_no_other(Slurm("test"), asked)
+    else:
+        with pytest.raises(
+            ValueError, match=f"job slurm://longview/1 .* is {state}: cancel it, .*dependency=afterany:1"
+        ):
+            check_no_other(Slurm("test"), asked)
 
 
 def test_variables_of_a_shell_do_not_take_the_place_of_what_the_script_says(
