@@ -29,11 +29,19 @@ def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], 
         dist.destroy_process_group()
 
 
+def _fork_ranks(_: int, world_size: int, *rest: Any) -> None:
+    """In a process without threads, which has imported the function's module: the ranks need not import it again."""
+    mp.start_processes(_run, (world_size, *rest), nprocs=world_size, start_method="fork")
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(*args)` on `world_size` gloo processes; returns the results in rank order.
 
     Each process uses one thread, so that results do not depend on how busy the machine is.
+
+    Raises:
+        ProcessRaisedException: a rank failed; its traceback or exit code is in the message.
     """
     with TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, folder, function, args), nprocs=world_size, join=True)
+        mp.spawn(_fork_ranks, (world_size, folder, function, args))
         return [torch.load(Path(folder, f"result-{rank}.pt"), weights_only=False) for rank in range(world_size)]
