@@ -34,9 +34,8 @@ class Machine:
                 f"world_size={self.world_size} must be a positive multiple of "
                 f"local_world_size={self.local_world_size}: every node runs the same number of ranks"
             )
-        nodes = self.world_size // self.local_world_size
-        if not 1 <= self.racks <= nodes:
-            raise ValueError(f"racks={self.racks} must be between 1 and the number of nodes, {nodes}")
+        if not 1 <= self.racks <= self.num_nodes:
+            raise ValueError(f"racks={self.racks} must be between 1 and the number of nodes, {self.num_nodes}")
         if self.compute_device not in ("cuda", "cpu"):
             raise ValueError(f"compute_device must be cuda or cpu, got {self.compute_device!r}")
         if (self.compute_device == "cuda") != (self.hbm_gib is not None):
@@ -45,6 +44,11 @@ class Machine:
             raise ValueError(
                 f"memory must be a number of GiB above 0, got hbm_gib={self.hbm_gib}, ddr_gib={self.ddr_gib}"
             )
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, each with as many of the ranks."""
+        return self.world_size // self.local_world_size
 
     @property
     def memory_gib(self) -> float:
@@ -79,12 +83,11 @@ class Machine:
 
     def describe(self) -> str:
         """One line for reports and errors."""
-        nodes = self.world_size // self.local_world_size
         like = f", bandwidths of {self.nearest_gpu}" if self.nearest_gpu and self.rates is None else ""
         racks = f", {self.racks} racks" if self.racks > 1 else ""
         like = f", rates {self.calibration}" if self.calibration else like
         return (
-            f"{self.world_size} {self.compute_device} ranks ({nodes} x {self.local_world_size}{racks}), "
+            f"{self.world_size} {self.compute_device} ranks ({self.num_nodes} x {self.local_world_size}{racks}), "
             f"{self.memory_gib:g} GiB each{like}"
         )
 

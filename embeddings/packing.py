@@ -56,7 +56,7 @@ class Packer:
         self.options = options
         self.memory_bytes = memory_bytes
         self.world_size = world_size
-        self._nodes = world_size // local_world_size
+        self._ranks_a_node = local_world_size
         # Ties go to the same place of another node, so that tables spread over nodes and their host memory.
         self._ranks = sorted(range(world_size), key=lambda rank: (rank % local_world_size, rank))
         self.host_bytes = host_bytes
@@ -80,11 +80,13 @@ class Packer:
         )
 
     def _pieces(self, choice: Choice) -> list[tuple[int, int, ShardCost]]:
+        """(table, number of the block, cost) of every block that is dealt out, of those on nodes each node's first one,
+        which is the largest there."""
         return [
             (i, number, cost)
             for i, option in enumerate(choice)
             for number, cost in enumerate(self.options[i][option].pieces)
-            if not (number and self.options[i][option].kind.on_a_node)
+            if not (self.options[i][option].kind.on_nodes and number % self._ranks_a_node)
         ]
 
     def _has_room(self, choice: Choice) -> bool:
@@ -128,18 +130,20 @@ class Packer:
     def _deal(self, choice: Choice, order: Sequence[tuple[int, int, ShardCost]]) -> Packing:
         """Give each block of `order` to the least loaded rank where it fits; else to the one with most room.
 
-        Blocks of one table go to different ranks; those of a table on a node follow its largest one.
+        Blocks of one table go to different ranks; those on nodes follow the largest one of their node.
         """
         loads = self._spread_loads(choice)[:, self._ranks]
         ms, memory, host = loads
         places_of = {i: [-1] * len(self.options[i][choice[i]].pieces) for i, _, _ in order}
         for i, number, cost in order:
-            if self.options[i][choice[i]].kind.on_a_node:
-                places_of[i] = self._node_with_room(cost, loads)
-                for place, block in zip(places_of[i], self.options[i][choice[i]].pieces, strict=True):
+            option, places = self.options[i][choice[i]], places_of[i]
+            if option.kind.on_nodes:
+                end = number + self._ranks_a_node
+                places[number:end] = self._node_with_room(cost, [place for place in places if place >= 0], loads)
+                for place, block in zip(places[number:end], option.pieces[number:end], strict=True):
                     loads[:, place] += block.ms, block.memory_bytes, block.host_bytes
                 continue
-            places, place = places_of[i], int(ms.argmin())
+            place = int(ms.argmin())
             fits = memory[place] <= self.memory_bytes - cost.memory_bytes
             if not fits or host[place] > self.host_bytes - cost.host_bytes or place in places:
                 place = self._place_with_room(cost, [place for place in places if place >= 0], loads)
@@ -160,14 +164,17 @@ class Packer:
         order = np.where(room, ms, math.inf) if room.any() else np.where(free, memory + host, math.inf)
         return int(order.argmin())
 
-    def _node_with_room(self, cost: ShardCost, loads: Loads) -> list[int]:
-        """The columns of the node whose busiest rank has least time, where a block fits on every rank; else of the one
-        with most room."""
-        ms, memory, host = (load.reshape(-1, self._nodes) for load in loads)
+    def _node_with_room(self, cost: ShardCost, taken: list[int], loads: Loads) -> list[int]:
+        """The columns of the node whose busiest rank has least time, none of `taken`, where a block fits on every rank;
+        else of the one with most room."""
+        nodes = self.world_size // self._ranks_a_node
+        ms, memory, host = (load.reshape(-1, nodes) for load in loads)
         room = (memory <= self.memory_bytes - cost.memory_bytes) & (host <= self.host_bytes - cost.host_bytes)
-        free = room.all(axis=0)
-        order = np.where(free, ms.max(axis=0), math.inf) if free.any() else (memory + host).max(axis=0)
-        return list(range(int(order.argmin()), self.world_size, self._nodes))
+        free = np.ones(nodes, dtype=bool)
+        free[[place % nodes for place in taken]] = False
+        fits = room.all(axis=0) & free
+        order = np.where(fits, ms.max(axis=0), math.inf) if fits.any() else (memory + host).max(axis=0)
+        return list(range(int(np.where(free, order, math.inf).argmin()), self.world_size, nodes))
 
     def _rated(self, choice: Choice, ranks_of: dict[int, tuple[int, ...]], loads: Loads) -> Packing:
         ms, memory, host = loads

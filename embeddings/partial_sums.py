@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torchrec.distributed.dist_data import PooledEmbeddingsAllToAll
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
-from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingDist, TwRwPooledEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
 from embeddings.tables import let_empty_kernels_run
@@ -67,38 +67,27 @@ class RowWiseBags(RwPooledEmbeddingSharding):
         )
 
 
-class TableRowWiseBags(TwRwPooledEmbeddingSharding):
-    """Rows of every table on all ranks of a node."""
+class NodesBags(GridPooledEmbeddingSharding):
+    """Rows of every table on all ranks of a node, or of several nodes, each of which has some of its columns."""
 
     def _shard(self, sharding_infos: list[Any]) -> Any:
         for info in sharding_infos:
-            ranks = info.param_sharding.ranks
-            if len(ranks) != self._local_size:
+            shards = info.param_sharding.sharding_spec.shards
+            planned = sum(shard.shard_offsets[1] == 0 for shard in shards)
+            if planned != self._local_size:
                 raise ValueError(
-                    f"table {info.embedding_config.name!r} is planned for the {len(ranks)} ranks of a node, but "
+                    f"table {info.embedding_config.name!r} is planned for nodes of {planned} ranks, but "
                     f"LOCAL_WORLD_SIZE says {self._local_size}: plan again for this job"
                 )
         return super()._shard(sharding_infos)
 
-    def create_output_dist(self, device: torch.device | None = None) -> "NodesSums":
+    def create_output_dist(self, device: torch.device | None = None) -> Any:
         """The way of the parts to ranks of the node, and of the sums to the bags' ranks."""
-        return NodesSums(
-            rank=self._rank,
-            cross_pg=self._cross_pg,
-            intra_pg=self._intra_pg,
-            dim_sum_per_node=self._dim_sum_per_node(),
-            emb_dim_per_node_per_feature=self._emb_dim_per_node_per_feature(),
-            device=device or self._device,
-        )
-
-
-class NodesSums(TwRwPooledEmbeddingDist):
-    """Adds parts up within the node as this module does; sums of whole tables then travel between nodes."""
-
-    def _create_output_dist_modules(self, sharding_ctx: Any = None) -> None:
-        super()._create_output_dist_modules(sharding_ctx)
-        width = self._dim_sum_per_node[self._rank // self._intra_pg.size()]
-        self._intra_dist = PartsOfNode(self._intra_pg, width, self._device)
+        way = super().create_output_dist(device)
+        way._create_output_dist_modules()
+        width = self._dim_sum_per_node()[self._rank // self._local_size]
+        way._intra_dist = PartsOfNode(self._intra_pg, width, device or self._device)
+        return way
 
 
 class PartsOfNode(PooledEmbeddingsAllToAll):
@@ -112,7 +101,7 @@ class PartsOfNode(PooledEmbeddingsAllToAll):
         return super().forward(local_embs, input_splits)
 
 
-_SHARDINGS = {"row_wise": RowWiseBags, "table_row_wise": TableRowWiseBags}
+_SHARDINGS = {"row_wise": RowWiseBags, "table_row_wise": NodesBags, "grid_shard": NodesBags}
 
 
 def _added_up(parts: int, width: int, received_BX: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class Plan:
             features=(name,),
         )
         kind = KINDS[table.sharding_type]
-        return kind.shards(config, range(self.machine.world_size) if kind.everywhere else table.ranks)
+        return kind.shards(config, self.machine, range(self.machine.world_size) if kind.everywhere else table.ranks)
 
 
 def size_text(num_bytes: int) -> str:

@@ -153,12 +153,12 @@ def _check_ranks(name: str, placed: TablePlacement, machine: Machine) -> None:
         raise ValueError(f"table {name!r} has a block on rank {stray[0]}, but ranks are 0 to {world_size - 1}")
     if len(set(placed.ranks)) < len(placed.ranks):
         raise ValueError(f"table {name!r} has two blocks on one of the ranks {list(placed.ranks)}: they must differ")
-    first = placed.ranks[0] if placed.ranks else 0
-    node = tuple(range(first, first + machine.local_world_size))
-    if KINDS[placed.sharding_type].on_a_node and (placed.ranks != node or first % machine.local_world_size):
+    size = machine.local_world_size
+    nodes = [first + i for first in placed.ranks[::size] for i in range(size) if first % size == 0]
+    if KINDS[placed.sharding_type].on_nodes and list(placed.ranks) != nodes:
         raise ValueError(
-            f"table {name!r} is {placed.sharding_type} on ranks {list(placed.ranks)}: name all "
-            f"{machine.local_world_size} ranks of one node, in order"
+            f"table {name!r} is {placed.sharding_type} on ranks {list(placed.ranks)}: name whole nodes, "
+            f"the {size} ranks of each in order"
         )
 
 

@@ -145,8 +145,9 @@ class ShardingKind(ABC):
     """The name in reports."""
     everywhere: bool
     """Whether block i always lies on rank i, so that there is nothing to choose."""
-    on_a_node: bool = False
-    """Whether the blocks lie on all ranks of one node, in order, so that the node is what there is to choose."""
+    on_nodes: bool = False
+    """Whether each run of as many blocks as a node has ranks lies on all ranks of one node, in order, so that nodes are
+    what there is to choose."""
     sharded: bool = True
     """Whether TorchRec shards the table; if not, each rank has all of it as an ordinary parameter."""
 
@@ -160,8 +161,9 @@ class ShardingKind(ABC):
         """Every way to cut the table for a machine, each as its blocks in order."""
 
     @abstractmethod
-    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
-        """The shards when the blocks of a cut are on `ranks` in order; for kinds that are everywhere, on all ranks."""
+    def shards(self, table: TableConfig, machine: Machine, ranks: Sequence[int]) -> tuple[Shard, ...]:
+        """The shards when the blocks of a cut are on `ranks` of a machine in order; for kinds that are everywhere, on
+        all ranks."""
 
     def sent_bytes(self, work: Work, num_blocks: int) -> float:
         """Ids, rows and their gradients that a rank sends a step for the table's blocks, of the ranks' mean."""

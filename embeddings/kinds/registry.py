@@ -1,6 +1,7 @@
 """The kinds that there are, by name.  A new one is a file beside this one and a line here."""
 
 from embeddings.kinds.column_wise import ColumnWise
+from embeddings.kinds.grid_shard import GridShard
 from embeddings.kinds.kind import ShardingKind
 from embeddings.kinds.replicated import Replicated
 from embeddings.kinds.row_wise import RowWise
@@ -8,7 +9,7 @@ from embeddings.kinds.table_row_wise import TableRowWise
 from embeddings.kinds.table_wise import TableWise
 
 KINDS: dict[str, ShardingKind] = {
-    kind.name: kind for kind in (TableWise(), RowWise(), TableRowWise(), ColumnWise(), Replicated())
+    kind.name: kind for kind in (TableWise(), RowWise(), TableRowWise(), ColumnWise(), GridShard(), Replicated())
 }
 
 

@@ -41,7 +41,7 @@ class Replicated(ShardingKind):
         """The whole table for every rank."""
         return [(Blocks(machine.world_size, table.num_embeddings, table.embedding_dim),)]
 
-    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
+    def shards(self, table: TableConfig, machine: Machine, ranks: Sequence[int]) -> tuple[Shard, ...]:
         """All rows and columns on every rank."""
         return tuple(Shard(rank, range(table.num_embeddings), range(table.embedding_dim)) for rank in ranks)
 

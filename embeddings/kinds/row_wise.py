@@ -36,7 +36,7 @@ class RowWise(ShardingKind):
         """One way: as many blocks as there are ranks."""
         return [equal_blocks(table, machine.world_size)]
 
-    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
+    def shards(self, table: TableConfig, machine: Machine, ranks: Sequence[int]) -> tuple[Shard, ...]:
         """Block i on rank i."""
         blocks = row_blocks(table.num_embeddings, len(ranks))
         return tuple(Shard(rank, rows, range(table.embedding_dim)) for rank, rows in zip(ranks, blocks, strict=True))

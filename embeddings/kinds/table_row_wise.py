@@ -12,7 +12,9 @@ class TableRowWise(RowWise):
     name = "table_row_wise"
     in_words = "equal blocks of rows, one on every rank of a node"
     everywhere = False
-    on_a_node = True
+    on_nodes = True
+    of_one_rank = "table_wise"
+    """What it would be where a node has one rank."""
 
     def refusal(self, work: Work) -> str | None:
         """TorchRec has it for sums alone, and it takes several nodes of several ranks."""
@@ -22,7 +24,7 @@ class TableRowWise(RowWise):
         if machine.local_world_size == machine.world_size:
             return "there is one node, where row_wise is the same: take it"
         if machine.local_world_size == 1:
-            return "a node has one rank, where table_wise is the same: take it"
+            return f"a node has one rank, where {self.of_one_rank} is the same: take it"
         return None
 
     def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
@@ -33,15 +35,16 @@ class TableRowWise(RowWise):
         """Ids of all ranks' bags; a part of every bag's sum within the node, and a sum for each of some of them to
         every node, with their gradients back."""
         machine, columns, bags = work.machine, block.num_columns, work.vectors
-        nodes = machine.world_size // machine.local_world_size
         ids = work.exchanged_ids * machine.world_size * block.num_rows / work.table.num_embeddings
-        vectors = bags * machine.world_size
-        within = vectors * work.exchanged_row_bytes / machine.effective_rates.within_node
-        across = bags * nodes * work.exchanged_row_bytes / machine.network_rate
+        vectors, sum_bytes = bags * machine.world_size, columns * work.exchange.value_bytes
+        within = vectors * sum_bytes / machine.effective_rates.within_node
+        across = bags * machine.num_nodes * sum_bytes / machine.network_rate
         copied_ms = vectors * columns * FLOAT_BYTES * COPY / work.device_bytes_per_ms
         ms = lookup_ms(work, ids, vectors, columns) + (within + across) / 1e6 + copied_ms
         return stored(work, block, buffer_bytes(work, ids, vectors, columns), ms)
 
     def sent_bytes(self, work: Work, num_blocks: int) -> float:
-        """A part of each bag's sum from every rank of the node, and the sum to the bag's rank."""
-        return work.exchanged_ids * ID_BYTES + (num_blocks + 1) * work.vectors * work.exchanged_row_bytes
+        """All ids to each node with blocks; of each bag's sum a part from every rank of a node, and the sum."""
+        parts = work.machine.local_world_size
+        ids = work.exchanged_ids * num_blocks // parts
+        return ids * ID_BYTES + (parts + 1) * work.vectors * work.exchanged_row_bytes

@@ -32,7 +32,7 @@ class TableWise(ShardingKind):
         """One way: the whole table."""
         return [(Blocks(1, table.num_embeddings, table.embedding_dim),)]
 
-    def shards(self, table: TableConfig, ranks: Sequence[int]) -> tuple[Shard, ...]:
+    def shards(self, table: TableConfig, machine: Machine, ranks: Sequence[int]) -> tuple[Shard, ...]:
         """All rows and columns on the one rank."""
         return tuple(Shard(rank, range(table.num_embeddings), range(table.embedding_dim)) for rank in ranks)
 

@@ -62,11 +62,19 @@ POOLED = tuple(feature for table in TABLES if table.pooled for feature in table.
 OPTIMIZER = SparseOptimizerConfig(learning_rate=0.1)
 EPS = 1e-8
 SEED = 5
-STEPS = 4
+STEPS = 5
 GLOBAL_SAMPLES = 11
 """One rank has more of them than another."""
 IN_FULL = ExchangeConfig()
 LAYOUTS = ("row_wise", "table_wise", "mixed", "replicated", "column_wise")
+ON_NODES = ("table_row_wise", "grid_shard")
+"""Kinds of pooled tables, layouts of two nodes of two ranks; tables that are not pooled are row-wise there."""
+TRAINED_BY = {1: LAYOUTS, 2: LAYOUTS, 3: LAYOUTS, 4: (*LAYOUTS, *ON_NODES)}
+"""By number of ranks."""
+LOADED_BY = {1: LAYOUTS, 2: (), 3: LAYOUTS, 4: ON_NODES}
+"""Into which layouts so many ranks load everything that was saved."""
+SAVED_BY = dict.fromkeys(LAYOUTS, 2) | dict.fromkeys(ON_NODES, 4)
+"""Ranks that save a layout, first two, then four."""
 
 
 class Model(nn.Module):
@@ -80,20 +88,19 @@ class Model(nn.Module):
         return self.tables(features, {POOLED: features})
 
 
-NODE = 2
-"""Ranks of a node in the layout table_row_wise, which takes several."""
-
-
 def make_problem(
     layout: str, world_size: int, tables: Sequence[TableConfig] = TABLES, exchange: ExchangeConfig = IN_FULL
 ) -> Problem:
-    """Every table in the layout's kind, as far as it can be; mixed is row-wise for the item table, others whole."""
+    """Every table in the layout's kind, as far as it can be; mixed is row-wise for the item table, others whole; nodes
+    has the last table in both, another on one."""
     kinds = {}
     for table in tables:
         kind = layout
         if layout == "mixed":
             kind = "row_wise" if table.name == "item" else "table_wise"
-        elif layout == "table_row_wise" and not table.pooled:
+        elif layout == "nodes":
+            kind = "grid_shard" if table is tables[-1] else "table_row_wise"
+        elif layout in ON_NODES and not table.pooled:
             kind = "row_wise"
         elif layout == "replicated" and (world_size == 1 or table.dtype == "float16"):
             kind = "table_wise"
@@ -106,7 +113,7 @@ def make_problem(
         tables,
         machine=Machine(
             world_size=world_size,
-            local_world_size=NODE if layout == "table_row_wise" else world_size,
+            local_world_size=2 if layout in (*ON_NODES, "nodes") else world_size,
             compute_device="cpu",
         ),
         placement=PlacementConfig(tables=kinds, exchange=exchange),
@@ -185,16 +192,15 @@ def _update(table: TableConfig, gradient: Tensor, sums: dict[str, Tensor]) -> Te
     return optimizer.learning_rate * gradient / (root if root.dim() == 2 else root[:, None])
 
 
-def run_rank(folder: str, save: bool) -> dict[str, Any]:
-    """Train each layout and save it, or load every saved layout into every layout; returns this rank's parts."""
-    results: dict[str, Any] = {}
-    for layout in LAYOUTS:
-        results[layout] = train(layout, Path(folder), save=save)
-        if save:
-            continue
-        for saved in LAYOUTS:
-            results[f"{saved}->{layout}"] = reload(saved, layout, Path(folder))
-    return results
+def run_rank(folder: str) -> dict[str, Any]:
+    """Train each layout, save some, and load every saved one into some; returns this rank's parts."""
+    ranks = dist.get_world_size()
+    results: dict[str, Any] = {
+        layout: train(layout, Path(folder), save=SAVED_BY[layout] == ranks) for layout in TRAINED_BY[ranks]
+    }
+    return results | {
+        f"{saved}->{layout}": reload(saved, layout, Path(folder)) for layout in LOADED_BY[ranks] for saved in SAVED_BY
+    }
 
 
 def train(

@@ -26,6 +26,7 @@ from embeddings.tables import build_tables, modules_by_table
 GPUS_32 = Machine(world_size=32, local_world_size=8, compute_device="cuda", hbm_gib=80.0)
 GPUS_8 = Machine(world_size=8, local_world_size=8, compute_device="cuda", hbm_gib=141.0)
 GPUS_16 = Machine(world_size=16, local_world_size=8, compute_device="cuda", hbm_gib=80.0)
+NODES_OF_ONE = Machine(world_size=4, local_world_size=1, compute_device="cpu")
 CPUS_2 = Machine(world_size=2, local_world_size=2, compute_device="cpu")
 
 TORCHREC_NAMES = {"replicated": "data_parallel"}
@@ -111,7 +112,8 @@ def test_cost_is_torchrecs_estimate(
     work = work_of(config, optimizer, kernel, machine, ids=64 * 37.5)
     if KINDS[kind].refusal(work) is not None or (machine is CPUS_2 and kernel != "fused"):
         return
-    for (block,) in KINDS[kind].cuts(config, machine):
+    for block, *others in KINDS[kind].cuts(config, machine):
+        assert all(other == block for other in others)
         ours, theirs = KINDS[kind].cost(work, block), torchrec_estimate(work, kind, block)
         assert ours.ms == pytest.approx(theirs.perf.total, rel=1e-6)
         device, host = theirs.storage.hbm, theirs.storage.ddr
@@ -123,7 +125,7 @@ def test_cost_is_torchrecs_estimate(
             # It also leaves out what a GPU was seen to hold: the gradient of the rows and one of their copies, of rows
             # in host memory two, the buffers that ids are sorted in, and 4 bytes more of each row of a cached table.
             ranks: float = 1 if KINDS[kind].everywhere else machine.world_size
-            if KINDS[kind].on_a_node:
+            if KINDS[kind].on_nodes:
                 ranks = machine.world_size / machine.local_world_size
             copies = (3 if kernel == "fused_uvm" else 2) * block.num_columns * 4
             vectors = ranks * work.ids
@@ -146,7 +148,7 @@ def test_shards_hold_every_value_once_or_on_every_rank(kind: str, seed: int) -> 
     for cut in KINDS[kind].cuts(config, machine):
         count = sum(blocks.count for blocks in cut)
         ranks = range(world_size) if KINDS[kind].everywhere else draw.sample(range(world_size), count)
-        shards = KINDS[kind].shards(config, ranks)
+        shards = KINDS[kind].shards(config, machine, ranks)
         assert [shard.rank for shard in shards] == list(ranks)
         sizes = [(len(shard.rows), len(shard.columns)) for shard in shards]
         assert sizes == [(blocks.num_rows, blocks.num_columns) for blocks in cut for _ in range(blocks.count)]
@@ -162,6 +164,11 @@ def test_shards_hold_every_value_once_or_on_every_rank(kind: str, seed: int) -> 
         ("column_wise", "rowwise_adagrad", "fused", "float32", GPUS_8, "averages over all its columns"),
         ("column_wise", "adam", "fused", "float32", GPUS_8, "has not been held against"),
         ("column_wise", "sgd", "fused_uvm", "float32", GPUS_8, "for whole rows only"),
+        ("grid_shard", "rowwise_adagrad", "fused", "float32", GPUS_16, "averages over all its columns"),
+        ("grid_shard", "sgd", "fused_uvm_caching", "float32", GPUS_16, "for whole rows only"),
+        ("grid_shard", "sgd", "fused", "float32", GPUS_8, "there is one node, where row_wise is the same"),
+        ("grid_shard", "sgd", "fused", "float32", NODES_OF_ONE, "one rank, where column_wise is the same"),
+        ("table_row_wise", "sgd", "fused", "float32", NODES_OF_ONE, "one rank, where table_wise is the same"),
         ("replicated", "adam", "fused", "float32", GPUS_8, "rows without an id too"),
         ("replicated", "sgd", "fused", "float16", GPUS_8, "added up in float16"),
         ("replicated", "sgd", "fused_uvm", "float32", GPUS_8, "no kernel fused_uvm"),
@@ -178,6 +185,13 @@ def test_shards_hold_every_value_once_or_on_every_rank(kind: str, seed: int) -> 
 def test_what_a_kind_cannot_do_it_says(
     kind: str, optimizer: str, kernel: ComputeKernel, dtype: str, machine: Machine, reason: str
 ) -> None:
-    work = work_of(table(100, 64, dtype=dtype), optimizer, kernel, machine, ids=1.0)
+    pooled = "sample" if KINDS[kind].on_nodes else None
+    work = work_of(table(100, 64, dtype=dtype, pooled=pooled), optimizer, kernel, machine, ids=1.0)
     refusal = KINDS[kind].refusal(work)
     assert refusal is not None and reason in refusal and "\n" not in refusal
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.on_nodes])
+def test_kinds_over_nodes_take_pooled_tables_alone(kind: str) -> None:
+    refusal = KINDS[kind].refusal(work_of(table(100, 64), "sgd", "fused", GPUS_16, ids=1.0))
+    assert refusal is not None and "for pooled tables alone" in refusal

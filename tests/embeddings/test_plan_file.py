@@ -238,16 +238,31 @@ def test_wrong_plan_is_refused_in_one_line(
     assert str(tmp_path / "plan.json") in str(error.value)
 
 
-@pytest.mark.parametrize("ranks", [[1, 2], [1, 0], [0], [0, 2], [2, 3, 1]])
-def test_table_over_a_nodes_ranks_lies_on_one_node(tmp_path: Path, ranks: list[int]) -> None:
-    word = TableConfig(name="word", num_embeddings=9, embedding_dim=8, features=("word",), pooled="sample")
-    placement = PlacementConfig(tables={"word": TableConstraint(sharding_types=("table_row_wise",))})
-    asked = problem(tables=(word,), placement=placement)
+ON_NODES = {"table_row_wise": [(0, 1), (2, 3)], "grid_shard": [(0, 1, 2, 3), (2, 3, 0, 1)]}
+"""Ranks that a table may have, as two nodes of two."""
+NO_NODES: list[list[int]] = [[1, 2], [1, 0], [0], [0, 2], [2, 3, 1], [0, 1, 3, 2], [1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "message"),
+    [
+        *((kind, ranks, "name whole nodes, the 2 ranks of each in order") for kind in ON_NODES for ranks in NO_NODES),
+        ("table_row_wise", [0, 1, 2, 3], "cannot be table_row_wise on 4 ranks"),
+        ("grid_shard", [2, 3], "cannot be grid_shard on 2 ranks"),
+    ],
+)
+def test_table_on_nodes_lies_on_all_ranks_of_each(tmp_path: Path, kind: str, ranks: list[int], message: str) -> None:
+    sums = {"embedding_dim": 64, "pooled": "sample", "optimizer": SparseOptimizerConfig(kind="sgd")}
+    word = TableConfig(name="word", num_embeddings=9, features=("word",), **sums)
+    asked = problem(tables=(word,), placement=PlacementConfig(tables={"word": TableConstraint(sharding_types=(kind,))}))
     made = solve(asked)
-    assert made.tables["word"].ranks in ((0, 1), (2, 3))
-    assert [len(shard.rows) for shard in made.shards("word")] == [5, 4]
+    assert made.tables["word"].ranks in ON_NODES[kind]
+    assert [len(shard.rows) for shard in made.shards("word")] == [5, 4] * (len(made.tables["word"].ranks) // 2)
+    without = (lambda v: v.pop("ranks"), lambda v: table(v, "word").update(ranks=ON_NODES[kind][1]))
+    other = edited(made, tmp_path / "plan.json", lambda v: [change(v) for change in without])
+    assert read_plan(other, asked).tables["word"].ranks == ON_NODES[kind][1]
     path = edited(made, tmp_path / "plan.json", lambda v: table(v, "word").update(ranks=ranks))
-    with pytest.raises(ValueError, match="name all 2 ranks of one node, in order"):
+    with pytest.raises(ValueError, match=message):
         read_plan(path, asked)
 
 
