@@ -198,7 +198,8 @@ def measure(case: Case, mesh: Mesh, steps: int = STEPS) -> dict[str, float]:
         synchronize(mesh)
         times.append(1e3 * (time.perf_counter() - start) / count)
         # What is not finite in one step is not in those behind it.
-        check_finite([float(loss)], [float(model.optimizers.gradient_norm)], [(turn * steps + count, 0, samples - 1)])
+        norms = model.optimizers.gradient_norms
+        check_finite([float(loss)], [float(norms.total)], [(turn * steps + count, 0, samples - 1)], [norms])
     ms = statistics.median(times[1:])
     row = {"samples": samples, "events": int(lens.sum()), "step_ms": ms, "events_per_s": lens.sum() / ms * 1e3}
     row["samples_per_s"] = samples / ms * 1e3

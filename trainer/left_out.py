@@ -13,11 +13,15 @@ import math
 from collections.abc import Sequence
 
 from trainer.config import NonFiniteConfig
+from trainer.optim import GradientNorms
 from trainer.parallel.mesh import Mesh
 from trainer.run.json_lines import JsonLines, read_records
 from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
+
+NAMED = 3
+"""Parameters that an error names, of those whose gradients are not finite."""
 
 
 class NotFinite(FloatingPointError):
@@ -31,15 +35,30 @@ class NotFinite(FloatingPointError):
         self.step, self.samples, self.what = step, samples, what
 
 
-def check_finite(losses: Sequence[float], norms: Sequence[float], steps: Sequence[tuple[int, int, int]]) -> None:
+def check_finite(
+    losses: Sequence[float],
+    norms: Sequence[float],
+    steps: Sequence[tuple[int, int, int]],
+    gradients: Sequence[GradientNorms],
+) -> None:
     """Raises `NotFinite` for the first step whose loss or norm of gradients is not finite.
 
-    `steps`: (step, first sample, last sample) of each loss and norm.
+    `steps`: (step, first sample, last sample) of each loss and norm; `gradients`: what this rank knows of each norm.
     """
-    for loss, norm, (step, first, last) in zip(losses, norms, steps, strict=True):
-        for value, name in ((loss, "loss"), (norm, "norm of the gradients")):
-            if not math.isfinite(value):
-                raise NotFinite(step, (first, last), f"{value} is the {name}")
+    for loss, norm, (step, first, last), of_step in zip(losses, norms, steps, gradients, strict=True):
+        if not math.isfinite(loss):
+            raise NotFinite(step, (first, last), f"{loss} is the loss")
+        if not math.isfinite(norm):
+            raise NotFinite(step, (first, last), f"{norm} is the norm of the gradients{_where(of_step)}")
+
+
+def _where(gradients: GradientNorms) -> str:
+    """Which parameters' are not finite; nothing where only the sum of their squares is too large."""
+    spoilt = gradients.not_finite()
+    if not spoilt:
+        return ""
+    more = ", ..." if len(spoilt) > NAMED else ""
+    return f" ({len(spoilt)} of {len(gradients.names)} parameters have such: {', '.join(spoilt[:NAMED])}{more})"
 
 
 class LeftOut:

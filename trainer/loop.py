@@ -125,7 +125,7 @@ def _steps(
         outcome = None
         try:
             if not feed.leaves_out(progress.step + 1):
-                outcome = pipeline.step(feed), model.optimizers.gradient_norm
+                outcome = pipeline.step(feed), model.optimizers.gradient_norms
         except StopIteration:
             return
         consumed = feed.done()

@@ -7,6 +7,7 @@ the dense parameters only.  The learning rate is a pure function of the step; a 
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,27 @@ def settle_schedule(schedule: ScheduleConfig, *, last_step: int | None, done: in
     return schedule
 
 
+@dataclass(frozen=True, slots=True)
+class GradientNorms:
+    """Norms of a step's dense gradients before clipping, on the device."""
+
+    names: tuple[str, ...]
+    """The P parameters as checkpoints name them, in the model's order."""
+    values: Tensor
+    """[1 + P]: of all gradients, then of each; 0 where a parameter had none."""
+
+    @property
+    def total(self) -> Tensor:
+        """[] of all of them."""
+        return self.values[0]
+
+    def not_finite(self) -> list[str]:
+        """The parameters whose gradients are not finite, the model's last first: from there it spreads to those that a
+        backward pass reaches later.  Waits for the device."""
+        finite = self.values[1:].isfinite().tolist()
+        return [name for name, is_finite in zip(self.names, finite, strict=True) if not is_finite][::-1]
+
+
 class Optimizers:
     """What the pipeline steps: clips and updates the dense parameters, and sets the tables' learning rate."""
 
@@ -65,6 +87,7 @@ class Optimizers:
         self, dense_module: nn.Module, tables: TableOptimizers, config: DenseOptimizerConfig, schedule: ScheduleConfig
     ) -> None:
         self._names = {parameter: name for name, parameter in dense_module.named_parameters()}
+        self._state_names = tuple(f"dense/{name}" for name in self._names.values())
         device = next(iter(self._names)).device
         # Steps that are recorded read the rate on the device, and others the same one: so they have the same bits.
         on_gpu = device.type == "cuda"
@@ -85,9 +108,10 @@ class Optimizers:
         """Averages gradients over ranks where nothing else has."""
         self.tables = tables
         self._max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
-        self._norm = torch.zeros((), device=device)
-        self.gradient_norm = self._norm
-        """[] of all dense gradients in the newest step, before clipping; on the device."""
+        self._norms = torch.zeros(1 + len(self._names), device=device)
+        self._without_gradient = torch.zeros((), device=device)
+        self.gradient_norms = self._copy_norms()
+        """Of the newest step."""
         self._schedule = schedule
         self._base_rates = [float(group["lr"]) for group in self._groups()]
 
@@ -114,17 +138,24 @@ class Optimizers:
         if self.average is not None:
             self.average()
         self.update()
-        # A copy, because the next step overwrites the norm.
-        self.gradient_norm = self._norm.clone()
+        self.gradient_norms = self._copy_norms()
         self.tables.step()
 
     def clip_and_update(self) -> None:
         """The dense part of a step."""
-        parameters = list(self._names)
-        self._norm.copy_(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norms = dict.fromkeys(self._names, self._without_gradient)
+        gradients = {parameter: parameter.grad for parameter in self._names if parameter.grad is not None}
+        if gradients:
+            norms |= dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
+        torch.stack(list(norms.values()), out=self._norms[1:])
+        torch.linalg.vector_norm(self._norms[1:], out=self._norms[0])
         if math.isfinite(self._max_norm):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self._norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self._names), self._max_norm, self._norms[0])
         self._dense.step()
+
+    def _copy_norms(self) -> GradientNorms:
+        """Those of now: the next step writes over them."""
+        return GradientNorms(self._state_names, self._norms.clone())
 
     def dense_state(self) -> dict[str, Tensor]:
         """Adam's state, one live tensor a key `parameter/state`; zeros before a first step."""

@@ -21,6 +21,7 @@ from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
 from trainer.labels.running import RunningMetrics
 from trainer.left_out import check_finite
+from trainer.optim import GradientNorms
 from trainer.parallel.mesh import Mesh
 from trainer.resolve import Resolved
 from trainer.run.json_lines import JsonLines
@@ -28,8 +29,8 @@ from trainer.run.profiling import StepProfile
 from trainer.run.run_dir import RunDir
 from trainer.run.writing import written
 
-Outcome = tuple[Tensor, Tensor]
-"""(this rank's loss, norm of the dense gradients) of a step, both [] on the device."""
+Outcome = tuple[Tensor, GradientNorms]
+"""This rank's loss [], on the device, and its gradients' norms, of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +177,8 @@ class Recorder:
         """Sum the interval over ranks: means of losses and of gradients' norms, one a step taken, and sums of `counts`
         and then of the `running` numbers."""
         interval = self._interval
-        values = (
-            torch.stack([value for outcome in interval.outcomes for value in outcome]) if interval.outcomes else None
-        )
+        of_steps = [value for loss, gradients in interval.outcomes for value in (loss, gradients.total)]
+        values = torch.stack(of_steps) if of_steps else None
         if values is None and not counts:
             return [], [], []
         sums = torch.tensor(counts, dtype=torch.float64, device=self._mesh.device)
@@ -188,9 +188,10 @@ class Recorder:
             sums = torch.cat([sums, running])
         dist.all_reduce(sums)  # every rank, on the default group and stream
         # Waits for the device, once for all numbers.
-        found, taken = sums.tolist(), 2 * len(interval.outcomes)
+        found, taken = sums.tolist(), len(of_steps)
         losses, norms = found[:taken:2], found[1:taken:2]
-        check_finite(losses, norms, interval.steps_taken(progress))
+        gradients = [gradients for _, gradients in interval.outcomes]
+        check_finite(losses, norms, interval.steps_taken(progress), gradients)
         return losses, norms, found[taken:]
 
     def _check_same(self, step: int, loss: float) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.support.training import read_checkpoint, read_lines, start_training
 from trainer.left_out import NotFinite, check_finite
+from trainer.optim import GradientNorms
 
 STEPS, SPOILT = 7, 5
 """The batch of the second spoils the model, on the last rank only."""
@@ -43,6 +44,7 @@ def test_a_run_goes_on_as_if_the_batches_had_not_been_there(
     assert status == 0, output[-4000:]
     (event,) = read_lines(tmp_path / "run" / "left_out.jsonl")
     assert set(range(event["first_step"], event["step"] + 1)) == left_out and event["samples"] == [48, 59]
+    assert ("parameters have such: dense/" in event["what"]) == (what == "gradients")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [(line["step"], line["samples"]) for line in lines] == [(2, 24), (4, 48), (6, 72), (7, 84)]
     assert {line["step"] for line in lines if line["loss"] is None} == left_out & {2, 4, 6, 7}
@@ -73,8 +75,22 @@ def test_a_run_stops_after_so_many_such_batches(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(tmp_path / "run" / "left_out.jsonl")] == [3]
 
 
-def test_the_first_spoilt_step_is_named() -> None:
-    steps = [(6, 100, 109), (7, 110, 129)]
-    check_finite([0.1, 0.2], [1.0, 2.0], steps)
-    with pytest.raises(NotFinite, match=r"inf is the norm of the gradients of step 7; .* samples 110 to 129"):
-        check_finite([0.1, 0.2], [1.0, math.inf], steps)
+def test_the_first_spoilt_step_and_its_parameters_are_named() -> None:
+    """A few of them; none where every gradient is finite and only their squares' sum is not."""
+
+    def norms(*values: float) -> GradientNorms:
+        each = torch.tensor(values)
+        return GradientNorms(tuple("abcde"[: len(values)]), torch.cat([each.norm()[None], each]))
+
+    steps, inf, nan = [(6, 100, 109), (7, 110, 129)], math.inf, math.nan
+    check_finite([0.1, 0.2], [1.0, 2.0], steps, 2 * [norms(1.0)])
+    for spoilt, named in (
+        (norms(inf, 1.0, nan), r" \(2 of 3 parameters have such: c, a\)"),
+        (norms(inf, inf, inf, inf, 0.0), r" \(4 of 5 parameters have such: d, c, b, \.\.\.\)"),
+        (norms(1e30, 1e30), ""),
+    ):
+        expected = f"inf is the norm of the gradients{named} of step 7; .* samples 110 to 129"
+        with pytest.raises(NotFinite, match=expected):
+            check_finite([0.1, 0.2], [1.0, inf], steps, [norms(1.0), spoilt])
+    with pytest.raises(NotFinite, match="nan is the loss of step 6"):
+        check_finite([nan, 0.2], [1.0, inf], steps, 2 * [norms(inf)])

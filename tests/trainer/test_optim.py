@@ -112,6 +112,25 @@ def test_dense_gradients_are_clipped_to_the_norm() -> None:
     assert torch.cat([gradient.flatten() for gradient in gradients]).norm() == pytest.approx(1.0, rel=1e-4)
 
 
+def test_norms_tell_which_gradients_are_not_finite_and_are_those_of_their_step() -> None:
+    """The last first; a parameter without a gradient counts as 0, in the total too."""
+    module = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 3), nn.Linear(3, 1))
+    optimizers, _ = _optimizers(module)
+    names = [f"dense/{name}" for name, _ in module.named_parameters()]
+    found = []
+    for spoilt in ({}, {names[0]: torch.inf, names[3]: torch.nan}):
+        for place, (name, parameter) in enumerate(zip(names, module.parameters(), strict=True)):
+            parameter.grad = None if place == 5 else torch.full_like(parameter, float(place))
+            if name in spoilt and parameter.grad is not None:
+                parameter.grad.view(-1)[-1] = spoilt[name]
+        optimizers.step()
+        found.append(optimizers.gradient_norms)
+    squares = [place**2 * parameter.numel() for place, parameter in enumerate(module.parameters())][:5]
+    assert found[0].values.tolist() == pytest.approx([x**0.5 for x in (sum(squares), *squares, 0.0)])
+    assert found[0].not_finite() == [] and found[1].not_finite() == [names[3], names[0]]
+    assert found[1].total.isnan()
+
+
 def test_state_restored_in_place_continues_the_same_way() -> None:
     torch.manual_seed(0)
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)

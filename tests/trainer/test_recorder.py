@@ -14,6 +14,7 @@ from trainer.checkpoint.progress import Progress
 from trainer.feed import describe
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
 from trainer.models.flops import InputWidths, ranker_flops
+from trainer.optim import GradientNorms
 from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.recorder import Recorder, _Interval
@@ -21,6 +22,7 @@ from trainer.resolve import resolve
 from trainer.run.run_dir import RunDir
 
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
+NORMS = GradientNorms((), torch.ones(1))
 INFO = made_up_info(num_items=NUM_ITEMS, actions=ACTIONS, numbers=("play_s",))
 
 
@@ -39,7 +41,7 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
     expected = 0.0
     for seed in (0, 1):
         arrays = random_arrays(histories, candidates, seed=seed)
-        interval.add(describe(batch_of(arrays), resolved), (torch.tensor(0.5), torch.tensor(1.0)))
+        interval.add(describe(batch_of(arrays), resolved), (torch.tensor(0.5), NORMS))
         rows = (slice(0, 6), slice(6, 6), slice(6, 15))
         seen = {
             "clicks": np.array([int((arrays["action"][own] >> 1 & 1).sum()) for own in rows]),
@@ -79,7 +81,7 @@ def test_steps_are_known_by_number_and_samples_though_batches_between_them_were_
     interval = _Interval()
     arrays = random_arrays([3, 2], [1, 1], seed=0)
     consumed = describe(batch_of(arrays), resolve(load_recipe("kuairand_sample"), INFO))
-    outcome = (torch.tensor(0.5), torch.tensor(1.0))
+    outcome = (torch.tensor(0.5), NORMS)
     for samples, left_out in ((10, False), (20, True), (30, False)):
         interval.add(replace(consumed, samples=samples), None if left_out else outcome)
     assert interval.steps_taken(Progress(step=8, samples=160)) == [(6, 100, 109), (8, 130, 159)]
