@@ -9,7 +9,8 @@ optimizers) over and over on one batch of random ids; no data is read.  FLOPs ar
 heads of 256, a table of 50M rows of 128, 32 histories of 4,096 events, or as many events in histories whose lengths
 follow Zipf's law.  ULTRA is the model of the recipe yambda_ultra with a table of 10M rows and 16 histories of 16,384
 events.  DLRMv4 has the shape of MLPerf Training v6.1's recommender: 3 layers of width 512, 8 columns of context, three
-of events, 11 tables of 512 that are scaled to one GPU's memory, 256 samples of 2,663 tokens in the mean.
+of events, 11 tables of 512 that are scaled to one GPU's memory, 256 samples of 2,663 tokens in the mean; "rows in 16
+bits": tables' kernels write rows and read gradients so.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import torch
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
-from embeddings.config import PlacementConfig
+from embeddings.config import ExchangeConfig, PlacementConfig
 from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
@@ -65,8 +66,7 @@ def main() -> None:
     mesh = discover_mesh()
     rows: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as folder, joined(mesh):
-        dlrm = dlrm_v4(Path(folder), small=arguments.small)
-        cases = make_cases(small=arguments.small) | {"DLRMv4": dlrm, f"DLRMv4{KEPT}": keep_everything(dlrm)}
+        cases = make_cases(small=arguments.small) | dlrm_cases(Path(folder), small=arguments.small)
         for name in arguments.only or cases:
             case = cases[name]
             rows[name] = measure(case, mesh)
@@ -123,6 +123,14 @@ def zipf_lens(longest: int, total: int) -> npt.NDArray[np.int64]:
     lens = lens[:count]
     lens[-1] -= lens.sum() - total
     return lens
+
+
+def dlrm_cases(folder: Path, *, small: bool) -> dict[str, Case]:
+    """Those of MLPerf's shape, by name."""
+    case = dlrm_v4(folder, small=small)
+    placement = replace(case.config.placement, exchange=ExchangeConfig(rows="bfloat16", gradients="bfloat16"))
+    narrow = replace(case, config=replace(case.config, placement=placement))
+    return {"DLRMv4": case, f"DLRMv4{KEPT}": keep_everything(case), "DLRMv4, rows in 16 bits": narrow}
 
 
 def keep_everything(case: Case) -> Case:

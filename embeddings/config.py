@@ -13,7 +13,7 @@ CACHED_PART = 0.2
 """Part of a fused_uvm_caching table's rows that the device caches, unless told."""
 
 RowType = Literal["float32", "float16"]
-"""Type of a table's rows.  Lookups, gradients and optimizer state are float32 with either; bfloat16 rows have no CPU
+"""Type of a table's rows.  Sums of gradients and optimizer state are float32 with either; bfloat16 rows have no CPU
 kernel in FBGEMM."""
 
 VALUE_BYTES: dict[RowType, int] = {"float32": 4, "float16": 2}
@@ -55,7 +55,12 @@ EXCHANGED_BYTES: dict[ExchangedType, int] = {"float32": 4, "float16": 2, "bfloat
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeConfig:
-    """What ranks send each other for lookups in sharded tables; the same on one rank, which sends it to itself."""
+    """What ranks send each other for lookups in sharded tables.
+
+    Where rows and gradients are both bfloat16 and ids are sent as often as they come, nothing is widened on the way:
+    kernels on GPUs write rows and read gradients so, and models are given them so, on one rank as on many.  Training in
+    bfloat16 stays as it is, for it rounds rows of single ids and their gradients in the same way.
+    """
 
     deduplicate: bool = False
     """Send each of a rank's distinct ids once, and its row and the sum of its gradients once.  Training stays as it is,
@@ -74,6 +79,13 @@ class ExchangeConfig:
         ):
             if value not in known:
                 raise ValueError(f"placement.exchange.{what} must be one of {', '.join(known)}, got {value!r}")
+
+    @property
+    def given_as(self) -> ExchangedType:
+        """Type of the rows that models are given, and of the gradients that they give back."""
+        # Gradients of an id that is sent once are added up by the rank that asked, which 16 bits are too few for.
+        narrow = self.rows == self.gradients == "bfloat16" and not self.deduplicate
+        return "bfloat16" if narrow else "float32"
 
     @property
     def value_bytes(self) -> int:

@@ -9,6 +9,7 @@ GPU, and its codecs take float16 for bfloat16 on a CPU, so these are ours.
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.types import CommOp, ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv
@@ -32,7 +33,8 @@ class TableSharder(EmbeddingCollectionSharder):
 
     def __init__(self, exchange: ExchangeConfig) -> None:
         types = (exchange.rows, exchange.gradients)
-        codecs = QuantizedCommCodecs(*(Codec(getattr(torch, name)) for name in types))
+        self._given_as: torch.dtype = getattr(torch, exchange.given_as)
+        codecs = QuantizedCommCodecs(*(Codec(getattr(torch, name), self._given_as) for name in types))
         in_full = types == ("float32", "float32")
         registry = None if in_full else {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: codecs}
         super().__init__(qcomm_codecs_registry=registry)
@@ -48,11 +50,13 @@ class TableSharder(EmbeddingCollectionSharder):
     ) -> ShardedEmbeddingCollection:
         """The sharded collection."""
         kind = DeduplicatedCollection if self._deduplicate else ShardedEmbeddingCollection
+        # FBGEMM's kernels for CPUs write no bfloat16: there values are rounded when they are sent.
+        narrow = self._given_as == torch.bfloat16 and device is not None and device.type == "cuda"
         sharded = kind(
             module,
             params,
             env,
-            self.fused_params,
+            {**(self.fused_params or {}), **({"output_dtype": SparseType.BF16} if narrow else {})},
             device,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             use_index_dedup=self._deduplicate,
@@ -115,21 +119,22 @@ def distinct_ids(ids: Tensor, lengths: Tensor, features_of_tables: list[int]) ->
 
 
 class Codec:
-    """Float32 values as another type on their way; TorchRec's `QuantizedCommCodec`.
+    """Values as another type on their way; TorchRec's `QuantizedCommCodec`.
 
     They travel as bytes, because gloo knows no bfloat16.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, given_as: torch.dtype) -> None:
+        """`dtype` on the way, `given_as` at its end."""
+        self._dtype, self._given_as = dtype, given_as
 
     def encode(self, input_tensor: Tensor, ctx: None = None) -> Tensor:
-        """[n] float32 -> [n x size of a value] uint8."""
+        """[n] float32 or bfloat16 -> [n x size of a value] uint8."""
         return input_tensor.contiguous().view(-1).to(self._dtype).view(torch.uint8)
 
     def decode(self, input_grad: Tensor, ctx: None = None) -> Tensor:
-        """The inverse of `encode`."""
-        return input_grad.view(self._dtype).float()
+        """The inverse of `encode`, in the type that the values are given as."""
+        return input_grad.view(self._dtype).to(self._given_as)
 
     @property
     def quantized_dtype(self) -> torch.dtype:

@@ -25,8 +25,8 @@ from embeddings.initial_rows import fill
 _DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}
 
 Rows = dict[str, JaggedTensor]
-"""Feature -> the rows of its ids, float32 whatever the table's type; values are [number of ids, embedding_dim] or, of a
-pooled table, [number of bags, embedding_dim] sums."""
+"""Feature -> the rows of its ids, whatever the table's type in float32, or bfloat16 where `placement.exchange` says so;
+values are [number of ids, embedding_dim] or, of a pooled table, [number of bags, embedding_dim] sums in float32."""
 Bags = Mapping[tuple[str, ...], KeyedJaggedTensor]
 """The ids of these features, of as many bags each."""
 NO_BAGS: Bags = {}

@@ -85,8 +85,10 @@ def shard(
     return plan, dmp, TableOptimizers(model.tables, sharded.OPTIMIZER, dmp.fused_optimizer)
 
 
-def train(model: DistributedModelParallel, optimizers: TableOptimizers) -> list[dict[str, torch.Tensor]]:
-    """The embeddings of each step, on the CPU."""
+def train(
+    model: DistributedModelParallel, optimizers: TableOptimizers, *, rounded: torch.dtype | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """The embeddings of each step, on the CPU; the model computes with them `rounded`."""
     outputs = []
     for step in range(sharded.STEPS):
         batch = sharded.global_batch(step)
@@ -96,7 +98,10 @@ def train(model: DistributedModelParallel, optimizers: TableOptimizers) -> list[
         told = {feature: sharded.flat(samples) for feature, samples in batch.items()}
         told |= dict.fromkeys(sharded.POOLED, torch.arange(sharded.GLOBAL_SAMPLES))
         losses = [
-            (values * sharded.weights(feature, told[feature], step).cuda()).sum()
+            (
+                (values if rounded is None else values.to(rounded))
+                * sharded.weights(feature, told[feature], step).cuda()
+            ).sum()
             for feature, values in embedded.items()
         ]
         try:
@@ -144,6 +149,23 @@ def test_ids_sent_once_and_rounded_rows_train_as_ever(rounded: bool) -> None:
     for name, value in whole(model, optimizers).items():
         tolerance = 5e-3 if rounded or "brand" in name else 1e-6
         torch.testing.assert_close(value, expected[name], rtol=10 * tolerance, atol=tolerance)
+
+
+def test_kernels_that_write_bfloat16_round_rows_and_read_gradients_as_a_model_does() -> None:
+    """As a model that rounds the rows of float32 kernels: what FBGEMM adds up has the same values."""
+    tables = tuple(table for table in BY_OPTIMIZER["others"] if table.name != "brand" and table.pooled is None)
+    found = []
+    for exchange in (ExchangeConfig(), ExchangeConfig(rows="bfloat16", gradients="bfloat16")):
+        _, model, optimizers = shard("fused", tables, exchange)
+        outputs = train(model, optimizers, rounded=torch.bfloat16)
+        found.append((outputs, whole(model, optimizers)))
+    (outputs, state), (narrow_outputs, narrow_state) = found
+    for step, narrow_step in zip(outputs, narrow_outputs, strict=True):
+        for feature, values in narrow_step.items():
+            assert values.dtype == torch.bfloat16
+            torch.testing.assert_close(values.float(), step[feature].bfloat16().float(), rtol=2**-7, atol=1e-7)
+    for name, value in state.items():
+        torch.testing.assert_close(narrow_state[name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_unbounded_ids_train_as_a_plain_dictionary_of_keys_does() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from attention_kernels.attention import interface
 from attention_kernels.attention.portable import launchers as portable
@@ -143,6 +144,29 @@ def test_rows_that_a_ranker_casts_are_kept_in_the_type_of_computation(name: str)
                 torch.testing.assert_close(padded[key], value, rtol=5e-2, atol=5e-3 * float(value.abs().max() + 1))
     kept = {name: x.dtype for name, x in zip(padding.lookups(batches[0]), sized_of(model)[0].rows, strict=True)}
     assert kept["item_id"] == torch.bfloat16 and kept.get("tags", torch.float32) == torch.float32
+
+
+@pytest.mark.parametrize("name", ["paper", "columns", "columns, pooled", "interleaved", "softmax"])
+def test_rows_of_single_ids_that_come_in_16_bits_train_as_those_that_are_cast_to_them(name: str) -> None:
+    """The same bits of loss and gradients: nothing is added up in 16 bits that was not."""
+    model, _, batches = ranker(name)
+    model.to(DEVICE).train()
+    for batch in batches:
+        batch = batch.to(DEVICE)
+        with torch.no_grad():
+            rows = rows_by_feature(model.tables(batch.features, batch.inputs.bags))
+        found = []
+        for narrow in (False, True):
+            kinds = {key: torch.bfloat16 if narrow and key in model.tower.cast_first else torch.float32 for key in rows}
+            values = {key: each.values().to(kinds[key]).requires_grad_() for key, each in rows.items()}
+            given = {key: JaggedTensor(each, lengths=rows[key].lengths()) for key, each in values.items()}
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                loss = model.objective([given], batch)
+            inputs = [*values.values(), *model.tower.parameters()]
+            found.append([loss, *torch.autograd.grad(loss, inputs, allow_unused=True)])
+        for wide, narrowed in zip(*found, strict=True):
+            assert (wide is None) == (narrowed is None)
+            assert wide is None or torch.equal(wide, narrowed.to(wide.dtype))
 
 
 def test_sizes_are_kept_that_come_again_and_no_more_than_are_recorded(
