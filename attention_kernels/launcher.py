@@ -139,7 +139,7 @@ def _described(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _kind(x: Any) -> Any:
-    """At least what Triton compiles anew for."""
+    """Equal for arguments that one compiled kernel takes; at least as fine as Triton's own distinction."""
     kind = type(x)
     if kind is int:
         return x == 1, x % 16 == 0, x.bit_length() > 31

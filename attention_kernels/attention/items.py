@@ -51,6 +51,7 @@ class Item(NamedTuple):
 
 @triton.jit
 def store_items(table, o_i, m_i, start, row_start, bounds, first, last, part, parts):
+    """A block of items of one sequence; what is the same for all of them is spread over the block by `o_i * 0`."""
     p_i = table + (1 + o_i) * ITEM_SIZE
     tl.store(p_i, o_i * 0 + start, mask=m_i)
     tl.store(p_i + 1, o_i * 0 + row_start, mask=m_i)

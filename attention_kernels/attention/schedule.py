@@ -172,7 +172,10 @@ def sequence_bounds(
 
 @triton.jit
 def count_tiles(bounds, BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """(head, tail, short): long tiles at the start and at the end of a sequence, short tiles between or behind."""
+    """(head, tail, short): long tiles at the start and at the end of a sequence, short tiles between or behind.
+
+    Of one sequence or of a block of them: `n * 0` is a 0 for each.
+    """
     n, _, c, g, s, r, _ = bounds
     if KEYS:
         tiles = (tl.cdiv(s, BLOCK), n * 0, tl.cdiv(n - s, BLOCK))

@@ -49,6 +49,7 @@ def live_keys(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr)
         if in_band:
             main_start = tl.maximum(first - local, 0)
             num_columns = tl.cdiv(tl.minimum(s, main_start), BLOCK)
+            # Whole blocks of columns would reach into the band: then both are one segment.
             if num_columns * BLOCK > main_start:
                 main_start = 0
                 num_columns = 0
@@ -57,6 +58,7 @@ def live_keys(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr)
         main_end = u
     num_own = 0
     if last > u:
+        # Likewise of whole blocks of history and the tile's own targets.
         if tl.cdiv(u, BLOCK) * BLOCK > first:
             main_end = last
         else:
@@ -162,19 +164,6 @@ def load_rows(
 
 
 @triton.jit
-def twice_sigmoid(b_half, FAST_TANH: tl.constexpr):
-    """2 sigmoid(2 x) = 1 + tanh(x) of half a score: one special-function instruction where the hardware has tanh."""
-    if FAST_TANH:
-        b_tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [b_half], dtype=tl.float32, is_pure=True, pack=1
-        )
-        b_sigmoid2 = b_tanh + 1.0
-    else:
-        b_sigmoid2 = 2.0 / (1.0 + tl.exp(-2.0 * b_half))
-    return b_sigmoid2
-
-
-@triton.jit
 def twice_slope(b_half, b_sigmoid2):
     """Twice the slope of SiLU at x = 2 b_half: 2 sigmoid(x) (1 + x (1 - sigmoid(x)))."""
     return b_sigmoid2 * (1.0 + b_half * (2.0 - b_sigmoid2))
@@ -228,7 +217,7 @@ def store_or_reduce(
             arrived = tl.atomic_add(output.arrivals + slot, 1, sem="acq_rel")
             if arrived == item.parts - 1:
                 tl.debug_barrier()
-                # For the next launch.
+                # The next launch counts from 0.
                 tl.store(output.arrivals + slot, 0)
                 b_sum = tl.zeros([BLOCK, BLOCK_SIZE], tl.float32)
                 for i in range(item.parts):

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import INTERPRETED, launch
-from attention_kernels.layer.gated_norm import normalise
-from attention_kernels.layer.silu import approximate, sigmoid
+from attention_kernels.layer.layer_norm import normalise
 from attention_kernels.rows import cdiv, warp_blocks
+from attention_kernels.sigmoid import approximate, sigmoid
 
 FP8 = torch.float8_e4m3fn
 

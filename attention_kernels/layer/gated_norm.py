@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import launch
-from attention_kernels.layer.silu import approximate, sigmoid
+from attention_kernels.layer.layer_norm import normalise
 from attention_kernels.rows import cdiv, pad_size, row_blocks, serial_blocks
+from attention_kernels.sigmoid import approximate, sigmoid
 
 _BACKWARD_WARPS = 12
 _BACKWARD_REGISTERS = 168
@@ -37,17 +38,6 @@ def _keep_factor(rows, columns, seed, threshold, scale):
     row_hash = _mix(rows.to(tl.uint32) + seed.to(tl.uint32))
     spread = columns.to(tl.uint32) * tl.full([1], 0x9E3779B9, tl.uint32)
     return tl.where(_mix(row_hash[:, None] ^ spread[None, :]) >= threshold.to(tl.uint32), scale, 0.0)
-
-
-@triton.jit
-def normalise(p_attention, rows, columns, mask, W: tl.constexpr, C: tl.constexpr, group, eps):
-    """Columns of one group, normalised and 0 outside `mask`; mean and 1 / deviation of each row."""
-    attention = tl.load(p_attention + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0)
-    attention = attention.to(tl.float32)
-    mean = tl.sum(attention, axis=1) / C
-    centred = tl.where(mask, attention - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
-    return centred * rstd[:, None], mean, rstd
 
 
 @triton.jit(do_not_specialize=["threshold"])

@@ -15,6 +15,16 @@ from attention_kernels.rows import cdiv, row_blocks, serial_blocks
 
 
 @triton.jit
+def normalise(p_x, rows, columns, mask, W: tl.constexpr, C: tl.constexpr, group, eps):
+    """Columns of one group of C, of rows of W, normalised and 0 outside `mask`; mean and 1 / deviation of each row."""
+    x = tl.load(p_x + rows[:, None] * W + group * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / C
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    return centred * rstd[:, None], mean, rstd
+
+
+@triton.jit
 def _forward_kernel(
     p_x,
     p_weight,
@@ -30,19 +40,15 @@ def _forward_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLS)
-    m_column = columns < D
-    mask = (rows < num_rows)[:, None] & m_column[None, :]
-    addresses = rows[:, None] * D + columns[None, :]
-    x = tl.load(p_x + addresses, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1) / D
-    centred = tl.where(m_column[None, :], x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    m_row, m_column = rows < num_rows, columns < D
+    mask = m_row[:, None] & m_column[None, :]
+    xhat, mean, rstd = normalise(p_x, rows, columns, mask, D, D, 0, eps)
     weight = tl.load(p_weight + columns, mask=m_column, other=0.0).to(tl.float32)
     bias = tl.load(p_bias + columns, mask=m_column, other=0.0).to(tl.float32)
-    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(p_normed + addresses, normed.to(p_normed.dtype.element_ty), mask=mask)
-    tl.store(p_mean + rows, mean, mask=rows < num_rows)
-    tl.store(p_rstd + rows, rstd, mask=rows < num_rows)
+    normed = xhat * weight[None, :] + bias[None, :]
+    tl.store(p_normed + rows[:, None] * D + columns[None, :], normed.to(p_normed.dtype.element_ty), mask=mask)
+    tl.store(p_mean + rows, mean, mask=m_row)
+    tl.store(p_rstd + rows, rstd, mask=m_row)
 
 
 @triton.jit

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.launcher import INTERPRETED, Blocks, launch
-from attention_kernels.layer.silu import approximate, sigmoid
 from attention_kernels.rows import cdiv, multiprocessors
+from attention_kernels.sigmoid import approximate, sigmoid
 
 
 @triton.jit

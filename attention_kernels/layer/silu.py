@@ -1,30 +1,15 @@
-"""SiLU in Triton: over the columns of a product whose kernel has none of its own, and as a part of other kernels."""
+"""SiLU in Triton over the columns of a product whose kernel has none of its own."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_kernels.launcher import INTERPRETED, launch
+from attention_kernels.launcher import launch
 from attention_kernels.rows import cdiv
+from attention_kernels.sigmoid import approximate, sigmoid
 
 _COLUMNS = 512
 _ROWS = 8
-
-
-def approximate(x: Tensor) -> bool:
-    """Whether kernels on tensors like `x` take the hardware's tanh (about 11 bits): 16-bit values on a GPU."""
-    return x.element_size() == 2 and not INTERPRETED
-
-
-@triton.jit
-def sigmoid(x, APPROXIMATE: tl.constexpr):
-    """1 / (1 + exp(-x)) = 1/2 + tanh(x / 2) / 2: one special-function instruction instead of two."""
-    if APPROXIMATE:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return 0.5 + 0.5 * t
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit

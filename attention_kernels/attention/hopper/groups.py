@@ -131,7 +131,7 @@ def write_group(p_x, m_x, b_x, sums, slot, buffer, SCALED: gl.constexpr, SUMS: g
             if DIRECT:
                 b_sum = gl.sum(b_row.reshape([4, GROUP_SIZE // 4, BLOCK_SIZE]), 1)
             else:
-                # It holds every fourth bundle of so many rows.
+                # Rows lie in bundles, of which a warp holds every fourth.
                 BUNDLE: gl.constexpr = 256 // BLOCK_SIZE
                 b_sum = gl.sum(gl.sum(b_row.reshape([GROUP_SIZE // (4 * BUNDLE), 4, BUNDLE, BLOCK_SIZE]), 0), 1)
             o_warp = gl.arange(0, 4, gl.SliceLayout(1, b_sum.type.layout))
@@ -179,7 +179,7 @@ def store_group(
             arrived = gl.atomic_add(arrivals + slot, 1, sem="acq_rel")
             if arrived == item.parts - 1:
                 gl.thread_barrier()
-                # For the next launch.
+                # The next launch counts from 0.
                 gl.store(arrivals + slot, 0)
                 b_sum = gl.zeros_like(b_x)
                 for i in range(item.parts):

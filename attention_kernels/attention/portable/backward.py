@@ -22,9 +22,9 @@ from attention_kernels.attention.tiles import (
     partner_start,
     product,
     store_or_reduce,
-    twice_sigmoid,
     twice_slope,
 )
+from attention_kernels.sigmoid import twice_sigmoid
 
 
 @triton.jit(do_not_specialize=["H", "half_scale", "dq_scale"])
@@ -33,7 +33,7 @@ def dq_kernel(
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """dq[q] = dq_scale sum_k 2 silu'(score) <dout[q], v[k]> k[k]; one program a row tile and head."""
@@ -52,7 +52,7 @@ def dq_kernel(
             b_v = load_rows(v, stride_vt, stride_vh, i_h, start, key, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
             b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
             b_dweight = product(b_dout, tl.trans(b_v), None, PRECISION)
-            b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
+            b_sigmoid2 = twice_sigmoid(b_half, APPROXIMATE)
             b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
             if not is_full(first, last, key, key + BLOCK_N, bounds, HAS_LOCAL):
                 o_key = key + tl.arange(0, BLOCK_N)
@@ -71,7 +71,7 @@ def dkdv_kernel(
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """dv[k] = dv_scale sum_q silu(score) dout[q], dk[k] likewise; one program a key tile and head.
@@ -94,7 +94,7 @@ def dkdv_kernel(
             b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, row, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
             b_half = product(b_k, tl.trans(b_q), None, PRECISION) * half_scale
             b_dweight = product(b_v, tl.trans(b_dout), None, PRECISION)
-            b_sigmoid2 = twice_sigmoid(b_half, FAST_TANH)
+            b_sigmoid2 = twice_sigmoid(b_half, APPROXIMATE)
             b_weight = b_half * b_sigmoid2
             b_dscore = b_dweight * twice_slope(b_half, b_sigmoid2)
             if not is_full(row, row + BLOCK_M, first, last, bounds, HAS_LOCAL):

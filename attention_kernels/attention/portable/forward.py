@@ -17,8 +17,8 @@ from attention_kernels.attention.tiles import (
     partner_start,
     product,
     store_or_reduce,
-    twice_sigmoid,
 )
+from attention_kernels.sigmoid import twice_sigmoid
 
 
 @triton.jit(do_not_specialize=["H", "half_scale", "out_scale"])
@@ -27,7 +27,7 @@ def forward_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    SPLIT: tl.constexpr, TMA: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[q] = out_scale sum_k silu(2 half_scale <q, k>) v[k], accumulated in float32."""
     is_there, item, i_h = item_of_program(table, H)
@@ -42,7 +42,7 @@ def forward_kernel(
             key = partner_start(i, partners, BLOCK_N)
             b_k = load_rows(k, stride_kt, stride_kh, i_h, start, key, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
             b_half = product(b_q, tl.trans(b_k), None, PRECISION) * half_scale
-            b_weight = b_half * twice_sigmoid(b_half, FAST_TANH)
+            b_weight = b_half * twice_sigmoid(b_half, APPROXIMATE)
             if not is_full(first, last, key, key + BLOCK_N, bounds, HAS_LOCAL):
                 o_key = key + tl.arange(0, BLOCK_N)
                 m = element_mask(o_row[:, None], o_key[None, :], bounds, HAS_LOCAL, HAS_TARGETS)

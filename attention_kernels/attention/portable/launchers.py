@@ -177,8 +177,8 @@ def _compile_options(
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         **dict(zip(("HAS_LOCAL", "HAS_TARGETS", "SPLIT", "TMA"), flags, strict=True)),
-        # tanh.approx is exact to about 11 bits: enough for 16-bit inputs only.
-        "FAST_TANH": half and is_cuda,
+        # As `sigmoid.approximate` says.
+        "APPROXIMATE": half and is_cuda,
         "PRECISION": "tf32x3" if not half else "tf32" if is_cuda else "upcast",
         "STAGES": tile.stages,
         "num_warps": tile.warps,
