@@ -49,26 +49,29 @@ def tower_of(mask: SemiLocalMask) -> HstuTower:
     return HstuTower(layers, [Stage(num_layers=LAYERS, mask=mask)]).bfloat16()
 
 
-def layout() -> SequenceLayout:
+def layout(*, padded: bool = False) -> SequenceLayout:
     history, candidates = torch.tensor([3000, 0, 700]), torch.tensor([3, 1, 64])
-    return make_layout(history.to("meta"), candidates.to("meta"), history, candidates, num_context=2)
+    return make_layout(history.to("meta"), candidates.to("meta"), history, candidates, num_context=2, padded=padded)
 
 
 @pytest.mark.parametrize(
-    ("mask", "forward", "backward"),
+    ("mask", "padded", "forward", "backward"),
     [
-        # Norm, the product of V, Q and K, attention, gated norm, output product.
-        (FULL, 5, 7),
-        (WINDOW, 5, 7),
+        # Norm, the product of V, Q and K, attention, gated norm, output product; backward gated norm, the first two
+        # once more, attention's three, norm.
+        (FULL, False, 5, 7),
+        (WINDOW, False, 5, 7),
+        # Zeros behind the last sequence.
+        (WINDOW, True, 6, 8),
     ],
 )
 def test_launches_of_a_layer_and_of_its_stage(
-    mask: SemiLocalMask, forward: int, backward: int, launches: list[str]
+    mask: SemiLocalMask, padded: bool, forward: int, backward: int, launches: list[str]
 ) -> None:
     """A table of tiles is written once a stage and direction, however many layers there are."""
-    tower = tower_of(mask)
-    x = torch.randn(layout().num_tokens, DIM, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    out, _ = tower(x, layout())
+    tower, tokens = tower_of(mask), layout(padded=padded)
+    x = torch.randn(tokens.num_tokens, DIM, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out, _ = tower(x, tokens)
     assert launches.count("schedule_kernel") == 1
     assert len(launches) == 1 + LAYERS * forward
     launches.clear()
@@ -84,6 +87,9 @@ def test_a_ranker_computes_its_last_layer_at_candidates(launches: list[str]) -> 
     out = tower.at_candidates(x, layout())
     assert out.shape == (68, DIM)
     assert launches.count("schedule_kernel") == 2 and launches.count("hopper_forward_kernel") == LAYERS
+    # One more than of a whole layer: the product of Q apart from that of V and K.
+    assert len(launches) == 2 + 5 * LAYERS + 1
     launches.clear()
     out.backward(torch.empty_like(out))
     assert launches.count("schedule_kernel") == 2 and launches.count("hopper_dq_kernel") == LAYERS
+    assert len(launches) == 2 + 7 * LAYERS + 1
