@@ -108,9 +108,9 @@ def metric_title(name: str) -> str:
     >>> metric_title("ne/click"), metric_title("hr@10"), metric_title("log_loss/kind")
     ('NE of click', 'HR@10', 'log loss of kind')
     """
-    metric, _, label = name.partition("/")
+    metric, slash, label = name.partition("/")
     if metric.endswith(BASELINE):
-        return f"{metric_title(metric.removesuffix(BASELINE))} of the baseline"
+        return f"{metric_title(metric.removesuffix(BASELINE) + slash + label)} of the baseline"
     title = metric.upper() if metric.partition("@")[0] in _ACRONYMS else metric.replace("_", " ")
     return f"{title} of {label}" if label else title
 

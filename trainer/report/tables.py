@@ -73,8 +73,13 @@ def lifetime_table(runs: Sequence[RunFiles]) -> str:
 
 
 def progressive_table(runs: Sequence[RunFiles]) -> str:
-    """A row a part and run, in the order in which the parts were met."""
-    names = curved_metrics(record for run in runs for record in run.progressive)
+    """A row a part and run, in the order in which the parts were met; a baseline's number behind the model's."""
+    found = {name for run in runs for record in run.progressive for name in record}
+    own = curved_metrics(record for run in runs for record in run.progressive)
+    pairs = (
+        (name, f"{metric}{BASELINE}{slash}{label}") for name in own for metric, slash, label in [name.partition("/")]
+    )
+    names = [name for pair in pairs for name in pair if name in found]
     parts = dict.fromkeys(str(record.get("part")) for run in runs for record in run.progressive)
     rows = [
         [part, run.name, f"{record['step']:,}", *(_measured(record.get(name)) for name in names)]
