@@ -9,12 +9,13 @@ Prints the table of docs/quality.md, from the run's progressive.jsonl and its ev
 """
 
 import argparse
+import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loader import hardware
+from benchmarks.trainings import hardware
 
 RESULTS = Path(__file__).parent / "results" / "days.json"
 LABEL = "long_view"
@@ -26,7 +27,12 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     arguments = parser.parse_args()
-    result = {"hardware": hardware(), "label": LABEL, "days": days(arguments.run_dir)}
+    result = {
+        "hardware": hardware(),
+        "date": datetime.date.today().isoformat(),
+        "label": LABEL,
+        "days": days(arguments.run_dir),
+    }
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
@@ -43,7 +49,7 @@ def days(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """The figures as docs/quality.md shows them."""
     lines = ["| day | steps before | positives | NE | of the rates | AUC, 95% interval | of the rates | difference |"]
     lines.append("| --- " * 8 + "|")

@@ -5,8 +5,9 @@ Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows N
 
 Tables are `ml1m` (`benchmarks.next_item`), `ranking` and `ablation` (`benchmarks.rankers`, whose --source holds a
 folder a publisher, `kuairand` and `movielens`) and `length` (`benchmarks.lengths`, which makes its data).  The result
-goes to benchmarks/results/quality_TABLE.json, where rows that were not run stay; docs/quality.md shows it.  What is
-done under --work is used again.  Where `--limit-s` ends runs, what they had by then counts.
+goes to benchmarks/results/quality_TABLE.json, where rows that were not run stay, and from there to docs/quality.md
+(`benchmarks.quality_page`).  What is done under --work is used again.  Where `--limit-s` ends runs, what they had by
+then counts.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""docs/quality.md shows the demo's evaluation that is committed, and a label is shown as the run's file has it."""
+"""A label of the demo is shown as the run's file has it."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,9 @@ from pathlib import Path
 from benchmarks.days import METRICS
 from benchmarks.demo import RESULTS, labels, table
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def test_the_document_shows_the_committed_evaluation() -> None:
+def test_the_committed_evaluation_is_ahead_of_the_rates() -> None:
     result = json.loads(RESULTS.read_text())
-    assert table(result) in (ROOT / "docs" / "quality.md").read_text()
     assert result["labels"]["is_click"]["auc"] > result["labels"]["is_click"]["auc_baseline"] + 0.02
 
 
