@@ -33,7 +33,7 @@ def progress_lines(record: JobRecord) -> list[str]:
     starts = attempts.read(run.path, Path(record.job_dir).name) if record.job_dir else []
     if starts:
         failed = attempts.failures_without_progress(starts)
-        lines.append(f"starts that ended: {len(starts)}, the last one {starts[-1].ended} {starts[-1].reason}".rstrip())
+        lines.append(f"starts that ended: {len(starts)}, the last one: {starts[-1].reason or starts[-1].ended}")
         lines.append(f"failures in a row without a new checkpoint: {failed}")
     return lines
 

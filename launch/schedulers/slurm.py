@@ -306,7 +306,9 @@ def _time_left(job: SlurmJob) -> str:
         seconds = int(time.mktime(time.strptime(job.end_time, "%Y-%m-%dT%H:%M:%S")) - time.time())
     except ValueError:
         return ""
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds > 0 else "0:00:00"
+    seconds = max(0, seconds)
+    clock = f"{seconds // 3600 % 24}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return f"{seconds // 86400} days {clock}" if seconds >= 86400 else clock
 
 
 def _ended(app_id: str, record: JobRecord | None) -> JobStatus | None:

@@ -26,6 +26,8 @@ def look_at_cluster() -> Iterator[Finding]:
     yield Finding(ok=True, text=f"accounting {'on' if accounting else 'off'}: a job's state {told}")
     if settings.get("JobRequeue") == "0":
         yield Finding(ok=True, text="JobRequeue=0: jobs are requeued only because they ask for it, as ours do")
+    if settings.get("MaxArraySize") in ("0", "1"):
+        yield Finding(ok=True, text="MaxArraySize allows no job arrays: submit the runs of a sweep one by one")
     wait = settings.get("KillWait", "")
     yield Finding(ok=True, text=f"KillWait {wait}: what a cancelled job has for its last save")
 

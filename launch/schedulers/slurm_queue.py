@@ -229,6 +229,13 @@ def find_job(job_id: str, patience_s: float = 0.0) -> SlurmJob | None:
     return next(iter(exact or jobs), None)
 
 
+def node_address(node: str) -> str:
+    """Where other nodes reach a node; its name where Slurm tells nothing else.  The name may be one that Slurm alone
+    knows."""
+    scontrol = run(["scontrol", "--oneliner", "show", "node", node])
+    return fields_of(scontrol.stdout).get("NodeAddr", node)
+
+
 def all_jobs() -> list[SlurmJob]:
     """Every job that Slurm remembers, other people's too, oldest first.
 

@@ -29,6 +29,9 @@ def main(run: RunDir, steps: int, every: int, failing: tuple[int, int], *, alway
     log = run.log_file(rank)
     log.parent.mkdir(parents=True, exist_ok=True)
     first_time = not log.exists() or always
+    # Ranks begin together, as they do where they meet in a store.
+    if not _agreed(run, rank, "start", 60):
+        return 1
     step = newest_checkpoint(run)
     _write(log, f"INFO counting: from step {step} on")
     while step < steps:
@@ -39,7 +42,8 @@ def main(run: RunDir, steps: int, every: int, failing: tuple[int, int], *, alway
             _write(log, "ERROR counting: out of luck")
             return 1
         stops = STOP.requested
-        if stops and not _agreed(run, rank):
+        # A collective would find out soon.
+        if stops and not _agreed(run, rank, "stop", 2):
             return 1
         if rank == 0:
             with run.metrics_file.open("a") as file:
@@ -58,12 +62,12 @@ def main(run: RunDir, steps: int, every: int, failing: tuple[int, int], *, alway
     return 0
 
 
-def _agreed(run: RunDir, rank: int) -> bool:
-    """Whether every rank says within two seconds that it stops, as a collective would find out."""
+def _agreed(run: RunDir, rank: int, word: str, patience_s: float) -> bool:
+    """Whether every rank says the word within that time."""
     attempt = os.environ["MASTER_PORT"]
-    (run.path / f"stop-{attempt}-{rank}").touch()
-    deadline = time.monotonic() + 2
-    while len(list(run.path.glob(f"stop-{attempt}-*"))) < int(os.environ["WORLD_SIZE"]):
+    (run.path / f"{word}-{attempt}-{rank}").touch()
+    deadline = time.monotonic() + patience_s
+    while len(list(run.path.glob(f"{word}-{attempt}-*"))) < int(os.environ["WORLD_SIZE"]):
         if time.monotonic() > deadline:
             return False
         signal.sigtimedwait([], 0.05)

@@ -1,6 +1,7 @@
 """Slurm's requests as sbatch would read them, and Slurm's words with and without accounting (22.05's)."""
 
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from launch.schedulers.slurm import OURS, Slurm
 from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob, app_state, parse_scontrol
 from launch.submit import check, check_no_other, connected
 from tests.launch.test_component import request
+
+START = 1_800_000_000.0
 
 
 def _script(**changes: Any) -> str:
@@ -177,6 +180,26 @@ def test_a_job_that_all_have_forgotten_is_read_from_its_output(
     found = Slurm("test").status("7", _record(tmp_path))
     assert found is not None
     assert (found.state, found.reason) == (state, status.partition(": ")[2])
+
+
+@pytest.mark.parametrize(
+    ("told", "address"), [("NodeName=n1 NodeAddr=10.0.0.7 NodeHostName=host Port=1", "10.0.0.7"), ("", "n1")]
+)
+def test_a_node_is_found_where_slurm_finds_it(commands: Callable[..., None], told: str, address: str) -> None:
+    commands(scontrol=f"echo '{told}'")
+    assert slurm_queue.node_address("n1") == address
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"), [(-9, "0:00:00"), (3661.5, "1:01:01"), (2 * 86400 + 60.5, "2 days 0:01:00")]
+)
+def test_the_time_left_is_told(monkeypatch: pytest.MonkeyPatch, seconds: float, left: str) -> None:
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(START + seconds // 1))
+    _answers(monkeypatch, scontrol=(0, f"JobId=1 JobState=RUNNING TimeLimit=1 EndTime={end}", ""))
+    monkeypatch.setattr(time, "time", lambda: START)
+    found = Slurm("test").status("1", None)
+    assert found is not None
+    assert found.time_left == left
 
 
 def test_list_shows_ours_with_recipe_and_run_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ are down, for jobs that only wait.
     python -m tests.support.slurm install        # Debian's packages, and Debian 13 in a folder; needs root
     python -m tests.support.slurm run FOLDER     # start a cluster, print how to use it, stop it on Ctrl-C
 
-There is no accounting database, as on many small clusters.  Needs root: slurmd runs as root, and the nodes' names go
-into /etc/hosts, because torchrun's rendezvous waits for ever for a name that does not resolve.
+There is no accounting database, as on many small clusters, and no name service: nodes' names are known to Slurm only.
+Needs root, as which slurmd runs.
 """
 
 import fcntl
@@ -32,9 +32,8 @@ NODES = ("longview-n1", "longview-n2")
 GPU_NODES = ("longview-g1", "longview-g2", "longview-g3", "longview-g4")
 UNSHARED = "unshared"
 """A folder of the cluster's own that the last node does not share."""
-HOSTS = Path("/etc/hosts")
-HOSTS_MARK = " # longview's test cluster in "
-"""In /etc/hosts, between nodes' names and the folder of their cluster."""
+STARTS = Path("/tmp/longview-slurm.lock")
+"""Locked while a cluster starts: other checkouts and test runs of this machine start theirs later."""
 COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun", "sacct")
 START_TIMEOUT_S = 60.0
 
@@ -139,7 +138,7 @@ def slurm_cluster(folder: Path, system: Path | None = None) -> Iterator[Cluster]
         _write_commands(folder / "bin", system)
         environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
     daemons: list[subprocess.Popen[bytes]] = []
-    with _interrupted_by_sigterm(), names_resolve(folder):
+    with _interrupted_by_sigterm():
         try:
             # Ports that are free stay so until the daemons listen there.
             with _no_other_starts():
@@ -232,7 +231,7 @@ def _daemon_commands(folder: Path, system: Path | None) -> list[list[str]]:
 @contextmanager
 def _no_other_starts() -> Iterator[None]:
     """Have other clusters of this machine wait at this block until it ends."""
-    with HOSTS.open() as file:
+    with STARTS.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -297,49 +296,6 @@ def _wait_until_idle(folder: Path, environment: dict[str, str], daemons: "list[s
             )
             raise RuntimeError(f"slurm did not start (ended: {ended}, sinfo: {sinfo.stdout}{sinfo.stderr})\n{words}")
         time.sleep(0.2)
-
-
-@contextmanager
-def names_resolve(folder: Path) -> Iterator[None]:
-    """Have the nodes' names in /etc/hosts for the duration of the block, in a line of this cluster's own; lines of
-    clusters that were killed go."""
-    line = f"127.0.0.1 {' '.join(NODES + GPU_NODES)}{HOSTS_MARK}{folder}\n"
-    with _lock_of(folder).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with _no_other_starts():
-            lines = HOSTS.read_text().splitlines(keepends=True)
-            kept = "".join(known for known in lines if HOSTS_MARK not in known or _lives(known))
-            _write_hosts(kept + "\n" * (not kept.endswith("\n")) + line)
-        try:
-            yield
-        finally:
-            with _no_other_starts():
-                _write_hosts(HOSTS.read_text().replace(line, ""))
-
-
-def _lock_of(folder: Path) -> Path:
-    """Locked by a cluster's process, for as long as it lives."""
-    return folder / "alive"
-
-
-def _lives(line: str) -> bool:
-    """Whether the cluster of a line in /etc/hosts still runs."""
-    try:
-        with _lock_of(Path(line.rstrip("\n").partition(HOSTS_MARK)[2])).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _write_hosts(text: str) -> None:
-    # In place: in a container the file is a mount and cannot be replaced.  Shortened last, so that whoever looks up a
-    # name meanwhile finds it.
-    with HOSTS.open("r+") as file:
-        file.write(text)
-        file.truncate()
 
 
 def main(arguments: list[str]) -> None:
