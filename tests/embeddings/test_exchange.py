@@ -1,5 +1,6 @@
 """What ranks send each other: each id once trains the same, halved values round as stated, bytes are as planned."""
 
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -127,6 +128,8 @@ TABLES = (
         pooled="sample",
     ),
 )
+NODE = 2
+"""Ranks of a node, where a kind takes several."""
 IDS = 3200
 BAG = 32
 
@@ -156,9 +159,13 @@ def planned_and_sent(kind: str, exchange: ExchangeConfig) -> tuple[float, float]
     plan = plan_tables(
         model,
         TABLES,
-        machine=Machine(world_size=world_size, local_world_size=world_size, compute_device="cpu"),
+        machine=Machine(
+            world_size=world_size,
+            local_world_size=NODE if kind in sharded.ON_NODES else world_size,
+            compute_device="cpu",
+        ),
         placement=PlacementConfig(
-            sharding_types=(kind, "table_wise"),
+            sharding_types=("row_wise" if kind in sharded.ON_NODES else kind, "table_wise"),
             exchange=exchange,
             tables={"word": TableConstraint(sharding_types=(kind,))},
         ),
@@ -194,11 +201,13 @@ def planned_and_sent(kind: str, exchange: ExchangeConfig) -> tuple[float, float]
 
 def trained_and_sent(folder: Path, layouts: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
     """Both, by layouts and by ways to exchange."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(NODE)
     return trained(folder, layouts), {
         "in full": planned_and_sent("row_wise", ExchangeConfig()),
         "once": planned_and_sent("row_wise", ONCE),
         "rounded": planned_and_sent("row_wise", ExchangeConfig(rows="float16", gradients="bfloat16")),
         "columns": planned_and_sent("column_wise", ONCE),
+        **{kind: planned_and_sent(kind, ExchangeConfig()) for kind in sharded.ON_NODES},
     }
 
 
