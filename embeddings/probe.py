@@ -6,7 +6,8 @@
 What is measured are the steps that the planner estimates, lookup with backward pass and update through the same
 modules as in training, so that rates are those that lookups reach and not peaks.  A rate is what makes the kind's own
 estimate equal to the time that further ids take; what few ids take is the fixed time of a lookup group.  Rates that a
-job of this size cannot measure keep the data sheet's, and `calibration` says so.
+job of this size cannot measure keep the data sheet's.  `calibration` says so, and how far the plan of lookups that no
+rate is from is off what they take.
 """
 
 import os
@@ -16,6 +17,7 @@ from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, TableConfig
@@ -24,6 +26,8 @@ from embeddings.host import host_memory_gib
 from embeddings.kinds.kind import Blocks, Work
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
+from embeddings.planner import plan_tables
+from embeddings.problem import BatchLoad
 from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 
 FEW_IDS = BAG_IDS
@@ -38,6 +42,9 @@ HOT_IDS = (2**15, 2**18)
 WIDTH = 128
 WIDTHS = (64, 96, 128, 160)
 """Widths of tables, each of which makes a lookup group of its own."""
+OTHER_WIDTHS = (64, 192)
+OTHER_IDS = {"cuda": 2**19, "cpu": 2**15}
+"""Of two tables whose lookups try the rates: their widths, and the ids that are looked up in each."""
 EXCHANGED_BYTES = {"cuda": 2**28, "cpu": 2**24}
 COPIED_BYTES = 2**28
 
@@ -71,6 +78,7 @@ def probe() -> NodeType:
             rates = replace(rates, cache_ms=cache_ms, cache_id_ns=cache_id_ns)
             rates = replace(rates, cached=_lookup_rate(replace(machine, rates=rates), "fused_uvm_caching", "cached"))
             rates = replace(rates, uncached=_lookup_rate(replace(machine, rates=rates), "fused_uvm", "uncached"))
+        error = _error(replace(machine, rates=rates))
         name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
         return NodeType(
             cpus=os.cpu_count() or 0,
@@ -78,7 +86,7 @@ def probe() -> NodeType:
             hbm_gib=machine.hbm_gib,
             host_gib=host_memory_gib(1),
             rates=rates,
-            calibration=f"measured on {name} ({', '.join(measured)})",
+            calibration=f"measured on {name} ({', '.join(measured)}; other lookups planned {error:+.0%})",
         )
 
 
@@ -197,6 +205,23 @@ def _estimate_ms(
     kind = KINDS[_kind(machine)]
     blocks: Blocks = kind.cuts(table, machine)[0][0]
     return kind.cost(work, blocks).ms
+
+
+def _error(machine: Machine) -> float:
+    """How far the plan of lookups of which no rate was made is off: planned over taken, less 1."""
+    tables, ids = (
+        [_table(width, ROWS[machine.compute_device]) for width in OTHER_WIDTHS],
+        OTHER_IDS[machine.compute_device],
+    )
+    plan = plan_tables(
+        nn.Module(),
+        tables,
+        machine=machine,
+        placement=PlacementConfig(sharding_types=(_kind(machine),)),
+        optimizer=OPTIMIZER,
+        load=BatchLoad(samples_per_rank=1, ids_per_sample={table.features[0]: float(ids) for table in tables}),
+    )
+    return plan.step_ms / _step_ms(tables, ids, machine, "fused") - 1
 
 
 def _exchange_rate(world_size: int, device: torch.device) -> float:

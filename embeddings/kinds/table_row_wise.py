@@ -46,5 +46,5 @@ class TableRowWise(RowWise):
     def sent_bytes(self, work: Work, num_blocks: int) -> float:
         """All ids to each node with blocks; of each bag's sum a part from every rank of a node, and the sum."""
         parts = work.machine.local_world_size
-        ids = work.exchanged_ids * num_blocks // parts
-        return ids * ID_BYTES + (parts + 1) * work.vectors * work.exchanged_row_bytes
+        nodes = num_blocks // parts
+        return nodes * work.exchanged_ids * ID_BYTES + (parts + 1) * work.vectors * work.exchanged_row_bytes

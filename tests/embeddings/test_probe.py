@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def test_rates_are_found_that_make_the_estimates_true(
     assert group_ms == pytest.approx(TRUE.lookup_group_ms, rel=0.05)
     assert lookups_ms == pytest.approx(TRUE.lookups_ms, rel=0.05)
     assert probe._cache_ms(machine) == pytest.approx((TRUE.cache_ms, TRUE.cache_id_ns), rel=1e-6)
+    assert probe._error(replace(machine, rates=TRUE)) == pytest.approx(0.0, abs=1e-9)
+    monkeypatch.setattr(probe, "_step_ms", lambda *arguments: planned_ms(*arguments) / 1.25)
+    assert probe._error(replace(machine, rates=TRUE)) == pytest.approx(0.25)
 
 
 def test_a_machine_that_tells_no_rate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,5 +104,9 @@ def test_command_measures_two_processes_and_writes_a_machines_file(tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     node = node_type(str(out))
     assert node.gpus == 0 and node.rates.lookup_group_ms > 0
-    assert "exchange of 2 ranks" in node.calibration and json.loads(out.read_text())["rates"]["within_node"] > 0
+    assert (
+        "exchange of 2 ranks" in node.calibration
+        and "other lookups planned" in node.calibration
+        and json.loads(out.read_text())["rates"]["within_node"] > 0
+    )
     assert done.stdout.count("written to") == 1
