@@ -51,6 +51,23 @@ def _for_terminal(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
+def _instead_of_all(handlers: list[logging.Handler]) -> Iterator[None]:
+    """Log to these handlers alone, whatever handlers libraries have set up on import: of the root logger, and in torch
+    of some 30 loggers of its own."""
+    root = logging.getLogger()
+    others = [each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger) and each.handlers]
+    before = [(each, each.handlers, each.propagate) for each in (root, *others)]
+    for each in others:
+        each.handlers, each.propagate = [], True
+    root.handlers = handlers
+    try:
+        yield
+    finally:
+        for each, own, propagates in before:
+            each.handlers, each.propagate = own, propagates
+
+
+@contextmanager
 def logged(run: RunDir, mesh: Mesh) -> Iterator[None]:
     """Log to RUN_DIR/logs for the duration of the block; of libraries, the terminal gets only errors."""
     path = run.log_file(mesh.rank)
@@ -64,19 +81,17 @@ def logged(run: RunDir, mesh: Mesh) -> Iterator[None]:
         to_terminal.setFormatter(logging.Formatter("%(message)s"))
         to_terminal.addFilter(_for_terminal)
         handlers.append(to_terminal)
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
+    logging.getLogger().setLevel(logging.INFO)
     logging.captureWarnings(True)
-    # Libraries set up the root logger on import; for the run, its words go where ours do.
-    before, root.handlers = root.handlers, handlers
     try:
-        yield
-    except Exception:
-        # The launcher shows the log of the first rank that holds an error.
-        logger.exception("rank %d stops", mesh.rank)
-        raise
+        with _instead_of_all(handlers):
+            try:
+                yield
+            except Exception:
+                # The launcher shows the log of the first rank that holds an error.
+                logger.exception("rank %d stops", mesh.rank)
+                raise
     finally:
-        root.handlers = before
         for handler in handlers:
             handler.close()
         logging.captureWarnings(False)
