@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from trainer.parallel.interface import choose_interface
+
 logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -152,6 +154,8 @@ def joined(mesh: Mesh) -> Iterator[Store]:
         torch.cuda.set_device(mesh.device)
     # A job of one needs no rendezvous: its store lives in this process.
     store = HashStore() if mesh.world_size == 1 else _meet()
+    if mesh.nodes > 1:
+        choose_interface(os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0))
     dist.init_process_group(
         mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
     )
