@@ -41,7 +41,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 
-from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
+from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, optimizer_of
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
 from embeddings.optimizers import attach_optimizers
@@ -65,6 +65,12 @@ CRITEO = (
 )
 # fmt: on
 """Rows of the 26 tables of the Criteo 1TB click logs, as MLPerf's DLRM has them with at most 40 million."""
+
+OUR_NAMES = {"data_parallel": "replicated", "table_column_wise": "column_wise"}
+"""Of TorchRec's sharding types; blocks of columns on the ranks of one node are blocks of columns."""
+
+COLUMNS = (32, 64)
+"""Widths of a block of columns that TorchRec is asked for, each in a plan of its own."""
 
 MAX_TORCHREC_WORK = 3_000_000
 """Tables squared times ranks: TorchRec tries about two proposals a table, each with every shard of every table."""
@@ -169,6 +175,8 @@ def _sets() -> Iterator[tuple[str, int, list[TableConfig], BatchLoad]]:
         for ids in (1.0, 20.0):
             load = BatchLoad(samples_per_rank=samples, ids_per_sample={table.name: ids for table in tables})
             yield f"Criteo pooled, {samples} samples of {ids:.0f} ids", 64, pooled, load
+            by_columns = [replace(table, optimizer=SparseOptimizerConfig(kind="adagrad")) for table in pooled]
+            yield f"Criteo pooled, Adagrad, {samples} samples of {ids:.0f} ids", 64, by_columns, load
     draw = random.Random(40)
     tables = [_table(f"t{i}", 16 * int(10 ** draw.uniform(2, 5.3)), 64) for i in range(40)]
     ids_of = {table.name: 10 ** draw.uniform(0, 3) for table in tables}
@@ -230,10 +238,34 @@ def torchrec_topology(machine: Machine) -> Topology:
 def torchrec_plan(
     tables: Sequence[TableConfig], machine: Machine, load: BatchLoad
 ) -> tuple[float, float, Placements | None]:
-    """(ms of the busiest rank and the lookup groups, CPU seconds to plan, the placement) of TorchRec's own planner.
+    """(ms of the busiest rank and the lookup groups, CPU seconds, the placement) of TorchRec's own planner, asked
+    for each width of blocks of columns where columns may be cut, and then the best.
 
-    No placement if it takes kinds that are not ours.
+    No placement if it takes kinds that are not ours, or puts blocks of a table on one rank.
     """
+    types = _torchrec_types(tables)
+    partitions = COLUMNS if "column_wise" in types else COLUMNS[:1]
+    plans = [_torchrec_plan(tables, machine, load, types, columns) for columns in partitions]
+    ms, _, placed = min(plans, key=lambda plan: plan[0])
+    return ms, sum(seconds for _, seconds, _ in plans), placed
+
+
+def _torchrec_types(tables: Sequence[TableConfig]) -> list[str]:
+    """TorchRec's sharding types under which these tables train as whole ones would."""
+    pooled = tables[0].pooled is not None
+    # Row-wise Adagrad, which a table without an optimizer of its own has, averages over all columns.
+    columns = all(table.optimizer is not None and table.optimizer.kind == "adagrad" for table in tables)
+    return [
+        *("table_wise", "row_wise", "data_parallel"),
+        *(["table_row_wise"] if pooled else []),
+        *(["column_wise"] if columns else []),
+        *(["table_column_wise", "grid_shard"] if columns and pooled else []),
+    ]
+
+
+def _torchrec_plan(
+    tables: Sequence[TableConfig], machine: Machine, load: BatchLoad, types: Sequence[str], columns: int
+) -> tuple[float, float, Placements | None]:
     pooled = tables[0].pooled is not None
     built = build_tables(tables, device=torch.device("meta"))
     attach_optimizers(built, SparseOptimizerConfig())
@@ -243,8 +275,8 @@ def torchrec_plan(
         batch_size=load.samples_per_rank,
         constraints={
             table.name: ParameterConstraints(
-                # Those that cut columns need another optimizer than row-wise Adagrad to be right.
-                sharding_types=["table_wise", "row_wise", "data_parallel", *(["table_row_wise"] if pooled else [])],
+                sharding_types=list(types),
+                min_partition=columns,
                 compute_kernels=["fused", "dense"],
                 pooling_factors=[load.ids_per_sample.get(feature, 1.0) for feature in table.features],
             )
@@ -258,8 +290,9 @@ def torchrec_plan(
     planner.plan(built, [EmbeddingBagCollectionSharder() if pooled else EmbeddingCollectionSharder()])
     seconds = time.process_time() - start
     best = planner._best_plan
-    foreign = {option.sharding_type for option in best} - {"data_parallel"} - set(KINDS)
-    placed = None if foreign else _placements(tables, best)
+    ours = all(OUR_NAMES.get(option.sharding_type, option.sharding_type) in KINDS for option in best)
+    apart = all(len({shard.rank for shard in option.shards}) == len(option.shards) for option in best)
+    placed = _placements(tables, best) if ours and apart else None
     widths = {table.name: table.embedding_dim for table in tables}
     fixed_ms = machine.effective_rates.lookup_group_ms * len(
         {(widths[option.name], option.sharding_type) for option in best}
@@ -273,12 +306,13 @@ def _placements(tables: Sequence[TableConfig], options: Sequence[ShardingOption]
     placed = {}
     for table in tables:
         option = by_name[table.name]
-        kind = KINDS["replicated" if option.sharding_type == "data_parallel" else option.sharding_type]
+        kind = KINDS[OUR_NAMES.get(option.sharding_type, option.sharding_type)]
         placed[table.name] = TablePlacement(
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
             dtype=table.dtype,
-            optimizer=SparseOptimizerConfig().kind,
+            optimizer=optimizer_of(table, SparseOptimizerConfig()).kind,
+            pooled=table.pooled,
             sharding_type=kind.name,
             kernel="fused",
             ranks=() if kind.everywhere else tuple(shard.rank for shard in option.shards if shard.rank is not None),

@@ -20,8 +20,8 @@ MAX_SINGLE_CHANGES = 512
 MAX_SEARCHED_TABLES = 1000
 """Up to so many tables, what a few packings find no room for is searched for."""
 
-REFINED = 2
-"""Sets of kinds that are searched finely, the best ones of a coarse search."""
+MAX_REFINED_TABLES = 1000
+"""Tables of all sets of kinds together that are searched finely: the best sets of a coarse search, two in any case."""
 
 _LARGE_PARTS = (1 / 16, 1 / 4, 0.0)
 """Parts of a rank's memory: where tables hardly fit, a block that takes more than one of them counts as large."""
@@ -155,11 +155,12 @@ def _fastest_kernels(table: Sequence[Option]) -> list[int]:
 
 def _best_choice(packer: Packer, allowed: Allowed) -> Packing:
     """The best of the choices that spread the m heaviest tables and deal out the rest, over all sets of kinds."""
-    return _best(packing for search in _most_promising(_searches(packer, allowed)) for packing in search.fine())
+    return _best(packing for search in _most_promising(packer, _searches(packer, allowed)) for packing in search.fine())
 
 
-def _most_promising(searches: "Iterable[_SpreadSearch]") -> "list[_SpreadSearch]":
-    return sorted(searches, key=lambda search: _best(search.coarse()).rating)[:REFINED]
+def _most_promising(packer: Packer, searches: "Iterable[_SpreadSearch]") -> "list[_SpreadSearch]":
+    number = max(2, MAX_REFINED_TABLES // len(packer.options))
+    return sorted(searches, key=lambda search: _best(search.coarse()).rating)[:number]
 
 
 def _first_fit(packer: Packer, allowed: Allowed) -> Packing | None:
@@ -176,7 +177,7 @@ def _first_fit(packer: Packer, allowed: Allowed) -> Packing | None:
         for packing in search.coarse():
             if not packing.rating[0]:
                 return packing
-    tries = chain.from_iterable(search.fine() for search in _most_promising(searches))
+    tries = chain.from_iterable(search.fine() for search in _most_promising(packer, searches))
     return next((packing for packing in tries if not packing.rating[0]), None)
 
 

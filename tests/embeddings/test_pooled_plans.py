@@ -1,9 +1,11 @@
 """Plans of pooled tables on several nodes: cut within a node, or by columns over nodes where that is right and pays."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
+from benchmarks.planner import torchrec_plan
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
 from embeddings.problem import BatchLoad
@@ -21,6 +23,19 @@ def pooled(name: str, rows: int, dim: int, optimizer: str) -> TableConfig:
         pooled="sample",
         optimizer=SparseOptimizerConfig(kind=optimizer),  # type: ignore[arg-type]
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plan_is_at_least_as_good_as_torchrecs_with_all_its_kinds(seed: int) -> None:
+    draw = random.Random(seed)
+    machine = replace(GPUS_16, hbm_gib=8.0)
+    # Multiples of the ranks, so that TorchRec's cost model and ours (which counts uneven blocks) agree.
+    tables = [
+        pooled(f"t{i}", 16 * int(10 ** draw.uniform(2, 5.5)), draw.choice([64, 128]), "adagrad") for i in range(5)
+    ]
+    load = BatchLoad(samples_per_rank=1024, ids_per_sample={t.name: 1 + 10 ** draw.uniform(0, 2) for t in tables})
+    ours = plan(tables, machine=machine, load=load)
+    assert ours.step_ms <= torchrec_plan(tables, machine, load)[0] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("nodes", [2, 4])
