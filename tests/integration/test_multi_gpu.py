@@ -32,6 +32,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('placement.sharding_types=["table_wise"]',),
         ('placement.sharding_types=["row_wise"]',),
         ('placement.sharding_types=["replicated"]',),
+        ('placement.tables={"tag":{"pooled":true,"sharding_types":["row_wise"]}}',),
+        ('placement.tables={"tag":{"pooled":true,"sharding_types":["table_wise"]}}',),
         ("overlap=plain",),
         ("context_parallel=2",),
     ],

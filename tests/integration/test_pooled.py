@@ -95,7 +95,9 @@ def _train_all(_: int, folder: Path, data: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of all runs."""
     folder = tmp_path_factory.mktemp("pooled")
-    mp.spawn(_train_all, (folder, small_dataset()))
+    # Two nodes of one machine would share its GPUs.
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        mp.spawn(_train_all, (folder, small_dataset()))
     return folder
 
 
