@@ -69,6 +69,11 @@ class SmallDisk:
         while subprocess.run(["umount", str(self.at)], stderr=subprocess.DEVNULL, check=False).returncode:
             assert time.monotonic() < deadline, f"{self.at} is in use"
             time.sleep(0.1)
+        # A container that began meanwhile has a copy of the mounts: as long as that lives it is the same file system
+        # that would be mounted again, broken as it is.
+        while subprocess.run(["losetup", "-j", str(self._image)], check=True, capture_output=True).stdout:
+            assert time.monotonic() < deadline, f"{self._image} is mounted elsewhere: try `unshare --mount` before it"
+            time.sleep(0.1)
         checked = subprocess.run(["fsck.ext4", "-p", str(self._image)], stdout=subprocess.DEVNULL, check=False)
         assert checked.returncode <= MENDED, f"{self._image} cannot be mended"
         run_tool("mount", "-o", "loop,errors=remount-ro", str(self._image), str(self.at))
