@@ -6,8 +6,8 @@ One process, tables of `--gib` in all on the GPU if there is one; beside torch.s
 (DCP), and a plain copy of the same bytes, all with fsync, in the same run (`--alone`: without the first two).  Before
 each reading the files leave the page cache (posix_fadvise).  Medians; the stall of an asynchronous save is the time
 until `save` returns.  A delta follows a full checkpoint after `--lookups` times as many lookups as there are rows, of
-ids that are Zipf-distributed with exponent 1.05; it is read with the full one that it needs.  The plain copy off the
-device goes into page-locked memory.
+ids that are Zipf-distributed with exponent 1.05; it is read with the full one that it needs.  A folded checkpoint is a
+full one after as many lookups.  The plain copy off the device goes into page-locked memory.
 """
 
 import argparse
@@ -132,11 +132,12 @@ class Saves:
         *,
         asynchronous: bool,
         touched: Lookups | None = None,
+        deltas: int = 0,
     ) -> None:
         self._run = RunDir(folder)
         folder.mkdir()
         self._catalogue = Catalogue(open_store(str(self._run.checkpoints)))
-        config = CheckpointConfig(keep=1, asynchronous=asynchronous, deltas=10**6)
+        config = CheckpointConfig(keep=1, asynchronous=asynchronous, deltas=deltas)
         state = {name: init_from_local_shards([_shard(tensor)], *tensor.shape) for name, tensor in tensors.items()}
         self._checkpointer = Checkpointer(
             self._run, self._catalogue, mesh, lambda: dict(state), config, touched=touched
@@ -199,12 +200,19 @@ def measure(
     beside.close()
     shutil.rmtree(folder / "beside")
     touched = Lookups(next(iter(tensors.values())).shape[0], lookups, mesh.device)
-    deltas = Saves(folder / "deltas", tensors, mesh, asynchronous=True, touched=touched)
+    # Every one but the first is made of the one before it and the rows that were touched.
+    folded = Saves(folder / "folded", tensors, mesh, asynchronous=True, touched=touched)
+    folded.save()
+    folded.wait()
+    seconds |= repeat({"stall folded": folded.save, "rest folded": folded.wait}, {}, folder, mesh, repeats)
+    folded.close()
+    shutil.rmtree(folder / "folded")
+    deltas = Saves(folder / "deltas", tensors, mesh, asynchronous=True, touched=touched, deltas=10**6)
     deltas.save()
     deltas.wait()
     seconds |= repeat({"stall delta": deltas.save, "rest delta": deltas.wait}, {}, folder, mesh, repeats)
     share = deltas.num_bytes() / full
-    seconds |= repeat({}, {"read delta": deltas.load}, folder, mesh, 1)
+    seconds |= repeat({}, {"read delta": deltas.load}, folder, mesh, repeats)
     deltas.close()
     return seconds, {"lookups_a_row": lookups, "rows_touched": touched.fraction, "share_of_full_bytes": share}
 

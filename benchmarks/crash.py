@@ -43,6 +43,8 @@ SETTINGS = (
     f"max_steps={STEPS}",
     "checkpoint.every_steps=3",
     "checkpoint.keep=3",
+    # A full one, a delta, one that is folded of both, and so on.
+    "checkpoint.deltas=1",
     "evaluation.every_steps=8",
     "log_every=1",
     "watch.least_s=5",

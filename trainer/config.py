@@ -88,8 +88,8 @@ class CheckpointConfig:
     """Checkpoints after a full one that hold of sharded tables only the rows that were looked up since it; the next one
     is full again, and so is one that would take more than half of the space, and the first of each start."""
     asynchronous: bool = True
-    """Write beside the training from a copy of the state, which takes as much of the machine's memory as the state;
-    false lets the training wait."""
+    """Write beside the training from a copy of the state, which takes as much of the machine's memory as the state, and
+    half as much again with `deltas`; false lets the training wait."""
     strict: bool = False
     """Refuse to go on where the newest checkpoint is damaged, instead of going on from the one before it."""
 

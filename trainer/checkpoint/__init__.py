@@ -18,5 +18,6 @@ Names of tensors do not depend on the sharding plan:
     dense_optimizer/...    Adam's state                  (likewise)
 
     save   live tensors -> regions -> staging (one copy in memory) -> writer (a process) -> chunks -> store; commit
+           after deltas: touched rows -> staging -> folding into the copy of the last full one, in the writer -> ...
     load   catalogue (the newest that is whole) -> manifest -> loading (regions that overlap) -> live tensors
 """

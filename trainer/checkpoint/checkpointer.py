@@ -35,7 +35,15 @@ from trainer.checkpoint.manifest import (
     digest,
     writing_versions,
 )
-from trainer.checkpoint.pieces import Tensors, Touched, not_finite, touched_pieces, written_pieces
+from trainer.checkpoint.pieces import (
+    LivePiece,
+    Tensors,
+    Touched,
+    delta_room,
+    not_finite,
+    touched_pieces,
+    written_pieces,
+)
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging
@@ -51,6 +59,28 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for the slowest one's file; ranks that die are noticed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a rank saves."""
+
+    whole: Layout
+    """All that it holds."""
+    rows: Layout | None
+    """What has changed since the last full checkpoint, which alone is copied; None where all is."""
+    base: int | None
+    """Step of the full checkpoint that a delta needs; None for a full one."""
+
+    @property
+    def copied(self) -> Layout:
+        """What is taken from the live tensors."""
+        return self.whole if self.rows is None else self.rows
+
+    @property
+    def file(self) -> Layout:
+        """What is written."""
+        return self.whole if self.base is None else self.copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,28 +249,34 @@ class Checkpointer:
         self._started = time.monotonic()
         tensors = self._tensors()
         self._check_finite(tensors, progress.step)
-        layout, base = self._lay_out(tensors)
+        pieces = written_pieces(tensors, self._mesh.rank, self._mesh.world_size)
+        room = 0 if self._touched is None else delta_room(pieces, tensors)
+        contents = self._lay_out(pieces, tensors, room)
         if self._config.asynchronous:
             if self._staging is None:
-                self._staging = Staging(layout.num_bytes, self._mesh.device, self._mesh.local_world_size)
-            self._staging.fill(layout)
-        self._pending = self._thread.submit(self._write, layout, replace(progress), base)
+                state_bytes, ranks_here = contents.whole.num_bytes, self._mesh.local_world_size
+                self._staging = Staging(state_bytes, room, self._mesh.device, ranks_here)
+            self._staging.fill(contents.copied, as_delta=contents.rows is not None)
+        self._pending = self._thread.submit(self._write, contents, replace(progress))
 
-    def _lay_out(self, tensors: Tensors) -> tuple[Layout, int | None]:
-        """(what this rank writes, the step of the full checkpoint that it needs); on every rank a delta or on none."""
-        pieces = written_pieces(tensors, self._mesh.rank, self._mesh.world_size)
-        whole = lay_out(pieces)
-        if self._touched is not None and self._full_step is not None and self._deltas < self._config.deltas:
-            delta = lay_out(touched_pieces(pieces, tensors, self._touched))
-            sizes = gather((delta.num_bytes, whole.num_bytes), self._group)
-            if 2 * sum(size for size, _ in sizes) <= sum(size for _, size in sizes):
+    def _lay_out(self, pieces: list[LivePiece], tensors: Tensors, room: int) -> _Contents:
+        """What this rank saves; on every rank it is part of a delta or on none.  Rows take at most `room` bytes."""
+        whole, rows, base = lay_out(pieces), None, self._full_step
+        if self._touched is not None and base is not None:
+            changed = lay_out(touched_pieces(pieces, tensors, self._touched))
+            rows = changed if changed.num_bytes <= room < whole.num_bytes else None
+            sizes = gather(((whole if rows is None else rows).num_bytes, whole.num_bytes), self._group)
+            if 2 * sum(size for size, _ in sizes) > sum(size for _, size in sizes):
+                rows = None
+            elif self._deltas < self._config.deltas:
                 self._deltas += 1
-                return delta, self._full_step
+                return _Contents(whole, rows, base)
         # Set again when the full checkpoint is complete.
         self._full_step, self._deltas = None, 0
         if self._touched is not None:
             self._touched.clear()
-        return whole, None
+        # Beside the training it is made of the copy of the last full one.
+        return _Contents(whole, rows if self._config.asynchronous else None, None)
 
     def wait(self) -> None:
         """Return when what was saved is complete.  Raises OSError, on every rank alike, if it cannot be written."""
@@ -266,29 +302,29 @@ class Checkpointer:
                 "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
             )
 
-    def _write(self, layout: Layout, progress: Progress, base: int | None) -> None:
+    def _write(self, contents: _Contents, progress: Progress) -> None:
         """Runs in the thread: write this rank's file; the first rank commits when every file is there."""
         problem = None
-        parts = gather(self._write_part(layout, step_folder(progress.step)), self._group)
+        parts = gather(self._write_part(contents, step_folder(progress.step)), self._group)
         problems = [part.problem for part in parts if part.problem is not None]
         if problems:
             problem = problems[0]
         elif self._mesh.is_first:
             try:
-                self._commit(parts, progress, base)
+                self._commit(parts, progress, contents.base)
             except (OSError, ValueError) as error:
                 problem = str(error)
         problem = gather(problem, self._group)[0]
         if problem is None:
             self._newest_step = progress.step
-            self._full_step = progress.step if base is None else base
+            self._full_step = progress.step if contents.base is None else contents.base
             return
         if self._mesh.is_first:
             self._give_up(progress.step)
         raise OSError(f"the checkpoint of step {progress.step} cannot be written: {problem}; {MEND}")
 
-    def _write_part(self, layout: Layout, folder: str) -> _Part:
-        name = f"rank-{self._mesh.rank:05d}.bin"
+    def _write_part(self, contents: _Contents, folder: str) -> _Part:
+        layout, name = contents.file, f"rank-{self._mesh.rank:05d}.bin"
         tensors: dict[str, StoredTensor] = {}
         for place in layout.places:
             piece = place.piece
@@ -298,7 +334,10 @@ class Checkpointer:
             tensors[piece.name] = replace(known, pieces=pieces)
         try:
             if self._staging is not None:
-                record = self._staging.write(self._catalogue.store, f"{folder}/{name}", layout.num_bytes)
+                if contents.copied is not layout:
+                    self._staging.fold(contents.copied, layout)
+                path, as_delta = f"{folder}/{name}", layout is contents.rows
+                record = self._staging.write(self._catalogue.store, path, layout.num_bytes, as_delta=as_delta)
             else:
                 with self._catalogue.store.writing(f"{folder}/{name}") as file:
                     record = write_chunks(file, layout.blocks())

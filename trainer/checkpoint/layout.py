@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.chunks import CHUNK_BYTES
+from trainer.checkpoint.folding import Move
 from trainer.checkpoint.manifest import DTYPE_BYTES
 from trainer.checkpoint.pieces import LivePiece, aligned
 
@@ -68,6 +69,21 @@ def lay_out(pieces: list[LivePiece]) -> Layout:
         places.append(Place(piece, rows_start, start))
         end = start + piece.num_bytes
     return Layout(tuple(places), end)
+
+
+def moves(delta: Layout, start: int, whole: Layout) -> list[Move]:
+    """What makes the state that `whole` lays out, from byte 0 on, of an older one and of `delta`, which begins at byte
+    `start`; both have the same pieces in the same order."""
+    found = []
+    for new, old in zip(delta.places, whole.places, strict=True):
+        piece = new.piece
+        if piece.rows is None:
+            found.append(Move(start + new.start, old.start, row_bytes=1, count=piece.num_bytes))
+        else:
+            first = piece.region.offsets[0]
+            numbers = start + new.rows_start
+            found.append(Move(start + new.start, old.start, piece.row_bytes, len(piece.rows), numbers, first))
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

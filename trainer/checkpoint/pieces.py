@@ -112,16 +112,26 @@ def touched_pieces(pieces: list[LivePiece], tensors: Tensors, touched: Touched) 
     found: dict[tuple[str, int], Tensor | None] = {}
 
     def of(piece: LivePiece) -> Tensor | None:
-        kind, _, rest = piece.name.partition("/")
-        if not isinstance(tensors[piece.name], ShardedTensor) or kind not in ("tables", "tables_optimizer"):
+        if not _has_rows(piece, tensors):
             return None
-        key = rest.split("/")[0], piece.region.offsets[0]
+        key = piece.name.split("/")[1], piece.region.offsets[0]
         if key not in found:
             found[key] = touched.rows(*key)
         return found[key]
 
     shorter = [replace(piece, rows=of(piece)) for piece in pieces]
     return [min(pair, key=lambda piece: piece.room) for pair in zip(pieces, shorter, strict=True)]
+
+
+def delta_room(pieces: list[LivePiece], tensors: Tensors) -> int:
+    """Bytes of memory for what changes between full checkpoints: half of the sharded tables, and all else."""
+    return sum(aligned(piece.num_bytes) // (2 if _has_rows(piece, tensors) else 1) for piece in pieces)
+
+
+def _has_rows(piece: LivePiece, tensors: Tensors) -> bool:
+    """Whether a delta may leave rows of it out."""
+    sharded = isinstance(tensors[piece.name], ShardedTensor)
+    return sharded and piece.name.split("/")[0] in ("tables", "tables_optimizer")
 
 
 def narrowed(tensor: Tensor, held: Region, part: Region) -> Tensor:

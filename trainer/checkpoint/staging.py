@@ -2,6 +2,9 @@
 
     live tensors -> staging memory (anonymous, shared; page-locked beside a GPU) -> writer process -> store
 
+The memory holds the state as the newest full checkpoint has it, and where there are deltas, behind it the rows of the
+last one.  These folded into that are the next full checkpoint: the whole state is copied once a run.
+
 Anonymous (memfd_create), because nothing of it must stay behind a SIGKILL, and /dev/shm is small in containers.
 """
 
@@ -12,19 +15,22 @@ import mmap
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import torch
 
 from trainer.checkpoint.chunks import FileRecord
-from trainer.checkpoint.layout import Layout
+from trainer.checkpoint.layout import Layout, moves
+from trainer.checkpoint.pieces import aligned
 from trainer.checkpoint.store import Store
 from trainer.health.stop_signal import kept_from_children
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 64 * 2**20
-"""Bytes of one copy; of rows that are gathered first, this much memory is taken beside the state."""
+PART_BYTES = {"cuda": 64 * 2**20, "cpu": 2**20}
+"""Bytes of one copy, by the device: rows that are gathered first take this much memory beside the state.  A device has
+many copies to overlap; a CPU copies what is still in its cache, and new memory costs it more than the copy."""
 
 
 class WriterGone(OSError):
@@ -34,14 +40,17 @@ class WriterGone(OSError):
 class Staging:
     """The memory and the process that writes from it."""
 
-    def __init__(self, num_bytes: int, device: torch.device, ranks_here: int) -> None:
-        """Takes the memory and starts the process; both are needed until `close`.
+    def __init__(self, state_bytes: int, delta_bytes: int, device: torch.device, ranks_here: int) -> None:
+        """Takes the memory, for the state and for a delta beside it, and starts the process; both are needed until
+        `close`.
 
         Raises:
             ValueError: this machine has less free memory than its ranks need.
         """
+        self._delta_start = aligned(state_bytes)
+        self._num_bytes = num_bytes = self._delta_start + delta_bytes
         check_memory(num_bytes, ranks_here)
-        self._num_bytes, self._device = num_bytes, device
+        self._device = device
         self._file = os.memfd_create("checkpoint")
         # Allocate the memory now, not page by page during the first save.
         try:
@@ -51,7 +60,7 @@ class Staging:
                 f"{num_bytes / 2**30:.1f} GiB for copies of the state cannot be had ({error.strerror}): raise what "
                 "limits this process's memory, or set checkpoint.asynchronous=false"
             ) from None
-        self._map = mmap.mmap(self._file, max(1, num_bytes))
+        self._map = mmap.mmap(self._file, max(1, num_bytes), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         if device.type == "cuda":
             # Copies from the device run at the link's speed, and beside one another, into page-locked memory only.
@@ -74,33 +83,45 @@ class Staging:
                 start_new_session=True,
             )
 
-    def fill(self, layout: Layout) -> None:
+    def fill(self, layout: Layout, *, as_delta: bool = False) -> None:
         """Copy the live tensors; when this returns, they may change."""
-        assert layout.num_bytes <= self._num_bytes, "the state has grown since the run began"
-        for start, content in layout.content(PART_BYTES):
-            self._memory[start : start + content.numel()].copy_(content, non_blocking=True)
+        first, end = self._delta_start if as_delta else 0, self._num_bytes if as_delta else self._delta_start
+        assert layout.num_bytes <= end - first, "the state has grown since the run began"
+        for start, content in layout.content(PART_BYTES[self._device.type]):
+            self._memory[first + start : first + start + content.numel()].copy_(content, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def write(self, store: Store, path: str, num_bytes: int) -> FileRecord:
-        """Write the first `num_bytes` as a file; waits until they have reached the disk.
+    def fold(self, delta: Layout, whole: Layout) -> None:
+        """Let the delta's rows take their places in the state, which is `whole` then.
 
-        Where the process has gone another one takes its place, once: the copy is here.
+        Raises:
+            WriterGone: as `write`.
+        """
+        self._served({"moves": [asdict(move) for move in moves(delta, self._delta_start, whole)]})
+
+    def write(self, store: Store, path: str, num_bytes: int, *, as_delta: bool = False) -> FileRecord:
+        """Write so many bytes of the state, or of the delta, as a file; waits until they have reached the disk.
 
         Raises:
             OSError: they cannot be written.
+            WriterGone: the process has gone, and the one that took its place too.
         """
-        request = {"store": store.address, "path": path, "bytes": num_bytes}
-        try:
-            reply = self._ask(request)
-        except WriterGone as gone:
-            logger.warning("%s; another one writes %s", gone, path)
-            self._close_pipes()
-            self._process = self._start()
-            reply = self._ask(request)
+        start = self._delta_start if as_delta else 0
+        reply = self._served({"store": store.address, "path": path, "start": start, "bytes": num_bytes})
         if "error" in reply:
             raise OSError(reply["error"])
         return FileRecord(reply["bytes"], tuple(reply["crc32"]))
+
+    def _served(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The reply; where the process has gone another one takes its place, once: the copy is here."""
+        try:
+            return self._ask(request)
+        except WriterGone as gone:
+            logger.warning("%s; another one goes on with the checkpoint", gone)
+            self._close_pipes()
+            self._process = self._start()
+            return self._ask(request)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         requests, replies = self._pipes()

@@ -1,7 +1,8 @@
 """The process that writes staged state: `python -m trainer.checkpoint.writer FD BYTES`, one a rank.
 
-Requests come as JSON lines, replies go likewise.  A process, because writing and checksums beside the training must not
-hold its interpreter.  No torch: it starts in a moment.  It ends with its rank, however that ends.
+Requests come as JSON lines, to fold rows into the state or to write a part of the memory; replies go likewise.  A
+process, because writing and checksums beside the training must not hold its interpreter.  No torch: it starts in a
+moment.  It ends with its rank, however that ends.
 """
 
 import json
@@ -14,12 +15,13 @@ from threading import Thread
 from typing import Any
 
 from trainer.checkpoint.chunks import CHUNK_BYTES, write_chunks
+from trainer.checkpoint.folding import Move, fold
 from trainer.checkpoint.store import open_store
 
 
 def main(descriptor: int, num_bytes: int) -> None:
     """Serve requests until the rank is gone."""
-    memory = mmap.mmap(descriptor, max(1, num_bytes), access=mmap.ACCESS_READ)
+    memory = mmap.mmap(descriptor, max(1, num_bytes))
     requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     def listen() -> None:
@@ -34,9 +36,14 @@ def main(descriptor: int, num_bytes: int) -> None:
 
 
 def _serve(memory: memoryview, request: dict[str, Any]) -> dict[str, Any]:
+    if "moves" in request:
+        for move in request["moves"]:
+            fold(memory, Move(**move))
+        return {}
+    start, end = request["start"], request["start"] + request["bytes"]
     try:
         with open_store(request["store"]).writing(request["path"]) as file:
-            record = write_chunks(file, _blocks(memory[: request["bytes"]]))
+            record = write_chunks(file, _blocks(memory[start:end]))
     except OSError as error:
         return {"error": str(error)}
     return {"bytes": record.num_bytes, "crc32": record.crc32}

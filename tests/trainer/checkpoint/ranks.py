@@ -1,27 +1,33 @@
 """What the ranks of these tests run: a state of a few tensors, sharded in any of several ways, saved and loaded."""
 
 from dataclasses import replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_from_local_shards
 
+from tests.trainer.checkpoint.dying_writer import start_dying_writer
 from trainer.checkpoint import loading
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.layout import Layout
 from trainer.checkpoint.pieces import Tensors, Touched
 from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import Store, open_store
 from trainer.config import CheckpointConfig
 from trainer.parallel.mesh import Mesh
 from trainer.run.run_dir import RunDir
 
 LAYOUTS = ("row_wise", "column_wise", "table_wise", "grid", "replicated")
-ROWS, COLUMNS = 47, 6
-TOUCHED = (0, 3, 4, 10, 46)
+ROWS, COLUMNS = 147, 6
+TOUCHED = (0, 3, 4, 10, 146)
 """Rows that change between the two checkpoints of a run with a delta."""
 
 
@@ -37,9 +43,9 @@ def expected(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def expected_after(touched: tuple[int, ...]) -> dict[str, Tensor]:
+def expected_after(touched: tuple[int, ...], seed: int = 1) -> dict[str, Tensor]:
     """The whole state when those rows of the tables have changed, and everything else."""
-    before, after = expected(0), expected(1)
+    before, after = expected(0), expected(seed)
     rows = torch.tensor(touched, dtype=torch.int64)
     return {
         name: before[name].index_copy(0, rows, value[rows]) if name.startswith("tables") else value
@@ -160,6 +166,69 @@ def save_delta(run_dir: str, layout: str, *, asynchronous: bool = False) -> None
     assert touched.clears == (2 if layout == "replicated" else 1)
 
 
+def save_folded(run_dir: str, layout: str, *, asynchronous: bool, steps: int = 5) -> list[int]:
+    """Checkpoints of so many steps, those of odd ones full, those of even ones deltas; returns the bytes that each
+    copied."""
+    run = RunDir(Path(run_dir))
+    run.path.mkdir(exist_ok=True, parents=True)
+    tensors, copied = sharded(expected(), layout), []
+    fill = Staging.fill
+
+    def noted(staging: Staging, contents: Layout, *, as_delta: bool = False) -> None:
+        copied.append(contents.num_bytes)
+        fill(staging, contents, as_delta=as_delta)
+
+    saver = checkpointer(
+        open_store(str(run.checkpoints)),
+        run,
+        tensors,
+        TouchedOfTest(tensors),
+        deltas=1,
+        keep=99,
+        asynchronous=asynchronous,
+    )
+    with patch.object(Staging, "fill", noted):
+        for step in range(1, steps + 1):
+            for name, value in sharded(expected_after(TOUCHED, step - 1), layout).items():
+                _assign(tensors[name], value)
+            saver.save(Progress(step=step))
+    saver.wait()
+    saver.close()
+    return copied
+
+
+def fold_every_way(folder: str) -> dict[str, list[int]]:
+    """By layout: the bytes that each asynchronous save of this rank copied; beside them the same saves without."""
+    copied = {}
+    for layout in LAYOUTS:
+        copied[layout] = save_folded(f"{folder}/{layout}-beside", layout, asynchronous=True)
+        save_folded(f"{folder}/{layout}", layout, asynchronous=False)
+    return copied
+
+
+def save_and_kill_writers(run_dir: str, acts: int) -> None:
+    """Folded checkpoints, whose writer is killed before each of so many acts, of one checkpoint after the other."""
+    moves, starts = len(expected()), [Staging._start]
+
+    def start(staging: Staging) -> Any:
+        return starts.pop()(staging)
+
+    for act in reversed(range(acts)):
+        # Before that, one that comes in the midst of a folding does all of it.
+        spared = moves if 0 < act <= 2 * moves else 0
+        starts.append(partial(start_dying_writer, acts=act, spared=spared, victim="writer"))
+    with patch.object(Staging, "_start", start):
+        save_folded(run_dir, "row_wise", asynchronous=True, steps=2 * acts + 1)
+    assert not starts, "not every one was killed"
+
+
+def save_until_killed(run_dir: str, acts: int) -> None:
+    """A full checkpoint, a delta and a folded one; this process and its writer are killed before such an act."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    with patch.object(Staging, "_start", partialmethod(start_dying_writer, acts=acts, spared=0, victim="rank")):
+        save_folded(run_dir, "row_wise", asynchronous=True, steps=3)
+
+
 def load(run_dir: str, layout: str, **config: Any) -> tuple[int, list[str]]:
     """(the step that was restored, what differs from its state)."""
     run = RunDir(Path(run_dir))
@@ -220,7 +289,7 @@ def save_every_way(folder: str) -> None:
 
 def load_every_way(folder: str) -> dict[tuple[str, str], tuple[int, list[str]]]:
     """(run, layout) -> what `load` says; a few rows at a time, as of large tables."""
-    loading.GROUP_BYTES = 64
+    loading.GROUP_BYTES = 192
     runs = sorted(path.name for path in Path(folder).iterdir())
     return {(run, layout): load(f"{folder}/{run}", layout) for run in runs for layout in LAYOUTS}
 

@@ -16,7 +16,7 @@ STATE = {"weight": torch.arange(3_000_000, dtype=torch.float32)}
 
 def _staged() -> tuple[Staging, int]:
     layout = lay_out(written_pieces(STATE, 0, 1))
-    staging = Staging(layout.num_bytes, torch.device("cpu"), 1)
+    staging = Staging(layout.num_bytes, 0, torch.device("cpu"), 1)
     staging.fill(layout)
     return staging, layout.num_bytes
 
