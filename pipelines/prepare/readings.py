@@ -101,7 +101,8 @@ def id_type(columns: Iterable[Stored]) -> IdType:
             "it in one type"
         )
     family = next(iter(found), None)
-    if has_text or family is None:
+    # A UUID is text to every other program, and to requests.
+    if has_text or family in (None, "UUID"):
         return IdType(name=TEXT, beside=family)
     return IdType(name=family if family != WIDEST else _whole_type(found[family]))
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import math
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,16 @@ def test_times_in_a_zone_may_be_ids(tmp_path: Path) -> None:
     keys = [datetime(2024, 1, day, tzinfo=UTC) for day in (4, 3, 2, 1)]
     assert prepared(tmp_path, [("parquet", events(1, i=keys))])[0] == 0
     assert keys_of(tmp_path / "out", "item") == dict(enumerate(sorted(keys), 1))
+
+
+def test_uuids_are_text(tmp_path: Path) -> None:
+    keys = [uuid.UUID(int=number << 64) for number in (3, 1, 2, 4)]
+    stored = pa.array([key.bytes for key in keys], pa.uuid())
+    files = [("parquet", events(1, i=stored)), ("csv", events(2, i=[str(key) for key in keys]))]
+    assert both_orders(tmp_path, files)
+    assert keys_of(tmp_path / "forth", "item") == dict(enumerate(sorted(map(str, keys)), 1))
+    capitals = [*files[:1], ("csv", events(2, i=[str(key).upper().replace("-", "") for key in keys]))]
+    assert prepared(tmp_path, capitals, name="capitals")[0] == 1
 
 
 def test_keys_of_attributes_may_be_stored_in_another_type(tmp_path: Path) -> None:
