@@ -334,6 +334,8 @@ def _csv_columns(path: Path) -> tuple[str, Sequence[tuple[str, str]]]:
         raise ValueError(f"{path} is stored in UTF-16; write it in UTF-8")
     if not any(names):
         raise ValueError(f"{path}: line 1 is blank, a header line was expected; remove the blank lines before it")
+    # A table's index and a delimiter at the end of lines make columns without a name, which nobody asks for.
+    names = [name or f"longview: column {number}" for number, name in enumerate(names, 1)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: the header names {', '.join(twice)} more than once; rename or remove one")

@@ -44,6 +44,13 @@ def test_the_header_says_what_divides_columns(tmp_path: Path, name: str, delimit
     assert content(tmp_path / "out") == expected(tmp_path, i=ITEMS)
 
 
+def test_columns_without_a_name_are_in_nobodys_way(tmp_path: Path) -> None:
+    lines = [f"{number},{line},," for number, line in enumerate(CSV.splitlines())]
+    write_lines(tmp_path / "in" / "log.csv", [f",{CSV.splitlines()[0]},,", *lines[1:]])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
+    assert content(tmp_path / "out") == expected(tmp_path, i=[str(item) for item in events(1)["i"]])
+
+
 def _zip(data: bytes, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("log.csv", data)
