@@ -15,6 +15,7 @@ import logging
 import lzma
 import re
 import shutil
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,22 +29,45 @@ import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_SECONDS = 10.0
+"""Between two lines of the log that tell how far a step is."""
 CAUSES = ("Error when", "Expected", "Value with", "Invalid unicode", "Maximum line size")
 """How the line of DuckDB's messages that tells the cause begins."""
 
 
-def connect(scratch: Path, memory_gib: float, threads: int | None) -> duckdb.DuckDBPyConnection:
-    """A database in the folder `scratch`, into which it also spills."""
-    connection = duckdb.connect(str(scratch / "prepare.duckdb"))
+@contextmanager
+def connect(scratch: Path, memory_gib: float, threads: int | None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database in the folder `scratch`, into which it also spills; how far a long query is, is logged meanwhile."""
+    ended = threading.Event()
+    with duckdb.connect(str(scratch / "prepare.duckdb")) as connection:
+        _set_options(connection, scratch, memory_gib, threads)
+        watcher = threading.Thread(target=_tell_progress, args=(connection, ended), daemon=True)
+        watcher.start()
+        try:
+            yield connection
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _tell_progress(connection: duckdb.DuckDBPyConnection, ended: threading.Event) -> None:
+    """Log every now and then how much of a query is done, until `ended`."""
+    while not ended.wait(PROGRESS_SECONDS):
+        share = connection.query_progress()
+        if 0 <= share < 100:
+            logger.info("... %.0f%% of this query done", share)
+
+
+def _set_options(connection: duckdb.DuckDBPyConnection, scratch: Path, memory_gib: float, threads: int | None) -> None:
     connection.execute(f"SET memory_limit = '{int(memory_gib * 1024)}MiB'")
     connection.execute("SET temp_directory = " + literal(str(scratch / "spill")))
     connection.execute("SET preserve_insertion_order = false")
-    connection.execute("SET enable_progress_bar = false")
+    connection.execute("SET enable_progress_bar = true")
+    connection.execute("SET enable_progress_bar_print = false")
     # For dates and times that name no zone.
     connection.execute("SET TimeZone = 'UTC'")
     if threads is not None:
         connection.execute(f"SET threads = {threads}")
-    return connection
 
 
 def literal(text: str) -> str:

@@ -194,7 +194,9 @@ def _load(
     if not rows:
         reasons = "".join(f"; left out: {what} ({count} rows)" for what, count in left_out.items())
         raise ValueError(f"the source holds no events with labels{reasons}")
+    logger.info("looking for rows delivered twice")
     duplicates = count_duplicates(connection, RAW, drop=schema.drop_duplicates)
+    logger.info("numbering keys")
     spaces = number_spaces(connection, schema, types, known)
     make_events(connection, schema, spaces)
     make_users(connection, schema, spaces)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipelines.counts import counts_as_dict
 from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Part, Space, SplitInfo
 from pipelines.prepare.counts import add_counts, prepared_counts
-from pipelines.prepare.engine import connect, literal, quoted
+from pipelines.prepare.engine import PROGRESS_SECONDS, connect, literal, quoted
 from pipelines.prepare.gathered import write_gathered
 from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
@@ -42,7 +42,6 @@ Load = Callable[[duckdb.DuckDBPyConnection, Path, Path], Description]
 READ_ROWS = 1 << 18
 EVENTS_OF_A_GIB = 1 << 20
 """Events of samples that are sorted at once for each GiB that the engine may use: about a tenth of it."""
-PROGRESS_SECONDS = 10.0
 REQUEST_SECONDS = 86_400
 """A request that lasts longer is reported: what is shown together rarely is."""
 LISTED: tuple[Part, ...] = ("event", "candidate", "label")

@@ -77,7 +77,7 @@ def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
             target = tensors[f"tables/{name}"] = _mapped(work / f"{name}.bin", table.kind)
             scratch = work / name
             scratch.mkdir()
-            with closing(connect(scratch, MEMORY_GIB, None)) as connection:
+            with connect(scratch, MEMORY_GIB, None) as connection:
                 files[name].match(identities, connection)
                 files[name].copy_into(target, connection)
             _fill_rest(target, name, table, config)
