@@ -28,7 +28,7 @@ from attention_kernels.attention.hopper.rings import (
     wait_block,
 )
 from attention_kernels.launcher import Blocks, launch
-from attention_kernels.layer.linear_kernel import Epilogue
+from attention_kernels.layer.linear_kernel import Epilogue, Finish
 from attention_kernels.rows import cdiv, multiprocessors
 
 _ROWS = 128
@@ -40,10 +40,7 @@ _STEP_BYTES = 128
 
 
 @gluon.jit
-def load_operands(
-    a, b, residual, a_rings, b_ring, results, num_tiles,
-    TILES_N: gl.constexpr, STEPS: gl.constexpr, RESIDUAL: gl.constexpr, SCALED: gl.constexpr,
-):  # fmt: skip
+def load_operands(a, b, finish, a_rings, b_ring, results, num_tiles, TILES_N: gl.constexpr, STEPS: gl.constexpr):
     """Loader: blocks of both operands for every tile of this program, in the order in which they are multiplied."""
     ROWS: gl.constexpr = a.block_shape[1]
     STEP: gl.constexpr = a.block_shape[2]
@@ -55,15 +52,15 @@ def load_operands(
         first_n = tile % TILES_N * _COLUMNS
         for k in range(STEPS):
             load_block(a_rings[0], a, i_use, [0, first_m, k * STEP])
-            if SCALED:
+            if finish.row_scale is not None:
                 load_block(b_ring, b, i_use, [0, first_n, k * STEP])
             else:
                 load_block(b_ring, b, i_use, [0, k * STEP, first_n])
             load_block(a_rings[1], a, i_use, [0, first_m + ROWS, k * STEP])
             i_use += 1
-        if RESIDUAL:
+        if finish.residual is not None:
             for group in gl.static_range(2):
-                load_block(results[group], residual, i_tile, [0, first_m + group * ROWS, first_n])
+                load_block(results[group], finish.residual, i_tile, [0, first_m + group * ROWS, first_n])
 
 
 @gluon.jit
@@ -87,11 +84,13 @@ def split_columns(b_x):
 
 @gluon.jit
 def multiply_tiles(
-    work, GROUP: gl.constexpr, N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr,
-    SILU: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, SLOPES: gl.constexpr, SCALED: gl.constexpr,
-):  # fmt: skip
+    work, finish, GROUP: gl.constexpr, N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr, SILU: gl.constexpr
+):
     """A group: its rows of every tile of this program."""
-    a_rings, b_ring, results, out, slopes, bias, row_scale, column_scale, M, num_tiles = work
+    a_rings, b_ring, results, M, num_tiles = work
+    out, slopes, residual, bias, row_scale, column_scale = finish
+    RESIDUAL: gl.constexpr = residual is not None
+    SCALED: gl.constexpr = row_scale is not None
     a_ring = a_rings[GROUP]
     result = results[GROUP]
     buffer = result.buffers.index(0)
@@ -129,14 +128,14 @@ def multiply_tiles(
                 o_m = first_m + gl.arange(0, ROWS, gl.SliceLayout(1, b_part.type.layout))
                 b_part *= gl.load(row_scale + o_m, mask=o_m < M, other=0.0)[:, None]
                 b_part *= gl.load(column_scale + o_n, mask=o_n < N, other=0.0)[None, :]
-            if BIAS:
+            if bias is not None:
                 b_part += gl.load(bias + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
             if RESIDUAL:
                 b_part += wait_block(result, i_tile).load(b_part.type.layout).to(gl.float32)
             if SILU:
                 b_gate = 0.5 + 0.5 * tanh(0.5 * b_part)
                 b_part *= b_gate
-                if SLOPES:
+                if slopes is not None:
                     store_part(slopes, buffer, b_gate + b_part * (1.0 - b_gate), first_m, first_n)
             store_part(out, buffer, b_part, first_m, first_n)
     tma.store_wait(0)
@@ -145,20 +144,20 @@ def multiply_tiles(
 @gluon.jit(do_not_specialize=["M", "num_tiles"])
 def hopper_matmul_kernel(
     a, b, out, slopes, residual, bias, row_scale, column_scale, M, num_tiles,
-    N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr, SILU: gl.constexpr,
-    BIAS: gl.constexpr, RESIDUAL: gl.constexpr, SLOPES: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
+    N: gl.constexpr, TILES_N: gl.constexpr, STEPS: gl.constexpr, SILU: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """See `product`.  Grid: one program a processor."""
     a_rings = (make_ring(a, STAGES, 1), make_ring(a, STAGES, 1))
     b_ring = make_ring(b, STAGES, 2)
     # Without a residual only the buffers of these rings are used.
     results = (make_ring(out, 1, 1), make_ring(out, 1, 1))
-    work = (a_rings, b_ring, results, out, slopes, bias, row_scale, column_scale, M, num_tiles)
+    work = (a_rings, b_ring, results, M, num_tiles)
+    finish = Finish(out, slopes, residual, bias, row_scale, column_scale)
     gl.warp_specialize(
         [
-            (multiply_tiles, (work, 0, N, TILES_N, STEPS, SILU, BIAS, RESIDUAL, SLOPES, SCALED)),
-            (multiply_tiles, (work, 1, N, TILES_N, STEPS, SILU, BIAS, RESIDUAL, SLOPES, SCALED)),
-            (load_operands, (a, b, residual, a_rings, b_ring, results, num_tiles, TILES_N, STEPS, RESIDUAL, SCALED)),
+            (multiply_tiles, (work, finish, 0, N, TILES_N, STEPS, SILU)),
+            (multiply_tiles, (work, finish, 1, N, TILES_N, STEPS, SILU)),
+            (load_operands, (a, b, finish, a_rings, b_ring, results, num_tiles, TILES_N, STEPS)),
         ],
         [4, 1],
         [240, 24],
@@ -191,10 +190,10 @@ def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue) -> None:
         N=N,
         TILES_N=tiles_n,
         STEPS=cdiv(K, step),
+        SILU=epilogue.silu,
         STAGES=3 if whole else 4,
         num_warps=4,
         maxnreg=thread_registers(groups=2),
-        **epilogue.flags(),
     )
 
 

@@ -7,7 +7,7 @@ memory accelerator, so rows must start at multiples of 16 bytes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,138 +18,88 @@ from attention_kernels.rows import cdiv, multiprocessors
 from attention_kernels.sigmoid import approximate, sigmoid
 
 
+class Finish(NamedTuple):
+    """Where a kernel puts a product, and what happens to it before; None: not wanted."""
+
+    out: tl.tensor_descriptor
+    slopes: tl.tensor_descriptor
+    """Slopes of SiLU go here."""
+    residual: tl.tensor_descriptor
+    bias: tl.tensor
+    row_scale: tl.tensor
+    """With `column_scale`: operands are in FP8, and the right one is transposed."""
+    column_scale: tl.tensor
+
+
 @triton.jit
 def _store(
-    acc,
-    out_desc,
-    slopes_desc,
-    residual_desc,
-    p_bias,
-    p_row_scale,
-    p_column_scale,
-    first_m,
-    first_n,
-    M,
-    N: tl.constexpr,
-    SILU: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SCALED: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    finish, b_x, first_m, first_n, M,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
     """The epilogue of BLOCK_M x BLOCK_N products."""
+    out, slopes, residual, bias, row_scale, column_scale = finish
     columns = first_n + tl.arange(0, BLOCK_N)
-    if SCALED:
+    if row_scale is not None:
         rows = first_m + tl.arange(0, BLOCK_M)
-        row_scale = tl.load(p_row_scale + rows, mask=rows < M, other=0.0)
-        column_scale = tl.load(p_column_scale + columns, mask=columns < N, other=0.0)
-        acc = acc * row_scale[:, None] * column_scale[None, :]
-    if BIAS:
-        acc += tl.load(p_bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if RESIDUAL:
-        acc += residual_desc.load([first_m, first_n]).to(tl.float32)
+        of_row = tl.load(row_scale + rows, mask=rows < M, other=0.0)
+        of_column = tl.load(column_scale + columns, mask=columns < N, other=0.0)
+        b_x = b_x * of_row[:, None] * of_column[None, :]
+    if bias is not None:
+        b_x += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        b_x += residual.load([first_m, first_n]).to(tl.float32)
     if SILU:
-        gate = sigmoid(acc, APPROXIMATE)
-        acc *= gate
-        if SLOPES:
-            slopes_desc.store([first_m, first_n], (gate + acc * (1.0 - gate)).to(out_desc.dtype))
-    out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
+        gate = sigmoid(b_x, APPROXIMATE)
+        b_x *= gate
+        if slopes is not None:
+            slopes.store([first_m, first_n], (gate + b_x * (1.0 - gate)).to(out.dtype))
+    out.store([first_m, first_n], b_x.to(out.dtype))
 
 
 @triton.jit
 def _tile(
-    tile,
-    a_desc,
-    b_desc,
-    out_desc,
-    slopes_desc,
-    residual_desc,
-    p_bias,
-    p_row_scale,
-    p_column_scale,
-    M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SILU: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SCALED: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr,
-):
+    tile, a, b, finish, M,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, SILU: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    """One tile of the product.  In HALVES it takes half the shared memory to store: room for the next tile's loads, or
+    for a second program."""
     # Neighbouring programs share rows of A, so that A is read from memory about once.
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first_m = (tile // tiles_n) * BLOCK_M
     first_n = (tile % tiles_n) * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
-        a = a_desc.load([first_m, k])
-        b = b_desc.load([first_n, k]).T if SCALED else b_desc.load([k, first_n])
-        acc = tl.dot(a, b, acc)
-    HALF: tl.constexpr = BLOCK_N // 2
+        b_a = a.load([first_m, k])
+        if finish.row_scale is not None:
+            b_b = b.load([first_n, k]).T
+        else:
+            b_b = b.load([k, first_n])
+        b_x = tl.dot(b_a, b_b, b_x)
     if HALVES:
-        # Half the shared memory for what is stored: room for the next tile's loads, or for a second program.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        _store(
-            left, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
-            SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, HALF,
-        )  # fmt: skip
-        _store(
-            right, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n + HALF,
-            M, N, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, HALF,
-        )  # fmt: skip
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(b_x, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _store(finish, left, first_m, first_n, M, N, BLOCK_M, HALF, SILU, APPROXIMATE)
+        _store(finish, right, first_m, first_n + HALF, M, N, BLOCK_M, HALF, SILU, APPROXIMATE)
     else:
-        _store(
-            acc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale, first_m, first_n, M, N,
-            SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        _store(finish, b_x, first_m, first_n, M, N, BLOCK_M, BLOCK_N, SILU, APPROXIMATE)
 
 
 @triton.jit
 def _matmul_kernel(
-    a_desc,
-    b_desc,
-    out_desc,
-    slopes_desc,
-    residual_desc,
-    p_bias,
-    p_row_scale,
-    p_column_scale,
-    M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SILU: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SLOPES: tl.constexpr,
-    SCALED: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HALVES: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
+    a, b, out, slopes, residual, bias, row_scale, column_scale, M,
+    N: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """A program a tile, or, unless that is 0, so many PROGRAMS that walk over tiles."""
+    finish = Finish(out, slopes, residual, bias, row_scale, column_scale)
     if PROGRAMS == 0:
-        _tile(
-            tl.program_id(0), a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
-            M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
-        )  # fmt: skip
+        _tile(tl.program_id(0), a, b, finish, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, SILU, APPROXIMATE)
     else:
-        tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+        num_tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         # Flattened, the loads of a program's next tile are on their way during the epilogue of this one.
-        for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
-            _tile(
-                tile, a_desc, b_desc, out_desc, slopes_desc, residual_desc, p_bias, p_row_scale, p_column_scale,
-                M, N, K, SILU, BIAS, RESIDUAL, SLOPES, SCALED, APPROXIMATE, BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
-            )  # fmt: skip
+        for tile in tl.range(tl.program_id(0), num_tiles, PROGRAMS, flatten=True):
+            _tile(tile, a, b, finish, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, SILU, APPROXIMATE)
 
 
 def tiles(*, fp8: bool, silu: bool) -> dict[str, int]:
@@ -194,21 +144,9 @@ class Epilogue:
     column_scale: Tensor | None = None
 
     def arguments(self, out: Tensor, blocks: Callable[[Tensor], Blocks]) -> tuple[Any, ...]:
-        """A kernel's arguments from the result on; `blocks` are those in which it stores."""
-        out_blocks = blocks(out)
-        # What the kernel does not touch needs some blocks all the same.
-        tiles = (out_blocks if x is None else blocks(x) for x in (self.slopes, self.residual))
-        return (out_blocks, *tiles, self.bias, self.row_scale, self.column_scale)
-
-    def flags(self) -> dict[str, bool]:
-        """The kernel's compile-time arguments that say which parts there are."""
-        return {
-            "SILU": self.silu,
-            "BIAS": self.bias is not None,
-            "RESIDUAL": self.residual is not None,
-            "SLOPES": self.slopes is not None,
-            "SCALED": self.row_scale is not None,
-        }
+        """A kernel's arguments from the result on, in the order of `Finish`; `blocks` are those in which it stores."""
+        tiles = (None if x is None else blocks(x) for x in (out, self.slopes, self.residual))
+        return (*tiles, self.bias, self.row_scale, self.column_scale)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, *, config: dict[str, int] | None = None) -> None:
@@ -233,9 +171,9 @@ def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, *, config: di
         M,
         N=N,
         K=K,
+        SILU=epilogue.silu,
         APPROXIMATE=approximate(out),
         PROGRAMS=programs,
-        **epilogue.flags(),
         **chosen,
     )
 
