@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import re
+import resource
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -108,6 +109,13 @@ def _refusal(port: int) -> str:
     return ""
 
 
+def allow_open_files() -> None:
+    """Let this node's processes have as many files and connections open as the system allows: the first process of a
+    job has one from every other, and a login shell's lower limit (often 1024) travels with Slurm's jobs."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def place_of(
     *, nodes: int, procs_per_node: int, node_rank: str, first_node_variable: str, environment: Mapping[str, str]
 ) -> Place:
@@ -151,6 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("command", nargs="+", help="after --: what every process runs, as Python's arguments")
     given = parser.parse_args(arguments)
     signals.hold()
+    allow_open_files()
     try:
         check_environment()
         place = place_of(

@@ -98,6 +98,14 @@ def test_the_job_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdout.read() == b""
 
 
+def test_a_shells_lower_limit_of_open_files_is_not_the_jobs(tmp_path: Path) -> None:
+    script = _script(tmp_path, "import resource\nprint(*resource.getrlimit(resource.RLIMIT_NOFILE))")
+    command = ["sh", "-c", 'ulimit -S -n 64 && exec "$@"', "sh", *NODE, str(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    soft, hard = {tuple(line.split()) for line in done.stdout.splitlines()}.pop()
+    assert soft == hard
+
+
 def test_processes_know_their_place(tmp_path: Path) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
     environment = Place(nodes=3, procs_per_node=2, node_rank=1, first_host="a", port=7).variables(1, {"PATH": "p"})
