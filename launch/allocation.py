@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -254,7 +254,8 @@ class Allocation:
         member = [f"--array={index}"] if index else []
         command = ["sbatch", "--parsable", depends, *member, *options, str(self.code_dir / SCRIPT)]
         try:
-            successor = slurm_queue.submit(command, PATIENCE_S) + (f"_{index}" if index else "")
+            number = slurm_queue.submit(command, lambda job: f":{self.job_id}(" in job.dependency, PATIENCE_S)
+            successor = number + (f"_{index}" if index else "")
         except SlurmError as error:
             return self._say(FAILED, f": {reason}; Slurm has no other nodes for it: {error}")
         record = find_in(self.job_dir)
@@ -266,6 +267,13 @@ class Allocation:
         """The last words, which `status` reads where Slurm has forgotten the job."""
         print(f"the job ends with status {status}{why}", flush=True)
         return status
+
+
+def own_id(environment: Mapping[str, str]) -> str:
+    """This job's number.  Of a job array's member it is ARRAY_INDEX: Slurm gives one member the array's own number, by
+    which commands mean all members."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
 
 
 def read_answers(words: str, nodes: Sequence[str]) -> dict[str, str]:
@@ -352,7 +360,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signals.hold()
     return Allocation(
-        job_id=os.environ["SLURM_JOB_ID"],
+        job_id=own_id(os.environ),
         code_dir=Path.cwd(),
         job_dir=given.job_dir,
         run_dir=given.run_dir,

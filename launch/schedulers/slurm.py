@@ -159,7 +159,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             for number, folder in enumerate(request.job_dirs if len(request.job_dirs) > 1 else ()):
                 Path(folder).mkdir(parents=True)
                 Path(folder, BATCH_OUTPUT).symlink_to(Path(request.job_dir, ARRAY_OUTPUT.format(number)))
-            return slurm_queue.submit(request.submission())
+            return slurm_queue.submit(request.submission(), lambda job: job.work_dir == request.job_dir)
         except Exception:
             # The job's folder holds the copy of the code too.
             for folder in (request.job_dir, *request.job_dirs):

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,8 @@ _VARIABLES = {"array-inx": "array", "mem-per-node": "mem", "no-requeue": "requeu
 _ALONE = ("array", "error", "test-only", "wait")
 """Options that no script of ours says, and that a shell must not say either."""
 ASK_AGAIN_S = 5.0
+UNANSWERED_S = 60.0
+"""How long a person who submits a job waits for a controller that does not answer."""
 _SEPARATOR = "\x1f"
 _SACCT_FIELDS = ("JobID", "State", "NodeList", "ExitCode", "Reason", "WorkDir")
 
@@ -95,6 +97,8 @@ class SlurmJob:
     """The folder that it was submitted from; for our jobs, the job's folder."""
     excluded: str = ""
     """Nodes that it must not run on."""
+    dependency: str = ""
+    """The jobs that it waits for, in Slurm's words."""
 
     @property
     def state(self) -> AppState:
@@ -130,18 +134,38 @@ def run(
         time.sleep(ASK_AGAIN_S)
 
 
-def submit(command: Sequence[str], patience_s: float = 0.0) -> str:
+def submit(command: Sequence[str], is_ours: Callable[[SlurmJob], bool], patience_s: float = UNANSWERED_S) -> str:
     """Send a job by a command that ends in its batch script; returns the job's number.
 
+    A busy controller may take a job without answering, so one that `is_ours` finds is not sent again.
+
     Raises:
-        SlurmError: Slurm refuses it.
+        SlurmError: Slurm refuses it, or does not answer for `patience_s` seconds.
     """
-    sbatch = run(command, patience_s, _without_overrides(Path(command[-1]).read_text()))
-    if sbatch.returncode != 0:
-        raise SlurmError(f"sbatch failed: {' '.join(sbatch.stderr.split())}")
-    numbers = _NUMBER.findall(sbatch.stdout)
+    environment = _without_overrides(Path(command[-1]).read_text())
+    deadline = time.monotonic() + patience_s
+    while True:
+        sbatch = run(command, environment=environment)
+        if sbatch.returncode == 0:
+            return _number(sbatch.stdout)
+        said = f"sbatch failed: {' '.join(sbatch.stderr.split())}"
+        if not _NO_ANSWER.search(sbatch.stderr):
+            raise SlurmError(said)
+        time.sleep(ASK_AGAIN_S)
+        known = run(["scontrol", "--oneliner", "show", "job"], max(0.0, deadline - time.monotonic()))
+        if known.returncode != 0:
+            raise SlurmError(f"{said}; it may have taken the job all the same: look at squeue before you send it again")
+        taken = next(filter(is_ours, parse_scontrol(known.stdout)), None)
+        if taken is not None:
+            return taken.job_id.partition("_")[0]
+        if time.monotonic() > deadline:
+            raise SlurmError(said)
+
+
+def _number(output: str) -> str:
+    numbers = _NUMBER.findall(output)
     if not numbers:
-        said = " ".join(sbatch.stdout.split())[:80]
+        said = " ".join(output.split())[:80]
         raise SlurmError(f"sbatch gave no number of a job but said {said!r}: leave out what makes it do so")
     return str(numbers[-1])
 
@@ -184,6 +208,7 @@ def parse_scontrol(output: str) -> list[SlurmJob]:
                 # For a job without a limit Slurm reports an end a year from now.
                 end_time="" if told.get("TimeLimit") == "UNLIMITED" else told.get("EndTime", ""),
                 work_dir=told.get("WorkDir", ""),
+                dependency=told.get("Dependency", ""),
                 excluded="" if told.get("ExcNodeList") in (None, "(null)") else told["ExcNodeList"],
             )
         )

@@ -251,6 +251,26 @@ def test_a_jobs_number_is_found_beside_what_a_site_says(
         assert connection.submit(asked, check(connection.scheduler, asked)).handle.endswith("/17")
 
 
+@pytest.mark.parametrize(("taken", "calls"), [(True, 1), (False, 2)])
+def test_a_job_that_is_taken_without_an_answer_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None], taken: bool, calls: int
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    monkeypatch.setattr(slurm_queue, "ASK_AGAIN_S", 0.0)
+    error = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    first = f"echo x >> {tmp_path}/calls; test $(wc -l < {tmp_path}/calls) -gt 1"
+    commands(
+        sbatch=f"{first} || {{ echo '{error}' >&2; exit 1; }}; echo 17",
+        scontrol=f'echo "JobId=17 JobState=PENDING WorkDir=$(dirname {tmp_path}/run/jobs/*/job.sh)" | grep WorkDir='
+        + ("/" if taken else "nowhere || true"),
+    )
+    with connected("slurm") as connection:
+        asked = request(run_dir=tmp_path / "run")
+        record = connection.submit(asked, check(connection.scheduler, asked))
+    assert record.handle == "slurm://longview/17"
+    assert (tmp_path / "calls").read_text() == "x\n" * calls
+
+
 def test_an_interrupt_while_a_job_is_sent_loses_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
 ) -> None:
