@@ -77,10 +77,8 @@ def check_options(options: SampleOptions, about: Description) -> GatheredRules:
     Raises:
         ValueError: its format does not say it, or an option has no effect.
     """
-    if about.gathered is None:
-        raise ValueError(
-            f"--histories gathered: the format of {about.name} does not say which events make up histories"
-        )
+    if isinstance(about.gathered, str):
+        raise ValueError(f"--histories gathered of {about.name}: {about.gathered}")
     for field in fields(options):
         if field.name not in TAKEN and getattr(options, field.name) != field.default:
             raise ValueError(

@@ -62,8 +62,8 @@ class Description:
     """The name of the part, if it is added to a data set; otherwise it is the first."""
     keeps_state: bool = False
     """Whether a later part can be added, for which the state is stored."""
-    gathered: GatheredRules | None = None
-    """For `--histories gathered`; None where the format does not say."""
+    gathered: GatheredRules | str = "its format does not say which events make up histories"
+    """For `--histories gathered`: how, or why it cannot be."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else `dataset.json` is to say."""
 

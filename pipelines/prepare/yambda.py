@@ -35,7 +35,7 @@ RULES = {
     "timestamp >= 0": "timestamp must not be negative or missing",
     f"event_type IN {EVENTS}": f"event_type must be one of {', '.join(EVENTS)}",
 }
-OF_TRACKS = ("artist", "album")
+OF_TRACKS = {"artist": "artist_item_mapping.parquet", "album": "album_item_mapping.parquet"}
 
 DAY_S = 86_400
 TEST_S, TRAIN_DAYS = DAY_S + 1800, 300
@@ -79,6 +79,7 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
     num_items, num_users = number_ids(connection, ("played_percent",))
     number_context(connection, "(SELECT user_key FROM user_ids)", ())
     spaces, columns = _load_tracks(connection, source)
+    both = " and ".join(OF_TRACKS.values())
     return Description(
         name="yambda",
         spaces={**narrow_spaces(num_items, num_users, {}), **spaces},
@@ -87,7 +88,7 @@ def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> 
         source="Yambda-5B, Yandex: A. Ploshkin et al., arXiv 2505.22238",
         licence="Apache-2.0",
         clock="relative",
-        gathered=DLRM_V4 if spaces else None,
+        gathered=DLRM_V4 if spaces else f"put {both} into {source} or a folder above it",
     )
 
 
@@ -121,13 +122,12 @@ def _load_tracks(connection: duckdb.DuckDBPyConnection, source: Path) -> tuple[d
     A track with several artists has the last that the file names.
     """
     folders = (source, source.parent, source.parent.parent)
-    names = {name: f"{name}_item_mapping.parquet" for name in OF_TRACKS}
-    found = {name: [each / file for each in folders if (each / file).is_file()] for name, file in names.items()}
+    found = {name: [each / file for each in folders if (each / file).is_file()] for name, file in OF_TRACKS.items()}
     if not any(found.values()):
         return {}, ()
     for name, paths in found.items():
         if not paths:
-            raise ValueError(f"--source {source} lacks {names[name]}: give both files of the tracks, or neither")
+            raise ValueError(f"--source {source} lacks {OF_TRACKS[name]}: give both files of the tracks, or neither")
         types = {"item_id": "BIGINT", f"{name}_id": "BIGINT"}
         reader = parquet_reader(connection, paths[0], types)
         rules = {f"{column} >= 0": f"{column} must not be negative or missing" for column in types}

@@ -278,7 +278,8 @@ def test_files_that_are_wrong_are_one_line(
     assert "lacks album_item_mapping.parquet: give both files of the tracks, or neither" in capsys.readouterr().err
     (tmp_path / "in" / "artist_item_mapping.parquet").unlink()
     assert prepare(size, tmp_path / "out") == 1
-    assert "does not say which events make up histories" in capsys.readouterr().err
+    message = f"put artist_item_mapping.parquet and album_item_mapping.parquet into {size} or a folder above it"
+    assert message in capsys.readouterr().err
 
     folder, _ = data
     config = DataConfig(path=str(folder), global_batch_size=4, max_history_len=100)
