@@ -102,7 +102,7 @@ class Allocation:
             if status == STOPPED or taken:
                 reason = taken or "stopped in good order"
                 self._note("taken" if taken else "stopped", reason, before, after)
-                return self._too_short() or self._go_on(reason)
+                return self._too_short() or self.go_on(reason)
             reason = "a process failed"
             if status == WRONG_USE:
                 self._note("failed", reason, before, after)
@@ -119,7 +119,7 @@ class Allocation:
                 restarts += 1
                 logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
                 continue
-            return self._go_on(reason)
+            return self.go_on(reason)
 
     def _end_taken(self, how: str, job: SlurmJob, before: int, after: int) -> int:
         """Slurm starts a job that it requeued again by itself, and one that was cancelled was cancelled; a time limit
@@ -237,15 +237,20 @@ class Allocation:
     def _note(self, ended: attempts.Ending, reason: str, before: int, after: int) -> None:
         attempts.note(self.run_dir, self.job_dir.name, ended=ended, reason=reason, before=before, after=after)
 
-    def _go_on(self, reason: str) -> int:
+    def go_on(self, reason: str) -> int:
         """Have Slurm start the job again, by a requeue or, where that is refused, a successor."""
         logger.info("%s: the job asks Slurm to start it again", reason)
         requeue = slurm_queue.run(["scontrol", "requeue", self.job_id], PATIENCE_S)
-        if requeue.returncode == 0:
+        # One that a busy controller takes without an answer is refused the second time.
+        if requeue.returncode == 0 or self._is_requeued():
             # Slurm ends this process; until it does, nothing else is to be done.
             return self._say(STOPPED, f": {reason}; requeued")
         logger.info("scontrol requeue was refused (%s): a successor waits for this job", requeue.stderr.strip())
         return self._chain(reason)
+
+    def _is_requeued(self) -> bool:
+        job = slurm_queue.find_job(self.job_id, PATIENCE_S)
+        return job is not None and int(job.restarts or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def _chain(self, reason: str, options: Sequence[str] = ()) -> int:
         """Leave the run to another job, which starts when this one has ended; its options go before the script's."""

@@ -97,6 +97,8 @@ class SlurmJob:
     """The folder that it was submitted from; for our jobs, the job's folder."""
     excluded: str = ""
     """Nodes that it must not run on."""
+    restarts: str = ""
+    """How often it has been requeued."""
     dependency: str = ""
     """The jobs that it waits for, in Slurm's words."""
 
@@ -208,6 +210,7 @@ def parse_scontrol(output: str) -> list[SlurmJob]:
                 # For a job without a limit Slurm reports an end a year from now.
                 end_time="" if told.get("TimeLimit") == "UNLIMITED" else told.get("EndTime", ""),
                 work_dir=told.get("WorkDir", ""),
+                restarts=told.get("Restarts", ""),
                 dependency=told.get("Dependency", ""),
                 excluded="" if told.get("ExcNodeList") in (None, "(null)") else told["ExcNodeList"],
             )
