@@ -22,6 +22,7 @@ PAGE, RESULTS = ROOT / "docs" / "quality.md", ROOT / "benchmarks" / "results"
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "quality_ml1m": ML1M.table,
     "quality_ranking": RANKING.table,
+    "quality_ranking_cpu": RANKING.table,
     "quality_ablation": ABLATION.table,
     "quality_length": LENGTH.table,
     "demo": demo.table,

@@ -198,7 +198,7 @@ def _result(log: Log, runs: Sequence[tuple[Training, Trained]], jobs: int) -> di
         "date": datetime.date.today().isoformat(),
         "commit": sorted({each.commit for _, each in runs}),
         "hardware": sorted({each.hardware for _, each in runs}),
-        "settings": list(runs[0][0].settings),
+        "settings": [each for each in runs[0][0].settings if not each.startswith("data.path=")],
         "side_by_side": jobs,
         "seeds": [int(run.run.name.rsplit("-", 1)[1]) for run, _ in runs],
         "metrics": {key: [each.evaluations[-1][key] for _, each in runs] for key in _measured(log)},
