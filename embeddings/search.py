@@ -15,7 +15,7 @@ from embeddings.options import Option
 from embeddings.packing import Choice, Packer, Packing, Rating
 
 MAX_SINGLE_CHANGES = 512
-"""Single-table changes tried, for up to 1,000 tables; fewer for more, in proportion."""
+"""Single-table changes tried, for up to 1,000 tables and 1,000 blocks dealt out; fewer for more, in proportion."""
 
 MAX_SEARCHED_TABLES = 1000
 """Up to so many tables, what a few packings find no room for is searched for."""
@@ -333,7 +333,8 @@ def _next_kernel(table: Sequence[Option], index: int) -> int:
 def _change_single_tables(packer: Packer, packing: Packing) -> Packing:
     """Give single tables another option, heaviest first, as long as a round of it improves the rating."""
     order = sorted(range(len(packer.options)), key=lambda i: (-packer.options[i][packing.choice[i]].largest.ms, i))
-    limit = min(MAX_SINGLE_CHANGES, MAX_SINGLE_CHANGES * 1000 // len(order))
+    dealt = sum(len(ranks) for ranks in packing.ranks_of.values())
+    limit = min(MAX_SINGLE_CHANGES, MAX_SINGLE_CHANGES * 1000 // max(len(order), dealt))
     tries, improved = 0, True
     while improved and tries < limit:
         improved = False
