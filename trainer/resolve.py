@@ -162,13 +162,10 @@ def _check_same_columns(here: list[str], there: list[str], *, data: str, other: 
     missing, added = (
         ", ".join(each for each in ours if each not in theirs) for ours, theirs in ((there, here), (here, there))
     )
-    if missing or added:
-        lacks = f" lacks {missing}" if missing else ""
-        has = f"{' and' if missing else ''} has {added} besides" if added else ""
-        raise ValueError(
-            f"{data}{lacks}{has}, beside what {other} was trained on: a model reads the same columns in all data; "
-            "prepare it with the same columns and options"
-        )
+    differences = [f"lacks {missing}, which {other} was trained on"] if missing else []
+    differences += [f"has {added}, which {other} was not trained on"] if added else []
+    if differences:
+        raise ValueError(f"{data} {' and '.join(differences)}: prepare it with the same columns and options")
     for place, (now, then) in enumerate(zip(here, there, strict=True), start=1):
         if now != then:
             raise ValueError(
