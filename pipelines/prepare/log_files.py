@@ -77,16 +77,6 @@ class LogFile:
         return self.kind not in (".parquet", CSV)
 
     @property
-    def row_name(self) -> str:
-        """How messages call a row."""
-        return "row" if self.kind == ".parquet" else "line"
-
-    @property
-    def first_row(self) -> int:
-        """The number that messages give to the first row; a CSV file's line 1 is its header."""
-        return 2 if self.kind == CSV else 1
-
-    @property
     def fields(self) -> dict[str, tuple[str, str]]:
         """(SQL, SQL type) of the fields of its objects, however deep, by OBJECT.FIELD."""
         return {name: found for column, kind in self.columns for name, found in _fields(column, quoted(column), kind)}
@@ -113,6 +103,26 @@ class LogFile:
     def stored(self, name: str) -> Stored:
         """How the file stores a column that it has."""
         return Stored(path=self.path, name=name, type=self.types[name])
+
+    def place(self, row: int) -> str:
+        """How messages name a row, counted from 1: by the line on which it begins, if the file has lines.
+
+        The engine counts no blank lines, and a value in quotes of a CSV file may go over several.
+        """
+        if self.kind == ".parquet":
+            return f"row {row}"
+        begun, quotes = -1 if self.kind == CSV else 0, 0
+        with (
+            decompressed(self.path) as stream,
+            io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="") as lines,
+        ):
+            for number, line in enumerate(lines, 1):
+                blank = not line.strip("\r\n" if self.kind == CSV else None)
+                begun += quotes % 2 == 0 and not blank
+                if begun == row:
+                    return f"line {number}"
+                quotes += line.count('"') if self.kind == CSV else 0
+        raise AssertionError(f"{self.path} has no row {row}")
 
     @contextmanager
     def reader(self, scratch: Path, *, skip_invalid: bool = False) -> Iterator[str]:

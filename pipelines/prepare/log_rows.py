@@ -111,7 +111,7 @@ def place_of(files: Sequence[LogFile], row: int) -> str:
 
 
 def _place_in(file: LogFile, row: int) -> str:
-    return f"{file.path}, {file.row_name} {row % ROWS_OF_A_FILE - 1 + file.first_row}"
+    return f"{file.path}, {file.place(row % ROWS_OF_A_FILE)}"
 
 
 def _check_where(connection: duckdb.DuckDBPyConnection, sql: str, where: str, file: LogFile) -> None:

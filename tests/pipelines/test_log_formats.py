@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -49,6 +50,25 @@ def test_columns_without_a_name_are_in_nobodys_way(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "log.csv", [f",{CSV.splitlines()[0]},,", *lines[1:]])
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
     assert content(tmp_path / "out") == expected(tmp_path, i=[str(item) for item in events(1)["i"]])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.zst", "jsonl"])
+def test_a_wrong_row_is_named_by_its_line_behind_blank_lines_and_values_of_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    rows = list(zip(*events("1", i=["a", 'two\nlines, "so"\n', "b", "c"], like=[1, 0, 1, 7]).values(), strict=True))
+    text = io.StringIO(newline="")
+    if suffix == "jsonl":
+        text.writelines(json.dumps(dict(zip(events(1), row, strict=True))) + "\n \n" for row in rows)
+    else:
+        csv.writer(text, lineterminator="\n\n").writerows([list(events(1)), *rows])
+    lines = text.getvalue().split("\n")
+    [wrong] = [number for number, line in enumerate(lines, 1) if line.endswith((",7", ": 7}"))]
+    path = tmp_path / "in" / f"log.{suffix}"
+    path.parent.mkdir()
+    (_zst if suffix.endswith("zst") else lambda data, path: path.write_bytes(data))(text.getvalue().encode(), path)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS) == 1
+    assert f"{path}, line {wrong}: label like must be 0 or 1" in capsys.readouterr().err
 
 
 def _zip(data: bytes, path: Path) -> None:
