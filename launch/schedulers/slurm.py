@@ -168,7 +168,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
     def status(self, app_id: str, record: JobRecord | None) -> JobStatus | None:
         """From Slurm, and from the job's own output where Slurm has forgotten it."""
-        job = slurm_queue.find_job(app_id)
+        job = _find(app_id, record)
         if job is None:
             return _ended(app_id, record)
         return JobStatus(state=job.state, reason=_explained(job), nodes=job.nodes, time_left=_time_left(job))
@@ -187,6 +187,8 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
     def cancel_job(self, app_id: str, record: JobRecord | None) -> None:
         """SIGTERM to every process; Slurm kills what still runs after KillWait."""
+        if record is not None and _find(app_id, record) is None:
+            raise ValueError(f"slurm no longer knows job {app_id}: it has ended")
         scancel = slurm_queue.run(["scancel", app_id])
         if scancel.returncode != 0:
             raise SlurmError(f"scancel failed: {' '.join(scancel.stderr.split())}")
@@ -220,6 +222,14 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
     def _cancel_existing(self, app_id: str) -> None:
         self.cancel_job(app_id, None)
+
+
+def _find(app_id: str, record: JobRecord | None) -> SlurmJob | None:
+    """What Slurm knows of our job.  A cluster that was set up anew gives the same numbers to others."""
+    job = slurm_queue.find_job(app_id)
+    if job is None or record is None or not job.work_dir:
+        return job
+    return job if Path(job.work_dir).name == Path(record.job_dir).name else None
 
 
 def _checks(interpreter: str) -> list[str]:

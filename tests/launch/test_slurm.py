@@ -202,6 +202,16 @@ def test_the_time_left_is_told(monkeypatch: pytest.MonkeyPatch, seconds: float, 
     assert found.time_left == left
 
 
+def test_another_job_of_the_same_number_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "20261129-120000-ab12"
+    for work_dir, found in ((folder, True), (tmp_path / "20261128-120000-cd34", False)):
+        _answers(monkeypatch, scontrol=(0, f"JobId=7 JobName=x JobState=RUNNING WorkDir={work_dir}", ""))
+        assert (Slurm("test").status("7", _record(folder)) is not None) == found
+    # Which is still the other one's, and stays.
+    with pytest.raises(ValueError, match="slurm no longer knows job 7"):
+        Slurm("test").cancel_job("7", _record(folder))
+
+
 def test_list_shows_ours_with_recipe_and_run_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     records.save_in(tmp_path, _record(tmp_path))
     ours = f"JobId=7 JobName=x JobState=RUNNING WorkDir={tmp_path} StdErr=/e\n"
