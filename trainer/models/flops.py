@@ -307,11 +307,3 @@ def _add(left: FlopCount, right: FlopCount) -> FlopCount:
         outputs=left.outputs + right.outputs,
         ends=left.ends + right.ends,
     )
-
-
-def scaling_efficiency(gflops: Sequence[float], gains_percent: Sequence[float]) -> float:
-    """Slope of the least-squares line of quality gain against GFLOP an item: the paper's "scaling efficiency"."""
-    if len(gflops) != len(gains_percent) or len(gflops) < 2:
-        raise ValueError(f"need two or more points, got {len(gflops)} costs and {len(gains_percent)} gains")
-    slope, _ = np.polyfit(np.asarray(gflops), np.asarray(gains_percent), 1)
-    return float(slope)
