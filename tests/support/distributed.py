@@ -2,10 +2,22 @@
 
 The function and its arguments are pickled, so the function lives at module level.  A failing rank fails the call
 with that rank's traceback; the other ranks are stopped.
+
+Importing torch and TorchRec takes seconds, so one process a test session does it, the nursery, from which all ranks are
+forked.  It computes nothing and has no threads, which ranks would not inherit.
 """
 
+import atexit
+import functools
+import importlib
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +26,73 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=120)
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(*args)` on `world_size` gloo processes; returns the results in rank order.
+
+    Each process uses one thread, so that results do not depend on how busy the machine is; it has this process's
+    environment and folder.
+
+    Raises:
+        ProcessRaisedException: a rank raised; its traceback is in the message.
+        ProcessExitedException: a rank ended without a result.
+    """
+    with TemporaryDirectory() as folder:
+        call = pickle.dumps((world_size, folder, function, args))
+        nursery = _nursery()
+        nursery.send((dict(os.environ), Path.cwd(), folder, call))
+        status = nursery.recv()
+        failure = Path(folder, "failure")
+        if failure.exists():
+            raise pickle.loads(failure.read_bytes())
+        assert status == 0, f"the process that starts the ranks ended with status {status}"
+        return [torch.load(Path(folder, f"result-{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+@functools.cache
+def _nursery() -> Connection:
+    """The connection to the nursery, which ends with this process."""
+    ours, theirs = multiprocessing.Pipe()
+    command = f"from tests.support.distributed import serve; serve({theirs.fileno()})"
+    process = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, pass_fds=[theirs.fileno()])
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)
+    return ours
+
+
+def serve(descriptor: int) -> None:
+    """The nursery: forks a process for each call that comes through the connection, until that is closed."""
+    importlib.import_module("trainer.jobs.train")
+    calls = Connection(descriptor)
+    while True:
+        try:
+            environment, here, folder, call = calls.recv()
+        except EOFError:
+            return
+        pid = os.fork()
+        if not pid:
+            calls.close()
+            os.environ.clear()
+            os.environ.update(environment)
+            os.chdir(here)
+            os._exit(_start(folder, call))
+        _, status = os.waitpid(pid, 0)
+        calls.send(os.waitstatus_to_exitcode(status))
+
+
+def _start(folder: str, call: bytes) -> int:
+    """Fork the ranks of a call, and wait for them; leaves the failure of one in `folder`."""
+    try:
+        world_size, *rest = pickle.loads(call)
+        mp.start_processes(_run, (world_size, *rest), nprocs=world_size, start_method="fork")
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        Path(folder, "failure").write_bytes(pickle.dumps(error))
+        return 1
+    return 0
 
 
 def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -27,21 +105,3 @@ def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], 
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def _fork_ranks(_: int, world_size: int, *rest: Any) -> None:
-    """In a process without threads, which has imported the function's module: the ranks need not import it again."""
-    mp.start_processes(_run, (world_size, *rest), nprocs=world_size, start_method="fork")
-
-
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call `function(*args)` on `world_size` gloo processes; returns the results in rank order.
-
-    Each process uses one thread, so that results do not depend on how busy the machine is.
-
-    Raises:
-        ProcessRaisedException: a rank failed; its traceback or exit code is in the message.
-    """
-    with TemporaryDirectory() as folder:
-        mp.spawn(_fork_ranks, (world_size, folder, function, args))
-        return [torch.load(Path(folder, f"result-{rank}.pt"), weights_only=False) for rank in range(world_size)]

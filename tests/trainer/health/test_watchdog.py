@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException
 
 from tests.support.distributed import run_ranks
 from tests.support.training import read_checkpoint, read_lines, start_training
@@ -91,7 +91,7 @@ def test_the_rank_that_differs_is_named(
 
 @pytest.mark.parametrize("where", ["step", "data", "evaluation"])
 def test_a_hung_rank_ends_all_and_is_named_with_the_place(where: str, tmp_path: Path) -> None:
-    with pytest.raises(ProcessRaisedException, match="terminated with exit code"):
+    with pytest.raises(ProcessExitedException, match="terminated with exit code"):
         run_ranks(3, watched.hang, str(tmp_path), where)
     logs = [Path(tmp_path, f"rank-{rank}.log").read_text() for rank in range(3)]
     said = f"the others wait for rank 1 in phase {where} after step {FIRST + 1} at "
