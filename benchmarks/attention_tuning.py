@@ -1,4 +1,5 @@
-"""Measures tile sizes of the attention kernels; what it finds is written into `attention_kernels/tuning.py` by hand.
+"""Measures tile sizes of the attention kernels; what it finds is written by hand into
+`attention_kernels/attention/portable/tuning.py`.
 
 Run on a GPU: python -m benchmarks.attention_tuning [--lengths 2048 16384] [--json FILE]
 
