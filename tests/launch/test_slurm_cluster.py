@@ -152,10 +152,10 @@ def test_an_environment_that_is_none_is_said(cluster: Cluster, tmp_path: Path, p
 
 @pytest.mark.parametrize("options", [[], ["no-requeue="]])
 def test_a_sweep_is_one_array_of_runs_that_go_on_apart(cluster: Cluster, tmp_path: Path, options: list[str]) -> None:
-    base = request(tmp_path / "sweep", nodes=1, overrides=["seed=0..1", "max_steps=20"], options=options)
+    base = request(tmp_path / "sweep", nodes=1, overrides=["seed=0..1", "max_steps=40"], options=options)
     runs = runs_of(base)
     with (
-        running(lambda asked: ["-m", "tests.launch.counting_job", str(asked.run_dir), "20"]),
+        running(lambda asked: ["-m", "tests.launch.counting_job", str(asked.run_dir), "40"]),
         connected("slurm") as connection,
     ):
         sent = connection.sweep(runs, base, check(connection.scheduler, runs[0]))
@@ -166,7 +166,7 @@ def test_a_sweep_is_one_array_of_runs_that_go_on_apart(cluster: Cluster, tmp_pat
     ends = (["done"], ["stopped", "done"])
     for record, ended in zip(sent, ends, strict=True):
         expect(record, AppState.SUCCEEDED)
-        assert counted(Path(record.run_dir)) == list(range(1, 21))
+        assert counted(Path(record.run_dir)) == list(range(1, 41))
         assert [attempt.ended for attempt in attempts.read(Path(record.run_dir))] == ended
         assert "the job ends with status 0" in batch_output(record)
 

@@ -74,7 +74,7 @@ def test_nodes_find_each_other_from_a_folder_of_any_name(release: str, tmp_path:
 
 
 def test_a_warned_job_saves_and_soon_runs_again(release: str, tmp_path: Path) -> None:
-    record = count(tmp_path, "30")
+    record = count(tmp_path, "40")
     warn(record)
     until(lambda: bool(attempts.read(tmp_path)), record)
     log = tmp_path / "logs" / "rank-0.log"
@@ -82,4 +82,4 @@ def test_a_warned_job_saves_and_soon_runs_again(release: str, tmp_path: Path) ->
     expect(record, AppState.SUCCEEDED)
     assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["stopped", "done"]
     assert "requeued" in batch_output(record)
-    assert counted(tmp_path) == list(range(1, 31))
+    assert counted(tmp_path) == list(range(1, 41))
