@@ -152,9 +152,10 @@ class Checkpointer:
         if self._config.strict:
             for damage in newest.damaged.values():
                 raise damage
-        self._clear_up(newest.damaged)
         found = newest.checkpoint
+        # Every rank has read what is there before the first one changes anything.
         self._check_same_view(found.step if found else None)
+        self._clear_up(newest.damaged)
         while found is not None:
             try:
                 load_checkpoint(self._catalogue, found, self._tensors(), self._group, self._grown)
