@@ -174,7 +174,7 @@ def _warn_of_constant_actions(positives: Mapping[str, int], candidates: int) -> 
         if count in (0, candidates):
             logger.warning(
                 "%s is %s taken in the training samples: a ranker has nothing to learn from it and will refuse it; add "
-                "impressions (rows where it was not taken), or train retrieval",
+                "impressions (rows where it was not taken), leave it out of model.labels, or train retrieval",
                 *(action, "always" if count else "never"),
             )
 
