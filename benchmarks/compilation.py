@@ -24,7 +24,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from attention_kernels import SemiLocalMask
 from pipelines.config import DataConfig, SyntheticConfig
-from pipelines.loader import build_loader, dataset_info
+from pipelines.reading.loader import build_loader, dataset_info
 from trainer.build import build_model
 from trainer.config import TrainConfig
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig

@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
-from pipelines.batch import Batch
-from pipelines.loader import dataset_info
-from pipelines.packed import LENS_PREFIX, NUMBER_PREFIX, Contents, bag_lens, pack
-from pipelines.position import DataPosition
+from pipelines.batches.batch import Batch
+from pipelines.batches.packed import LENS_PREFIX, NUMBER_PREFIX, Contents, bag_lens, pack
+from pipelines.reading.loader import dataset_info
+from pipelines.stream.position import DataPosition
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined

@@ -30,7 +30,7 @@ from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
 from embeddings.sharding import apply_plan
 from embeddings.tables import build_tables, init_tables, rows_by_feature
-from pipelines.loader import build_loader, dataset_info
+from pipelines.reading.loader import build_loader, dataset_info
 from trainer.config import TrainConfig
 from trainer.lookups import lookup_load
 from trainer.recipes import RECIPES

@@ -24,10 +24,10 @@ from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
 from benchmarks.loader import cpu_seconds, hardware
 from pipelines.config import DataConfig
-from pipelines.dataset_json import read_dataset_info
-from pipelines.loader import build_loader
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import build_loader
 from pipelines.selection import select
+from pipelines.storage.dataset_json import read_dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TableSettings, TrainConfig
 from trainer.health.preflight import device_name

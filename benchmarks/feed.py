@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.loader import hardware, write_data
-from pipelines.batch import Batch
+from pipelines.batches.batch import Batch
 from pipelines.config import DataConfig
-from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import build_loader, dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.feed import Feed

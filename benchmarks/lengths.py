@@ -26,7 +26,7 @@ from benchmarks.feed import synchronize
 from benchmarks.step import Case, measure
 from benchmarks.trainings import Asked, Trained, Training, commit, folder_of, hardware, seeded, train_all
 from pipelines.config import SYNTHETIC_PATH
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined

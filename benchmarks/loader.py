@@ -6,7 +6,7 @@ Generated histories of one length are written in the prepared format to a tempor
 in a process of its own and after a few batches: events a second of wall and of processor time, and the process's
 peak memory above that of importing everything.  The readers:
 
-    ours N      pipelines.loader with a reader process of N threads (0: all in the caller's thread, one core)
+    ours N      pipelines.reading.loader with a reader process of N threads (0: all in the caller's thread, one core)
     row loop    one row at a time out of pyarrow, lists joined in Python
     torch       torch DataLoader over rows decoded to Python, N worker processes, the same batches
     datasets    Hugging Face datasets with numpy format, the same batches (needs that package)
@@ -36,10 +36,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines.config import DataConfig, SyntheticConfig
-from pipelines.loader import build_loader
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.write import SplitWriter, write_dataset_file
-from pipelines.source import Split
+from pipelines.reading.loader import build_loader
+from pipelines.storage.source import Split
 from pipelines.synthetic import SyntheticSource
 
 BATCH = 32

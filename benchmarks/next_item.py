@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, seeded, train_all
-from pipelines.dataset_json import read_dataset_info
+from pipelines.storage.dataset_json import read_dataset_info
 from trainer.recipes import load_recipe
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "mrr")

@@ -24,7 +24,7 @@ from benchmarks.made_up_logs import KINDS
 from benchmarks.trainings import Training, hardware, prepare, seeded, train_all
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.evaluation.metrics import score
 
 SEEDS = (0, 1, 2)

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.made_up_shop import ACTIONS, Day, newest
-from pipelines.dataset_json import read_dataset_info
 from pipelines.features import Column, DatasetInfo
+from pipelines.storage.dataset_json import read_dataset_info
 
 Array = NDArray[Any]
 BITS = {name: bit for bit, name in enumerate(ACTIONS)}

@@ -27,8 +27,8 @@ from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
 from pipelines.config import SyntheticConfig
-from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.health.preflight import device_name

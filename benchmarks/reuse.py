@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pipelines.config import DataConfig
 from pipelines.features import ITEM_ID, USER_ID
-from pipelines.loader import build_loader, dataset_info
+from pipelines.reading.loader import build_loader, dataset_info
 from pipelines.selection import select
 
 ZIPF = 1.05

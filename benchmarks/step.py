@@ -33,8 +33,8 @@ from benchmarks.feed import synchronize
 from benchmarks.loader import hardware
 from embeddings.config import ExchangeConfig, PlacementConfig
 from pipelines.config import DataConfig, SyntheticConfig
-from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
 from trainer.health.preflight import device_name

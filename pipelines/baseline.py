@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.columns import IntArray, Samples
 from pipelines.config import DataConfig
 from pipelines.features import DatasetInfo
-from pipelines.loader import dataset_info, open_source
-from pipelines.source import Source
+from pipelines.reading.loader import dataset_info, open_source
+from pipelines.storage.columns import IntArray, Samples
+from pipelines.storage.source import Source
 
 ITEM_PRIOR = 20.0
 """Imagined observations of an item at the overall rate."""

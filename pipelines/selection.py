@@ -41,7 +41,7 @@ class Feature:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draw:
-    """Ids that are drawn uniformly for each global batch and looked up beside its own (`pipelines.draws`)."""
+    """Ids that are drawn uniformly for each global batch and looked up beside its own (`pipelines.stream.draws`)."""
 
     name: str
     """The key of the lookup."""

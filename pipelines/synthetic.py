@@ -14,11 +14,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.columns import AnyArray, IntArray, Lengths, ListColumn, Samples, Values
 from pipelines.config import SyntheticConfig
 from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
-from pipelines.randomness import random_uniform
-from pipelines.source import Split
+from pipelines.storage.columns import AnyArray, IntArray, Lengths, ListColumn, Samples, Values
+from pipelines.storage.source import Split
+from pipelines.stream.randomness import random_uniform
 
 NUM_CLUSTERS = 8
 """Clusters: an item belongs to cluster id % NUM_CLUSTERS."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.reader_server import reader_server
+from pipelines.reading.reader_server import reader_server
 from trainer.checkpoint import listing
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.command_line import WrongUse, lasting, parse_window, show_findings

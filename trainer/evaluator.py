@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipelines.loader import Loader
-from pipelines.position import SourcePosition
+from pipelines.reading.loader import Loader
+from pipelines.stream.position import SourcePosition
 from trainer.checkpoint.progress import Progress
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from torchrec.streamable import Pipelineable
 
 from embeddings.unbounded import UnboundedTables
-from pipelines.batch import Batch
+from pipelines.batches.batch import Batch
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh
 from trainer.recorder import Consumed

@@ -11,9 +11,9 @@ import torch
 from embeddings.config import TableConfig
 from embeddings.frequencies import Frequencies
 from embeddings.problem import BatchLoad
-from pipelines.batch import Batch
+from pipelines.batches.batch import Batch
 from pipelines.features import ITEM_SPACE
-from pipelines.loader import build_loader
+from pipelines.reading.loader import build_loader
 from trainer.resolve import Resolved
 
 COUNTED_BATCHES = 4

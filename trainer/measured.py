@@ -16,7 +16,7 @@ from embeddings.plan import Plan
 from embeddings.plan_file import parse_plan
 from embeddings.problem import GIB
 from embeddings.records import from_dict
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.resolve import Resolved, resolve

@@ -27,7 +27,7 @@ from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, init_tables, table_weights
 from embeddings.trained import TrainedRows
 from embeddings.unbounded import UnboundedTables
-from pipelines.batch import Inputs
+from pipelines.batches.batch import Inputs
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
 from trainer.freezing import replicated_parameters

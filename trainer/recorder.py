@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from embeddings.hardware import gpu_with_name
-from pipelines.columns import IntArray
-from pipelines.position import DataPosition
+from pipelines.storage.columns import IntArray
+from pipelines.stream.position import DataPosition
 from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
 from trainer.labels.running import RunningMetrics

@@ -3,10 +3,10 @@
     looked-up rows, batch -> fixed memory -> | forward, loss, backward | -> gradients of rows and of parameters
     gradients of parameters, averaged     -> | clipping, Adam          | -> parameters
 
-What stands between bars is a CUDA graph.  Batches are padded to few sizes (`pipelines.padding`), and everything that
-kernels are given but sizes lies on the device, lengths and seeds of dropout included.  A size's first batch is launched
-as ever, which also loads its kernels; if there is a second it is recorded, and from then on replayed.  All three
-compute the same bits, because they launch the same kernels on the same memory.
+What stands between bars is a CUDA graph.  Batches are padded to few sizes (`pipelines.batches.padding`).  Apart from
+the sizes, everything that kernels are given lies on the device, lengths and seeds of dropout included.  A size's first
+batch is launched as ever, which also loads its kernels; if there is a second it is recorded, and from then on replayed.
+All three compute the same bits, because they launch the same kernels on the same memory.
 
 Fixed memory of rows is shared by sizes within a factor of two.  Evaluation launches as ever, without padding.
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from embeddings.tables import Rows, rows_by_feature
-from pipelines.padding import BatchPadding, Count
+from pipelines.batches.padding import BatchPadding, Count
 from trainer.graphs import Graphs, Recording
 from trainer.models.model import Model, Objective
 from trainer.models.precision import compute_dtype

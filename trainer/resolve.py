@@ -11,10 +11,10 @@ import numpy as np
 
 from embeddings.config import TableConfig
 from embeddings.problem import BatchLoad
-from pipelines.columns import IntArray
 from pipelines.features import Column, DatasetInfo
 from pipelines.selection import Feature
-from pipelines.vocabulary import check_same_ids, grown_spaces, vocabularies
+from pipelines.storage.columns import IntArray
+from pipelines.storage.vocabulary import check_same_ids, grown_spaces, vocabularies
 from trainer.config import TrainConfig
 from trainer.models.activations import MeanBatch
 from trainer.models.flops import Count, training_flops

@@ -1,7 +1,7 @@
 """Score requests by a trained run, in one process: what a server in Python, or a notebook, does.
 
 with open_scorer("runs/shop") as scorer:
-    predictions = scorer.score(requests)        # `pipelines.requests` says what a request is
+    predictions = scorer.score(requests)        # `pipelines.batches.requests` says what a request is
     items = scorer.retrieve(requests, 100)      # of a run with model.retrieval
 """
 
@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from embeddings.records import from_dict
 from embeddings.trained import TrainedRows
+from pipelines.batches.requests import InputBuilder, Request
 from pipelines.features import ITEM_SPACE, UNKNOWN_ID
-from pipelines.keys import read_names
-from pipelines.loader import dataset_info
-from pipelines.requests import InputBuilder, Request
+from pipelines.reading.loader import dataset_info
+from pipelines.storage.keys import read_names
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from embeddings.records import from_dict
-from pipelines.columns import IntArray
-from pipelines.dataset_json import read_dataset_info
 from pipelines.features import DatasetInfo, Space
-from pipelines.keys import key_columns
-from pipelines.vocabulary import ACTIONS, earlier_digests, vocabularies
+from pipelines.storage.columns import IntArray
+from pipelines.storage.dataset_json import read_dataset_info
+from pipelines.storage.keys import key_columns
+from pipelines.storage.vocabulary import ACTIONS, earlier_digests, vocabularies
 from trainer.checkpoint.catalogue import Checkpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.layout import dtype_name

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.dataset_json import read_dataset_info
 from pipelines.features import ITEM_SPACE, USER_ID, Column, DatasetInfo, Part
 from pipelines.prepare.log_files import attribute_paths, log_paths, open_files
 from pipelines.prepare.log_ids import (
@@ -41,6 +40,7 @@ from pipelines.prepare.schema_file import read_schema
 from pipelines.prepare.source import USER_SPACE, Description, item_columns
 from pipelines.prepare.spellings import Spelt, check_matches, check_spellings
 from pipelines.prepare.stages import Load
+from pipelines.storage.dataset_json import read_dataset_info
 
 logger = logging.getLogger(__name__)
 

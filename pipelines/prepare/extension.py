@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.dataset_json import DATASET_FILE, read_dataset_info
 from pipelines.features import Column, DatasetInfo, Space, SplitInfo
 from pipelines.prepare.engine import connect
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.stages import Load, workspace, write_prepared
 from pipelines.prepare.state import STATE, read_state
+from pipelines.storage.dataset_json import DATASET_FILE, read_dataset_info
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The stage from the tables `events` and `items` to a data set that stores the log once (`pipelines.gathering`).
+"""From the tables `events` and `items` to a data set that stores the log once (`pipelines.storage.gathering`).
 
 Its samples come in windows of wall-clock time, a day each: parts of the training split, to be trained on one after
 another, each scored before it is trained on.  The last window is the evaluation split.  Memory is bounded by the
@@ -15,9 +15,12 @@ from typing import Any, BinaryIO
 import duckdb
 import numpy as np
 
-from pipelines.columns import IntArray
 from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Space, SplitInfo
-from pipelines.gathering import (
+from pipelines.prepare.number_statistics import with_statistics
+from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.source import Description, GatheredRules
+from pipelines.storage.columns import IntArray
+from pipelines.storage.gathering import (
     ACTION,
     CROSS_HASH,
     FIELD,
@@ -36,9 +39,6 @@ from pipelines.gathering import (
     action_type,
     array_file,
 )
-from pipelines.prepare.number_statistics import with_statistics
-from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.source import Description, GatheredRules
 
 logger = logging.getLogger(__name__)
 

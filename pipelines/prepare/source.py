@@ -15,7 +15,7 @@ class Cross:
     """A column of samples that is a hash of other values."""
 
     of: tuple[str, ...]
-    """Words of `pipelines.gathering`."""
+    """Words of `pipelines.storage.gathering`."""
     rows: int
     """Rows of its table, for a log of `GatheredRules.users` users."""
 

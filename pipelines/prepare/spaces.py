@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import duckdb
 
 from pipelines.features import UNKNOWN_ID, Space
-from pipelines.keys import HASH, LOWEST
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.log_schema import SpaceOptions
 from pipelines.prepare.readings import SIGNED, UNSIGNED, WIDEST
+from pipelines.storage.keys import HASH, LOWEST
 
 WHOLE = frozenset({*SIGNED, *UNSIGNED, WIDEST})
 """DuckDB's types of the whole numbers that are read as keys."""

@@ -34,7 +34,7 @@ from pipelines.prepare.state import STATE, write_state
 from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.time_order import TimeOrder
 from pipelines.prepare.write import SplitWriter, write_dataset_file
-from pipelines.vocabulary import keys_digest
+from pipelines.storage.vocabulary import keys_digest
 
 logger = logging.getLogger(__name__)
 

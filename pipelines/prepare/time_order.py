@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.columns import IntArray
 from pipelines.prepare.write import SplitWriter
+from pipelines.storage.columns import IntArray
 
 PIECE_EVENTS = 1 << 14
 """Events that are read of a run at once, about, but for one sample that has more: all runs are read side by side."""

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.dataset_json import DATASET_FILE
 from pipelines.features import DatasetInfo, SplitInfo
 from pipelines.prepare.options import SampleOptions
+from pipelines.storage.dataset_json import DATASET_FILE
 
 
 class SplitWriter:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ablation import RECIPE, RESULTS, ROWS
-from pipelines.dataset_json import read_dataset_info
+from pipelines.storage.dataset_json import read_dataset_info
 from trainer.models.config import InputConfig
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve

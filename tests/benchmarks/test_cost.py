@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cost import Measurement, fit
-from pipelines.balance import assign, imbalance
+from pipelines.stream.balance import assign, imbalance
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.models.flops import InputWidths, ranker_flops, training_flops
 

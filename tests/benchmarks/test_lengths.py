@@ -14,8 +14,8 @@ from benchmarks import lengths
 from benchmarks.cost import made_up_batch
 from benchmarks.lengths import LENGTH, RECIPE, Cost, Lengths
 from benchmarks.trainings import Asked, Trained, Training
-from pipelines.loader import dataset_info
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
 from trainer.parallel.mesh import Mesh

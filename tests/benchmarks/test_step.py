@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.cost import made_up_batch
 from benchmarks.step import Case, make_cases, measure, zipf_lens
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.config import DenseOptimizerConfig
 from trainer.parallel.mesh import discover_mesh, joined
 from trainer.resolve import resolve

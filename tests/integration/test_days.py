@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipelines.test_gathered import made_up_events, prepare, sizes, write_yambda
+from tests.pipelines.storage.test_gathered import made_up_events, prepare, sizes, write_yambda
 from tests.support.training import read_lines, train
 from trainer.recipes import load_recipe
 

@@ -13,7 +13,7 @@ from benchmarks.made_up_logs import interests_log
 from benchmarks.own_log import MADE_UP_COLUMNS
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
-from tests.pipelines.test_prepare import prepare
+from tests.pipelines.prepare.test_prepare import prepare
 from tests.support.training import ROOT, TIMEOUT_S
 from trainer.evaluation.metrics import score
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.pipelines.test_prepare import prepare
+from tests.pipelines.prepare.test_prepare import prepare
 from tests.support.training import read_lines, train
 
 USERS, SECOND = 1_500, 978_300_000

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from pipelines.dataset_json import read_dataset_info
+from pipelines.storage.dataset_json import read_dataset_info
 from tests.support.small_data import small_dataset
 from tests.support.training import ROOT, losses, read_checkpoint, read_lines, train
 

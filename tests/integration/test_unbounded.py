@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.drifting_log import write_drifting_log
 from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
-from pipelines.dataset_json import read_dataset_info
-from pipelines.keys import LOWEST
-from tests.pipelines.test_prepare import prepare
+from pipelines.storage.dataset_json import read_dataset_info
+from pipelines.storage.keys import LOWEST
+from tests.pipelines.prepare.test_prepare import prepare
 from tests.support.training import losses, read_checkpoint, read_lines, start_command, start_training, train
 from trainer.scorer import open_scorer
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DataConfig
-from pipelines.dataset_json import read_dataset_info
-from pipelines.loader import build_loader, dataset_info
+from pipelines.reading.loader import build_loader, dataset_info
 from pipelines.selection import select
+from pipelines.storage.dataset_json import read_dataset_info
 from tests.pipelines.made_up import START, dataset_json, made_up_rows, table_of, write_dataset
 
 Rows = list[dict[str, Any]]

@@ -18,7 +18,7 @@ from pipelines.baseline import (
     join_users,
 )
 from pipelines.config import DataConfig
-from pipelines.loader import build_loader
+from pipelines.reading.loader import build_loader
 from tests.pipelines.made_up import ACTIONS, write_dataset
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "kuairand_sample"

@@ -10,7 +10,7 @@ import pytest
 from pipelines.counts import Counts, counts_as_dict, counts_of
 from pipelines.features import parse_dataset_info
 from pipelines.selection import select
-from tests.pipelines.test_prepare import prepare, rows_of, write_lines
+from tests.pipelines.prepare.test_prepare import prepare, rows_of, write_lines
 
 START = 1_600_000_000
 ACTIONS = ("click", "buy")

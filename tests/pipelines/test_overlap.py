@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from embeddings.config import PlacementConfig
 from pipelines.config import DataConfig
-from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import build_loader, dataset_info
 from tests.pipelines.made_up import write_dataset
 from tests.support.distributed import run_ranks
 from trainer.build import build_parallel, machine_of, make_plan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.config import DataConfig, SyntheticConfig
-from pipelines.loader import build_loader
+from pipelines.reading.loader import build_loader
 from pipelines.synthetic import LIKE, NUM_CLUSTERS, STRETCH, SyntheticSource
 
 CONFIG = SyntheticConfig(num_users=500, num_items=1000, min_len=100, max_len=900, lag=64, noise=0.0)

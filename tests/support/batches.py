@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from pipelines.batch import Batch
+from pipelines.batches.batch import Batch
+from pipelines.batches.packed import Contents, bag_lens, pack
 from pipelines.known_numbers import NumberStatistics
-from pipelines.packed import Contents, bag_lens, pack
-from pipelines.position import DataPosition
 from pipelines.selection import Feature, Selection
+from pipelines.stream.position import DataPosition
 
 CONTEXT_VOCAB = 7
 """Ids of every context feature lie below this."""
@@ -44,7 +44,7 @@ def random_batch(
 
 
 def batch_of(arrays: dict[str, Tensor]) -> Batch:
-    """The batch of these arrays, named as in `pipelines.packed`, but for the ids: `ids/NAME` a feature."""
+    """The batch of these arrays, named as in `pipelines.batches.packed`, but for the ids: `ids/NAME` a feature."""
     ids = {name.removeprefix("ids/"): array for name, array in arrays.items() if name.startswith("ids/")}
     packed = {name: array.numpy() for name, array in arrays.items() if not name.startswith("ids/")}
     packed["ids"] = torch.cat(list(ids.values())).numpy()

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from embeddings.plan import Plan
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from tests.support.distributed import run_ranks
 from tests.support.small_data import small_dataset
 from tests.support.training import SMALL

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from tests.support.small_data import small_dataset
 from tests.support.training import losses, read_checkpoint, read_lines, train
 from trainer.build import build_model

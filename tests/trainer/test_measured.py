@@ -8,7 +8,7 @@ import pytest
 
 from embeddings.plan_file import parse_plan
 from embeddings.problem import GIB
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.jobs.plan import plan_job

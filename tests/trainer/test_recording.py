@@ -15,7 +15,7 @@ from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.launcher import INTERPRETED, compiling_together
 from attention_kernels.layer import gather, operations
 from embeddings.tables import rows_by_feature
-from pipelines.padding import Padding, rounded
+from pipelines.batches.padding import Padding, rounded
 from tests.support.batches import random_batch, small_selection
 from tests.support.device_alone import DeviceAlone, without_autocast
 from tests.trainer.models import test_joint, test_ranker, test_retriever

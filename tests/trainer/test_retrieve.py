@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.loader import build_loader
+from pipelines.reading.loader import build_loader
 from tests.trainer.test_scorer import GOOD, prepare_shop, run, stored_requests
 from trainer.evaluation.next_item import corpus_of
 from trainer.scorer import Scorer, open_scorer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attention_kernels import AttentionPlan
-from pipelines import padding as padding_of_batches
+from pipelines.batches import padding as padding_of_batches
 from tests.trainer.test_recording import DEVICE, ranker, sized_of
 from trainer.graphs import Graphs
 from trainer.models.hstu import HstuLayer

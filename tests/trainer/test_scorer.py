@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from embeddings.records import from_dict
-from pipelines.keys import read_keys
-from pipelines.loader import build_loader
+from pipelines.batches.requests import Request
 from pipelines.prepare.__main__ import main as prepare
-from pipelines.requests import Request
+from pipelines.reading.loader import build_loader
+from pipelines.storage.keys import read_keys
 from tests.support.training import ROOT
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig

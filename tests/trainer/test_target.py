@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from tests.support.small_data import small_dataset
 from trainer.jobs.train import check_target
 from trainer.recipes import load_recipe

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines.config import DataConfig
-from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import build_loader, dataset_info
 from tests.pipelines.made_up import dataset_json, table_of
 from tests.support.distributed import run_ranks
 from trainer.build import build_parallel, machine_of, make_plan

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.dataset_json import read_dataset_info
-from pipelines.vocabulary import keys_digest
+from pipelines.storage.dataset_json import read_dataset_info
+from pipelines.storage.vocabulary import keys_digest
 from tests.support.distributed import run_ranks
 from tests.support.small_data import SOURCE, small_dataset
 from tests.support.training import TIMEOUT_S, read_checkpoint, start_training, train

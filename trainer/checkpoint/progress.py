@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.position import DataPosition, position_from_dict
+from pipelines.stream.position import DataPosition, position_from_dict
 
 
 @dataclass(kw_only=True, slots=True)

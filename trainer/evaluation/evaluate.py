@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from embeddings.trained import TrainedRows
-from pipelines.batch import Batch, Inputs
+from pipelines.batches.batch import Batch, Inputs
 from pipelines.features import ITEM_ID
 from trainer.labels.kind import LabelKind
 from trainer.labels.loss import RankingLoss

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.tables import Tables, rows_by_feature
+from pipelines.batches.packed import bag_lens
 from pipelines.features import ITEM_ID
-from pipelines.packed import bag_lens
 from trainer.evaluation.corpus import Corpus, join_seen
 from trainer.evaluation.metrics import CUTOFFS, retrieval_scores
 from trainer.models.heads.similarity import Similarity

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.dataset_json import read_dataset_info
-from pipelines.keys import open_keys
-from pipelines.vocabulary import earlier_digests, vocabularies
+from pipelines.storage.dataset_json import read_dataset_info
+from pipelines.storage.keys import open_keys
+from pipelines.storage.vocabulary import earlier_digests, vocabularies
 from trainer.export.description import Identity
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from embeddings.records import from_dict
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint

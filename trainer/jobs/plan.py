@@ -8,7 +8,7 @@ from embeddings.hardware import node_type
 from embeddings.machine import Machine, cluster
 from embeddings.plan_file import write_plan
 from embeddings.report import plan_report
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.build import make_plan
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig

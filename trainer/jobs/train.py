@@ -15,9 +15,9 @@ from embeddings.plan import Plan
 from embeddings.plan_file import write_plan
 from embeddings.report import plan_report
 from embeddings.touched import TouchedRows
-from pipelines.batch import Batch
-from pipelines.loader import Loader, build_loader, dataset_info, open_source
+from pipelines.batches.batch import Batch
 from pipelines.overlap import StepPipeline, check_overlap
+from pipelines.reading.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.selection import unread_columns
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Newest, open_catalogue

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.batch import Labels
+from pipelines.batches.batch import Labels
 from pipelines.features import DatasetInfo
 from trainer.evaluation.metrics import binary_metrics
 from trainer.labels.column import label_column

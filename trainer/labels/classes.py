@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.batch import Labels
+from pipelines.batches.batch import Labels
 from pipelines.features import UNKNOWN_ID, DatasetInfo
 from trainer.evaluation.metrics import class_metrics
 from trainer.labels.column import label_column

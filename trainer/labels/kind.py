@@ -5,7 +5,7 @@ Shapes: C candidates, K outputs of the label.
 
 from torch import Tensor, nn
 
-from pipelines.batch import Labels
+from pipelines.batches.batch import Labels
 
 
 class LabelKind(nn.Module):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipelines.batch import Batch, Labels
+from pipelines.batches.batch import Batch, Labels
 from pipelines.features import DatasetInfo
 from trainer.labels.binary import Binary
 from trainer.labels.build import build_labels, label_configs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.batch import Labels
+from pipelines.batches.batch import Labels
 from pipelines.features import DatasetInfo
 from pipelines.known_numbers import NumberStatistics
 from trainer.evaluation.metrics import value_metrics

@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from attention_kernels.layer.gather import Gather, gather_sum
 from attention_kernels.relative_bias import log_bucket
-from pipelines.batch import Inputs
+from pipelines.batches.batch import Inputs
 from pipelines.features import UNKNOWN_TIME, Part
 from pipelines.selection import Feature, Selection
 from trainer.models.config import InputConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.tables import Rows, rows_by_feature
-from pipelines.batch import Batch, Inputs
+from pipelines.batches.batch import Batch, Inputs
 from pipelines.features import ITEM_ID
 from trainer.labels.loss import RankingLoss
 from trainer.models.heads.similarity import Similarity

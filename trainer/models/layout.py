@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attention_kernels.layer.gather import Gather, gather_sum
 from attention_kernels.rectangle import Rectangle, make_rectangle
-from pipelines.padding import rounded
+from pipelines.batches.padding import rounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

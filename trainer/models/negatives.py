@@ -17,11 +17,11 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from pipelines.batch import Batch, Inputs
-from pipelines.draws import DRAWN, draw_ids
+from pipelines.batches.batch import Batch, Inputs
+from pipelines.batches.packed import bag_lens
 from pipelines.features import ITEM_ID
-from pipelines.packed import bag_lens
-from pipelines.randomness import random_bits
+from pipelines.stream.draws import DRAWN, draw_ids
+from pipelines.stream.randomness import random_bits
 
 NEGATIVE_FEATURE = "negative_item_id"
 """Looked up in the item table too."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, nn
 
 from embeddings.tables import Rows, rows_by_feature
-from pipelines.batch import Inputs
+from pipelines.batches.batch import Inputs
 from pipelines.selection import Selection
 from trainer.models.config import ModelConfig
 from trainer.models.encoding import InputEncoder

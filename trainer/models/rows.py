@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from pipelines.batch import Inputs
+from pipelines.batches.batch import Inputs
 from pipelines.selection import Feature
 from trainer.models.buckets import bucket_borders, num_vectors
 from trainer.models.config import InputConfig, NumberConfig

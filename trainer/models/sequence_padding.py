@@ -1,4 +1,4 @@
-"""How the retriever's batches are padded to few sizes: `pipelines.padding`, for sequences and negatives."""
+"""How the retriever's batches are padded to few sizes: `pipelines.batches.padding`, for sequences and negatives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pipelines.batches.padding import Count, rounded
 from pipelines.features import ITEM_ID
-from pipelines.padding import Count, rounded
 from trainer.models.layout import to_device
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_features
 

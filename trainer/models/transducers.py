@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipelines.batch import Inputs
+from pipelines.batches.batch import Inputs
 from pipelines.selection import Feature, Selection
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.models.encoding import num_context

@@ -14,7 +14,7 @@ from torch import Tensor
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
 from embeddings.trained import TrainedRows
-from pipelines.batch import Batch, Inputs
+from pipelines.batches.batch import Batch, Inputs
 from pipelines.features import ITEM_ID, ITEM_SPACE
 from pipelines.selection import Draw, Selection
 from trainer.columns import table_configs, widths

@@ -11,8 +11,8 @@ from torch import Tensor
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
 from embeddings.trained import TrainedRows
-from pipelines.batch import Inputs
-from pipelines.loader import build_loader
+from pipelines.batches.batch import Inputs
+from pipelines.reading.loader import build_loader
 from pipelines.selection import Selection
 from trainer.columns import pooled_spaces, ranker_columns, table_configs, widths
 from trainer.evaluation.baseline import baseline_metrics

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
-from pipelines.batch import Batch
+from pipelines.batches.batch import Batch
 from pipelines.features import ITEM_ID
-from pipelines.loader import build_loader
+from pipelines.reading.loader import build_loader
 from pipelines.selection import Selection
 from trainer.columns import item_columns, item_table
 from trainer.evaluation.baseline import popularity

@@ -13,9 +13,9 @@ from torchrec.streamable import Pipelineable
 from embeddings.config import TableConfig
 from embeddings.tables import Tables
 from embeddings.trained import TrainedRows
-from pipelines.batch import Batch, Inputs
+from pipelines.batches.batch import Batch, Inputs
+from pipelines.batches.padding import BatchPadding, Padding
 from pipelines.features import DatasetInfo
-from pipelines.padding import BatchPadding, Padding
 from pipelines.selection import Selection
 from trainer.columns import pooled_spaces
 from trainer.config import TrainConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.position import DataPosition
+from pipelines.stream.position import DataPosition
 from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, decode
 from trainer.checkpoint.progress import Progress

@@ -15,7 +15,7 @@ from benchmarks.step import make_cases
 from embeddings.machine import Machine
 from embeddings.problem import GIB
 from embeddings.tables import build_tables, init_tables
-from pipelines.loader import dataset_info
+from pipelines.reading.loader import dataset_info
 from trainer.build import make_plan
 from trainer.models.activations import MeanBatch
 from trainer.parallel.mesh import Mesh

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from embeddings.tables import build_tables, init_tables, rows_by_feature
-from pipelines.batch import Batch
+from pipelines.batches.batch import Batch
 from pipelines.features import DatasetInfo, SplitInfo
 from tests.support.batches import NUM_ITEMS, batch_of, random_arrays
 from tests.support.datasets import made_up_info

@@ -10,11 +10,11 @@ import torch
 
 from embeddings.config import TableConfig
 from embeddings.tables import Tables, build_tables, init_tables, rows_by_feature
-from pipelines.batch import Inputs
+from pipelines.batches.batch import Inputs
 from pipelines.config import DataConfig
-from pipelines.loader import build_loader
+from pipelines.reading.loader import build_loader
 from pipelines.selection import Feature, select
-from tests.pipelines.test_random_schemas import MAX_HISTORY, World, expected_values, make_world
+from tests.pipelines.prepare.test_random_schemas import MAX_HISTORY, World, expected_values, make_world
 from trainer.models.config import InputConfig, NumberConfig
 from trainer.models.encoding import InputEncoder
 from trainer.models.rows import UNKNOWN_LOG_SCALE, RowEncoder

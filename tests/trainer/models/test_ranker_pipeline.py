@@ -6,7 +6,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from pipelines.batch import Batch
+from pipelines.batches.batch import Batch
 from tests.support.batches import random_batch
 from tests.support.distributed import run_ranks
 from tests.trainer.models.test_ranker import CONTEXT, model_config, small_ranker

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.config import PlacementConfig, TableConstraint
-from pipelines.loader import build_loader, dataset_info
 from pipelines.overlap import StepPipeline
+from pipelines.reading.loader import build_loader, dataset_info
 from tests.support.distributed import run_ranks
 from tests.trainer.labels.test_ranks import config_of, write_labels
 from trainer.build import build_model, machine_of, make_plan

@@ -1,0 +1,1 @@
+"""Samples as one batch of a rank: inputs, labels, bookkeeping."""

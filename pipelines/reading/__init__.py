@@ -1,0 +1,1 @@
+"""The processes that read and assemble batches ahead of their use."""

@@ -1,0 +1,312 @@
+"""The next day's log into a prepared data set: ids stay, histories reach back, and nothing is lost on the way."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.prepare.__main__ import main
+from pipelines.storage.dataset_json import read_dataset_info
+from pipelines.storage.vocabulary import check_same_ids, vocabularies
+from tests.pipelines.prepare.test_event_log import HOUR, keys_of
+from tests.pipelines.prepare.test_prepare import read_back, write_lines
+
+DAY = 86_400
+SCHEMA = """
+user = "who"
+item = "what"
+time = "when"
+actions = ["buy", "like"]
+[event]
+dwell = "number"
+tags = ["tag"]
+[candidate]
+surface = "surface"
+[sample]
+land = "land"
+[items]
+files = "items.parquet"
+columns = { brand = "brand" }
+[spaces.item]
+rows = 40
+"""
+
+ATTRIBUTES = """
+user = "who"
+item = "what"
+time = "when"
+actions = ["buy"]
+[users]
+files = "users.parquet"
+columns = { age = "number", club = "club" }
+[items]
+files = "items.parquet"
+columns = { brand = "brand", tags = ["tag"] }
+"""
+
+
+def day_of(day: int, users: Iterable[int], items: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A day's events, no two of a user in one second; later days have more items and tags."""
+    generator = np.random.default_rng((seed, day))
+    rows = []
+    for user in users:
+        for time in np.sort(generator.choice(DAY, 10, replace=False)):
+            row = {"who": f"u{user}", "what": f"i{generator.integers(items)}", "when": HOUR + day * DAY + int(time)}
+            row |= {"buy": int(generator.integers(2)), "like": int(generator.integers(2))}
+            row |= {"dwell": float(generator.integers(100)), "surface": f"s{generator.integers(day + 2)}"}
+            row |= {"tags": [f"t{tag}" for tag in generator.integers(0, 3 * day + 3, 2)]}
+            rows.append(row | {"land": None if generator.random() < 0.5 else f"l{user % (day + 2)}"})
+    return rows
+
+
+def write_day(folder: Path, rows: list[dict[str, Any]], brands: dict[str, str] | None = None) -> Path:
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "log.parquet")
+    if brands is not None:
+        table = pa.table({"what": list(brands), "brand": list(brands.values())})
+        pq.write_table(table, folder / "items.parquet")
+    return folder
+
+
+def run(source: Path, *options: object) -> int:
+    return main(["event_log", "--source", str(source), "--memory-gib", "1", *map(str, options)])
+
+
+def first_day(tmp_path: Path, *options: object) -> tuple[Path, list[dict[str, Any]]]:
+    """A data set of one day."""
+    rows = day_of(0, range(6), 8)
+    (tmp_path / "schema.toml").write_text(SCHEMA)
+    source = write_day(tmp_path / "day0", rows, {f"i{item}": f"b{item % 3}" for item in range(8)})
+    out = tmp_path / "shop"
+    options = ("--schema", tmp_path / "schema.toml", "--samples-per-user", 0, "--candidates", 3, *options)
+    assert run(source, "--out", out, *options) == 0
+    return out, rows
+
+
+def rows_in(out: Path, split: str, part: str) -> list[dict[str, Any]]:
+    return [row for path in sorted((out / split / part).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def check_part(out: Path, part: str, log: list[dict[str, Any]], since: int, max_history: int = 1 << 20) -> None:
+    """Every sample of a part equals a plain reading of all days up to it."""
+    keys = {space: keys_of(out, space) for space in ("user", "item", "tag", "surface", "land")}
+    samples = rows_in(out, "train", part) + rows_in(out, "eval", part)
+    taught = 0
+    for sample in samples:
+        user = keys["user"][sample["user_id"]]
+        ours = [row for row in log if row["who"] == user]
+        middle = next(i for i, row in enumerate(ours) if row["when"] == sample["candidate_timestamp"][0])
+        past, future = ours[max(middle - max_history, 0) : middle], ours[middle : middle + sample["num_candidates"]]
+        assert [keys["item"][item] for item in sample["history_item_id"]] == [row["what"] for row in past]
+        assert sample["history_timestamp"] == [row["when"] for row in past]
+        assert sample["history_dwell"] == [row["dwell"] for row in past]
+        assert [[keys["tag"][tag] for tag in tags] for tags in sample["history_tags"]] == [row["tags"] for row in past]
+        assert [keys["item"][item] for item in sample["candidate_item_id"]] == [row["what"] for row in future]
+        assert [keys["surface"][each] for each in sample["candidate_surface"]] == [row["surface"] for row in future]
+        land = next((row["land"] for row in ours if row["land"] is not None), None)
+        assert keys["land"].get(sample["land"]) == land
+        for place, row in enumerate(future):
+            before = [each for each in log if each["when"] < row["when"] and each["what"] == row["what"]]
+            assert sample["candidate_item_seen"][place] == len(before)
+            assert sample["candidate_item_taken_0"][place] == sum(each["buy"] for each in before)
+            together = [each for each in before if each["who"] == user]
+            assert sample["candidate_user_item_seen"][place] == len(together)
+        assert all(row["when"] >= since for row in future)
+        taught += len(future)
+    assert taught > 0
+
+
+def test_days_one_after_another(tmp_path: Path) -> None:
+    out, log = first_day(tmp_path)
+    for day, users in ((1, (1, 2, 3, 8)), (2, (0, 2, 8, 9))):
+        before, known = files_of(out), {space: keys_of(out, space) for space in ("user", "item", "tag", "brand")}
+        digests = vocabularies(read_dataset_info(str(out)))
+        rows = day_of(day, users, 8 + 4 * day)
+        brands = {"i1": "new", f"i{8 + 4 * day - 1}": "later"} if day == 1 else None
+        assert run(write_day(tmp_path / f"day{day}", rows, brands), "--extend", out) == 0
+        log = sorted(log + rows, key=lambda row: row["when"])
+        after, part = files_of(out), f"part={day:05d}"
+        data = {name: content for name, content in before.items() if name.startswith(("train", "eval"))}
+        assert all(after[name] == content for name, content in data.items())
+        assert {space: dict(list(keys_of(out, space).items())[: len(ids)]) for space, ids in known.items()} == known
+        check_part(out, part, log, since=HOUR + day * DAY)
+        info = read_dataset_info(str(out))
+        assert info.parts == (".", *(f"part={number:05d}" for number in range(1, day + 1)))
+        assert info.details["deliveries"][part]["statistics"]["events"] == len(rows)
+        # All parts are trained on, the newest is for evaluation.
+        assert read_back(out) == info.splits["train"].samples + len(rows_in(out, "eval", part))
+        assert info.splits["eval"].samples == sum(len(rows_in(out, "eval", each)) for each in info.parts)
+        check_same_ids(digests, info, data="grown", other="earlier")
+        names = [path.name for path in out.iterdir()]
+        assert not [name for name in names if name.startswith(".")]
+        assert [name for name in names if name.startswith("state")] == [f"state-{day:05d}"]
+    items = {row["item_id"]: row["brand"] for row in pq.read_table(out / "items").to_pylist()}
+    brands_by_item = {key: keys_of(out, "brand").get(items[item]) for item, key in keys_of(out, "item").items()}
+    assert brands_by_item["i0"] == "b0"
+    assert brands_by_item["i1"] == "new"
+    assert info.spaces["item"].rows == 40
+
+
+def test_the_newest_row_of_attributes_counts_as_a_whole_and_waits_for_its_item(tmp_path: Path) -> None:
+    """As one preparation of both logs with the newest row of each user and item has it."""
+    (tmp_path / "schema.toml").write_text(ATTRIBUTES)
+    first_items = {
+        "keeps": ("b1", ["t1"]),
+        "changes": ("b1", ["t1", "t2"]),
+        "loses": ("b2", ["t1"]),
+        "waits": ("b3", ["t3"]),
+    }
+    then_items = {"changes": ("b4", ["t4"]), "loses": (None, [])}
+    first_users = {"stays": (1.0, "c1"), "moves": (2.0, "c2"), "comes": (3.0, "c3")}
+    then_users = {"moves": (None, "c4")}
+
+    def write(name: str, events: list[tuple[str, str]], start: int, items: Any, users: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        log = [{"who": u, "what": i, "when": start + 60 * n, "buy": n % 2} for n, (u, i) in enumerate(events)]
+        pq.write_table(pa.Table.from_pylist(log), folder / "log.parquet")
+        rows = [{"what": key, "brand": brand, "tags": tags} for key, (brand, tags) in items.items()]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "items.parquet")
+        rows = [{"who": key, "age": age, "club": club} for key, (age, club) in users.items()]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "users.parquet")
+        return folder
+
+    events = [(user, item) for item in ("keeps", "changes", "loses") for user in ("stays", "moves")] * 2
+    quiet = [("stays", "keeps"), ("stays", "changes")]
+    later = [(user, item) for item in ("waits", "keeps") for user in ("stays", "moves", "comes")]
+    out = tmp_path / "out"
+    first = write("day0", events, HOUR, first_items, first_users)
+    options = ("--schema", tmp_path / "schema.toml", "--min-history", 0, "--split-time", HOUR + 360)
+    assert run(first, "--out", out, *options) == 0
+    # The user who moves is not in this day's log.
+    for name, day, rows, items, users in (
+        ("day1", 1, quiet, then_items, then_users),
+        ("day2", 2, later, {"keeps": ("b1", ["t1"])}, {"stays": (1.0, "c1")}),
+    ):
+        source = write(name, rows, HOUR + day * DAY, items, users)
+        assert run(source, "--extend", out, "--split-time", HOUR + (day + 1) * DAY) == 0
+    keys = {space: keys_of(out, space) for space in ("item", "user", "brand", "tag", "club")}
+    found = {
+        keys["item"][row["item_id"]]: (keys["brand"].get(row["brand"]), [keys["tag"][tag] for tag in row["tags"]])
+        for row in pq.read_table(out / "items").to_pylist()
+        if row["item_id"]
+    }
+    assert found == {**first_items, **then_items}
+    samples = {keys["user"][row["user_id"]]: row for row in rows_in(out, "train", "part=00002")}
+    told = {user: (row["age"], keys["club"][row["club"]]) for user, row in samples.items()}
+    assert told.pop("moves") == (pytest.approx(float("nan"), nan_ok=True), "c4")
+    assert told == {"stays": (1.0, "c1"), "comes": (3.0, "c3")}
+
+
+def test_histories_are_as_long_as_the_state(tmp_path: Path) -> None:
+    out, log = first_day(tmp_path, "--max-history", 4)
+    rows = day_of(1, range(4), 9)
+    assert run(write_day(tmp_path / "day1", rows), "--extend", out) == 0
+    check_part(out, "part=00001", sorted(log + rows, key=lambda row: row["when"]), HOUR + DAY, max_history=4)
+
+
+def test_a_part_may_be_all_for_training(tmp_path: Path) -> None:
+    out, _ = first_day(tmp_path)
+    rows = day_of(1, range(4), 9)
+    assert run(write_day(tmp_path / "day1", rows), "--extend", out, "--split-time", HOUR + 2 * DAY) == 0
+    assert sum(row["num_candidates"] for row in rows_in(out, "train", "part=00001")) == len(rows)
+    assert rows_in(out, "eval", "part=00001") == []
+
+
+def test_keys_widen_without_losing_their_ids(tmp_path: Path) -> None:
+    lines = ["who,what,when,buy", *(f"u{n % 3},{n},{HOUR + 60 * n},{n % 2}" for n in range(30))]
+    options = ("--user-column", "who", "--item-column", "what", "--time-column", "when", "--action-columns", "buy")
+    (tmp_path / "day0").mkdir()
+    columns = {"who": [f"u{n % 3}" for n in range(30)], "what": list(range(30)), "buy": [n % 2 for n in range(30)]}
+    pq.write_table(pa.table({**columns, "when": [HOUR + 60 * n for n in range(30)]}), tmp_path / "day0" / "log.parquet")
+    out = tmp_path / "out"
+    assert run(tmp_path / "day0", "--out", out, *options, "--split-time", HOUR + 1500) == 0
+    assert keys_of(out, "item") == {n + 1: n for n in range(30)}
+    write_lines(tmp_path / "day1" / "log.csv", [lines[0], *(f"u1,{key},{HOUR + DAY},1" for key in ("7", "red", "99"))])
+    assert run(tmp_path / "day1", "--extend", out, "--split-time", HOUR + 2 * DAY) == 0
+    assert keys_of(out, "item") == {**{n + 1: str(n) for n in range(30)}, 31: "99", 32: "red"}
+    [row] = rows_in(out, "train", "part=00001")
+    assert row["candidate_item_id"] == [8, 32, 31]
+
+
+def test_rare_items_share_id_0_on_every_day(tmp_path: Path) -> None:
+    def lines(day: int, items: str) -> list[str]:
+        rows = [f"u{n % 2},{item},{HOUR + day * DAY + 60 * n},{n % 2}" for n, item in enumerate(items)]
+        return ["who,what,when,buy", *rows]
+
+    options = ("--user-column", "who", "--item-column", "what", "--time-column", "when", "--action-columns", "buy")
+    write_lines(tmp_path / "day0" / "log.csv", lines(0, "zzabbaczzzzz"))
+    out = tmp_path / "out"
+    assert run(tmp_path / "day0", "--out", out, *options, "--min-count", 2, "--split-time", HOUR + 600) == 0
+    assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z"}
+    write_lines(tmp_path / "day1" / "log.csv", lines(1, "acddbez"))
+    assert run(tmp_path / "day1", "--extend", out, "--split-time", HOUR + 2 * DAY) == 0
+    assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z", 4: "d"}
+    rows = sorted(rows_in(out, "train", "part=00001"), key=lambda row: int(row["user_id"]))
+    assert [row["candidate_item_id"] for row in rows] == [[1, 4, 2, 3], [0, 4, 0]]
+
+
+def test_what_cannot_be_added_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = first_day(tmp_path)
+    before = files_of(out)
+    late = day_of(0, [1], 8, seed=1)
+    rows = day_of(1, range(4), 9)
+
+    def error(name: str, rows: list[dict[str, Any]]) -> str:
+        assert run(write_day(tmp_path / name, rows), "--extend", out) == 1
+        assert files_of(out) == before
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "when lies before the end of the parts before in" in error("late", late + rows)
+    assert "label buy must be 0 or 1" in error("label", [{**rows[0], "buy": 7}, *rows[1:]])
+    assert "lacks the column(s) surface" in error(
+        "column", [{k: v for k, v in r.items() if k != "surface"} for r in rows]
+    )
+    assert run(tmp_path / "late", "--extend", out, "--skip-invalid") == 0
+    info = json.loads((out / "dataset.json").read_text())
+    assert info["deliveries"]["part=00001"]["left_out"]["when lies before the end of the parts before"] > 0
+
+
+def test_what_an_ended_extension_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    out, log = first_day(tmp_path)
+    rows = day_of(1, range(4), 9)
+    (out / "train" / "part=00001").mkdir()
+    (out / "train" / "part=00001" / "part-00007.parquet").write_bytes(b"torn")
+    assert run(write_day(tmp_path / "day1", rows), "--extend", out) == 0
+    check_part(out, "part=00001", sorted(log + rows, key=lambda row: row["when"]), HOUR + DAY)
+    assert read_back(out) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --out, the folder to create, or for event_log --extend, the data set to add to"),
+        (["--out", "x", "--extend", "y"], "give --out, the folder to create, or for event_log --extend"),
+        (["--extend", "y", "--user-column", "u"], "--user-column has no effect with --extend"),
+        (["--extend", "y", "--schema", "s.toml"], "--schema has no effect with --extend"),
+        (["--extend", "y"], "y/dataset.json does not exist"),
+    ],
+)
+def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["event_log", "--source", "in", *options])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_data_set_without_state_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = first_day(tmp_path, "--no-state")
+    assert not (out / "state").exists()
+    assert run(tmp_path / "day0", "--extend", out) == 1
+    assert "keeps no state to go on from: prepare it with event_log, without --no-state" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""Logs of JSON lines, whose writers leave out what is missing: fields, lines, whole files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.prepare.__main__ import main
+from tests.pipelines.prepare.test_event_log import COLUMNS, HOUR
+from tests.pipelines.prepare.test_log_files import OFFSETS, SPLIT, content
+from tests.pipelines.prepare.test_prepare import prepare, write_lines
+
+OPTIONS = (*COLUMNS, *SPLIT, "--history-columns", "dwell", "--context-columns", "country")
+
+
+def lines(user: str, later: int = 0, **further: Any) -> list[str]:
+    return [
+        json.dumps({"u": user, "i": f"i{k}", "t": HOUR + later + each, "like": k % 2, **further})
+        for k, each in enumerate(OFFSETS)
+    ]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_field_that_a_file_never_has_is_missing_there(tmp_path: Path, turned: bool) -> None:
+    files = [lines("whole", dwell=2.5, country="de"), lines("bare"), [], [""]]
+    for number, each in enumerate(files[::-1] if turned else files):
+        write_lines(tmp_path / "in" / f"{number}.jsonl", each)
+    (tmp_path / "in" / "none.jsonl").touch()
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *OPTIONS) == 0
+    found = {row["user_id"]: row for row in content(tmp_path / "out") if row["history_length"] == 3}
+    assert found["whole"]["history_dwell"] == [2.5] * 3
+    assert str(found["bare"]["history_dwell"]) == "[nan, nan, nan]"
+    assert (found["whole"]["country"], found["bare"]["country"]) == (1, 0)
+
+
+def test_a_later_delivery_may_lack_what_an_earlier_one_had(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", lines("one", dwell=2.5, country="de"))
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *OPTIONS) == 0
+    write_lines(tmp_path / "next" / "a.jsonl", lines("two", 86400))
+    options = ["--source", str(tmp_path / "next"), "--extend", str(tmp_path / "out")]
+    assert main(["event_log", *options, "--split-time", str(HOUR + 10**6)]) == 0
+    added = pq.read_table(tmp_path / "out" / "train" / "part=00001").to_pylist()
+    assert [row["country"] for row in added] == [0]
+    assert str(added[0]["history_dwell"]) == "[nan]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n".join(lines("a")), "lacks the column(s) country, dwell"),
+        ("[" + ", ".join(lines("a")) + "]", "holds a list; write its objects one a line"),
+        ("\n[\n" + ",\n".join(lines("a")) + "\n]\n", "holds a list; write its objects one a line"),
+        ("\n \n", "hold no line"),
+        ("{}\n" + "\n".join(lines("a", dwell=1, country="x")), "log.jsonl, line 1: u must not be missing"),
+    ],
+)
+def test_what_no_file_has_and_what_is_no_json_lines_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "log.jsonl").write_text(text)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *OPTIONS) == 1
+    assert message in capsys.readouterr().err

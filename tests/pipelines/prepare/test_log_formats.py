@@ -1,0 +1,173 @@
+"""One log in the forms that programs write: divided by other characters, compressed, within objects."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import logging
+import lzma
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.pipelines.prepare.test_event_log import COLUMNS, keys_of
+from tests.pipelines.prepare.test_log_files import SPLIT, content, events, prepared
+from tests.pipelines.prepare.test_prepare import prepare, rows_of, write_lines
+
+ITEMS = ["a,b", 'c"d', "e;f", "g|h\ti"]
+"""Every character that may divide columns stands within a value, too."""
+CSV = ",".join(events(1)) + "\n" + "\n".join(",".join(map(str, row)) for row in zip(*events(1).values(), strict=True))
+
+
+def expected(tmp_path: Path, **columns: list[Any]) -> list[dict[str, Any]]:
+    """What the same log says as Parquet."""
+    status, out = prepared(tmp_path, [("parquet", events("1", **columns))], name="plain")
+    assert status == 0
+    return content(out)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "LOG.CSV", "log.tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_header_says_what_divides_columns(tmp_path: Path, name: str, delimiter: str) -> None:
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "in" / name).open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, delimiter=delimiter)
+        writer.writerow(["u", "i", "t", "like", "a note, or two; none|"])
+        rows = zip(*events("1", i=ITEMS).values(), strict=True)
+        writer.writerows([*row, "x;y,z"] for row in rows)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
+    assert content(tmp_path / "out") == expected(tmp_path, i=ITEMS)
+
+
+def test_columns_without_a_name_are_in_nobodys_way(tmp_path: Path) -> None:
+    lines = [f"{number},{line},," for number, line in enumerate(CSV.splitlines())]
+    write_lines(tmp_path / "in" / "log.csv", [f",{CSV.splitlines()[0]},,", *lines[1:]])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
+    assert content(tmp_path / "out") == expected(tmp_path, i=[str(item) for item in events(1)["i"]])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.zst", "jsonl"])
+def test_a_wrong_row_is_named_by_its_line_behind_blank_lines_and_values_of_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    rows = list(zip(*events("1", i=["a", 'two\nlines, "so"\n', "b", "c"], like=[1, 0, 1, 7]).values(), strict=True))
+    text = io.StringIO(newline="")
+    if suffix == "jsonl":
+        text.writelines(json.dumps(dict(zip(events(1), row, strict=True))) + "\n \n" for row in rows)
+    else:
+        csv.writer(text, lineterminator="\n\n").writerows([list(events(1)), *rows])
+    lines = text.getvalue().split("\n")
+    [wrong] = [number for number, line in enumerate(lines, 1) if line.endswith((",7", ": 7}"))]
+    path = tmp_path / "in" / f"log.{suffix}"
+    path.parent.mkdir()
+    (_zst if suffix.endswith("zst") else lambda data, path: path.write_bytes(data))(text.getvalue().encode(), path)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS) == 1
+    assert f"{path}, line {wrong}: label like must be 0 or 1" in capsys.readouterr().err
+
+
+def _zip(data: bytes, path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("log.csv", data)
+
+
+def _zst(data: bytes, path: Path) -> None:
+    with pa.output_stream(path, compression="zstd") as stream:
+        stream.write(data)
+
+
+COMPRESS: dict[str, Callable[[bytes, Path], object]] = {
+    "gz": lambda data, path: path.write_bytes(gzip.compress(data)),
+    "GZ": lambda data, path: path.write_bytes(gzip.compress(data)),
+    "bz2": lambda data, path: path.write_bytes(bz2.compress(data)),
+    "xz": lambda data, path: path.write_bytes(lzma.compress(data)),
+    "zst": _zst,
+    "zip": _zip,
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_log_may_be_compressed_and_what_is_damaged_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    path = tmp_path / "in" / f"log.csv.{suffix}"
+    path.parent.mkdir()
+    COMPRESS[suffix](CSV.encode(), path)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
+    items = [str(item) for item in events(1)["i"]]
+    assert content(tmp_path / "out") == expected(tmp_path, i=items)
+    whole = path.read_bytes()
+    for name, damaged in (("short", whole[: len(whole) * 2 // 3]), ("flipped", whole[:40] + b"\xff" * 8 + whole[48:])):
+        path.write_bytes(damaged)
+        assert prepare("event_log", tmp_path / "in", tmp_path / name, *COLUMNS, *SPLIT) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"error: {path}")
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    write_lines(tmp_path / "in" / "log.csv", CSV.splitlines())
+    for name in ("notes.md", "more.txt", "part-00000", "_SUCCESS", ".hidden"):
+        (tmp_path / "in" / name).write_text("u,i,t,like\n")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
+    assert "3 file(s) of other kinds are not read: more.txt, notes.md, part-00000" in caplog.text
+
+
+def test_a_folder_without_a_log_says_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "in" / "log.txt", ["u,i,t,like"])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS) == 1
+    assert "(.xz, .gz, .bz2, .zst, .zip); it holds log.txt" in capsys.readouterr().err
+
+
+NESTED = (
+    *("--user-column", "who.id", "--item-column", "what.item.id", "--time-column", "t"),
+    *("--action-columns", "done.like", "--context-columns", "who.land", "--history-columns", "what.dwell"),
+)
+
+
+def nested_rows(users: Sequence[int]) -> list[dict[str, Any]]:
+    columns = events(1)
+    return [
+        {
+            "who": {"id": user, "land": "de" if user == 1 else None},
+            "what": {"item": {"id": item}, "dwell": 0.5 * item, "parts": [{"x": 1}]},
+            "t": time,
+            "done": {"like": like} if user == 1 else {"like": like, "share": 1},
+        }
+        for user in users
+        for item, time, like in zip(columns["i"], columns["t"], columns["like"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_fields_of_objects_are_columns(tmp_path: Path, suffix: str) -> None:
+    # The second file's objects have other fields, and nothing that is known of a land.
+    for number, users in enumerate(([1], [2])):
+        path = tmp_path / "in" / f"{number}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        rows = nested_rows(users)
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            write_lines(path, [json.dumps(row) for row in rows])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *NESTED, *SPLIT) == 0
+    items, lands = keys_of(tmp_path / "out", "item"), keys_of(tmp_path / "out", "who_land")
+    rows = rows_of(tmp_path / "out", "eval")
+    assert sorted(str(lands.get(row["who_land"])) for row in rows) == ["None", "de"]
+    for row in rows:
+        seen = [str(items[item]) for item in row["history_item_id"]]
+        assert seen == ["2", "3", "4"]
+        assert row["history_what_dwell"] == [0.5 * int(item) for item in seen]
+        assert row["history_action"] + row["candidate_action"] == [1, 0, 1, 0]
+
+
+def test_a_field_beside_a_column_of_its_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "who.id": 7} for row in nested_rows([1])]
+    write_lines(tmp_path / "in" / "log.jsonl", [json.dumps(row) for row in rows])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *NESTED, *SPLIT) == 1
+    assert "log.jsonl has several columns who.id" in capsys.readouterr().err

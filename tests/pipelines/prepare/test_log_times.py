@@ -1,0 +1,145 @@
+"""Units of time in a log: one that cannot be the right one is refused, and the likely one named."""
+
+import json
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.pipelines.prepare.test_event_log import COLUMNS, HOUR
+from tests.pipelines.prepare.test_log_files import OFFSETS, content, events, prepared
+from tests.pipelines.prepare.test_prepare import prepare, rows_of, write_lines
+
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_a_unit_of_time_that_cannot_be_is_refused_with_the_likely_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, unit: str
+) -> None:
+    columns = events(1, t=[(HOUR + each) * PER_SECOND[unit] for each in OFFSETS])
+    for said, per_second in PER_SECOND.items():
+        status, _ = prepared(tmp_path, [(suffix, columns)], "--time-unit", said, name=said)
+        error = capsys.readouterr().err
+        if said == unit:
+            assert status == 0
+        else:
+            assert status == 1
+            assert f"in {unit} it is 2023-11-14: give that --time-unit" in error
+            assert f"--time-unit {said} right?" in error
+            assert ("before 1990" in error) == (PER_SECOND[unit] < per_second)
+            assert ("after the year 2100" in error) == (PER_SECOND[unit] > per_second)
+
+
+def test_a_log_that_no_unit_can_be_right_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepared(tmp_path, [("csv", events(1, t=[1, 2, 3, 4000]))])[0] == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "0.csv, line 2: t lies before 1990" in error
+    assert "no unit makes it a time between 1990 and 2100" in error
+    dates = [datetime(1985, 1, day, tzinfo=UTC) for day in (1, 2, 3, 4)]
+    assert prepared(tmp_path, [("parquet", events(1, t=dates))], "--time-unit", "timestamp", name="dates")[0] == 1
+    assert "0.parquet, row 1: t lies before 1990" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_rows_in_another_unit_than_the_rest_and_times_of_0_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unit: str
+) -> None:
+    size = PER_SECOND[unit]
+    right = events(1, t=[(HOUR + each) * size for each in OFFSETS])
+    for name, wrong, message in (
+        ("seconds", events(2), "in s it is 2023-11-14"),
+        (
+            "zero",
+            {**right, "u": [2] * 4, "t": [*right["t"][:3], 0]},
+            "give the time of the event, or leave the row out",
+        ),
+    ):
+        files = [("csv", right), ("csv", wrong)]
+        assert prepared(tmp_path, files, "--time-unit", unit, name=name)[0] == 1
+        error = capsys.readouterr().err
+        assert "1.csv, line " in error
+        assert "t lies before 1990" in error
+        assert message in error
+        status, out = prepared(tmp_path, files, "--time-unit", unit, "--skip-invalid", name=f"{name}, left out")
+        assert status == 0
+        left_out = json.loads((out / "dataset.json").read_text())["left_out"]
+        assert left_out == {f"t lies before 1990: is --time-unit {unit} right?": 4 if name == "seconds" else 1}
+
+
+def test_the_last_day_of_a_log_of_whole_days_is_for_evaluation(tmp_path: Path) -> None:
+    days = [f"2024-01-{day:02d}" for day in (1, 2, 3, 4)]
+    lines = [f"{user},{item},{day},{user % 2}" for user in range(3) for item, day in enumerate(days)]
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like", *lines])
+    out = tmp_path / "out"
+    assert prepare("event_log", tmp_path / "in", out, *COLUMNS, "--time-unit", "timestamp") == 0
+    assert json.loads((out / "dataset.json").read_text())["split_time"] == 1_704_326_400
+
+
+def test_times_that_their_type_has_rounded_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = pa.array([float(HOUR + each) for each in OFFSETS], pa.float32())
+    assert prepared(tmp_path, [("parquet", events(1, t=times))])[0] == 1
+    assert "0.parquet, row 1: t is stored as FLOAT, which rounds such numbers of s" in capsys.readouterr().err
+
+
+FRACTIONS = (750_001, 500_000, 500_001, 250_000)
+"""Microseconds behind one second."""
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us"])
+@pytest.mark.parametrize("stored", ["csv", "jsonl", "double", "decimal"])
+def test_fractions_of_a_unit_order_what_happens_in_a_second(tmp_path: Path, unit: str, stored: str) -> None:
+    # One user within a second and once later, another as the split of the time needs one.
+    micros = [*(HOUR * 10**6 + part for part in FRACTIONS), (HOUR + 4000) * 10**6]
+    micros += [(HOUR + offset) * 10**6 for offset in OFFSETS]
+    exact = [Decimal(each) * PER_SECOND[unit] / 10**6 for each in micros]
+    kinds = {"double": pa.float64(), "decimal": pa.decimal128(30, 9)}
+    times = pa.array([float(time) for time in exact] if stored == "double" else exact, kinds.get(stored))
+    columns = {"u": [1] * 5 + [2] * 4, "i": list("abcdeabcd"), "like": [1] * 9}
+    columns["t"] = times if stored in kinds else [str(time) for time in exact]
+    status, out = prepared(tmp_path, [("parquet" if stored in kinds else stored, columns)], "--time-unit", unit)
+    assert status == 0
+    [row] = [row for row in content(out) if row["candidate_item_id"] == ["e"]]
+    assert row["history_item_id"] == ["d", "b", "c", "a"]
+    assert row["history_timestamp"] == [HOUR] * 4
+
+
+@pytest.mark.parametrize(
+    "pattern", ["%m/%d/%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%b %d, %Y %I:%M:%S %p", "%d/%b/%Y:%H:%M:%S %z", "%y%m%d%H%M%S"]
+)
+def test_dates_are_read_by_the_pattern_that_is_said(tmp_path: Path, pattern: str) -> None:
+    moments = [datetime(2024, month, day, 13, 40, tzinfo=UTC) for month, day in ((2, 1), (2, 3), (11, 12), (12, 31))]
+    zone = timezone(timedelta(hours=-5)) if "%z" in pattern else UTC
+    lines = [f'1,{item},"{at.astimezone(zone).strftime(pattern)}",1' for item, at in enumerate(moments)]
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like", *lines])
+    options = (*COLUMNS, "--time-unit", pattern, "--split-time", str(int(moments[-1].timestamp())))
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    [row] = rows_of(tmp_path / "out", "eval")
+    assert row["history_timestamp"] + row["candidate_timestamp"] == [int(at.timestamp()) for at in moments]
+
+
+@pytest.mark.parametrize(
+    ("unit", "time", "message"),
+    [
+        ("timestamp", "01/02/2024", "a pattern, such as '%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"),
+        ("%m/%d/%Y", "31/01/2024", "must hold dates and times like %m/%d/%Y from 1970 on"),
+        ("%m/%d/%Y", "01/31/24", "must hold dates and times like %m/%d/%Y from 1970 on"),
+        ("%m/%d/%Y", "", "must hold dates and times like %m/%d/%Y from 1970 on, none missing"),
+    ],
+)
+def test_a_date_that_may_mean_two_things_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unit: str, time: str, message: str
+) -> None:
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like", f"1,2,{time},1"])
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--time-unit", unit) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "log.csv, line 2: t " in error
+    assert message in error
+
+
+def test_a_pattern_reads_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepared(tmp_path, [("parquet", events(1))], "--time-unit", "%Y-%m-%d")[0] == 1
+    assert "0.parquet stores t as BIGINT, of which no pattern is needed" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""Users and items that a log spells in two ways, and attributes of others than its own, are refused."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.prepare.test_event_log import HOUR, keys_of
+from tests.pipelines.prepare.test_prepare import prepare, rows_of, write_lines
+
+OPTIONS = ("--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like")
+SPLIT = ("--split-time", str(HOUR + 3600))
+
+
+def log(folder: Path, users: tuple[str, str], items: tuple[str, str]) -> Path:
+    """Two files; in each another spelling of one user, who has two items, spelt in one way each."""
+    for number, (user, item) in enumerate(zip(users, items, strict=True)):
+        lines = [f"{user},{item},{HOUR + 100 * number + 50 * k + 5000 * (k // 2)},{k % 2}" for k in range(4)]
+        write_lines(folder / f"{number}.csv", ["u,i,t,like", *lines])
+    return folder
+
+
+SPELLINGS = {
+    "blanks": ("u7", "u7 "),
+    "a blank that is not ASCII": ("u7", "\u00a0u7"),
+    "a float": ("7", "7.0"),
+    "an exponent": ("100000000000000000", "1e+17"),
+    "composed letters": ("caf\u00e9", "cafe\u0301"),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_spellings_of_one_user_or_item_are_refused_by_file_and_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, turned: bool
+) -> None:
+    pair = SPELLINGS[kind][::-1] if turned else SPELLINGS[kind]
+    for what, users, items in (("user", pair, ("a", "b")), ("item", ("a", "b"), pair)):
+        source = log(tmp_path / what, users, items)
+        assert prepare("event_log", source, tmp_path / "out", *OPTIONS, *SPLIT) == 1
+        error = capsys.readouterr().err
+        assert f"1.csv, line 2: the {what} {pair[1]!a} is {pair[0]!a} in " in error
+        assert "0.csv, line 2" in error
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "pair", [("7.0", "8.0"), ("007", "7"), ("1e5", "100000"), ("A", "a"), (" x", " y"), ("7.50", "7.5")]
+)
+def test_what_may_mean_two_things_stays_two(tmp_path: Path, pair: tuple[str, str]) -> None:
+    source = log(tmp_path / "in", ("a", "b"), pair)
+    assert prepare("event_log", source, tmp_path / "out", *OPTIONS, *SPLIT) == 0
+    assert set(keys_of(tmp_path / "out", "item").values()) == set(pair)
+
+
+SCHEMA = """
+user = "u"
+item = "i"
+time = "t"
+actions = ["like"]
+[items]
+files = "items"
+columns = { price = "number" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["1.0", "2.0"], "items.csv, line 2: the item '1.0' is '1' in "),
+        (["sku-1", "sku-2"], "its first key is 'sku-1', the log's first item is '1'; is the key the right column?"),
+        ([], "it has no row"),
+        (["9", "2"], None),
+    ],
+)
+def test_attributes_are_of_the_logs_items(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: list[str], message: str | None
+) -> None:
+    source = log(tmp_path / "in", ("a", "b"), ("1", "2"))
+    write_lines(source / "items" / "items.csv", ["i,price", *(f"{key},3.5" for key in keys)])
+    (tmp_path / "shop.toml").write_text(SCHEMA)
+    status = prepare("event_log", source, tmp_path / "out", "--schema", str(tmp_path / "shop.toml"), *SPLIT)
+    if message is None:
+        assert status == 0
+        assert rows_of(tmp_path / "out", "train")
+    else:
+        assert status == 1
+        assert message in capsys.readouterr().err
