@@ -1,6 +1,7 @@
 """Slurm's requests as sbatch would read them, and Slurm's words with and without accounting (22.05's)."""
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import OURS, Slurm
 from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob, app_state, parse_scontrol
 from launch.submit import check, check_no_other, connected
+from launch.workspace import ROOT
 from tests.launch.test_component import request
 
 START = 1_800_000_000.0
@@ -281,15 +283,29 @@ def test_a_job_that_is_taken_without_an_answer_is_not_sent_again(
     assert (tmp_path / "calls").read_text() == "x\n" * calls
 
 
+SUBMIT = """
+import sys
+from pathlib import Path
+from launch import records
+from launch.__main__ import main
+records.FILE = Path(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 def test_an_interrupt_while_a_job_is_sent_loses_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
 ) -> None:
     monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
     commands(sbatch="kill -INT $PPID; echo 17")
-    with connected("slurm") as connection:
-        asked = request(run_dir=tmp_path / "run")
-        record = connection.submit(asked, check(connection.scheduler, asked))
-    assert (record.handle, records.find(record.handle)) == ("slurm://longview/17", record)
+    # A process of its own: another thread of this one, which pytest may have, would take the signal.
+    size = ["--nodes", "1", "--procs-per-node", "1"]
+    job = ["submit", "kuairand_sample", "--scheduler", "slurm", *size, "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-c", SUBMIT, str(records.FILE), *job]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "slurm://longview/17\n"), done.stderr
+    record = records.find("slurm://longview/17")
+    assert record is not None and record.run_dir == str(tmp_path / "run")
 
 
 def test_an_interrupt_while_the_code_is_copied_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
