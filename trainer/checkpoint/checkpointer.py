@@ -263,21 +263,22 @@ class Checkpointer:
     def _lay_out(self, pieces: list[LivePiece], tensors: Tensors, room: int) -> _Contents:
         """What this rank saves; on every rank it is part of a delta or on none.  Rows take at most `room` bytes."""
         whole, rows, base = lay_out(pieces), None, self._full_step
-        if self._touched is not None and base is not None:
+        delta_is_due = self._deltas < self._config.deltas
+        # Beside the training a full one is made of rows as well, and of the copy of the last full one.
+        if self._touched is not None and base is not None and (delta_is_due or self._config.asynchronous):
             changed = lay_out(touched_pieces(pieces, tensors, self._touched))
             rows = changed if changed.num_bytes <= room < whole.num_bytes else None
             sizes = gather(((whole if rows is None else rows).num_bytes, whole.num_bytes), self._group)
             if 2 * sum(size for size, _ in sizes) > sum(size for _, size in sizes):
                 rows = None
-            elif self._deltas < self._config.deltas:
+            elif delta_is_due:
                 self._deltas += 1
                 return _Contents(whole, rows, base)
         # Set again when the full checkpoint is complete.
         self._full_step, self._deltas = None, 0
         if self._touched is not None:
             self._touched.clear()
-        # Beside the training it is made of the copy of the last full one.
-        return _Contents(whole, rows if self._config.asynchronous else None, None)
+        return _Contents(whole, rows, None)
 
     def wait(self) -> None:
         """Return when what was saved is complete.  Raises OSError, on every rank alike, if it cannot be written."""
