@@ -162,23 +162,14 @@ def test_pre_commit_runs_what_make_check_runs() -> None:
     assert hooks == made
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/files.md",
-        "docs/glossary.md",
-        "docs/walks.md",
-        "docs/quality.md",
-        "docs/speed.md",
-        "docs/checkpoints.md",
-        "docs/own_data.md",
-        "docs/models.md",
-        "docs/report.md",
-        "docs/launch.md",
-    ],
+DOCUMENTS = sorted(
+    str(file.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", *(f"{package}/**/*.md" for package in PACKAGES))
+    for file in ROOT.glob(pattern)
 )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_existing_files(document: str) -> None:
     text = (ROOT / document).read_text()
     links = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text))
