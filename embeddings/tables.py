@@ -179,14 +179,19 @@ def fbgemm_kernels(collection: Any) -> Iterator[Any]:
 
 
 def let_empty_kernels_run(collection: nn.Module) -> None:
-    """Give every FBGEMM kernel on a CPU that holds no value one that nobody reads.
+    """Give every FBGEMM kernel on a CPU that holds no value one that nobody reads, and an end to its numbers of rows.
 
     By its values a kernel tells whether it runs on a CPU.  A rank has a kernel without any where all its tables have
-    fewer rows than there are ranks: it would take itself for a GPU's and fail in its first lookup.
+    fewer rows than there are ranks: it would take itself for a GPU's and fail in its first lookup.  Its update looks
+    behind a table without rows for the next one that has some, and behind the last table reads memory that is not its.
     """
     for kernel in fbgemm_kernels(collection):
-        if kernel.use_cpu and not kernel.weights_host.numel():
+        if not kernel.use_cpu:
+            continue
+        if not kernel.weights_host.numel():
             kernel.weights_host = nn.Parameter(kernel.weights_host.new_zeros(1))
+        rows_before = kernel.hash_size_cumsum
+        kernel.hash_size_cumsum = torch.cat([rows_before, rows_before[-1:] + 1])
 
 
 def table_name(key: str) -> str:
