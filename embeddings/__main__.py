@@ -76,6 +76,8 @@ def plan_capacity(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     if not 0 < parsed.samples_per_day < math.inf:
         raise ValueError(f"--samples-per-day must be a number above 0, got {parsed.samples_per_day}")
+    if parsed.html is not None and not parsed.html.parent.is_dir():
+        raise ValueError(f"cannot write {parsed.html}: there is no folder {parsed.html.parent}")
     nodes = read_nodes(parsed.machines.split(","))
     found = clusters(
         read_demand(parsed.tables),

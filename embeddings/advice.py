@@ -19,18 +19,22 @@ MOST_TIMES = 64
 """A fix asks for at most so many times the ranks or the memory that there are."""
 
 
-def nothing_left(problem: Problem) -> str:
-    """One line: the memory is gone before there are tables."""
+class DoesNotFit(ValueError):
+    """The tables do not fit; the message says in one line what is missing and what would help."""
+
+
+def nothing_left(problem: Problem) -> DoesNotFit:
+    """The memory is gone before there are tables."""
     reservation = problem.reservation
-    return (
+    return DoesNotFit(
         f"no memory is left for tables on {problem.machine.describe()}: placement.reserved_fraction takes "
         f"{size_text(reservation.fraction_bytes)}, the dense model {size_text(reservation.dense_bytes)}, "
         f"activations {size_text(reservation.activation_bytes)}; lower them, or take more memory"
     )
 
 
-def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> str:
-    """One line: what lacks where, the tables behind it, and the fixes in order of effort."""
+def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> DoesNotFit:
+    """What lacks where, the tables behind it, and the fixes in order of effort."""
     chosen = [table[index] for table, index in zip(packer.options, packing.choice, strict=True)]
     needs = [sum(option.total_bytes) for option in chosen]
     largest = sorted(range(len(needs)), key=lambda i: (-needs[i], i))[:3]
@@ -47,7 +51,7 @@ def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> str:
                 f"than the {size_text(room)} that are there for tables"
             )
     fixes = list(_fixes(problem, packer.options)) or [_no_single_fix(problem)]
-    return (
+    return DoesNotFit(
         f"the tables do not fit on {problem.machine.describe()}: {' and '.join(lacks)}; they need "
         f"{size_text(sum(needs))} in all, {size_text(available * ranks)} are there; largest: {names}; "
         f"fixes: {'; or '.join(fixes)}"
@@ -66,7 +70,7 @@ def _fixes(problem: Problem, options: Options) -> Iterable[str]:
         anything = problem.with_placement(replace(placement, sharding_types=None))
         if _fits(anything):
             yield "allow more sharding types (placement.sharding_types=null)"
-    ranks = _least(machine.local_world_size, machine.world_size, lambda n: problem.on(replace(machine, world_size=n)))
+    ranks = _least(machine.node_ranks, machine.world_size, lambda n: problem.on(machine.larger(n)))
     if ranks is not None:
         yield f"use more ranks (at least {ranks})"
     gib = _least(1, math.floor(machine.memory_gib), lambda n: problem.on(_with_memory(problem, n)), options)
@@ -115,7 +119,7 @@ def _no_single_fix(problem: Problem) -> str:
     if machine.compute_device == "cuda":
         settings = replace(settings, compute_kernels=kernels)
     wide = problem.with_placement(settings)
-    ranks = _least(machine.local_world_size, machine.world_size, lambda n: wide.on(replace(machine, world_size=n)))
+    ranks = _least(machine.node_ranks, machine.world_size, lambda n: wide.on(machine.larger(n)))
     if ranks is not None:
         return f"no single one was found; allow all sharding types and fused_uvm_caching, on at least {ranks} ranks"
     return (

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from embeddings.advice import DoesNotFit
 from embeddings.demand import Demand
 from embeddings.hardware import NodeType, node_type, read_object
 from embeddings.machine import Machine, cluster
@@ -167,7 +168,7 @@ def clusters(
     found: list[Cluster] = []
     for name, node in nodes.items():
         for number in ranks:
-            if number > node.gpus > 0 and number % node.gpus:
+            if number > node.gpus and number % node.gpus:
                 raise ValueError(f"{number} ranks are no whole number of nodes {name}, which have {node.gpus} GPUs")
             machine = cluster(node, number)
             for each in copies:
@@ -228,9 +229,7 @@ def _cluster(
     plan, reason = None, ""
     try:
         plan = solve(problem)
-    except ValueError as error:
-        if "fit" not in str(error) and "no memory is left" not in str(error):
-            raise
+    except DoesNotFit as error:
         # In a file of tables these settings have no "placement." in front.
         reason = str(error).replace("placement.", "")
         if copies.number > 1:

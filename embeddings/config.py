@@ -161,6 +161,11 @@ class TableConfig:
                 f"table {self.name!r}: embedding_dim must be a positive multiple of 4 (FBGEMM's rows), "
                 f"got {self.embedding_dim}"
             )
+        if max(self.num_embeddings, self.weight_bytes) >= 2**63:
+            raise ValueError(
+                f"table {self.name!r}: {self.num_embeddings:,} rows of {self.embedding_dim:,} columns take 2^63 bytes "
+                "or more, which no memory holds: take fewer rows or columns"
+            )
         if self.unbounded is not None and self.frozen:
             raise ValueError(f"table {self.name!r} of unbounded ids gives rows to new keys, so it cannot be frozen")
         if self.unbounded is not None and self.num_embeddings < 2:

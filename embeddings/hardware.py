@@ -166,6 +166,8 @@ class NodeType:
             raise ValueError(f"hbm_gib={self.hbm_gib} with {self.gpus} GPUs: GPUs need it, and a CPU has none")
         if self.bf16_tflops is not None and not 0 < self.bf16_tflops < math.inf:
             raise ValueError(f"bf16_tflops must be a number of TFLOP/s above 0, got {self.bf16_tflops}")
+        if not self.calibration.isprintable():
+            raise ValueError(f"calibration must be printable text of one line, got {self.calibration!r}")
         if not 0 < self.host_gib < math.inf:
             raise ValueError(f"host_gib must be a number of GiB above 0, got {self.host_gib}")
 

@@ -1,10 +1,15 @@
 """The ranks a plan is made for: how many, their memory and rates.  Nothing here looks at the machine it runs on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from embeddings.hardware import CPU_RATES, GPUS, NodeType, Rates
+
+MOST_RANKS = 2**20
+"""Ten times the GPUs of the largest cluster that was ever built."""
+MOST_GIB = 2**33
+"""The memory that 63 bits can count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +20,9 @@ class Machine:
     """Ranks of the job."""
     local_world_size: int
     """Ranks of a node."""
+    whole_node: int | None = None
+    """GPUs of a node of which the job takes a part, so that a larger job takes whole ones; null where it takes whole
+    nodes already."""
     racks: int = 1
     """Groups of nodes, each behind a switch of its own, that the nodes are spread over."""
     compute_device: str
@@ -34,21 +42,39 @@ class Machine:
                 f"world_size={self.world_size} must be a positive multiple of "
                 f"local_world_size={self.local_world_size}: every node runs the same number of ranks"
             )
+        if self.world_size > MOST_RANKS:
+            raise ValueError(f"world_size={self.world_size} must be at most {MOST_RANKS:,}, which is no cluster")
+        if not self.local_world_size <= self.node_ranks <= MOST_RANKS:
+            raise ValueError(
+                f"whole_node={self.whole_node} must be null, or local_world_size={self.local_world_size} at least"
+            )
         if not 1 <= self.racks <= self.num_nodes:
             raise ValueError(f"racks={self.racks} must be between 1 and the number of nodes, {self.num_nodes}")
         if self.compute_device not in ("cuda", "cpu"):
             raise ValueError(f"compute_device must be cuda or cpu, got {self.compute_device!r}")
         if (self.compute_device == "cuda") != (self.hbm_gib is not None):
             raise ValueError(f"hbm_gib={self.hbm_gib} on {self.compute_device}: cuda needs it, and a cpu has none")
-        if not (0 < self.memory_gib < math.inf and 0 < self.ddr_gib < math.inf):
+        if not (0 < self.memory_gib <= MOST_GIB and 0 < self.ddr_gib <= MOST_GIB):
             raise ValueError(
-                f"memory must be a number of GiB above 0, got hbm_gib={self.hbm_gib}, ddr_gib={self.ddr_gib}"
+                f"memory must be a number of GiB above 0 and at most 2^33, got hbm_gib={self.hbm_gib}, "
+                f"ddr_gib={self.ddr_gib}"
             )
+        if not self.calibration.isprintable():
+            raise ValueError(f"calibration must be printable text of one line, got {self.calibration!r}")
 
     @property
     def num_nodes(self) -> int:
         """Nodes, each with as many of the ranks."""
         return self.world_size // self.local_world_size
+
+    def larger(self, ranks: int) -> "Machine":
+        """The same with so many ranks, on whole nodes."""
+        return replace(self, world_size=ranks, local_world_size=self.node_ranks, whole_node=None)
+
+    @property
+    def node_ranks(self) -> int:
+        """Ranks of a whole node."""
+        return self.local_world_size if self.whole_node is None else self.whole_node
 
     @property
     def memory_gib(self) -> float:
@@ -108,6 +134,7 @@ def cluster(node: NodeType, ranks: int) -> Machine:
     return Machine(
         world_size=ranks,
         local_world_size=min(ranks, node.gpus),
+        whole_node=node.gpus if ranks < node.gpus else None,
         compute_device="cuda",
         hbm_gib=node.hbm_gib,
         ddr_gib=node.host_gib / node.gpus,

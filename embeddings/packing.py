@@ -107,7 +107,7 @@ class Packer:
         loads = self._spread_loads(choice)
         for i, ranks in ranks_of.items():
             for rank, cost in zip(ranks, self.options[i][choice[i]].pieces, strict=True):
-                loads[:, rank] += cost.ms, cost.memory_bytes, cost.host_bytes
+                loads[:, rank] += _load(cost)
         return loads
 
     def _spread_loads(self, choice: Choice) -> Loads:
@@ -141,7 +141,7 @@ class Packer:
                 end = number + self._ranks_a_node
                 places[number:end] = self._node_with_room(cost, [place for place in places if place >= 0], loads)
                 for place, block in zip(places[number:end], option.pieces[number:end], strict=True):
-                    loads[:, place] += block.ms, block.memory_bytes, block.host_bytes
+                    loads[:, place] += _load(block)
                 continue
             place = int(ms.argmin())
             fits = memory[place] <= self.memory_bytes - cost.memory_bytes
@@ -183,6 +183,11 @@ class Packer:
         busiest = float(ms.max()) + self._rates.fixed_ms(len(groups), cached_groups(groups))
         # Exact, so that it does not depend on how a processor adds up.
         return Packing(choice, ranks_of, (float(excess), busiest, math.fsum(ms), float(memory.max())))
+
+
+def _load(cost: ShardCost) -> tuple[float, float, float]:
+    """A block's entries of `Loads`."""
+    return cost.ms, float(cost.memory_bytes), float(cost.host_bytes)
 
 
 def make_packer(problem: Problem, options: Sequence[Sequence[Option]]) -> Packer:

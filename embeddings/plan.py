@@ -58,15 +58,29 @@ class TablePlacement:
     candidates: tuple[Candidate, ...] = ()
     """What was considered, the choice first; empty in a plan written by hand."""
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return self.embedding_dim * VALUE_BYTES[self.dtype]
+    def config(self, name: str) -> TableConfig:
+        """Rows and columns, as the table of this name has them.
+
+        Raises:
+            ValueError: no table can have them.
+        """
+        return TableConfig(
+            name=name,
+            num_embeddings=self.num_embeddings,
+            embedding_dim=self.embedding_dim,
+            features=(name,),
+            dtype=self.dtype,
+        )
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all rows, once."""
         return self.num_embeddings * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.embedding_dim * VALUE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,13 +151,7 @@ class Plan:
     def shards(self, name: str) -> tuple[Shard, ...]:
         """Where each part of a table lies."""
         table = self.tables[name]
-        config = TableConfig(
-            name=name,
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            features=(name,),
-        )
-        kind = KINDS[table.sharding_type]
+        kind, config = KINDS[table.sharding_type], table.config(name)
         return kind.shards(config, self.machine, range(self.machine.world_size) if kind.everywhere else table.ranks)
 
 

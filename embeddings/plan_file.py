@@ -137,6 +137,7 @@ def _check_tables(stored: Plan, problem: Problem) -> None:
         ):
             if there != here:
                 raise ValueError(f"table {table.name!r} has {what} {there} there, {here} in the model: plan again")
+        # Whole nodes of this job's may be others than of the job that the plan was made for.
         _check_ranks(table.name, placed, machine)
 
 
@@ -184,8 +185,8 @@ def _first_difference(there: object, here: object) -> str | None:
     """What two records of one type say differently, None if nothing."""
     for field in dataclasses.fields(there):  # type: ignore[arg-type]  # records of this package
         stored, computed = getattr(there, field.name), getattr(here, field.name)
-        numbers = isinstance(stored, int | float) and isinstance(computed, int | float)
-        same = math.isclose(stored, computed, rel_tol=1e-9) if numbers else stored == computed
+        times = isinstance(stored, float) and isinstance(computed, float)
+        same = math.isclose(stored, computed, rel_tol=1e-9) if times else stored == computed
         if not same:
             return f"{field.name} {stored}, which is {computed}"
     return None
@@ -244,17 +245,21 @@ def _plan(values: dict[str, Any]) -> Plan:
         if run["first"] != len(ranks) or not run["first"] <= run["last"] < machine.world_size:
             raise ValueError(f"ranks {run['first']} to {run['last']} follow {len(ranks)} of {machine.world_size} ranks")
         ranks += [estimate] * (run["last"] - run["first"] + 1)
+    tables = {name: _table(name, table, machine) for name, table in values["tables"].items()}
     head = from_dict(_Head, {key: values[key] for key in ("cached_part", "sent_bytes") if key in values})
-    return Plan(
+    plan = Plan(
         machine=machine,
         load=from_dict(BatchLoad, values["load"], "load."),
         reservation=from_dict(Reservation, values["reservation"], "reservation."),
         exchange=from_dict(ExchangeConfig, values["exchange"], "exchange."),
         cached_part=head.cached_part,
         sent_bytes=head.sent_bytes,
-        tables={name: _table(name, table) for name, table in values["tables"].items()},
+        tables=tables,
         ranks=tuple(ranks),
     )
+    if plan.available_bytes <= 0:
+        raise ValueError(f"reserves {size_text(plan.reservation.total_bytes)} of {machine.memory_gib:g} GiB")
+    return plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,10 +268,12 @@ class _Head:
     sent_bytes: int = 0
 
 
-def _table(name: str, values: dict[str, Any]) -> TablePlacement:
+def _table(name: str, values: dict[str, Any], machine: Machine) -> TablePlacement:
     try:
         placed = from_dict(TablePlacement, values)
-        kind_named(placed.sharding_type)
+        placed.config(name)
+        for sharding_type in (placed.sharding_type, *(candidate.sharding_type for candidate in placed.candidates)):
+            kind_named(sharding_type)
     except ValueError as error:
         raise ValueError(f"table {name!r}: {error}") from error
     chosen = placed.candidates[:1]
@@ -275,4 +282,5 @@ def _table(name: str, values: dict[str, Any]) -> TablePlacement:
             f"table {name!r} is {placed.sharding_type}/{placed.kernel}, but its first candidate, which must be the "
             f"choice, is {chosen[0].sharding_type}/{chosen[0].kernel}"
         )
+    _check_ranks(name, placed, machine)
     return placed

@@ -18,14 +18,15 @@ def solve(problem: Problem) -> Plan:
     """The best placement found.
 
     Raises:
-        ValueError: the tables do not fit (the message says what is needed and what would help), or a wrong constraint.
+        DoesNotFit: with what is needed and what would help.
+        ValueError: a wrong constraint.
     """
     if problem.available_bytes <= 0:
-        raise ValueError(nothing_left(problem))
+        raise nothing_left(problem)
     packer = make_packer(problem, table_options(problem))
     packing = best_packing(packer)
     if packing.rating[0]:
-        raise ValueError(does_not_fit(problem, packer, packing))
+        raise does_not_fit(problem, packer, packing)
     return _plan(problem, packer, packing, {table.name for table in problem.tables})
 
 

@@ -19,6 +19,9 @@ GIB = 2**30
 SLOT_BYTES = 16
 """Bytes of a row in a map of unbounded ids: a key, a count and a time."""
 
+MOST_IDS = 2**63
+"""More ids of a step than can be counted."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchLoad:
@@ -36,12 +39,14 @@ class BatchLoad:
     """How often rows are looked up, by table; of a table that is not named, all alike."""
 
     def __post_init__(self) -> None:
-        if self.samples_per_rank < 1:
-            raise ValueError(f"samples_per_rank must be at least 1, got {self.samples_per_rank}")
+        if not 1 <= self.samples_per_rank < MOST_IDS:
+            raise ValueError(f"samples_per_rank must be at least 1 and less than 2^63, got {self.samples_per_rank}")
         for name in ("ids_per_sample", "bags_per_sample"):
             for feature, count in getattr(self, name).items():
-                if not count > 0:
-                    raise ValueError(f"{name} of feature {feature!r} must be above 0, got {count}")
+                if not 0 < count * self.samples_per_rank < MOST_IDS:
+                    raise ValueError(
+                        f"{name} of feature {feature!r} must be above 0 and less than 2^63 a rank, got {count}"
+                    )
         for table, part in self.distinct.items():
             if not 0 < part <= 1:
                 raise ValueError(f"the distinct part of table {table!r}'s ids must lie in (0, 1], got {part}")
@@ -76,6 +81,12 @@ class Reservation:
     """What the dense model holds in its backward pass, and the pipeline's batches."""
     maps_bytes: int = 0
     """Host memory of the maps of unbounded ids; no memory of a GPU."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise ValueError(f"the fraction of memory that is reserved must lie in [0, 1), got {self.fraction}")
+        if min(self.fraction_bytes, self.dense_bytes, self.activation_bytes, self.maps_bytes) < 0:
+            raise ValueError(f"bytes that are reserved must be at least 0, got {self}")
 
     @property
     def total_bytes(self) -> int:

@@ -14,14 +14,16 @@ MAX_RANK_GROUPS = 20
 
 
 def plan_report(plan: Plan) -> str:
-    """The plan as text for people: placement, reasons, memory of each rank, totals and balance."""
+    """The plan as text for people: placement and, where it has estimates, reasons, memory of each rank, totals and
+    balance."""
     parts = [
         f"sharding plan for {plan.machine.describe()}; {plan.load.samples_per_rank} samples a rank",
         _placement_table(plan),
-        _reasons(plan),
-        _rank_table(plan),
-        _totals(plan),
     ]
+    if plan.ranks:
+        parts += [_reasons(plan), _rank_table(plan), _totals(plan)]
+    else:
+        parts.append("the file leaves the estimates out: a run that takes the plan computes them")
     return "\n\n".join(parts)
 
 
@@ -46,7 +48,8 @@ def plan_differences(old: Plan, new: Plan) -> str:
         lines.append(f"ranks: {old.machine.world_size} -> {new.machine.world_size}")
     if not lines:
         return "the plans place every row alike"
-    lines.append(f"in all {size_text(moved_total)} of rows move; step {old.step_ms:.3g} -> {new.step_ms:.3g} ms")
+    steps = f"; step {old.step_ms:.3g} -> {new.step_ms:.3g} ms" if old.ranks and new.ranks else ""
+    lines.append(f"in all {size_text(moved_total)} of rows move{steps}")
     return "\n".join(lines)
 
 

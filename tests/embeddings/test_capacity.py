@@ -1,6 +1,7 @@
 """Capacity planning: each answer is the planner's for that cluster, the front is right, wrong files are named."""
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -200,6 +201,10 @@ def test_numbers_of_ranks_double() -> None:
         ({}, ["--machines", "missing.json"], "cannot read missing.json"),
         ({}, ["--ranks", "8.."], "--ranks must be a number or FIRST..LAST"),
         ({}, ["--ranks", "16..8"], "--ranks must be a number or FIRST..LAST"),
+        ({}, ["--ranks", "1" + 20 * "0"], "which is no cluster"),
+        ({}, ["--html", "missing/page.html"], "there is no folder missing"),
+        ({"tables": [{**TABLES["tables"][0], "ids_per_sample": 1e308}]}, [], "less than 2^63 a rank"),
+        ({"tables": [{**TABLES["tables"][0], "num_embeddings": 10**30}]}, [], "which no memory holds"),
         ({}, ["--ranks", "12"], "12 ranks are no whole number of nodes h100x8"),
         ({}, ["--copies", "3"], "8 ranks on nodes of 8 cannot hold 3 copies: groups must be whole nodes or"),
         ({}, ["--copies", "0"], "must be at least 1, got 0"),
@@ -289,6 +294,7 @@ def test_wrong_machine_file_is_named(tmp_path: Path) -> None:
     rates: Any = OWN["rates"]
     changes: list[dict[str, Any]] = [{"rates": {"device": 1}}, {"rates": 5}, {"rates": rates | {"device": -1.0}}]
     changes += [{"gpus": 0}, {"gpus": 4.5}, {"tpus": 1}, {"hbm_gib": "80"}, {"hbm_gib": -3}, {"host_gib": None}]
+    changes += [{"calibration": "two\nlines"}]
     for change in changes:
         path.write_text(json.dumps(OWN | change))
         with pytest.raises(ValueError, match=r"own\.json: a machine has gpus"):
@@ -301,3 +307,20 @@ def test_copies_that_do_not_fit_name_what_lacks_and_no_fix_for_one_copy(tables: 
     (found,) = clusters(read_demand(tables), nodes, [8], samples=1e6, prices={}, copies=copies)
     assert found.plan is None and found.problem.startswith("each of 2 copies: the tables do not fit on 4 cuda ranks")
     assert "of device memory" in found.problem and "fixes" not in found.problem
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 5])
+def test_a_part_of_a_node_is_told_to_take_whole_ones_that_hold_the_tables(tables: Path, ranks: int) -> None:
+    demand, node = read_demand(tables), {"h100x8": NODES["h100-8"]}
+    (small,) = clusters(demand, node, [ranks], samples=1e6, prices={})
+    told = re.search(r"use more ranks \(at least (\d+)\)", small.problem)
+    assert small.plan is None and told is not None
+    (found,) = clusters(demand, node, [int(told[1])], samples=1e6, prices={})
+    assert found.plan is not None and int(told[1]) == 16
+
+
+def test_a_memory_of_a_machine_file_that_nobody_has_is_named(tables: Path) -> None:
+    own = tables.with_name("own.json")
+    own.write_text(json.dumps(OWN | {"hbm_gib": 1e300}))
+    with pytest.raises(ValueError, match=r"memory must be a number of GiB above 0 and at most 2\^33"):
+        clusters(read_demand(tables), read_nodes([str(own)]), [8], samples=1e6, prices={})

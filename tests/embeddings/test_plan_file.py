@@ -14,6 +14,7 @@ from embeddings.plan import Plan
 from embeddings.plan_file import parse_plan, read_plan, write_plan
 from embeddings.planning import solve
 from embeddings.problem import BatchLoad, Problem, reserve
+from embeddings.report import plan_differences, plan_report
 
 ADAGRAD = SparseOptimizerConfig(kind="adagrad")
 TABLES = (
@@ -114,7 +115,10 @@ def test_choice_changed_by_hand_is_taken_with_new_estimates(plan: Plan, tmp_path
         values["tables"]["user"]["ranks"] = [3 - plan.tables["user"].ranks[0]]
         values["tables"]["tag"]["ranks"] = [2, 0]
 
-    served = read_plan(edited(plan, tmp_path / "plan.json", change), problem())
+    path = edited(plan, tmp_path / "plan.json", change)
+    assert "leaves the estimates out" in plan_report(parse_plan(path))
+    assert plan_differences(plan, parse_plan(path)).splitlines()[-1].endswith("of rows move")
+    served = read_plan(path, problem())
     assert served.tables["user"].ranks == (3 - plan.tables["user"].ranks[0],)
     weights = [rank.weight_bytes for rank in served.ranks]
     held = dict.fromkeys((0, 2), 50 * 64 * 4)
@@ -173,13 +177,13 @@ def leaves(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         yield place
 
 
-def test_a_value_of_another_type_is_refused_wherever_it_stands(plan: Plan, tmp_path: Path) -> None:
+def test_a_value_of_another_type_or_size_is_refused_wherever_it_stands(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     write_plan(path, plan)
     places = list(leaves(json.loads(path.read_text())))
     assert len(places) > 60
     for place in places:
-        for wrong in ([7], {"a": 7}, float("nan"), *(() if place[-1] == "calibration" else ("seven",))):
+        for wrong in ([7], {"a": 7}, float("nan"), 1e308, 10**30, *(() if place[-1] == "calibration" else ("seven",))):
 
             def change(values: dict[str, Any], place: tuple[Any, ...] = place, wrong: Any = wrong) -> None:
                 for key in place[:-1]:
@@ -187,7 +191,9 @@ def test_a_value_of_another_type_is_refused_wherever_it_stands(plan: Plan, tmp_p
                 values[place[-1]] = wrong
 
             with pytest.raises(ValueError, match="plan") as error:
-                read_plan(edited(plan, path, change), problem())
+                # What can be printed without a problem is printed.
+                plan_report(parse_plan(edited(plan, path, change)))
+                read_plan(path, problem())
             assert "\n" not in str(error.value), place
 
 
@@ -200,6 +206,10 @@ def test_a_value_of_another_type_is_refused_wherever_it_stands(plan: Plan, tmp_p
         (lambda v: v["machine"].update(gpus=3), "malformed"),
         (lambda v: v.update(note="x"), "unknown key 'note'"),
         (lambda v: v["machine"].update(hbm_gib=141.0), "reserves .* bytes for a fraction"),
+        (lambda v: v["reservation"].update(dense_bytes=-1), "must be at least 0"),
+        (lambda v: v["machine"].update(calibration="a\nb"), "must be printable"),
+        (lambda v: v["ranks"][0].update(weight_bytes=v["ranks"][0]["weight_bytes"] + 1), "says of rank 0 weight_bytes"),
+        (lambda v: table(v)["candidates"][1].update(sharding_type="rows"), "there is no sharding type"),
         (lambda v: v["reservation"].update(fraction_bytes=0), "reserves 0 bytes for a fraction"),
         (lambda v: v["load"].update(samples_per_rank=8), "says of rank 0"),
         (lambda v: v["load"]["ids_per_sample"].update(item=1.0), "says of rank 0"),
@@ -264,6 +274,9 @@ def test_table_on_nodes_lies_on_all_ranks_of_each(tmp_path: Path, kind: str, ran
     path = edited(made, tmp_path / "plan.json", lambda v: table(v, "word").update(ranks=ranks))
     with pytest.raises(ValueError, match=message):
         read_plan(path, asked)
+    path = edited(made, path, lambda v: table(v, "word").update(ranks=[]))
+    with pytest.raises(ValueError, match="needs the ranks of its blocks"):
+        parse_plan(path)
 
 
 def test_plan_that_does_not_fit_the_machine_at_hand_is_refused_with_rank_and_room(plan: Plan, tmp_path: Path) -> None:

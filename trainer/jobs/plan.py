@@ -34,7 +34,9 @@ def plan_job(
     stated = {name: value for name, value in given.items() if value is not None}
     try:
         if config.placement.machine is not None:
-            machine = replace(cluster(node_type(config.placement.machine), world_size), **stated)
+            machine = cluster(node_type(config.placement.machine), world_size)
+            # Nodes of so many ranks, as somebody states them, are whole ones.
+            machine = replace(machine, **stated, whole_node=machine.whole_node if local_world_size is None else None)
         else:
             local = max(size for size in range(1, 9) if world_size % size == 0)
             usual: dict[str, Any] = {"local_world_size": local, "hbm_gib": 80.0, "ddr_gib": 128.0}
