@@ -47,7 +47,7 @@ class TableOptimizers:
     """The optimizers of parallel tables, as a training step uses them: learning rates in `param_groups`, then
     `zero_grad` before the forward pass, which hands them to FBGEMM, and `step` after the backward pass.
 
-    Sharded tables are updated in the backward pass, replicated ones in `step`, from gradients that DDP has averaged.
+    Sharded tables are updated in the backward pass, replicated ones in `step`, from gradients averaged over ranks.
     Frozen ones have no gradients, and keep the state that they have.
 
     FBGEMM counts Adam's steps by forward passes, evaluations included, and keeps the count out of its state.  Here

@@ -15,7 +15,7 @@ from embeddings.planning import solve
 from embeddings.problem import BatchLoad, Problem, reserve
 
 DENSE_COPIES = 5
-"""Float32 copies of each dense parameter: itself, its gradient, DDP's bucket of the gradient, Adam's two moments."""
+"""Float32 copies of each dense parameter: itself, its gradient, the sum of that over ranks, Adam's two moments."""
 
 
 def plan_tables(

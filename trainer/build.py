@@ -130,7 +130,7 @@ def build_parallel(resolved: Resolved, plan: Plan, mesh: Mesh) -> ParallelModel:
     if mesh.device.type == "cuda":
         compile_before_first_step(single)
     recorded = will_record(single, resolved, mesh)
-    model = parallelize(single, plan, resolved.config, mesh, at_once=recorded)
+    model = parallelize(single, plan, resolved.config, mesh)
     if recorded:
         record_steps(model, resolved.task.padding, Graphs(must=resolved.config.recorded == "on"))
     return model

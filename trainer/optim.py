@@ -105,7 +105,7 @@ class Optimizers:
         self.update: Callable[[], None] = self.clip_and_update
         """Clips and applies the dense gradients; `trainer.recording` puts a recording in its place."""
         self.average: Callable[[], None] | None = None
-        """Averages gradients over ranks where nothing else has."""
+        """Averages gradients over ranks; None where there is one, or nothing to average."""
         self.tables = tables
         self._max_norm = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
         self._norms = torch.zeros(1 + len(self._names), device=device)

@@ -3,11 +3,12 @@
 1. ranks that train on the same samples share the tower (`trainer.parallel.context_parallel`), where the run has such;
 2. tables that the plan replicates are set apart as ordinary parameters, the others get their fused optimizers;
 3. TorchRec shards these as the plan says, allocating only this rank's part (the tables were on the meta device);
-4. the dense model and the replicated tables have their gradients averaged over ranks, if there are several
-   (DistributedDataParallel; `trainer.parallel.averaging` where steps are replayed);
+4. the dense model and the replicated tables have their gradients averaged over ranks before the update, if there are
+   several (`trainer.parallel.averaging`);
 5. the tables get their initial values, which do not depend on the plan.
 
-TorchRec and DDP both average gradients over ranks; a batch's `loss_denominator` makes that average the global mean.
+Gradients of rows (by TorchRec) and of parameters are averaged over ranks; a batch's `loss_denominator` makes that
+average the global mean.
 """
 
 import functools
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.streamable import Pipelineable
 
 from embeddings.caches import Caches
@@ -100,31 +101,25 @@ class ParallelModel:
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh, *, at_once: bool = False) -> ParallelModel:
-    """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan.
-
-    `at_once`: gradients are averaged before the update, not while they are computed.
-    """
+def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
+    """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
     share_histories(model, mesh)
     sharding_plan = apply_plan(model, plan, device=mesh.device, prefetch=config.overlap == "prefetch")
     attach_optimizers(model.tables, config.sparse_optimizer)
-    # One process has nothing to average: DDP would copy each gradient for it.
-    averaged = replicated_parameters(model) if mesh.world_size > 1 else []
+    # Before sharding, which leaves no trace of which tables are replicated.
+    averaged = replicated_parameters(model)
     module = DistributedModelParallel(
         module=model,
         device=mesh.device,
         plan=sharding_plan,
         sharders=table_sharders(plan.exchange),
-        init_data_parallel=bool(averaged) and not at_once,
-        # An empty batch at the end of the data takes another path through autograd: no static graph.
-        # Where DDP looks for unused parameters it keeps the order of its buckets, in which gradients are added up over
-        # ranks; otherwise it reorders them after the first backward pass of a process, so after a resume too.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+        # Otherwise it wraps what it does not shard in DistributedDataParallel.
+        init_data_parallel=False,
     )
     init_tables(model.tables, seed=config.seed)
     table_optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)
     optimizers = Optimizers(model.tower, table_optimizers, config.optimizer, config.schedule)
-    if averaged and at_once:
+    if averaged and mesh.world_size > 1:
         optimizers.average = GradientAverage(averaged, mesh.world_size)
     return ParallelModel(
         module=module,

@@ -10,14 +10,15 @@ from embeddings.machine import Machine
 _ELEMENTWISE_PASSES = 9.22
 """Passes of an optimizer and its helpers over a dense table, as TorchRec measured."""
 _GRADIENTS = 2
-"""Copies of the gradients of all rows: that of the backward pass, and that in DDP's bucket."""
+"""Copies of the gradients of all rows: that of the backward pass, and that which is added up over ranks."""
 
 
 class Replicated(ShardingKind):
     """Small tables that are looked up often: countries, categories, actions.
 
-    The table is an ordinary parameter under DDP with an optimizer in plain PyTorch that changes rows without an id by
-    nothing, so that training is the sharded table's.  TorchRec's own data_parallel fails for sequence lookups.
+    The table is an ordinary parameter, whose gradient is averaged over ranks, with an optimizer in plain PyTorch that
+    changes rows without an id by nothing, so that training is the sharded table's.  TorchRec's own data_parallel fails
+    for sequence lookups.
     """
 
     name = "replicated"

@@ -119,7 +119,7 @@ def test_cost_is_torchrecs_estimate(
         device, host = theirs.storage.hbm, theirs.storage.ddr
         if machine is CPUS_2:
             device, host = host, 0
-        # TorchRec leaves out the gradient of a replicated table and DDP's copy of it.
+        # TorchRec leaves out the gradient of a replicated table and its copy that is added up.
         left_out = 2 * config.weight_bytes if kind == "replicated" else 0
         if machine is not CPUS_2:
             # It also leaves out what a GPU was seen to hold: the gradient of the rows and one of their copies, of rows

@@ -14,6 +14,7 @@ import torch
 
 from tests.support.small_data import small_dataset
 from tests.support.training import (
+    TIMEOUT_S,
     kill_job,
     losses,
     read_checkpoint,
@@ -244,7 +245,9 @@ def test_a_second_job_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     assert run.saved_config() is None
 
 
-def test_two_ranks_train_like_one(uninterrupted: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_and_show_no_warnings_of_libraries(uninterrupted: Path, tmp_path: Path) -> None:
+    output, _ = start_training(tmp_path / "shown", 2, "max_steps=1").communicate(timeout=TIMEOUT_S)
+    assert "checkpoint of step 1 is complete" in output and "arning" not in output
     single = train(tmp_path / "run", 1, f"max_steps={STEPS}", "checkpoint.every_steps=4")
     assert losses(single) == pytest.approx(losses(read_lines(uninterrupted / "metrics.jsonl")), rel=1e-5)
     for step in (4, STEPS):

@@ -1,5 +1,10 @@
-"""Gradients averaged over ranks at once, before the update: in the place of DDP where the backward pass is replayed, as
-DDP averages from inside it."""
+"""Gradients averaged over ranks by one all-reduce between the backward pass and the update.
+
+Not DistributedDataParallel, which averages buckets of them from inside the backward pass: a backward pass that is
+replayed calls nothing back; its buckets get another order after the first step of a process, so that a run that is
+resumed would differ in its last bits; and where it keeps their order, it warns every user of what that costs.  The
+gradients of rows, which are most of what a step exchanges, are TorchRec's in either case.
+"""
 
 from collections.abc import Sequence
 
@@ -9,9 +14,9 @@ from torch import Tensor, nn
 
 
 class GradientAverage:
-    """Averages parameters' gradients by one all-reduce.  A collective: every rank calls it after each backward pass.
+    """Averages parameters' gradients.  A collective: every rank calls it after each backward pass.
 
-    A rank without a gradient adds zeros.  Unlike under DDP, a parameter that no rank has used gets a gradient of zeros.
+    A rank without a gradient adds zeros; a parameter that no rank has used gets a gradient of zeros.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], world_size: int) -> None:

@@ -9,8 +9,8 @@ whatever its mask, and every rank has as many tiles as the others.  Lookups, enc
 by each sharing rank for the whole batch.
 
 Gradients: every rank differentiates the same loss.  `join` hands each rank its rows' gradients times the number of
-sharing ranks, so that the average over all ranks, which DDP takes, is the sum over the parts; `split` gathers the rows'
-gradients and takes the factor away.
+sharing ranks, so that the average over all ranks (`trainer.parallel.averaging`) is the sum over the parts; `split`
+gathers the rows' gradients and takes the factor away.
 
 Applied outside the model, by `share_histories`.  Evaluation computes as ever: each rank has samples of its own then.
 

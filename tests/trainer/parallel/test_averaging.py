@@ -1,4 +1,4 @@
-"""Gradients averaged at once, of recorded steps: ranks train as they do under DDP."""
+"""Gradients averaged over ranks: of steps that are launched and recorded alike."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from trainer.recording import record_steps
 from trainer.resolve import resolve
 
 
-def trained(path: str, *, at_once: bool) -> dict[str, Tensor]:
+def trained(path: str, *, recorded: bool) -> dict[str, Tensor]:
     """This rank's part of the state after four steps; countries' rows are replicated, items' sharded by rows."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mesh = Mesh(rank=rank, world_size=world_size, local_world_size=world_size, device=torch.device("cpu"))
@@ -31,8 +31,8 @@ def trained(path: str, *, at_once: bool) -> dict[str, Tensor]:
     config = replace(config_of(path), placement=PlacementConfig(tables=tables))
     resolved = resolve(config, dataset_info(config.data))
     plan = make_plan(resolved, machine_of(mesh))
-    model = parallelize(build_model(resolved, mesh.device), plan, config, mesh, at_once=at_once)
-    if at_once:
+    model = parallelize(build_model(resolved, mesh.device), plan, config, mesh)
+    if recorded:
         record_steps(model, resolved.task.padding, None)
     selection = resolved.task.selection
     batches = iter(build_loader(config.data, split="train", rank=rank, world_size=world_size, selection=selection))
@@ -49,7 +49,7 @@ def trained(path: str, *, at_once: bool) -> dict[str, Tensor]:
 
 
 def both(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return trained(path, at_once=False), trained(path, at_once=True)
+    return trained(path, recorded=False), trained(path, recorded=True)
 
 
 def test_recorded_steps_of_two_ranks_train_as_launched_ones_do(tmp_path: Path) -> None:
