@@ -5,9 +5,9 @@
 
 What is measured are the steps that the planner estimates, lookup with backward pass and update through the same
 modules as in training, so that rates are those that lookups reach and not peaks.  A rate is what makes the kind's own
-estimate equal to the time that further ids take; what few ids take is the fixed time of a lookup group.  Rates that a
-job of this size cannot measure keep the data sheet's.  `calibration` says so, and how far the plan of lookups that no
-rate is from is off what they take.
+estimate equal to the time that further ids take, and what many ids take besides is the fixed time of lookups.  Rates
+that a job of this size cannot measure keep the data sheet's.  `calibration` says so, and how far the plan of lookups
+that no rate is from is off what they take.
 """
 
 import os
@@ -68,11 +68,11 @@ def probe() -> NodeType:
         if device.type == "cuda":
             rates = replace(rates, host_link=_copy_rate())
             measured += ["host link", "host tables"]
-        lookups_ms, group_ms = _fixed_ms(replace(machine, rates=rates))
-        rates = replace(rates, lookups_ms=lookups_ms, lookup_group_ms=group_ms)
+        rates = replace(rates, lookup_group_ms=_group_ms(replace(machine, rates=rates)))
         if device.type == "cuda":
             rates = replace(rates, id_ns=_id_ns(replace(machine, rates=rates)))
         rates = replace(rates, device=_lookup_rate(replace(machine, rates=rates), "fused", "device"))
+        rates = replace(rates, lookups_ms=_lookups_ms(replace(machine, rates=rates)))
         if device.type == "cuda":
             cache_ms, cache_id_ns = _cache_ms(replace(machine, rates=rates))
             rates = replace(rates, cache_ms=cache_ms, cache_id_ns=cache_id_ns)
@@ -141,13 +141,23 @@ def _step_ms(
     return median_ms(trial.step, torch.device(machine.compute_device), prepare=trial.exchange)
 
 
-def _fixed_ms(machine: Machine) -> tuple[float, float]:
-    """What lookups take at all, and what each group adds, of next to no ids."""
+def _group_ms(machine: Machine) -> float:
+    """What each lookup group adds, of next to no ids."""
     tables = [_table(width, 1000 * machine.world_size) for width in WIDTHS]
     one, all_of_them = (_step_ms(few, FEW_IDS, machine, "fused") for few in (tables[:1], tables))
     # Where one group takes more than its part, the rest is the beginning's.
-    group_ms = max(all_of_them - one, 0.1 * one) / (len(tables) - 1)
-    return max(one - group_ms, 0.0), group_ms
+    return max(all_of_them - one, 0.1 * one) / (len(tables) - 1)
+
+
+def _lookups_ms(machine: Machine) -> float:
+    """What lookups take at all: what so many ids take besides their estimate, as far as it is no group's.
+
+    Next to no ids take less than that on a GPU, whose kernels then do with fewer passes and find rows in its cache.
+    """
+    rates, few = machine.effective_rates, MANY_IDS[machine.compute_device][0]
+    table = _table(WIDTH, ROWS[machine.compute_device])
+    estimate = _estimate_ms(machine, table, "fused", "device", rates.device, few) + rates.lookup_group_ms
+    return max(_step_ms([table], few, machine, "fused") - estimate, 0.0)
 
 
 def _id_ns(machine: Machine) -> float:

@@ -80,9 +80,8 @@ def test_rates_are_found_that_make_the_estimates_true(
         rates=rates,
     )
     assert probe._lookup_rate(machine, kernel, rate) == pytest.approx(getattr(TRUE, rate), rel=1e-6)
-    lookups_ms, group_ms = probe._fixed_ms(machine)
-    assert group_ms == pytest.approx(TRUE.lookup_group_ms, rel=0.05)
-    assert lookups_ms == pytest.approx(TRUE.lookups_ms, rel=0.05)
+    assert probe._group_ms(machine) == pytest.approx(TRUE.lookup_group_ms, rel=0.05)
+    assert probe._lookups_ms(replace(machine, rates=TRUE)) == pytest.approx(TRUE.lookups_ms, rel=1e-6)
     assert probe._cache_ms(machine) == pytest.approx((TRUE.cache_ms, TRUE.cache_id_ns), rel=1e-6)
     assert probe._error(replace(machine, rates=TRUE)) == pytest.approx(0.0, abs=1e-9)
     monkeypatch.setattr(probe, "_step_ms", lambda *arguments: planned_ms(*arguments) / 1.25)
