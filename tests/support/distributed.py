@@ -4,7 +4,8 @@ The function and its arguments are pickled, so the function lives at module leve
 with that rank's traceback; the other ranks are stopped.
 
 Importing torch and TorchRec takes seconds, so one process a test session does it, the nursery, from which all ranks are
-forked.  It computes nothing and has no threads, which ranks would not inherit.
+forked.  It computes nothing and has no threads, which ranks would not inherit.  Where there is a GPU each rank imports
+for itself: the imports start CUDA, which does not survive a fork.
 """
 
 import atexit
@@ -41,15 +42,22 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         ProcessExitedException: a rank ended without a result.
     """
     with TemporaryDirectory() as folder:
-        call = pickle.dumps((world_size, folder, function, args))
-        nursery = _nursery()
-        nursery.send((dict(os.environ), Path.cwd(), folder, call))
-        status = nursery.recv()
-        failure = Path(folder, "failure")
-        if failure.exists():
-            raise pickle.loads(failure.read_bytes())
-        assert status == 0, f"the process that starts the ranks ended with status {status}"
+        if torch.cuda.is_available():
+            mp.start_processes(_run, (world_size, folder, function, args), nprocs=world_size, start_method="spawn")
+        else:
+            _fork_from_nursery(folder, pickle.dumps((world_size, folder, function, args)))
         return [torch.load(Path(folder, f"result-{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def _fork_from_nursery(folder: str, call: bytes) -> None:
+    """Raises what `run_ranks` does."""
+    nursery = _nursery()
+    nursery.send((dict(os.environ), Path.cwd(), folder, call))
+    status = nursery.recv()
+    failure = Path(folder, "failure")
+    if failure.exists():
+        raise pickle.loads(failure.read_bytes())
+    assert status == 0, f"the process that starts the ranks ended with status {status}"
 
 
 @functools.cache
