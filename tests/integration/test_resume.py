@@ -136,6 +136,27 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in tensors.values())
 
 
+def test_all_that_a_run_wrote_has_reached_the_disk_when_it_is_done(tmp_path: Path) -> None:
+    """The last line of the metrics and the last evaluation too, which come after the last save."""
+    run = tmp_path / "run"
+    process = start_training(
+        run,
+        1,
+        "max_steps=2",
+        "checkpoint.every_steps=2",
+        "log_every=9",
+        module="tests.trainer.run.noting_syncs",
+        environment={"NOTED": str(tmp_path / "noted")},
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    noted = json.loads((tmp_path / "noted").read_text())
+    assert len(read_lines(run / "metrics.jsonl")) == len(read_lines(run / "eval.jsonl")) == 1
+    for file in ("metrics.jsonl", "eval.jsonl"):
+        assert noted[str(run / file)] == (run / file).stat().st_size, file
+    assert str(run) in noted
+
+
 def test_a_missing_evaluation_split_is_found_before_the_training(tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(small_dataset(), data)

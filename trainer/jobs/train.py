@@ -44,6 +44,7 @@ from trainer.recording import check_recorded
 from trainer.resolve import Resolved, resolve_again
 from trainer.run.run_dir import RunDir, locked
 from trainer.run.run_log import logged
+from trainer.run.writing import written
 from trainer.target import parse_target
 from trainer.typed_values import differences, to_dict
 from trainer.warm_start import WarmStart
@@ -188,6 +189,10 @@ class _Session:
                 )
             except NotFinite as found:
                 return found
+        if mesh.is_first:
+            # What was written after the last save: an evaluation of it, perhaps the last line of the metrics.
+            with written(self.run.path):
+                self.run.flush()
         announce_end(self.run, progress)
         return None
 
