@@ -5,11 +5,12 @@ checkpoint than before it: the run gets on.  Failures without progress, one afte
 """
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
+
+from trainer.run.writing import append_line, replace_text, written
 
 FILE = "attempts.jsonl"
 STARTED = "started"
@@ -39,8 +40,9 @@ class Attempt:
 
 def note_first_start(job_dir: Path) -> None:
     """Write into the job's folder when it first started."""
-    with suppress(FileExistsError), (job_dir / STARTED).open("x") as file:
-        file.write(_now())
+    file = job_dir / STARTED
+    if not file.exists():
+        replace_text(file, _now())
 
 
 def _now() -> str:
@@ -59,8 +61,8 @@ def note(run_dir: Path, submission: str, *, ended: Ending, reason: str, before: 
         time=_now(),
     )
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / FILE).open("a") as file:
-        file.write(json.dumps(asdict(attempt)) + "\n")
+    with written(run_dir / FILE):
+        append_line(run_dir / FILE, json.dumps(asdict(attempt)))
 
 
 def read(run_dir: Path, submission: str | None = None) -> list[Attempt]:

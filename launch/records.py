@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.workspace import ROOT
+from trainer.run.writing import append_line, replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +38,24 @@ class JobRecord:
 
 
 def save(record: JobRecord) -> None:
-    """Note the job in its own folder, where it has one here, and in this checkout, where that may be written."""
-    if record.job_dir:
-        Path(record.job_dir).mkdir(parents=True, exist_ok=True)
-        save_in(Path(record.job_dir), record)
-    line = json.dumps(asdict(record)) + "\n"
+    """Note the job in its own folder, where it has one here, and in this checkout, where those may be written."""
+    # The job is on its way, and nothing may keep its handle from being said.
+    try:
+        if record.job_dir:
+            Path(record.job_dir).mkdir(parents=True, exist_ok=True)
+            save_in(Path(record.job_dir), record)
+    except OSError as error:
+        logger.warning("other checkouts do not know the job: %s", error)
     try:
         FILE.parent.mkdir(parents=True, exist_ok=True)
-        with FILE.open("a+b") as file:
-            # After a crash in the middle of a line, this one starts anew.
-            torn = file.tell() > 0 and FILE.read_bytes()[-1:] != b"\n"
-            file.write(b"\n" * torn + line.encode())
+        append_line(FILE, json.dumps(asdict(record)))
     except OSError as error:
-        # The job is on its way, and nothing may keep its handle from being said.
         logger.warning("%s cannot be written (%s): this checkout does not know the job", FILE, error.strerror)
 
 
 def save_in(job_dir: Path, record: JobRecord) -> None:
     """Put the record in the job's folder; of a job with a successor, the successor's."""
-    (job_dir / IN_JOB_DIR).write_text(json.dumps(asdict(record)) + "\n")
+    replace_text(job_dir / IN_JOB_DIR, json.dumps(asdict(record)) + "\n")
 
 
 def of_run(run_dir: Path) -> list[JobRecord]:

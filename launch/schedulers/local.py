@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,6 +26,7 @@ from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.workspace import ROOT
 from trainer.command_line import Finding
 from trainer.exit_status import FAILED, STOPPED
+from trainer.run.writing import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +142,10 @@ class Local(Scheduler[dict[str, CfgVal]]):
         codes = [node.returncode for node in nodes]
         status = FAILED if min(codes) < 0 else job_status(max(codes))
         state = {0: AppState.SUCCEEDED, STOPPED: AppState.CANCELLED}.get(status, AppState.FAILED)
-        Path(record.job_dir, _ENDED).write_text(json.dumps({"state": state.name, "time": time.time()}) + "\n")
+        try:
+            write_json(Path(record.job_dir, _ENDED), {"state": state.name, "time": time.time()})
+        except OSError as error:
+            logger.warning("`status` takes this job for failed: %s", error)
         return status
 
     def record_of(self, app_id: str) -> JobRecord | None:
@@ -151,9 +156,9 @@ class Local(Scheduler[dict[str, CfgVal]]):
         """From what the submitting process left, or from whether it still runs."""
         if record is None:
             return None
-        ended = Path(record.job_dir, _ENDED)
-        if ended.is_file():
-            return JobStatus(state=AppState[json.loads(ended.read_text())["state"]])
+        # It may not have ended, or a full disk may have torn what it left.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return JobStatus(state=AppState[json.loads(Path(record.job_dir, _ENDED).read_text())["state"]])
         if _is_submitting(record.pid):
             return JobStatus(state=AppState.RUNNING, nodes=f"this machine, process {record.pid}")
         return JobStatus(state=AppState.FAILED, reason="the process that submitted it is gone")

@@ -93,9 +93,21 @@ def test_a_job_lives_as_long_as_its_launcher(tmp_path: Path) -> None:
         assert _state(record) == AppState.RUNNING
         Local("test").cancel_job("x", record)
         assert process.wait(timeout=30) != 0
-    assert _state(record) == AppState.FAILED
+    # A full disk leaves an empty note.
+    for torn in (None, "", '{"state": '):
+        if torn is not None:
+            (tmp_path / "ended.json").write_text(torn)
+        assert _state(record) == AppState.FAILED
     (tmp_path / "ended.json").write_text(json.dumps({"state": "CANCELLED"}))
     assert _state(record) == AppState.CANCELLED
+
+
+def test_a_job_ends_as_it_ended_though_nothing_can_be_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = Local("test")
+    scheduler._nodes["x"] = [subprocess.Popen(["true"])]
+    with signals.held():
+        assert scheduler.wait("x", _record(tmp_path / "nowhere", os.getpid())) == 0
+    assert f"{tmp_path}/nowhere/ended.json cannot be written: No such file or directory" in caplog.text
 
 
 def test_another_process_of_the_same_number_is_not_the_launcher(tmp_path: Path) -> None:

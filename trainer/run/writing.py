@@ -29,6 +29,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     replace_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, its own even where a crash left the one before it torn."""
+    with path.open("a+b") as file:
+        torn = file.tell() > 0 and path.read_bytes()[-1:] != b"\n"
+        file.write(b"\n" * torn + line.encode() + b"\n")
+
+
 def sync(path: Path) -> None:
     """Let a file, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
