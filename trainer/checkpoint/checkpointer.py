@@ -24,7 +24,8 @@ from trainer.checkpoint.catalogue import (
     step_folder,
 )
 from trainer.checkpoint.chunks import FileRecord, write_chunks
-from trainer.checkpoint.layout import Layout, dtype_name, lay_out
+from trainer.checkpoint.deltas import Contents, Deltas
+from trainer.checkpoint.layout import dtype_name
 from trainer.checkpoint.loading import gather, load_checkpoint
 from trainer.checkpoint.manifest import (
     Manifest,
@@ -35,15 +36,7 @@ from trainer.checkpoint.manifest import (
     digest,
     writing_versions,
 )
-from trainer.checkpoint.pieces import (
-    LivePiece,
-    Tensors,
-    Touched,
-    delta_room,
-    not_finite,
-    touched_pieces,
-    written_pieces,
-)
+from trainer.checkpoint.pieces import Tensors, Touched, not_finite, written_pieces
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging
@@ -59,28 +52,6 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for the slowest one's file; ranks that die are noticed at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Contents:
-    """What a rank saves."""
-
-    whole: Layout
-    """All that it holds."""
-    rows: Layout | None
-    """What has changed since the last full checkpoint, which alone is copied; None where all is."""
-    base: int | None
-    """Step of the full checkpoint that a delta needs; None for a full one."""
-
-    @property
-    def copied(self) -> Layout:
-        """What is taken from the live tensors."""
-        return self.whole if self.rows is None else self.rows
-
-    @property
-    def file(self) -> Layout:
-        """What is written."""
-        return self.whole if self.base is None else self.copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +96,15 @@ class Checkpointer:
         `grown` names tables that may have more rows than a checkpoint: keys have come in since.  `touched` knows the
         rows that deltas hold; without it every checkpoint is full.
         """
-        self._phase, self._grown, self._touched = phase, grown, touched
+        self._phase, self._grown = phase, grown
         self._run, self._catalogue, self._mesh = run, catalogue, mesh
         self._tensors, self._config = tensors, config
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # every rank
+        self._deltas = Deltas(config, touched, self._group)
         self._staging: Staging | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest_step: int | None = None
-        self._full_step: int | None = None
-        """The full checkpoint since which rows are marked as touched."""
-        self._deltas = 0
-        """Checkpoints since that one."""
         self._started = 0.0
 
     def restore(self, newest: Newest) -> Restart:
@@ -167,7 +135,8 @@ class Checkpointer:
         if self._mesh.is_first:
             for step in newest.abandoned:
                 logger.warning("going back behind step %d: its checkpoint is called %s now", step, self._abandon(step))
-        progress, self._full_step = Progress(), None
+        self._deltas.restart()
+        progress = Progress()
         if found is not None:
             self._newest_step = found.step
             progress = replace(found.manifest.progress)
@@ -251,34 +220,13 @@ class Checkpointer:
         tensors = self._tensors()
         self._check_finite(tensors, progress.step)
         pieces = written_pieces(tensors, self._mesh.rank, self._mesh.world_size)
-        room = 0 if self._touched is None else delta_room(pieces, tensors)
-        contents = self._lay_out(pieces, tensors, room)
+        contents = self._deltas.contents(pieces, tensors, None if self._staging is None else self._staging.state)
         if self._config.asynchronous:
             if self._staging is None:
                 state_bytes, ranks_here = contents.whole.num_bytes, self._mesh.local_world_size
-                self._staging = Staging(state_bytes, room, self._mesh.device, ranks_here)
+                self._staging = Staging(state_bytes, contents.room, self._mesh.device, ranks_here)
             self._staging.fill(contents.copied, as_delta=contents.rows is not None)
         self._pending = self._thread.submit(self._write, contents, replace(progress))
-
-    def _lay_out(self, pieces: list[LivePiece], tensors: Tensors, room: int) -> _Contents:
-        """What this rank saves; on every rank it is part of a delta or on none.  Rows take at most `room` bytes."""
-        whole, rows, base = lay_out(pieces), None, self._full_step
-        delta_is_due = self._deltas < self._config.deltas
-        # Beside the training a full one is made of rows as well, and of the copy of the last full one.
-        if self._touched is not None and base is not None and (delta_is_due or self._config.asynchronous):
-            changed = lay_out(touched_pieces(pieces, tensors, self._touched))
-            rows = changed if changed.num_bytes <= room < whole.num_bytes else None
-            sizes = gather(((whole if rows is None else rows).num_bytes, whole.num_bytes), self._group)
-            if 2 * sum(size for size, _ in sizes) > sum(size for _, size in sizes):
-                rows = None
-            elif delta_is_due:
-                self._deltas += 1
-                return _Contents(whole, rows, base)
-        # Set again when the full checkpoint is complete.
-        self._full_step, self._deltas = None, 0
-        if self._touched is not None:
-            self._touched.clear()
-        return _Contents(whole, rows, None)
 
     def wait(self) -> None:
         """Return when what was saved is complete.  Raises OSError, on every rank alike, if it cannot be written."""
@@ -304,7 +252,7 @@ class Checkpointer:
                 "start again in another --run-dir with lower learning rates or a longer schedule.warmup_steps"
             )
 
-    def _write(self, contents: _Contents, progress: Progress) -> None:
+    def _write(self, contents: Contents, progress: Progress) -> None:
         """Runs in the thread: write this rank's file; the first rank commits when every file is there."""
         problem = None
         parts = gather(self._write_part(contents, step_folder(progress.step)), self._group)
@@ -319,13 +267,13 @@ class Checkpointer:
         problem = gather(problem, self._group)[0]
         if problem is None:
             self._newest_step = progress.step
-            self._full_step = progress.step if contents.base is None else contents.base
+            self._deltas.completed(contents, progress.step)
             return
         if self._mesh.is_first:
             self._give_up(progress.step)
         raise OSError(f"the checkpoint of step {progress.step} cannot be written: {problem}; {MEND}")
 
-    def _write_part(self, contents: _Contents, folder: str) -> _Part:
+    def _write_part(self, contents: Contents, folder: str) -> _Part:
         layout, name = contents.file, f"rank-{self._mesh.rank:05d}.bin"
         tensors: dict[str, StoredTensor] = {}
         for place in layout.places:

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.layout import Layout, moves
@@ -91,6 +92,11 @@ class Staging:
             self._memory[first + start : first + start + content.numel()].copy_(content, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    @property
+    def state(self) -> Tensor:
+        """[bytes] uint8, the state as the last full checkpoint has it; nothing may be under way."""
+        return self._memory[: self._delta_start]
 
     def fold(self, delta: Layout, whole: Layout) -> None:
         """Let the delta's rows take their places in the state, which is `whole` then.

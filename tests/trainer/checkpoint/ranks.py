@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_from_local_shards
 
 from tests.trainer.checkpoint.dying_writer import start_dying_writer
-from trainer.checkpoint import loading
+from trainer.checkpoint import deltas, loading
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.layout import Layout
@@ -54,9 +54,10 @@ def expected_after(touched: tuple[int, ...], seed: int = 1) -> dict[str, Tensor]
 
 
 class TouchedOfTest:
-    """Rows of any shard."""
+    """Rows of any shard; `missed` are those that change without its knowing."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, missed: tuple[int, ...] = ()) -> None:
+        self.known = [row for row in TOUCHED if row not in missed]
         self.rows_of = {
             shard.metadata.shard_offsets[0]: shard.metadata.shard_sizes[0]
             for value in tensors.values()
@@ -68,7 +69,7 @@ class TouchedOfTest:
     def rows(self, table: str, first_row: int) -> Tensor | None:
         """As `trainer.checkpoint.pieces.Touched`."""
         assert table == "item"
-        inside = [row - first_row for row in TOUCHED if 0 <= row - first_row < self.rows_of[first_row]]
+        inside = [row - first_row for row in self.known if 0 <= row - first_row < self.rows_of[first_row]]
         return torch.tensor(inside, dtype=torch.int64)
 
     def clear(self) -> None:
@@ -166,7 +167,9 @@ def save_delta(run_dir: str, layout: str, *, asynchronous: bool = False) -> None
     assert touched.clears == (2 if layout == "replicated" else 1)
 
 
-def save_folded(run_dir: str, layout: str, *, asynchronous: bool, steps: int = 5) -> list[int]:
+def save_folded(
+    run_dir: str, layout: str, *, asynchronous: bool, steps: int = 5, missed: tuple[int, ...] = ()
+) -> list[int]:
     """Checkpoints of so many steps, those of odd ones full, those of even ones deltas; returns the bytes that each
     copied."""
     run = RunDir(Path(run_dir))
@@ -182,7 +185,7 @@ def save_folded(run_dir: str, layout: str, *, asynchronous: bool, steps: int = 5
         open_store(str(run.checkpoints)),
         run,
         tensors,
-        TouchedOfTest(tensors),
+        TouchedOfTest(tensors, missed),
         deltas=1,
         keep=99,
         asynchronous=asynchronous,
@@ -198,12 +201,25 @@ def save_folded(run_dir: str, layout: str, *, asynchronous: bool, steps: int = 5
 
 
 def fold_every_way(folder: str) -> dict[str, list[int]]:
-    """By layout: the bytes that each asynchronous save of this rank copied; beside them the same saves without."""
-    copied = {}
+    """By layout: the bytes that each asynchronous save of this rank copied; beside them the same saves without.
+
+    Every row is compared within four saves.
+    """
+    deltas.PARTS, copied = 4, {}
     for layout in LAYOUTS:
         copied[layout] = save_folded(f"{folder}/{layout}-beside", layout, asynchronous=True)
         save_folded(f"{folder}/{layout}", layout, asynchronous=False)
     return copied
+
+
+def miss_rows(folder: str) -> dict[str, list[int]]:
+    """By layout, each row missed alone: the bytes that each save copied."""
+    deltas.PARTS = 2
+    return {
+        f"{layout}-{row}": save_folded(f"{folder}/{layout}-{row}", layout, asynchronous=True, missed=(row,))
+        for layout in LAYOUTS[:-1]
+        for row in (TOUCHED[0], TOUCHED[-1])
+    }
 
 
 def save_and_kill_writers(run_dir: str, acts: int) -> None:

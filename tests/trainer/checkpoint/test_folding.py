@@ -35,6 +35,21 @@ def test_a_folded_checkpoint_equals_one_that_was_copied_whole(tmp_path: Path) ->
             assert (by_save[1:] <= by_save[0] // 2).all(), "only the first one copies the whole state"
 
 
+def test_a_row_that_changed_unmarked_is_found_in_the_copy_and_saved(tmp_path: Path) -> None:
+    """Every row is compared within two saves here; a full checkpoint that is right follows at once."""
+    run_ranks(2, ranks.miss_rows, str(tmp_path))
+    runs = sorted(tmp_path.iterdir())
+    assert len(runs) == 8
+    for run in runs:
+        right = []
+        for step in (2, 3):
+            folder = run / "checkpoints" / f"step-{step:08d}"
+            found, wanted = read_checkpoint(folder), ranks.expected_after(ranks.TOUCHED, step - 1)
+            is_full = json.loads((folder / "manifest.json").read_text())["base"] is None
+            right.append(is_full and all(found[name].equal(value) for name, value in wanted.items()))
+        assert any(right), run.name
+
+
 FOLDING = 2 * len(ranks.expected())
 """Acts of a writer until all rows stand in their places."""
 WRITING = 4
