@@ -9,7 +9,7 @@ from embeddings.machine import Machine
 from embeddings.options import Option, table_options
 from embeddings.packing import Packer, Packing, make_packer
 from embeddings.plan import size_text
-from embeddings.problem import Problem
+from embeddings.problem import DoesNotFit, Problem
 from embeddings.search import fits
 
 Options = Sequence[Sequence[Option]]
@@ -17,10 +17,6 @@ Options = Sequence[Sequence[Option]]
 
 MOST_TIMES = 64
 """A fix asks for at most so many times the ranks or the memory that there are."""
-
-
-class DoesNotFit(ValueError):
-    """The tables do not fit; the message says in one line what is missing and what would help."""
 
 
 def nothing_left(problem: Problem) -> DoesNotFit:

@@ -7,7 +7,7 @@ from functools import cached_property
 from embeddings.config import ComputeKernel, TableConfig
 from embeddings.kinds.kind import Blocks, ShardCost, ShardingKind, Work
 from embeddings.kinds.registry import KINDS, kind_named
-from embeddings.problem import Problem
+from embeddings.problem import DoesNotFit, Problem
 
 MAX_COLUMNS = 1024
 """The most columns of a block that FBGEMM's kernels take on a GPU: up to 2,048 they look up zeros without a word
@@ -67,8 +67,8 @@ def table_options(problem: Problem) -> list[list[Option]]:
     """Every allowed way to place each table, in the order of `problem.tables`.
 
     Raises:
-        ValueError: a sharding type that there is not or that a table with a constraint cannot have, or a table for
-            which nothing is left.
+        DoesNotFit: a table that this machine can have in no way that is allowed.
+        ValueError: a sharding type that there is not or that a table with a constraint cannot have.
     """
     return [_options_of(table, problem) for table in problem.tables]
 
@@ -108,10 +108,15 @@ def _options_of(table: TableConfig, problem: Problem) -> list[Option]:
             options += [_option(kind, work, cut) for cut in _cuts(kind, work)]
     left = {option.kind.name for option in options}
     impossible = [name for name in types if name not in left]
-    if impossible and (own or not options):
+    if impossible and own:
         name = impossible[0]
-        where = "placement.tables" if own else "placement"
-        raise ValueError(f"{where} allows table {table.name!r} to be {name}, which it cannot be: {refusals[name]}")
+        raise ValueError(
+            f"placement.tables allows table {table.name!r} to be {name}, which it cannot be: {refusals[name]}"
+        )
+    if not options:
+        reasons = {why: [name for name in types if refusals[name] == why] for why in refusals.values()}
+        said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        raise DoesNotFit(f"table {table.name!r} cannot be placed on {problem.machine.describe()}: {said}")
     return options
 
 

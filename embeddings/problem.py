@@ -23,6 +23,10 @@ MOST_IDS = 2**63
 """More ids of a step than can be counted."""
 
 
+class DoesNotFit(ValueError):
+    """The machine cannot hold the tables; the message says in one line what is missing and what would help."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchLoad:
     """The lookups of one step, from which times and buffers are estimated."""

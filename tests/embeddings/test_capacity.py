@@ -285,8 +285,10 @@ def test_rows_wider_than_the_kernels_of_a_gpu_are_cut_or_whole_on_every_rank(tab
         assert considered == kinds
         assert all(len(shard.columns) <= 1024 or kinds == {"replicated"} for shard in found.plan.shards("wide"))
     tables.write_text(json.dumps({"tables": [wide]}))
-    with pytest.raises(ValueError, match="rows of more than 1024 columns"):
-        clusters(read_demand(tables), nodes, [1], samples=1.0, prices={})
+    one, two = clusters(read_demand(tables), nodes, [1, 2], samples=1.0, prices={})
+    assert one.plan is None and two.plan is not None
+    assert "table 'wide' cannot be placed on 1 cuda ranks" in one.problem
+    assert "table_wise, row_wise: FBGEMM's kernels" in one.problem and "replicated: " in one.problem
 
 
 def test_wrong_machine_file_is_named(tmp_path: Path) -> None:
