@@ -1,4 +1,5 @@
-"""What the attention kernels compile to for a Hopper GPU: registers, stack (spills), shared memory, instructions.
+"""What our kernels compile to for a Hopper GPU: registers, stack (spills), shared memory, instructions, and how many
+barriers nobody waits for, which has to be 0.
 
 Run anywhere, no GPU needed: python -m benchmarks.compiled_kernels [--sizes 64 128 256] [--json FILE]
 
@@ -15,11 +16,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -28,6 +31,8 @@ from attention_kernels.attention import schedule, tile_sums
 from attention_kernels.attention.hopper import launchers as hopper
 from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.attention.portable.launchers import Backward
+from attention_kernels.layer import hopper_linear
+from attention_kernels.layer.linear_kernel import Epilogue
 
 SIZES = (64, 128, 256)
 HEADS = 4
@@ -38,6 +43,12 @@ MASKS = {
     # Rows of candidates alone.
     "targets": SemiLocalMask(local=256, global_rows=256),
 }
+PRODUCTS: dict[str, Callable[[Tensor], Epilogue]] = {
+    "SiLU": lambda other: Epilogue(silu=True, bias=torch.empty(other.shape[1])),
+    "SiLU and slopes": lambda other: Epilogue(silu=True, bias=torch.empty(other.shape[1]), slopes=other),
+    "residual": lambda other: Epilogue(residual=other),
+}
+"""What happens to a layer's products before they are stored; beside its result."""
 
 
 class HopperTarget:
@@ -57,9 +68,7 @@ class HopperTarget:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Compile the attention kernels for a Hopper GPU and list what they take."
-    )
+    parser = argparse.ArgumentParser(description="Compile our kernels for a Hopper GPU and list what they take.")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="sizes of heads")
     parser.add_argument("--json", type=Path, default=None, help="write the list to this file")
     arguments = parser.parse_args()
@@ -83,16 +92,46 @@ def compile_all(sizes: tuple[int, ...]) -> dict[str, dict[str, int]]:
         described = [x.descriptor() if isinstance(x, launcher.Blocks) else x for x in values]
         compiled = kernel.warmup(*described, grid=(*grid, 1, 1)[:3], **constants)
         shared = int(compiled.metadata.shared)
-        kernels.setdefault(f"{case}, {kernel.__name__}", {"shared_bytes": shared} | _resources(compiled.asm["cubin"]))
+        row = {"shared_bytes": shared} | _resources(compiled.asm["cubin"])
+        if "ttng.init_barrier" in compiled.asm["ttgir"]:
+            row["unwaited_barriers"] = unwaited_barriers(compiled.asm["ttgir"])
+        kernels.setdefault(f"{case}, {kernel.__name__}", row)
 
-    modules: tuple[Any, ...] = (hopper, portable, schedule, tile_sums)
+    modules: tuple[Any, ...] = (hopper, portable, schedule, tile_sums, hopper_linear)
     for module in modules:
         module.launch = catch
-    modules[0].multiprocessors = lambda device: MULTIPROCESSORS
+        if hasattr(module, "multiprocessors"):
+            module.multiprocessors = lambda device: MULTIPROCESSORS
     for size, (name, mask) in itertools.product(sizes, MASKS.items()):
         case = f"{size}, {name}"
         _run(size, mask, only_targets=name == "targets")
+    for size, (name, epilogue) in itertools.product(sizes, PRODUCTS.items()):
+        case = f"{size}, {name}"
+        rows, weight, out = (torch.empty(x, HEADS * size, dtype=torch.bfloat16) for x in (1000, HEADS * size, 1000))
+        hopper_linear.product(rows, weight, out, epilogue(out))
     return kernels
+
+
+def unwaited_barriers(code: str) -> int:
+    """Barriers that a kernel, in Triton's GPU dialect, sets up and nothing else uses.
+
+    The compiler gives their memory to buffers that are made later, but what was set up as a barrier must not be written
+    as data (PTX ISA, `mbarrier.inval`).
+    """
+    uses: dict[str, list[tuple[str, str]]] = {}
+    for result, operation in re.findall(r"^\s*(?:(%\w+) = )?(.*)$", code, re.MULTILINE):
+        for name in re.findall(r"%\w+", operation):
+            uses.setdefault(name, []).append((result, operation))
+
+    def only_set_up(name: str) -> bool:
+        return all(
+            operation.startswith("ttng.init_barrier")
+            or (operation.startswith("ttg.memdesc_index") and only_set_up(result))
+            for result, operation in uses[name]
+        )
+
+    barriers = re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<\d+x1xi64", code)
+    return sum(map(only_set_up, barriers))
 
 
 def _run(size: int, mask: SemiLocalMask, *, only_targets: bool) -> None:

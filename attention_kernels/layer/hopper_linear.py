@@ -20,8 +20,10 @@ from attention_kernels.attention.hopper.groups import (
     tanh,
 )
 from attention_kernels.attention.hopper.rings import (
+    Ring,
     block_layout,
     load_block,
+    make_buffers,
     make_ring,
     release,
     thread_registers,
@@ -149,8 +151,11 @@ def hopper_matmul_kernel(
     """See `product`.  Grid: one program a processor."""
     a_rings = (make_ring(a, STAGES, 1), make_ring(a, STAGES, 1))
     b_ring = make_ring(b, STAGES, 2)
-    # Without a residual only the buffers of these rings are used.
-    results = (make_ring(out, 1, 1), make_ring(out, 1, 1))
+    if residual is None:
+        # Nothing is loaded into these, so nobody would wait for their barriers.
+        results = (Ring(make_buffers(out, 1), None, None), Ring(make_buffers(out, 1), None, None))
+    else:
+        results = (make_ring(out, 1, 1), make_ring(out, 1, 1))
     work = (a_rings, b_ring, results, M, num_tiles)
     finish = Finish(out, slopes, residual, bias, row_scale, column_scale)
     gl.warp_specialize(

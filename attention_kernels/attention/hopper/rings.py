@@ -89,7 +89,12 @@ class Walk(NamedTuple):
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """(full, empty) of a ring: announced by its one writer, and by each of its readers."""
+    """(full, empty) of a ring: announced by its one writer, and by each of its readers.
+
+    Only for a ring that is waited for.  The compiler gives the memory of barriers that nobody uses to buffers made
+    later, and what a Hopper GPU does with memory that was set up as a barrier and is then written as data is
+    undefined: where processes take turns on the GPU, it came back as NaN.
+    """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -99,12 +104,17 @@ def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
+def make_buffers(descriptor, STAGES: gl.constexpr):
+    """STAGES blocks of the descriptor's."""
+    shape: gl.constexpr = descriptor.block_shape
+    return gl.allocate_shared_memory(descriptor.dtype, [STAGES, 1, shape[1], shape[2]], descriptor.layout)
+
+
+@gluon.jit
 def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
     """A ring of STAGES blocks of the descriptor's, each read by READERS groups."""
-    shape: gl.constexpr = descriptor.block_shape
-    buffers = gl.allocate_shared_memory(descriptor.dtype, [STAGES, 1, shape[1], shape[2]], descriptor.layout)
     full, empty = make_barriers(STAGES, READERS)
-    return Ring(buffers, full, empty)
+    return Ring(make_buffers(descriptor, STAGES), full, empty)
 
 
 @gluon.jit
