@@ -8,6 +8,7 @@ a batch is pulled and taken from the record when its step is done: that position
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from trainer.health.stop_signal import STOP, StoppedEarly
 from trainer.health.watchdog import Watchdog
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
-from trainer.recorder import Consumed, Outcome, Recorder
+from trainer.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -45,94 +46,87 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
 
 
-def run_steps(
-    model: ParallelModel,
-    feed: Feed,
-    progress: Progress,
-    *,
-    pipeline: StepPipeline,
-    config: TrainConfig,
-    mesh: Mesh,
-    recorder: Recorder,
-    checkpointer: Checkpointer,
-    watchdog: Watchdog,
-    evaluator: Evaluator,
-    evaluated: bool,
-) -> None:
-    """Train until the feed ends or `evaluation.target` is reached; save and evaluate when it is due, and at the end.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """The parts that work together in every step, and the order in which they do."""
 
-    Called by every rank.  An evaluation that was due where the run goes on, and not made (`evaluated`), comes first.
+    model: ParallelModel
+    feed: Feed
+    progress: Progress
+    """How far the run has come; each step moves it on."""
+    pipeline: StepPipeline
+    config: TrainConfig
+    mesh: Mesh
+    recorder: Recorder
+    checkpointer: Checkpointer
+    watchdog: Watchdog
+    evaluator: Evaluator
 
-    Raises:
-        StoppedEarly: SIGTERM, SIGUSR1 or Ctrl-C came; the state of the last step is saved.
-        NotFinite: the loss or the gradients of a step are not, found where it is logged or saved.
-        OSError, FloatingPointError: the state cannot be written, or is not finite.
-    """
+    def run(self, *, evaluated: bool) -> None:
+        """Train until the feed ends or `evaluation.target` is reached; save and evaluate when due, and at the end.
 
-    def save() -> None:
-        with recorder.paused():
-            checkpointer.save(progress)
+        Called by every rank.  An evaluation that was due where the run goes on and not made (`evaluated`) comes first.
 
-    def between_steps(look: Callable[[], None]) -> None:
-        with recorder.paused(), watchdog.phase("evaluation"):
-            pipeline.outside(look)
-
-    model.module.train()
-    factor, logs = None, False
-    with watchdog.phase("evaluation"):
-        evaluates = evaluator.begin(progress, evaluated=evaluated)
-    for factor in _steps(model, feed, progress, pipeline, evaluator, seed=config.seed, mesh=mesh, count=recorder.count):
-        watchdog.stepped(progress.step)
-        saves = _due(progress.step, config.checkpoint.every_steps)
-        evaluates = evaluator.due(progress.step)
-        logs = _due(progress.step, config.log_every)
-        if logs:
+        Raises:
+            StoppedEarly: SIGTERM, SIGUSR1 or Ctrl-C came; the state of the last step is saved.
+            NotFinite: the loss or the gradients of a step are not, found where it is logged or saved.
+            OSError, FloatingPointError: the state cannot be written, or is not finite.
+        """
+        progress, recorder, evaluator = self.progress, self.recorder, self.evaluator
+        self.model.module.train()
+        factor, logs = None, False
+        with self.watchdog.phase("evaluation"):
+            evaluates = evaluator.begin(progress, evaluated=evaluated)
+        for factor in self._steps():
+            self.watchdog.stepped(progress.step)
+            saves = _due(progress.step, self.config.checkpoint.every_steps)
+            evaluates = evaluator.due(progress.step)
+            logs = _due(progress.step, self.config.log_every)
+            if logs:
+                recorder.log(progress, factor)
+            elif saves or evaluates:
+                recorder.check_finite(progress)  # A step that spoils the model is named before what it spoils.
+            stops = (logs or saves or evaluates) and agree_to_stop(self.mesh)
+            if saves or stops:
+                self._save()
+            if stops:
+                self.checkpointer.wait()
+                raise stopped_after(progress.step)
+            if evaluates or evaluator.meets_part(progress):
+                self._between_steps(lambda: evaluator.look(progress))
+        if factor is not None and not logs:
+            # A run's last step is logged whatever its number: a short run has a metric too.
             recorder.log(progress, factor)
-        elif saves or evaluates:
-            recorder.check_finite(progress)  # A step that spoils the model is named before what it spoils.
-        stops = (logs or saves or evaluates) and agree_to_stop(mesh)
-        if saves or stops:
-            save()
-        if stops:
-            checkpointer.wait()
-            raise stopped_after(progress.step)
-        if evaluates or evaluator.meets_part(progress):
-            between_steps(lambda: evaluator.look(progress))
-    if factor is not None and not logs:
-        # A run's last step is logged whatever its number: a short run has a metric too.
-        recorder.log(progress, factor)
-    save()
-    if not evaluates:
-        between_steps(lambda: evaluator.evaluate(progress.step))
-    checkpointer.wait()
+        self._save()
+        if not evaluates:
+            self._between_steps(lambda: evaluator.evaluate(progress.step))
+        self.checkpointer.wait()
 
+    def _steps(self) -> Iterator[float]:
+        """Take one step after another until the feed ends or the target is reached: the factor of each one's rates."""
+        optimizers, progress = self.model.optimizers, self.progress
+        while not self.evaluator.reached:
+            factor = optimizers.set_step(progress.step + 1)
+            seed_step(self.config.seed, progress.step + 1, self.mesh.data_rank)
+            outcome = None
+            try:
+                if not self.feed.leaves_out(progress.step + 1):
+                    outcome = self.pipeline.step(self.feed), optimizers.gradient_norms
+            except StopIteration:
+                return
+            consumed = self.feed.done()
+            progress.advance(consumed.samples, consumed.position)
+            self.recorder.count(consumed, outcome)
+            STOP.heeded = True
+            yield factor
 
-def _steps(
-    model: ParallelModel,
-    feed: Feed,
-    progress: Progress,
-    pipeline: StepPipeline,
-    evaluator: Evaluator,
-    *,
-    seed: int,
-    mesh: Mesh,
-    count: Callable[[Consumed, Outcome | None], None],
-) -> Iterator[float]:
-    """Take one step after another until the feed ends or the target is reached: the factor of each one's rates."""
-    while not evaluator.reached:
-        factor = model.optimizers.set_step(progress.step + 1)
-        seed_step(seed, progress.step + 1, mesh.data_rank)
-        outcome = None
-        try:
-            if not feed.leaves_out(progress.step + 1):
-                outcome = pipeline.step(feed), model.optimizers.gradient_norms
-        except StopIteration:
-            return
-        consumed = feed.done()
-        progress.advance(consumed.samples, consumed.position)
-        count(consumed, outcome)
-        STOP.heeded = True
-        yield factor
+    def _save(self) -> None:
+        with self.recorder.paused():
+            self.checkpointer.save(self.progress)
+
+    def _between_steps(self, look: Callable[[], None]) -> None:
+        with self.recorder.paused(), self.watchdog.phase("evaluation"):
+            self.pipeline.outside(look)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -35,7 +35,7 @@ from trainer.health.preflight import check_fp8, check_machines, check_packages, 
 from trainer.health.watchdog import Watchdog
 from trainer.labels.running import running_metrics
 from trainer.left_out import LeftOut, NotFinite
-from trainer.loop import run_steps
+from trainer.loop import Loop
 from trainer.optim import settle_schedule
 from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
 from trainer.parallelize import ParallelModel
@@ -174,10 +174,10 @@ class _Session:
         pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
         with closing(recorder), closing(pipeline):
             try:
-                run_steps(
-                    model,
-                    feed,
-                    progress,
+                loop = Loop(
+                    model=model,
+                    feed=feed,
+                    progress=progress,
                     pipeline=pipeline,
                     config=config,
                     mesh=mesh,
@@ -185,8 +185,8 @@ class _Session:
                     checkpointer=self.checkpointer,
                     watchdog=self.watchdog,
                     evaluator=Evaluator(self.resolved, model, self.run, mesh, loader=loader, recorder=recorder),
-                    evaluated=restart.evaluated,
                 )
+                loop.run(evaluated=restart.evaluated)
             except NotFinite as found:
                 return found
         if mesh.is_first:

@@ -60,8 +60,8 @@ def test_limits_that_end_every_run_are_refused() -> None:
         WatchConfig(least_s=50.0, first_s=40.0)
 
 
-COLLECTIVE = [("trainer/loop.py", 3, "run_steps"), ("lib/torch/distributed/c10d.py", 9, "all_reduce")]
-BUSY = [("trainer/loop.py", 3, "run_steps"), ("trainer/feed.py", 7, "next")]
+COLLECTIVE = [("trainer/loop.py", 3, "run"), ("lib/torch/distributed/c10d.py", 9, "all_reduce")]
+BUSY = [("trainer/loop.py", 3, "run"), ("trainer/feed.py", 7, "next")]
 
 
 def _beat(step: int = 4, phase: str = "step") -> Beat:
