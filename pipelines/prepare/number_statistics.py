@@ -1,12 +1,13 @@
 """What the training part of a log says of its columns of numbers: kept in `dataset.json`, for transforms of inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import duckdb
 
 from pipelines.features import Column, Part
 from pipelines.known_numbers import NumberStatistics
+from pipelines.prepare.counts import COUNTED
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.source import value_column
 
@@ -16,8 +17,9 @@ QUANTILE_VALUES = 1 << 20
 """Quantiles within are those of at most about so many values, which a hash chooses; the ends are exact."""
 
 
+EVENT = "user_id, log_row"
 TABLES: Mapping[Part, tuple[str, str]] = {
-    **dict.fromkeys(("event", "candidate", "label"), ("events", "user_id, log_row")),
+    **dict.fromkeys(("event", "candidate", "label"), ("events", EVENT)),
     "sample": ("users", "user_id"),
     "item": ("items", "item_id"),
 }
@@ -25,17 +27,25 @@ TABLES: Mapping[Part, tuple[str, str]] = {
 
 
 def with_statistics(
-    connection: duckdb.DuckDBPyConnection, columns: Sequence[Column], split_time: int | None
+    connection: duckdb.DuckDBPyConnection,
+    columns: Sequence[Column],
+    split_time: int | None,
+    counts: Collection[str] = (),
 ) -> tuple[Column, ...]:
     """The columns, those of numbers with statistics.
 
     Of events, candidates and labels they are those of the labelled events before the split (of all without one); of
-    users and items, those of each once.
+    users and items, those of each once.  `counts` are columns whose values stand in the table COUNTED.
     """
+
+    def place(column: Column) -> tuple[str, str]:
+        counted = column.part == "candidate" and column.name in counts
+        return (COUNTED, EVENT) if counted else TABLES[column.part]
+
     found: dict[tuple[str, str], NumberStatistics] = {}
-    for table, row in dict.fromkeys(TABLES.values()):
-        names = [each.name for each in columns if each.kind == "number" and TABLES[each.part] == (table, row)]
-        known = {name: value_column(name) if table == "events" else name for name in dict.fromkeys(names)}
+    for table, row in {**dict.fromkeys(TABLES.values()), (COUNTED, EVENT): None}:
+        names = [each.name for each in columns if each.kind == "number" and place(each) == (table, row)]
+        known = {name: value_column(name) if row == EVENT else name for name in dict.fromkeys(names)}
         if known:
             chosen = table
             if table == "events":
@@ -43,7 +53,7 @@ def with_statistics(
             statistics = _statistics(connection, f"(SELECT * FROM {chosen})", row, list(known.values()))
             found |= {(table, name): each for name, each in zip(known, statistics, strict=True)}
     return tuple(
-        replace(column, statistics=found[TABLES[column.part][0], column.name]) if column.kind == "number" else column
+        replace(column, statistics=found[place(column)[0], column.name]) if column.kind == "number" else column
         for column in columns
     )
 

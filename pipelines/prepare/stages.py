@@ -6,7 +6,6 @@ Memory is bounded by the engine's limit, the longest user and a few row groups, 
 import errno
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,38 +15,32 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.counts import counts_as_dict
-from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Part, Space, SplitInfo
-from pipelines.prepare.counts import add_counts, prepared_counts
-from pipelines.prepare.engine import PROGRESS_SECONDS, connect, literal, quoted
+from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
+from pipelines.prepare.counts import count_items, counted, keep_totals, prepared_counts
+from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.gathered import write_gathered
 from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.rare_items import merge_rare_items
-from pipelines.prepare.samples import UserEvents, Values, cut
+from pipelines.prepare.samples import cut
 from pipelines.prepare.source import Description, value_column
 from pipelines.prepare.state import STATE, write_state
 from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.time_order import TimeOrder
+from pipelines.prepare.user_events import listed, whole_users
 from pipelines.prepare.write import SplitWriter, write_dataset_file
 from pipelines.storage.vocabulary import keys_digest
 
 logger = logging.getLogger(__name__)
 
 Load = Callable[[duckdb.DuckDBPyConnection, Path, Path], Description]
-READ_ROWS = 1 << 18
 EVENTS_OF_A_GIB = 1 << 20
 """Events of samples that are sorted at once for each GiB that the engine may use: about a tenth of it."""
 REQUEST_SECONDS = 86_400
 """A request that lasts longer is reported: what is shown together rarely is."""
-LISTED: tuple[Part, ...] = ("event", "candidate", "label")
-"""Parts whose columns are lists of a sample, made of the columns of `events`."""
-EVERYWHERE = ("item_id", "action", "timestamp")
-"""What every event and candidate has."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -108,7 +101,7 @@ def _write_cut(
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
     _warn_of_long_requests(connection)
-    of_log = list(dict.fromkeys(value_column(column.name) for column in _listed(about)))
+    of_log = list(dict.fromkeys(value_column(column.name) for column in listed(about)))
     about = _with_counts(connection, about, split_time, options)
     sizes, of_samples = _write_samples(connection, about, folder, split_time, options)
     for split, size in sizes.items():
@@ -130,6 +123,8 @@ def _write_cut(
     )
     _warn_of_constant_actions(of_samples["splits"]["train"]["positives"], sizes["train"].candidates)
     if about.keeps_state:
+        if counted(about):
+            keep_totals(connection, len(about.actions))
         write_state(connection, folder / STATE, options.max_history, of_log)
     details = {
         "split_time": split_time if options.leave_last is None else None,
@@ -137,10 +132,11 @@ def _write_cut(
         **about.details,
         **({"state": STATE} if about.keeps_state else {}),
     }
+    of_counts = [name for each in counted(about) for name in each.columns]
     return DatasetInfo(
         name=about.name,
         spaces=about.spaces,
-        columns=with_statistics(connection, about.columns, details["split_time"]),
+        columns=with_statistics(connection, about.columns, details["split_time"], of_counts),
         actions=about.actions,
         weight=about.weight,
         keep_rate=about.keep_rate,
@@ -205,13 +201,13 @@ def _with_counts(
     """The description of `events` with columns of counts, if the options ask for them."""
     if not options.counts or options.leave_last is not None:
         return about
-    logger.info("counting")
+    logger.info("counting items")
     counts = prepared_counts(len(about.actions))
-    taken = {column.name for column in _listed(about)} & {n for each in counts for n in each.columns}
+    taken = {column.name for column in listed(about)} & {n for each in counts for n in each.columns}
     if taken:
         raise ValueError(f"column {min(taken)} has the name of a count; rename it, or prepare with --no-counts")
     frozen_at = None if options.eval_groups else split_time
-    add_counts(connection, len(about.actions), frozen_at, keep=about.keeps_state)
+    count_items(connection, len(about.actions), frozen_at)
     columns = (Column(name=name, part="candidate", kind="number") for each in counts for name in each.columns)
     details = {**about.details, "counts": counts_as_dict(counts)}
     return replace(about, columns=(*about.columns, *columns), details=details)
@@ -247,7 +243,7 @@ def _write_samples(
         }
         by_time = TimeOrder(folder.parent / "by_time", int(options.memory_gib * EVENTS_OF_A_GIB))
         train = by_time if options.order == "time" else writers["train"]
-        for events in _whole_users(connection, about, options):
+        for events in whole_users(connection, about, split_time, options):
             found = [np.zeros(0, dtype=np.int64)]
             for split, table in cut(events, split_time, options):
                 counters[split].add(table)
@@ -272,89 +268,3 @@ def _split_time(connection: duckdb.DuckDBPyConnection, options: SampleOptions) -
         "(SELECT time // 3600 AS hour, count(*) AS n FROM events WHERE candidate GROUP BY 1))"
     ).fetchall()
     return max(int(first) + 1, min(int(hour) + 1, int(last))) * 3600
-
-
-def _whole_users(
-    connection: duckdb.DuckDBPyConnection, about: Description, options: SampleOptions
-) -> Iterator[UserEvents]:
-    """Events of whole users, sorted, in the order of a hash of the users' ids."""
-    names = sorted({value_column(column.name) for column in _listed(about)})
-    context = [column for column in about.columns if column.part == "sample" and column.name != USER_ID]
-    # What a user without a row gets: the values that stand for missing.
-    absent = {"id": "0::BIGINT", "ids": "[]::BIGINT[]", "number": "'nan'::DOUBLE"}
-    values = "".join(f", e.{quoted(name)}" for name in names)
-    values += "".join(
-        f", coalesce(u.{quoted(column.name)}, {absent[column.kind]}) AS {quoted(f'sample_{column.name}')}"
-        for column in context
-    )
-    chosen = ""
-    if options.max_users is not None:
-        chosen = (
-            "SEMI JOIN (SELECT DISTINCT user_id FROM events WHERE candidate "
-            f"ORDER BY hash(user_id), user_id LIMIT {options.max_users}) AS c USING (user_id)"
-        )
-    logger.info("sorting")
-    reader = connection.sql(
-        "SELECT hash(e.user_id) AS place, e.user_id, e.item_id, e.time, e.action, e.candidate, e.request_key"
-        f"{values} FROM events AS e {chosen} LEFT JOIN users AS u ON e.user_id = u.user_id "
-        # In equal times the log's own order: nothing that a model predicts may decide.
-        "ORDER BY place, e.user_id, e.candidate, e.rank, e.log_row"
-    ).to_arrow_reader(READ_ROWS)
-    rest: pa.Table | None = None
-    num_read, reported, last = 0, time.monotonic(), np.zeros(1, dtype=np.uint64)
-    for record_batch in reader:
-        place = np.concatenate((last, record_batch["place"].to_numpy()))
-        assert (place[:-1] <= place[1:]).all(), "the engine's sort is out of order"
-        last = place[-1:]
-        num_read += record_batch.num_rows
-        if time.monotonic() - reported >= PROGRESS_SECONDS:
-            reported = time.monotonic()
-            logger.info("%d events done", num_read)
-        rest, complete = _split_last_user(rest, pa.Table.from_batches([record_batch]))
-        if complete.num_rows:
-            yield _user_events(complete, about)
-    if rest is not None and rest.num_rows:
-        yield _user_events(rest, about)
-
-
-def _split_last_user(rest: pa.Table | None, table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The events of the last user, who may go on in the next piece, and those of the users before."""
-    users = table["user_id"].to_numpy()
-    start = len(users) - int(np.argmax(users[::-1] != users[-1])) if (users != users[-1]).any() else 0
-    if rest is None:
-        return table.slice(start), table.slice(0, start)
-    if start == 0 and rest["user_id"][0].as_py() == users[-1]:
-        return pa.concat_tables([rest, table]), table.slice(0, 0)
-    return table.slice(start), pa.concat_tables([rest, table.slice(0, start)])
-
-
-def _user_events(table: pa.Table, about: Description) -> UserEvents:
-    """One piece of the sorted events as arrays."""
-    listed = _listed(about)
-    names = ("item_id", "action", *(value_column(column.name) for column in listed))
-    history = {column.stored: value_column(column.name) for column in listed if column.part == "event"}
-    candidates = {column.stored: value_column(column.name) for column in listed if column.part != "event"}
-    return UserEvents(
-        user_id=table["user_id"].to_numpy(),
-        time=table["time"].to_numpy(),
-        request=pc.fill_null(table["request_key"], 0).to_numpy(),
-        candidate=table["candidate"].to_numpy(),
-        columns={**{name: _values(table[name]) for name in names}, "timestamp": table["time"].to_numpy()},
-        history={**{f"history_{name}": name for name in EVERYWHERE}, **history},
-        candidates={**{f"candidate_{name}": name for name in EVERYWHERE}, **candidates},
-        sample={
-            column.name: _values(table[f"sample_{column.name}"])
-            for column in about.columns
-            if column.part == "sample" and column.name != USER_ID
-        },
-    )
-
-
-def _listed(about: Description) -> list[Column]:
-    """The columns of events, candidates and labels, less their items."""
-    return [column for column in about.columns if column.part in LISTED and column.name != ITEM_ID]
-
-
-def _values(column: pa.ChunkedArray) -> Values:
-    """A column in one piece."""
-    return column.combine_chunks() if pa.types.is_list(column.type) else column.to_numpy()

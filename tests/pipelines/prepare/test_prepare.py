@@ -18,7 +18,6 @@ import pytest
 from pipelines.config import DataConfig
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.kuairand import ACTIONS
-from pipelines.prepare.stages import _split_last_user
 from pipelines.reading.loader import build_loader
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -200,20 +199,6 @@ def test_order_of_time(tmp_path: Path) -> None:
     assert prepare("kuairand", tmp_path / "in", tmp_path / "users", *options[2:]) == 0
     by_user = sorted(row["candidate_timestamp"][0] for row in rows_of(tmp_path / "users", "train"))
     assert by_user == times
-
-
-@pytest.mark.parametrize("size", [1, 3, 10, 1000])
-def test_pieces_of_the_sorted_events_never_split_a_user(size: int) -> None:
-    users = np.repeat(np.random.default_rng(0).permutation(40), np.random.default_rng(1).integers(1, 9, 40))
-    table = pa.table({"user_id": users})
-    rest, pieces = None, []
-    for start in range(0, len(users), size):
-        rest, complete = _split_last_user(rest, table.slice(start, size))
-        pieces.append(complete["user_id"].to_numpy())
-    assert rest is not None
-    pieces.append(rest["user_id"].to_numpy())
-    assert np.concatenate(pieces).tolist() == users.tolist()
-    assert sum(len(np.unique(piece)) for piece in pieces) == 40
 
 
 def spoiled(folder: Path, old: str, new: str) -> None:

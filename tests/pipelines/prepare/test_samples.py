@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipelines.prepare import samples
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import UserEvents, cut, spans
-from pipelines.prepare.stages import EVERYWHERE
+from pipelines.prepare.user_events import EVERYWHERE
 
 Range = tuple[int, int, int]
 
