@@ -86,6 +86,8 @@ class Manifest:
         for name, number in (("base", self.base), ("world_size", self.world_size)):
             if type(number) is not int and (number, name) != (None, "base"):
                 raise ValueError(f"{name} must be a whole number, got {number!r}")
+        if self.base is not None and self.base >= self.progress.step:
+            raise ValueError(f"it is of step {self.progress.step} and needs a later one, of step {self.base}")
         for name in self.files:
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of a file")
@@ -97,7 +99,8 @@ class Manifest:
             inside = Region((0,) * len(tensor.shape), tensor.shape).overlap(piece.region) == piece.region
             end = piece.start + piece.numel * DTYPE_BYTES[tensor.dtype]
             first = piece.start
-            numbers = (first, *piece.region.offsets, *piece.region.sizes, *tensor.shape)
+            rows = () if piece.rows is None else (piece.rows.start, piece.rows.count)
+            numbers = (first, *piece.region.offsets, *piece.region.sizes, *tensor.shape, *rows)
             if any(type(number) is not int for number in numbers):
                 raise ValueError(f"a piece of {name!r} lies at other than whole numbers")
             if piece.rows is not None:

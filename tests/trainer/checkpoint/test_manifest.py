@@ -61,6 +61,9 @@ def _item(values: Any) -> Any:
         (lambda v: v.update(world_size=None), "world_size must be a whole number, got None"),
         (lambda v: _item(v)["pieces"][1].update(start=1.5), "lies at other than whole numbers"),
         (lambda v: _item(v)["pieces"][1].update(start=math.nan), "lies at other than whole numbers"),
+        (lambda v: _item(v)["pieces"][1].update(rows={"start": 0, "count": 0.5}), "lies at other than whole numbers"),
+        (lambda v: _item(v)["pieces"][1].update(rows={"start": 0.5, "count": 0}), "lies at other than whole numbers"),
+        (lambda v: v.update(base=3), "of step 3 and needs a later one, of step 3"),
     ],
 )
 def test_another_form_is_refused(change: Any, message: str) -> None:

@@ -1,6 +1,7 @@
 """Saved under any layout on any number of ranks, loaded under every other: equal element by element."""
 
 import json
+import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 from tests.support.distributed import run_ranks
 from tests.support.training import read_checkpoint
 from tests.trainer.checkpoint import ranks
+from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.listing import list_checkpoints
+from trainer.checkpoint.store import LocalStore
 
 WORLD_SIZES = (1, 2, 4)
 
@@ -43,6 +47,16 @@ def test_any_layout_loads_every_other(folder: Path, world_size: int) -> None:
         assert len(result) == 2 * len(ranks.LAYOUTS) ** 2 * len(WORLD_SIZES)
         for (run, layout), found in result.items():
             assert found == (2 if run.endswith("-delta") else 1, []), (run, layout, found)
+
+
+def test_a_delta_of_a_damaged_checkpoint_is_not_called_whole(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "row_wise-2-delta" / "checkpoints", tmp_path / "checkpoints")
+    base = tmp_path / "checkpoints" / "step-00000001" / "rank-00000.bin"
+    base.write_bytes(base.read_bytes()[::-1])
+    lines, fine = list_checkpoints(Catalogue(LocalStore(tmp_path / "checkpoints")), verify=True)
+    assert not fine
+    assert "is damaged: rank-00000.bin has changed" in lines[1]
+    assert "rows touched since step 1, which is not in order: nor is this one" in lines[2]
 
 
 def test_a_delta_holds_the_touched_rows_alone_and_keeps_what_it_needs(folder: Path) -> None:
