@@ -114,7 +114,7 @@ class Checkpointer:
         Raises, on every rank alike:
             DamagedCheckpoint: none is left, with `checkpoint.strict` the newest is damaged, or the one that was asked
                 for is.
-            OSError: it cannot be read, or no other could be written.
+            OSError: it cannot be read, no other could be written, or another job has just written one.
             ValueError: the checkpoint is of another model, or ranks see different files.
         """
         if self._config.strict:
@@ -123,7 +123,7 @@ class Checkpointer:
         found = newest.checkpoint
         # Every rank has read what is there before the first one changes anything.
         self._check_same_view(found.step if found else None)
-        self._clear_up(newest.damaged)
+        self._clear_up(newest)
         while found is not None:
             try:
                 load_checkpoint(self._catalogue, found, self._tensors(), self._group, self._grown)
@@ -142,18 +142,29 @@ class Checkpointer:
             progress = replace(found.manifest.progress)
         return self._restart(progress)
 
-    def _clear_up(self, damaged: dict[int, DamagedCheckpoint]) -> None:
+    def _clear_up(self, newest: Newest) -> None:
         problem = None
         if self._mesh.is_first:
             try:
+                self._check_nothing_came(newest)
                 self._catalogue.check_writable()
                 self._catalogue.clear_leftovers()
-                self._set_aside(damaged)
+                self._set_aside(newest.damaged)
             except OSError as error:
                 problem = str(error)
         problem = gather(problem, self._group)[0]
         if problem is not None:
             raise OSError(problem)
+
+    def _check_nothing_came(self, newest: Newest) -> None:
+        """The newest was looked for before the run was locked, while another job may have been at its end."""
+        known = {newest.progress.step, *newest.damaged, *newest.abandoned}
+        for step in self._catalogue.steps():
+            if step > newest.progress.step and step not in known:
+                raise OSError(
+                    f"{self._catalogue.store.address}/{step_folder(step)} was written by another job while this one "
+                    "began: start the same command again, which goes on from there"
+                )
 
     def _restart(self, progress: Progress) -> Restart:
         evaluated, losses = False, {}
@@ -325,7 +336,7 @@ class Checkpointer:
         logger.info("checkpoint of step %d is complete: %s/%s", progress.step, store.address, folder)
         try:
             self._remove_superfluous()
-        except (OSError, OtherFormat) as error:
+        except (OSError, ValueError) as error:
             logger.error("older checkpoints stay, for nobody can tell which of them are needed: %s", error)
 
     def _remove_superfluous(self) -> None:

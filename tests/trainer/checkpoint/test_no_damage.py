@@ -109,6 +109,33 @@ def test_a_checkpoint_counts_though_an_older_one_cannot_be_removed(tmp_path: Pat
     assert folders == ["step-00000001", "step-00000003", "step-00000004"]
 
 
+def _begin_while_another_ends(folder: str) -> str:
+    """The newest is looked for, another job saves one more, then this one begins."""
+    run, tensors = RunDir(Path(folder)), ranks.sharded(ranks.expected(), "row_wise")
+    catalogue = Catalogue(LocalStore(run.checkpoints))
+    newest = catalogue.newest()
+    late = ranks.checkpointer(LocalStore(run.checkpoints), run, tensors, asynchronous=False)
+    late.save(Progress(step=newest.progress.step + 1))
+    late.close()
+    loader = ranks.checkpointer(LocalStore(run.checkpoints), run, tensors)
+    with pytest.raises(OSError) as refused:
+        loader.restore(newest)
+    loader.close()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_another_job_saved_meanwhile_is_neither_left_behind_nor_written_over(
+    begun: bool, saved: Path, tmp_path: Path
+) -> None:
+    if begun:
+        shutil.copytree(saved, tmp_path / "run")
+    step = 3 if begun else 1
+    for said in run_ranks(2, _begin_while_another_ends, str(tmp_path / "run")):
+        assert f"checkpoints/step-0000000{step} was written by another job while this one began: start the" in said
+    assert Catalogue(LocalStore(tmp_path / "run" / "checkpoints")).steps()[-1] == step
+
+
 class _TrainedOnStore(LocalStore):
     """A store whose checkpoints go when the first file of tensors is about to be read."""
 
