@@ -129,7 +129,7 @@ def checkpoints(
 ) -> None:
     """List the complete checkpoints of a run; exit status 1 if one is damaged."""
     run = RunDir(run_dir)
-    catalogue = open_catalogue(run, run.config_of_run()["checkpoint"].get("store"))
+    catalogue = open_catalogue(run, run.config_of_run().get("checkpoint", {}).get("store"))
     for step, pinned in ((pin, True), (unpin, False)):
         if step is not None:
             listing.pin(catalogue, step, pinned)

@@ -5,6 +5,7 @@
 The run directory appears when all of it has been checked and written.
 """
 
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -84,7 +85,6 @@ def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
             if name in unknown:
                 target[0] = unknown[name]
         for number, (name, kind) in enumerate(export.optimizers.items()):
-            # A file of zeros takes no room.
             tensors[name] = _mapped(work / f"optimizer-{number}.bin", kind)
         _write_run(work / "result", config, export, tensors)
         (work / "result").rename(run_dir)
@@ -136,8 +136,10 @@ def _read_maps(file: Path, needed: Mapping[str, TensorKind]) -> Tensors:
 
 
 def _mapped(file: Path, kind: TensorKind) -> Tensor:
-    """Zeros that lie in a new file."""
+    """Zeros that lie in a new file, for which there is room.  Raises OSError if there is none."""
     size, dtype = torch.Size(kind.shape).numel(), getattr(torch, kind.dtype)
+    with file.open("xb") as new:
+        os.posix_fallocate(new.fileno(), 0, max(1, size * dtype.itemsize))
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(kind.shape)
 
 

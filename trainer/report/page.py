@@ -16,6 +16,7 @@ from trainer.report.tables import (
     progressive_table,
     summary_table,
 )
+from trainer.run.writing import replace_text
 
 _LIGHT = ("#2f6db3", "#c8561b", "#2c8a57", "#8d4bb0", "#b8860b", "#c23b62", "#17818c", "#6b6b6b")
 _DARK = ("#74b0f0", "#f39a5f", "#68cf96", "#c592e6", "#e3bd4f", "#f286a3", "#5cc6d1", "#b0b0b0")
@@ -55,12 +56,13 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> None:
     Raises:
         WrongUse: a directory is no run's or has nothing to show yet, there are too many, or `out` cannot be a file.
         ValueError: a file of a run is damaged.
+        OSError: `out` cannot be written; what was there is there still.
     """
     if len(run_dirs) > MAX_RUNS:
         raise WrongUse(f"{len(run_dirs)} runs, but a page tells at most {MAX_RUNS} apart: name fewer")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise WrongUse(f"--out {out} cannot be written: name a file in a folder that exists")
-    out.write_text(report_page(read_runs(list(run_dirs))), encoding="utf-8")
+    replace_text(out, report_page(read_runs(list(run_dirs))))
 
 
 def report_page(runs: Sequence[RunFiles]) -> str:

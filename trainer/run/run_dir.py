@@ -158,13 +158,8 @@ class RunDir:
         """The configuration that the directory was made with; None where it holds no run yet."""
         if not self.config_file.is_file():
             return None
-        try:
-            values = json.loads(self.config_file.read_text())
-        except json.JSONDecodeError as error:
-            raise WrongUse(
-                f"{self.config_file} is not valid JSON ({error}): restore it or use another --run-dir"
-            ) from None
-        if not isinstance(values, dict):
+        values = _read_object(self.config_file, "restore it or use another --run-dir")
+        if not isinstance(values.get("checkpoint", {}), dict):
             raise WrongUse(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
         values.pop(VOCABULARIES, None)
         return values
@@ -196,8 +191,7 @@ class RunDir:
         """What the newest start ran on; empty where it is not known."""
         if not self.environment_file.is_file():
             return {}
-        known: dict[str, Any] = json.loads(self.environment_file.read_text())
-        return known
+        return _read_object(self.environment_file, "remove it, the next start writes it anew")
 
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuse a directory that another run made; reads only.
@@ -229,6 +223,17 @@ class RunDir:
                     f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
                     f"resume with the old value or use another run directory"
                 )
+
+
+def _read_object(file: Path, mend: str) -> dict[str, Any]:
+    """The object that a file of JSON holds.  Raises WrongUse, which says how to `mend` it, if it holds none."""
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise WrongUse(f"{file} is not valid JSON ({error}): {mend}") from None
+    if not isinstance(values, dict):
+        raise WrongUse(f"{file} holds something other than an object: {mend}")
+    return values
 
 
 @contextmanager

@@ -49,8 +49,12 @@ def replace_text(path: Path, text: str) -> None:
     """Replace the file as a whole, and let it reach the disk."""
     partial = path.with_name(path.name + ".partial")
     with written(path):
-        partial.write_text(text)
-        # Before the rename: after a power cut there is the old file or the new one, never an empty one.
-        sync(partial)
-        os.replace(partial, path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            # Before the rename: after a power cut there is the old file or the new one, never an empty one.
+            sync(partial)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         sync(path.parent)

@@ -1,6 +1,8 @@
 """Weights leave a run as files of other tools and come back bit for bit; what was edited wrongly is refused."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +251,18 @@ def test_what_was_edited_wrongly_is_refused_and_leaves_nothing(wrong: str, expor
         import_run(folder, tmp_path / "run", data=None)
     assert "\n" not in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edited"]
+
+
+def test_where_a_table_has_no_room_nothing_is_left(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"has no room for .*No space left on device; choose another --out"):
+        import_run(exported, tmp_path / "run", data=None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_neither_replaces_what_is_there(trained: Path, exported: Path, tmp_path: Path) -> None:

@@ -136,3 +136,16 @@ def test_a_file_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) 
         JsonLines(run.metrics_file).append({"step": 1})
     with pytest.raises(OSError, match=rf"config\.json cannot be written: No space left on device; {said}"):
         run.save_config({}, {})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"], "nothing half written stays"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'"\xcf"'])
+def test_a_damaged_file_is_named_with_what_to_do(content: bytes, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for file, read in ((run.config_file, run.saved_config), (run.environment_file, run.saved_environment)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{file}.*: (restore|remove) it"):
+            read()
+    run.config_file.write_text('{"name": "demo", "checkpoint": 3}')
+    with pytest.raises(ValueError, match="does not hold a configuration"):
+        run.saved_config()
