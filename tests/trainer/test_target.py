@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.reading.loader import dataset_info
 from tests.support.small_data import small_dataset
-from trainer.jobs.train import check_target
+from trainer.jobs.train import check_measured
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 from trainer.target import parse_target
@@ -46,6 +46,6 @@ def test_settings_that_cannot_be_are_one_line(overrides: list[str], message: str
 def test_a_metric_that_is_not_measured_is_named_before_training() -> None:
     config = apply_overrides(load_recipe("kuairand_sample"), [f"data.path={small_dataset()}"])
     resolved = resolve(config, dataset_info(config.data))
-    check_target("auc/is_click>=0.5", resolved)
-    with pytest.raises(ValueError, match=r"evaluations measure ne/is_click, auc/is_click.* and not auc/clicks"):
-        check_target("auc/clicks>=0.5", resolved)
+    check_measured("evaluation.target", "auc/is_click", resolved)
+    with pytest.raises(ValueError, match=r"target: evaluations measure ne/is_click, auc/is_click.* and not auc/clicks"):
+        check_measured("evaluation.target", "auc/clicks", resolved)

@@ -221,7 +221,12 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     """Refuse with a ValueError what the machine does not serve, or data that only the end of the run would miss."""
     config = resolved.config
     resolved.task.check_training_data()
-    check_target(config.evaluation.target, resolved)
+    if config.evaluation.target is not None:
+        check_measured("evaluation.target", parse_target(config.evaluation.target).metric, resolved)
+    if config.checkpoint.keep_best is not None:
+        if config.evaluation.every_steps is None:
+            raise ValueError("checkpoint.keep_best has no effect without evaluation.every_steps: set it")
+        check_measured("checkpoint.keep_best", config.checkpoint.keep_best.partition(":")[2], resolved)
     check_overlap(config.overlap, mesh.device)
     check_recorded(resolved, mesh)
     if any(layer.fp8 for layer in config.model.layers):
@@ -229,12 +234,10 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     open_source(config.data, resolved.info, "eval", resolved.task.selection)
 
 
-def check_target(target: str | None, resolved: Resolved) -> None:
-    """Refuse with a ValueError a target that no evaluation measures."""
-    if target is not None and (metric := parse_target(target).metric) not in resolved.task.measured:
-        raise ValueError(
-            f"evaluation.target={target}: evaluations measure {', '.join(resolved.task.measured)}, and not {metric}"
-        )
+def check_measured(setting: str, metric: str, resolved: Resolved) -> None:
+    """Refuse with a ValueError a setting that names a metric which no evaluation measures."""
+    if metric not in resolved.task.measured:
+        raise ValueError(f"{setting}: evaluations measure {', '.join(resolved.task.measured)}, and not {metric}")
 
 
 def check_versions(newest: Newest, config: TrainConfig) -> None:
