@@ -30,27 +30,28 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.crash_faults import DAMAGES, DISK_FAULTS, FAULTS, damage, family, saves, text_of
+from benchmarks.crash_faults import DAMAGES, DISK_FAULTS, FAULTS, UNFELT, damage, family, saves, text_of
 from benchmarks.small_disks import SmallDisk, small_disk
 from tests.support.small_data import small_dataset
 
-STEPS = 48
+STEPS = 240
 STRIKES = 12
 """To a run at most."""
 LIMIT_S = 300.0
-TRAINING_S = 3.0
-"""What a start takes from its first save to its end on a quiet machine."""
+TRAINING_S = 6.0
+"""A start is struck so long after its first save at the latest, if it is struck in its training."""
 DISK = "2G"
 """Size of the disk that runs are on, where this process may mount one."""
 SETTINGS = (
     f"max_steps={STEPS}",
-    "checkpoint.every_steps=3",
+    "checkpoint.every_steps=4",
     "checkpoint.keep=3",
     # A full one, a delta, one that is folded of both, and so on.
     "checkpoint.deltas=1",
-    "evaluation.every_steps=8",
+    "evaluation.every_steps=24",
     "log_every=1",
     "watch.least_s=5",
+    "data.num_epochs=5",
     "data.global_batch_size=12",
     "data.eval_batch_size=1024",
     "data.max_history_len=24",
@@ -111,7 +112,7 @@ class Tally:
 
     strikes: int = 0
     survived: int = 0
-    """The start that was struck came to the run's end."""
+    """The start that was struck came to the run's end, or to another strike."""
     said_s: list[float] = field(default_factory=list)
     """From the strike to the first error that a process of the job told."""
     ended_s: list[float] = field(default_factory=list)
@@ -178,20 +179,15 @@ class Striker:
             job = start(run_dir, self._data, self._ranks, self._chance)
             if time.monotonic() > until:
                 budget = struck
-            if struck >= budget:
-                job.process.wait()
-            else:
-                self._wait_for_a_moment(job, whole_s)
-            kind = self._strike(job, tallies)
-            struck += kind is not None
-            print(f"  start {starts} of {run_dir.name}: {kind}", flush=True)
-            if self._disk is not None and kind in DISK_FAULTS:
+            kinds = self._strike(job, tallies, budget - struck, whole_s)
+            struck += len(kinds)
+            print(f"  start {starts} of {run_dir.name}: {', '.join(kinds)}", flush=True)
+            if self._disk is not None and not DISK_FAULTS.keys().isdisjoint(kinds):
                 # Where the run came to its end all the same, for the next one.
                 self._disk.mend()
             if job.process.returncode == 0:
                 return tallies
-            if struck == 0:
-                raise AssertionError(f"{run_dir} failed though nothing struck it: {job.last_words}")
+            assert kinds, f"{run_dir} failed though nothing struck this start: {job.last_words}"
             kind = self._chance.choice(DAMAGES)
             if struck < budget and self._chance.random() < 0.5 and damage(run_dir, kind, self._chance):
                 struck += 1
@@ -209,24 +205,34 @@ class Striker:
         while job.process.poll() is None and time.monotonic() < moment:
             time.sleep(0.02)
 
-    def _strike(self, job: Job, tallies: dict[str, Tally]) -> str | None:
-        """Strike a job, if it still runs, and wait for its end; by which kind of fault it was struck."""
-        kinds = self._chance.sample(list(self._faults), len(self._faults)) if job.process.poll() is None else []
-        pids, said = family(job.process.pid), job.output.stat().st_size
-        began = time.monotonic()
-        # The first of a random order that finds what it strikes.
-        kind = next((kind for kind in kinds if self._faults[kind](job.process.pid, self._chance)), None)
+    def _strike(self, job: Job, tallies: dict[str, Tally], budget: int, whole_s: float) -> list[str]:
+        """Strike a job, if it still runs, and wait for its end; by which kinds of faults it was struck.
+
+        One that it should not feel is followed by others.
+        """
+        struck: list[str] = []
+        pids, said, began = [job.process.pid], 0, 0.0
+        while len(struck) < budget and (not struck or struck[-1] in UNFELT):
+            self._wait_for_a_moment(job, whole_s)
+            if job.process.poll() is not None:
+                break
+            pids, said, began = pids + family(job.process.pid), job.output.stat().st_size, time.monotonic()
+            # The first of a random order that finds what it strikes.
+            kinds = self._chance.sample(list(self._faults), len(self._faults))
+            kind = next((kind for kind in kinds if self._faults[kind](job.process.pid, self._chance)), None)
+            if kind is None:
+                break
+            struck.append(kind)
         said_s = wait(job, pids, said)
-        if kind is None:
-            return None
-        tally = tallies.setdefault(kind, Tally())
-        tally.strikes += 1
-        if job.process.returncode == 0:
-            tally.survived += 1
-        else:
-            tally.ended_s.append(time.monotonic() - began)
-            tally.said_s += [] if said_s is None else [said_s]
-        return kind
+        for kind in struck:
+            tally = tallies.setdefault(kind, Tally())
+            tally.strikes += 1
+            if job.process.returncode == 0 or kind != struck[-1]:
+                tally.survived += 1
+            else:
+                tally.ended_s.append(time.monotonic() - began)
+                tally.said_s += [] if said_s is None else [said_s]
+        return struck
 
 
 def _strike_disk(strike: Callable[[SmallDisk], None], disk: SmallDisk, job: int, chance: random.Random) -> bool:
