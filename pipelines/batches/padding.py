@@ -107,8 +107,12 @@ class Padding:
         return Batch(changed, padded_memory)
 
     def kept(self, batch: Batch, device: torch.device) -> Batch:
-        """The padded batch in memory of its own, for others of its sizes to be written over it."""
-        return self.padded(batch).to(device)
+        """The padded batch in memory of its own, for others of its sizes to be written over it.
+
+        What it holds on the host stays that of this batch, on every device: of it, models may use what `sizes` says.
+        """
+        padded = self.padded(batch)
+        return Batch(padded.contents, padded.host_memory, padded.host_memory.to(device, copy=True))
 
     def fill(self, kept: Batch, batch: Batch) -> None:
         """Write the padded batch over one of its sizes; the host does not wait for the copy to a GPU."""

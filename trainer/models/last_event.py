@@ -32,7 +32,8 @@ class LastEventTower(nn.Module):
             num_context=layout.num_context,
             padded=layout.padded,
         )
-        outputs_TD = self.tower.everywhere(take_rows(x_TD, layout.offsets[events.user_T] + events.index_T), events)
+        rows_T = layout.offsets[events.user_T] + events.index_T
+        outputs_TD = self.tower.everywhere(take_rows(x_TD, rows_T), events, whole=layout)
         lens_B = events.offsets.diff()
         last_B = torch.where(lens_B > 0, events.offsets[1:] - 1, -1)
         rows_C = candidate_rows(layout)

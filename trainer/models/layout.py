@@ -92,13 +92,16 @@ def repeat_users(lens: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(lens.numel(), device=lens.device), lens, output_size=total)
 
 
-def rectangle_of(layout: SequenceLayout) -> Rectangle:
+def rectangle_of(layout: SequenceLayout, *, whole: SequenceLayout | None = None) -> Rectangle:
     """The layout's sequences padded to the longest; padding lies outside.
 
-    Of a padded layout, to one of few sizes: batches that share it can share a recording (`sequence_padding`).
+    Of a padded layout, to one of few sizes: batches that share it can share a recording (`sequence_padding`).  A layout
+    that holds less than the batch's sequences says which layout is `whole`: batches of one size share the longest
+    sequence of that one alone.
     """
     num_users = layout.num_users - layout.padded
-    lens = (layout.history_lens_host + layout.num_candidates_host)[:num_users]
+    sized = whole or layout
+    lens = (sized.history_lens_host + sized.num_candidates_host)[:num_users]
     longest = int(lens.max()) if lens.numel() else 0
     longest = rounded(longest) if layout.padded else longest
     return make_rectangle(layout.user_T, layout.index_T, num_users=num_users, longest=layout.num_context + longest)

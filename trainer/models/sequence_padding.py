@@ -44,7 +44,7 @@ class SequencePadding:
             time=torch.zeros_like(item_ids),
             next_time=torch.zeros_like(item_ids),
             lens=lens.to(device),
-            lens_host=lens,
+            lens_host=lens.clone(),
             padded=True,
         )
         kept = replace(

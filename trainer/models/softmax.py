@@ -78,9 +78,9 @@ class SoftmaxTower(nn.Module):
         """The same at every candidate, [C, D], which sees all events and context and no other candidate."""
         return take_rows(self.everywhere(x_TD, layout), candidate_rows(layout))
 
-    def everywhere(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
-        """The same at every token, [T, D]."""
-        rectangle = rectangle_of(layout)
+    def everywhere(self, x_TD: Tensor, layout: SequenceLayout, *, whole: SequenceLayout | None = None) -> Tensor:
+        """The same at every token, [T, D]; `whole` as in `rectangle_of`."""
+        rectangle = rectangle_of(layout, whole=whole)
         return self._outputs(x_TD, rectangle, ranker_mask(layout, rectangle))
 
     def _outputs(self, x_TD: Tensor, rectangle: Rectangle, mask_B1NN: Tensor | None) -> Tensor:
