@@ -53,6 +53,11 @@ def save(record: JobRecord) -> None:
         logger.warning("%s cannot be written (%s): this checkout does not know the job", FILE, error.strerror)
 
 
+def folder_of(run_dir: Path, name: str) -> Path:
+    """The folder of a job of that name: its code, where that is copied, and its output."""
+    return run_dir / "jobs" / name
+
+
 def save_in(job_dir: Path, record: JobRecord) -> None:
     """Put the record in the job's folder; of a job with a successor, the successor's."""
     replace_text(job_dir / IN_JOB_DIR, json.dumps(asdict(record)) + "\n")
@@ -60,7 +65,7 @@ def save_in(job_dir: Path, record: JobRecord) -> None:
 
 def of_run(run_dir: Path) -> list[JobRecord]:
     """Every job whose folder lies in a run directory, oldest first."""
-    found = [find_in(folder) for folder in (run_dir / "jobs").glob("*")]
+    found = [find_in(folder) for folder in folder_of(run_dir, "").glob("*")]
     return sorted((record for record in found if record is not None), key=lambda record: record.time)
 
 

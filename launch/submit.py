@@ -51,7 +51,7 @@ class Connection:
         """As `dry_run`, of many runs; for a scheduler without job arrays, the first of them."""
         if not self.scheduler.has_arrays:
             return self.dry_run(requests[0], options)
-        options = options | {"job_dir": str(self.scheduler.job_dir(base, "DRY-RUN"))}
+        options = options | {"job_dir": str(records.folder_of(base.absolute_run_dir, "DRY-RUN"))}
         return self.runner.dryrun(component.sweep(requests, base.job_name), base.scheduler, cfg=options)
 
     def submit(self, request: Request, options: dict[str, CfgVal]) -> records.JobRecord:
@@ -67,7 +67,7 @@ class Connection:
         self, requests: Sequence[Request], app: AppDef, base: Request, options: dict[str, CfgVal]
     ) -> list[records.JobRecord]:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-        code_dir = self.scheduler.job_dir(base, name)
+        code_dir = None if self.scheduler.needs_image else records.folder_of(base.absolute_run_dir, name)
         if code_dir is not None:
             RunDir(base.absolute_run_dir).make()
         workspace = None
@@ -92,12 +92,11 @@ class Connection:
             handle: str = self.runner.schedule(built)
             sent = []
             for number, request in enumerate(requests):
-                job_dir = self.scheduler.job_dir(request, name)
                 record = records.JobRecord(
                     handle=handle if len(requests) == 1 else f"{handle}_{number}",
                     recipe=request.recipe,
                     run_dir=str(request.absolute_run_dir),
-                    job_dir=str(job_dir or ""),
+                    job_dir="" if code_dir is None else str(records.folder_of(request.absolute_run_dir, name)),
                     pid=os.getpid(),
                     time=started,
                 )

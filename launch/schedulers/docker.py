@@ -1,7 +1,6 @@
 """Docker on this machine: TorchX's scheduler, a container a node."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torchx.schedulers.api import AppDryRunInfo
@@ -34,10 +33,6 @@ class Docker(CodeInImage, DockerScheduler):
         options = options_from(request, parse=parser_of(known, "local_docker"))
         check_container(request)
         return resolve_options(known, options, "local_docker")
-
-    def job_dir(self, request: Request, name: str) -> Path | None:
-        """The code is in the image and the output with the engine."""
-        return None
 
     def schedule(self, dryrun_info: AppDryRunInfo[DockerJob]) -> str:
         """Start the containers.

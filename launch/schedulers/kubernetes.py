@@ -4,7 +4,6 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -78,10 +77,6 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
         cluster_of(options)
         check_container(request)
         return options
-
-    def job_dir(self, request: Request, name: str) -> Path | None:
-        """The code is in the image and the output with the pods."""
-        return None
 
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[KubernetesRequest]:
         cluster = cluster_of(cfg)

@@ -79,11 +79,8 @@ class Local(Scheduler[dict[str, CfgVal]]):
                 f"{processes} processes on this machine, which has {cores} cores: "
                 f"ask for at most {MAX_PROCESSES_A_CORE * cores}, nodes times processes a node"
             )
-        return {**options_from(request, parse=refuse), "job_dir": str(self.job_dir(request, "DRY-RUN"))}
-
-    def job_dir(self, request: Request, name: str) -> Path:
-        """The job's folder in the run directory."""
-        return request.absolute_run_dir / "jobs" / name
+        folder = records.folder_of(request.absolute_run_dir, "DRY-RUN")
+        return {**options_from(request, parse=refuse), "job_dir": str(folder)}
 
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[LocalRequest]:
         (role,) = app.roles

@@ -52,7 +52,7 @@ class Scheduler(Protocol):
     backend: str
     """The scheduler's name on the command line."""
     needs_image: ClassVar[bool]
-    """Whether its jobs run in containers, with paths of their own."""
+    """Whether its jobs run in containers, with paths of their own; they have no folder in the run directory."""
     has_arrays: ClassVar[bool]
     """Whether one request may hold many runs that start apart from one another."""
     without_effect: ClassVar[tuple[str, ...]]
@@ -60,9 +60,6 @@ class Scheduler(Protocol):
 
     def check(self, request: Request) -> dict[str, CfgVal]:
         """The request's options in TorchX's form; ValueError for what this scheduler cannot do."""
-
-    def job_dir(self, request: Request, name: str) -> Path | None:
-        """Where the code and the output of the job called `name` go; None where that is not a folder here."""
 
     def record_of(self, app_id: str) -> JobRecord | None:
         """The record of a job that another checkout submitted; None where nothing leads to it."""

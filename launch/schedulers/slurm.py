@@ -117,12 +117,8 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
     def check(self, request: Request) -> dict[str, CfgVal]:
         """The request's options: any of sbatch but those that the job sets itself."""
         options = options_from(request, parse=_sbatch_option)
-        options["job_dir"] = str(self.job_dir(request, "DRY-RUN"))
+        options["job_dir"] = str(records.folder_of(request.absolute_run_dir, "DRY-RUN"))
         return options
-
-    def job_dir(self, request: Request, name: str) -> Path:
-        """The job's folder in the run directory, which all nodes share."""
-        return request.absolute_run_dir / "jobs" / name
 
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[SlurmRequest]:
         role, job_dir = app.roles[0], str(cfg["job_dir"])
@@ -132,7 +128,9 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         job_dirs = [job_dir]
         if len(app.roles) > 1:
             options |= {"array": f"0-{len(app.roles) - 1}", "output": ARRAY_OUTPUT.format("%a")}
-            job_dirs = [f"{member.metadata['run_dir']}/jobs/{Path(job_dir).name}" for member in app.roles]
+            job_dirs = [
+                str(records.folder_of(Path(member.metadata["run_dir"]), Path(job_dir).name)) for member in app.roles
+            ]
         request = SlurmRequest(
             job_dir=job_dir,
             options=options,
