@@ -123,12 +123,16 @@ class Allocation:
 
     def _end_taken(self, how: str, job: SlurmJob, before: int, after: int) -> int:
         """Slurm starts a job that it requeued again by itself, and one that was cancelled was cancelled; a time limit
-        that came before the run had stopped leaves it to a successor."""
-        limit = job.reason == "TimeLimit"
-        self._note("stopped" if limit else "taken", "the time limit" if limit else how, before, after)
-        if not limit:
-            return self._say(STOPPED, f": {how}")
-        return self._too_short() or self._chain("the time limit")
+        that came before the run had stopped, and a preemption without a requeue, leave it to a successor."""
+        if job.reason == "TimeLimit":
+            self._note("stopped", "the time limit", before, after)
+            return self._too_short() or self._chain("the time limit")
+        # The time of a preemption stays through a requeue; these moments are written so that their order is the text's.
+        preempted = bool(job.preempt_time) and job.preempt_time >= job.start_time
+        self._note("taken", "preempted" if preempted else how, before, after)
+        if preempted and not _is_requeued(job):
+            return self._chain("preempted")
+        return self._say(STOPPED, f": {'preempted; requeued' if preempted else how}")
 
     def _too_short(self) -> int:
         """The exit status if allocations end again and again before the run has saved anything new; otherwise 0."""
@@ -242,15 +246,11 @@ class Allocation:
         logger.info("%s: the job asks Slurm to start it again", reason)
         requeue = slurm_queue.run(["scontrol", "requeue", self.job_id], PATIENCE_S)
         # One that a busy controller takes without an answer is refused the second time.
-        if requeue.returncode == 0 or self._is_requeued():
+        if requeue.returncode == 0 or _is_requeued(slurm_queue.find_job(self.job_id, PATIENCE_S)):
             # Slurm ends this process; until it does, nothing else is to be done.
             return self._say(STOPPED, f": {reason}; requeued")
         logger.info("scontrol requeue was refused (%s): a successor waits for this job", requeue.stderr.strip())
         return self._chain(reason)
-
-    def _is_requeued(self) -> bool:
-        job = slurm_queue.find_job(self.job_id, PATIENCE_S)
-        return job is not None and int(job.restarts or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def _chain(self, reason: str, options: Sequence[str] = ()) -> int:
         """Leave the run to another job, which starts when this one has ended; its options go before the script's."""
@@ -262,7 +262,7 @@ class Allocation:
             number = slurm_queue.submit(command, lambda job: f":{self.job_id}(" in job.dependency, PATIENCE_S)
             successor = number + (f"_{index}" if index else "")
         except SlurmError as error:
-            return self._say(FAILED, f": {reason}; Slurm has no other nodes for it: {error}")
+            return self._say(FAILED, f": {reason}; Slurm takes no other job to go on with it: {error}")
         record = find_in(self.job_dir)
         if record is not None:
             save_in(self.job_dir, replace(record, handle=f"{record.handle.rpartition('/')[0]}/{successor}"))
@@ -332,6 +332,11 @@ def _seconds_between_stops(run: RunDir) -> float:
         return float(steps * json.loads(last)["step_ms"] / 1000)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return 0.0
+
+
+def _is_requeued(job: SlurmJob | None) -> bool:
+    """Whether Slurm will start this job again by itself."""
+    return job is not None and int(job.restarts or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _taken(job: SlurmJob | None) -> str:

@@ -40,7 +40,9 @@ def next_signal(timeout_s: float | None) -> signal.Signals | None:
     if timeout_s is None:
         return _taken(signal.sigwait(_held()))
     taken = signal.sigtimedwait(_held(), max(0.0, timeout_s))
-    return None if taken is None else _taken(taken.si_signo)
+    # Stopped and continued (SIGCONT, as a scheduler does that suspends jobs) past its end, Python's wait answers with
+    # whatever lies in its memory.
+    return None if taken is None or taken.si_signo not in _held() else _taken(taken.si_signo)
 
 
 def _taken(number: int) -> signal.Signals:

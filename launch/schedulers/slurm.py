@@ -25,7 +25,8 @@ from launch.request import Request
 from launch.schedulers import slurm_queue
 from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.schedulers.slurm_doctor import look_at_cluster
-from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob
+from launch.schedulers.slurm_queue import SlurmError, SlurmJob
+from launch.schedulers.slurm_reasons import why_it_waits
 from trainer.command_line import Finding
 from trainer.exit_status import WRONG_USE
 
@@ -169,7 +170,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         job = _find(app_id, record)
         if job is None:
             return _ended(app_id, record)
-        return JobStatus(state=job.state, reason=_explained(job), nodes=job.nodes, time_left=_time_left(job))
+        return JobStatus(state=job.state, reason=_explained(job, record), nodes=job.nodes, time_left=_time_left(job))
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
         """From the job's folder, which the run directory holds."""
@@ -296,14 +297,14 @@ def _sbatch_option(key: str, value: str) -> dict[str, CfgVal]:
     return {key: value}
 
 
-def _explained(job: SlurmJob) -> str:
+def _explained(job: SlurmJob, record: JobRecord | None) -> str:
     """Why it waits or how it ended."""
     if job.state == AppState.PENDING:
-        word = job.reason.split(",")[0].strip("()")
-        return f"can never start because {NEVER[word]} ({word})" if word in NEVER else job.reason
+        return why_it_waits(job.reason) if job.reason or job.slurm_state == "PENDING" else job.slurm_state
     if job.state in (AppState.FAILED, AppState.CANCELLED):
         words = [job.slurm_state, f"reason {job.reason}" if job.reason else "", f"exit code {job.exit_code}"]
-        return ", ".join(word for word in words if word)
+        _, why = _last_words(record)
+        return ", ".join(word for word in words if word) + (f": {why}" if why else "")
     return job.reason
 
 
@@ -320,13 +321,18 @@ def _time_left(job: SlurmJob) -> str:
 
 
 def _ended(app_id: str, record: JobRecord | None) -> JobStatus | None:
-    """The end of a job that Slurm has forgotten, from the last words of its batch script."""
+    """The end of a job that Slurm has forgotten, as it told it itself."""
+    status, why = _last_words(record)
+    if record is None or not status:
+        return None
+    logger.info("slurm no longer knows job %s: its state is read from %s", app_id, Path(record.job_dir, BATCH_OUTPUT))
+    return JobStatus(state=AppState.SUCCEEDED if status == "0" else AppState.FAILED, reason=why)
+
+
+def _last_words(record: JobRecord | None) -> tuple[str, str]:
+    """(exit status, why) from the last words of a job's batch script; empty where there are none."""
     output = Path(record.job_dir, BATCH_OUTPUT) if record else None
     if output is None or not output.is_file():
-        return None
+        return "", ""
     ends = re.findall(r"^the job ends with status (\d+)(.*)$", output.read_text(errors="replace"), flags=re.MULTILINE)
-    if not ends:
-        return None
-    logger.info("slurm no longer knows job %s: its state is read from %s", app_id, output)
-    status, why = ends[-1]
-    return JobStatus(state=AppState.SUCCEEDED if status == "0" else AppState.FAILED, reason=why.lstrip(": "))
+    return (ends[-1][0], ends[-1][1].lstrip(": ")) if ends else ("", "")

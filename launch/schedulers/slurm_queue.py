@@ -29,25 +29,6 @@ STATES = {
     "STOPPED": AppState.PENDING,
 }
 
-NEVER = {
-    "AssocGrpGRES": "the account has used up its GPUs",
-    "BadConstraints": "no node satisfies the constraints",
-    "DependencyNeverSatisfied": "the job that it waits for has ended otherwise",
-    "InvalidAccount": "the account is not valid: --option account=NAME",
-    "InvalidQOS": "the quality of service is not valid: --option qos=NAME",
-    "JobHeldAdmin": "an administrator holds it",
-    "JobHeldUser": "it is held: scontrol release it",
-    "PartitionConfig": "no node of the partition has the cores, memory or GPUs that it asks for",
-    "PartitionDown": "the partition is down",
-    "PartitionInactive": "the partition is inactive",
-    "PartitionNodeLimit": "it asks for more nodes than the partition lets a job have",
-    "PartitionTimeLimit": "it asks for more time than the partition allows: --option time=...",
-    "QOSMaxNodePerJobLimit": "it asks for more nodes than the quality of service lets a job have",
-    "QOSMaxWallDurationPerJobLimit": "it asks for more time than the quality of service allows",
-    "ReqNodeNotAvail": "a node that it needs is down, drained or reserved",
-}
-"""Reasons for which a waiting job does not start by waiting, and what they mean."""
-
 # A value ends where the next key begins: "JobName=a b UserId=root(0) ...".
 _FIELD = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][A-Za-z0-9:/_]*=|\s*$)")
 # "Unable to contact slurm controller (connect failure)", "Socket timed out on send/recv operation", ...
@@ -97,6 +78,10 @@ class SlurmJob:
     """The folder that it was submitted from; for our jobs, the job's folder."""
     excluded: str = ""
     """Nodes that it must not run on."""
+    start_time: str = ""
+    """When it last started, likewise."""
+    preempt_time: str = ""
+    """When it was last told to make way for another job, likewise."""
     restarts: str = ""
     """How often it has been requeued."""
     dependency: str = ""
@@ -209,6 +194,8 @@ def parse_scontrol(output: str) -> list[SlurmJob]:
                 exit_code=told.get("ExitCode", ""),
                 # For a job without a limit Slurm reports an end a year from now.
                 end_time="" if told.get("TimeLimit") == "UNLIMITED" else told.get("EndTime", ""),
+                start_time=told.get("StartTime", ""),
+                preempt_time="" if told.get("PreemptTime") in (None, "None", "N/A") else told["PreemptTime"],
                 work_dir=told.get("WorkDir", ""),
                 restarts=told.get("Restarts", ""),
                 dependency=told.get("Dependency", ""),

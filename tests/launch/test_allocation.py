@@ -5,9 +5,32 @@ from pathlib import Path
 
 import pytest
 
+from launch import attempts, records
 from launch.allocation import Allocation
 from launch.schedulers import slurm_queue
-from trainer.exit_status import STOPPED
+from trainer.exit_status import FAILED, STOPPED
+
+MOMENTS = "StartTime=2026-11-29T21:36:34 PreemptTime="
+LIMIT = "QOSMaxSubmitJobPerUserLimit"
+
+
+def _allocation(folder: Path) -> Allocation:
+    job_dir = records.folder_of(folder, "20261129-120000-ab12")
+    job_dir.mkdir(parents=True)
+    (job_dir / "job.sh").touch()
+    return Allocation(
+        job_id="7",
+        code_dir=job_dir,
+        job_dir=job_dir,
+        run_dir=folder,
+        nodes=1,
+        cpus_per_task=1,
+        max_retries=0,
+        max_restarts=0,
+        data=(),
+        procs_per_node=1,
+        command=("true",),
+    )
 
 
 @pytest.mark.parametrize(("restarts", "submissions"), [(1, 0), (0, 1)])
@@ -15,7 +38,6 @@ def test_a_requeue_that_is_taken_without_an_answer_has_no_successor_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None], restarts: int, submissions: int
 ) -> None:
     monkeypatch.setattr(slurm_queue, "ASK_AGAIN_S", 0.0)
-    (tmp_path / "job.sh").touch()
     asked = (
         f"test -e {tmp_path}/asked || {{ touch {tmp_path}/asked; echo 'Socket timed out on send/recv' >&2; exit 1; }}"
     )
@@ -25,18 +47,46 @@ def test_a_requeue_that_is_taken_without_an_answer_has_no_successor_beside_it(
         f"echo JobId=7 JobState=COMPLETING Restarts={restarts}",
         sbatch=f"echo x >> {tmp_path}/sent; echo 8",
     )
-    allocation = Allocation(
-        job_id="7",
-        code_dir=tmp_path,
-        job_dir=tmp_path,
-        run_dir=tmp_path,
-        nodes=1,
-        cpus_per_task=1,
-        max_retries=0,
-        max_restarts=0,
-        data=(),
-        procs_per_node=1,
-        command=("true",),
-    )
-    assert allocation.go_on("stopped") == STOPPED
+    assert _allocation(tmp_path).go_on("stopped") == STOPPED
     assert len(list(tmp_path.glob("sent"))) == submissions
+
+
+@pytest.mark.parametrize(
+    ("told", "reason", "goes_on"),
+    [
+        (f"Restarts=0 {MOMENTS}2026-11-29T21:36:36", "preempted", "job 8 goes on"),
+        (f"Restarts=1 {MOMENTS}2026-11-29T21:36:36", "preempted", "requeued"),
+        # That of an earlier start: someone has cancelled this one.
+        (f"Restarts=0 {MOMENTS}2026-11-29T20:00:00", "COMPLETING", ""),
+        (f"Restarts=0 {MOMENTS}None", "COMPLETING", ""),
+    ],
+)
+def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: Callable[..., None],
+    capfd: pytest.CaptureFixture[str],
+    told: str,
+    reason: str,
+    goes_on: str,
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    commands(
+        srun="""case "$*" in *fitness*) echo '{"node": "n1", "problems": []}' ;; *) exit 3 ;; esac""",
+        scontrol=f'case "$*" in *hostnames*) echo n1 ;; *) echo JobId=7 JobState=COMPLETING Reason=None {told} ;; esac',
+        sbatch=f"echo x >> {tmp_path}/sent; echo 8",
+    )
+    assert _allocation(tmp_path).run() == STOPPED
+    assert [(attempt.ended, attempt.reason) for attempt in attempts.read(tmp_path)] == [("taken", reason)]
+    assert capfd.readouterr().out.endswith(f"the job ends with status 3: {reason}{goes_on and '; ' + goes_on}\n")
+    assert (tmp_path / "sent").exists() == ("job 8" in goes_on)
+
+
+def test_a_successor_that_a_limit_forbids_is_said_in_slurms_words(
+    tmp_path: Path, commands: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    refused = 'case "$*" in *requeue*) echo no >&2; exit 1 ;; esac; echo JobId=7 JobState=RUNNING'
+    commands(scontrol=refused, sbatch=f"echo 'sbatch: error: {LIMIT}' >&2; exit 1")
+    assert _allocation(tmp_path).go_on("stopped in good order") == FAILED
+    words = f"stopped in good order; Slurm takes no other job to go on with it: sbatch failed: sbatch: error: {LIMIT}"
+    assert capfd.readouterr().out == f"the job ends with status 1: {words}\n"

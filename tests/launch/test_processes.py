@@ -43,6 +43,14 @@ def _run(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
+def test_a_node_that_is_suspended_and_resumed_goes_on(tmp_path: Path) -> None:
+    # As long as its wait for signals, which Python answers with what no signal is.
+    suspend = "node = os.getppid()\nos.kill(node, signal.SIGSTOP)\nsignal.sigtimedwait([], 1.5)\n"
+    script = _script(tmp_path, f"if os.environ['RANK'] == '1':\n    sys.exit()\n{suspend}os.kill(node, signal.SIGCONT)")
+    done = _run(script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("end", "status", "message"),
     [

@@ -16,7 +16,8 @@ from launch import component, records, submit
 from launch.records import JobRecord
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import OURS, Slurm
-from launch.schedulers.slurm_queue import NEVER, SlurmError, SlurmJob, app_state, parse_scontrol
+from launch.schedulers.slurm_queue import SlurmError, SlurmJob, app_state, parse_scontrol
+from launch.schedulers.slurm_reasons import NEVER
 from launch.submit import check, check_no_other, connected
 from launch.workspace import ROOT
 from tests.launch.test_component import request

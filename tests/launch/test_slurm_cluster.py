@@ -14,7 +14,8 @@ from launch import attempts, logs, records
 from launch.progress import newest_checkpoint
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm
-from launch.schedulers.slurm_queue import NEVER, SlurmError
+from launch.schedulers.slurm_queue import SlurmError
+from launch.schedulers.slurm_reasons import NEVER
 from launch.submit import check, connected
 from launch.sweep import runs_of
 from launch.workspace import ROOT

@@ -27,7 +27,7 @@ def _says(record: JobRecord, run_dir: Path, node: str, words: str) -> None:
     found = logs.first_failure(record, logs.span_of(record))
     assert found is not None
     assert re.match(f"error: node {node}:? {words}", found.words), found.words
-    assert "Slurm has no other nodes for it" in batch_output(record)
+    assert "Slurm takes no other job to go on with it" in batch_output(record)
     assert [attempt.ended for attempt in attempts.read(run_dir)] == ["unfit"]
 
 
