@@ -124,14 +124,16 @@ class Lengths:
         first, lines = rows[self.names[0]], []
         for name, own in list(rows.items())[1:]:
             lengths = [length for length, row in first.items() if row["ne"] and own.get(length, {}).get("ne")]
-            costs = ("train_ms", "score_ms")
-            slopes = [(slope(own, lengths, cost), slope(first, lengths, cost)) for cost in costs]
-            # Two models that learn nothing more from longer histories have no ratio.
-            if all(min(pair) > 0 for pair in slopes):
-                ratios = [of_own / of_first for of_own, of_first in slopes]
+            ratios = []
+            for what, cost in (("training", "train_ms"), ("scoring", "score_ms")):
+                pair = slope(own, lengths, cost), slope(first, lengths, cost)
+                # No ratio where longer histories teach nothing, or cost no more.
+                if min(pair) > 0:
+                    ratios.append(f"{pair[0] / pair[1]:.1f} times in {what}")
+            if ratios:
                 lines.append(
                     f"NE gained for the same cost from {int(lengths[0]):,} to {int(lengths[-1]):,} events, {name} over "
-                    f"{self.names[0]}: {ratios[0]:.1f} times in training, {ratios[1]:.1f} times in scoring."
+                    f"{self.names[0]}: {', '.join(ratios)}."
                 )
         return lines
 
@@ -221,7 +223,7 @@ LENGTH = Lengths(
         ),
     },
     lags=(256, 32768),
-    samples=4096,
+    samples=16384,
     settings=(
         f"data.path={SYNTHETIC_PATH}",
         "data.synthetic.lengths=constant",
