@@ -1,14 +1,12 @@
 """A run that goes on over the next day's log: ids stay, tables grow, the new part is scored before it is trained on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.prepare.__main__ import main as prepare
-from tests.support.training import ROOT, read_checkpoint, read_lines
+from tests.support.training import read_checkpoint, read_lines, run_trainer
 
 COLUMNS = ("--user-column", "who", "--item-column", "what", "--time-column", "at", "--time-unit", "s")
 ACTIONS = ("--action-columns", "did", "--action-values", "buy,skip")
@@ -30,13 +28,10 @@ def write_day(folder: Path, day: int, items: int) -> Path:
 
 
 def train(run: Path, data: Path) -> str:
-    command = ["-m", "trainer", "train", "own_log", "--run-dir", str(run), "--set", f"data.path={data}"]
-    settings = ["evaluation.progressive=true", "log_every=1", "data.num_epochs=1"]
-    done = subprocess.run(
-        [sys.executable, *command, *settings], cwd=ROOT, text=True, capture_output=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr + done.stdout
+    settings = (f"data.path={data}", "evaluation.progressive=true", "log_every=1", "data.num_epochs=1")
+    status, output = run_trainer("train", "own_log", "--run-dir", str(run), "--set", *settings)
+    assert status == 0, output[-3000:]
+    return output
 
 
 def test_a_run_goes_on_over_a_day_with_new_items(tmp_path: Path) -> None:

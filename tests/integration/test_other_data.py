@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.small_data import small_dataset
-from tests.support.training import TIMEOUT_S, read_lines, start_command, start_training, train
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and last line."""
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    return process.returncode, output.strip().splitlines()[-1]
+from tests.support.training import read_lines, run_trainer, run_training, train
 
 
 def data_like_the_runs(folder: Path, **item: Any) -> Path:
@@ -42,7 +35,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_yesterdays_model_scores_todays_data(run_dir: Path, tmp_path: Path) -> None:
     today = data_like_the_runs(tmp_path / "today")
-    assert ended(start_command("evaluate", str(run_dir), "--set", f"data.path={today}"))[0] == 0
+    assert run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")[0] == 0
     [found], [own] = read_lines(run_dir / "eval_today.jsonl"), read_lines(run_dir / "eval.jsonl")
     assert found == own
 
@@ -51,12 +44,12 @@ def test_renumbered_items_are_refused_with_both_digests(run_dir: Path, tmp_path:
     digest = json.loads((small_dataset() / "dataset.json").read_text())["spaces"]["item"]["digest"]
     assert json.loads((run_dir / "config.json").read_text())["vocabularies"]["item"] == digest
     renumbered = data_like_the_runs(tmp_path / "renumbered", digest="0123456789abcdef")
-    for process in (
-        start_command("evaluate", str(run_dir), "--set", f"data.path={renumbered}"),
-        start_training(run_dir, 1, "max_steps=3", f"data.path={renumbered}"),
+    for status, output in (
+        run_trainer("evaluate", str(run_dir), "--set", f"data.path={renumbered}"),
+        run_training(run_dir, 1, "max_steps=3", f"data.path={renumbered}"),
     ):
-        status, line = ended(process)
         assert status != 0
+        line = output.splitlines()[-1]
         assert "ids of the space 'item' mean something else" in line
         assert "0123456789abcdef" in line
         assert digest in line
@@ -70,11 +63,11 @@ def test_numbers_of_other_data_are_measured_as_in_training(run_dir: Path, tmp_pa
             known.update(mean=0.0, std=7.0, quantiles=known["quantiles"][::40])
 
     today = described_otherwise(tmp_path / "rough", rougher)
-    assert ended(start_command("evaluate", str(run_dir), "--set", f"data.path={today}"))[0] == 0
+    assert run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")[0] == 0
     assert read_lines(run_dir / "eval_rough.jsonl") == read_lines(run_dir / "eval.jsonl")
 
 
 def test_an_evaluation_cannot_change_the_model(run_dir: Path) -> None:
-    status, line = ended(start_command("evaluate", str(run_dir), "--set", "model.dim=32"))
+    status, output = run_trainer("evaluate", str(run_dir), "--set", "model.dim=32")
     assert status == 2
-    assert "--set model.dim=32 would make another model of it" in line
+    assert "--set model.dim=32 would make another model of it" in output.splitlines()[-1]

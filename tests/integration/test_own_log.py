@@ -1,9 +1,6 @@
 """The recipe for one's own log, as the README has it: from rows of events to a model that beats the rates."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,7 +11,7 @@ from benchmarks.own_log import MADE_UP_COLUMNS
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
 from tests.pipelines.prepare.test_prepare import prepare
-from tests.support.training import ROOT, TIMEOUT_S
+from tests.support.training import run_trainer
 from trainer.evaluation.metrics import score
 
 
@@ -24,14 +21,9 @@ def test_own_log_beats_the_rates_where_what_users_do_depends_on_what_they_did(tm
     data = tmp_path / "data"
     assert prepare("event_log", tmp_path / "log", data, *MADE_UP_COLUMNS, "click,like,buy") == 0
 
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*ranks, "-m", "trainer", "train", "own_log", "--run-dir", str(tmp_path / "run")]
-    settings = ["--set", f"data.path={data}", "data.reader_threads=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(
-        [*command, *settings], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert job.returncode == 0, job.stderr
+    settings = ("--set", f"data.path={data}", "data.reader_threads=0")
+    status, output = run_trainer("train", "own_log", "--run-dir", str(tmp_path / "run"), *settings, ranks=2)
+    assert status == 0, output[-3000:]
     found = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
 
     rates = baseline_scores(DataConfig(path=str(data), global_batch_size=1, max_history_len=1), ("click",))

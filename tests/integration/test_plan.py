@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.training import SMALL, losses, start_command, train
+from tests.support.training import SMALL, losses, run_trainer, train
 from trainer.command_line import run_command
 from trainer.commands import app
 
@@ -51,7 +51,7 @@ def test_training_follows_a_plan_file_and_refuses_one_for_other_ranks(tmp_path: 
     unplanned = losses(train(tmp_path / "unplanned", 2, "max_steps=3"))
     assert losses(planned) == pytest.approx({step: unplanned[step] for step in (2, 3)}, rel=1e-5)
 
-    refused = start_command("train", "kuairand_sample", "--run-dir", str(tmp_path / "run"), "--plan", str(four), *small)
-    output, _ = refused.communicate(timeout=60)
-    assert refused.returncode == 2 and "made for 4 ranks, but this job has 1" in output
+    refused = ("--run-dir", str(tmp_path / "run"), "--plan", str(four), *small)
+    status, output = run_trainer("train", "kuairand_sample", *refused)
+    assert status == 2 and "made for 4 ranks, but this job has 1" in output
     assert not (tmp_path / "run").exists()

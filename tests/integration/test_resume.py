@@ -19,7 +19,8 @@ from tests.support.training import (
     losses,
     read_checkpoint,
     read_lines,
-    start_command,
+    run_trainer,
+    run_training,
     start_training,
     train,
 )
@@ -116,18 +117,16 @@ def test_three_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace(f'"loss": {whole[6]!r}', f'"loss": {whole[6] + 1e-15!r}'))
-    process = start_training(run, 3, f"max_steps={STEPS}", *settings)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "deterministic=true, but step 6, taken again, has the loss" in output
+    status, output = run_training(run, 3, f"max_steps={STEPS}", *settings)
+    assert status != 0 and "deterministic=true, but step 6, taken again, has the loss" in output
 
 
 def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     """The loss, which is not logged here, is looked at before its step is saved, on all ranks."""
     run = tmp_path / "run"
     settings = ("max_steps=20", "checkpoint.every_steps=1", "log_every=20", "optimizer.learning_rate=1e38")
-    process = start_training(run, 2, *settings)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    status, output = run_training(run, 2, *settings)
+    assert status != 0
     found = re.search(r"error: nan is the loss of step (\d+); its batch is the samples", output)
     assert found, output[-3000:]
     newest = max((run / "checkpoints").glob("step-*"))
@@ -139,17 +138,8 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
 def test_all_that_a_run_wrote_has_reached_the_disk_when_it_is_done(tmp_path: Path) -> None:
     """The last line of the metrics and the last evaluation too, which come after the last save."""
     run = tmp_path / "run"
-    process = start_training(
-        run,
-        1,
-        "max_steps=2",
-        "checkpoint.every_steps=2",
-        "log_every=9",
-        module="tests.trainer.run.noting_syncs",
-        environment={"NOTED": str(tmp_path / "noted")},
-    )
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
+    settings = ("max_steps=2", "checkpoint.every_steps=2", "log_every=9")
+    train(run, 1, *settings, module="tests.trainer.run.noting_syncs", NOTED=str(tmp_path / "noted"))
     noted = json.loads((tmp_path / "noted").read_text())
     assert len(read_lines(run / "metrics.jsonl")) == len(read_lines(run / "eval.jsonl")) == 1
     for file in ("metrics.jsonl", "eval.jsonl"):
@@ -161,9 +151,8 @@ def test_a_missing_evaluation_split_is_found_before_the_training(tmp_path: Path)
     data = tmp_path / "data"
     shutil.copytree(small_dataset(), data)
     shutil.rmtree(data / "eval")
-    process = start_training(tmp_path / "run", 1, f"data.path={data}", "max_steps=2")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "eval" in output.splitlines()[-1]
+    status, output = run_training(tmp_path / "run", 1, f"data.path={data}", "max_steps=2")
+    assert status != 0 and "eval" in output.splitlines()[-1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -178,9 +167,8 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before_it(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    evaluation = start_command("evaluate", str(run))
-    output, _ = evaluation.communicate(timeout=120)
-    assert evaluation.returncode == 1
+    status, output = run_trainer("evaluate", str(run))
+    assert status == 1
     assert f"error: checkpoint {newest} is damaged" in output.splitlines()[-1]
     assert losses(train(run, 2, f"max_steps={STEPS}", "checkpoint.every_steps=4")) == losses(
         read_lines(uninterrupted / "metrics.jsonl")
@@ -188,14 +176,13 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before_it(
     expected, actual = (read_checkpoint(path / "checkpoints" / newest.name) for path in (uninterrupted, run))
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
     # Back to step 4 by choice: the same steps again, and nothing of the later ones is lost.
-    start_command("checkpoints", str(run), "--pin", "4").communicate(timeout=120)
-    process = start_training(run, 2, f"max_steps={STEPS}", "checkpoint.every_steps=4", options=("--from-step", "4"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and f"its checkpoint is called abandoned-{newest.name} now" in output, output[-3000:]
+    run_trainer("checkpoints", str(run), "--pin", "4")
+    settings = (f"max_steps={STEPS}", "checkpoint.every_steps=4")
+    status, output = run_training(run, 2, *settings, options=("--from-step", "4"))
+    assert status == 0 and f"its checkpoint is called abandoned-{newest.name} now" in output, output[-3000:]
     assert losses(read_lines(run / "metrics.jsonl")) == losses(read_lines(uninterrupted / "metrics.jsonl"))
-    listing = start_command("checkpoints", str(run), "--verify")
-    output, _ = listing.communicate(timeout=120)
-    assert listing.returncode == 0 and f"damaged-{newest.name} does not count" in output
+    status, output = run_trainer("checkpoints", str(run), "--verify")
+    assert status == 0 and f"damaged-{newest.name} does not count" in output
     assert f"abandoned-{newest.name} does not count" in output
     assert output.count("pinned") == 1
     assert [int(line.split()[0]) for line in output.splitlines() if " verified" in line] == [4, STEPS]
@@ -236,9 +223,8 @@ def test_other_data_under_the_same_path_is_refused_and_nothing_is_written(
     description["actions"] = [*description["actions"][1:], description["actions"][0]]
     (data / "dataset.json").write_text(json.dumps(description))
     before = (run / "config.json").read_text()
-    process = start_training(run, 1, f"data.path={data}", "max_steps=6", "checkpoint.every_steps=4")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "prepare the data with these, in this order" in output.splitlines()[-1]
+    status, output = run_training(run, 1, f"data.path={data}", "max_steps=6", "checkpoint.every_steps=4")
+    assert status != 0 and "prepare the data with these, in this order" in output.splitlines()[-1]
     assert (run / "config.json").read_text() == before
 
 
@@ -259,9 +245,8 @@ def test_a_signal_is_obeyed_where_a_step_is_saved_too(tmp_path: Path) -> None:
 def test_a_second_job_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with locked(run):
-        process = start_training(run.path, 2, "max_steps=2")
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+        status, output = run_training(run.path, 2, "max_steps=2")
+    assert status != 0
     assert f"error: --run-dir {run.path} is being trained by another job (process {os.getpid()} on" in output
     assert run.saved_config() is None
 

@@ -1,8 +1,5 @@
 """The retriever in real jobs: the same on one rank and on two, resumed or not, evaluated apart, against plain numpy."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import torch
 
 from pipelines.storage.dataset_json import read_dataset_info
 from tests.support.small_data import small_dataset
-from tests.support.training import ROOT, losses, read_checkpoint, read_lines, train
+from tests.support.training import losses, read_checkpoint, read_lines, run_trainer, train
 
 STEPS = 6
 METRICS = ("hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr")
@@ -75,15 +72,12 @@ def test_resumed_on_another_number_of_ranks_goes_on_alike(two_ranks: Path, tmp_p
 def test_evaluate_repeats_the_metrics_of_the_checkpoint(two_ranks: Path) -> None:
     """And they are those of plain numpy on the saved tensors, for the rank by popularity as well."""
     before = evaluations(two_ranks)
-    command = [sys.executable, "-m", "trainer", "evaluate", str(two_ranks)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, output = run_trainer("evaluate", str(two_ranks))
+    assert status == 0, output[-3000:]
     # The step stands in eval.jsonl already, so the table on the screen is what is new.
-    table = next(line.split() for line in done.stderr.splitlines() if line.startswith("model "))
+    table = next(line.split() for line in output.splitlines() if line.startswith("model "))
     assert [float(value) for value in table[1:]] == pytest.approx(list(before.values()), abs=1e-3)
-    popularity = next(line.split() for line in done.stderr.splitlines() if line.startswith("popularity"))
+    popularity = next(line.split() for line in output.splitlines() if line.startswith("popularity"))
     ranks = popularity_ranks()
     assert float(popularity[1]) == pytest.approx(np.mean(ranks <= 10), abs=1e-4)
     assert float(popularity[5]) == pytest.approx(np.mean(1 / ranks), abs=1e-4)

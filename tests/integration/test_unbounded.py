@@ -16,7 +16,7 @@ from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
 from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.keys import LOWEST
 from tests.pipelines.prepare.test_prepare import prepare
-from tests.support.training import losses, read_checkpoint, read_lines, start_command, start_training, train
+from tests.support.training import losses, read_checkpoint, read_lines, run_trainer, run_training, train
 from trainer.scorer import open_scorer
 
 SCHEMA = """
@@ -117,12 +117,6 @@ def keys_of(rows: list[dict[str, Any]]) -> set[int]:
     return {key for row in rows for part in ("history", "candidate") for key in row[f"{part}_item_id"]}
 
 
-def commanded(*arguments: str) -> tuple[int, str]:
-    process = start_command(*arguments)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
-
-
 def test_every_key_that_was_trained_has_a_row_and_later_ones_none(learnt: tuple[Path, Path]) -> None:
     data, run = learnt
     held = set(newest(run)["ids/item/keys"].tolist()) - {UNKNOWN_KEY}
@@ -138,7 +132,7 @@ def test_an_evaluation_by_itself_finds_what_the_run_found(learnt: tuple[Path, Pa
     again = run.with_name("evaluated")
     shutil.copytree(run, again)
     (again / "eval.jsonl").unlink()
-    code, output = commanded("evaluate", str(again))
+    code, output = run_trainer("evaluate", str(again))
     assert code == 0, output
     (found,) = read_lines(again / "eval.jsonl")
     assert found == pytest.approx(of_run, abs=1e-5, nan_ok=True)
@@ -205,9 +199,9 @@ def test_another_run_begins_with_the_rows_and_the_map_that_says_whose_they_are(l
 def test_rows_without_their_map_are_refused_before_anything_begins(learnt: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = learnt
     only = ("--init-from", str(run), "--init-only", "tables/item")
-    process = start_training(tmp_path / "alone", 1, f"data.path={data}", *COMMON, recipe="own_log", options=only)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    alone = tmp_path / "alone"
+    status, output = run_training(alone, 1, f"data.path={data}", *COMMON, recipe="own_log", options=only)
+    assert status != 0
     assert "name 'tables/item' and 'ids/item/*' together by --init-only" in output.splitlines()[-1]
     assert "Traceback" not in output
 
@@ -215,21 +209,21 @@ def test_rows_without_their_map_are_refused_before_anything_begins(learnt: tuple
 def test_an_export_holds_the_map_and_comes_back_as_it_was(learnt: tuple[Path, Path], tmp_path: Path) -> None:
     _, run = learnt
     out, back = tmp_path / "out", tmp_path / "back"
-    assert commanded("export", str(run), "--out", str(out))[0] == 0
+    assert run_trainer("export", str(run), "--out", str(out))[0] == 0
     trained, maps = newest(run), load_file(out / "maps.safetensors")
     values = pq.read_table(out / "tables" / "item.parquet").column("values").to_pylist()
     keys = maps["item/keys"].tolist()
     # The key of a slot has the row after it.
     for slot in (keys.index(key) for key in keys if key != UNKNOWN_KEY):
         assert values[slot + 1] == trained["tables/item"][slot + 1].tolist()
-    assert commanded("import", str(out), "--out", str(back))[0] == 0
+    assert run_trainer("import", str(out), "--out", str(back))[0] == 0
     again = newest(back)
     for name in trained:
         if name.startswith(("ids/", "tables/", "dense/")):
             assert torch.equal(again[name], trained[name]), name
     maps["item/keys"] = maps["item/keys"].roll(64)
     save_file(maps, out / "maps.safetensors")
-    code, output = commanded("import", str(out), "--out", str(tmp_path / "wrong"))
+    code, output = run_trainer("import", str(out), "--out", str(tmp_path / "wrong"))
     assert code != 0 and "Traceback" not in output and not (tmp_path / "wrong").exists()
     assert re.search(r"key -?\d+ of 'item/keys' cannot have row \d+: leave maps alone", output.splitlines()[-1])
 

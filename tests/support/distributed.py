@@ -1,4 +1,4 @@
-"""Run a function on several real gloo processes and collect what each of them returns.
+"""Run a function, or a module, on several real gloo processes and collect what each of them returns.
 
 The function and its arguments are pickled, so the function lives at module level.  A failing rank fails the call
 with that rank's traceback; the other ranks are stopped.
@@ -14,9 +14,12 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import runpy
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +32,10 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=120)
+LEFT_S = 2
+"""Seconds in which the other ranks may say what one has failed of."""
+MODULE_S = 240
+"""Seconds after which a rank of a module is ended."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -45,19 +52,31 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         if torch.cuda.is_available():
             mp.start_processes(_run, (world_size, folder, function, args), nprocs=world_size, start_method="spawn")
         else:
-            _fork_from_nursery(folder, pickle.dumps((world_size, folder, function, args)))
+            status = _fork_from_nursery(_start_ranks, folder, world_size, function, args)
+            failure = Path(folder, "failure")
+            if failure.exists():
+                raise pickle.loads(failure.read_bytes())
+            assert status == 0, f"the process that starts the ranks ended with status {status}"
         return [torch.load(Path(folder, f"result-{rank}.pt"), weights_only=False) for rank in range(world_size)]
 
 
-def _fork_from_nursery(folder: str, call: bytes) -> None:
-    """Raises what `run_ranks` does."""
+def run_module(module: str, world_size: int, arguments: Sequence[str], **environment: str) -> tuple[int, str]:
+    """`python -m MODULE` on `world_size` gloo processes of this machine, to its end: the worst status, all output.
+
+    As torchrun starts it, but for the seconds in which torchrun and every rank import torch, and for torchrun's looking
+    after them: for tests of what a job computes, not of how it ends.
+    """
+    with TemporaryDirectory() as folder:
+        status = _fork_from_nursery(_start_modules, folder, module, world_size, list(arguments), environment)
+        return status, Path(folder, "output").read_text()
+
+
+def _fork_from_nursery(start: Callable[..., int], *args: Any) -> int:
+    """Call `start(*args)` in a process that is forked from the nursery; returns the status with which it ends."""
     nursery = _nursery()
-    nursery.send((dict(os.environ), Path.cwd(), folder, call))
-    status = nursery.recv()
-    failure = Path(folder, "failure")
-    if failure.exists():
-        raise pickle.loads(failure.read_bytes())
-    assert status == 0, f"the process that starts the ranks ended with status {status}"
+    nursery.send((dict(os.environ), Path.cwd(), pickle.dumps((start, args))))
+    status: int = nursery.recv()
+    return status
 
 
 @functools.cache
@@ -78,7 +97,7 @@ def serve(descriptor: int) -> None:
     calls = Connection(descriptor)
     while True:
         try:
-            environment, here, folder, call = calls.recv()
+            environment, here, call = calls.recv()
         except EOFError:
             return
         pid = os.fork()
@@ -87,20 +106,62 @@ def serve(descriptor: int) -> None:
             os.environ.clear()
             os.environ.update(environment)
             os.chdir(here)
-            os._exit(_start(folder, call))
+            start, args = pickle.loads(call)
+            os._exit(start(*args))
         _, status = os.waitpid(pid, 0)
         calls.send(os.waitstatus_to_exitcode(status))
 
 
-def _start(folder: str, call: bytes) -> int:
+def _start_ranks(folder: str, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
     """Fork the ranks of a call, and wait for them; leaves the failure of one in `folder`."""
     try:
-        world_size, *rest = pickle.loads(call)
-        mp.start_processes(_run, (world_size, *rest), nprocs=world_size, start_method="fork")
+        mp.start_processes(_run, (world_size, folder, function, args), nprocs=world_size, start_method="fork")
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         Path(folder, "failure").write_bytes(pickle.dumps(error))
         return 1
     return 0
+
+
+def _start_modules(folder: str, module: str, world_size: int, arguments: list[str], environment: dict[str, str]) -> int:
+    """Fork the ranks of a module, and wait for them; leaves what they write in `folder`."""
+    os.chdir(ROOT)
+    meeting = socket.create_server(("localhost", 0))
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(meeting.getsockname()[1])}
+    # As with torchrun, the store is of the process that started the ranks.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", **environment}
+    with Path(folder, "output").open("wb") as output:
+        ranks = []
+        for rank in range(world_size):
+            ranks.append(os.fork())
+            if not ranks[-1]:
+                meeting.close()
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+                os.environ |= {name: str(value) for name, value in place.items()}
+                torch.set_num_threads(1)
+                signal.alarm(MODULE_S)
+                sys.argv[1:] = arguments
+                # To the end of the interpreter, as a process of its own goes.
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+                sys.exit()
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, master_listen_fd=meeting.detach())
+        worst = _wait_for_all(ranks)
+        del store
+    return worst
+
+
+def _wait_for_all(ranks: list[int]) -> int:
+    """The worst status of the processes; some seconds after the first that fails, those that wait for it are ended."""
+    left, worst = set(ranks), 0
+    signal.signal(signal.SIGALRM, lambda *_: [os.kill(pid, signal.SIGKILL) for pid in left])
+    while left:
+        pid, status = os.wait()
+        left.remove(pid)
+        worst = max(worst, abs(os.waitstatus_to_exitcode(status)))
+        if status:
+            signal.alarm(LEFT_S)
+    return worst
 
 
 def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -1,11 +1,11 @@
-"""Start real training jobs (torchrun, gloo) and read back what they wrote."""
+"""Start real training jobs (gloo, by torchrun where that matters) and read back what they wrote."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.distributed import run_module
 from tests.support.small_data import small_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,16 +40,13 @@ SMALL = (
 )
 
 
-def start_command(*arguments: str) -> subprocess.Popen[str]:
-    """Start one process of `python -m trainer`."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainer", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def run_trainer(*arguments: str, ranks: int = 1, module: str = "trainer", **environment: str) -> tuple[int, str]:
+    """`python -m trainer` on `ranks` processes, to its end: its exit status and all that it wrote."""
+    if not torch.cuda.is_available():
+        return run_module(module, ranks, arguments, **environment)
+    process = _start(module, ranks, arguments, environment)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output
 
 
 def start_training(
@@ -66,13 +64,15 @@ def start_training(
     `module` is run in place of the trainer's command line, `environment` is added to this process's.  Where there are
     GPUs each rank has one, so that these tests are NCCL's on a machine of several.
     """
+    return _start(module, ranks, _arguments(run_dir, overrides, plan, recipe, options), environment)
+
+
+def _start(module: str, ranks: int, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         pytest.skip(f"{ranks} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", module, "train", recipe, "--run-dir", str(run_dir)]
-    command += [*(["--plan", str(plan)] if plan else []), *options]
     return subprocess.Popen(
-        [*command, "--set", f"data.path={small_dataset()}", *SMALL, *overrides],
+        [sys.executable, *launcher, "-m", module, *arguments],
         cwd=ROOT,
         # One thread a process: sums then do not depend on how busy the machine is.
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -81,6 +81,13 @@ def start_training(
         text=True,
         start_new_session=True,
     )
+
+
+def _arguments(
+    run_dir: Path, overrides: Sequence[str], plan: Path | None, recipe: str, options: Sequence[str]
+) -> list[str]:
+    arguments = ["train", recipe, "--run-dir", str(run_dir), *(["--plan", str(plan)] if plan else []), *options]
+    return [*arguments, "--set", f"data.path={small_dataset()}", *SMALL, *overrides]
 
 
 def kill_job(process: subprocess.Popen[str]) -> None:
@@ -93,18 +100,25 @@ def kill_job(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def train(
+def run_training(
     run_dir: Path,
     ranks: int,
     *overrides: str,
     plan: Path | None = None,
     recipe: str = "kuairand_sample",
     options: tuple[str, ...] = (),
-) -> list[dict[str, Any]]:
-    """Run the job to its end; returns the lines of metrics.jsonl."""
-    process = start_training(run_dir, ranks, *overrides, plan=plan, recipe=recipe, options=options)
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, output[-6000:]
+    module: str = "trainer",
+    **environment: str,
+) -> tuple[int, str]:
+    """As `start_training`, to the job's end: its exit status and all that it wrote."""
+    arguments = _arguments(run_dir, overrides, plan, recipe, options)
+    return run_trainer(*arguments, ranks=ranks, module=module, **environment)
+
+
+def train(run_dir: Path, ranks: int, *overrides: str, **more: Any) -> list[dict[str, Any]]:
+    """As `run_training`, of a job that ends well: the lines of metrics.jsonl."""
+    status, output = run_training(run_dir, ranks, *overrides, **more)
+    assert status == 0, output[-6000:]
     return read_lines(run_dir / "metrics.jsonl")
 
 

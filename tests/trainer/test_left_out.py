@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.training import read_checkpoint, read_lines, start_training
+from tests.support.training import read_checkpoint, read_lines, run_training
 from trainer.left_out import NotFinite, check_finite
 from trainer.optim import GradientNorms
 
@@ -19,11 +19,7 @@ SETTINGS = (f"max_steps={STEPS}", "checkpoint.every_steps=3", "log_every=2")
 
 def run(folder: Path, ranks: int, *overrides: str, spoilt: str = f"{SPOILT} loss") -> tuple[int, str]:
     """(exit status, output) of a job whose batch of a step spoils the loss or the gradients."""
-    process = start_training(
-        folder, ranks, *SETTINGS, *overrides, module="tests.trainer.spoilt", environment={"SPOILT": spoilt}
-    )
-    output, _ = process.communicate(timeout=240)
-    return process.returncode, output
+    return run_training(folder, ranks, *SETTINGS, *overrides, module="tests.trainer.spoilt", SPOILT=spoilt)
 
 
 def test_a_run_without_a_policy_stops_and_names_the_step_and_its_samples(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pipelines.batches.requests import Request
 from pipelines.prepare.__main__ import main as prepare
 from pipelines.reading.loader import build_loader
 from pipelines.storage.keys import read_keys
-from tests.support.training import ROOT
+from tests.support.training import ROOT, run_trainer
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.run.run_dir import RunDir
@@ -83,9 +83,8 @@ def prepare_shop(folder: Path) -> None:
 
 def run(folder: Path, name: str, *settings: str, recipe: str = "own_log") -> Path:
     """Train a run."""
-    command = ["-m", "trainer", "train", recipe, "--run-dir", str(folder / "runs" / name), "--set", *settings]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, output = run_trainer("train", recipe, "--run-dir", str(folder / "runs" / name), "--set", *settings)
+    assert status == 0, output[-3000:]
     return folder / "runs" / name
 
 

@@ -18,7 +18,7 @@ from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.vocabulary import keys_digest
 from tests.support.distributed import run_ranks
 from tests.support.small_data import SOURCE, small_dataset
-from tests.support.training import TIMEOUT_S, read_checkpoint, start_training, train
+from tests.support.training import read_checkpoint, run_training, train
 from trainer.checkpoint.pieces import LivePiece
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
@@ -159,21 +159,19 @@ def test_a_run_begins_with_what_another_has_learnt(trained: tuple[Path, Path], t
 
 def test_a_run_begins_with_parts_of_another_and_says_which(trained: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = trained
-    process = start_training(
+    status, output = run_training(
         tmp_path / "run",
         1,
         "max_steps=1",
         f"data.path={data}",
         options=("--init-from", str(run), "--init-only", "tables/author", "tables/music=tables/author"),
     )
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 2
+    assert status == 2
     assert "--init-only tables/music=tables/author takes 'tables/music' for 'tables/author', for which" in output
     assert not (tmp_path / "run").exists()
     wrong = ("--init-from", str(run), "--init-only", "tables/author", "tables/music=tables/autor")
-    process = start_training(tmp_path / "run", 1, "max_steps=1", f"data.path={data}", options=wrong)
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1
+    status, output = run_training(tmp_path / "run", 1, "max_steps=1", f"data.path={data}", options=wrong)
+    assert status == 1
     assert "--init-only tables/music=tables/autor is nothing of this model, which has 'dense/" in output
     options = ("--init-from", str(run), "--init-only", "tables/*", "tables_optimizer/item/*")
     train(tmp_path / "run", 1, "max_steps=1", f"data.path={data}", options=options)
