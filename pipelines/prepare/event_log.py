@@ -69,7 +69,8 @@ class EventLogOptions:
     """What divides several words in one cell of the action column, such as "|"; a list needs none.  A row whose cell is
     empty took no action then."""
     context_columns: str = ""
-    """Columns, separated by commas, of which a user's first known value becomes a context feature."""
+    """Columns, separated by commas, that become context features: a sample has the user's newest value that is known
+    before its first candidate's second."""
     history_columns: str = ""
     """Columns of numbers, separated by commas, that become further history lists; a missing value becomes NaN."""
     request_column: str = ""
@@ -210,6 +211,7 @@ def _load(
         keep_rate=schema.keep_rate,
         source=f"event log in {source.resolve()}",
         licence="not stated",
+        changing=tuple(column.name for column in schema.told),
         keeps_state=keeps_state,
         details={"left_out": left_out, "duplicates": duplicates, "log": asdict(schema)},
     )

@@ -8,7 +8,7 @@ engine's limit, the longest user and what a piece of the log takes, whatever its
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -130,7 +130,7 @@ def write_gathered(
     return DatasetInfo(
         name=about.name,
         spaces=spaces,
-        columns=with_statistics(connection, columns, None),
+        columns=with_statistics(connection, replace(about, columns=columns), None),
         actions=about.actions,
         clock=about.clock,
         parts=tuple(parts),

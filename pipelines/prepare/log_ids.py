@@ -1,7 +1,8 @@
 """From the keys of a described log to ids: the tables that the later stages read.
 
-events   user_id, item_id, time, rank, log_row, request_key, action, candidate, a `value_column` a column
-users    user_id, a column a column of samples
+events   user_id, item_id, time, rank, log_row, request_key, action, candidate, a `value_column` a column, a
+         `sample_column` a column of samples that the log tells
+users    user_id, a column a column of samples: attributes, and what earlier parts of the log told last
 items    item_id, a column a column of items
 """
 
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.features import ITEM_SPACE, UNKNOWN_ID, USER_ID, DatasetInfo, Space
+from pipelines.features import ITEM_SPACE, DatasetInfo, Space
 from pipelines.prepare.engine import quoted, table_exists
 from pipelines.prepare.log_schema import ROW_LISTS, LogColumn, LogSchema, SpaceOptions
 from pipelines.prepare.log_tables import ITEMS, RAW, USERS, log_columns, raw_name
 from pipelines.prepare.readings import IdType, Stored
-from pipelines.prepare.source import USER_SPACE, value_column
+from pipelines.prepare.source import MISSING, USER_SPACE, sample_column, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
 from pipelines.prepare.times import NANOSECONDS, YEAR_1990
@@ -95,10 +96,11 @@ def number_spaces(
 
 def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
     """The table `events`, of the log's rows."""
-    columns = {column.name: column for part in ROW_LISTS for column in schema.of(part)}
+    columns = {value_column(column.name): column for part in ROW_LISTS for column in schema.of(part)}
+    columns |= {sample_column(column.name): column for column in schema.told}
     lookups = [Lookup(space=spaces[USER_SPACE], column="user_key"), Lookup(space=spaces[ITEM_SPACE], column="item_key")]
     (user, item, *values), joins = _encoded(connection, RAW, lookups, list(columns.values()), spaces)
-    further = "".join(f", {value} AS {quoted(value_column(name))}" for value, name in zip(values, columns, strict=True))
+    further = "".join(f", {value} AS {quoted(name)}" for value, name in zip(values, columns, strict=True))
     connection.execute(
         f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {NANOSECONDS} "
         f"AS time, t.rank, t.log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"
@@ -111,21 +113,25 @@ def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces
 
 
 def make_users(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
-    """The table `users`: a user's first known values in the log, and attributes."""
-    of_log = [column for column in schema.columns.get("sample", ()) if column.name != USER_ID]
-    known = "".join(f", {_first_known(column)} AS {quoted(raw_name(column))}" for column in of_log)
-    connection.execute(f"CREATE TABLE users_of_log AS SELECT user_key AS key{known} FROM {RAW} GROUP BY user_key")
+    """The table `users`: attributes, and what earlier parts of the log told last."""
+    connection.execute(f"CREATE TABLE users_of_log AS SELECT DISTINCT user_key AS key FROM {RAW}")
     attributes = schema.users.columns if schema.users else ()
-    _join_attributes(connection, "users", USER_SPACE, of_log, attributes, spaces)
+    _join_attributes(connection, "users", USER_SPACE, attributes, spaces)
+    known, joined = [f"{MISSING[each.kind]} AS {quoted(each.name)}" for each in schema.told], ""
     if table_exists(connection, USERS_BEFORE):
-        _join_first_known(connection, of_log, attributes)
+        known = [
+            f"coalesce(b.{quoted(each.name)}, {MISSING[each.kind]}) AS {quoted(each.name)}" for each in schema.told
+        ]
+        joined = f"FULL JOIN {USERS_BEFORE} AS b USING (user_id)"
+    values = "".join(f", {each}" for each in [*known, *(f"t.{quoted(each.name)}" for each in attributes)])
+    connection.execute(f"CREATE OR REPLACE TABLE users AS SELECT user_id{values} FROM users AS t {joined}")
 
 
 def make_items(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
     """The table `items`: attributes of the items that have an id of their own."""
     if schema.items is not None:
         connection.execute("CREATE TABLE items_of_log AS SELECT item_key AS key FROM item_ids")
-        _join_attributes(connection, "items", ITEM_SPACE, (), schema.items.columns, spaces)
+        _join_attributes(connection, "items", ITEM_SPACE, schema.items.columns, spaces)
 
 
 def add_earlier_attributes(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> None:
@@ -145,41 +151,10 @@ def add_earlier_attributes(connection: duckdb.DuckDBPyConnection, schema: LogSch
         )
 
 
-def _join_first_known(
-    connection: duckdb.DuckDBPyConnection, of_log: Sequence[LogColumn], attributes: Sequence[LogColumn]
-) -> None:
-    """Let `users` keep what earlier parts of the log told first."""
-    values = "".join(
-        f", CASE WHEN {_is_known(f'b.{quoted(each.name)}', each)} THEN b.{quoted(each.name)} "
-        f"ELSE coalesce(t.{quoted(each.name)}, b.{quoted(each.name)}) END AS {quoted(each.name)}"
-        for each in of_log
-    )
-    values += "".join(f", t.{quoted(each.name)}" for each in attributes)
-    connection.execute(
-        f"CREATE TABLE completed AS SELECT user_id{values} FROM users AS t FULL JOIN {USERS_BEFORE} AS b USING "
-        "(user_id); DROP TABLE users; ALTER TABLE completed RENAME TO users"
-    )
-
-
-def _is_known(value: str, column: LogColumn) -> str:
-    """SQL that is true of a value in the prepared format that is there and not missing."""
-    present = {"id": f"{value} <> {UNKNOWN_ID}", "ids": f"len({value}) > 0", "number": f"NOT isnan({value})"}
-    return f"coalesce({present[column.kind]}, false)"
-
-
-def _first_known(column: LogColumn) -> str:
-    """SQL of a user's first value that is not missing."""
-    value = quoted(raw_name(column))
-    if column.kind == "ids":
-        value = f"nullif({value}, [])"
-    return f"arg_min({value}, (rank, log_row))"
-
-
 def _join_attributes(
     connection: duckdb.DuckDBPyConnection,
     table: str,
     space: str,
-    of_log: Sequence[LogColumn],
     attributes: Sequence[LogColumn],
     spaces: Mapping[str, Space],
 ) -> None:
@@ -192,10 +167,9 @@ def _join_attributes(
             f"CREATE TABLE {joined} AS SELECT t.*{further} FROM {table}_of_log AS t "
             f"LEFT JOIN {USERS if space == USER_SPACE else ITEMS} AS a USING (key)"
         )
-    columns = [*of_log, *attributes]
     lookup = Lookup(space=spaces[space], column="key")
-    (identifier, *values), joins = _encoded(connection, joined, [lookup], columns, spaces)
-    further = "".join(f", {value} AS {quoted(each.name)}" for value, each in zip(values, columns, strict=True))
+    (identifier, *values), joins = _encoded(connection, joined, [lookup], attributes, spaces)
+    further = "".join(f", {value} AS {quoted(each.name)}" for value, each in zip(values, attributes, strict=True))
     connection.execute(f"CREATE TABLE {table} AS SELECT {identifier} AS {space}_id{further} FROM {joined} AS t{joins}")
 
 

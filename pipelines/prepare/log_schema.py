@@ -104,7 +104,7 @@ class LogSchema:
     action_separator: str | None = None
     """What divides several words in one cell; lists need none.  A row without a word took no action then."""
     columns: Mapping[Part, tuple[LogColumn, ...]] = field(default_factory=dict)
-    """Columns that rows of the log hold, by part; of samples, a user's first known value."""
+    """Columns that rows of the log hold, by part; a sample has the newest value known before it."""
     users: Attributes | None = None
     """Files of users, whose columns become columns of samples."""
     items: Attributes | None = None
@@ -144,6 +144,11 @@ class LogSchema:
         """The columns of a part, wherever they come from."""
         files = {"sample": self.users, "item": self.items}.get(part)
         return (*self.columns.get(part, ()), *(files.columns if files else ()))
+
+    @property
+    def told(self) -> tuple[LogColumn, ...]:
+        """Columns of samples that rows of the log tell, from then on."""
+        return tuple(column for column in self.columns.get("sample", ()) if column.name != USER_ID)
 
     def _check_actions(self) -> None:
         if not self.actions:

@@ -1,15 +1,15 @@
 """What the training part of a log says of its columns of numbers: kept in `dataset.json`, for transforms of inputs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import duckdb
 
-from pipelines.features import Column, Part
+from pipelines.features import Column
 from pipelines.known_numbers import NumberStatistics
-from pipelines.prepare.counts import COUNTED
+from pipelines.prepare.counts import COUNTED, counted
 from pipelines.prepare.engine import quoted
-from pipelines.prepare.source import value_column
+from pipelines.prepare.source import Description, sample_column, value_column
 
 STEPS = 100
 """Quantiles are kept at this many equal steps of probability."""
@@ -18,44 +18,41 @@ QUANTILE_VALUES = 1 << 20
 
 
 EVENT = "user_id, log_row"
-TABLES: Mapping[Part, tuple[str, str]] = {
-    **dict.fromkeys(("event", "candidate", "label"), ("events", EVENT)),
-    "sample": ("users", "user_id"),
-    "item": ("items", "item_id"),
-}
-"""Where the values of a part stand, and what tells its rows apart."""
+ROWS: Mapping[str, str] = {"events": EVENT, COUNTED: EVENT, "users": "user_id", "items": "item_id"}
+"""The tables with values, and what tells their rows apart."""
 
 
 def with_statistics(
-    connection: duckdb.DuckDBPyConnection,
-    columns: Sequence[Column],
-    split_time: int | None,
-    counts: Collection[str] = (),
+    connection: duckdb.DuckDBPyConnection, about: Description, split_time: int | None
 ) -> tuple[Column, ...]:
-    """The columns, those of numbers with statistics.
+    """The columns of a description, those of numbers with statistics.
 
-    Of events, candidates and labels they are those of the labelled events before the split (of all without one); of
-    users and items, those of each once.  `counts` are columns whose values stand in the table COUNTED.
+    Of what events tell they are those of the labelled events before the split (of all without one); of attributes of
+    users and items, those of each once.
     """
-
-    def place(column: Column) -> tuple[str, str]:
-        counted = column.part == "candidate" and column.name in counts
-        return (COUNTED, EVENT) if counted else TABLES[column.part]
-
+    places = {column: _place(column, about) for column in about.columns if column.kind == "number"}
     found: dict[tuple[str, str], NumberStatistics] = {}
-    for table, row in {**dict.fromkeys(TABLES.values()), (COUNTED, EVENT): None}:
-        names = [each.name for each in columns if each.kind == "number" and place(each) == (table, row)]
-        known = {name: value_column(name) if row == EVENT else name for name in dict.fromkeys(names)}
-        if known:
+    for table, row in ROWS.items():
+        names = list(dict.fromkeys(name for place, name in places.values() if place == table))
+        if names:
             chosen = table
             if table == "events":
                 chosen += " WHERE candidate" + (f" AND time < {split_time}" if split_time is not None else "")
-            statistics = _statistics(connection, f"(SELECT * FROM {chosen})", row, list(known.values()))
-            found |= {(table, name): each for name, each in zip(known, statistics, strict=True)}
+            statistics = _statistics(connection, f"(SELECT * FROM {chosen})", row, names)
+            found |= {(table, name): each for name, each in zip(names, statistics, strict=True)}
     return tuple(
-        replace(column, statistics=found[place(column)[0], column.name]) if column.kind == "number" else column
-        for column in columns
+        replace(column, statistics=found[places[column]]) if column in places else column for column in about.columns
     )
+
+
+def _place(column: Column, about: Description) -> tuple[str, str]:
+    """(table, its column) with the values of a column of numbers."""
+    if column.part in ("sample", "item"):
+        if column.name in about.changing and column.part == "sample":
+            return "events", sample_column(column.name)
+        return {"sample": "users", "item": "items"}[column.part], column.name
+    counts = {name for each in counted(about) for name in each.columns}
+    return COUNTED if column.name in counts else "events", value_column(column.name)
 
 
 def _statistics(

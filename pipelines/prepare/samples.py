@@ -45,7 +45,7 @@ class UserEvents:
     candidates: Mapping[str, str]
     """Which become lists of the candidates."""
     sample: Mapping[str, Values]
-    """[E] columns of samples, constant within a user."""
+    """[E] columns of samples: of one that begins its candidates with this event."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

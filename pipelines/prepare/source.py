@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Clock, Column, Space
+from pipelines.features import ITEM_ID, ITEM_SPACE, UNKNOWN_ID, USER_ID, Clock, Column, Kind, Space
 
+MISSING: Mapping[Kind, str] = {"id": f"{UNKNOWN_ID}::BIGINT", "ids": "[]::BIGINT[]", "number": "'nan'::DOUBLE"}
+"""SQL of the values that stand for missing ones."""
 USER_SPACE = "user"
 """The space of the users' ids."""
 
@@ -50,6 +52,9 @@ class Description:
     """Names of the bits of `action`."""
     weight: str | None = None
     """The label column that multiplies a candidate's loss."""
+    changing: tuple[str, ...] = ()
+    """Columns of samples that `events` tells of, in a `sample_column` each: a sample has the newest value that is known
+    before its first candidate, or what stands in `users`, which was known before all events."""
     clock: Clock = "unix"
     """What times count from."""
     keep_rate: str | None = None
@@ -74,6 +79,11 @@ def value_column(name: str) -> str:
     A name means one thing in a row of the log: an event's `price` is the price of the candidate that it was.
     """
     return f"value_{name}"
+
+
+def sample_column(name: str) -> str:
+    """The column of the table `events` with what an event tells of a column of samples."""
+    return f"sample_{name}"
 
 
 def item_columns() -> tuple[Column, ...]:

@@ -125,18 +125,17 @@ def _write_cut(
     if about.keeps_state:
         if counted(about):
             keep_totals(connection, len(about.actions))
-        write_state(connection, folder / STATE, options.max_history, of_log)
+        write_state(connection, about, folder / STATE, options.max_history, of_log)
     details = {
         "split_time": split_time if options.leave_last is None else None,
         "statistics": {**statistics, **left_out, **of_samples},
         **about.details,
         **({"state": STATE} if about.keeps_state else {}),
     }
-    of_counts = [name for each in counted(about) for name in each.columns]
     return DatasetInfo(
         name=about.name,
         spaces=about.spaces,
-        columns=with_statistics(connection, about.columns, details["split_time"], of_counts),
+        columns=with_statistics(connection, about, details["split_time"]),
         actions=about.actions,
         weight=about.weight,
         keep_rate=about.keep_rate,

@@ -16,6 +16,7 @@ from pipelines.features import DatasetInfo
 from pipelines.prepare.counts import GROUPS
 from pipelines.prepare.engine import literal, quoted, table_exists
 from pipelines.prepare.log_tables import ITEMS, USERS
+from pipelines.prepare.source import MISSING, Description, sample_column
 
 STATE = "state"
 """The folder of the state, followed by the number of the part that it includes, if that is not the first."""
@@ -24,7 +25,9 @@ EVENTS, USERS_BEFORE = f"events{BEFORE}", f"users{BEFORE}"
 TABLES = (EVENTS, USERS_BEFORE, USERS + BEFORE, ITEMS + BEFORE, *(group + BEFORE for group in GROUPS))
 
 
-def write_state(connection: duckdb.DuckDBPyConnection, folder: Path, max_history: int, values: list[str]) -> None:
+def write_state(
+    connection: duckdb.DuckDBPyConnection, about: Description, folder: Path, max_history: int, values: list[str]
+) -> None:
     """Store the state that follows from the tables of a preparation or an extension in a new folder.
 
     `values` are the columns of `events` that hold values of the log, without what was counted.
@@ -38,7 +41,7 @@ def write_state(connection: duckdb.DuckDBPyConnection, folder: Path, max_history
         f"(PARTITION BY user_id ORDER BY rank DESC, log_row DESC) AS age FROM "
         f"(SELECT log_row, {names} FROM events WHERE candidate{older})) WHERE age <= {max_history}"
     )
-    connection.execute(f"CREATE OR REPLACE TABLE {USERS_BEFORE} AS SELECT * FROM users")
+    _keep_users(connection, about)
     for table in (USERS, ITEMS):
         if table_exists(connection, table):
             rows = f"SELECT * EXCLUDE (log_row, broken) FROM {table}"
@@ -47,6 +50,24 @@ def write_state(connection: duckdb.DuckDBPyConnection, folder: Path, max_history
         if table_exists(connection, table):
             path = literal(str(folder / f"{table}.parquet"))
             connection.execute(f"COPY {table} TO {path} (FORMAT parquet, COMPRESSION zstd)")
+
+
+def _keep_users(connection: duckdb.DuckDBPyConnection, about: Description) -> None:
+    """Make the table USERS_BEFORE: `users`, with what events told last."""
+    changing = [column for column in about.columns if column.part == "sample" and column.name in about.changing]
+    newest = "".join(
+        # Missing values count as none.
+        f", arg_max(nullif({quoted(sample_column(each.name))}, {MISSING[each.kind]}), (rank, log_row)) AS "
+        f"{quoted(each.name)}"
+        for each in changing
+    )
+    values = ", ".join(
+        f"coalesce(n.{quoted(each.name)}, u.{quoted(each.name)}) AS {quoted(each.name)}" for each in changing
+    )
+    connection.execute(
+        f"CREATE OR REPLACE TABLE {USERS_BEFORE} AS SELECT u.*{f' REPLACE ({values})' if changing else ''} FROM users "
+        f"AS u LEFT JOIN (SELECT user_id{newest} FROM events WHERE candidate GROUP BY user_id) AS n USING (user_id)"
+    )
 
 
 def read_state(connection: duckdb.DuckDBPyConnection, folder: Path, state: str, info: DatasetInfo) -> None:

@@ -9,18 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.features import ITEM_ID, USER_ID, Column, Part
+from pipelines.features import ITEM_ID, UNKNOWN_ID, USER_ID, Column, Part
 from pipelines.prepare.counts import counted, counted_before, with_user_counts
 from pipelines.prepare.engine import PROGRESS_SECONDS, quoted
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.samples import UserEvents, Values
+from pipelines.prepare.samples import BoolArray, UserEvents, Values
 from pipelines.prepare.sorted_groups import READ_ROWS, whole_groups
-from pipelines.prepare.source import Description, value_column
+from pipelines.prepare.source import MISSING, Description, sample_column, value_column
 
 logger = logging.getLogger(__name__)
 
 LISTED: tuple[Part, ...] = ("event", "candidate", "label")
 """Parts whose columns are lists of a sample, made of the columns of `events`."""
+OF_USER = "user."
+"""Before the names of columns of `users` where they stand beside those of `events`."""
 EVERYWHERE = ("item_id", "action", "timestamp")
 """What every event and candidate has."""
 
@@ -53,13 +55,11 @@ def _by_user(connection: duckdb.DuckDBPyConnection, about: Description, options:
     made = {name for each in counts for name in each.columns}
     names = {value_column(column.name) for column in listed(about) if column.name not in made}
     values += "".join(f", e.{quoted(name)}" for name in sorted(names))
-    # What a user without a row gets: the values that stand for missing.
-    absent = {"id": "0::BIGINT", "ids": "[]::BIGINT[]", "number": "'nan'::DOUBLE"}
-    values += "".join(
-        f", coalesce(u.{quoted(column.name)}, {absent[column.kind]}) AS {quoted(f'sample_{column.name}')}"
-        for column in about.columns
-        if column.part == "sample" and column.name != USER_ID
-    )
+    for column in _of_samples(about):
+        values += f", coalesce(u.{quoted(column.name)}, {MISSING[column.kind]}) AS {quoted(OF_USER + column.name)}"
+        if column.name in about.changing:
+            name = quoted(sample_column(column.name))
+            values += f", coalesce(e.{name}, {MISSING[column.kind]}) AS {name}"
     chosen = ""
     if options.max_users is not None:
         chosen = (
@@ -102,12 +102,38 @@ def _user_events(table: pa.Table, about: Description) -> UserEvents:
         columns={**{name: _values(table[name]) for name in names}, "timestamp": table["time"].to_numpy()},
         history={**{f"history_{name}": name for name in EVERYWHERE}, **history},
         candidates={**{f"candidate_{name}": name for name in EVERYWHERE}, **candidates},
-        sample={
-            column.name: _values(table[f"sample_{column.name}"])
-            for column in about.columns
-            if column.part == "sample" and column.name != USER_ID
-        },
+        sample={column.name: _known_before(table, column, about) for column in _of_samples(about)},
     )
+
+
+def _of_samples(about: Description) -> list[Column]:
+    """The columns of samples, less their users."""
+    return [column for column in about.columns if column.part == "sample" and column.name != USER_ID]
+
+
+def _known_before(table: pa.Table, column: Column, about: Description) -> Values:
+    """[E] what was known of each event's user before it: the newest that earlier events tell, else what users have."""
+    of_user = _values(table[OF_USER + column.name])
+    if column.name not in about.changing:
+        return of_user
+    told = _values(table[sample_column(column.name)])
+    user, place = table["user_id"].to_numpy(), np.arange(table.num_rows)
+    start = np.maximum.accumulate(np.where(np.diff(user, prepend=user[0]) != 0, place, 0))
+    newest = np.maximum.accumulate(np.where(_is_known(told), place, -1))
+    before = np.append(-1, newest[:-1])
+    chosen = np.where(before >= start, before, len(place) + place)
+    if isinstance(told, pa.ListArray):
+        return pa.concat_arrays([told, of_user]).take(pa.array(chosen))
+    values: Values = np.concatenate((told, of_user))[chosen]
+    return values
+
+
+def _is_known(values: Values) -> BoolArray:
+    """[E] which values are not missing."""
+    if isinstance(values, pa.ListArray):
+        known: BoolArray = values.value_lengths().to_numpy() > 0
+        return known
+    return ~np.isnan(values) if values.dtype.kind == "f" else values != UNKNOWN_ID
 
 
 def _values(column: pa.ChunkedArray) -> Values:

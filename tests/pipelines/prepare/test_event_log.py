@@ -94,14 +94,45 @@ def test_event_log_refuses_a_label_that_is_not_a_number(
     assert "like" in error
 
 
-def test_a_context_feature_is_the_first_known_value(tmp_path: Path) -> None:
-    lines = [f"1,{item},{HOUR + item},1,{land}" for item, land in enumerate(["", "fr", "de", "de"])]
-    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like,land", *lines])
-    options = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]
-    options += ["--context-columns", "land", "--split-time", str(HOUR + 3)]
+@pytest.mark.parametrize("cut", [(), ("--no-eval-groups",), ("--leave-last", "3")], ids=str)
+def test_a_context_feature_is_what_was_known_before_the_first_candidate(tmp_path: Path, cut: tuple[str, ...]) -> None:
+    """Values come, change, go missing and come again, some in one second; each kind of column."""
+    generator = np.random.default_rng(5)
+    rows = [
+        {"u": int(u), "i": int(i), "t": HOUR + 9 * int(t), "like": int(i) % 2}
+        for u, i, t in [*generator.integers((4, 7, 100), size=(200, 3)).tolist(), [9, 1, 99]]
+    ]
+    for row in rows:
+        row["land"] = str(generator.choice(["", "de", "fr", "at"]))
+        row["age"] = str(generator.choice(["", "7", "8.5"]))
+        row["tags"] = str(generator.choice(["", "a", "b|a"]))
+    rows.sort(key=lambda row: row["t"])
+    write_lines(tmp_path / "in" / "log.csv", [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+    schema = """
+        user = "u"
+        item = "i"
+        time = "t"
+        actions = ["like"]
+        [sample]
+        land = "land"
+        age = "number"
+        tags = { of = ["tag"], separator = "|" }
+    """
+    (tmp_path / "log.toml").write_text(schema)
+    split = () if "--leave-last" in cut else ("--split-time", str(HOUR + 600))
+    options = ("--schema", str(tmp_path / "log.toml"), *split, *cut, "--candidates", "3", "--min-history", "0")
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
-    [row] = rows_of(tmp_path / "out", "eval")
-    assert keys_of(tmp_path / "out", "land")[row["land"]] == "fr"
+    users, lands, tags = (keys_of(tmp_path / "out", space) for space in ("user", "land", "tag"))
+    samples = [sample for part in ("train", "eval") for sample in rows_of(tmp_path / "out", part)]
+    for sample in samples:
+        # Histories are whole here.
+        of_user = [row for row in rows if str(row["u"]) == users[sample["user_id"]]]
+        before = of_user[: len(sample["history_item_id"])]
+        known = {name: [row[name] for row in before if row[name]][-1:] for name in ("land", "age", "tags")}
+        assert lands.get(sample["land"]) == (known["land"][0] if known["land"] else None)
+        assert sample["age"] == pytest.approx(float(known["age"][0] if known["age"] else "nan"), nan_ok=True)
+        assert [tags[tag] for tag in sample["tags"]] == (known["tags"][0].split("|") if known["tags"] else [])
+    assert len({(sample["user_id"], sample["land"]) for sample in samples}) > 5
 
 
 COLUMNS = ["--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like"]

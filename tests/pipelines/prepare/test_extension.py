@@ -112,8 +112,8 @@ def check_part(out: Path, part: str, log: list[dict[str, Any]], since: int, max_
         assert [[keys["tag"][tag] for tag in tags] for tags in sample["history_tags"]] == [row["tags"] for row in past]
         assert [keys["item"][item] for item in sample["candidate_item_id"]] == [row["what"] for row in future]
         assert [keys["surface"][each] for each in sample["candidate_surface"]] == [row["surface"] for row in future]
-        land = next((row["land"] for row in ours if row["land"] is not None), None)
-        assert keys["land"].get(sample["land"]) == land
+        lands = [row["land"] for row in ours[:middle] if row["land"] is not None]
+        assert keys["land"].get(sample["land"]) == (lands[-1] if lands else None)
         for place, row in enumerate(future):
             before = [each for each in log if each["when"] < row["when"] and each["what"] == row["what"]]
             assert sample["candidate_item_seen"][place] == len(before)
