@@ -11,7 +11,6 @@ import argparse
 import os
 import random
 import re
-import resource
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from launch import signals
 from launch.environment import check_environment
 from launch.processes import Place, run_processes
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
+from trainer.health.limits import raise_limits
 
 DEFAULT_PORT = 29500
 """The port at which the job's processes meet, unless MASTER_PORT says otherwise: free in a container, which has its
@@ -109,13 +109,6 @@ def _refusal(port: int) -> str:
     return ""
 
 
-def allow_open_files() -> None:
-    """Let this node's processes have as many files and connections open as the system allows: the first process of a
-    job has one from every other, and a login shell's lower limit (often 1024) travels with Slurm's jobs."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 def place_of(
     *, nodes: int, procs_per_node: int, node_rank: str, first_node_variable: str, environment: Mapping[str, str]
 ) -> Place:
@@ -159,8 +152,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("command", nargs="+", help="after --: what every process runs, as Python's arguments")
     given = parser.parse_args(arguments)
     signals.hold()
-    allow_open_files()
     try:
+        raise_limits(ranks=given.nodes * given.procs_per_node, processes=given.procs_per_node)
         check_environment()
         place = place_of(
             nodes=given.nodes,
@@ -169,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
             first_node_variable=given.first_node_variable,
             environment=os.environ,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NODE_STATUS[FAILED]
     return NODE_STATUS.get(run_processes([sys.executable, *given.command], place), NODE_STATUS[FAILED])

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from trainer.health.limits import raise_limits
 from trainer.parallel.interface import choose_interface
 
 logger = logging.getLogger(__name__)
@@ -148,8 +149,10 @@ def joined(mesh: Mesh) -> Iterator[Store]:
     """Join the job's process group for the duration of the block; yields the store that its processes share.
 
     Raises:
+        OSError: the system allows too few open files or threads.
         ConnectionError: another process of the job ended while this one waited for it.
     """
+    raise_limits(ranks=mesh.world_size, processes=1)
     if mesh.device.type == "cuda":
         torch.cuda.set_device(mesh.device)
     # A job of one needs no rendezvous: its store lives in this process.
