@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.health import limits
-from trainer.health.limits import THREADS_A_PROCESS, raise_limits, threads_of_user
+from trainer.health.limits import THREADS_A_PROCESS, raise_limits
 
 ROOT = Path(__file__).resolve().parents[3]
 NODE = ["-m", "launch.node", "--nodes=1", "--procs-per-node=2", "--node-rank=0", "--first-node-variable=X", "--", "-V"]
