@@ -344,8 +344,10 @@ def _taken(job: SlurmJob | None) -> str:
     if job is None:
         return ""
     word = job.slurm_state.split()[0]
-    if word in TAKEN or job.state not in (AppState.RUNNING, AppState.SUBMITTED):
-        return word
+    # A word of a newer Slurm is no reason to end a run.
+    if word in TAKEN or job.state not in (AppState.RUNNING, AppState.SUBMITTED, AppState.UNKNOWN):
+        # Slurm's word for every end from outside while processes are still ending.
+        return "ended from outside" if word == "COMPLETING" else word
     if job.nodes:
         # The job still counts as running for a while after a node has gone.
         sinfo = slurm_queue.run(["sinfo", "--noheader", "--Node", f"--nodes={job.nodes}", "--format=%T"], PATIENCE_S)

@@ -151,7 +151,11 @@ def check_no_other(scheduler: Scheduler, request: Request) -> None:
     app_id = ours[-1].handle.rpartition("/")[2]
     found = scheduler.status(app_id, ours[-1])
     if found is not None and not is_terminal(found.state):
-        wait = f", or wait for its end with --option dependency=afterany:{app_id}" if scheduler.has_arrays else ""
+        wait = (
+            f", or wait for its end with --option dependency=afterany:{app_id.rpartition(':')[2]}"
+            if scheduler.has_arrays
+            else ""
+        )
         raise ValueError(
             f"job {ours[-1].handle} in --run-dir {request.absolute_run_dir} is {found.state.name}: cancel it{wait}"
         )

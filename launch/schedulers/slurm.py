@@ -25,7 +25,7 @@ from launch.request import Request
 from launch.schedulers import slurm_queue
 from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.schedulers.slurm_doctor import look_at_cluster
-from launch.schedulers.slurm_queue import SlurmError, SlurmJob
+from launch.schedulers.slurm_queue import SlurmJob
 from launch.schedulers.slurm_reasons import why_it_waits
 from trainer.command_line import Finding
 from trainer.exit_status import WRONG_USE
@@ -188,9 +188,7 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         """SIGTERM to every process; Slurm kills what still runs after KillWait."""
         if record is not None and _find(app_id, record) is None:
             raise ValueError(f"slurm no longer knows job {app_id}: it has ended")
-        scancel = slurm_queue.run(["scancel", app_id])
-        if scancel.returncode != 0:
-            raise SlurmError(f"scancel failed: {' '.join(scancel.stderr.split())}")
+        slurm_queue.cancel(app_id)
 
     def jobs(self) -> Sequence[ListedJob]:
         """The jobs whose folder holds a record of ours, whoever submitted them."""

@@ -2,6 +2,8 @@
 
 `scontrol` knows waiting and running jobs, and those that ended minutes ago; `sacct` knows all, where there is an
 accounting database.  Nothing in other people's jobs may stop the reading: what is not understood is unknown.
+
+A job's number is CLUSTER:NUMBER where sbatch was told one of several clusters.
 """
 
 import logging
@@ -20,6 +22,11 @@ STATES = {
     **SLURM_STATES,
     "COMPLETING": AppState.RUNNING,
     "CONFIGURING": AppState.PENDING,
+    "EXPEDITING": AppState.PENDING,
+    "LAUNCH_FAILED": AppState.PENDING,
+    "POWER_UP_NODE": AppState.PENDING,
+    "RECONFIG_FAIL": AppState.PENDING,
+    "RESIZING": AppState.RUNNING,
     "RESV_DEL_HOLD": AppState.PENDING,
     "REQUEUE_FED": AppState.PENDING,
     "REQUEUE_HOLD": AppState.PENDING,
@@ -27,6 +34,7 @@ STATES = {
     "SPECIAL_EXIT": AppState.FAILED,
     "STAGE_OUT": AppState.RUNNING,
     "STOPPED": AppState.PENDING,
+    "UPDATE_DB": AppState.RUNNING,
 }
 
 # A value ends where the next key begins: "JobName=a b UserId=root(0) ...".
@@ -39,7 +47,8 @@ _NO_ANSWER = re.compile(
 )
 _SAID = re.compile(r"^#SBATCH --([a-z-]+)", flags=re.MULTILINE)
 # A site's wrapper may greet before and after it; with several clusters the cluster's name follows.
-_NUMBER = re.compile(r"^(\d+)(?:;\S*)?\s*$", flags=re.MULTILINE)
+_NUMBER = re.compile(r"^(\d+)(?:;(\S*))?\s*$", flags=re.MULTILINE)
+_CLUSTER = re.compile(r"^#SBATCH --clusters=(\S+)", flags=re.MULTILINE)
 _VARIABLES = {"array-inx": "array", "mem-per-node": "mem", "no-requeue": "requeue", "timelimit": "time"}
 """Variables SBATCH_* that are called otherwise than the option that they stand for."""
 _ALONE = ("array", "error", "test-only", "wait")
@@ -129,7 +138,9 @@ def submit(command: Sequence[str], is_ours: Callable[[SlurmJob], bool], patience
     Raises:
         SlurmError: Slurm refuses it, or does not answer for `patience_s` seconds.
     """
-    environment = _without_overrides(Path(command[-1]).read_text())
+    script = Path(command[-1]).read_text()
+    environment = _without_overrides(script)
+    cluster = _CLUSTER.search(script)
     deadline = time.monotonic() + patience_s
     while True:
         sbatch = run(command, environment=environment)
@@ -139,12 +150,13 @@ def submit(command: Sequence[str], is_ours: Callable[[SlurmJob], bool], patience
         if not _NO_ANSWER.search(sbatch.stderr):
             raise SlurmError(said)
         time.sleep(ASK_AGAIN_S)
-        known = run(["scontrol", "--oneliner", "show", "job"], max(0.0, deadline - time.monotonic()))
+        left_s = max(0.0, deadline - time.monotonic())
+        known = run(["scontrol", "--oneliner", "show", "job"], left_s, _asking(cluster[1] if cluster else ""))
         if known.returncode != 0:
             raise SlurmError(f"{said}; it may have taken the job all the same: look at squeue before you send it again")
         taken = next(filter(is_ours, parse_scontrol(known.stdout)), None)
         if taken is not None:
-            return taken.job_id.partition("_")[0]
+            return (f"{cluster[1]}:" if cluster else "") + taken.job_id.partition("_")[0]
         if time.monotonic() > deadline:
             raise SlurmError(said)
 
@@ -154,7 +166,13 @@ def _number(output: str) -> str:
     if not numbers:
         said = " ".join(output.split())[:80]
         raise SlurmError(f"sbatch gave no number of a job but said {said!r}: leave out what makes it do so")
-    return str(numbers[-1])
+    number, cluster = numbers[-1]
+    return f"{cluster}:{number}" if cluster else str(number)
+
+
+def _asking(cluster: str) -> Mapping[str, str]:
+    """The environment in which Slurm's commands ask that cluster; without a name, the one that they ask anyway."""
+    return {**os.environ, "SLURM_CLUSTERS": cluster} if cluster else os.environ
 
 
 def _without_overrides(script: str) -> dict[str, str]:
@@ -215,7 +233,8 @@ def parse_sacct(output: str) -> list[SlurmJob]:
         told = dict(zip(_SACCT_FIELDS, values, strict=False))
         jobs.append(
             SlurmJob(
-                job_id=told["JobID"],
+                # Of members that have not started, the array's: "5_[1-3]".
+                job_id=told["JobID"].partition("_[")[0],
                 slurm_state=told["State"],
                 reason="" if told["Reason"] in ("", "None") else told["Reason"],
                 nodes="" if told["NodeList"] in ("", "None assigned") else told["NodeList"],
@@ -232,16 +251,30 @@ def find_job(job_id: str, patience_s: float = 0.0) -> SlurmJob | None:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    scontrol = run(["scontrol", "--oneliner", "show", "job", job_id], patience_s)
+    cluster, _, number = job_id.rpartition(":")
+    environment = _asking(cluster)
+    scontrol = run(["scontrol", "--oneliner", "show", "job", number], patience_s, environment)
     if scontrol.returncode == 0:
         jobs = parse_scontrol(scontrol.stdout)
     elif "Invalid job id" in scontrol.stderr:
-        jobs = _from_sacct(["--jobs", job_id])
+        jobs = _from_sacct(["--jobs", number], environment)
     else:
         raise SlurmError(f"scontrol failed: {' '.join(scontrol.stderr.split())}")
-    exact = [job for job in jobs if job.job_id == job_id]
+    exact = [job for job in jobs if job.job_id == number]
     # Slurm lists the members of a job array, not the array as a whole.
     return next(iter(exact or jobs), None)
+
+
+def cancel(job_id: str) -> None:
+    """End a job, or a job array with all its members.
+
+    Raises:
+        SlurmError: Slurm refuses, or does not answer.
+    """
+    cluster, _, number = job_id.rpartition(":")
+    scancel = run(["scancel", number], environment=_asking(cluster))
+    if scancel.returncode != 0:
+        raise SlurmError(f"scancel failed: {' '.join(scancel.stderr.split())}")
 
 
 def node_address(node: str) -> str:
@@ -265,8 +298,8 @@ def all_jobs() -> list[SlurmJob]:
     return list((past | live).values())
 
 
-def _from_sacct(arguments: Sequence[str]) -> list[SlurmJob]:
+def _from_sacct(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[SlurmJob]:
     columns = ["--parsable2", "--noheader", "--allocations", f"--delimiter={_SEPARATOR}"]
-    sacct = run(["sacct", *columns, f"--format={','.join(_SACCT_FIELDS)}", *arguments])
+    sacct = run(["sacct", *columns, f"--format={','.join(_SACCT_FIELDS)}", *arguments], environment=environment)
     # Without an accounting database it fails, and nothing is known beyond what scontrol said.
     return parse_sacct(sacct.stdout) if sacct.returncode == 0 else []

@@ -57,8 +57,8 @@ def test_a_requeue_that_is_taken_without_an_answer_has_no_successor_beside_it(
         (f"Restarts=0 {MOMENTS}2026-11-29T21:36:36", "preempted", "job 8 goes on"),
         (f"Restarts=1 {MOMENTS}2026-11-29T21:36:36", "preempted", "requeued"),
         # That of an earlier start: someone has cancelled this one.
-        (f"Restarts=0 {MOMENTS}2026-11-29T20:00:00", "COMPLETING", ""),
-        (f"Restarts=0 {MOMENTS}None", "COMPLETING", ""),
+        (f"Restarts=0 {MOMENTS}2026-11-29T20:00:00", "ended from outside", ""),
+        (f"Restarts=0 {MOMENTS}None", "ended from outside", ""),
     ],
 )
 def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
