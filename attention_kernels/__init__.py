@@ -10,7 +10,7 @@ from attention_kernels.attention.interface import (
     hstu_attention,
     projection_backward,
 )
-from attention_kernels.attention.plan import AttentionPlan, make_plan, plan_of_targets
+from attention_kernels.attention.plan import AttentionPlan, make_plan, plan_of_newest, plan_of_targets
 from attention_kernels.mask import SemiLocalMask
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "attention_forward",
     "hstu_attention",
     "make_plan",
+    "plan_of_newest",
     "plan_of_targets",
     "projection_backward",
 ]

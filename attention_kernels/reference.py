@@ -66,19 +66,26 @@ def _blocks(q_RHK: Tensor, plan: AttentionPlan) -> Iterator[tuple[slice, slice, 
     """Yields (keys, rows, mask [B, N]) of every sequence, few rows at a time.  Reads offsets on the host."""
     bounds = plan.offsets.tolist()
     targets = [0] * (len(bounds) - 1) if plan.num_targets is None else plan.num_targets.tolist()
-    # Where a sequence's first computed row lies.
-    row_starts = bounds if plan.row_offsets is None else plan.row_offsets.tolist()
+    row_starts = plan.row_offsets.tolist()
     for i, (start, end, t) in enumerate(zip(bounds[:-1], bounds[1:], targets, strict=True)):
         n = end - start
         # An empty sequence holds fewer context tokens than the model has.
         c = min(plan.mask.num_context, n - t)
-        computed = 0 if plan.row_offsets is None else n - t
+        row = row_starts[i]
         step = max(1, _MAX_BLOCK_ELEMENTS // max(1, n * q_RHK.shape[1]))
-        for first in range(computed, n, step):
-            last = min(first + step, n)
-            rows = slice(row_starts[i] + first - computed, row_starts[i] + last - computed)
-            mask_BN = _mask_rows(plan.mask, c, n - c - t, t, first, last, q_RHK.device)
-            yield slice(start, end), rows, mask_BN
+        for begin, stop in _computed(plan, c, n - t, n):
+            for first in range(begin, stop, step):
+                last = min(first + step, stop)
+                mask_BN = _mask_rows(plan.mask, c, n - c - t, t, first, last, q_RHK.device)
+                yield slice(start, end), slice(row, row + last - first), mask_BN
+                row += last - first
+
+
+def _computed(plan: AttentionPlan, c: int, u: int, n: int) -> list[tuple[int, int]]:
+    """Runs of a sequence's positions that are rows: context ends at c, history at u, targets at n."""
+    if plan.rows is None:
+        return [(0, n)]
+    return [(0, c if plan.rows.context else 0), (max(c, u - plan.rows.newest), n)]
 
 
 def _mask_rows(mask: SemiLocalMask, c: int, h: int, t: int, first: int, last: int, device: torch.device) -> Tensor:

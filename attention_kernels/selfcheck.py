@@ -15,13 +15,16 @@ from torch import Tensor
 
 from attention_kernels.attention.checks import Backend
 from attention_kernels.attention.interface import attention_forward, projection_backward
-from attention_kernels.attention.plan import make_plan
+from attention_kernels.attention.plan import make_plan, plan_of_newest
 from attention_kernels.launcher import compiling_together
 from attention_kernels.mask import SemiLocalMask
 
-_MASKS = (
-    SemiLocalMask(num_context=2),
-    SemiLocalMask(local=40, global_rows=30, global_columns=5, num_context=2),
+_SEMI_LOCAL = SemiLocalMask(local=40, global_rows=30, global_columns=5, num_context=2)
+# Masks, and how many of the newest events are rows; None for all.
+_CASES: tuple[tuple[SemiLocalMask, int | None], ...] = (
+    (SemiLocalMask(num_context=2), None),
+    (_SEMI_LOCAL, None),
+    (_SEMI_LOCAL, 70),
 )
 _SIZES = (64, 128, 256)
 """Head sizes that a call from the command line checks, each in both types."""
@@ -38,24 +41,24 @@ class KernelMismatchError(RuntimeError):
 
 
 def check_attention(device: torch.device | str, dtype: torch.dtype, key_size: int, value_size: int) -> None:
-    """Runs every mask forward and backward, in bfloat16 or float32.
+    """Runs every case forward and backward, in bfloat16 or float32.
 
     Raises:
         KernelMismatchError: one is wrong; names the versions.
     """
     with compiling_together():
-        for mask in _MASKS:
-            _run(mask, dtype, device, key_size, value_size, "triton")
-    for mask in _MASKS:
-        actual, expected = (_run(mask, dtype, device, key_size, value_size, x) for x in ("triton", "reference"))
+        for case in _CASES:
+            _run(case, dtype, device, key_size, value_size, "triton")
+    for case in _CASES:
+        actual, expected = (_run(case, dtype, device, key_size, value_size, x) for x in ("triton", "reference"))
         for name, a, b in zip(_NAMES, actual, expected, strict=True):
             error = ((a.double() - b.double()).norm() / b.double().norm()).item()
             if not error <= _TOLERANCE[dtype]:
                 raise KernelMismatchError(
-                    f"attention kernel self-check failed: {name} of {mask} in {dtype}, heads of {key_size} and "
-                    f"{value_size}, differs from the reference by {error:.1e}, more than {_TOLERANCE[dtype]:.0e}. "
-                    f"Training would give wrong results. {versions()}. Try other versions of the driver or of Triton, "
-                    "or attention backend='reference'"
+                    f"attention kernel self-check failed: {name} of {case[0]}, newest={case[1]}, in {dtype}, heads of "
+                    f"{key_size} and {value_size}, differs from the reference by {error:.1e}, more than "
+                    f"{_TOLERANCE[dtype]:.0e}. Training would give wrong results. {versions()}. "
+                    "Try other versions of the driver or of Triton, or attention backend='reference'"
                 )
 
 
@@ -69,7 +72,7 @@ def versions() -> str:
 
 
 def _run(
-    mask: SemiLocalMask,
+    case: tuple[SemiLocalMask, int | None],
     dtype: torch.dtype,
     device: torch.device | str,
     key_size: int,
@@ -85,7 +88,11 @@ def _run(
         for size in (key_size,) * 4 + (value_size,) * 3
     )
     offsets, targets = (torch.tensor(x, device=device) for x in (bounds, _TARGETS))
+    mask, newest = case
     plan = make_plan(offsets, mask, num_targets=targets, max_len=max(_LENGTHS), backend=backend)
+    if newest is not None:
+        plan = plan_of_newest(plan, newest)
+        q, dq, dout = (x[: int(plan.row_offsets[-1])] for x in (q, dq, dout))
     # As a layer trains: random numbers stand for the slopes of SiLU at q, k and v.
     sums = projection_backward(dout, q, k, v, plan, scaled=True, out=(dq, dk, dv))
     return [attention_forward(q, k, v, plan), dq, dk, dv, *sums]

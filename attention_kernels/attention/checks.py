@@ -48,8 +48,8 @@ def check_problem(
         raise ValueError(f"scale={scale!r} must be a finite number")
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, only_targets: bool = False) -> None:
-    """Checks a layer's tensors likewise.  `only_targets`: q holds fewer rows than there are keys."""
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, fewer_rows: bool = False) -> None:
+    """Checks a layer's tensors likewise.  `fewer_rows`: q holds fewer rows than there are keys."""
     for name, x in (("q_THK", q), ("k_THK", k), ("v_THV", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
             raise ValueError(f"{name} must be a tensor [T, heads, size], got {_describe(x)}")
@@ -63,7 +63,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, only_targ
             raise ValueError(f"{name} has no heads: {_describe(x)}")
         if x.stride(2) != 1 and x.shape[2] > 1:
             raise ValueError(f"{name} has stride {x.stride(2)} in its last dimension, expected 1; call contiguous()")
-    if k.shape[1:] != q.shape[1:] or (k.shape[0] != q.shape[0] and not only_targets):
+    if k.shape[1:] != q.shape[1:] or (k.shape[0] != q.shape[0] and not fewer_rows):
         raise ValueError(f"k_THK is {_describe(k)}, expected the shape of q_THK, {tuple(q.shape)}")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v_THV is {_describe(v)}, expected [{k.shape[0]}, {k.shape[1]}, V] as k_THK")

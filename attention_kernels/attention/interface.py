@@ -5,7 +5,7 @@ Arguments are checked here and where a plan is made (`plan.py`), by `checks.py`,
 torch.compile and torch.export pass through.  Layers that write their own backward call `attention_forward` and
 `projection_backward` with a plan of their own.
 
-Legend: T packed positions, R rows (T, or where a plan computes targets alone, those), H heads, K query-key size,
+Legend: T packed positions, R rows (T, or where a plan computes some of them, those), H heads, K query-key size,
 V value size, B users.
 """
 
@@ -85,12 +85,12 @@ def attention_forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: Attenti
     Raises:
         ValueError: naming the tensor that is wrong.
     """
-    check_tensors(q_RHK, k_THK, v_THV, plan.offsets, only_targets=plan.row_offsets is not None)
+    check_tensors(q_RHK, k_THK, v_THV, plan.offsets, fewer_rows=plan.rows is not None)
     check_total(k_THK, plan.offsets, padded=plan.padded)
     module = _choose_backend(plan.backend, q_RHK, k_THK, v_THV)
     out: Tensor = module.forward(q_RHK, k_THK, v_THV, plan)
     if plan.padded:
-        padding.zero([(out, _row_ends(plan))], on_host=module is reference)
+        padding.zero([(out, plan.row_offsets)], on_host=module is reference)
     return out
 
 
@@ -150,7 +150,7 @@ def _backward_out(
 ) -> tuple[Tensor, ...] | None:
     """Checks, writes the gradients, and returns their sums over positions if asked for."""
     q, k, v = inputs
-    check_tensors(q, k, v, plan.offsets, only_targets=plan.row_offsets is not None)
+    check_tensors(q, k, v, plan.offsets, fewer_rows=plan.rows is not None)
     check_total(k, plan.offsets, padded=plan.padded)
     check_like("dout_RHV", dout, v, rows=q.shape[0], strided=False)
     for i, (gradient, tensor) in enumerate(zip(out, inputs, strict=True)):
@@ -176,13 +176,8 @@ def _backward_out(
         Backward(dout=dout, q=q, k=k, v=v, plan=plan, dq=dq, dk=dk, dv=dv, scaled=scaled), sums=sums
     )
     if plan.padded:
-        padding.zero([(dq, _row_ends(plan)), (dk, plan.offsets), (dv, plan.offsets)])
+        padding.zero([(dq, plan.row_offsets), (dk, plan.offsets), (dv, plan.offsets)])
     return total
-
-
-def _row_ends(plan: AttentionPlan) -> Tensor:
-    """Where each sequence's rows start, and the last one's end."""
-    return plan.offsets if plan.row_offsets is None else plan.row_offsets
 
 
 @functools.cache

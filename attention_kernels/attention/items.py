@@ -26,7 +26,9 @@ class Bounds(NamedTuple):
     s: tl.tensor
     """End of the columns that everyone sees."""
     r: tl.tensor
-    """First row that is computed: 0, or u where only targets are."""
+    """First row behind the context that is computed: c, or later."""
+    e: tl.tensor
+    """End of the context rows that are computed: c, or 0."""
     local: tl.tensor
     """Width of the band; -1: full causal."""
 
@@ -37,7 +39,8 @@ class Item(NamedTuple):
     start: tl.tensor
     """First position of the sequence among keys and values."""
     row_start: tl.tensor
-    """As `start`, among rows: row i of the sequence lies at row_start + i.  It differs where only targets are rows."""
+    """As `start`, among rows: row i of the sequence lies at row_start + i.  It differs where not all
+    positions are rows; context rows then lie before the others, r - e further on (`row_range`)."""
     bounds: Bounds
     first: tl.tensor
     last: tl.tensor
@@ -66,6 +69,7 @@ def store_items(table, o_i, m_i, start, row_start, bounds, first, last, part, pa
     tl.store(p_i + 10, o_i * 0 + part, mask=m_i)
     tl.store(p_i + 11, o_i * 0 + parts, mask=m_i)
     tl.store(p_i + 12, o_i - part, mask=m_i)
+    tl.store(p_i + 13, o_i * 0 + bounds.e, mask=m_i)
 
 
 @triton.jit
@@ -74,7 +78,7 @@ def load_item(table, i_item):
     p_i = table + (1 + i_item) * ITEM_SIZE
     bounds = Bounds(
         tl.load(p_i + 2), tl.load(p_i + 3), tl.load(p_i + 4), tl.load(p_i + 5), tl.load(p_i + 6), tl.load(p_i + 7),
-        tl.load(table + 1),
+        tl.load(p_i + 13), tl.load(table + 1),
     )  # fmt: skip
     return Item(
         tl.load(p_i), tl.load(p_i + 1), bounds,

@@ -21,17 +21,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ComputedRows:
+    """Which positions of a sequence are rows, where not all are: targets always; q and the output are then
+    [R, heads, size], one sequence's rows after another's."""
+
+    offsets: Tensor
+    """[B + 1], where each sequence's rows start among the rows."""
+    newest: int = 0
+    """So many of the newest history positions."""
+    context: bool = False
+    """Whether context positions are rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AttentionPlan:
-    """What `hstu_attention` takes beside q, k and v.  Made by `make_plan` or `plan_of_targets`, which check it."""
+    """What `hstu_attention` takes beside q, k and v.  Made by `make_plan`, `plan_of_targets` or `plan_of_newest`, which
+    check it."""
 
     offsets: Tensor
     """[B + 1], where each sequence starts among keys and values."""
     mask: SemiLocalMask
     num_targets: Tensor | None = None
     """[B]; None: no sequence ends in targets."""
-    row_offsets: Tensor | None = None
-    """[B + 1], where each sequence's targets start among the rows, if only those are computed: q and the output are
-    then [R, heads, size].  None: all positions are rows, and start where keys do."""
+    rows: ComputedRows | None = None
+    """None: all positions are rows, and start where keys do."""
     scale: float | None = None
     """Factor of the scores; None: 1 / sqrt(K)."""
     max_len: int
@@ -40,6 +53,11 @@ class AttentionPlan:
     backend: Backend = "auto"
     schedules: dict[tuple[Any, ...], "Schedule"] = field(default_factory=dict, init=False, repr=False)
     """Tables of tiles, by what decides them."""
+
+    @property
+    def row_offsets(self) -> Tensor:
+        """[B + 1], where each sequence's rows start among the rows."""
+        return self.offsets if self.rows is None else self.rows.offsets
 
     def scale_of(self, q: Tensor) -> float:
         """The factor of these queries' scores."""
@@ -87,11 +105,39 @@ def plan_of_targets(plan: AttentionPlan) -> AttentionPlan:
     """
     if plan.num_targets is None:
         raise ValueError("num_targets is None: only sequences with targets can be computed at their targets alone")
+    mask = SemiLocalMask(local=0, num_context=plan.mask.num_context)
+    return _plan_of_rows(plan, mask, plan.num_targets)
+
+
+def plan_of_newest(plan: AttentionPlan, newest: int) -> AttentionPlan:
+    """The same problem with context, the `newest` history positions of each sequence and targets as the only rows.
+
+    Raises:
+        ValueError: `newest` is below 1, or the plan does not compute all rows.
+    """
+    if newest < 1 or plan.rows is not None:
+        raise ValueError(f"newest={newest} must be at least 1, of a plan that computes all rows")
+    mask = plan.mask
+    if mask.local is None:
+        # Of these rows each sees its whole past.
+        mask = SemiLocalMask(local=0, global_rows=newest, num_context=mask.num_context)
+    lens = plan.offsets.diff()
+    targets = torch.zeros_like(lens) if plan.num_targets is None else plan.num_targets
+    # An empty sequence holds no context either.
+    num_rows = (lens - targets).clamp(max=mask.num_context + newest) + targets
+    return _plan_of_rows(plan, mask, num_rows, newest=newest, context=True)
+
+
+def _plan_of_rows(
+    plan: AttentionPlan, mask: SemiLocalMask, num_rows: Tensor, *, newest: int = 0, context: bool = False
+) -> AttentionPlan:
+    """The plan with that many rows of each sequence, [B], and tables of its own."""
+    offsets = torch.nn.functional.pad(torch.cumsum(num_rows, 0), (1, 0))
     return AttentionPlan(
         offsets=plan.offsets,
-        mask=SemiLocalMask(local=0, num_context=plan.mask.num_context),
+        mask=mask,
         num_targets=plan.num_targets,
-        row_offsets=torch.nn.functional.pad(torch.cumsum(plan.num_targets, 0), (1, 0)),
+        rows=ComputedRows(offsets=offsets, newest=newest, context=context),
         scale=plan.scale,
         max_len=plan.max_len,
         padded=plan.padded,

@@ -11,6 +11,7 @@ sequences as the second-level cache holds the partners of.  Where a sequence fil
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -93,11 +94,11 @@ def _build(
     plan: AttentionPlan, shape: Shape, row_block: int | None, key_block: int | None
 ) -> tuple[Schedule | None, Schedule | None]:
     """Schedules with these blocks, at least one of which is given."""
-    mask, num_targets, row_offsets = plan.mask, plan.num_targets, plan.row_offsets
+    mask, num_targets, computed = plan.mask, plan.num_targets, plan.rows
     num_sequences = plan.offsets.shape[0] - 1
     by_rows = mask.global_rows > 0 or mask.num_context > 0 or num_targets is not None
-    # The rows that context is seen by are all; targets alone are few.
-    by_keys = (mask.global_columns > 0 or mask.num_context > 0) and row_offsets is None
+    # The rows that context is seen by are all; where not all are computed, they are few.
+    by_keys = (mask.global_columns > 0 or mask.num_context > 0) and computed is None
     rows = row_block and _allocate(plan, shape, row_block, shape.num_rows, by_rows)
     keys = key_block and _allocate(plan, shape, key_block, shape.num_positions, by_keys)
     tiles = shape.num_positions // min(block for block in (row_block, key_block) if block is not None)
@@ -107,7 +108,7 @@ def _build(
         (num_sequences, writers),
         plan.offsets,
         plan.offsets if num_targets is None else num_targets,
-        plan.offsets if row_offsets is None else row_offsets,
+        plan.row_offsets,
         rows.table if rows else None,
         keys.table if keys else None,
         rows.counters if rows else None,
@@ -117,6 +118,8 @@ def _build(
         mask.global_rows,
         mask.global_columns,
         mask.num_context,
+        0 if computed is None else computed.newest,
+        mask.num_context if computed is not None and computed.context else 0,
         rows.split_items if rows else 0,
         keys.split_items if keys else 0,
         shape.num_heads,
@@ -125,7 +128,7 @@ def _build(
         KEY_BLOCK=key_block,
         HAS_LOCAL=mask.local is not None,
         HAS_TARGETS=num_targets is not None,
-        ONLY_TARGETS=row_offsets is not None,
+        SOME_ROWS=computed is not None,
         BLOCK_B=min(128, power_of_two(num_sequences)),
         BLOCK_J=_WRITER_TILES,
         num_warps=4,
@@ -145,10 +148,23 @@ def _allocate(plan: AttentionPlan, shape: Shape, block: int, num_tiled: int, spl
     return Schedule(table=table[:end], split_items=split_items, counters=table[end:], max_items=max_items)
 
 
+class Limits(NamedTuple):
+    """What holds for all sequences: the mask, and which rows are computed where not all are."""
+
+    global_rows: tl.tensor
+    columns: tl.tensor
+    context: tl.tensor
+    newest: tl.tensor
+    """So many of the newest history rows."""
+    context_rows: tl.tensor
+    """At most so many context rows."""
+    local: tl.tensor
+
+
 @triton.jit
 def sequence_bounds(
-    offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL,
-    HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr, ONLY_TARGETS: tl.constexpr,
+    offsets, num_targets, o_b, B, limits,
+    HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr, SOME_ROWS: tl.constexpr,
 ):  # fmt: skip
     """(start, bounds) of sequences `o_b`, a scalar or a block; an index beyond B is an empty sequence."""
     m_b = o_b < B
@@ -157,17 +173,19 @@ def sequence_bounds(
     u = n
     if HAS_TARGETS:
         u = n - tl.load(num_targets + o_b, mask=m_b, other=0).to(tl.int32)
-    c = tl.minimum(u, CONTEXT)
+    c = tl.minimum(u, limits.context)
     g = c
     s = c
     if HAS_LOCAL:
-        g = tl.maximum(c, u - GLOBAL_ROWS)
-        # Not c + COLUMNS, which could overflow.
-        s = c + tl.minimum(u - c, COLUMNS)
-    r = n * 0
-    if ONLY_TARGETS:
-        r = u
-    return start, Bounds(n, u, c, g, s, r, LOCAL)
+        g = tl.maximum(c, u - limits.global_rows)
+        # Not c + columns, which could overflow.
+        s = c + tl.minimum(u - c, limits.columns)
+    r = c
+    e = c
+    if SOME_ROWS:
+        r = tl.maximum(c, u - limits.newest)
+        e = tl.minimum(c, limits.context_rows)
+    return start, Bounds(n, u, c, g, s, r, e, limits.local)
 
 
 @triton.jit
@@ -176,18 +194,18 @@ def count_tiles(bounds, BLOCK: tl.constexpr, KEYS: tl.constexpr):
 
     Of one sequence or of a block of them: `n * 0` is a 0 for each.
     """
-    n, _, c, g, s, r, _ = bounds
+    n, _, _, g, s, r, e, _ = bounds
     if KEYS:
         tiles = (tl.cdiv(s, BLOCK), n * 0, tl.cdiv(n - s, BLOCK))
     else:
-        c, g = tl.maximum(c, r), tl.maximum(g, r)
-        tiles = (tl.cdiv(c - r, BLOCK), tl.cdiv(n - g, BLOCK), tl.cdiv(g - c, BLOCK))
+        g = tl.maximum(g, r)
+        tiles = (tl.cdiv(e, BLOCK), tl.cdiv(n - g, BLOCK), tl.cdiv(g - r, BLOCK))
     return tiles
 
 
 @triton.jit
 def schedule_by_length(
-    table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION, H,
+    table, offsets, num_targets, B, limits, SECTION, H,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Full causal: tile j of a sequence has level j (row tiles) or its mirror (key tiles).
@@ -195,15 +213,11 @@ def schedule_by_length(
     Sections of SECTION positions follow each other; within one, high levels start first.
     """
     i_b = tl.program_id(0)
-    start, bounds = sequence_bounds(
-        offsets, num_targets, i_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, False, HAS_TARGETS, False
-    )
+    start, bounds = sequence_bounds(offsets, num_targets, i_b, B, limits, False, HAS_TARGETS, False)
     longest = 0
     for first_b in range(0, B, BLOCK_B):
         o_b = first_b + tl.arange(0, BLOCK_B)
-        _, other = sequence_bounds(
-            offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, False, HAS_TARGETS, False
-        )
+        _, other = sequence_bounds(offsets, num_targets, o_b, B, limits, False, HAS_TARGETS, False)
         longest = tl.maximum(longest, tl.max(other.n))
     if longest > SECTION // 2:
         SECTION = tl.minimum(longest, 2**24) * tl.maximum(_MAX_SHARING // H, 1)
@@ -215,16 +229,14 @@ def schedule_by_length(
         level = o_j
         if KEYS:
             level = num_tiles - 1 - o_j
-        elif CONTEXT > 0:
+        elif limits.context > 0:
             # The first tile holds context rows, which see the whole history: it is the longest.
             level = tl.where(o_j == 0, num_tiles - 1, o_j - 1)
         rank = tl.zeros([BLOCK_J], tl.int32)
         total = 0
         for first_b in range(0, B, BLOCK_B):
             o_b = first_b + tl.arange(0, BLOCK_B)
-            other_start, other = sequence_bounds(
-                offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, False, HAS_TARGETS, False
-            )
+            other_start, other = sequence_bounds(offsets, num_targets, o_b, B, limits, False, HAS_TARGETS, False)
             other_tiles = tl.cdiv(other.n, BLOCK)
             other_section = other_start // SECTION
             total += tl.sum(other_tiles)
@@ -236,13 +248,13 @@ def schedule_by_length(
         first = o_j * BLOCK
         last = tl.minimum(first + BLOCK, bounds.n)
         store_items(table, rank, o_j < num_tiles, start, start, bounds, first, last, 0, 1)
-        store_header(table, total, LOCAL)
+        store_header(table, total, limits.local)
 
 
 @triton.jit
 def schedule_long_then_short(
-    table, offsets, num_targets, row_offsets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SPLIT_ITEMS,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_TARGETS: tl.constexpr, ONLY_TARGETS: tl.constexpr,
+    table, offsets, num_targets, row_offsets, B, limits, SPLIT_ITEMS,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_TARGETS: tl.constexpr, SOME_ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Semi-local: the long tiles of all sequences, split into parts while there are few, then the short ones."""
@@ -250,9 +262,7 @@ def schedule_long_then_short(
     num_long = 0
     for first_b in range(0, B, BLOCK_B):
         o_b = first_b + tl.arange(0, BLOCK_B)
-        _, bounds = sequence_bounds(
-            offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, True, HAS_TARGETS, ONLY_TARGETS
-        )
+        _, bounds = sequence_bounds(offsets, num_targets, o_b, B, limits, True, HAS_TARGETS, SOME_ROWS)
         head, tail, _ = count_tiles(bounds, BLOCK, KEYS)
         num_long += tl.sum(head + tail)
     max_parts = tl.maximum(SPLIT_ITEMS // tl.maximum(num_long, 1), 1)
@@ -260,9 +270,7 @@ def schedule_long_then_short(
     long_items, long_before, short_items, short_before = 0, 0, 0, 0
     for first_b in range(0, B, BLOCK_B):
         o_b = first_b + tl.arange(0, BLOCK_B)
-        _, bounds = sequence_bounds(
-            offsets, num_targets, o_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, True, HAS_TARGETS, ONLY_TARGETS
-        )
+        _, bounds = sequence_bounds(offsets, num_targets, o_b, B, limits, True, HAS_TARGETS, SOME_ROWS)
         head, tail, short = count_tiles(bounds, BLOCK, KEYS)
         items = (head + tail) * tl.minimum(tl.maximum(bounds.n // _MIN_PART_LEN, 1), max_parts)
         long_items += tl.sum(items)
@@ -270,34 +278,36 @@ def schedule_long_then_short(
         short_items += tl.sum(short)
         short_before += tl.sum(tl.where(o_b < i_b, short, 0))
 
-    start, bounds = sequence_bounds(
-        offsets, num_targets, i_b, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, True, HAS_TARGETS, ONLY_TARGETS
-    )
-    n, u, c, g, s, r, _ = bounds
+    start, bounds = sequence_bounds(offsets, num_targets, i_b, B, limits, True, HAS_TARGETS, SOME_ROWS)
+    n, _, _, g, s, r, e, _ = bounds
+    # Context rows come first among a sequence's rows, the others right behind them.
+    context_start = start
     row_start = start
-    if ONLY_TARGETS:
-        row_start = tl.load(row_offsets + i_b).to(tl.int32) - u
+    if SOME_ROWS:
+        context_start = tl.load(row_offsets + i_b).to(tl.int32)
+        row_start = context_start + e - r
     head, tail, short = count_tiles(bounds, BLOCK, KEYS)
     parts = tl.minimum(tl.maximum(n // _MIN_PART_LEN, 1), max_parts)
-    # Rows before r are not computed.
-    head_end = s if KEYS else c
-    short_start = s if KEYS else tl.maximum(c, r)
+    head_end = s if KEYS else e
+    head_start = row_start if KEYS else context_start
+    short_start = s if KEYS else r
     short_end = n if KEYS else g
     tail_start = tl.maximum(g, r)
     for first_j in range(tl.program_id(1) * BLOCK_J, head + tail, tl.num_programs(1) * BLOCK_J):
         o_j = first_j + tl.arange(0, BLOCK_J)
         first = tl.where(o_j < head, o_j * BLOCK, tail_start + (o_j - head) * BLOCK)
         last = tl.minimum(first + BLOCK, tl.where(o_j < head, head_end, n))
+        own_start = tl.where(o_j < head, head_start, row_start)
         for part in range(parts):
             o_i = long_before + o_j * parts + part
-            store_items(table, o_i, o_j < head + tail, start, row_start, bounds, first, last, part, parts)
+            store_items(table, o_i, o_j < head + tail, start, own_start, bounds, first, last, part, parts)
     for first_j in range(tl.program_id(1) * BLOCK_J, short, tl.num_programs(1) * BLOCK_J):
         o_j = first_j + tl.arange(0, BLOCK_J)
         first = short_start + o_j * BLOCK
         last = tl.minimum(first + BLOCK, short_end)
         o_i = long_items + short_before + o_j
         store_items(table, o_i, o_j < short, start, row_start, bounds, first, last, 0, 1)
-    store_header(table, long_items + short_items, LOCAL)
+    store_header(table, long_items + short_items, limits.local)
 
 
 @triton.jit
@@ -310,45 +320,45 @@ def zero_counters(counters, num_counters, B, BLOCK: tl.constexpr):
 
 @triton.jit
 def write_schedule(
-    table, counters, offsets, num_targets, row_offsets,
-    B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT, SPLIT_ITEMS, H, SECTION,
+    table, counters, offsets, num_targets, row_offsets, B, limits, SPLIT_ITEMS, H, SECTION,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    ONLY_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
+    SOME_ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """One table, and zeros to count in."""
     zero_counters(counters, 4 * SPLIT_ITEMS * H + ITEM_SIZE, B, 256)
     if HAS_LOCAL:
         schedule_long_then_short(
-            table, offsets, num_targets, row_offsets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SPLIT_ITEMS,
-            BLOCK, KEYS, HAS_TARGETS, ONLY_TARGETS, BLOCK_B, BLOCK_J,
+            table, offsets, num_targets, row_offsets, B, limits, SPLIT_ITEMS,
+            BLOCK, KEYS, HAS_TARGETS, SOME_ROWS, BLOCK_B, BLOCK_J,
         )  # fmt: skip
     else:
         schedule_by_length(
-            table, offsets, num_targets, B, GLOBAL_ROWS, COLUMNS, CONTEXT, LOCAL, SECTION, H,
+            table, offsets, num_targets, B, limits, SECTION, H,
             BLOCK, KEYS, HAS_TARGETS, BLOCK_B, BLOCK_J,
         )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        *("B", "LOCAL", "GLOBAL_ROWS", "COLUMNS", "CONTEXT"),
+        *("B", "LOCAL", "GLOBAL_ROWS", "COLUMNS", "CONTEXT", "NEWEST", "CONTEXT_ROWS"),
         *("ROW_SPLIT_ITEMS", "KEY_SPLIT_ITEMS", "H", "SECTION"),
     ]
 )
 def schedule_kernel(
     offsets, num_targets, row_offsets, row_table, key_table, row_counters, key_counters,
-    B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT, ROW_SPLIT_ITEMS, KEY_SPLIT_ITEMS, H, SECTION,
+    B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT, NEWEST, CONTEXT_ROWS, ROW_SPLIT_ITEMS, KEY_SPLIT_ITEMS, H, SECTION,
     ROW_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    ONLY_TARGETS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
+    SOME_ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Programs (b, ...) write the items of sequence b; each reads all lengths to learn where its items belong."""
+    limits = Limits(GLOBAL_ROWS, COLUMNS, CONTEXT, NEWEST, CONTEXT_ROWS, LOCAL)
     if ROW_BLOCK is not None:
         write_schedule(
-            row_table, row_counters, offsets, num_targets, row_offsets, B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT,
-            ROW_SPLIT_ITEMS, H, SECTION, ROW_BLOCK, False, HAS_LOCAL, HAS_TARGETS, ONLY_TARGETS, BLOCK_B, BLOCK_J,
+            row_table, row_counters, offsets, num_targets, row_offsets, B, limits, ROW_SPLIT_ITEMS, H, SECTION,
+            ROW_BLOCK, False, HAS_LOCAL, HAS_TARGETS, SOME_ROWS, BLOCK_B, BLOCK_J,
         )  # fmt: skip
     if KEY_BLOCK is not None:
         write_schedule(
-            key_table, key_counters, offsets, num_targets, row_offsets, B, LOCAL, GLOBAL_ROWS, COLUMNS, CONTEXT,
-            KEY_SPLIT_ITEMS, H, SECTION, KEY_BLOCK, True, HAS_LOCAL, HAS_TARGETS, ONLY_TARGETS, BLOCK_B, BLOCK_J,
+            key_table, key_counters, offsets, num_targets, row_offsets, B, limits, KEY_SPLIT_ITEMS, H, SECTION,
+            KEY_BLOCK, True, HAS_LOCAL, HAS_TARGETS, SOME_ROWS, BLOCK_B, BLOCK_J,
         )  # fmt: skip

@@ -4,7 +4,7 @@ A kernel holds one tile (of rows or of keys) and walks its live partner tiles, w
 sequence.  Only a partner tile that a boundary of the mask crosses is masked element by element.  The segments of a tile
 stay disjoint when they are rounded up to whole blocks: whatever a block covers beyond its segment, the mask forbids.
 
-Letters: i_ index, o_ offsets, p_ pointer, b_ block, m_ mask.  Sequence bounds n, u, c, g, s, r as in `items.py`.
+Letters: i_ index, o_ offsets, p_ pointer, b_ block, m_ mask.  Sequence bounds n, u, c, g, s, r, e as in `items.py`.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Output(NamedTuple):
 @triton.jit
 def live_keys(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
     """Key segments of a row tile: columns (from 0), main, own targets."""
-    _, u, c, g, s, _, local = bounds
+    _, u, c, g, s, _, _, local = bounds
     main_start = 0
     num_columns = 0
     if HAS_LOCAL:
@@ -69,9 +69,9 @@ def live_keys(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr)
 @triton.jit
 def live_rows(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
     """Row segments of a key tile: context (from 0), band, unrestricted rows."""
-    n, u, c, g, s, r, local = bounds
-    num_context = tl.where(r > 0, 0, tl.cdiv(c, BLOCK))
-    band_start = tl.maximum(first, tl.maximum(c, r))
+    n, u, c, g, s, r, e, local = bounds
+    num_context = tl.cdiv(e, BLOCK)
+    band_start = tl.maximum(first, r)
     band_end = n
     wide_start = n
     if first >= u:
@@ -82,16 +82,18 @@ def live_rows(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr)
         if in_band:
             # Not last + local, which could overflow.
             band_end = tl.maximum(last + tl.minimum(local, g - last), band_start)
-            wide_start = tl.maximum(g, first)
-    # Neighbours whose blocks would overlap become one segment: context and band, band and unrestricted rows.
+            wide_start = tl.maximum(tl.maximum(g, r), first)
+    # Neighbours whose blocks would overlap become one segment: context and band, band and unrestricted rows.  Context
+    # rows with others between that are not computed have no neighbours: `row_range` ends their blocks.
+    context_end = tl.where(r > c, 0, num_context * BLOCK)
     if band_end > band_start:
-        if num_context * BLOCK > band_start:
+        if context_end > band_start:
             num_context = 0
             band_start = 0
         if band_start + tl.cdiv(band_end - band_start, BLOCK) * BLOCK > wide_start:
             band_end = n
             wide_start = n
-    elif num_context * BLOCK > wide_start:
+    elif context_end > wide_start:
         num_context = 0
         wide_start = 0
     return Partners(
@@ -115,9 +117,19 @@ def partner_start(i, partners, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def row_range(i, partners, item):
+    """(start, end) of the i-th live row tile of an item of keys: where the sequence's row 0 would lie among the rows,
+    and where rows of the tile's kind end."""
+    bounds = item.bounds
+    apart = (i < partners.num_0) & (bounds.r > bounds.c)
+    start = tl.where(apart, item.row_start + bounds.r - bounds.e, item.row_start)
+    return start, tl.where(apart, bounds.e, bounds.n)
+
+
+@triton.jit
 def is_full(row_first, row_last, key_first, key_last, bounds, HAS_LOCAL: tl.constexpr):
     """Whether every row row_first..row_last-1 sees every key key_first..key_last-1."""
-    n, u, c, g, s, _, local = bounds
+    n, u, c, g, s, _, _, local = bounds
     full = (row_first >= c) & (row_first >= key_last - 1) & (row_last <= n)
     if HAS_LOCAL:
         full = full & ((row_first >= g) | (key_last <= s) | (row_last - 1 - key_first <= local))
@@ -127,7 +139,7 @@ def is_full(row_first, row_last, key_first, key_last, bounds, HAS_LOCAL: tl.cons
 @triton.jit
 def element_mask(o_row, o_key, bounds, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
     """The mask of `mask.py`, element by element; `o_row` and `o_key` broadcast against each other."""
-    n, u, c, g, s, _, local = bounds
+    n, u, c, g, s, _, _, local = bounds
     is_history = (o_row >= c) & (o_row < u)
     end = tl.where(is_history, o_row + 1, tl.where(o_row < n, u, 0))
     seen = o_key < end
@@ -242,7 +254,7 @@ def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
 def group_keys(row, row_last, partners, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
     """(begin, end): of a tile's live key tiles, those that its rows row..row_last-1 need; none where it has no rows."""
     num_0, num_1, num_2, _, start_1, _ = partners
-    _, u, c, g, s, _, local = bounds
+    _, u, c, g, s, _, _, local = bounds
     num_tiles = num_0 + num_1 + num_2
     begin = 0
     end = num_tiles

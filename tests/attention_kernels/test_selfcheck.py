@@ -14,7 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "_LENGTHS", (0, 3, 70))
     monkeypatch.setattr(selfcheck, "_TARGETS", (0, 1, 3))
-    monkeypatch.setattr(selfcheck, "_MASKS", (SemiLocalMask(local=9, num_context=2),))
+    mask = SemiLocalMask(local=9, num_context=2)
+    monkeypatch.setattr(selfcheck, "_CASES", ((mask, None), (mask, 20)))
     monkeypatch.setattr(selfcheck, "_SIZES", (16,))
 
 

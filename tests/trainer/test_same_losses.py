@@ -1,6 +1,8 @@
 """How steps are computed is no matter of what they learn: launched or replayed, in batches of several sizes or all of
 one, with all rows of the last layer or those of candidates alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,10 +39,10 @@ def losses(name: str, *, recorded: bool) -> tuple[list[float], int]:
 
 
 def all_rows(
-    layer: HstuLayer, x_TD: Tensor, rows_C: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None
+    layer: HstuLayer, x_TD: Tensor, rows_R: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None
 ) -> Tensor:
-    """`HstuLayer.at_candidates` by its definition."""
-    return take_rows(layer(x_TD, plan, weights), rows_C)
+    """`HstuLayer.at_rows` by its definition."""
+    return take_rows(layer(x_TD, replace(plan, rows=None), weights), rows_R)
 
 
 @pytest.mark.parametrize("name", ["paper", "production"])
@@ -51,7 +53,7 @@ def test_losses_of_many_steps_are_the_same_in_all_ways(name: str, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(padding_of_batches, "rounded", lambda _: 64)
         padded, one = losses(name, recorded=True)
-    monkeypatch.setattr(HstuLayer, "at_candidates", all_rows)
+    monkeypatch.setattr(HstuLayer, "at_rows", all_rows)
     whole, _ = losses(name, recorded=False)
     assert several > one == 1
     for found in (replayed, padded, whole):

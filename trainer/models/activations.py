@@ -122,22 +122,23 @@ def _tower(
     *,
     alone: bool,
 ) -> Memory:
-    """All layers; `alone`, the last one computes the rows of candidates (`candidate_layer.py`)."""
+    """All layers: the one before a stage that keeps the newest events computes what it keeps, and `alone`, the last one
+    candidates (`layer_at_rows.py`)."""
     b, kept, peak = batch.value_bytes, 0.0, 0.0
     num_layers = sum(stage.num_layers for stage in stages)
     layer_kept, in_turn = _layer_columns(dim, layer)
-    depth = 0
-    for stage in stages:
-        if stage.keep_newest is not None:
-            history = min(history, stage.keep_newest)
+    keeps = [stage.keep_newest for stage in stages]
+    history = min(history, keeps[0] or history)
+    for number, (stage, keep) in enumerate(zip(stages, [*keeps[1:], None], strict=True)):
         tokens = _tokens(batch, history)
-        for _ in range(stage.num_layers):
-            depth += 1
-            if depth == num_layers and alone:
-                of_last, turn = _candidate_layer_bytes(dim, layer, tokens * b, batch.samples * batch.candidates * b)
-            else:
-                of_last, turn = tokens * b * layer_kept, tokens * b * in_turn
-            kept += of_last
+        layers = [(tokens * b * layer_kept, tokens * b * in_turn)] * stage.num_layers
+        if keep is not None:
+            history = min(history, keep)
+            layers[-1] = _bytes_at_rows(dim, layer, tokens * b, _tokens(batch, history) * b)
+        elif number == len(stages) - 1 and alone:
+            layers[-1] = _bytes_at_rows(dim, layer, tokens * b, batch.samples * batch.candidates * b)
+        for of_layer, turn in layers:
+            kept += of_layer
             peak = max(peak, kept + turn)
     # Weights in the type of computation.
     cast = num_layers * _product_weights(dim, layer) * b if b < _FLOAT_BYTES else 0
@@ -161,13 +162,13 @@ def _layer_columns(dim: int, layer: LayerConfig) -> tuple[int, int]:
     return kept, max(at_gate, at_attention)
 
 
-def _candidate_layer_bytes(dim: int, layer: LayerConfig, tokens: float, candidates: float) -> tuple[float, float]:
-    """The same of `candidate_layer`, in bytes, where a column of all tokens and one of all candidates take so many."""
+def _bytes_at_rows(dim: int, layer: LayerConfig, tokens: float, rows: float) -> tuple[float, float]:
+    """The same of `layer_at_rows`, in bytes, where a column of all tokens and one of the rows take so many."""
     gate, uvqk, output = _widths(dim, layer)
     value_key = uvqk // 2
-    kept = tokens * (dim + (0 if layer.recompute_normed else dim)) + candidates * 2 * gate
+    kept = tokens * (dim + (0 if layer.recompute_normed else dim)) + rows * 2 * gate
     at_products = tokens * (2 * dim + 2 * value_key + (dim if layer.recompute_normed else 0))
-    return kept, at_products + candidates * (uvqk + 2 * output + 2 * dim)
+    return kept, at_products + rows * (uvqk + 2 * output + 2 * dim)
 
 
 def _widths(dim: int, layer: LayerConfig) -> tuple[int, int, int]:

@@ -48,7 +48,7 @@ class LayerConfig:
     relative_bias: RelativeBiasConfig | None = None
     """For retrievers on sequences of hundreds: scores are whole matrices (`attention_kernels.relative_bias`)."""
     fp8: bool = False
-    """Forward products in FP8 (E4M3, one scale a row), but for a last layer of candidates alone; the backward
+    """Forward products in FP8 (E4M3, one scale a row), but for layers at the rows that are read; the backward
     stays in the input's type.  Widths must be multiples of 16.  Made for GPUs with FP8 tensor cores (Hopper and later),
     emulated on a CPU.  The gated norm quantises as it writes only for variant=paper with norm=layer and without
     dropout; else in a pass of its own.  What the backward rebuilds is not quantised."""

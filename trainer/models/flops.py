@@ -97,13 +97,24 @@ def allowed_pairs(
     local: int | None = None,
     global_rows: int = 0,
     global_columns: int = 0,
+    newest: int | None = None,
 ) -> Count:
-    """(query, key) pairs that the mask allows in a sequence: the sum of `dense_mask`, in closed form."""
+    """(query, key) pairs that the mask allows in a sequence: the sum of `dense_mask`, in closed form; of history
+    queries the `newest` alone, if that is given."""
     history = np.asarray(history_len, dtype=np.float64)
     candidates = np.asarray(num_candidates, dtype=np.float64)
+    left_out = np.maximum(history - newest, 0) if newest is not None else np.zeros_like(history)
     # Rows 0 .. banded - 1 of the history see a band and the global columns; the others see their whole past.
     banded = np.maximum(history - global_rows, 0) if local is not None else np.zeros_like(history)
-    pairs = _triangle(history) - _triangle(banded)
+    pairs = _first_rows_pairs(history, banded, local, global_columns)
+    pairs = pairs - _first_rows_pairs(left_out, np.minimum(banded, left_out), local, global_columns)
+    context = num_context * (num_context + history) + (history - left_out) * num_context
+    return np.asarray(context + pairs + candidates * (num_context + history + 1))
+
+
+def _first_rows_pairs(rows: Count, banded: Count, local: int | None, global_columns: int) -> Count:
+    """History pairs of the first history queries, of which so many are banded."""
+    pairs = _triangle(rows) - _triangle(banded)
     if local is not None:
         pairs = pairs + _triangle(np.minimum(banded, local + 1)) + np.maximum(banded - local - 1, 0) * (local + 1)
         beyond = np.maximum(banded - 1 - local, 0)
@@ -112,8 +123,7 @@ def allowed_pairs(
             + _triangle(np.minimum(beyond, global_columns))
             + np.maximum(beyond - global_columns, 0) * global_columns
         )
-    context = num_context * (num_context + history) + history * num_context
-    return np.asarray(context + pairs + candidates * (num_context + history + 1))
+    return pairs
 
 
 def _triangle(count: Count) -> Count:
@@ -268,26 +278,27 @@ def _tower_flops(
     *,
     at_candidates: bool,
 ) -> FlopCount:
-    """All layers; with `at_candidates` the last one computes the rows of candidates alone (`candidate_layer.py`)."""
+    """All layers: the one before a stage that keeps the newest events computes what it keeps, and with `at_candidates`
+    the last one candidates alone (`layer_at_rows.py`)."""
     if layer.variant == "last_event":
         candidates = np.zeros_like(candidates)
     total = _no_flops(history.shape)
     last = _no_flops(history.shape)
-    for stage in stages:
-        if stage.keep_newest is not None:
-            history = np.minimum(history, stage.keep_newest)
-        pairs = allowed_pairs(
-            history,
-            candidates,
-            num_context=num_context,
-            local=stage.local,
-            global_rows=stage.global_rows,
-            global_columns=stage.global_columns,
-        )
+    keeps = [stage.keep_newest for stage in stages]
+    if keeps[0] is not None:
+        history = np.minimum(history, keeps[0])
+    for stage, keep in zip(stages, [*keeps[1:], None], strict=True):
+        mask: dict[str, Any] = {"num_context": num_context, "local": stage.local}
+        mask |= {"global_rows": stage.global_rows, "global_columns": stage.global_columns}
         tokens = (num_context + history + candidates).astype(np.float64)
-        one = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs)
+        one = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=allowed_pairs(history, candidates, **mask))
         for _ in range(stage.num_layers):
             total, last = _add(total, last), one
+        if keep is not None:
+            pairs = allowed_pairs(history, candidates, **mask, newest=keep)
+            history = np.minimum(history, keep)
+            rows = (num_context + history + candidates).astype(np.float64)
+            last = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs, num_rows=rows)
     # A Transformer's last layer computes all rows.
     if at_candidates and layer.variant not in ("softmax", "last_event"):
         pairs = candidates * (num_context + history + 1.0)

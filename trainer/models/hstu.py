@@ -1,6 +1,6 @@
 """The HSTU layer, and the tower: layers with a mask each over one packed batch of sequences.
 
-Shapes: T packed tokens, C candidates of all users, R rows (T or C), D model width.
+Shapes: T packed tokens, C candidates of all users, R rows (T, or those of them that are read), D model width.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention_kernels import AttentionPlan, SemiLocalMask, make_plan, plan_of_targets
-from trainer.models.candidate_layer import candidate_layer
+from attention_kernels import AttentionPlan, SemiLocalMask, make_plan, plan_of_newest, plan_of_targets
 from trainer.models.config import LayerConfig, StageConfig
 from trainer.models.layer import Attention, LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
+from trainer.models.layer_at_rows import layer_at_rows
 from trainer.models.layer_function import fused_layer
-from trainer.models.layout import EventTimes, SequenceLayout, candidate_rows, keep_newest, repeat_users, take_rows
+from trainer.models.layout import EventTimes, SequenceLayout, candidate_rows, keep_newest, take_rows
 from trainer.models.precision import compute_dtype
 
 ALL_AT_HAND = Attention()
@@ -69,17 +69,17 @@ class HstuLayer(nn.Module):
         out: Tensor = fused_layer(x_TD, self.parameter_set(), self.spec, batch, weights=weights)
         return out
 
-    def at_candidates(
-        self, x_TD: Tensor, rows_C: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None
+    def at_rows(
+        self, x_TD: Tensor, rows_R: Tensor, plan: AttentionPlan, weights: ProductWeights | None = None
     ) -> Tensor:
-        """The rows of candidates of `forward`'s output, [C, D], computed alone.
+        """The rows of `forward`'s output that `plan` computes, [R, D], computed alone: `rows_R`, with -1 for padding.
 
         Equal but for rounding, and for which elements dropout zeroes.  Nothing here is in FP8: there is little to
-        multiply.
+        multiply.  A row of padding is a copy of the first one's, which nobody reads, so that it has no gradients.
         """
-        spec = replace(self.spec, fp8=False)
-        x_TD, batch = x_TD.to(compute_dtype(x_TD)), self._batch(plan_of_targets(plan), ALL_AT_HAND)
-        out: Tensor = candidate_layer(x_TD, rows_C, self.parameter_set(), spec, batch, weights=weights)
+        spec, rows_R = replace(self.spec, fp8=False), rows_R.clamp(min=0)
+        x_TD, batch = x_TD.to(compute_dtype(x_TD)), self._batch(plan, ALL_AT_HAND)
+        out: Tensor = layer_at_rows(x_TD, rows_R, self.parameter_set(), spec, batch, weights=weights)
         return out
 
     def plan(self, layout: SequenceLayout, mask: SemiLocalMask, *, padded: bool = False) -> AttentionPlan:
@@ -125,8 +125,8 @@ class Stage:
     keep_newest: int | None = None
 
 
-class _LastLayer(NamedTuple):
-    """What the tower's last layer takes."""
+class _LayerInput(NamedTuple):
+    """What a layer takes."""
 
     x_TD: Tensor
     layout: SequenceLayout
@@ -135,7 +135,9 @@ class _LastLayer(NamedTuple):
 
 
 class HstuTower(nn.Module):
-    """Layers over one packed batch, stage by stage; a stage may first drop all but the newest events.
+    """Layers over one packed batch, stage by stage; before a stage all but the newest events may be dropped.
+
+    The layer before it does not compute what is dropped: no later layer reads it.
 
     `stochastic_depth` is the probability that a user skips the last layer while training; it grows linearly from 0
     before the first layer.
@@ -154,8 +156,7 @@ class HstuTower(nn.Module):
     def forward(self, x_TD: Tensor, layout: SequenceLayout) -> tuple[Tensor, SequenceLayout]:
         """Returns the tokens of the last stage and their layout: all context and candidates, and the events left."""
         last = self._all_but_the_last(x_TD, layout)
-        output_TD = self._layer(-1)(last.x_TD, last.plan, last.weights)
-        return self._skip(last.x_TD, output_TD, last.layout.user_T, len(self.layers), layout), last.layout
+        return self._whole(len(self.layers) - 1, last), last.layout
 
     def at_events(self, x_TD: Tensor, layout: SequenceLayout, times: EventTimes) -> Tensor:
         """The output at every event of a batch of nothing but events, none of which a stage drops.  Attention here
@@ -166,28 +167,32 @@ class HstuTower(nn.Module):
     def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
         """What `forward` makes of the candidates, [C, D]: of the last layer, no other row is computed."""
         last = self._all_but_the_last(x_TD, layout)
-        rows_C = candidate_rows(last.layout)
-        output_CD = self._layer(-1).at_candidates(last.x_TD, rows_C, last.plan, last.weights)
-        if not (self.training and self.stochastic_depth > 0):
-            return output_CD
-        user_C = repeat_users(layout.num_candidates, rows_C.numel())
-        return self._skip(take_rows(last.x_TD, rows_C), output_CD, user_C, len(self.layers), layout)
+        last = last._replace(plan=plan_of_targets(last.plan))
+        return self._at_rows(len(self.layers) - 1, last, candidate_rows(last.layout))
 
-    def _all_but_the_last(self, x_TD: Tensor, layout: SequenceLayout) -> _LastLayer:
+    def _all_but_the_last(self, x_TD: Tensor, layout: SequenceLayout) -> _LayerInput:
         """The last layer's input."""
         weights = self._weights(compute_dtype(x_TD))
-        depth = 0
-        for stage in self.stages:
-            if stage.keep_newest is not None:
-                layout, rows = keep_newest(layout, stage.keep_newest)
-                x_TD = take_rows(x_TD, rows)
-            plan = self._layer(depth).plan(layout, stage.mask)
-            for _ in range(stage.num_layers):
-                depth += 1
-                if depth < len(self.layers):
-                    output_TD = self._layer(depth - 1)(x_TD, plan, weights[depth - 1])
-                    x_TD = self._skip(x_TD, output_TD, layout.user_T, depth, layout)
-        return _LastLayer(x_TD, layout, plan, weights[-1])
+        keeps = [stage.keep_newest for stage in self.stages]
+        if keeps[0] is not None:
+            layout, rows_R = keep_newest(layout, keeps[0])
+            x_TD = take_rows(x_TD, rows_R)
+        index = 0
+        for stage, keep in zip(self.stages, (*keeps[1:], None), strict=True):
+            plan = self._layer(index).plan(layout, stage.mask)
+            for _ in range(stage.num_layers - 1):
+                x_TD = self._whole(index, _LayerInput(x_TD, layout, plan, weights[index]))
+                index += 1
+            last = _LayerInput(x_TD, layout, plan, weights[index])
+            if index == len(self.layers) - 1:
+                break
+            if keep is None:
+                x_TD = self._whole(index, last)
+            else:
+                layout, rows_R = keep_newest(layout, keep)
+                x_TD = self._at_rows(index, last._replace(plan=plan_of_newest(plan, keep)), rows_R)
+            index += 1
+        return last
 
     def _weights(self, dtype: torch.dtype) -> list[ProductWeights]:
         parameters = [self._layer(i).parameter_set() for i in range(len(self.layers))]
@@ -198,6 +203,20 @@ class HstuTower(nn.Module):
         layer = self.layers[index]
         assert isinstance(layer, HstuLayer)
         return layer
+
+    def _whole(self, index: int, given: _LayerInput) -> Tensor:
+        """A layer's output, [T, D]."""
+        output_TD = self._layer(index)(given.x_TD, given.plan, given.weights)
+        return self._skip(given.x_TD, output_TD, given.layout.user_T, index + 1, given.layout)
+
+    def _at_rows(self, index: int, given: _LayerInput, rows_R: Tensor) -> Tensor:
+        """Those rows of it that `given.plan` computes, [R, D]; of padding, -1, whatever is finite."""
+        output_RD = self._layer(index).at_rows(given.x_TD, rows_R, given.plan, given.weights)
+        if not (self.training and self.stochastic_depth > 0):
+            return output_RD
+        # The last token, which -1 takes, is padding too.
+        user_R = given.layout.user_T[rows_R]
+        return self._skip(take_rows(given.x_TD, rows_R), output_RD, user_R, index + 1, given.layout)
 
     def _skip(self, x_RD: Tensor, output_RD: Tensor, user_R: Tensor, depth: int, layout: SequenceLayout) -> Tensor:
         """The output of layer number `depth`, or while training with stochastic depth its input for some users."""

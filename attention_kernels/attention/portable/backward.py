@@ -21,6 +21,7 @@ from attention_kernels.attention.tiles import (
     part_range,
     partner_start,
     product,
+    row_range,
     store_or_reduce,
     twice_slope,
 )
@@ -40,8 +41,8 @@ def dq_kernel(
     is_there, item, i_h = item_of_program(table, H)
     start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
     if is_there:
-        b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, first, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
-        b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, first, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
+        b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, first, last, BLOCK_M, K, BLOCK_K, TMA)
+        b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, first, last, BLOCK_M, V, BLOCK_V, TMA)
         partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
         begin, end = part_range(partners, item.part, item.parts, SPLIT)
         o_row = first + tl.arange(0, BLOCK_M)
@@ -79,7 +80,7 @@ def dkdv_kernel(
     Scores are computed transposed, keys by rows, so that they are the left operand of both sums.
     """
     is_there, item, i_h = item_of_program(table, H)
-    start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
+    start, bounds, first, last = item.start, item.bounds, item.first, item.last
     if is_there:
         b_k = load_rows(k, stride_kt, stride_kh, i_h, start, first, bounds.n, BLOCK_N, K, BLOCK_K, TMA)
         b_v = load_rows(v, stride_vt, stride_vh, i_h, start, first, bounds.n, BLOCK_N, V, BLOCK_V, TMA)
@@ -90,8 +91,9 @@ def dkdv_kernel(
         b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for i in tl.range(begin, end, num_stages=STAGES):
             row = partner_start(i, partners, BLOCK_M)
-            b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, row, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
-            b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, row, bounds.n, BLOCK_M, V, BLOCK_V, TMA)
+            row_start, row_end = row_range(i, partners, item)
+            b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, row, row_end, BLOCK_M, K, BLOCK_K, TMA)
+            b_dout = load_rows(dout, stride_gt, stride_gh, i_h, row_start, row, row_end, BLOCK_M, V, BLOCK_V, TMA)
             b_half = product(b_k, tl.trans(b_q), None, PRECISION) * half_scale
             b_dweight = product(b_v, tl.trans(b_dout), None, PRECISION)
             b_sigmoid2 = twice_sigmoid(b_half, APPROXIMATE)
@@ -100,6 +102,7 @@ def dkdv_kernel(
             if not is_full(row, row + BLOCK_M, first, last, bounds, HAS_LOCAL):
                 o_row = row + tl.arange(0, BLOCK_M)
                 m = element_mask(o_row[None, :], o_key[:, None], bounds, HAS_LOCAL, HAS_TARGETS)
+                m = m & (o_row < row_end)[None, :]
                 b_weight = tl.where(m, b_weight, 0.0)
                 b_dscore = tl.where(m, b_dscore, 0.0)
             b_dv = product(b_weight.to(b_dout.dtype), b_dout, b_dv, PRECISION)

@@ -33,7 +33,7 @@ def forward_kernel(
     is_there, item, i_h = item_of_program(table, H)
     start, row_start, bounds, first, last = item.start, item.row_start, item.bounds, item.first, item.last
     if is_there:
-        b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, first, bounds.n, BLOCK_M, K, BLOCK_K, TMA)
+        b_q = load_rows(q, stride_qt, stride_qh, i_h, row_start, first, last, BLOCK_M, K, BLOCK_K, TMA)
         partners = live_keys(first, last, bounds, BLOCK_N, HAS_LOCAL)
         begin, end = part_range(partners, item.part, item.parts, SPLIT)
         o_row = first + tl.arange(0, BLOCK_M)

@@ -1,5 +1,5 @@
 """A plan serves many calls: its tables are written once, its counters are left at zero, its bits are those of a fresh
-one; and a plan of targets computes the rows of targets, and no others."""
+one; and a plan of some rows computes those, and no others."""
 
 import itertools
 from typing import Any
@@ -14,6 +14,7 @@ from attention_kernels import (
     attention_backward,
     attention_forward,
     make_plan,
+    plan_of_newest,
     plan_of_targets,
     projection_backward,
 )
@@ -25,6 +26,18 @@ DTYPES = [torch.float32, torch.bfloat16]
 SEMI_LOCAL = SemiLocalMask(local=17, global_rows=20, num_context=2)
 # (history, targets) of each sequence, context not counted; None is an empty sequence.
 SEQUENCES: tuple[tuple[int, int] | None, ...] = ((70, 3), None, (0, 5), (40, 0), (1, 1), (129, 20))
+
+# (mask, newest): rows in front of the global ones; a gap of five rows behind the context; no window; fewer than global
+# rows; no gap; columns that all see; one row.
+NEWEST = [
+    (SEMI_LOCAL, 30),
+    (SEMI_LOCAL, 65),
+    (SemiLocalMask(num_context=2), 30),
+    (SEMI_LOCAL, 7),
+    (SEMI_LOCAL, 70),
+    (SemiLocalMask(local=17, global_columns=40, num_context=3), 25),
+    (SemiLocalMask(), 1),
+]
 
 
 def problem(
@@ -42,6 +55,18 @@ def problem(
         backend=backend,
     )
     return plan, torch.tensor(rows, dtype=torch.long, device=DEVICE)
+
+
+def of_newest(plan: AttentionPlan, newest: int) -> tuple[AttentionPlan, Tensor]:
+    """The plan of context, the newest positions and targets; and those rows of all."""
+    assert plan.num_targets is not None
+    rows = []
+    for start, end, t in zip(
+        *(x.tolist() for x in (plan.offsets[:-1], plan.offsets[1:], plan.num_targets)), strict=True
+    ):
+        c = min(plan.mask.num_context, end - start - t)
+        rows += [i for i in range(start, end) if i < start + c or i >= end - t - newest]
+    return plan_of_newest(plan, newest), torch.tensor(rows, dtype=torch.long, device=DEVICE)
 
 
 def tensors(plan: AttentionPlan, dtype: torch.dtype, size: int = 64, heads: int = 2) -> list[Tensor]:
@@ -86,22 +111,43 @@ def test_tables_are_written_once_and_every_call_gives_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
 
 
+def check_rows(only: AttentionPlan, plan: AttentionPlan, rows: Tensor, inputs: list[Tensor], tolerance: float) -> None:
+    """`only` computes these rows of `plan`: output and gradients, for a loss that depends on no other row."""
+    q, k, v, dout = inputs
+    found = [attention_forward(q[rows], k, v, only), *attention_backward(dout[rows], q[rows], k, v, only)]
+    seen = torch.zeros_like(dout).index_copy_(0, rows, dout[rows])
+    out, dq, dk, dv = attention_forward(q, k, v, plan), *attention_backward(seen, q, k, v, plan)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, (out[rows], dq[rows], dk, dv), strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error <= tolerance, (name, float(error))
+
+
 @pytest.mark.parametrize("dtype", DTYPES if CUDA else DTYPES[:1])
 @pytest.mark.parametrize("size", [32, 64, 128, 256] if CUDA else [16])
 @pytest.mark.parametrize("mask", [SemiLocalMask(num_context=2), SEMI_LOCAL, SemiLocalMask()])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_targets_alone_are_the_rows_of_all(backend: str, mask: SemiLocalMask, size: int, dtype: torch.dtype) -> None:
-    """Output and gradients, for a loss that depends on targets alone; float32 sums in another order."""
+    """In float32 to sums in another order."""
     plan, rows = problem(mask, SEQUENCES if CUDA or backend == "reference" else SEQUENCES[:4], backend)
-    q, k, v, dout = tensors(plan, dtype, size)
-    only = plan_of_targets(plan)
-    found = [attention_forward(q[rows], k, v, only), *attention_backward(dout[rows], q[rows], k, v, only)]
-    seen = torch.zeros_like(dout).index_copy_(0, rows, dout[rows])
-    out, dq, dk, dv = attention_forward(q, k, v, plan), *attention_backward(seen, q, k, v, plan)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, (out[rows], dq[rows], dk, dv), strict=True):
-        error = (a.double() - b.double()).norm() / b.double().norm()
-        assert error <= tolerance, (name, float(error))
+    check_rows(plan_of_targets(plan), plan, rows, tensors(plan, dtype, size), 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES if CUDA else DTYPES[:1])
+@pytest.mark.parametrize("size", [32, 64, 128, 256] if CUDA else [16])
+@pytest.mark.parametrize(
+    ("backend", "mask", "newest"),
+    # In the interpreter, seconds each: one of every kind of gap, and without a window.
+    [("reference", *each) for each in NEWEST] + [("triton", *each) for each in (NEWEST if CUDA else NEWEST[:3])],
+    ids=str,
+)
+def test_the_newest_alone_are_the_rows_of_all(
+    backend: str, mask: SemiLocalMask, newest: int, size: int, dtype: torch.dtype
+) -> None:
+    """Context and targets too; where a gap behind the context is shorter than a tile, and where there is none."""
+    few = SEQUENCES[:2] + SEQUENCES[4:5]
+    plan, _ = problem(mask, SEQUENCES if CUDA or backend == "reference" else few, backend)
+    only, rows = of_newest(plan, newest)
+    check_rows(only, plan, rows, tensors(plan, dtype, size), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.gpu
@@ -135,12 +181,17 @@ def test_a_plan_without_targets_has_no_plan_of_them() -> None:
     plan = make_plan(torch.tensor([0, 3], device=DEVICE), SemiLocalMask())
     with pytest.raises(ValueError, match="num_targets is None"):
         plan_of_targets(plan)
+    with pytest.raises(ValueError, match="newest=0 must be at least 1"):
+        plan_of_newest(plan, 0)
 
 
-@pytest.mark.parametrize("only_targets", [False, True])
-@pytest.mark.parametrize("mask", [SemiLocalMask(num_context=2), SEMI_LOCAL])
+@pytest.mark.parametrize(
+    ("computed", "mask"),
+    [("all", SemiLocalMask(num_context=2)), ("targets", SemiLocalMask(num_context=2)), ("newest", SEMI_LOCAL)]
+    + [(computed, mask) for computed, mask in (("all", SEMI_LOCAL), ("targets", SEMI_LOCAL)) if CUDA],
+)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_padding_is_seen_by_nothing_and_gets_zeros(mask: SemiLocalMask, only_targets: bool, backend: str) -> None:
+def test_padding_is_seen_by_nothing_and_gets_zeros(mask: SemiLocalMask, computed: str, backend: str) -> None:
     """A padded problem's sequences have the bits of the same without padding; behind them is 0 where poison was."""
     extra, size = 37, 64 if CUDA else 16
     plan, rows = problem(mask, SEQUENCES, backend)
@@ -150,9 +201,13 @@ def test_padding_is_seen_by_nothing_and_gets_zeros(mask: SemiLocalMask, only_tar
     )
     wanted, plans = int(plan.offsets[-1]), (plan, padded)
     q, k, v, dout = tensors(plan, torch.bfloat16 if CUDA else torch.float32, size)
-    if only_targets:
-        q, dout, wanted = q[rows], dout[rows], rows.numel()
+    if computed == "targets":
         plans = (plan_of_targets(plan), plan_of_targets(padded))
+    elif computed == "newest":
+        (narrow, rows), (wide_plan, _) = of_newest(plan, 7), of_newest(padded, 7)
+        plans = (narrow, wide_plan)
+    if computed != "all":
+        q, dout, wanted = q[rows], dout[rows], rows.numel()
     # What no kernel may let through is finite, as a tower's padding is.
     wide = [torch.cat([x, torch.full_like(x[:1], 9.0).expand(extra, -1, -1)]) for x in (q, k, v, dout)]
     results = []

@@ -22,9 +22,9 @@ GROUP = 8
 
 @triton.jit
 def segments_kernel(
-    out, first, last, n, u, c, g, s, r, local, BLOCK: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr
+    out, first, last, n, u, c, g, s, r, e, local, BLOCK: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr
 ):
-    bounds = Bounds(n, u, c, g, s, r, local)
+    bounds = Bounds(n, u, c, g, s, r, e, local)
     if BY_ROWS:
         partners = live_keys(first, last, bounds, BLOCK, HAS_LOCAL)
     else:
@@ -35,11 +35,11 @@ def segments_kernel(
 
 @triton.jit
 def groups_kernel(
-    out, first, last, n, u, c, g, s, r, local,
+    out, first, last, n, u, c, g, s, r, e, local,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BY_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr,
 ):  # fmt: skip
     """(begin, end) of each group of a tile, among the tile's live partners."""
-    bounds = Bounds(n, u, c, g, s, r, local)
+    bounds = Bounds(n, u, c, g, s, r, e, local)
     for i in range(GROUPS):
         own = first + i * GROUP
         own_last = tl.minimum(own + GROUP, last)
@@ -54,8 +54,8 @@ def groups_kernel(
 
 
 @triton.jit
-def full_kernel(out, row, row_last, key, key_last, n, u, c, g, s, r, local, HAS_LOCAL: tl.constexpr):
-    tl.store(out, is_full(row, row_last, key, key_last, Bounds(n, u, c, g, s, r, local), HAS_LOCAL).to(tl.int32))
+def full_kernel(out, row, row_last, key, key_last, n, u, c, g, s, r, e, local, HAS_LOCAL: tl.constexpr):
+    tl.store(out, is_full(row, row_last, key, key_last, Bounds(n, u, c, g, s, r, e, local), HAS_LOCAL).to(tl.int32))
 
 
 def draw(generator: random.Random) -> tuple[SemiLocalMask, int, int]:
@@ -120,7 +120,7 @@ def test_a_group_walks_the_tiles_that_it_needs_and_none_of_the_others(mask: Semi
 
 
 def sequence(mask: SemiLocalMask, h: int, t: int) -> tuple[tuple[int, ...], list[tuple[bool, int, int]]]:
-    """(n, u, c, g, s, r, local) of a sequence, and its tiles: (whether of rows, first, last)."""
+    """(n, u, c, g, s, r, e, local) of a sequence, and its tiles: (whether of rows, first, last)."""
     c, u, n = mask.num_context, mask.num_context + h, mask.num_context + h + t
     has_local = mask.local is not None
     g = max(c, u - mask.global_rows) if has_local else c
@@ -133,7 +133,7 @@ def sequence(mask: SemiLocalMask, h: int, t: int) -> tuple[tuple[int, ...], list
         for begin, end in classes
         for first in range(begin, end, BLOCK)
     ]
-    return (n, u, c, g, s, 0, -1 if mask.local is None else mask.local), tiles
+    return (n, u, c, g, s, c, c, -1 if mask.local is None else mask.local), tiles
 
 
 def visits(n: int, starts: list[int]) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_full_tiles_hold_allowed_pairs_only(seed: int) -> None:
     c, u, n = mask.num_context, mask.num_context + h, mask.num_context + h + t
     has_local = mask.local is not None
     g = max(c, u - mask.global_rows) if has_local else c
-    bounds = (n, u, c, g, c + min(h, mask.global_columns), 0, mask.local if has_local else -1)
+    bounds = (n, u, c, g, c + min(h, mask.global_columns), c, c, mask.local if has_local else -1)
     out = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for _ in range(20 if n else 0):
         row, key = generator.randrange(n), generator.randrange(n)

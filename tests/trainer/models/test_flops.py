@@ -24,18 +24,22 @@ GFLOP = 1e9
 @pytest.mark.parametrize("local", [None, 0, 1, 3, 100])
 @pytest.mark.parametrize("global_rows", [0, 2, 50])
 @pytest.mark.parametrize("global_columns", [0, 1, 4, 50])
+@pytest.mark.parametrize("newest", [None, 1, 4, 20])
 def test_allowed_pairs_equal_the_sum_of_the_dense_mask(
-    local: int | None, global_rows: int, global_columns: int
+    local: int | None, global_rows: int, global_columns: int, newest: int | None
 ) -> None:
+    """Of all rows, or without those of the history that are not among the newest."""
     if local is None and (global_rows or global_columns):
         pytest.skip("global rows and columns need a window")
     options = {"local": local, "global_rows": global_rows, "global_columns": global_columns}
     for num_context in (0, 3):
         mask = SemiLocalMask(num_context=num_context, **options)
         lens = [(h, t) for h in (0, 1, 2, 5, 13) for t in (0, 1, 4)]
-        expected = [int(dense_mask(mask, h, t).sum()) for h, t in lens]
+        left_out = [slice(num_context, num_context + max(h - (h if newest is None else newest), 0)) for h, _ in lens]
+        masks = [dense_mask(mask, h, t) for h, t in lens]
+        expected = [int(each.sum() - each[rows].sum()) for each, rows in zip(masks, left_out, strict=True)]
         history, candidates = (np.array(column) for column in zip(*lens, strict=True))
-        counted = allowed_pairs(history, candidates, num_context=num_context, **options)
+        counted = allowed_pairs(history, candidates, num_context=num_context, newest=newest, **options)
         assert counted.tolist() == expected
 
 
@@ -122,6 +126,25 @@ def test_a_rankers_last_layer_costs_the_rows_of_candidates() -> None:
     for field in ("projections", "attention", "outputs"):
         assert getattr(count(1), field) == getattr(last, field)
         assert getattr(count(3), field) == 2 * getattr(whole, field) + getattr(last, field)
+
+
+def test_a_layer_before_a_stage_that_keeps_the_newest_costs_their_rows() -> None:
+    """V and K for all tokens, everything else for what is kept; pairs by the dense mask."""
+    layer = LayerConfig(num_heads=2, qk_dim=8, value_dim=16)
+    data = {"inputs": InputWidths(event=9, candidate=0, context=0), "num_context": 2, "num_outputs": 3}
+
+    def count(*stages: StageConfig) -> FlopCount:
+        return ranker_flops(ModelConfig(dim=64, max_len=100, stages=stages, layer=layer), 50, 3, **data)
+
+    first = StageConfig(num_layers=2, local=4, global_rows=6)
+    found = count(first, StageConfig(num_layers=1, keep_newest=10))
+    rest = count(StageConfig(num_layers=1, keep_newest=10))
+    mask = dense_mask(SemiLocalMask(local=4, global_rows=6, num_context=2), 50, 3)
+    whole = layer_flops(layer, dim=64, num_tokens=55, pairs=float(mask.sum()))
+    kept_pairs = float(mask[:2].sum() + mask[2 + 40 :].sum())
+    cut = layer_flops(layer, dim=64, num_tokens=55, pairs=kept_pairs, num_rows=15)
+    for field in ("projections", "attention", "outputs"):
+        assert getattr(found, field) == getattr(whole, field) + getattr(cut, field) + getattr(rest, field)
 
 
 def test_counts_take_arrays_of_lengths() -> None:

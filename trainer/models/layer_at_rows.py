@@ -1,11 +1,12 @@
-"""An HSTU layer at the rows of candidates alone: the last layer of a ranker, whose head reads nothing else.
+"""An HSTU layer at some of its rows alone, where nothing reads the others: the last layer of a ranker, whose head reads
+candidates, and a layer before a stage that keeps the newest events.
 
-U, Q, attention, gate and output product are computed for candidates, V and K for all tokens, as every candidate sees
-all context and history.  Of the two products of a layer this leaves half of the first and next to nothing of the
-second, and attention costs as many rows as there are candidates.  Like `layer_function.py` it is one autograd function
-that keeps three tensors: the input of all tokens, and of candidates U before SiLU and the attention output.
+U, Q, attention, gate and output product are computed for these rows, V and K for all tokens, as a row sees tokens that
+are none.  Of the two products of a layer this leaves half of the first and next to nothing of the second, and attention
+costs as many rows as there are.  Like `layer_function.py` it is one autograd function that keeps three tensors: the
+input of all tokens, and of the rows U before SiLU and the attention output.
 
-Shapes as in `layer.py`; C candidates of all users.
+Shapes as in `layer.py`; R rows of all users.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from trainer.models.layer_function import gate_options, output_rows, weight_grad
 
 
 class _Columns(NamedTuple):
-    """The fused product's weight and bias, cut into what candidates need and what all tokens do."""
+    """The fused product's weight and bias, cut into what rows need and what all tokens do."""
 
     u_weight: Tensor
     """[D, W]."""
@@ -38,19 +39,19 @@ class _Heads(NamedTuple):
     """What attention reads, by heads."""
 
     q: Tensor
-    """[C, H, K]."""
+    """[R, H, K]."""
     k: Tensor
     """[T, H, K]."""
     v: Tensor
     """[T, H, V]."""
 
 
-class _CandidateLayer(torch.autograd.Function):
+class _LayerAtRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: Tensor,
-        rows_C: Tensor,
+        rows_R: Tensor,
         spec: LayerSpec,
         batch: LayerBatch,
         weights: ProductWeights,
@@ -62,52 +63,52 @@ class _CandidateLayer(torch.autograd.Function):
             x_TD, norm_weight, norm_bias, spec.norm_eps, backend=backend
         )
         columns = _cut(weights, bias, spec)
-        normed_CD, x_CD = normed_TD[rows_C], x_TD[rows_C]
-        u = linear.linear(normed_CD, columns.u_weight, columns.u_bias, dtype=x_TD.dtype, backend=backend)
-        heads = _heads(normed_TD, normed_CD, columns, (None, None), spec, backend)
+        normed_RD, x_RD = normed_TD[rows_R], x_TD[rows_R]
+        u = linear.linear(normed_RD, columns.u_weight, columns.u_bias, dtype=x_TD.dtype, backend=backend)
+        heads = _heads(normed_TD, normed_RD, columns, (None, None), spec, backend)
         attention = attention_forward(*heads, batch.plan).flatten(1)
         out, _ = output_rows(
-            attention, u, x_CD, parameters=parameters[4:], weights=weights, spec=spec, batch=batch, backend=backend
+            attention, u, x_RD, parameters=parameters[4:], weights=weights, spec=spec, batch=batch, backend=backend
         )
         ctx.spec, ctx.batch, ctx.backend, ctx.weights, ctx.columns = spec, batch, backend, weights, columns
         kept = (None, None, None) if spec.recompute_normed else (normed_TD, mean, rstd)
-        ctx.save_for_backward(x_TD, rows_C, u, attention, *kept, *parameters)
+        ctx.save_for_backward(x_TD, rows_R, u, attention, *kept, *parameters)
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout_CD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout_RD: Tensor) -> tuple[Tensor | None, ...]:
         check_first_order("an HSTU layer")
-        x_TD, rows_C, u, attention, normed_TD, mean, rstd, *parameters = ctx.saved_tensors
+        x_TD, rows_R, u, attention, normed_TD, mean, rstd, *parameters = ctx.saved_tensors
         norm_weight, norm_bias, _, _, gate_weight, gate_bias, _ = parameters
         spec: LayerSpec = ctx.spec
         batch: LayerBatch = ctx.batch
         columns: _Columns = ctx.columns
         backend, dtype, W = ctx.backend, x_TD.dtype, spec.gate_width
-        dout_CD = dout_CD.contiguous()
+        dout_RD = dout_RD.contiguous()
         width = W + spec.num_heads * spec.qk_dim
-        duq = torch.empty(rows_C.shape[0], width, dtype=dtype, device=x_TD.device)
+        duq = torch.empty(rows_R.shape[0], width, dtype=dtype, device=x_TD.device)
         dvk = torch.empty(x_TD.shape[0], width, dtype=dtype, device=x_TD.device)
 
-        dattention, residual_CD, gated, dgate_weight, dgate_bias, du_bias = operations.gated_norm_backward(
-            dout_CD @ ctx.weights.output_weight.t(),
+        dattention, residual_RD, gated, dgate_weight, dgate_bias, du_bias = operations.gated_norm_backward(
+            dout_RD @ ctx.weights.output_weight.t(),
             attention,
             u,
             gate_weight,
             gate_bias,
             spec.norm_eps,
-            **gate_options(spec, batch, x_TD[rows_C] if spec.production else x_TD),
-            residual_TD=dout_CD,
+            **gate_options(spec, batch, x_TD[rows_R] if spec.production else x_TD),
+            residual_TD=dout_RD,
             du=duq[:, :W],
             backend=backend,
         )
-        doutput_weight = weight_gradient(gated, dout_CD)
+        doutput_weight = weight_gradient(gated, dout_RD)
         if normed_TD is None:
             normed_TD, mean, rstd = operations.layer_norm_forward(
                 x_TD, norm_weight, norm_bias, spec.norm_eps, backend=backend
             )
-        normed_CD = normed_TD[rows_C]
+        normed_RD = normed_TD[rows_R]
         # The slopes of SiLU lie where attention's backward will multiply by them.
-        heads = _heads(normed_TD, normed_CD, columns, (duq[:, W:], dvk), spec, backend)
+        heads = _heads(normed_TD, normed_RD, columns, (duq[:, W:], dvk), spec, backend)
         q_sum, k_sum, v_sum = projection_backward(
             dattention.view(-1, spec.num_heads, spec.value_dim),
             *heads,
@@ -116,8 +117,8 @@ class _CandidateLayer(torch.autograd.Function):
             out=_split(duq[:, W:], dvk, spec),
         )
         duvqk_bias = torch.cat([du_bias, v_sum.flatten(), q_sum.flatten(), k_sum.flatten()])
-        duvqk_weight, dnormed_TD = _products_backward((normed_TD, normed_CD), (duq, dvk), rows_C, columns)
-        residual_TD = torch.zeros_like(x_TD).index_copy_(0, rows_C, residual_CD)
+        duvqk_weight, dnormed_TD = _products_backward((normed_TD, normed_RD), (duq, dvk), rows_R, columns)
+        residual_TD = torch.zeros_like(x_TD).index_add_(0, rows_R, residual_RD)
         dx_TD, dnorm_weight, dnorm_bias = operations.layer_norm_backward(
             dnormed_TD,
             x_TD,
@@ -146,7 +147,7 @@ def _cut(weights: ProductWeights, bias: Tensor, spec: LayerSpec) -> _Columns:
 
 def _heads(
     normed_TD: Tensor,
-    normed_CD: Tensor,
+    normed_RD: Tensor,
     columns: _Columns,
     slopes: tuple[Tensor | None, Tensor | None],
     spec: LayerSpec,
@@ -155,7 +156,7 @@ def _heads(
     """q, k and v; the slopes of their SiLU, where the layer has one, into `slopes` (of q, of v and k) if given."""
     dtype = normed_TD.dtype
     products = (
-        (normed_CD, columns.q_weight, columns.q_bias, slopes[0]),
+        (normed_RD, columns.q_weight, columns.q_bias, slopes[0]),
         (normed_TD, columns.vk_weight, columns.vk_bias, slopes[1]),
     )
     if spec.production:
@@ -169,19 +170,19 @@ def _heads(
 
 
 def _products_backward(
-    normed: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], rows_C: Tensor, columns: _Columns
+    normed: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], rows_R: Tensor, columns: _Columns
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the fused product's weight and of its input [T, D], from those of U and Q [C] and of V and K [T].
+    """Gradients of the fused product's weight and of its input [T, D], from those of U and Q [R] and of V and K [T].
 
-    `normed` is the product's input, of all tokens and of candidates.
+    `normed` is the product's input, of all tokens and of the rows.
     """
-    (normed_TD, normed_CD), (duq, dvk), W = normed, gradients, columns.u_weight.shape[1]
-    duq_weight, dvk_weight = weight_gradient(normed_CD, duq), weight_gradient(normed_TD, dvk)
+    (normed_TD, normed_RD), (duq, dvk), W = normed, gradients, columns.u_weight.shape[1]
+    duq_weight, dvk_weight = weight_gradient(normed_RD, duq), weight_gradient(normed_TD, dvk)
     duvqk_weight = torch.cat([duq_weight[:, :W], dvk_weight[:, :W], duq_weight[:, W:], dvk_weight[:, W:]], dim=1)
     dnormed_TD = dvk @ columns.vk_weight.t()
-    dnormed_CD = torch.addmm(duq[:, :W] @ columns.u_weight.t(), duq[:, W:], columns.q_weight.t())
-    # Candidates' rows are all different: each is added to once.
-    return duvqk_weight, dnormed_TD.index_add_(0, rows_C, dnormed_CD)
+    dnormed_RD = torch.addmm(duq[:, :W] @ columns.u_weight.t(), duq[:, W:], columns.q_weight.t())
+    # But for padding, whose gradients are 0, rows are all different: each is added to once.
+    return duvqk_weight, dnormed_TD.index_add_(0, rows_R, dnormed_RD)
 
 
 def _split(q: Tensor, vk: Tensor, spec: LayerSpec) -> _Heads:
@@ -195,23 +196,23 @@ def _split(q: Tensor, vk: Tensor, spec: LayerSpec) -> _Heads:
 
 # Opaque to torch.compile for the reasons given at `layer_function.fused_layer`.
 @torch.compiler.disable
-def candidate_layer(
+def layer_at_rows(
     x_TD: Tensor,
-    rows_C: Tensor,
+    rows_R: Tensor,
     parameters: LayerParameters,
     spec: LayerSpec,
     batch: LayerBatch,
     *,
     weights: ProductWeights | None = None,
 ) -> Tensor:
-    """`layer.plain_layer` at `rows_C`, the rows of all targets of the batch's plan, which computes those alone.
+    """`layer.plain_layer` at `rows_R`, the rows that the batch's plan computes: [R, D].
 
-    `weights` as in `layer_function.fused_layer`.
+    Behind those of the plan's last sequence may stand padding, any rows.  `weights` as in `layer_function.fused_layer`.
     """
     p = parameters
-    out: Tensor = _CandidateLayer.apply(  # type: ignore[no-untyped-call]  # torch.autograd has no types
+    out: Tensor = _LayerAtRows.apply(  # type: ignore[no-untyped-call]  # torch.autograd has no types
         x_TD,
-        rows_C,
+        rows_R,
         spec,
         batch,
         weights or cast_products([p], x_TD.dtype)[0],
