@@ -7,6 +7,7 @@ import argparse
 import ast
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -100,8 +101,8 @@ def _parser() -> OneLineParser:
     """One option for every field of SampleOptions and of the formats' own."""
     parser = OneLineParser(prog="python -m pipelines.prepare", description=__doc__, allow_abbrev=False)
     parser.add_argument("dataset", choices=sorted([*DATASETS, *FORMATS]), help="format of the source")
-    parser.add_argument("--source", type=Path, required=True, help="folder with the publisher's files")
-    parser.add_argument("--out", type=Path, help="folder to create")
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder with the publisher's files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to create")
     hints, texts = get_type_hints(SampleOptions), _explanations(SampleOptions)
     for field in fields(SampleOptions):
         kind = next((part for part in get_args(hints[field.name]) if part is not type(None)), hints[field.name])
@@ -111,20 +112,25 @@ def _parser() -> OneLineParser:
         if kind is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
-            parser.add_argument(name, type=kind, default=field.default, help=text)
+            parser.add_argument(name, type=kind, default=field.default, metavar=_metavar(name, kind), help=text)
     for dataset, (options, _) in FORMATS.items():
-        texts = _explanations(options)
+        texts, group = _explanations(options), parser.add_argument_group(f"options of {dataset} alone")
         for field in fields(options):
-            text = f"{dataset} only. {texts[field.name]}"
+            name, text = _flag(field.name), texts[field.name]
             if field.type is bool:
-                parser.add_argument(_flag(field.name), action="store_true", default=None, help=text)
+                group.add_argument(name, action="store_true", default=None, help=text)
             else:
-                parser.add_argument(_flag(field.name), help=text)
+                group.add_argument(name, metavar=_metavar(name, str), help=text)
     return parser
 
 
+def _metavar(flag: str, kind: type) -> str:
+    """What stands behind an option in the help: N, X, or the last word of a name."""
+    return {int: "N", float: "X"}.get(kind, flag.rpartition("-")[2].upper())
+
+
 def _explanations(options: type) -> dict[str, str]:
-    """The docstring of each field of a dataclass, which only its source holds."""
+    """The docstring of each field of a dataclass, which only its source holds; other fields are called as options."""
     [definition] = ast.parse(inspect.getsource(options)).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}
@@ -132,7 +138,11 @@ def _explanations(options: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             # A percent sign would begin a field of argparse's own.
             texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split()).replace("%", "%%")
-    return texts
+    # Words with an underscore are nothing but names.
+    return {
+        field: re.sub(r"\w+_\w+", lambda word: _flag(word[0]) if word[0] in texts else word[0], text)
+        for field, text in texts.items()
+    }
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class EventLogOptions:
     drop_duplicates: bool = False
     """Keep one of rows that are equal in every column read; otherwise they are only counted."""
     no_state: bool = False
-    """Keep no state beside the samples, about as large as the log: no later delivery can be added with extend."""
+    """Keep no state beside the samples, about as large as the log: no later delivery can be added with --extend."""
     extend: str = ""
     """A prepared data set, in place of --out: the log in --source is its next delivery and becomes a part of its own.
     Columns and samples are as the data set says; ids stay, new keys get new ones."""

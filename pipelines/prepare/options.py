@@ -33,7 +33,7 @@ class SampleOptions:
     that is cut by --leave-last is for retrieval and has none."""
     max_history: int = 1024
     """Newest events of a history that are kept.  Each sample stores its own: with all samples of a user, what is stored
-    grows with this number times the number of events over `candidates`."""
+    grows with this number times the number of events over --candidates."""
     min_history: int = 1
     """Samples with fewer events of history are left out."""
     min_candidates: int = 1

@@ -260,10 +260,10 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for line in (
-        "--samples-per-user SAMPLES_PER_USER Training samples of a user at most, the newest; 0 for as many as the "
-        "events allow.",
-        "--split-time SPLIT_TIME Unix seconds at which evaluation begins;",
-        "--user-column USER_COLUMN event_log only. The column that says who did it; any type.",
+        "--samples-per-user N Training samples of a user at most, the newest; 0 for as many as the events allow.",
+        "--split-time N Unix seconds at which evaluation begins; if not given, --train-fraction decides.",
+        "options of event_log alone: --schema SCHEMA",
+        "--user-column COLUMN The column that says who did it; any type.",
     ):
         assert line in text
 
