@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
+TEXT_BYTES = 2**28
+"""What a manifest has at most: checksums of 80 TB."""
 _TRIAL = "trial"
 """A folder that is made and removed at the start."""
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
@@ -97,8 +99,7 @@ class Catalogue:
         """
         folder = step_folder(step)
         try:
-            content = self.store.read(f"{folder}/{MANIFEST}")
-            noted = self.store.read(f"{folder}/{COMPLETE}")
+            content, noted = (self._read_text(f"{folder}/{name}") for name in (MANIFEST, COMPLETE))
             if digest(content).encode() != noted:
                 raise ValueError(f"{MANIFEST} is not what {COMPLETE} was written for")
             manifest = decode(content)
@@ -119,6 +120,15 @@ class Catalogue:
             return Checkpoint(step, manifest, self.open(manifest.base))
         except DamagedCheckpoint as damage:
             raise self.damaged(step, f"it needs that of step {manifest.base}, but {damage}") from None
+
+    def _read_text(self, path: str) -> bytes:
+        """A file that is known to be small; of another one little is read."""
+        size = self.store.size(path)
+        if size is not None and size > TEXT_BYTES:
+            raise ValueError(f"{path} has {size} bytes, more than were ever written")
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, "it is no file", path)
+        return self.store.read(path)
 
     def verify(self, step: int) -> Checkpoint:
         """As `open`, and read every file of its own.

@@ -15,7 +15,7 @@ from tests.support.distributed import run_ranks
 from tests.support.volatile_store import PowerCut, VolatileStore
 from tests.trainer.checkpoint import ranks
 from trainer.checkpoint import store as store_module
-from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint
+from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint, open_catalogue
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore, open_store
 from trainer.run.run_dir import RunDir
@@ -177,6 +177,20 @@ def test_where_no_other_is_left_the_run_does_not_begin_anew(saved: Path, tmp_pat
         assert "no older checkpoint is left: train anew in another --run-dir" in message
     # It is found again by the next start.
     assert _catalogue(run).steps() == [1]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "COMPLETE", "rank-00001.bin"])
+def test_what_has_no_end_or_no_bound_is_not_read(name: str, saved: Path, tmp_path: Path) -> None:
+    """A device in a file's place, and a file of a tebibyte."""
+    shutil.copytree(saved, tmp_path / "run")
+    file, catalogue = tmp_path / "run/checkpoints/step-00000002" / name, open_catalogue(RunDir(tmp_path / "run"), None)
+    os.truncate(file, 2**40)
+    with pytest.raises(DamagedCheckpoint, match=rf"{name} has {2**40} bytes"):
+        catalogue.open(2)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises((DamagedCheckpoint, OSError)):
+        catalogue.open(2)
 
 
 def test_a_checkpoint_under_another_steps_name_is_damaged(saved: Path, tmp_path: Path) -> None:
