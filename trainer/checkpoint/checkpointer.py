@@ -325,14 +325,14 @@ class Checkpointer:
         ).encode()
         with store.writing(f"{folder}/{MANIFEST}") as file:
             file.write(content)
-        # How long before an allocation's end a launcher must warn the run.
-        write_json(self._run.saving_file, {"step": progress.step, "seconds": time.monotonic() - self._started})
         # What the run wrote up to this step belongs to the state of this step.
         self._run.flush()
         store.settle(folder)
         with store.writing(f"{folder}/{COMPLETE}") as file:
             file.write(digest(content).encode())
         store.settle(folder)
+        # How long before an allocation's end a launcher must warn the run; and from now on it must not begin anew.
+        write_json(self._run.saving_file, {"step": progress.step, "seconds": time.monotonic() - self._started})
         logger.info("checkpoint of step %d is complete: %s/%s", progress.step, store.address, folder)
         try:
             self._remove_superfluous()

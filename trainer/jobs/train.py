@@ -42,7 +42,7 @@ from trainer.parallelize import ParallelModel
 from trainer.recorder import Recorder
 from trainer.recording import check_recorded
 from trainer.resolve import Resolved, resolve_again
-from trainer.run.run_dir import RunDir, locked
+from trainer.run.run_dir import RunDir, check_nothing_lost, locked
 from trainer.run.run_log import logged
 from trainer.run.writing import written
 from trainer.target import parse_target
@@ -80,6 +80,8 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine), start.plan_file)
     catalogue = open_catalogue(run, config.checkpoint.store)
     newest = catalogue.newest() if start.from_step is None else catalogue.back_to(start.from_step)
+    if newest.checkpoint is None:
+        check_nothing_lost(run, catalogue.store.address)
     check_versions(newest, config)
     warm = warm_start(start, resolved, newest)
     progress = newest.progress

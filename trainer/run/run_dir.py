@@ -122,7 +122,7 @@ class RunDir:
 
     @property
     def saving_file(self) -> Path:
-        """How long the last save took."""
+        """How long the last save took; is there once a checkpoint has been complete."""
         return self.path / "saving.json"
 
     @property
@@ -223,6 +223,19 @@ class RunDir:
                     f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
                     f"resume with the old value or use another run directory"
                 )
+
+
+def check_nothing_lost(run: RunDir, store: str) -> None:
+    """Refuse to begin anew where there is no complete checkpoint in `store` any longer.
+
+    Raises:
+        WrongUse: the run has saved some.
+    """
+    if run.saving_file.is_file():
+        raise WrongUse(
+            f"--run-dir {run.path} has saved checkpoints, but {store} holds no complete one: mount it or bring them "
+            "back, or train anew in another --run-dir"
+        )
 
 
 def _read_object(file: Path, mend: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.run.json_lines import JsonLines, forget_after
-from trainer.run.run_dir import RunDir, locked
+from trainer.run.run_dir import RunDir, check_nothing_lost, locked
 from trainer.run.writing import write_json
 
 CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every_steps": 5, "store": None}}
@@ -54,6 +54,15 @@ def test_what_a_run_leaves_that_ends_before_its_first_step_is_no_hindrance(tmp_p
     (run.checkpoints / "step-00000001" / "COMPLETE").touch()
     with pytest.raises(ValueError, match="holds no config"):
         run.check_same_run({"name": "demo"})
+
+
+def test_a_run_that_has_saved_does_not_begin_anew(tmp_path: Path) -> None:
+    """Its checkpoints may be on a disk that is not mounted, or may have been removed by mistake."""
+    run = RunDir(tmp_path)
+    check_nothing_lost(run, "s3://bucket/run")
+    write_json(run.saving_file, {"step": 3, "seconds": 1.0})
+    with pytest.raises(ValueError, match=r"has saved checkpoints, but s3://bucket/run holds no complete one: mount it"):
+        check_nothing_lost(run, "s3://bucket/run")
 
 
 def test_json_lines_never_repeat_a_step_and_drop_a_torn_line(tmp_path: Path) -> None:
