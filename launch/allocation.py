@@ -151,7 +151,7 @@ class Allocation:
             "-m",
             "trainer.health.fitness",
             "--as",
-            fitness.as_argument(fitness.facts_here(token)),
+            self._facts(token),
         ]
         question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
         question += [word for path in self.data for word in ("--data", path)]
@@ -174,6 +174,14 @@ class Allocation:
         for why in unfit.values():
             print(f"error: {why}", flush=True)
         return unfit
+
+    def _facts(self, token: str) -> str:
+        """This node's facts as the nodes' interpreter sees them, which may be in a container."""
+        command = ["/bin/sh", "-c", 'exec "$@"', "sh", self.command[0], "-m", "trainer.health.fitness"]
+        told = subprocess.run([*command, "--facts", token], capture_output=True, text=True, check=False)
+        # Where it cannot run, every node's own answer will say why.
+        lines = told.stdout.splitlines() if told.returncode == 0 else []
+        return lines[-1] if lines else fitness.as_argument(fitness.facts_here(token))
 
     def _leave_out(self, unfit: dict[str, str]) -> int:
         """Try the job on other nodes, where there are any; Slurm says so by taking or refusing a successor."""

@@ -6,6 +6,7 @@ the machine behind another one.
 
 import importlib.metadata
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -74,6 +75,20 @@ def test_another_environment(cluster: Cluster, tmp_path: Path) -> None:
     other.write_text(re.sub("^Version: .*", "Version: 1.0", there.read_text(), flags=re.MULTILINE))
     with _hidden(other, there):
         _says(count(tmp_path, "1"), tmp_path, NODES[1], r"its torch is 1\.0, the first node's .*one environment")
+
+
+def test_nodes_may_run_in_a_container_and_the_batch_script_outside_of_it(cluster: Cluster, tmp_path: Path) -> None:
+    """A stand-in for one: without Slurm's commands, and with a torch that the batch script's environment has not."""
+    there = tmp_path / "image of all"
+    (there / "torch-9.9.dist-info").mkdir(parents=True)
+    (there / "torch-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
+    python = there / "python"
+    outside = f'case "$2" in launch.allocation) exec {sys.executable} "$@" ;; esac'
+    inside = f'PATH=/nowhere PYTHONPATH="{there}:$PYTHONPATH" exec {sys.executable} "$@"'
+    python.write_text(f"#!/bin/sh\n{outside}\n{inside}\n")
+    python.chmod(0o755)
+    expect(count(tmp_path / "run", "3", python=str(python)), AppState.SUCCEEDED)
+    assert [attempt.ended for attempt in attempts.read(tmp_path / "run")] == ["done"]
 
 
 def test_a_full_shared_memory(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Is every node of an allocation fit for the job?  Asked before the processes start, for nothing is lost yet.
 
+    python -m trainer.health.fitness --facts TOKEN
     python -m trainer.health.fitness --as FACTS --run-dir DIR --procs-per-node P [--data PATH ...]
 
-The first node says what it is (`facts_here`); every node compares itself with that and prints one line of JSON, its
-name and what is wrong with it.  It imports no torch, so it takes a second and works where the environment is broken.
+The first node says what it is (`facts_here`, as JSON); every node compares itself with that and prints one line of
+JSON, its name and what is wrong with it.  It imports no torch, so it takes a second and works where the environment
+is broken.
 """
 
 import argparse
@@ -198,15 +200,21 @@ def gpu_faults(listing: str, procs_per_node: int) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare this node with the first; prints its name and problems as JSON.  Returns 1 if there are any."""
+    """Print this node's facts, or compare it with the first and print its name and problems, as JSON.  Returns 1 if
+    there are any."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.health.fitness", description="Check that this node is fit."
     )
-    parser.add_argument("--as", dest="first", required=True, help="the first node's facts, as JSON")
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run directory")
-    parser.add_argument("--procs-per-node", type=int, required=True, help="processes a node")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--facts", metavar="TOKEN", help="print this node's facts, with that token")
+    what.add_argument("--as", dest="first", metavar="FACTS", help="compare with the first node's facts, as JSON")
+    parser.add_argument("--run-dir", type=Path, help="the run directory")
+    parser.add_argument("--procs-per-node", type=int, help="processes a node")
     parser.add_argument("--data", action="append", default=[], help="a folder that every node reads")
     given = parser.parse_args(arguments)
+    if given.facts is not None:
+        print(as_argument(facts_here(given.facts)))
+        return 0
     first = Facts(**json.loads(given.first))
     found = list(
         problems(
