@@ -20,7 +20,7 @@ from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.reading.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.selection import unread_columns
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
-from trainer.checkpoint.catalogue import Newest, open_catalogue
+from trainer.checkpoint.catalogue import Catalogue, Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer, Restart
 from trainer.checkpoint.manifest import writing_versions
 from trainer.checkpoint.progress import Progress
@@ -79,9 +79,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine), start.plan_file)
     catalogue = open_catalogue(run, config.checkpoint.store)
-    newest = catalogue.newest() if start.from_step is None else catalogue.back_to(start.from_step)
-    if newest.checkpoint is None:
-        check_nothing_lost(run, catalogue.store.address)
+    newest = find_newest(run, catalogue, start.from_step)
     check_versions(newest, config)
     warm = warm_start(start, resolved, newest)
     progress = newest.progress
@@ -197,6 +195,16 @@ class _Session:
                 self.run.flush()
         announce_end(self.run, progress)
         return None
+
+
+def find_newest(run: RunDir, catalogue: Catalogue, from_step: int | None) -> Newest:
+    """What the run goes on from; refused where what it has saved is gone."""
+    if from_step is not None:
+        return catalogue.back_to(from_step)
+    newest = catalogue.newest()
+    if newest.checkpoint is None:
+        check_nothing_lost(run, catalogue.store.address)
+    return newest
 
 
 def write_settings(run: RunDir, resolved: Resolved, plan: Plan, mesh: Mesh) -> None:
