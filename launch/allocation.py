@@ -24,7 +24,7 @@ from torchx.specs import AppState
 
 from launch import attempts, signals
 from launch.node import free_port, job_status
-from launch.progress import newest_checkpoint
+from launch.progress import newest_checkpoint, stopping_time_s
 from launch.records import find_in, save_in
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
@@ -36,10 +36,6 @@ from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-MARGIN_S = 15.0
-"""Added to the lead: a signal's way to every process, and their end."""
-UNKNOWN_SAVE_S = 60.0
-"""Taken for the time of a save before the run has made one."""
 TAKEN = ("NODE_FAIL", "PREEMPTED", "CANCELLED", "TIMEOUT", "REQUEUED", "COMPLETING", "DEADLINE", "BOOT_FAIL")
 """States in which Slurm is ending the job itself."""
 NODE_FAILURE = "node failure"
@@ -82,6 +78,14 @@ class Allocation:
 
     def run(self) -> int:
         """Start the run until it is done or this allocation should end; returns the batch job's exit status."""
+        try:
+            return self._run()
+        except OSError as error:
+            # The run directory is gone, full or over its quota, or Slurm does not answer for too long.
+            print(f"error: {error}", flush=True)
+            return self._say(FAILED, f": {error}")
+
+    def _run(self) -> int:
         attempts.note_first_start(self.job_dir)
         restarts = 0
         while True:
@@ -322,24 +326,6 @@ shift
 exec "$@"
 """
 """Enters the job's folder on each node; where it cannot, Slurm would start in another, with the code that is there."""
-
-
-def stopping_time_s(run: RunDir) -> float:
-    """How long before an end the run must know of it: for its save, and its way to the next step it may stop at."""
-    try:
-        saving = float(json.loads(run.saving_file.read_text())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        saving = UNKNOWN_SAVE_S
-    return MARGIN_S + 2 * saving + 2 * _seconds_between_stops(run)
-
-
-def _seconds_between_stops(run: RunDir) -> float:
-    try:
-        steps = json.loads(run.config_file.read_text())["log_every"]
-        last = run.metrics_file.read_text(errors="replace").splitlines()[-1]
-        return float(steps * json.loads(last)["step_ms"] / 1000)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return 0.0
 
 
 def _is_requeued(job: SlurmJob | None) -> bool:

@@ -11,6 +11,11 @@ from trainer.checkpoint.catalogue import open_catalogue, step_folder
 from trainer.checkpoint.store import COMPLETE
 from trainer.run.run_dir import RunDir
 
+MARGIN_S = 15.0
+"""Added to the lead: a signal's way to every process, and their end."""
+UNKNOWN_SAVE_S = 60.0
+"""Taken for the time of a save before the run has made one."""
+
 
 def progress_lines(record: JobRecord) -> list[str]:
     """Recipe, run, step, loss, age of the last checkpoint, starts: what is known of each."""
@@ -42,6 +47,23 @@ def newest_checkpoint(run: RunDir) -> int:
     """The step of the newest complete checkpoint; 0 where there is none."""
     saved = run.saved_config() or {}
     return max(open_catalogue(run, saved.get("checkpoint", {}).get("store")).steps(), default=0)
+
+
+def stopping_time_s(run: RunDir) -> float:
+    """How long before an end the run must know of it: for its save, and its way to the next step it may stop at."""
+    try:
+        saving = float(json.loads(run.saving_file.read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        saving = UNKNOWN_SAVE_S
+    return MARGIN_S + 2 * saving + 2 * _seconds_between_stops(run)
+
+
+def _seconds_between_stops(run: RunDir) -> float:
+    try:
+        steps = json.loads(run.config_file.read_text())["log_every"]
+        return float(steps * _last_metrics(run.metrics_file)["step_ms"] / 1000)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:

@@ -90,3 +90,16 @@ def test_a_successor_that_a_limit_forbids_is_said_in_slurms_words(
     assert _allocation(tmp_path).go_on("stopped in good order") == FAILED
     words = f"stopped in good order; Slurm takes no other job to go on with it: sbatch failed: sbatch: error: {LIMIT}"
     assert capfd.readouterr().out == f"the job ends with status 1: {words}\n"
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    commands(srun="exit 1", scontrol="echo n1")
+    # As over a quota, nothing can be added to it.
+    (tmp_path / attempts.FILE).mkdir()
+    assert _allocation(tmp_path).run() == FAILED
+    *_, error, last = capfd.readouterr().out.splitlines()
+    assert error.startswith("error: ") and attempts.FILE in error and "Is a directory" in error
+    assert last == f"the job ends with status 1: {error.removeprefix('error: ')}"
