@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.trainings import Training, hardware, seeded, train_all
+from benchmarks.measured_on import device
+from benchmarks.trainings import Training, seeded, train_all
 
 RECIPE, SEEDS = "kuairand_sample", (0, 1, 2)
 RESULTS = Path("benchmarks/results/ablation.json")
@@ -91,7 +92,7 @@ def merged(file: Path, found: Mapping[str, Sequence[Mapping[str, float]]]) -> di
     return {
         "recipe": RECIPE,
         "seeds": list(SEEDS),
-        "hardware": hardware(),
+        "hardware": device(),
         "rows": {row: known[row] for row in ROWS if row in known},
     }
 

@@ -10,7 +10,6 @@ FlexAttention compute softmax attention under the same mask: a yardstick, not th
 """
 
 import argparse
-import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attention_kernels import SemiLocalMask, attention_backward, attention_forward, hstu_attention, make_plan
+from benchmarks.measured_on import measured_on
 from trainer.models.flops import allowed_pairs
 
 TOKENS, HEADS, SIZE = 65536, 4, 128
@@ -57,7 +57,7 @@ def main() -> None:
                 row = measure(name, kernel, mask, length, *functions)
                 rows.append(row)
                 print(describe(row), flush=True)
-    result = {"hardware": hardware(), "shape": {"tokens": TOKENS, "heads": HEADS, "size": SIZE}, "rows": rows}
+    result = {"hardware": measured_on(), "shape": {"tokens": TOKENS, "heads": HEADS, "size": SIZE}, "rows": rows}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -115,16 +115,6 @@ def _run_plan(mask: SemiLocalMask, length: int) -> tuple[Callable[[], Any], Call
     gradient = torch.randn_like(v)
     plan = make_plan(offsets, mask, max_len=length)
     return (lambda: attention_forward(q, k, v, plan)), (lambda: attention_backward(gradient, q, k, v, plan))
-
-
-def hardware() -> dict[str, str]:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
 
 
 def _packed(length: int) -> tuple[list[Tensor], Tensor]:

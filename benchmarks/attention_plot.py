@@ -52,7 +52,7 @@ def draw(result: dict[str, Any]) -> str:
     hardware, shape = result["hardware"], result["shape"]
     parts.append(legend())
     parts.append(
-        f'<text x="{LEFT}" y="{HEIGHT - 8}" fill="#666">{hardware["gpu"]}, {shape["tokens"]} tokens in sequences of '
+        f'<text x="{LEFT}" y="{HEIGHT - 8}" fill="#666">{hardware["device"]}, {shape["tokens"]} tokens in sequences of '
         f"one length, {shape['heads']} heads of {shape['size']}, bfloat16, {hardware['date']}</text></svg>\n"
     )
     return "\n".join(parts)

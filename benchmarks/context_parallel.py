@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.loader import hardware
+from benchmarks.measured_on import measured_on
 from benchmarks.step import Case, measure
 from pipelines.config import DataConfig, SyntheticConfig
 from trainer.config import TrainConfig
-from trainer.health.preflight import device_name
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.parallel.mesh import discover_mesh, joined
 
@@ -38,7 +37,7 @@ def main() -> None:
                 if mesh.is_first:
                     print(name, events, json.dumps({key: round(value, 3) for key, value in row.items()}), flush=True)
     if arguments.json is not None and mesh.is_first:
-        where = {**hardware(), "device": device_name(mesh.device), "ranks": mesh.world_size}
+        where = {**measured_on(), "ranks": mesh.world_size}
         arguments.json.write_text(json.dumps({"hardware": where, "rows": rows}, indent=1) + "\n")
 
 

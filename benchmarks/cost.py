@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.feed import synchronize
-from benchmarks.loader import hardware
+from benchmarks.measured_on import measured_on
 from pipelines.batches.batch import Batch
 from pipelines.batches.packed import LENS_PREFIX, NUMBER_PREFIX, Contents, bag_lens, pack
 from pipelines.reading.loader import dataset_info
@@ -75,7 +75,7 @@ def main() -> None:
     print(f"use: --set data.attention_cost={per_attention / per_dense:.2f}")
     if arguments.json is not None:
         rows = [{name: getattr(each, name) for name in Measurement.__dataclass_fields__} for each in measurements]
-        result = {"hardware": hardware(), "recipe": arguments.recipe, "rows": rows}
+        result = {"hardware": measured_on(), "recipe": arguments.recipe, "rows": rows}
         arguments.json.write_text(json.dumps({**result, "attention_cost": per_attention / per_dense}, indent=1) + "\n")
 
 

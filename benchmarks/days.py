@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trainings import hardware
+from benchmarks.measured_on import device
 
 RESULTS = Path(__file__).parent / "results" / "days.json"
 LABEL = "long_view"
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     arguments = parser.parse_args()
     result = {
-        "hardware": hardware(),
+        "hardware": device(),
         "date": datetime.date.today().isoformat(),
         "label": LABEL,
         "days": days(arguments.run_dir),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.days import METRICS, cells
-from benchmarks.trainings import hardware
+from benchmarks.measured_on import device
 from trainer.run.json_lines import read_records
 from trainer.run.run_dir import RunDir
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     arguments = parser.parse_args()
-    result = {"hardware": hardware(), "date": datetime.date.today().isoformat(), "labels": labels(arguments.run_dir)}
+    result = {"hardware": device(), "date": datetime.date.today().isoformat(), "labels": labels(arguments.run_dir)}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
-from benchmarks.loader import cpu_seconds, hardware
+from benchmarks.loader import cpu_seconds
+from benchmarks.measured_on import measured_on
 from pipelines.config import DataConfig
 from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import build_loader
@@ -30,7 +31,6 @@ from pipelines.selection import select
 from pipelines.storage.dataset_json import read_dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TableSettings, TrainConfig
-from trainer.health.preflight import device_name
 from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.resolve import resolve
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"{name:16} {rate:12,.0f} events a second of processor time, from Parquet")
     print(f"a step takes {narrow:.1f} ms with the item id alone, {wide:.1f} with all: {narrow / wide:.0%} of its rate")
     if arguments.json is not None:
-        where = {**hardware(), "device": device_name(mesh.device)}
+        where = measured_on()
         sizes = {"samples": arguments.samples, "length": arguments.length, "small": arguments.small}
         steps = {"narrow_step_ms": narrow, "wide_step_ms": wide, "rate": narrow / wide}
         arguments.json.write_text(

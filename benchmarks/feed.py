@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.loader import hardware, write_data
+from benchmarks.loader import write_data
+from benchmarks.measured_on import measured_on
 from pipelines.batches.batch import Batch
 from pipelines.config import DataConfig
 from pipelines.overlap import StepPipeline
@@ -31,7 +32,6 @@ from pipelines.reading.loader import build_loader, dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.feed import Feed
-from trainer.health.preflight import device_name
 from trainer.models.config import LayerConfig, StageConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
@@ -67,7 +67,7 @@ def main() -> None:
     print(f"the loader costs {100 * (ratio - 1):+.1f}% of a step")
     values = {name: value for name, value in vars(arguments).items() if name != "json"}
     result: dict[str, Any] = {
-        "hardware": {**hardware(), "device": device_name(mesh.device)},
+        "hardware": measured_on(),
         "arguments": values,
         "turns_ms": turns,
     }

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.drifting_log import write_drifting_log
-from benchmarks.trainings import Training, hardware, prepare, seeded, train_all
+from benchmarks.measured_on import device
+from benchmarks.trainings import Training, prepare, seeded, train_all
 
 ALIVE, LIVES = 60, 10
 SCHEMA = """
@@ -47,7 +48,7 @@ def main() -> None:
     given = parser.parse_args()
     with TemporaryDirectory() as scratch:
         results = compare(given.work or Path(scratch), given.rows, given.events, given.seeds)
-    report = {"machine": hardware(), "rows": given.rows, "events": given.events, "ways": results}
+    report = {"machine": device(), "rows": given.rows, "events": given.events, "ways": results}
     print(table(report))
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -23,8 +23,9 @@ import torch
 
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
+from benchmarks.measured_on import device
 from benchmarks.step import Case, measure
-from benchmarks.trainings import Asked, Trained, Training, commit, folder_of, hardware, seeded, train_all
+from benchmarks.trainings import Asked, Trained, Training, commit, folder_of, seeded, train_all
 from pipelines.config import SYNTHETIC_PATH
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
@@ -150,7 +151,7 @@ class Lengths:
                     config = apply_overrides(load_recipe(RECIPE), list(training.settings))
                     # A rate that decays to the end of a run has none here.
                     measured = asdict(cost(replace(config, schedule=ScheduleConfig()), mesh))
-                    about = {"cost_hardware": hardware(), "cost_commit": commit()}
+                    about = {"cost_hardware": device(), "cost_commit": commit()}
                     file.write_text(json.dumps({**measured, **about}))
                 found[name, length] = json.loads(file.read_text())
         return found

@@ -14,11 +14,9 @@ peak memory above that of importing everything.  The readers:
 """
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -35,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.measured_on import measured_on
 from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.write import SplitWriter, write_dataset_file
@@ -74,7 +73,7 @@ def main() -> None:
             rows.append(row)
             figures = f"{row['events_per_s']:12,.0f} {row['events_per_cpu_s']:13,.0f} {row['cpu_s']:7.2f}"
             print(f"{reader:10s} {figures} {row['wall_s']:7.2f} {row['peak_mib']:6.0f}", flush=True)
-    result = {"hardware": hardware(), "length": arguments.length, "samples": arguments.samples, "batch": BATCH}
+    result = {"hardware": measured_on(), "length": arguments.length, "samples": arguments.samples, "batch": BATCH}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
@@ -217,17 +216,6 @@ def cpu_seconds() -> float:
 def peak_mib() -> float:
     """Largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def hardware() -> dict[str, Any]:
-    """Where the figures come from."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyarrow": pa.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loader import hardware
 from benchmarks.made_up_shop import DAY, SCHEMA, START, Day, shop_days, write_delivery
+from benchmarks.measured_on import measured_on
 from benchmarks.prepared_rows import check_against_log, differing_columns
 
 DAYS, MAX_HISTORY = 3, 64
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the result goes")
     arguments = parser.parse_args()
     found = three_days(arguments.work, arguments.users, changing=not arguments.unchanging)
-    report = {"hardware": {**hardware(), "cores": os.cpu_count()}, "users": arguments.users, **found}
+    report = {"hardware": measured_on(), "users": arguments.users, **found}
     print(table(report))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.made_up_logs import KINDS
-from benchmarks.trainings import Training, hardware, prepare, seeded, train_all
+from benchmarks.measured_on import device
+from benchmarks.trainings import Training, prepare, seeded, train_all
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
 from pipelines.reading.loader import dataset_info
@@ -143,7 +144,7 @@ def _compare(log: Log, seeds: Sequence[Mapping[str, float]], work: Path) -> dict
     return {
         "name": log.name,
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
+        "hardware": device(),
         "candidates": {split: sizes.candidates for split, sizes in info.splits.items()},
         "actions": {
             task: {

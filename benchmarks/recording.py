@@ -25,13 +25,12 @@ import torch
 
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
-from benchmarks.loader import hardware
+from benchmarks.measured_on import measured_on
 from pipelines.config import SyntheticConfig
 from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
-from trainer.health.preflight import device_name
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
@@ -66,7 +65,7 @@ def main() -> None:
                 rows[f"{name}, {'replayed' if recorded == 'on' else 'launched'}"] = row
                 print(name, recorded, json.dumps({key: round(value, 3) for key, value in row.items()}), flush=True)
                 if arguments.json is not None:
-                    where = {**hardware(), "device": device_name(mesh.device)}
+                    where = measured_on()
                     arguments.json.write_text(json.dumps({"hardware": where, "rows": rows}, indent=1) + "\n")
 
 

@@ -30,14 +30,13 @@ import torch
 
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
-from benchmarks.loader import hardware
+from benchmarks.measured_on import measured_on
 from embeddings.config import ExchangeConfig, PlacementConfig
 from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.health.preflight import device_name
 from trainer.left_out import check_finite
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
@@ -74,7 +73,7 @@ def main() -> None:
                 continue
             print(name, json.dumps({key: round(value, 4) for key, value in rows[name].items()}), flush=True)
             if arguments.json is not None:
-                where = {**hardware(), "device": device_name(mesh.device)}
+                where = measured_on()
                 result = {"hardware": where, "small": arguments.small, "rows": rows}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("HSTU", "ULTRA") if mesh.is_first and not arguments.only else ():

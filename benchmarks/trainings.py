@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.measured_on import device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +75,6 @@ def seeded(seed: int) -> tuple[str, ...]:
     return (f"seed={seed}", f"data.seed={seed}")
 
 
-def hardware() -> str:
-    """What it runs on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core CPU machine"
-
-
 def prepare(out: Path, arguments: Sequence[str]) -> None:
     """Prepare a data set, unless it lies there."""
     if not out.is_dir():
@@ -108,7 +103,7 @@ def train_all(trainings: Iterable[Training], jobs: int, limit_s: float | None = 
 def train(training: Training, end: float | None = None) -> Trained:
     """Train and evaluate, unless that is done; cut off where `time.monotonic` reaches `end`."""
     run, finished = training.run, training.run / "finished.json"
-    about: dict[str, Any] = {"seconds": None, "hardware": hardware(), "commit": commit()}
+    about: dict[str, Any] = {"seconds": None, "hardware": device(), "commit": commit()}
     if finished.is_file():
         about = json.loads(finished.read_text())
     elif end is None or end > time.monotonic():
