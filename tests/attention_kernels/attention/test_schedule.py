@@ -8,7 +8,7 @@ from attention_kernels.attention.items import ITEM_SIZE
 from attention_kernels.attention.schedule import Shape, schedules
 
 LENGTHS = (0, 1, 700, 64, 130, 1500)
-FIELDS = ("start", "row_start", "n", "u", "c", "g", "s", "r", "first", "last", "part", "parts", "home")
+FIELDS = ("start", "row_start", "n", "u", "c", "g", "s", "r", "first", "last", "part", "parts", "home", "e")
 
 
 def items(

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention_kernels import SemiLocalMask, make_plan, plan_of_targets
+from attention_kernels import SemiLocalMask, make_plan, plan_of_newest, plan_of_targets
 from attention_kernels.attention.items import load_item
 from attention_kernels.attention.schedule import Shape, schedules
 from attention_kernels.attention.tiles import is_full, live_keys, live_rows, part_range, partner_start
@@ -68,10 +68,10 @@ def count(
     by_rows: bool,
     block: int = BLOCK,
     partner: int = BLOCK,
-    only_targets: bool = False,
+    newest: int | None = None,
 ) -> Counts:
-    """Counts of a batch of sequences, (history, candidates) each, by row tiles or by key tiles."""
-    out = walks(mask, sequences, by_rows=by_rows, block=block, partner=partner, only_targets=only_targets)
+    """Counts of a batch of sequences, (history, candidates) each, by row tiles or key tiles; `newest` as in `walks`."""
+    out = walks(mask, sequences, by_rows=by_rows, block=block, partner=partner, newest=newest)
     return Counts(
         live=int(out[:, 2].sum()),
         full=int(out[:, 3].sum()),
@@ -87,15 +87,19 @@ def walks(
     by_rows: bool,
     block: int = BLOCK,
     partner: int = BLOCK,
-    only_targets: bool = False,
+    newest: int | None = None,
 ) -> torch.Tensor:
-    """[items, 4] what `count_kernel` tells of each item of the schedule, in its order."""
+    """[items, 4] what `count_kernel` tells of each item of the schedule, in its order.
+
+    Of all rows, or of targets, the `newest` events and context, or for 0 of targets alone.
+    """
     lengths = [mask.num_context + h + t for h, t in sequences]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=DEVICE)
     plan = make_plan(offsets, mask, num_targets=torch.tensor([t for _, t in sequences], device=DEVICE), max_len=10000)
     num_rows = sum(lengths)
-    if only_targets:
-        plan, num_rows = plan_of_targets(plan), sum(t for _, t in sequences)
+    if newest is not None:
+        plan = plan_of_newest(plan, newest) if newest else plan_of_targets(plan)
+        num_rows = int(plan.row_offsets[-1])
     shape = Shape(num_rows=num_rows, num_positions=sum(lengths), num_heads=1, split_programs=16, position_bytes=1024)
     rows, keys = schedules(plan, shape, row_block=block if by_rows else None, key_block=None if by_rows else block)
     tiles = rows if by_rows else keys
@@ -107,9 +111,11 @@ def walks(
     return out
 
 
-def grid_counts(mask: SemiLocalMask, h: int, t: int) -> tuple[int, int]:
-    """(live, full) tiles of the mask itself, cut at multiples of a block: those with an allowed pair, with no other."""
+def grid_counts(mask: SemiLocalMask, h: int, t: int, *, left_out: int = 0) -> tuple[int, int]:
+    """(live, full) tiles of the mask itself, cut at multiples of a block: those with an allowed pair, with no other;
+    without the rows of so many oldest events."""
     allowed = dense_mask(mask, h, t)
+    allowed[mask.num_context : mask.num_context + left_out] = False
     size = allowed.shape[0] // BLOCK
     tiles = allowed.view(size, BLOCK, size, BLOCK).transpose(1, 2).flatten(2)
     return int(tiles.any(2).sum()), int(tiles.all(2).sum())
@@ -232,12 +238,27 @@ def test_most_tiles_of_a_long_sequence_are_full(by_rows: bool) -> None:
 def test_targets_alone_cost_their_own_tiles(mask: SemiLocalMask) -> None:
     """Whatever the mask, a tile of targets sees all tiles before the targets, and its own."""
     h, t = 6, 2
-    by_rows, by_keys = (
-        count(mask, [(h * BLOCK, t * BLOCK)], by_rows=rows, only_targets=True) for rows in (True, False)
-    )
+    by_rows, by_keys = (count(mask, [(h * BLOCK, t * BLOCK)], by_rows=rows, newest=0) for rows in (True, False))
     assert by_rows.tiles == t and by_keys.tiles == 1 + h + t
     assert by_rows.live == by_keys.live == t * (1 + h + 1)
     assert by_rows.full == by_keys.full == t * (1 + h)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        SemiLocalMask(num_context=BLOCK),
+        SemiLocalMask(local=2 * BLOCK, global_rows=BLOCK, num_context=BLOCK),
+        SemiLocalMask(local=BLOCK, global_rows=6 * BLOCK, global_columns=2 * BLOCK),
+    ],
+    ids=["full causal", "semi-local", "more global rows, columns"],
+)
+def test_the_newest_alone_cost_their_own_tiles(mask: SemiLocalMask, by_rows: bool) -> None:
+    """Not one of a row that is left out, and as many as before of the others."""
+    h, kept, t = 10, 4, 2
+    counts = count(mask, [(h * BLOCK, t * BLOCK)], by_rows=by_rows, newest=kept * BLOCK)
+    assert (counts.live, counts.full) == grid_counts(mask, h * BLOCK, t * BLOCK, left_out=(h - kept) * BLOCK)
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
