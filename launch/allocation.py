@@ -307,7 +307,10 @@ def read_answers(words: str, nodes: Sequence[str]) -> dict[str, str]:
         if node not in answers:
             # In the shell's words before Slurm's, which only counts its tasks.
             own = [line.removeprefix("error: ") for line in rest if line.startswith(f"error: node {node} ")]
-            slurms = [f"node {node} does not answer: {line}" for line in rest if f"error: {node}:" in line]
+            told = [line for line in rest if f"error: {node}:" in line]
+            # Of all nodes: the step could not be started.
+            told += [line for line in rest if line.startswith("srun: ") and ": task " not in line]
+            slurms = [f"node {node} does not answer: {line}" for line in told]
             unfit[node] = next(iter(own + slurms), f"node {node} does not answer")
     return unfit
 

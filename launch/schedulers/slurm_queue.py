@@ -53,6 +53,8 @@ _VARIABLES = {"array-inx": "array", "mem-per-node": "mem", "no-requeue": "requeu
 """Variables SBATCH_* that are called otherwise than the option that they stand for."""
 _ALONE = ("array", "error", "test-only", "wait")
 """Options that no script of ours says, and that a shell must not say either."""
+_OF_THE_SITE = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER")
+"""Variables SLURM_* that do not describe a job."""
 ASK_AGAIN_S = 5.0
 UNANSWERED_S = 60.0
 """How long a person who submits a job waits for a controller that does not answer."""
@@ -176,9 +178,12 @@ def _asking(cluster: str) -> Mapping[str, str]:
 
 
 def _without_overrides(script: str) -> dict[str, str]:
-    """The environment less the variables SBATCH_* that would take the place of what the script says."""
+    """The environment less the variables SBATCH_* that would take the place of what the script says, and less those of
+    the job that sends this one, if one does (an interactive one, or a run's last): srun would take them for its own."""
     said, kept = {*_SAID.findall(script), *_ALONE}, dict(os.environ)
     for name in os.environ:
+        if "SLURM_JOB_ID" in os.environ and name.startswith(("SLURM_", "SLURMD_")) and name not in _OF_THE_SITE:
+            kept.pop(name)
         option = name.removeprefix("SBATCH_").lower().replace("_", "-")
         if name.startswith("SBATCH_") and _VARIABLES.get(option, option) in said:
             logger.info("%s=%s of the environment has no effect: the job's script decides", name, kept.pop(name))

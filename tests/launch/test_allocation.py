@@ -92,6 +92,20 @@ def test_a_successor_that_a_limit_forbids_is_said_in_slurms_words(
     assert capfd.readouterr().out == f"the job ends with status 1: {words}\n"
 
 
+def test_a_successor_has_nothing_of_the_job_that_sends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    of_job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_MEM_PER_CPU": "100", "SLURMD_NODENAME": "n1"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "NCCL_DEBUG": "WARN", "SLURM_TIME_FORMAT": "standard"}
+    for name, value in {**of_job, **kept}.items():
+        monkeypatch.setenv(name, value)
+    refused = 'case "$*" in *requeue*) exit 1 ;; esac; echo JobId=7 JobState=RUNNING Restarts=1'
+    commands(scontrol=refused, sbatch=f"env > {tmp_path}/sent; echo 8")
+    assert _allocation(tmp_path).go_on("stopped in good order") == STOPPED
+    sent = dict(line.partition("=")[::2] for line in (tmp_path / "sent").read_text().splitlines())
+    assert {name: value for name, value in sent.items() if name.startswith(("SLURM", "NCCL"))} == kept
+
+
 def test_a_run_directory_that_cannot_be_written_is_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

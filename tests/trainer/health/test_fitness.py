@@ -152,3 +152,5 @@ def test_nodes_that_say_nothing_are_not_fit() -> None:
         "d": "node d does not answer: srun: error: d: task 3: Killed",
         "e": "node e does not answer",
     }
+    step = "srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are mutually exclusive."
+    assert read_answers(step, ["a"]) == {"a": f"node a does not answer: {step}"}
