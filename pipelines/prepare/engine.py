@@ -308,15 +308,19 @@ def _open_zst(path: Path) -> BinaryIO:
 def _line_of(message: str) -> str:
     """The line number and the cause out of DuckDB's many-line message."""
     malformed = re.search(r"Malformed JSON .* in line (\d+)", message)
+    not_utf_8 = "utf-8" in message.lower()
+    fix = "; write it in UTF-8, or say its --encoding for an event_log" * not_utf_8
     if malformed:
         # DuckDB 2.0 counts one too many here, unlike where a value has the wrong type.
-        return f", line {int(malformed.group(1)) - 1}: malformed JSON"
+        return (
+            f", line {int(malformed.group(1)) - 1}: {'text that is not UTF-8' if not_utf_8 else 'malformed JSON'}{fix}"
+        )
     line = re.search(r"(?:on|in) line:? (\d+)", message, re.IGNORECASE)
     lines = [text.strip() for text in message.splitlines() if text.strip()]
     cause = next((text for text in lines if text.startswith(CAUSES)), lines[0])
     original = next((text for text in lines if text.startswith("Original Line")), "")
     where = f", line {line.group(1)}" if line else ""
-    return f"{where}: {cause}" + (f" [{original[:200]}]" if original else "")
+    return f"{where}: {cause}{fix}" + (f" [{original[:200]}]" if original else "")
 
 
 def _open_zip(path: Path) -> BinaryIO:

@@ -40,6 +40,7 @@ from pipelines.prepare.schema_file import read_schema
 from pipelines.prepare.source import USER_SPACE, Description, item_columns
 from pipelines.prepare.spellings import Spelt, check_matches, check_spellings
 from pipelines.prepare.stages import Load
+from pipelines.prepare.text_encoding import UTF_8
 from pipelines.storage.dataset_json import read_dataset_info
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,12 @@ class EventLogOptions:
     before its first candidate's second."""
     history_columns: str = ""
     """Columns of numbers, separated by commas, that become further history lists; a missing value becomes NaN."""
+    encoding: str = ""
+    """How files of text are encoded, as Python calls it, such as latin-1 or cp1252; UTF-8 if not given, and UTF-16
+    where a file begins with its mark."""
+    decimal: str = ""
+    """What stands before decimals in numbers of text: "." in 1,593.81, "," in 1.593,81; if not given, numbers are
+    written 1593.81."""
     request_column: str = ""
     """What was shown together: any type.  A user's events of one request become candidates of one sample, as events of
     one second always do; a missing value is no request."""
@@ -132,13 +139,15 @@ class EventLogOptions:
             action_separator=self.action_separator or None,
             columns={"sample": context, "event": history},
             request=self.request_column or None,
+            encoding=self.encoding or UTF_8,
+            decimal=self.decimal or None,
         )
 
 
 NEEDED = ("user_column", "item_column", "time_column", "action_columns")
 NAMING = (
     *(*NEEDED, "time_unit", "action_values", "action_separator"),
-    *("context_columns", "history_columns", "request_column"),
+    *("context_columns", "history_columns", "encoding", "decimal", "request_column"),
 )
 """Options that say what a schema file says in their place."""
 
@@ -239,12 +248,11 @@ def _read(
         name: attribute_paths(source, attributes.files, needed=known is None) if attributes else []
         for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))
     }
-    users, items = (open_files(connection, found, source, scratch) for found in paths.values())
+    opened = partial(open_files, connection, source=source, scratch=scratch, encoding=schema.encoding)
+    users, items = (opened(found) for found in paths.values())
     log = log_paths(source, leave_out=[path for found in paths.values() for path in found])
     described = [column.column for column in log_columns(schema)] if known is not None else []
-    sources = LogSources(
-        log=open_files(connection, log, source, scratch, described=described), users=users, items=items
-    )
+    sources = LogSources(log=opened(log, described=described), users=users, items=items)
     check_columns(schema, sources)
     types = space_types(schema, sources, stored_keys(connection, known) if known is not None else ())
     options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)

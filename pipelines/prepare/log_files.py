@@ -33,10 +33,12 @@ from pipelines.prepare.engine import (
     quoted,
 )
 from pipelines.prepare.readings import NULL, TEXT, Stored
+from pipelines.prepare.text_encoding import ENCODING, UTF_8, encoding_of, file_in_utf_8
 
 logger = logging.getLogger(__name__)
 
-FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
+PARQUET = ".parquet"
+FORMATS = (PARQUET, ".csv", ".tsv", ".jsonl", ".ndjson")
 CSV = ".csv"
 """The kind of all files whose first line names columns, whatever divides them."""
 DELIMITERS = (",", ";", "\t", "|")
@@ -44,8 +46,6 @@ DELIMITERS = (",", ";", "\t", "|")
 HEADER_BYTES = 1 << 20
 JSON = ".json"
 """Read where a folder holds no file of FORMATS: a description of the data often ends in it."""
-UTF_16 = ("\ufffd\ufffd", "\xff\xfe", "\xfe\xff")
-"""How the mark at the beginning of a file in UTF-16 reads where UTF-8 was expected."""
 SHOWN = 5
 """Names of files that a message shows at most."""
 REJECTED = "longview_rejected"
@@ -64,6 +64,8 @@ class LogFile:
     """The suffix in small letters, less that of a compression."""
     columns: Sequence[tuple[str, str]]
     """(name, SQL type) of its columns, in order."""
+    encoding: str = UTF_8
+    """Of a file of text."""
     delimiter: str = ","
     """What divides the columns of a CSV file."""
     folders: Mapping[str, str | None]
@@ -74,7 +76,7 @@ class LogFile:
     @property
     def is_json(self) -> bool:
         """Whether its rows are objects, each with fields of its own."""
-        return self.kind not in (".parquet", CSV)
+        return self.kind not in (PARQUET, CSV)
 
     @property
     def fields(self) -> dict[str, tuple[str, str]]:
@@ -109,12 +111,12 @@ class LogFile:
 
         The engine counts no blank lines, and a value in quotes of a CSV file may go over several.
         """
-        if self.kind == ".parquet":
+        if self.kind == PARQUET:
             return f"row {row}"
         begun, quotes = -1 if self.kind == CSV else 0, 0
         with (
             decompressed(self.path) as stream,
-            io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="") as lines,
+            io.TextIOWrapper(stream, encoding=self.encoding, errors="replace", newline="") as lines,
         ):
             for number, line in enumerate(lines, 1):
                 blank = not line.strip("\r\n" if self.kind == CSV else None)
@@ -126,12 +128,12 @@ class LogFile:
 
     @contextmanager
     def reader(self, scratch: Path, *, skip_invalid: bool = False) -> Iterator[str]:
-        """SQL of a table with the file's columns; meanwhile, what is compressed lies unpacked in `scratch`.
+        """SQL of a table with the file's columns; meanwhile, what is compressed or not UTF-8 lies plain in `scratch`.
 
         With `skip_invalid`, lines that are no rows are left out of a CSV file (see `rejected`), and are rows without
         values in a JSON file.
         """
-        with _plain(self.path, scratch) as plain:
+        with _plain(self.path, scratch, self.encoding) as plain:
             further = "".join(
                 f", {literal(value) if value is not None else 'NULL'}::{TEXT} AS {quoted(name)}"
                 for name, value in self.folders.items()
@@ -192,13 +194,15 @@ def open_files(
     source: Path,
     scratch: Path,
     *,
+    encoding: str = UTF_8,
     described: Iterable[str] = (),
 ) -> list[LogFile]:
     """What files hold, less JSON files without a line.  Raises ValueError if one cannot be read, or no file is left.
 
-    `described` are columns that JSON files may lack all together: an earlier delivery had them.
+    `encoding` is that of text files that do not say it themselves.  `described` are columns that JSON files may lack
+    all together: an earlier delivery had them.
     """
-    opened = [_open(connection, path, source, scratch) for path in paths]
+    opened = [_open(connection, path, source, scratch, encoding) for path in paths]
     files = [file for file in opened if file.columns]
     for file in opened:
         if not file.columns:
@@ -212,14 +216,16 @@ def open_files(
     ]
 
 
-def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scratch: Path) -> LogFile:
+def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scratch: Path, stated: str) -> LogFile:
     folder = path.relative_to(source).parent if path.is_relative_to(source) else path.parent
     kind = plain_name(path).suffix.lower()
-    delimiter = DELIMITERS[0]
+    delimiter, encoding = DELIMITERS[0], UTF_8 if kind == PARQUET else encoding_of(path, stated)
     if kind in (CSV, ".tsv"):
-        kind, (delimiter, columns) = CSV, _csv_columns(path)
+        kind, (delimiter, columns) = CSV, _csv_columns(path, encoding)
+    elif kind == PARQUET:
+        columns = _parquet_columns(connection, path, scratch)
     else:
-        columns = _described(connection, path, kind, scratch)
+        columns = _json_columns(connection, path, encoding, scratch)
     pairs = [part.split("=", 1) for part in folder.parts if "=" in part]
     have = {name.lower() for name, _ in columns}
     folders = {
@@ -227,13 +233,13 @@ def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scrat
         for name, value in pairs
         if unquote(name).lower() not in have
     }
-    return LogFile(path=path, kind=kind, columns=columns, delimiter=delimiter, folders=folders)
+    return LogFile(path=path, kind=kind, columns=columns, encoding=encoding, delimiter=delimiter, folders=folders)
 
 
 @contextmanager
-def _plain(path: Path, scratch: Path) -> Iterator[Path]:
-    """`path`, or its copy without compression as long as it is needed."""
-    plain = plain_file(path, scratch)
+def _plain(path: Path, scratch: Path, encoding: str = UTF_8) -> Iterator[Path]:
+    """`path`, or its copy in UTF-8 without compression as long as it is needed."""
+    plain = plain_file(path, scratch) if encoding == UTF_8 else file_in_utf_8(path, encoding, scratch)
     try:
         yield plain
     finally:
@@ -247,14 +253,14 @@ def _table(plain: Path, described: LogFile, skip_invalid: bool) -> str:
     skip = (
         {
             CSV: f", store_rejects = true, rejects_table = '{REJECTED}', rejects_scan = '{REJECTED}_scans'",
-            ".parquet": "",
+            PARQUET: "",
         }.get(kind, ", ignore_errors = true")
         if skip_invalid
         else ""
     )
     file = literal(str(plain))
     types = ", ".join(f"{literal(name)}: {literal(each)}" for name, each in described.columns)
-    if kind == ".parquet":
+    if kind == PARQUET:
         return _parquet_table(plain)
     if kind == CSV:
         return (
@@ -268,13 +274,11 @@ def _parquet_table(plain: Path) -> str:
     return f"read_parquet({literal(str(plain))}, hive_partitioning = false)"
 
 
-def _described(
-    connection: duckdb.DuckDBPyConnection, path: Path, kind: str, scratch: Path
+def _json_columns(
+    connection: duckdb.DuckDBPyConnection, path: Path, encoding: str, scratch: Path
 ) -> Sequence[tuple[str, str]]:
-    """Columns of a file that says what it holds: a Parquet file's footer, all of a JSON file's rows."""
-    with _plain(path, scratch) as plain:
-        if kind == ".parquet":
-            return _parquet_columns(connection, path, plain)
+    """Fields of all rows of a JSON file."""
+    with _plain(path, scratch, encoding) as plain:
         with plain.open("rb") as stream:
             first = next((line for line in stream if line.strip()), b"").strip()
         if not first:
@@ -312,23 +316,24 @@ def _fields(name: str, value: str, kind: str) -> Iterator[tuple[str, tuple[str, 
         yield from _fields(full, sql, str(field))
 
 
-def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, plain: Path) -> Sequence[tuple[str, str]]:
+def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, scratch: Path) -> Sequence[tuple[str, str]]:
     """Names as they are stored (the engine numbers those that are alike) and the engine's types."""
-    if not plain.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    try:
-        types = connection.execute(f"DESCRIBE SELECT * FROM {_parquet_table(plain)}").fetchall()
-        names = pq.read_schema(plain).names
-    except (duckdb.InvalidInputException, duckdb.IOException, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {reason}") from error
+    with _plain(path, scratch) as plain:
+        if not plain.stat().st_size:
+            raise ValueError(f"{path} is empty")
+        try:
+            types = connection.execute(f"DESCRIBE SELECT * FROM {_parquet_table(plain)}").fetchall()
+            names = pq.read_schema(plain).names
+        except (duckdb.InvalidInputException, duckdb.IOException, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {reason}") from error
     return [(name, kind[1]) for name, kind in zip(names, types, strict=True)]
 
 
-def _csv_columns(path: Path) -> tuple[str, Sequence[tuple[str, str]]]:
+def _csv_columns(path: Path, encoding: str) -> tuple[str, Sequence[tuple[str, str]]]:
     """What divides a CSV file, and the names in its header; a name in quotes may hold what divides."""
     with decompressed(path) as stream:
-        text = stream.read(HEADER_BYTES).decode("utf-8-sig", errors="replace")
+        text = stream.read(HEADER_BYTES).decode(encoding, errors="replace")
     if not text:
         raise ValueError(f"{path} is empty: a header line was expected")
     try:
@@ -340,8 +345,12 @@ def _csv_columns(path: Path) -> tuple[str, Sequence[tuple[str, str]]]:
         raise ValueError(f"{path}: the header is not one of a CSV file: {error}") from error
     delimiter = max(headers, key=lambda each: len(headers[each]))
     names = [name.strip() for name in headers[delimiter]]
-    if names and names[0].startswith(UTF_16):
-        raise ValueError(f"{path} is stored in UTF-16; write it in UTF-8")
+    if "\0" in text:
+        raise ValueError(
+            f"{path} holds zero bytes, as text in UTF-16 does: say which {ENCODING} it has, such as utf-16-le"
+        )
+    if any("\ufffd" in name for name in names):
+        raise ValueError(f"{path}: the header {', '.join(names)} is no text in {encoding}: say which {ENCODING} it has")
     if not any(names):
         raise ValueError(f"{path}: line 1 is blank, a header line was expected; remove the blank lines before it")
     # A table's index and a delimiter at the end of lines make columns without a name, which nobody asks for.

@@ -17,6 +17,7 @@ from pipelines.features import (
     Part,
 )
 from pipelines.prepare.source import USER_SPACE
+from pipelines.prepare.text_encoding import UTF_8, check_encoding
 from pipelines.prepare.times import check_unit
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -126,9 +127,17 @@ class LogSchema:
     """Whether of rows that are equal in all columns read only the first is kept."""
     missing_texts: tuple[str, ...] = MISSING_TEXTS
     """Texts that mean a missing value."""
+    encoding: str = UTF_8
+    """Of files of text, where they do not begin with the mark of UTF-16."""
+    decimal: str | None = None
+    """What stands before decimals in numbers of text, "." or ","; the other may stand between thousands then.  Without
+    it that is a point, and nothing between thousands, as 1,593 may be either."""
 
     def __post_init__(self) -> None:
         check_unit(self.time_unit)
+        check_encoding(self.encoding)
+        if self.decimal not in (None, ".", ","):
+            raise ValueError(f"decimal must be '.' (as in 1,593.81) or ',' (as in 1.593,81), got {self.decimal!r}")
         if len({self.user, self.item, self.time}) < 3:
             raise ValueError(
                 f"user, item and time are the columns {self.user}, {self.item}, {self.time}; name three columns"

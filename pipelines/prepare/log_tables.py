@@ -147,7 +147,7 @@ def _read_columns(
         name = column.column
         if column.space is None:
             rules = _label_rules(column, schema) if name in labels else ()
-            return "DOUBLE", lambda file: _with_rules(read_number(file.stored(name), texts), rules)
+            return "DOUBLE", lambda file: _with_rules(read_number(file.stored(name), texts, schema.decimal), rules)
         target, required = types[column.space], name in labels
         if column.kind == "ids":
             return f"{target.name}[]", lambda file: read_ids(file.stored(name), target, texts, column.separator)

@@ -24,6 +24,8 @@ UNSIGNED = ("UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
 WIDEST = "HUGEINT"
 EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}
 """From here on, whole numbers may have been rounded where they are stored in this type."""
+BRACKETS = r"\[.*\]|\{.*\}|\(.*\)"
+"""How lists are written as text by programs that write Python, JSON or SQL."""
 IDS_AS_THEY_ARE = ("BOOLEAN", "UUID", "DATE", "TIMESTAMP", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE", "TIMESTAMPTZ_NS")
 """Other types whose values serve as ids."""
 
@@ -161,12 +163,20 @@ def read_id(stored: Stored, target: IdType, texts: Sequence[str], *, required: b
 
 def read_ids(stored: Stored, target: IdType, texts: Sequence[str], separator: str | None) -> Reading:
     """Any number of ids a row: a list, or text divided at `separator`; missing lists and parts are left out."""
-    column = quoted(stored.name)
+    column, rules = quoted(stored.name), []
     if stored.type == NULL:
         return Reading(value=f"CAST([] AS {target.name}[])")
     if _is_text(stored.type) and separator:
         values, part = f"string_split({column}, {literal(separator)})", replace(stored, type=TEXT)
         values = f"list_transform({values}, lambda part: trim(part))"
+        # Parts of ["a","b"] would be five keys of two: with a bracket before, behind or neither.
+        rules.append(
+            Rule(
+                condition=f"NOT coalesce(regexp_full_match(trim({column}), '{BRACKETS}', 's'), false)",
+                text=f"{stored.name} must hold keys with {separator!r} between them, without brackets around",
+                column=stored.name,
+            )
+        )
     elif stored.is_list:
         values, part = column, stored.element
     else:
@@ -176,7 +186,6 @@ def read_ids(stored: Stored, target: IdType, texts: Sequence[str], separator: st
         )
     known = f"list_filter({values}, lambda part: NOT {missing('part', part.type, texts)})"
     value, wrong = _id("part", part, target)
-    rules = []
     if wrong is not None:
         condition, text = wrong
         bad = f"len(list_filter({known}, lambda part: ({condition}) IS NOT TRUE))"
@@ -211,23 +220,37 @@ def _spelling(value: str, name: str, beside: str) -> tuple[str, str]:
     return f"{means} IS NULL OR TRY_CAST({value} AS {beside})::VARCHAR = {value}", text
 
 
-def read_number(stored: Stored, texts: Sequence[str]) -> Reading:
-    """A number a row as DOUBLE."""
+def read_number(stored: Stored, texts: Sequence[str], decimal: str | None = None) -> Reading:
+    """A number a row as DOUBLE; `decimal` stands before decimals of text, the other of . and , between thousands."""
     column, kind = quoted(stored.name), stored.type
     if kind == NULL:
         return Reading(value="NULL::DOUBLE")
     if not (_is_text(kind) or _is_number(kind) or kind == "BOOLEAN"):
-        raise ValueError(f"{stored.path} stores {stored.name} as {kind}, but numbers were expected")
+        fix = "; give each number of a list a column of its own" * stored.is_list
+        raise ValueError(f"{stored.path} stores {stored.name} as {kind}, but numbers were expected{fix}")
     absent = missing(column, kind, texts)
-    number = f"TRY_CAST({column} AS DOUBLE)"
+    number = f"TRY_CAST({_plain_number(column, decimal) if _is_text(kind) and decimal else column} AS DOUBLE)"
     # Text may spell NaN in ways that are not listed.
     value = f"CASE WHEN NOT {absent} AND isfinite({number}) THEN {number} END"
     known = f"{absent} OR isnan({number}) OR isfinite({number})"
     text = f"{stored.name} must hold finite numbers"
     if _is_text(kind):
-        text += ", with a point before decimals and nothing between thousands"
+        text += {
+            None: ", with a point before decimals and nothing between thousands; else say --decimal (decimal in a "
+            "schema file)",
+            ".": ", written as 1,593.81 or 1593.81",
+            ",": ", written as 1.593,81 or 1593,81",
+        }[decimal]
     rule = Rule(condition=known, text=text, column=stored.name)
     return Reading(value=value, rules=(rule,))
+
+
+def _plain_number(column: str, decimal: str) -> str:
+    """SQL of text with a point before decimals and nothing between thousands; no number where these are ill-placed."""
+    other = "," if decimal == "." else "."
+    parted = f"regexp_full_match(trim({column}), '[+-]?\\d{{1,3}}([{other}]\\d{{3}})+([{decimal}]\\d*)?')"
+    whole = f"replace({column}, '{other}', CASE WHEN {parted} THEN '' ELSE '?' END)"
+    return f"replace({whole}, '{decimal}', '.')"
 
 
 def read_flag(stored: Stored) -> Reading:
@@ -239,8 +262,18 @@ def read_flag(stored: Stored) -> Reading:
     if _is_text(stored.type):
         # The engine knows true, t, yes, y and their opposites.
         flag = f"coalesce(TRY_CAST(trim({column}) AS BOOLEAN)::DOUBLE, {flag})"
-    rule = Rule(condition=f"{flag} IN (0, 1)", text=f"label {stored.name} must be 0 or 1", column=stored.name)
+    rule = Rule(
+        condition=f"{flag} IN (0, 1)",
+        text=f"label {stored.name} must be 0 or 1",
+        column=stored.name,
+        explain=_as_words if _is_text(stored.type) else None,
+    )
     return Reading(value=f"CASE WHEN {flag} = 1 THEN 1 ELSE 0 END", rules=(rule,))
+
+
+def _as_words(shown: str) -> str:
+    """What a message says of text that is no label."""
+    return f"true, t, yes, y, their opposites, 0 and 1 are known; if {shown[:100]!r} is an action, give action values"
 
 
 def read_words(stored: Stored, target: IdType, words: Sequence[str], separator: str | None) -> Reading:

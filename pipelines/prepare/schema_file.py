@@ -13,7 +13,19 @@ from typing import Any
 from pipelines.features import NUMBER, Part
 from pipelines.prepare.log_schema import Attributes, LogColumn, LogSchema, SpaceOptions
 
-TEXTS = ("user", "item", "time", "time_unit", "action_separator", "request", "weight", "keep_rate", "where")
+TEXTS = (
+    "user",
+    "item",
+    "time",
+    "time_unit",
+    "action_separator",
+    "request",
+    "weight",
+    "keep_rate",
+    "where",
+    "encoding",
+    "decimal",
+)
 """Keys that hold text; `actions`, `action_values` and `missing` hold lists of text."""
 ROW_PARTS: tuple[Part, ...] = ("sample", "event", "candidate", "label")
 """Parts whose columns the log's rows hold; those of `users` and `items` are in files of their own."""

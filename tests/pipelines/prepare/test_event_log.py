@@ -233,7 +233,12 @@ def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.Cap
         (b"u,i,t,like\n1,2,3,1\n\xe9,2,3,1\n", "log.csv, line 3: Invalid unicode"),
         (b"u,i,t,like\n1,2,3,1\n1,2\n", "log.csv, line 3: Expected Number of Columns: 4 Found: 2"),
         (b"u,i,t,like\n", "the source holds no events with labels"),
-        ("u,i,t,like\n1,2,3,1\n".encode("utf-16"), "log.csv is stored in UTF-16; write it in UTF-8"),
+        (
+            "u,i,t,like\n1,2,3,1\n".encode("utf-16-le"),
+            "log.csv holds zero bytes, as text in UTF-16 does: say which --enc",
+        ),
+        ("\u00fc,i,t,like\n1,2,3,1\n".encode("latin-1"), "is no text in utf-8: say which --encoding"),
+        ("u,i,t,like\n1,2,3,1\n\u00e9,2,3,1\n".encode("latin-1"), "line 3: Invalid unicode"),
     ],
 )
 def test_a_malformed_csv_file_is_one_clear_error(

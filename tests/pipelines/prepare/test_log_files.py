@@ -197,7 +197,7 @@ def test_a_missing_id_time_or_label_is_refused_in_every_spelling(
 def test_a_missing_feature_is_absent_in_every_spelling(tmp_path: Path, spelling: str) -> None:
     suffix, value = MISSING[spelling]
     texts = isinstance(value, str)
-    land = [value, "de", "fr", "de"] if texts or value is None else [value, 49.0, 33.0, 49.0]
+    land = ["de", "fr", value, "de"] if texts or value is None else [49.0, 33.0, value, 49.0]
     dwell = [value, "2.5", "3.5", "4.5"] if texts else [value, 2.5, 3.5, 4.5]
     options = ("--context-columns", "land", "--history-columns", "dwell")
     status, out = prepared(tmp_path, [(suffix, events(1, land=land, dwell=dwell))], *options)

@@ -171,3 +171,79 @@ def test_a_field_beside_a_column_of_its_name_is_refused(tmp_path: Path, capsys: 
     write_lines(tmp_path / "in" / "log.jsonl", [json.dumps(row) for row in rows])
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *NESTED, *SPLIT) == 1
     assert "log.jsonl has several columns who.id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "latin-1", "cp1252", "shift_jis"])
+def test_text_is_read_in_the_encoding_that_is_said_or_that_it_begins_with(
+    tmp_path: Path, encoding: str, suffix: str
+) -> None:
+    items = ["\u30a1", "\u65e5\u672c"] if encoding == "shift_jis" else ["Z\u00fcrich", "\u00df"]
+    rows = [dict(zip(events(1), row, strict=True)) for row in zip(*events("1", i=items * 2).values(), strict=True)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if suffix != "jsonl":
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    content_of = "".join(f"{line}\r\n" for line in lines).encode(encoding)
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / f"log.{suffix}"
+    path.write_bytes(gzip.compress(content_of) if suffix.endswith("gz") else content_of)
+    said = () if encoding in ("utf-8", "utf-8-sig", "utf-16") else ("--encoding", encoding)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT, *said) == 0
+    assert content(tmp_path / "out") == expected(tmp_path, i=items * 2)
+
+
+def test_bytes_that_are_no_text_in_an_encoding_are_named_by_their_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "log.csv").write_bytes(b"u,i,t,like\n1,\xe9,3,1\n1,\x81,3,1\n")
+    out = tmp_path / "out"
+    assert prepare("event_log", tmp_path / "in", out, *COLUMNS, *SPLIT, "--encoding", "cp1252") == 1
+    assert "log.csv, line 3: the bytes 81 are no text in cp1252: say which --encoding" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare("event_log", tmp_path / "in", out, *COLUMNS, *SPLIT, "--encoding", "latin-16")
+    assert "the encoding 'latin-16' is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("decimal", "texts", "values"),
+    [
+        (",", ["1.593,81", "-12,5", "7", "1.234.567"], [1593.81, -12.5, 7, 1234567]),
+        (".", ["1,593.81", "-12.5", "7", "1,234,567"], [1593.81, -12.5, 7, 1234567]),
+    ],
+)
+def test_numbers_are_read_as_they_are_said_to_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], decimal: str, texts: list[str], values: list[float]
+) -> None:
+    source = tmp_path / "in" / "log.csv"
+
+    def write(numbers: Sequence[str]) -> None:
+        rows = zip(*events("1").values(), numbers, strict=True)
+        write_lines(source, ["u;i;t;like;price", *(";".join(map(str, row)) for row in rows)])
+
+    write(texts)
+    options = (*COLUMNS, *SPLIT, "--history-columns", "price", "--decimal", decimal)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    [row] = rows_of(tmp_path / "out", "eval")
+    assert row["history_price"] == values[: len(row["history_price"])]
+    # What is between thousands elsewhere, or before decimals without being said so, is no guess.
+    for wrong in ("1.5" if decimal == "," else "1,5", "1.23.4", "12.34,5.6", "1,2345.6"):
+        write([*texts[:3], wrong])
+        assert prepare("event_log", tmp_path / "in", tmp_path / "wrong", *options) == 1
+        assert "line 5: price must hold finite numbers, written as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cell", ['["a","b"]', "['a', 'b']", "{a,b}", "[a]"])
+def test_lists_written_as_text_are_not_cut_with_their_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str
+) -> None:
+    rows = [",".join(map(str, row)) for row in zip(*events("1").values(), strict=True)]
+    quoted = '"' + cell.replace('"', '""') + '"'
+    write_lines(
+        tmp_path / "in" / "log.csv", ["u,i,t,like,tags", f'{rows[0]},"a,b"', *(f"{row},{quoted}" for row in rows[1:])]
+    )
+    (tmp_path / "log.toml").write_text(
+        'user = "u"\nitem = "i"\ntime = "t"\nactions = ["like"]\n[event]\ntags = { of = ["tag"], separator = "," }\n'
+    )
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", "--schema", str(tmp_path / "log.toml"), *SPLIT) == 1
+    assert "line 3: tags must hold keys with ',' between them, without brackets around" in capsys.readouterr().err
