@@ -245,5 +245,5 @@ class PlacementConfig:
             raise ValueError(f"placement.cached_part must lie in (0, 1], got {self.cached_part}")
         if not 0 <= self.reserved_fraction < 1:
             raise ValueError(f"placement.reserved_fraction must lie in [0, 1), got {self.reserved_fraction}")
-        if self.activation_gib is not None and self.activation_gib < 0:
-            raise ValueError(f"placement.activation_gib must be at least 0, got {self.activation_gib}")
+        if self.activation_gib is not None and not 0 <= self.activation_gib < 2**33:
+            raise ValueError(f"placement.activation_gib must be at least 0 and below 2^33, got {self.activation_gib}")

@@ -30,7 +30,7 @@ from embeddings.config import (
     UnboundedConfig,
 )
 from embeddings.frequencies import zipf
-from embeddings.hardware import NodeType, read_object
+from embeddings.hardware import LEAST, MOST, NodeType, read_object
 from embeddings.problem import GIB, BatchLoad
 from embeddings.records import from_dict
 
@@ -137,12 +137,13 @@ class DemandFile:
         bags = [table.name for table in self.tables if table.pooled is None and table.bags_per_sample is not None]
         if bags:
             raise ValueError(f"bags_per_sample of table {bags[0]!r} has no effect, as it is not pooled: remove it")
-        if min(self.dense_gib, self.dense_ms, self.dense_tflop) < 0:
-            raise ValueError("dense_gib, dense_ms and dense_tflop must be at least 0")
+        for name in ("dense_gib", "dense_ms", "dense_tflop"):
+            if not 0 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} must be at least 0 and at most {MOST:g}, got {getattr(self, name)}")
         if self.dense_ms and self.dense_tflop:
             raise ValueError("dense_ms and dense_tflop both tell the dense model's time: leave one of them out")
-        if bool(self.dense_tflop) != (0 < self.dense_mfu <= 1):
-            raise ValueError(f"dense_tflop goes with a dense_mfu in (0, 1], got {self.dense_mfu}")
+        if bool(self.dense_tflop) != (LEAST <= self.dense_mfu <= 1):
+            raise ValueError(f"dense_tflop goes with a dense_mfu in (0, 1], {LEAST} at least, got {self.dense_mfu}")
 
 
 def read_demand(path: Path) -> Demand:

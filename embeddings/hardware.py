@@ -54,10 +54,12 @@ class Rates:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in _MAY_BE_ZERO else math.ulp(0)
-            if value is not None and not least <= value < math.inf:
+            least = 0 if field.name in _MAY_BE_ZERO else LEAST
+            if value is not None and not least <= value <= MOST:
                 unit = {"ms": "ms", "ns": "ns"}.get(field.name[-2:], "GB/s")
-                raise ValueError(f"rate {field.name} must be a number of {unit} above 0, got {value}")
+                raise ValueError(
+                    f"rate {field.name} must be a number of {unit} above 0, between {least} and {MOST:g}, got {value}"
+                )
 
     def cached_rows(self, hit_rate: float) -> float:
         """GB/s of the rows of a fused_uvm_caching table of whose lookups this part is found in the cache.
@@ -82,6 +84,8 @@ class Rates:
         return self.host_link / 10 if self.uncached is None else self.uncached
 
 
+LEAST, MOST = 1e-6, 1e12
+"""Between these lies whatever can be measured, in any unit; beyond them numbers of floating point end."""
 _MAY_BE_ZERO = ("lookups_ms", "id_ns", "cache_ms", "cache_id_ns")
 
 
@@ -164,8 +168,10 @@ class NodeType:
             raise ValueError(f"hbm_gib must be a number of GiB above 0, got {self.hbm_gib}")
         if (self.gpus > 0) != (self.hbm_gib is not None):
             raise ValueError(f"hbm_gib={self.hbm_gib} with {self.gpus} GPUs: GPUs need it, and a CPU has none")
-        if self.bf16_tflops is not None and not 0 < self.bf16_tflops < math.inf:
-            raise ValueError(f"bf16_tflops must be a number of TFLOP/s above 0, got {self.bf16_tflops}")
+        if self.bf16_tflops is not None and not LEAST <= self.bf16_tflops <= MOST:
+            raise ValueError(
+                f"bf16_tflops must be a number of TFLOP/s between {LEAST} and {MOST:g}, got {self.bf16_tflops}"
+            )
         if not self.calibration.isprintable():
             raise ValueError(f"calibration must be printable text of one line, got {self.calibration!r}")
         if not 0 < self.host_gib < math.inf:

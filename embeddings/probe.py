@@ -21,7 +21,7 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, TableConfig
-from embeddings.hardware import CPU_RATES, NodeType, Rates, gpu_with_name
+from embeddings.hardware import CPU_RATES, MOST, NodeType, Rates, gpu_with_name
 from embeddings.host import host_memory_gib
 from embeddings.kinds.kind import Blocks, Work
 from embeddings.kinds.registry import KINDS
@@ -47,8 +47,6 @@ OTHER_IDS = {"cuda": 2**19, "cpu": 2**15}
 """Of two tables whose lookups try the rates: their widths, and the ids that are looked up in each."""
 EXCHANGED_BYTES = {"cuda": 2**28, "cpu": 2**24}
 COPIED_BYTES = 2**28
-
-_VERY_FAST = 1e15
 
 
 def probe() -> NodeType:
@@ -187,7 +185,7 @@ def _lookup_rate(machine: Machine, kernel: ComputeKernel, rate: str) -> float:
     table = _table(WIDTH, ROWS[machine.compute_device])
     few, many = MANY_IDS[machine.compute_device] if kernel == "fused" else HOST_IDS
     taken = _step_ms([table], many, machine, kernel) - _step_ms([table], few, machine, kernel)
-    rest = _estimate_ms(machine, table, kernel, rate, _VERY_FAST, many - few)
+    rest = _estimate_ms(machine, table, kernel, rate, MOST, many - few)
     of_rate = _estimate_ms(machine, table, kernel, rate, 1.0, many - few) - rest
     if not rest < taken:
         raise ValueError(

@@ -215,6 +215,9 @@ def test_numbers_of_ranks_double() -> None:
         ({"dense_tflop": 3.0, "dense_mfu": 0.3}, [], "dense_ms and dense_tflop both"),
         ({"dense_ms": 0.0, "dense_tflop": 3.0}, [], "goes with a dense_mfu in (0, 1]"),
         ({"dense_ms": -1.0}, [], "must be at least 0"),
+        ({"dense_gib": 1e308}, [], "dense_gib must be at least 0 and at most"),
+        ({"activation_gib": 1e308}, [], "activation_gib must be at least 0 and below"),
+        ({"dense_ms": 0.0, "dense_tflop": 3.0, "dense_mfu": 1e-308}, [], "goes with a dense_mfu in (0, 1]"),
         ({"cached_part": 1.5}, [], "cached_part must lie in (0, 1]"),
         ({"tables": [{**TABLES["tables"][0], "bags_per_sample": 2.0}]}, [], "has no effect, as it is not pooled"),
         (
@@ -296,7 +299,8 @@ def test_wrong_machine_file_is_named(tmp_path: Path) -> None:
     rates: Any = OWN["rates"]
     changes: list[dict[str, Any]] = [{"rates": {"device": 1}}, {"rates": 5}, {"rates": rates | {"device": -1.0}}]
     changes += [{"gpus": 0}, {"gpus": 4.5}, {"tpus": 1}, {"hbm_gib": "80"}, {"hbm_gib": -3}, {"host_gib": None}]
-    changes += [{"calibration": "two\nlines"}]
+    changes += [{"calibration": "two\nlines"}, {"bf16_tflops": 1e-308}]
+    changes += [{"rates": rates | {"device": 1e-308}}, {"rates": rates | {"id_ns": 1e308}}]
     for change in changes:
         path.write_text(json.dumps(OWN | change))
         with pytest.raises(ValueError, match=r"own\.json: a machine has gpus"):
