@@ -1,5 +1,6 @@
 """What `doctor` finds on a Slurm cluster."""
 
+import getpass
 from collections.abc import Iterator
 
 from launch.schedulers import slurm_queue
@@ -8,7 +9,7 @@ from trainer.command_line import Finding
 
 
 def look_at_cluster() -> Iterator[Finding]:
-    """Controller, partitions with their limits and GPUs, accounting, requeueing."""
+    """Controller, partitions with their limits and GPUs, accounting and your accounts, requeueing."""
     try:
         version = slurm_queue.run(["sinfo", "--version"]).stdout.strip()
         config = slurm_queue.run(["scontrol", "show", "config"])
@@ -24,12 +25,39 @@ def look_at_cluster() -> Iterator[Finding]:
     accounting = settings.get("AccountingStorageType", "") not in ("", "(null)", "accounting_storage/none")
     told = "is remembered" if accounting else "is forgotten minutes after its end, then read from its own output"
     yield Finding(ok=True, text=f"accounting {'on' if accounting else 'off'}: a job's state {told}")
+    if accounting:
+        yield from _accounts(enforced="associations" in settings.get("AccountingStorageEnforce", ""))
     if settings.get("JobRequeue") == "0":
         yield Finding(ok=True, text="JobRequeue=0: jobs are requeued only because they ask for it, as ours do")
     if settings.get("MaxArraySize") in ("0", "1"):
         yield Finding(ok=True, text="MaxArraySize allows no job arrays: submit the runs of a sweep one by one")
     wait = settings.get("KillWait", "")
     yield Finding(ok=True, text=f"KillWait {wait}: what a cancelled job has for its last save")
+
+
+def _accounts(*, enforced: bool) -> Iterator[Finding]:
+    """What --option account=... and qos=... may name."""
+    user = getpass.getuser()
+    show = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", "where", f"user={user}"]
+    try:
+        told = slurm_queue.run([*show, "format=account,partition,qos,defaultqos"])
+    except SlurmError as error:
+        yield Finding(ok=True, text=f"your accounts are not known: {error}")
+        return
+    if told.returncode != 0:
+        yield Finding(ok=True, text=f"your accounts are not known: {' '.join(told.stderr.split())}")
+        return
+    if not told.stdout.strip() and enforced:
+        yield Finding(
+            ok=False, text=f"accounting knows no account of {user}, and takes no job without one: ask for one"
+        )
+    for line in told.stdout.splitlines():
+        account, partition, qualities, default = (word.strip() for word in line.split("|"))
+        where = f" in partition {partition}" if partition else ""
+        usual = f", {default} unless you say another" if default else ""
+        yield Finding(
+            ok=True, text=f"account {account}{where}: qualities of service {qualities or 'of the site'}{usual}"
+        )
 
 
 def _partitions() -> Iterator[Finding]:
