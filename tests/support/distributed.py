@@ -68,7 +68,7 @@ def run_module(module: str, world_size: int, arguments: Sequence[str], **environ
     """
     with TemporaryDirectory() as folder:
         status = _fork_from_nursery(_start_modules, folder, module, world_size, list(arguments), environment)
-        return status, Path(folder, "output").read_text()
+        return status, Path(folder, "output").read_text(encoding="utf-8", errors="replace")
 
 
 def _fork_from_nursery(start: Callable[..., int], *args: Any) -> int:
