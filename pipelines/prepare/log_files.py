@@ -2,7 +2,8 @@
 
 Parquet files hold typed columns; of CSV files every column is text; of files of JSON lines every field is text or a
 list of texts, and one that no line of a file has is missing there if other files have it.  Fields of objects are
-columns called OBJECT.FIELD; the folders `key=value` that a file lies in are columns of text, too.
+columns called OBJECT.FIELD, and those of lists of objects are columns of lists; the folders `key=value` that a file
+lies in are columns of text, too.
 """
 
 import csv
@@ -307,13 +308,18 @@ def _children(kind: DuckDBPyType) -> list[tuple[str, DuckDBPyType]]:
 
 
 def _fields(name: str, value: str, kind: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(OBJECT.FIELD, (SQL, SQL type)) of a value's fields and theirs, if it is an object."""
-    if not kind.startswith("STRUCT(") or kind.endswith("]"):
+    """(OBJECT.FIELD, (SQL, SQL type)) of a value's fields and theirs, if it is an object, or a list of such."""
+    described = kind.removesuffix("[]")
+    many = described != kind
+    if not described.startswith("STRUCT(") or described.endswith("]"):
         return
-    for child, field in _children(duckdb.sqltype(kind)):
-        full, sql = f"{name}.{child}", f"struct_extract({value}, {literal(child)})"
-        yield full, (sql, str(field))
-        yield from _fields(full, sql, str(field))
+    for child, field in _children(duckdb.sqltype(described)):
+        full, found, sql = f"{name}.{child}", str(field), f"struct_extract({value}, {literal(child)})"
+        if many:
+            found += "[]"
+            sql = f"list_transform({value}, lambda element: struct_extract(element, {literal(child)}))"
+        yield full, (sql, found)
+        yield from _fields(full, sql, found)
 
 
 def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, scratch: Path) -> Sequence[tuple[str, str]]:

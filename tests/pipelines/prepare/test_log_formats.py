@@ -233,6 +233,25 @@ def test_numbers_are_read_as_they_are_said_to_be_written(
         assert "line 5: price must hold finite numbers, written as" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_fields_of_lists_of_objects_are_columns_of_lists(tmp_path: Path, suffix: str) -> None:
+    tags = [[{"of": {"tag": "a"}}, {"of": {"tag": "b"}}], [], [{"of": {"tag": "b"}}], [{"of": {"tag": "c"}}]]
+    rows = [dict(zip([*events(1), "tags"], row, strict=True)) for row in zip(*events("1").values(), tags, strict=True)]
+    (tmp_path / "in").mkdir()
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "log.parquet")
+    else:
+        write_lines(tmp_path / "in" / "log.jsonl", [json.dumps(row) for row in rows])
+    (tmp_path / "log.toml").write_text(
+        'user = "u"\nitem = "i"\ntime = "t"\nactions = ["like"]\n'
+        '[event]\ntags = { of = ["tag"], column = "tags.of.tag" }\n'
+    )
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", "--schema", str(tmp_path / "log.toml"), *SPLIT) == 0
+    [row] = rows_of(tmp_path / "out", "eval")
+    keys = keys_of(tmp_path / "out", "tag")
+    assert [[keys[tag] for tag in each] for each in row["history_tags"]] == [["a", "b"], [], ["b"]]
+
+
 @pytest.mark.parametrize("cell", ['["a","b"]', "['a', 'b']", "{a,b}", "[a]"])
 def test_lists_written_as_text_are_not_cut_with_their_brackets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cell: str
