@@ -6,7 +6,10 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -16,6 +19,8 @@ from tests.support.volatile_store import PowerCut, VolatileStore
 from tests.trainer.checkpoint import ranks
 from trainer.checkpoint import store as store_module
 from trainer.checkpoint.catalogue import Catalogue, DamagedCheckpoint, open_catalogue
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.object_store import ObjectStore
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore, open_store
 from trainer.run.run_dir import RunDir
@@ -222,6 +227,70 @@ def test_what_was_never_finished_is_cleared_at_the_start(saved: Path, tmp_path: 
 def test_any_store_saves_keeps_two_and_sets_a_damaged_one_aside(scheme: str, tmp_path: Path) -> None:
     expected = (2, [], ["damaged-step-00000003", "step-00000002"])
     assert run_ranks(2, ranks.store_works, f"{scheme}{tmp_path}/store") == [expected] * 2
+
+
+class _FailingFileSystem:
+    """One that fails its call of number `fails`, before it takes place or after it."""
+
+    def __init__(self, whole: Any, fails: int, before: bool) -> None:
+        self._whole, self._fails, self._before, self.calls = whole, fails, before, 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            failing = self.calls - 1 == self._fails
+            if failing and self._before:
+                raise OSError(f"{name} is not answered")
+            answer = getattr(self._whole, name)(*arguments, **options)
+            if failing:
+                raise OSError(f"the answer to {name} is lost")
+            return answer
+
+        return call
+
+
+def _go_on(saver: Checkpointer, store: ObjectStore) -> None:
+    saver.restore(Catalogue(store).newest())
+
+
+def _fails(act: Callable[[], object]) -> bool:
+    try:
+        act()
+    except OSError:
+        return True
+    return False
+
+
+def _fail_every_request(folder: str) -> list[tuple[bool, bool, list[int]]]:
+    """For each request of a save and a restore, before and after it took place: (failed at the save, at the restore,
+    the steps that are found whole afterwards)."""
+    found = []
+    for number in range(200):
+        for before in (True, False):
+            run, tensors = RunDir(Path(folder, f"run-{number}-{before}")), ranks.sharded(ranks.expected(), "row_wise")
+            run.path.mkdir()
+            store = ObjectStore(f"file://{run.path}/store")
+            whole = store._filesystem
+            saver = ranks.checkpointer(store, run, tensors, keep=1, asynchronous=False)
+            saver.save(Progress(step=1))
+            store._filesystem = failing = _FailingFileSystem(whole, number, before)
+            failed = [_fails(partial(saver.save, Progress(step=2))), _fails(partial(_go_on, saver, store))]
+            saver.close()
+            store._filesystem = whole
+            catalogue = Catalogue(store)
+            found.append((*failed, [catalogue.verify(step).step for step in catalogue.steps()]))
+        if failing.calls <= number:
+            return found
+    raise AssertionError("a save has no end")
+
+
+def test_whatever_request_an_object_store_fails_what_was_complete_stays(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _fail_every_request, str(tmp_path))
+    assert found[-1] == (False, False, [2])
+    for save_failed, restore_failed, steps in found:
+        assert not (save_failed and restore_failed), "one request failed, the next act meets none"
+        # A save that was told to have failed may have counted; one that succeeded has.
+        assert steps and steps[-1] in ((1, 2) if save_failed else (2,))
 
 
 def _full_disk(run_dir: str) -> list[str]:
