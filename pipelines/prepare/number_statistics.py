@@ -7,7 +7,6 @@ import duckdb
 
 from pipelines.features import Column
 from pipelines.known_numbers import NumberStatistics
-from pipelines.prepare.counts import COUNTED, counted
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.source import Description, sample_column, value_column
 
@@ -17,20 +16,23 @@ QUANTILE_VALUES = 1 << 20
 """Quantiles within are those of at most about so many values, which a hash chooses; the ends are exact."""
 
 
-EVENT = "user_id, log_row"
-ROWS: Mapping[str, str] = {"events": EVENT, COUNTED: EVENT, "users": "user_id", "items": "item_id"}
+ROWS: Mapping[str, str] = {"events": "user_id, log_row", "users": "user_id", "items": "item_id"}
 """The tables with values, and what tells their rows apart."""
 
 
 def with_statistics(
     connection: duckdb.DuckDBPyConnection, about: Description, split_time: int | None
 ) -> tuple[Column, ...]:
-    """The columns of a description, those of numbers with statistics.
+    """The columns of a description, those of numbers with statistics, but for counts, which need none.
 
     Of what events tell they are those of the labelled events before the split (of all without one); of attributes of
     users and items, those of each once.
     """
-    places = {column: _place(column, about) for column in about.columns if column.kind == "number"}
+    counts = {name for each in about.counted for name in each.counts.columns}
+    numbers = [column for column in about.columns if column.kind == "number"]
+    places = {
+        column: _place(column, about) for column in numbers if column.part != "candidate" or column.name not in counts
+    }
     found: dict[tuple[str, str], NumberStatistics] = {}
     for table, row in ROWS.items():
         names = list(dict.fromkeys(name for place, name in places.values() if place == table))
@@ -51,8 +53,7 @@ def _place(column: Column, about: Description) -> tuple[str, str]:
         if column.name in about.changing and column.part == "sample":
             return "events", sample_column(column.name)
         return {"sample": "users", "item": "items"}[column.part], column.name
-    counts = {name for each in counted(about) for name in each.columns}
-    return COUNTED if column.name in counts else "events", value_column(column.name)
+    return "events", value_column(column.name)
 
 
 def _statistics(

@@ -31,6 +31,12 @@ class SampleOptions:
     """Give each candidate the counts of what the log knew before it: how often its item, its user and both together
     stood there, and with which actions (columns item_seen, item_taken_0, ...).  A ranker starts from their rates; data
     that is cut by --leave-last is for retrieval and has none."""
+    count_user_columns: bool = True
+    """Count the user together with each other column of one id of the candidate (surface) or its item (brand), too."""
+    count_columns: str = ""
+    """Columns of one id, of candidates (surface) or of items (item.brand), separated by commas, whose values are
+    counted over all users, too, as items are: where actions are rare, or rates of such values change.  Each takes a
+    sort of the log."""
     max_history: int = 1024
     """Newest events of a history that are kept.  Each sample stores its own: with all samples of a user, what is stored
     grows with this number times the number of events over --candidates."""
@@ -90,6 +96,10 @@ class SampleOptions:
             )
         if self.drop_last and self.leave_last is None:
             raise ValueError(f"--drop-last={self.drop_last} has no effect without --leave-last: give both")
+        if self.count_columns and (not self.counts or self.leave_last is not None):
+            raise ValueError(
+                f"--count-columns={self.count_columns} has no effect with --no-counts or --leave-last: give one of them"
+            )
         if not 0 < self.train_fraction < 1:
             raise ValueError(f"--train-fraction must lie between 0 and 1, got {self.train_fraction}")
         if self.memory_gib < 0.25:
@@ -98,6 +108,11 @@ class SampleOptions:
             raise ValueError(f"--histories must be stored or gathered, got {self.histories}")
         if self.order not in ("users", "time"):
             raise ValueError(f"--order must be users or time, got {self.order}")
+
+    @property
+    def counted_columns(self) -> tuple[str, ...]:
+        """The columns whose values are counted over all users."""
+        return tuple(part.strip() for part in self.count_columns.split(",") if part.strip())
 
     @property
     def newest_samples(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.counts import Counts
 from pipelines.features import ITEM_ID, ITEM_SPACE, UNKNOWN_ID, USER_ID, Clock, Column, Kind, Space
 
 MISSING: Mapping[Kind, str] = {"id": f"{UNKNOWN_ID}::BIGINT", "ids": "[]::BIGINT[]", "number": "'nan'::DOUBLE"}
@@ -20,6 +21,20 @@ class Cross:
     """Words of `pipelines.storage.gathering`."""
     rows: int
     """Rows of its table, for a log of `GatheredRules.users` users."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountedGroup:
+    """Events that are counted together, and the columns of candidates with their numbers."""
+
+    counts: Counts
+    keys: tuple[str, ...]
+    """What they have in common: columns of the table `events`, or `item.NAME` of `items`; the user, if so, is first."""
+
+    @property
+    def of_user(self) -> bool:
+        """Whether all of them are one user's."""
+        return self.keys[0] == USER_ID
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +82,8 @@ class Description:
     """The name of the part, if it is added to a data set; otherwise it is the first."""
     keeps_state: bool = False
     """Whether a later part can be added, for which the state is stored."""
+    counted: tuple[CountedGroup, ...] = ()
+    """What candidates are told of what the log knew before them, once the preparation has chosen it."""
     gathered: GatheredRules | str = "its format does not say which events make up histories"
     """For `--histories gathered`: how, or why it cannot be."""
     details: Mapping[str, Any] = field(default_factory=dict)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines.counts import counts_as_dict
 from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
-from pipelines.prepare.counts import count_items, counted, keep_totals, prepared_counts
+from pipelines.prepare.counts import count_shared, counted_groups, keep_totals
 from pipelines.prepare.engine import connect, literal, quoted
 from pipelines.prepare.gathered import write_gathered
 from pipelines.prepare.number_statistics import with_statistics
@@ -123,8 +123,7 @@ def _write_cut(
     )
     _warn_of_constant_actions(of_samples["splits"]["train"]["positives"], sizes["train"].candidates)
     if about.keeps_state:
-        if counted(about):
-            keep_totals(connection, len(about.actions))
+        keep_totals(connection, about.counted)
         write_state(connection, about, folder / STATE, options.max_history, of_log)
     details = {
         "split_time": split_time if options.leave_last is None else None,
@@ -200,16 +199,22 @@ def _with_counts(
     """The description of `events` with columns of counts, if the options ask for them."""
     if not options.counts or options.leave_last is not None:
         return about
-    logger.info("counting items")
-    counts = prepared_counts(len(about.actions))
+    groups = counted_groups(
+        about.columns,
+        len(about.actions),
+        with_user=options.count_user_columns,
+        of_everyone=options.counted_columns,
+    )
+    counts = [each.counts for each in groups]
+    logger.info("counting by %s", ", ".join(each.group for each in counts))
     taken = {column.name for column in listed(about)} & {n for each in counts for n in each.columns}
     if taken:
         raise ValueError(f"column {min(taken)} has the name of a count; rename it, or prepare with --no-counts")
     frozen_at = None if options.eval_groups else split_time
-    count_items(connection, len(about.actions), frozen_at)
+    count_shared(connection, groups, frozen_at)
     columns = (Column(name=name, part="candidate", kind="number") for each in counts for name in each.columns)
     details = {**about.details, "counts": counts_as_dict(counts)}
-    return replace(about, columns=(*about.columns, *columns), details=details)
+    return replace(about, columns=(*about.columns, *columns), details=details, counted=groups)
 
 
 def _write_keys(connection: duckdb.DuckDBPyConnection, space: Space, folder: Path) -> Space:
@@ -242,7 +247,7 @@ def _write_samples(
         }
         by_time = TimeOrder(folder.parent / "by_time", int(options.memory_gib * EVENTS_OF_A_GIB))
         train = by_time if options.order == "time" else writers["train"]
-        for events in whole_users(connection, about, split_time, options):
+        for events in whole_users(connection, about, options):
             found = [np.zeros(0, dtype=np.int64)]
             for split, table in cut(events, split_time, options):
                 counters[split].add(table)

@@ -1,9 +1,9 @@
 """What a data set keeps beside its samples, so that the next day's log can be added to it.
 
-    events_before    each user's newest events
-    users_before     columns of samples, by user
-    TABLE_before     the newest row of each user and item in files of attributes, also of those without an id yet
-    GROUP_before     what was counted of each group (`pipelines.prepare.counts`)
+    events_before         each user's newest events
+    users_before          columns of samples, by user
+    TABLE_before          the newest row of each user and item in files of attributes, also of those without an id yet
+    counts_GROUP_before   what was counted of each group (`pipelines.prepare.counts`)
 
 The dictionaries of its spaces are stored already.  In an extension these tables stand beside those of the new log.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 import duckdb
 
 from pipelines.features import DatasetInfo
-from pipelines.prepare.counts import GROUPS
 from pipelines.prepare.engine import literal, quoted, table_exists
 from pipelines.prepare.log_tables import ITEMS, USERS
 from pipelines.prepare.source import MISSING, Description, sample_column
@@ -22,7 +21,6 @@ STATE = "state"
 """The folder of the state, followed by the number of the part that it includes, if that is not the first."""
 BEFORE = "_before"
 EVENTS, USERS_BEFORE = f"events{BEFORE}", f"users{BEFORE}"
-TABLES = (EVENTS, USERS_BEFORE, USERS + BEFORE, ITEMS + BEFORE, *(group + BEFORE for group in GROUPS))
 
 
 def write_state(
@@ -46,10 +44,10 @@ def write_state(
         if table_exists(connection, table):
             rows = f"SELECT * EXCLUDE (log_row, broken) FROM {table}"
             connection.execute(f"CREATE OR REPLACE TABLE {table + BEFORE} AS {rows}")
-    for table in TABLES:
-        if table_exists(connection, table):
-            path = literal(str(folder / f"{table}.parquet"))
-            connection.execute(f"COPY {table} TO {path} (FORMAT parquet, COMPRESSION zstd)")
+    tables = connection.execute("SELECT table_name FROM duckdb_tables() WHERE ends_with(table_name, ?)", [BEFORE])
+    for (table,) in tables.fetchall():
+        path = literal(str(folder / f"{table}.parquet"))
+        connection.execute(f"COPY {quoted(table)} TO {path} (FORMAT parquet, COMPRESSION zstd)")
 
 
 def _keep_users(connection: duckdb.DuckDBPyConnection, about: Description) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.features import ITEM_ID, UNKNOWN_ID, USER_ID, Column, Part
-from pipelines.prepare.counts import counted, counted_before, with_user_counts
+from pipelines.prepare.counts import counted_before, with_user_counts
 from pipelines.prepare.engine import PROGRESS_SECONDS, quoted
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.samples import BoolArray, UserEvents, Values
@@ -33,26 +33,22 @@ def listed(about: Description) -> list[Column]:
 
 
 def whole_users(
-    connection: duckdb.DuckDBPyConnection, about: Description, split_time: int, options: SampleOptions
+    connection: duckdb.DuckDBPyConnection, about: Description, options: SampleOptions
 ) -> Iterator[UserEvents]:
-    """Events of whole users, sorted, in the order of a hash of the users' ids.
-
-    Where events are counted, the table COUNTED then has the counts of those before `split_time`.
-    """
+    """Events of whole users, sorted, in the order of a hash of the users' ids."""
     logger.info("sorting")
     reader = connection.sql(_by_user(connection, about, options)).to_arrow_reader(READ_ROWS)
     pieces = whole_groups(_in_order(reader), (USER_ID,))
-    if counted(about):
-        pieces = with_user_counts(connection, pieces, len(about.actions), split_time)
+    if about.counted:
+        pieces = with_user_counts(pieces, about.counted)
     for piece in pieces:
         yield _user_events(piece, about)
 
 
 def _by_user(connection: duckdb.DuckDBPyConnection, about: Description, options: SampleOptions) -> str:
     """SQL of all that samples are made of, sorted."""
-    counts = counted(about)
-    values, joins = counted_before(connection, len(about.actions)) if counts else ("", "")
-    made = {name for each in counts for name in each.columns}
+    values, joins = counted_before(connection, about.counted) if about.counted else ("", "")
+    made = {name for each in about.counted for name in each.counts.columns}
     names = {value_column(column.name) for column in listed(about) if column.name not in made}
     values += "".join(f", e.{quoted(name)}" for name in sorted(names))
     for column in _of_samples(about):

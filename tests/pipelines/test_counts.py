@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.counts import Counts, counts_as_dict, counts_of
 from pipelines.features import parse_dataset_info
+from pipelines.prepare.__main__ import main
 from pipelines.selection import select
 from tests.pipelines.prepare.test_prepare import prepare, rows_of, write_lines
 
@@ -90,6 +91,105 @@ def test_a_log_is_described_with_its_counts(tmp_path: Path) -> None:
     info = parse_dataset_info(json.loads((out / "dataset.json").read_text()), "log")
     assert [each.group for each in counts_of(info)] == list(GROUPS)
     assert counts_of(info)[0] == Counts(group="item", seen="item_seen", taken=("item_taken_0", "item_taken_1"))
+
+
+OF_COLUMNS = {
+    "item": ("item",),
+    "user": ("user",),
+    "user_item": ("user", "item"),
+    "surface": ("surface",),
+    "user_surface": ("user", "surface"),
+    "item_brand": ("brand",),
+    "user_item_brand": ("user", "brand"),
+}
+"""Groups of a log with one column of ids a candidate and one an item, and what their events have in common."""
+SCHEMA = """
+user = "user"
+item = "item"
+time = "at"
+actions = ["click", "buy"]
+[event]
+surface = { of = "surface", request = true }
+query = { of = ["word"], separator = " ", request = true }
+[items]
+files = "items/*.csv"
+columns = { brand = "brand" }
+"""
+
+
+def write_columns(tmp_path: Path, seed: int) -> list[dict[str, Any]]:
+    """Two deliveries in order of time, under `one` and `two`; item 4 has no brand.  Returns their rows."""
+    generator = np.random.default_rng(seed)
+    names = {"user": 6, "item": 5, "surface": 3, "click": 2, "buy": 2}
+    rows: list[dict[str, Any]] = []
+    for at in np.sort(generator.integers(150, size=300)):
+        row = {name: int(generator.integers(size)) for name, size in names.items()} | {"at": START + int(at) * 1000}
+        rows.append(row | {"brand": 1 + row["item"] % 2 if row["item"] < 4 else 0})
+    head = "user,item,at,surface,query,click,buy"
+    for folder, part in (("one", rows[:200]), ("two", [row for row in rows[200:] if row["at"] > rows[199]["at"]])):
+        values = (f"{x['user']},{x['item']},{x['at']},s{x['surface']},a b,{x['click']},{x['buy']}" for x in part)
+        write_lines(tmp_path / folder / "log.csv", [head, *values])
+    (tmp_path / "one" / "items").mkdir()
+    write_lines(tmp_path / "one" / "items" / "brands.csv", ["item,brand", "0,x", "1,y", "2,x", "3,y", "4,"])
+    (tmp_path / "schema.toml").write_text(SCHEMA)
+    return [*rows[:200], *(row for row in rows[200:] if row["at"] > rows[199]["at"])]
+
+
+def counted_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, int]:
+    found = {}
+    for group, same in OF_COLUMNS.items():
+        earlier = [x for x in rows if x["at"] < row["at"] and all(x[name] == row[name] for name in same)]
+        found |= {f"{group}_seen": len(earlier)}
+        found |= {f"{group}_taken_{bit}": sum(x[name] for x in earlier) for bit, name in enumerate(ACTIONS)}
+    return found
+
+
+def test_values_of_columns_are_counted_by_themselves_and_with_the_user_over_all_deliveries(tmp_path: Path) -> None:
+    rows, out = write_columns(tmp_path, seed=5), tmp_path / "out"
+    schema = ("--schema", str(tmp_path / "schema.toml"))
+    every = ("--min-history", "0", "--count-columns", "item.brand, surface")
+    assert not prepare("event_log", tmp_path / "one", out, *schema, *every)
+    assert not prepare_next(tmp_path / "two", out)
+    info = parse_dataset_info(json.loads((out / "dataset.json").read_text()), "log")
+    assert {each.group for each in counts_of(info)} == set(OF_COLUMNS)
+    names = [name for each in counts_of(info) for name in each.columns]
+    found = {}
+    for folder in ("train", "eval", "train/part=00001", "eval/part=00001"):
+        for sample in rows_of(out, folder):
+            for place, at in enumerate(sample["candidate_timestamp"]):
+                key = [sample["user_id"], *(sample[f"candidate_{name}"][place] for name in ("item_id", "surface"))]
+                values = {name: sample[f"candidate_{name}"][place] for name in names}
+                found.setdefault((*key, at), []).append(values)
+    # Ids are numbered from 1 in the order of keys; equal rows have equal counts.
+    expected: dict[tuple[int, ...], list[dict[str, int]]] = {}
+    for row in rows:
+        key = (row["user"] + 1, row["item"] + 1, row["surface"] + 1, row["at"])
+        expected.setdefault(key, []).append(counted_of(row, rows))
+    assert found == expected
+
+
+def prepare_next(source: Path, out: Path) -> int:
+    return main(["event_log", "--source", str(source), "--extend", str(out), "--memory-gib", "1"])
+
+
+def test_columns_that_are_counted_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_columns(tmp_path, seed=5)
+    schema = ("--schema", str(tmp_path / "schema.toml"))
+    of_users = [group for group in OF_COLUMNS if group not in ("surface", "item_brand")]
+    choices = {
+        (): of_users,
+        ("--no-count-user-columns",): GROUPS,
+        ("--count-columns", "item.brand"): (*of_users, "item_brand"),
+    }
+    for chosen, groups in choices.items():
+        out = tmp_path / f"out-{len(''.join(chosen))}"
+        assert not prepare("event_log", tmp_path / "one", out, *schema, *chosen)
+        assert set(json.loads((out / "dataset.json").read_text())["counts"]) == set(groups)
+    assert prepare("event_log", tmp_path / "one", tmp_path / "odd", *schema, "--count-columns", "query") == 1
+    assert "'query', which is no column of one id; there are: surface, item.brand" in capsys.readouterr().err
+    (tmp_path / "schema.toml").write_text(SCHEMA.replace("surface = { of", "item_brand = { column = 'surface', of"))
+    assert prepare("event_log", tmp_path / "one", tmp_path / "odd", *schema) == 1
+    assert "would be called user_item_brand, as something else is: rename the column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--no-counts",), ("--leave-last", "1")], ids=str)

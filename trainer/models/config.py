@@ -149,16 +149,6 @@ class NumberConfig:
             raise ValueError(f"input.numbers: buckets={self.buckets} has no effect with thresholds: give one of them")
 
 
-RATE_PRIORS = (1.0, 10.0, 100.0)
-"""Imagined observations at the overall rate with which each count is smoothed: how much a count is worth differs from
-log to log, and a model mixes them."""
-
-
-def rate_width(num_groups: int, num_actions: int) -> int:
-    """Numbers made of so many groups of counts: of each, how often it was seen, and a rate an action and prior."""
-    return num_groups * (1 + len(RATE_PRIORS) * num_actions)
-
-
 Columns = tuple[str, ...]
 """Names of columns."""
 

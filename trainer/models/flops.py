@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from pipelines.selection import Feature, Selection
 from trainer.models.buckets import bucket_borders, num_vectors
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig, rate_width
+from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.rate_config import rate_width
 from trainer.models.retrieval_config import RetrievalConfig
 
 Count = npt.NDArray[np.float64]
@@ -85,7 +86,7 @@ def input_widths(
         event=shared + mapped(selection.of("event")) + 1 + num_actions,
         candidate=shared + mapped(selection.of("candidate")),
         context=sum(mapped([feature]) for feature in selection.of("sample")),
-        rates=rate_width(len(selection.counts), num_actions),
+        rates=rate_width([each.group for each in selection.counts], num_actions),
     )
 
 

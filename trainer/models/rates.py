@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.counts import ITEM, USER, Counts
-from trainer.models.config import RATE_PRIORS, rate_width
+from trainer.models.rate_config import START_PRIOR, rate_priors, rate_width
 
-START_PRIOR = RATE_PRIORS.index(10.0)
-"""The prior of the rates that the untrained model predicts."""
 RATE_EPS = 1e-6
 """Actions count as taken at least, and at most but for, this often."""
 
@@ -40,7 +38,7 @@ class Rates(nn.Module):
         self.counts = tuple(counts)
         # Saved with the model: counts of another day are read by the same measure.
         self.register_buffer("action_rates", torch.tensor(action_rates, dtype=torch.float32))
-        features = rate_width(len(counts), len(action_rates))
+        features = rate_width([each.group for each in counts], len(action_rates))
         self.to_token = nn.Linear(features, dim)
         self.to_logit = nn.Linear(features, len(output_bits), bias=False)
         self._start_at_rates(output_bits)
@@ -50,9 +48,11 @@ class Rates(nn.Module):
         """Let each action's logit add its log-odds of item and user, and nothing else."""
         self.to_logit.weight.zero_()
         num_actions = len(self.action_rates)
-        for group, counts in enumerate(self.counts):
-            if counts.group in (ITEM, USER):
-                first = rate_width(group, num_actions) + 1 + START_PRIOR * num_actions
+        groups = [each.group for each in self.counts]
+        for place, group in enumerate(groups):
+            if group in (ITEM, USER):
+                prior = rate_priors(group).index(START_PRIOR)
+                first = rate_width(groups[:place], num_actions) + 1 + prior * num_actions
                 for output, bit in enumerate(output_bits):
                     if bit is not None:
                         self.to_logit.weight[output, first + bit] = 1.0
@@ -78,7 +78,7 @@ class Rates(nn.Module):
             taken_CA = torch.stack([numbers[name].float().nan_to_num(0.0) for name in each.taken], dim=1)
             left_CA = (seen_C[:, None] - taken_CA).clamp(min=0)
             parts.append(torch.log1p(seen_C)[:, None] / 4)
-            for prior in RATE_PRIORS:
+            for prior in rate_priors(each.group):
                 # Without a quotient, which float32 would round to 1 for an action that is nearly always taken.
                 odds_CA = torch.log(taken_CA + prior * rates_A) - torch.log(left_CA + prior * (1 - rates_A))
                 parts.append(torch.where(varies_A, odds_CA - torch.logit(rates_A), 0))

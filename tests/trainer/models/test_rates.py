@@ -9,9 +9,10 @@ import torch
 from pipelines.counts import Counts, group_counts
 from pipelines.features import ITEM_ID, ITEM_SPACE
 from pipelines.selection import Feature, Selection
-from trainer.models.config import RATE_PRIORS, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
 from trainer.models.ranker import RankerTower, build_ranker_tower
-from trainer.models.rates import START_PRIOR, Rates
+from trainer.models.rate_config import RATE_PRIORS, START_PRIOR
+from trainer.models.rates import Rates
 
 ACTION_RATES = (0.3, 0.02, 0.9)
 TASK_BITS = (2, 0)
@@ -39,17 +40,17 @@ def logit(rate: float) -> float:
 
 
 def test_an_untrained_model_adds_what_item_and_user_rates_say() -> None:
-    rates = make_rates("item", "user", "user_item")
+    # Wherever they stand, and whatever else is counted.
+    rates = make_rates("item", "user_brand", "user", "user_item")
     numbers = make_numbers(rates.counts, size=7)
     _, logits = rates(numbers)
-    prior = RATE_PRIORS[START_PRIOR]
     for candidate in range(7):
         for task, bit in enumerate(TASK_BITS):
             overall = ACTION_RATES[bit]
             expected = 0.0
             for group in ("item", "user"):
                 seen, taken = (float(numbers[f"{group}_{name}"][candidate].item()) for name in ("seen", f"taken_{bit}"))
-                expected += logit((taken + prior * overall) / (seen + prior)) - logit(overall)
+                expected += logit((taken + START_PRIOR * overall) / (seen + START_PRIOR)) - logit(overall)
             assert logits[candidate, task].item() == pytest.approx(expected, abs=1e-4)
 
 
