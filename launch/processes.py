@@ -3,6 +3,7 @@
 Each is told its place by torchrun's variables, so the trainer knows of no launcher.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from trainer.health.stop_signal import AGENT, OWN_AGENT
 from trainer.health.stopped import LOOK_S, LOST, StoppedProcesses
 
 GRACE_S = 5.0
-"""How long the others may take to end after one has failed: their collectives fail at once, or never."""
+"""How long the others may take to end after one has failed, whose collectives fail at once, or never; or after one
+has stopped in good order, as all do together once they take steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +65,13 @@ def run_processes(command: Sequence[str], place: Place) -> int:
     To be called with signals held.  The first that asks to stop is passed on, and then waited for as long as saving
     takes; a second Ctrl-C ends the processes.  When one fails, the others are asked to end and, after GRACE_S, made to.
     One that a signal has stopped for good is ended, and counts as failed.  The end of the process that started this one
-    asks to stop.
+    asks to stop, and so does that of one which was asked alone, before ranks had met: others would wait for it.
     """
     running = {
         local_rank: subprocess.Popen(command, env=place.variables(local_rank, os.environ), start_new_session=True)
         for local_rank in range(place.procs_per_node)
     }
-    status, deadline = 0, None
+    status, deadline, stops_at = 0, None, math.inf
     asked: set[signal.Signals] = set()
     stopped, lost = StoppedProcesses(), set[int]()
     started_by = os.getppid()
@@ -81,8 +83,8 @@ def run_processes(command: Sequence[str], place: Place) -> int:
         if received is None:
             lost |= set(stopped.look(process.pid for process in running.values()))
             _send(signal.SIGKILL, {rank: process for rank, process in running.items() if process.pid in lost})
-            if os.getppid() != started_by and not asked:
-                # The launcher that this job belongs to has ended.
+            if (os.getppid() != started_by or time.monotonic() >= stops_at) and not asked:
+                # The launcher that this job belongs to has ended, or a rank that was asked to stop.
                 received = signal.SIGTERM
         if received not in (None, signal.SIGCHLD):
             if received == signal.SIGINT and received in asked:
@@ -103,6 +105,7 @@ def run_processes(command: Sequence[str], place: Place) -> int:
                 status = code if code > 0 else FAILED
             elif status == 0:
                 status = code
+                stops_at = time.monotonic() + GRACE_S if code == STOPPED else math.inf
     return status
 
 

@@ -31,6 +31,12 @@ sys.exit(3)
 """
 
 
+def test_a_rank_that_is_asked_to_stop_alone_takes_the_others_with_it(tmp_path: Path) -> None:
+    """Before ranks have met nobody else learns of it, and they would wait for it until their meeting times out."""
+    done = _run(_script(tmp_path, f"if os.environ['RANK'] == '1':\n    sys.exit({STOPPED})\n{OBEDIENT}"), str(tmp_path))
+    assert (done.returncode, done.stderr) == (STOPPED, "")
+
+
 def _script(folder: Path, text: str) -> Path:
     path = folder / "job.py"
     path.write_text(f"import os, signal, sys, time\n{text}")
