@@ -124,7 +124,7 @@ FAULTS: dict[str, Callable[[int, random.Random], bool]] = {
 }
 
 
-UNFELT = {"kill a writer", "kill a guard", "stop a guard"}
+UNFELT = {"kill a writer", "kill a guard"}
 """The job goes on."""
 DISK_FAULTS = {"a full disk": SmallDisk.fill, "a read-only disk": SmallDisk.break_down}
 """Of the disk that the runs are on."""
