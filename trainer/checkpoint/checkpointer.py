@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -25,7 +26,7 @@ from trainer.checkpoint.catalogue import (
 )
 from trainer.checkpoint.chunks import FileRecord, write_chunks
 from trainer.checkpoint.deltas import Contents, Deltas
-from trainer.checkpoint.layout import dtype_name
+from trainer.checkpoint.layout import dtype_name, lay_out
 from trainer.checkpoint.loading import gather, load_checkpoint
 from trainer.checkpoint.manifest import (
     Manifest,
@@ -39,7 +40,7 @@ from trainer.checkpoint.manifest import (
 from trainer.checkpoint.pieces import Tensors, Touched, not_finite, written_pieces
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.retention import best_step, superfluous
-from trainer.checkpoint.staging import Staging
+from trainer.checkpoint.staging import Staging, check_memory
 from trainer.checkpoint.store import COMPLETE
 from trainer.config import CheckpointConfig
 from trainer.health.watchdog import Phase
@@ -49,6 +50,8 @@ from trainer.run.run_dir import RunDir
 from trainer.run.writing import MEND, write_json
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for the slowest one's file; ranks that die are noticed at once."""
@@ -209,6 +212,34 @@ class Checkpointer:
             name = self._catalogue.set_aside(step, "damaged")
             logger.error("%s; it is called %s now, and the run goes on from the one before it", damage, name)
 
+    def reserve(self) -> None:
+        """Take the memory for copies beside the training, which the first save needs, unless it is taken: before the
+        first step, so that what is missing is told before work is lost, and no save takes longer than others.
+
+        Raises, on every rank alike:
+            ValueError: a machine has less free memory than its ranks need, or less that can be page-locked.
+        """
+        if not self._config.asynchronous or self._staging is not None:
+            return
+        tensors, mesh = self._tensors(), self._mesh
+        pieces = written_pieces(tensors, mesh.rank, mesh.world_size)
+        state, room = lay_out(pieces).num_bytes, self._deltas.room(pieces, tensors)
+        # Every rank looks before the first one takes.
+        self._agree(lambda: check_memory(state + room, mesh.local_world_size))
+        self._staging = self._agree(lambda: Staging(state, room, mesh.device))
+
+    def _agree(self, action: Callable[[], T]) -> T:
+        """What the action returns, if no rank's raises ValueError."""
+        result, problem = None, None
+        try:
+            result = action()
+        except ValueError as error:
+            problem = str(error)
+        problem = next((each for each in gather(problem, self._group) if each is not None), None)
+        if problem is not None:
+            raise ValueError(problem)
+        return cast("T", result)
+
     def save(self, progress: Progress) -> None:
         """Save the state of `progress.step`; returns when the live tensors may change, while writing goes on.
 
@@ -231,11 +262,9 @@ class Checkpointer:
         tensors = self._tensors()
         self._check_finite(tensors, progress.step)
         pieces = written_pieces(tensors, self._mesh.rank, self._mesh.world_size)
+        self.reserve()
         contents = self._deltas.contents(pieces, tensors, None if self._staging is None else self._staging.state)
-        if self._config.asynchronous:
-            if self._staging is None:
-                state_bytes, ranks_here = contents.whole.num_bytes, self._mesh.local_world_size
-                self._staging = Staging(state_bytes, contents.room, self._mesh.device, ranks_here)
+        if self._staging is not None:
             self._staging.fill(contents.copied, as_delta=contents.rows is not None)
         self._pending = self._thread.submit(self._write, contents, replace(progress))
 

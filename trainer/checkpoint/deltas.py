@@ -32,8 +32,6 @@ class Contents:
     """What has changed since the last full checkpoint, which alone is copied; None where all is."""
     base: int | None
     """Step of the full checkpoint that a delta needs; None for a full one."""
-    room: int
-    """Bytes that `rows` of any save may take."""
 
     @property
     def copied(self) -> Layout:
@@ -67,6 +65,10 @@ class Deltas:
         """What was saved of `step` counts."""
         self._full_step = step if contents.base is None else contents.base
 
+    def room(self, pieces: list[LivePiece], tensors: Tensors) -> int:
+        """Bytes that the rows of any save may take."""
+        return 0 if self._touched is None else delta_room(pieces, tensors)
+
     def contents(self, pieces: list[LivePiece], tensors: Tensors, staged: Tensor | None) -> Contents:
         """What this rank saves of its `pieces`; it is part of a delta on every rank or on none.
 
@@ -74,23 +76,23 @@ class Deltas:
         """
         whole, base, touched = lay_out(pieces), self._full_step, self._touched
         if touched is None:
-            return Contents(whole, None, None, 0)
-        room, rows, delta_is_due = delta_room(pieces, tensors), None, self._since_full < self._config.deltas
+            return Contents(whole, None, None)
+        rows, delta_is_due = None, self._since_full < self._config.deltas
         # Beside the training a full one is made of rows as well, and of the copy of the last full one.
         if base is not None and (delta_is_due or self._config.asynchronous):
             changed = lay_out(touched_pieces(pieces, tensors, touched))
-            rows = changed if changed.num_bytes <= room < whole.num_bytes else None
+            rows = changed if changed.num_bytes <= self.room(pieces, tensors) < whole.num_bytes else None
             unmarked = [] if staged is None else unmarked_changes(changed, whole, staged, self._saves)
             self._saves += 1
             if not self._suffice(whole if rows is None else rows, whole, unmarked):
                 rows = None
             elif delta_is_due:
                 self._since_full += 1
-                return Contents(whole, rows, base, room)
+                return Contents(whole, rows, base)
         # Set again when the full checkpoint is complete.
         self._full_step, self._since_full = None, 0
         touched.clear()
-        return Contents(whole, rows, None, room)
+        return Contents(whole, rows, None)
 
     def _suffice(self, saved: Layout, whole: Layout, unmarked: list[str]) -> bool:
         """Whether what all ranks would save takes at most half of the space and leaves out no row that has changed."""

@@ -41,16 +41,15 @@ class WriterGone(OSError):
 class Staging:
     """The memory and the process that writes from it."""
 
-    def __init__(self, state_bytes: int, delta_bytes: int, device: torch.device, ranks_here: int) -> None:
+    def __init__(self, state_bytes: int, delta_bytes: int, device: torch.device) -> None:
         """Takes the memory, for the state and for a delta beside it, and starts the process; both are needed until
         `close`.
 
         Raises:
-            ValueError: this machine has less free memory than its ranks need.
+            ValueError: the memory cannot be had, or not be page-locked.
         """
         self._delta_start = aligned(state_bytes)
         self._num_bytes = num_bytes = self._delta_start + delta_bytes
-        check_memory(num_bytes, ranks_here)
         self._device = device
         self._file = os.memfd_create("checkpoint")
         # Allocate the memory now, not page by page during the first save.
@@ -171,10 +170,15 @@ def check_memory(num_bytes: int, ranks_here: int) -> None:
     Raises:
         ValueError: with both numbers and what to set.
     """
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    free = free_memory()
     if num_bytes * ranks_here > free:
         raise ValueError(
             f"asynchronous checkpoints keep a copy of the state in memory: {ranks_here} x {num_bytes / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free here; set checkpoint.asynchronous=false"
         )
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that can be had without swapping."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))

@@ -82,9 +82,8 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     newest = find_newest(run, catalogue, start.from_step)
     check_versions(newest, config)
     warm = warm_start(start, resolved, newest)
-    progress = newest.progress
-    loader = training_loader(resolved, mesh, progress)
-    settled = _settle(resolved, loader, progress)
+    loader = training_loader(resolved, mesh, newest.progress)
+    settled = _settle(resolved, loader, newest.progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
     # Reading begins while the model is being built.
     GUARD.expect("meeting the other ranks", 2 * COLLECTIVE_TIMEOUT.total_seconds())
@@ -107,6 +106,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         )
         opened.enter_context(closing(checkpointer))
         restart = checkpointer.restore(newest)
+        checkpointer.reserve()
         if warm is not None:
             warm.load(model.tensors(), dist.new_group(backend="gloo"))
         if mesh.is_first:
@@ -120,7 +120,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         )
         # `batches` follow the newest checkpoint; if that was damaged, an older one was restored, and they are read
         # anew.
-        whole = restart.progress == progress
+        whole = restart.progress == newest.progress
         spoilt = session.train(restart, loader, batches) if whole else session.train_anew(restart)
         while spoilt is not None:
             # A save that is under way is of a step before the spoilt one, and counts.
