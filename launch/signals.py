@@ -5,11 +5,17 @@ A child inherits that its signals are held until it asks for them, as the traine
 comes while it is still importing waits instead of killing it.
 """
 
+import math
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.health.stop_signal import asking, leave_terminal
+
+_LOOK_S = 1.0
+"""How often a wait looks at the children themselves."""
 
 
 def _held() -> set[signal.Signals]:
@@ -36,13 +42,30 @@ def held() -> Iterator[None]:
 
 
 def next_signal(timeout_s: float | None) -> signal.Signals | None:
-    """Wait for a signal that is held back; None after `timeout_s` seconds without one (None: wait for ever)."""
-    if timeout_s is None:
-        return _taken(signal.sigwait(_held()))
-    taken = signal.sigtimedwait(_held(), max(0.0, timeout_s))
-    # Stopped and continued (SIGCONT, as a scheduler does that suspends jobs) past its end, Python's wait answers with
-    # whatever lies in its memory.
-    return None if taken is None or taken.si_signo not in _held() else _taken(taken.si_signo)
+    """Wait for a signal that is held back; None after `timeout_s` seconds without one (None: wait for ever).
+
+    A child that has ended counts even if its signal is lost: where this process has other threads, one of them that
+    does not hold signals back may take it.
+    """
+    end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        taken = signal.sigtimedwait(_held(), max(0.0, min(_LOOK_S, end - time.monotonic())))
+        # Stopped and continued (SIGCONT, as a scheduler does that suspends jobs) past its end, Python's wait answers
+        # with whatever lies in its memory.
+        if taken is not None and taken.si_signo in _held():
+            return _taken(taken.si_signo)
+        if time.monotonic() >= end:
+            return None
+        if _child_has_ended():
+            return signal.SIGCHLD
+
+
+def _child_has_ended() -> bool:
+    """Whether a child waits to be asked how it ended; leaves it waiting."""
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 def _taken(number: int) -> signal.Signals:

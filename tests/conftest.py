@@ -3,10 +3,14 @@ goes to one process where tests run in several; commands that a test writes itse
 """
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Tests that nohup started hear what others hear.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
