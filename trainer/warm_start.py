@@ -24,7 +24,7 @@ from pipelines.storage.vocabulary import ACTIONS, earlier_digests, vocabularies
 from trainer.checkpoint.catalogue import Checkpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.layout import dtype_name
-from trainer.checkpoint.loading import fill, gather
+from trainer.checkpoint.loading import fill, gather, refused_alike
 from trainer.checkpoint.manifest import StoredTensor
 from trainer.checkpoint.pieces import LivePiece, Tensors, local_pieces, narrowed
 from trainer.checkpoint.region import Region
@@ -110,19 +110,16 @@ class WarmStart:
             DamagedCheckpoint: bytes of the checkpoint are not what was written.
             OSError: they cannot be read.
         """
-        problem, pieces = None, []
+        pieces = []
         taken: dict[str, _Taken] = {}
         live = local_pieces(tensors)
-        try:
+        with refused_alike(group, f"--init-from {self._run.path}: "):
             self._check_maps(tensors)
             for piece in live:
                 found, part = self._found(piece)
                 if found is not None:
                     taken[piece.name] = found
                     pieces.append((found.source, part))
-        except ValueError as error:
-            problem = str(error)
-        self._agree(problem, group)
         # A rank has no name for a table of which it holds no shard.
         names = sorted({name for each in gather(list(tensors), group) for name in each})
         taken = {name: found for each in gather(taken, group) for name, found in each.items()}
@@ -168,11 +165,6 @@ class WarmStart:
                     f"rows of unbounded ids mean nothing without their map: name {rows!r} and '{MAPS}/{table}/*' "
                     "together by --init-only"
                 )
-
-    def _agree(self, problem: str | None, group: dist.ProcessGroup) -> None:
-        problems = [each for each in gather(problem, group) if each is not None]
-        if problems:
-            raise ValueError(f"--init-from {self._run.path}: {problems[0]}")
 
     def _found(self, piece: LivePiece) -> tuple[_Taken | None, list[LivePiece]]:
         """What the checkpoint has for a live tensor, and the parts of it by the place that they have there."""

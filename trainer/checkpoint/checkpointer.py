@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -27,7 +26,7 @@ from trainer.checkpoint.catalogue import (
 from trainer.checkpoint.chunks import FileRecord, write_chunks
 from trainer.checkpoint.deltas import Contents, Deltas
 from trainer.checkpoint.layout import dtype_name, lay_out
-from trainer.checkpoint.loading import gather, load_checkpoint
+from trainer.checkpoint.loading import gather, load_checkpoint, refused_alike
 from trainer.checkpoint.manifest import (
     Manifest,
     OtherFormat,
@@ -50,8 +49,6 @@ from trainer.run.run_dir import RunDir
 from trainer.run.writing import MEND, write_json
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for the slowest one's file; ranks that die are noticed at once."""
@@ -225,20 +222,10 @@ class Checkpointer:
         pieces = written_pieces(tensors, mesh.rank, mesh.world_size)
         state, room = lay_out(pieces).num_bytes, self._deltas.room(pieces, tensors)
         # Every rank looks before the first one takes.
-        self._agree(lambda: check_memory(state + room, mesh.local_world_size))
-        self._staging = self._agree(lambda: Staging(state, room, mesh.device))
-
-    def _agree(self, action: Callable[[], T]) -> T:
-        """What the action returns, if no rank's raises ValueError."""
-        result, problem = None, None
-        try:
-            result = action()
-        except ValueError as error:
-            problem = str(error)
-        problem = next((each for each in gather(problem, self._group) if each is not None), None)
-        if problem is not None:
-            raise ValueError(problem)
-        return cast("T", result)
+        with refused_alike(self._group):
+            check_memory(state + room, mesh.local_world_size)
+        with refused_alike(self._group):
+            self._staging = Staging(state, room, mesh.device)
 
     def save(self, progress: Progress) -> None:
         """Save the state of `progress.step`; returns when the live tensors may change, while writing goes on.

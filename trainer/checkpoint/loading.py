@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -85,6 +86,20 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
     values: list[T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)  # every rank
     return values  # type: ignore[return-value]  # all are filled
+
+
+@contextmanager
+def refused_alike(group: dist.ProcessGroup, before: str = "") -> Iterator[None]:
+    """A ValueError of one rank's block is raised by every rank, with the words of the first that has one and `before`
+    in front of them.  Entered by every rank."""
+    problem = None
+    try:
+        yield
+    except ValueError as error:
+        problem = str(error)
+    problems = [each for each in gather(problem, group) if each is not None]
+    if problems:
+        raise ValueError(f"{before}{problems[0]}")
 
 
 def check_fits(manifest: Manifest, needed: dict[str, tuple[str, tuple[int, ...]]], grown: Collection[str] = ()) -> None:
