@@ -1,24 +1,62 @@
-"""The TorchX component: a request to a job description (an AppDef).  It only builds data.
+"""What a job is, as TorchX's data: a request to a job description (an AppDef).
 
 The worker command is a module and a list of arguments, never a shell string: `launch.node` runs on every node, finds
-the first node and starts the trainer's processes.
+the first node and starts the trainer's processes.  `train` is the component that TorchX's own command line takes.
 """
 
+import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
+import typer
 from torchx.specs import AppDef, BindMount, Role, VolumeMount, macros
 
-from launch.paths import is_folder
-from launch.request import Request
+from launch.paths import is_folder, with_absolute_data
+from launch.request import TORCHX, Request, check_effect, takes_request
 from launch.resources import requested
+from trainer.command_line import WrongUse, run_command
 from trainer.recipes import load_recipe
 from trainer.typed_values import apply_overrides
+
+logger = logging.getLogger(__name__)
 
 ROLE = "trainer"
 
 
-def train(request: Request) -> AppDef:
+def train(*arguments: str) -> AppDef:
+    """`python -m trainer train` through a scheduler of TorchX's own, of which it has more than `launch submit`:
+
+    torchx run -s aws_batch launch/component.py:train RECIPE --nodes 2 --procs-per-node 8 --run-dir /shared/first
+
+    Args:
+        arguments: RECIPE, then those of `python -m launch submit` but --scheduler and --option.
+    """
+    jobs: list[AppDef] = []
+
+    @takes_request
+    def take(request: Request) -> None:
+        try:
+            jobs.append(_job_of_torchx(request))
+        except ValueError as error:
+            raise WrongUse(str(error)) from None
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(take)
+    status = run_command(app, [*arguments, "--scheduler", TORCHX])
+    if not jobs:
+        sys.exit(status)
+    logger.warning("TorchX sends this job, which ends with its allocation; one of `launch submit` goes on by itself")
+    return jobs[0]
+
+
+def _job_of_torchx(request: Request) -> AppDef:
+    check_effect(request, ("options", "max_restarts"))
+    config = apply_overrides(load_recipe(request.recipe), request.overrides)
+    return job(with_absolute_data(request, config, in_container=request.image is not None))
+
+
+def job(request: Request) -> AppDef:
     """`python -m trainer train` on `nodes` x `procs_per_node` processes.
 
     Raises:

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from launch.request import Request
+from launch.request import TORCHX, Request
 from launch.workspace import ROOT, travels
 from pipelines.config import SYNTHETIC_PATH
 from trainer.config import TrainConfig
@@ -13,8 +13,8 @@ from trainer.config import TrainConfig
 def with_absolute_data(request: Request, config: TrainConfig, *, in_container: bool) -> Request:
     """The request with data paths that name the same folder on every node.
 
-    A local job runs in the caller's folder, so what it names there stays as it is.  A relative path of data that
-    travels with the code stays too, for jobs run in the copy.
+    A job that runs in the caller's folder, a local one or TorchX's, keeps what it names there.  A relative path of data
+    that travels with the code stays too, for other jobs run in the copy.
 
     Raises:
         ValueError: a relative path names nothing here, or in a container nothing that travels.
@@ -46,7 +46,7 @@ def _absolute(key: str, text: str, scheduler: str, *, in_container: bool) -> str
     named = here if here.exists() else in_checkout
     if not named.exists():
         raise ValueError(f"{key}={text} names nothing in {Path.cwd()}: give an absolute path")
-    if scheduler == "local_cwd":
+    if scheduler in ("local_cwd", TORCHX) and not in_container:
         return text if named == here else str(named)
     if named.resolve() == in_checkout.resolve() and travels(in_checkout):
         return text

@@ -3,13 +3,16 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+
+TORCHX = "torchx run"
+"""In place of a scheduler's name: one of TorchX's own, which `torchx run -s` names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +88,23 @@ class Request:
         run = self.absolute_run_dir.name
         words = run if run.startswith(self.recipe) else f"{self.recipe}-{run}"
         return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:40].strip("-")
+
+
+def check_effect(request: Request, without: Sequence[str]) -> None:
+    """Make sure that no field is given that would change nothing.
+
+    Args:
+        request: the job.
+        without: names of fields that mean nothing to its scheduler.
+
+    Raises:
+        ValueError: one is given.
+    """
+    for entry in fields(Request):
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if entry.name in without and getattr(request, entry.name) != default:
+            option = "--" + {"mounts": "mount", "options": "option"}.get(entry.name, entry.name).replace("_", "-")
+            raise ValueError(f"{option} has no effect with scheduler {request.scheduler}: leave it out")
 
 
 def takes_request(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torchx.runner import Runner
@@ -16,7 +16,7 @@ from torchx.specs import AppDef, CfgVal, is_terminal
 from torchx.specs.api import AppDryRunInfo
 
 from launch import component, records, signals
-from launch.request import Request
+from launch.request import Request, check_effect
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Scheduler
 from launch.workspace import ROOT, check_workspace, share_with_older
@@ -43,7 +43,7 @@ class Connection:
         Raises:
             ValueError: the job cannot be described.
         """
-        return self.runner.dryrun(component.train(request), request.scheduler, cfg=options)
+        return self.runner.dryrun(component.job(request), request.scheduler, cfg=options)
 
     def dry_run_of_sweep(
         self, requests: Sequence[Request], base: Request, options: dict[str, CfgVal]
@@ -56,7 +56,7 @@ class Connection:
 
     def submit(self, request: Request, options: dict[str, CfgVal]) -> records.JobRecord:
         """Send the job, with a copy of the code where it does not run in this checkout."""
-        (record,) = self._send([request], component.train(request), request, options)
+        (record,) = self._send([request], component.job(request), request, options)
         return record
 
     def sweep(self, requests: Sequence[Request], base: Request, options: dict[str, CfgVal]) -> list[records.JobRecord]:
@@ -126,15 +126,11 @@ def check(scheduler: Scheduler, request: Request) -> dict[str, CfgVal]:
         ValueError: a field has no effect with this scheduler, an option, a mount or the window of steps to profile is
             malformed, the machine is unknown or too small, or the plan cannot be for this job.
     """
-    for entry in fields(request):
-        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        if entry.name in scheduler.without_effect and getattr(request, entry.name) != default:
-            option = "--" + {"mounts": "mount"}.get(entry.name, entry.name).replace("_", "-")
-            raise ValueError(f"{option} has no effect with scheduler {request.scheduler}: leave it out")
+    check_effect(request, scheduler.without_effect)
     if request.profile is not None:
         parse_window(request.profile)
     _check_plan(request, in_container=scheduler.needs_image)
-    component.train(request)
+    component.job(request)
     return scheduler.check(request)
 
 

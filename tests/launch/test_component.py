@@ -1,6 +1,8 @@
 """The job description, as data: no scheduler is needed to check it."""
 
 import inspect
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ import pytest
 from torchx.specs import AppDef, BindMount, Role, VolumeMount
 
 from embeddings.hardware import NODES
-from launch.component import train
+from launch.component import job, train
 from launch.request import Request, takes_request
+from launch.workspace import ROOT
+from tests.support.training import SMALL, read_lines
+from trainer.exit_status import WRONG_USE
 
 
 def request(**changes: Any) -> Request:
@@ -26,7 +31,7 @@ def request(**changes: Any) -> Request:
 
 
 def _train(**changes: Any) -> tuple[AppDef, Role]:
-    app = train(request(**changes))
+    app = job(request(**changes))
     (role,) = app.roles
     return app, role
 
@@ -93,3 +98,33 @@ def test_a_command_takes_every_field_of_a_request() -> None:
     values = {entry.name: getattr(request(), entry.name) for entry in fields(Request)}
     command(**values, loud=True)
     assert seen == [request()]
+
+
+def test_torchx_takes_the_arguments_of_submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd", f"{ROOT}/launch/component.py:train"]
+    command += ["kuairand_sample", "--nodes", "2", "--procs-per-node", "1", "--run-dir", "Mary's $x"]
+    settings = ["--set", "max_steps=2", *SMALL]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line["world_size"] for line in read_lines(tmp_path / "Mary's $x" / "metrics.jsonl")] == [2, 2]
+    assert "one of `launch submit` goes on by itself" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kuairand_sampel"], "unknown recipe 'kuairand_sampel'"),
+        (["kuairand_sample", "--option", "time=3"], "--option has no effect with scheduler torchx run: leave it out"),
+        (["kuairand_sample", "--set", "data.path=nowhere"], "data.path=nowhere names nothing"),
+    ],
+)
+def test_what_torchx_cannot_send_is_one_line(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train(*arguments, "--nodes", "2", "--procs-per-node", "8")
+    assert ended.value.code == WRONG_USE
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")

@@ -31,16 +31,16 @@ def run(folder: Path, *, nodes: int, procs_per_node: int, command: list[str]) ->
     request = Request(
         recipe="kuairand_sample", scheduler="local_cwd", nodes=nodes, procs_per_node=procs_per_node, run_dir=folder
     )
-    real = component.train
+    real = component.job
 
-    def train(request: Request) -> component.AppDef:
+    def job(request: Request) -> component.AppDef:
         app = real(request)
         (role,) = app.roles
         role.args = [*role.args[: role.args.index("--")], "--", *command]
         return app
 
     with pytest.MonkeyPatch.context() as patch, connected("local_cwd") as connection, signals.held():
-        patch.setattr(component, "train", train)
+        patch.setattr(component, "job", job)
         assert isinstance(connection.scheduler, Local)
         record = connection.submit(request, check(connection.scheduler, request))
         return record, connection.scheduler.wait(record.handle.rpartition("/")[2], record)

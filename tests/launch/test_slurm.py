@@ -388,4 +388,4 @@ def test_a_job_that_slurm_refuses_leaves_no_copy_of_the_code(
         with pytest.raises(SlurmError, match="sbatch failed: no partition gpu"):
             connection.submit(asked, options)
     assert list((tmp_path / "run" / "jobs").iterdir()) == []
-    assert component.train(asked).roles[0].num_replicas == 2
+    assert component.job(asked).roles[0].num_replicas == 2
