@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.counts import counts_as_dict
 from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
 from pipelines.prepare.counts import count_shared, counted_groups, keep_totals
-from pipelines.prepare.engine import connect, literal, quoted
+from pipelines.prepare.engine import connect, quoted
 from pipelines.prepare.gathered import write_gathered
 from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
@@ -32,6 +32,7 @@ from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.time_order import TimeOrder
 from pipelines.prepare.user_events import listed, whole_users
 from pipelines.prepare.write import SplitWriter, write_dataset_file
+from pipelines.storage.checked_parquet import checked_writer
 from pipelines.storage.vocabulary import keys_digest
 
 logger = logging.getLogger(__name__)
@@ -230,8 +231,11 @@ def _write_keys(connection: duckdb.DuckDBPyConnection, space: Space, folder: Pat
 
 def _copy(connection: duckdb.DuckDBPyConnection, table: str, order: str, path: Path) -> None:
     """Write a table as one Parquet file in the order of a column."""
-    rows = f"SELECT * FROM {quoted(table)} ORDER BY {quoted(order)}"
-    connection.execute(f"COPY ({rows}) TO {literal(str(path))} (FORMAT parquet)")
+    rows = connection.sql(f"SELECT * FROM {quoted(table)} ORDER BY {quoted(order)}").to_arrow_reader()
+    # DuckDB's own files have no checksums.
+    with checked_writer(path, rows.schema) as writer:
+        for batch in rows:
+            writer.write_batch(batch)
 
 
 def _write_samples(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from pipelines.features import DatasetInfo, SplitInfo
 from pipelines.prepare.options import SampleOptions
+from pipelines.storage.checked_parquet import checked_writer
 from pipelines.storage.dataset_json import DATASET_FILE
 
 
@@ -88,7 +89,7 @@ class SplitWriter:
             self._writer = None
         if self._writer is None:
             path = self._folder / f"part-{self._num_files:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=3)
+            self._writer = checked_writer(path, table.schema, compression="zstd", compression_level=3)
             self._num_files += 1
             self._events_in_file = 0
         self._writer.write_table(table.combine_chunks(), row_group_size=table.num_rows)

@@ -5,10 +5,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import DTypeLike
 
 from pipelines.features import ITEM_ID, Column, DatasetInfo
+from pipelines.storage.checked_parquet import open_checked, readable
 from pipelines.storage.columns import AnyArray, Bags, IntArray, Values
 from pipelines.storage.dataset_json import open_filesystem
 from pipelines.storage.stored import parquet_files, row_values
@@ -33,7 +33,7 @@ def read_items(path: str, info: DatasetInfo, columns: Sequence[Column]) -> Mappi
     files = parquet_files(filesystem, where, f"{info.name} has the item columns {', '.join(c.name for c in columns)}")
     tables = []
     for file in files:
-        with pq.ParquetFile(file, filesystem=filesystem) as parquet:
+        with readable(file), open_checked(file, filesystem) as parquet:
             for name, column in ((ITEM_ID, None), *((each.name, each) for each in columns)):
                 if name not in parquet.schema_arrow.names:
                     raise ValueError(f"{file} lacks the column {name}")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.features import UNKNOWN_ID, Space
+from pipelines.storage.checked_parquet import open_checked, readable
 from pipelines.storage.dataset_json import open_filesystem
 
 HASH = "md5"
@@ -59,19 +60,15 @@ def open_keys(path: str, file: str) -> pq.ParquetFile:
     """
     filesystem, folder = open_filesystem(path)
     name = str(PurePosixPath(folder) / file)
-    try:
-        return pq.ParquetFile(filesystem.open_input_file(name))
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+    with readable(name):
+        return open_checked(name, filesystem)
 
 
 def key_columns(path: str, file: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     """(keys, their ids), the whole file of `open_keys`; raises as that does."""
     opened = open_keys(path, file)
-    try:
+    with readable(f"{file} of {path}"):
         keys, ids = opened.read().columns[:2]
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} of {path} cannot be read: {error}") from error
     return keys, ids
 
 

@@ -15,6 +15,7 @@ from pyarrow import fs
 
 from pipelines.features import FIRST_PART, LENGTH_COLUMNS, USER_ID, Column, DatasetInfo, Part, SplitInfo
 from pipelines.selection import Selection, stored_columns
+from pipelines.storage.checked_parquet import open_checked, readable
 from pipelines.storage.columns import IntArray, Lengths, ListColumn, Samples, Values
 from pipelines.storage.dataset_json import open_filesystem
 from pipelines.storage.items import read_items
@@ -156,7 +157,7 @@ class ParquetSource:
         """Open a file; raises ValueError, naming it, if it is not whole."""
         try:
             known = self._metadata.get(file)
-            return pq.ParquetFile(file, filesystem=self._filesystem, metadata=known, pre_buffer=True)
+            return open_checked(file, self._filesystem, known, pre_buffer=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file} is not a readable Parquet file, perhaps truncated: {error}") from error
 
@@ -204,10 +205,8 @@ def check_whole(where: str, told: SplitInfo | None, parts: Sequence[Counted]) ->
 
 def _read(parquet: pq.ParquetFile, name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
     """Some columns of a row group, or of the whole file; each column in one piece."""
-    try:
+    with readable(name):
         if group is None:
             # In pieces, because a whole file may hold more events than a list's offsets can count.
             return parquet.read(columns=list(columns), use_threads=False)
         return parquet.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{name} cannot be read, perhaps truncated or damaged: {error}") from error

@@ -3,6 +3,7 @@
 Lines are matched with rows by DuckDB, which spills to disk: neither keys nor values have to fit into memory.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.prepare.engine import literal
+from pipelines.storage.checked_parquet import open_checked, readable
 from trainer.export.description import VALUES, ExportedTable, value_type
 from trainer.export.keys import Identities
 
@@ -96,7 +98,7 @@ class TableRows:
             ValueError: a line holds another number of values, or one that is missing or not finite.
         """
         columns, line = target.shape[1], 0
-        for batch in pq.ParquetFile(self._file).iter_batches(batch_size=PART_ROWS):
+        for batch in self._batches():
             query = f"SELECT row FROM matched WHERE line >= {line} AND line < {line + len(batch)} ORDER BY line"
             rows = connection.execute(query).fetchnumpy()["row"]
             lists = batch.column(VALUES)
@@ -109,6 +111,10 @@ class TableRows:
             self._refuse(batch, ~np.isfinite(values).all(axis=1), "has a value that is missing or not finite")
             target.index_copy_(0, torch.from_numpy(rows), torch.tensor(values))
             line += len(batch)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        with readable(self._file):
+            yield from open_checked(str(self._file)).iter_batches(batch_size=PART_ROWS)
 
     def _refuse(self, batch: pa.RecordBatch, bad: np.ndarray, problem: str) -> None:
         if bad.any():

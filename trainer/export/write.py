@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from embeddings.records import from_dict
 from pipelines.features import UNKNOWN_ID
 from pipelines.prepare.stages import workspace
+from pipelines.storage.checked_parquet import checked_writer
 from trainer.checkpoint.catalogue import Catalogue, Checkpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError
 from trainer.checkpoint.loading import fill
@@ -129,7 +129,7 @@ def _write_table(folder: Path, reader: CheckpointReader, name: str, identities: 
     schema = pa.schema([pa.field(identity, identities.type(name)), pa.field(VALUES, list_type)])
     part_rows, count = max(1, PART_BYTES // (columns * DTYPE_BYTES[kind.dtype])), 0
     # Learnt numbers do not repeat: a dictionary of them takes time and room.
-    with pq.ParquetWriter(table_file(folder, name), schema, compression="none", use_dictionary=False) as writer:
+    with checked_writer(table_file(folder, name), schema, compression="none", use_dictionary=False) as writer:
         for first, part in identities.parts(name, rows=rows, part_rows=part_rows):
             values = reader.rows(f"tables/{name}", first, len(part)).numpy().reshape(-1)
             lists = pa.FixedSizeListArray.from_arrays(pa.array(values), type=list_type)
