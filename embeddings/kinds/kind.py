@@ -178,8 +178,12 @@ class ShardingKind(ABC):
 def lookup_ms(
     work: Work, ids: float, vectors: float, columns: int, *, penalty: float = 1.0, least_columns: int = 0
 ) -> float:
-    """Reading `ids` and their rows of `columns`, writing out `vectors`, the backward pass and the sorted update."""
-    value_bytes = work.table.row_bytes // work.table.embedding_dim
+    """Reading `ids` and their rows of `columns`, writing out `vectors`, the backward pass and the sorted update.
+
+    float16 rows in device memory take as long as float32 ones (an H200: `benchmarks/placements.py`); TorchRec counts
+    half.
+    """
+    value_bytes = FLOAT_BYTES if work.kernel == "fused" else work.table.row_bytes // work.table.embedding_dim
     read = ids * (ID_BYTES + max(columns, least_columns) * value_bytes) + vectors * columns * FLOAT_BYTES
     return read * penalty / work.device_bytes_per_ms * (1 + _BACKWARD_OVER_FORWARD) + ids * work.id_ms
 

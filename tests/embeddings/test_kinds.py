@@ -138,6 +138,17 @@ def test_cost_is_torchrecs_estimate(
         assert ours.host_bytes == host
 
 
+def test_float16_rows_take_as_long_as_float32_ones_but_from_host_memory() -> None:
+    times = {}
+    for kernel in ("fused", "fused_uvm"):
+        for dtype in ("float32", "float16"):
+            work = work_of(table(1000, 128, dtype=dtype), "sgd", kernel, GPUS_8, ids=2400.0)
+            ((block,),) = KINDS["table_wise"].cuts(work.table, GPUS_8)
+            times[kernel, dtype] = KINDS["table_wise"].cost(work, block).ms
+    assert times["fused", "float16"] == times["fused", "float32"]
+    assert times["fused_uvm", "float16"] < times["fused_uvm", "float32"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(5))
 def test_shards_hold_every_value_once_or_on_every_rank(kind: str, seed: int) -> None:
