@@ -63,7 +63,7 @@ def plan_capacity(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m embeddings plan", description="Which clusters hold some tables.")
     parser.add_argument("tables", type=Path, metavar="TABLES", help="the tables and lookups (embeddings/demand.py)")
-    known = ", ".join(NODES)
+    known = ", ".join(name for name, node in NODES.items() if node.gpus)
     parser.add_argument("--machines", required=True, metavar="NAME,...", help=f"{known}, or .json files of your own")
     parser.add_argument("--ranks", required=True, metavar="A..B", help="numbers of GPUs, doubling from A to B")
     parser.add_argument(
@@ -95,11 +95,7 @@ def plan_capacity(arguments: list[str]) -> int:
             parsed.html.write_text(capacity_page(found, parsed.samples_per_day), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"cannot write {parsed.html}: {error.strerror}") from error
-    if any(cluster.keeps_up for cluster in found):
-        return 0
-    if all(cluster.plan is None for cluster in found):
-        print(f"error: {found[-1].problem}", file=sys.stderr)
-    return 1
+    return 0 if any(cluster.keeps_up for cluster in found) else 1
 
 
 def _show_progress(text: str) -> None:

@@ -83,7 +83,7 @@ class Cluster:
     gpu_hours: float
     """GPU hours for a day's samples: `hours` times the number of GPUs."""
     price: float | None
-    """What these GPU hours cost; None where the node has no price."""
+    """What the nodes cost in these hours, whole ones; None where the node has no price."""
 
     @property
     def keeps_up(self) -> bool:
@@ -249,5 +249,5 @@ def _cluster(
         samples_per_s=samples_per_s,
         hours=hours,
         gpu_hours=hours * ranks,
-        price=None if node_price is None else hours * ranks / node.gpus * node_price,
+        price=None if node_price is None else hours * math.ceil(ranks / node.gpus) * node_price,
     )

@@ -40,13 +40,20 @@ MAX_BARS = 256
 
 
 def capacity_text(found: Sequence[Cluster], samples: float) -> str:
-    """A line a cluster, a star for those that keep up and than which none is both faster and cheaper; the answer."""
+    """A line a cluster, a star for those that keep up and than which none is both faster and cheaper; what nodes of
+    which none will do lack; the answer."""
     best, answer = pareto(found), cheapest(found)
     marks = [">" if cluster is answer else "*" if cluster in best else "" for cluster in found]
     rows = [["", *_heads()], *([mark, *_cells(cluster)] for mark, cluster in zip(marks, found, strict=True))]
-    return f"{columns(rows)}\n{_answer(found, samples)}" + (
-        f"\n{_OF_COPIES}" if any(cluster.copies > 1 for cluster in found) else ""
-    )
+    lines = [columns(rows), *_lacking(found), _answer(found, samples)]
+    return "\n".join(lines + ([_OF_COPIES] if any(cluster.copies > 1 for cluster in found) else []))
+
+
+def _lacking(found: Sequence[Cluster]) -> list[str]:
+    """A line for each type of node of which no number holds the tables: what the last one lacks."""
+    last = {cluster.node: cluster for cluster in found}
+    held = {cluster.node for cluster in found if cluster.plan is not None}
+    return [f"{node}: {cluster.problem}" for node, cluster in last.items() if node not in held]
 
 
 def capacity_page(found: Sequence[Cluster], samples: float) -> str:

@@ -144,8 +144,23 @@ def test_page_escapes_what_files_say(tables: Path) -> None:
 
 def test_nothing_fits_is_status_1_with_what_is_missing(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(tables), "--machines", "a100-40x8", "--ranks", "8"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: the tables do not fit on 8 cuda ranks") and "fixes: " in error
+    *_, missing, answer = capsys.readouterr().out.splitlines()
+    assert missing.startswith("a100-40x8: the tables do not fit on 8 cuda ranks") and "fixes: " in missing
+    assert answer == "none of these clusters holds one copy of the tables"
+
+
+def test_each_type_of_node_says_what_it_lacks_where_no_number_of_them_will_do(
+    tables: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(tables), "--machines", "a100-40x8,h200x8", "--ranks", "4..8"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": the tables do not fit" in line]
+    assert [line.partition(":")[0] for line in lines] == ["a100-40x8"] and "on 8 cuda ranks" in lines[0]
+
+
+def test_nodes_are_paid_whole(tables: Path) -> None:
+    demand, node = read_demand(tables), {"h200x8": NODES["h200-8"]}
+    part, whole = clusters(demand, node, [4, 8], samples=1e6, prices={"h200x8": 80.0})
+    assert (part.price, whole.price) == (part.hours * 80, whole.hours * 80)
 
 
 def test_dense_model_takes_its_operations_at_a_part_of_the_peak(tables: Path) -> None:
