@@ -4,10 +4,10 @@ Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows N
      python -m benchmarks.quality --table ml1m --show
 
 Tables are `ml1m` (`benchmarks.next_item`), `ranking` and `ablation` (`benchmarks.rankers`, whose --source holds a
-folder a publisher, `kuairand` and `movielens`) and `length` (`benchmarks.lengths`, which makes its data).  The result
-goes to benchmarks/results/quality_TABLE.json, where rows that were not run stay, and from there to docs/quality.md
-(`benchmarks.quality_page`).  What is done under --work is used again.  Where `--limit-s` ends runs, what they had by
-then counts.
+folder a publisher, `kuairand` and `movielens`), `length` (`benchmarks.lengths`) and `yambda` (`benchmarks.curve`),
+which make their data.  The result goes to benchmarks/results/quality_TABLE.json, where rows that were not run stay,
+and from there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where
+`--limit-s` ends runs, what they had by then counts.
 """
 
 import argparse
@@ -15,17 +15,19 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.curve import YAMBDA, Curve
 from benchmarks.lengths import LENGTH, Lengths
 from benchmarks.next_item import ML1M, NextItem
 from benchmarks.rankers import ABLATION, RANKING, Rankers
 from benchmarks.trainings import Asked
 
 RESULTS = Path("benchmarks/results")
-TABLES: Mapping[str, NextItem | Rankers | Lengths] = {
+TABLES: Mapping[str, NextItem | Rankers | Lengths | Curve] = {
     "ml1m": ML1M,
     "ranking": RANKING,
     "ablation": ABLATION,
     "length": LENGTH,
+    "yambda": YAMBDA,
 }
 """Every table by name."""
 

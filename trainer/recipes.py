@@ -176,9 +176,8 @@ def ml1m_hstu() -> TrainConfig:
 
 
 def ml1m_hstu_large() -> TrainConfig:
-    """Next film of MovieLens-1M, the HSTU paper's large model: 8 layers, 2 heads; as ml1m_hstu, in fewer passes."""
-    base = _ml1m_hstu("ml1m_hstu_large", num_layers=8, num_heads=2, head_dim=26)
-    return replace(base, data=replace(base.data, num_epochs=60))
+    """Next film of MovieLens-1M, the HSTU paper's large model: 8 layers, 2 heads; otherwise as ml1m_hstu."""
+    return _ml1m_hstu("ml1m_hstu_large", num_layers=8, num_heads=2, head_dim=26)
 
 
 def _ml1m_hstu(name: str, *, num_layers: int, num_heads: int, head_dim: int) -> TrainConfig:
