@@ -172,7 +172,7 @@ def loader(options: EventLogOptions) -> Load:
     Raises ValueError if the options or the data set to extend contradict themselves.
     """
     if not options.extend:
-        return partial(_load, options.log_schema(), None, not options.no_state)
+        return partial(_load, options.log_schema(), "", not options.no_state)
     known = read_dataset_info(options.extend)
     if "log" not in known.details:
         raise ValueError(f"dataset.json of {options.extend} does not describe a log; prepare it again with event_log")
@@ -184,18 +184,19 @@ def loader(options: EventLogOptions) -> Load:
         drop_duplicates=options.drop_duplicates,
         spaces={ITEM_SPACE: rare, **schema.spaces},
     )
-    return partial(_load, chosen, known, True)
+    return partial(_load, chosen, options.extend, True)
 
 
 def _load(
     schema: LogSchema,
-    known: DatasetInfo | None,
+    extend: str,
     keeps_state: bool,
     connection: duckdb.DuckDBPyConnection,
     source: Path,
     scratch: Path,
 ) -> Description:
-    """Fill `events`, `users` and `items` from the files of data under `source`; `known` is what they are added to."""
+    """Fill `events`, `users` and `items` from the files under `source`, which add to the data set in `extend`."""
+    known = read_dataset_info(extend) if extend else None
     types, left_out = _read(schema, known, connection, source.resolve(), scratch)
     if known is not None:
         left_out |= leave_out_late_rows(connection, schema, skip=schema.skip_invalid)

@@ -9,21 +9,26 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.counts import counts_as_dict, counts_of
 from pipelines.features import Column, DatasetInfo, Space, SplitInfo
+from pipelines.prepare.counts import counted_groups
 from pipelines.prepare.engine import connect
 from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.source import CountedGroup
 from pipelines.prepare.stages import Load, workspace, write_prepared
-from pipelines.prepare.state import STATE, read_state
+from pipelines.prepare.state import STATE, check_state, read_state
 from pipelines.storage.dataset_json import DATASET_FILE, read_dataset_info
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
+BEFORE_THEY_WERE: Mapping[str, Any] = {"count_user_columns": False}
+"""What data sets are as that were prepared before there were these options, where today's default differs."""
 
 
 def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -> None:
@@ -36,20 +41,19 @@ def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -
     Raises:
         ValueError: the folder holds no data set that can be extended, or the log does not fit it.
     """
-    info = read_dataset_info(str(folder))
-    state = info.details.get("state")
-    if not isinstance(state, str) or not (folder / state).is_dir():
-        raise ValueError(
-            f"--extend {folder} keeps no state to go on from: prepare it with event_log, without --no-state"
-        )
-    chosen = SampleOptions(**{**info.details["options"], "split_time": None, **options})
-    parts = info.parts
-    part = f"part={len(parts):05d}"
-    for split in SPLITS:
-        if (folder / split / part).exists():
-            logger.info("%s was left by an extension that ended early; removed", folder / split / part)
-            shutil.rmtree(folder / split / part)
-    with workspace(folder, ".part") as work:
+    with workspace(folder / "part") as work:
+        info = read_dataset_info(str(folder))
+        state = info.details.get("state")
+        if not isinstance(state, str) or not (folder / state).is_dir():
+            raise ValueError(
+                f"--extend {folder} keeps no state to go on from: prepare it with event_log, without --no-state"
+            )
+        chosen = _sample_options(info, options)
+        # Whatever cannot be added to is told before the log is read.
+        check_state(folder, state, info, _groups(info, chosen, folder))
+        parts = info.parts
+        part = f"part={len(parts):05d}"
+        _remove_left(folder, part)
         with connect(work, chosen.memory_gib, chosen.threads) as connection:
             read_state(connection, folder, state, info)
             about = load(connection, source, work)
@@ -58,11 +62,57 @@ def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -
         _join(info, folder, work / "result", (*parts, part))
 
 
+def _sample_options(info: DatasetInfo, changed: Mapping[str, Any]) -> SampleOptions:
+    """How the part is cut: as the data set was, but for what is changed.
+
+    Raises:
+        ValueError: the data set has options that this version does not know.
+    """
+    stored = info.details["options"]
+    unknown = sorted(set(stored) - set(SampleOptions.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"another version of this project prepared the data, with {', '.join(unknown)}: use that one")
+    return SampleOptions(**{**BEFORE_THEY_WERE, **stored, "split_time": None, **changed})
+
+
+def _remove_left(folder: Path, part: str) -> None:
+    """Remove what an extension that was killed has moved into the data set already."""
+    for split in SPLITS:
+        if (folder / split / part).exists():
+            logger.info("%s was left by an extension that ended early; removed", folder / split / part)
+            shutil.rmtree(folder / split / part)
+
+
+def _groups(info: DatasetInfo, options: SampleOptions, folder: Path) -> tuple[CountedGroup, ...]:
+    """What is counted of the data set's candidates.
+
+    Raises:
+        ValueError: the options count something else.
+    """
+    counts = counts_of(info)
+    counted = {name for each in counts for name in each.columns}
+    columns = [each for each in info.columns if each.part != "candidate" or each.name not in counted]
+    groups: tuple[CountedGroup, ...] = ()
+    if options.counts and options.leave_last is None:
+        with_user, of_everyone = options.count_user_columns, options.counted_columns
+        groups = counted_groups(columns, len(info.actions), with_user=with_user, of_everyone=of_everyone)
+    if counts_as_dict([each.counts for each in groups]) != counts_as_dict(counts):
+        raise ValueError(
+            f"--extend {folder} has counts by {_names(each.group for each in counts)}, but these options count by "
+            f"{_names(each.counts.group for each in groups)}: leave out the options of counts, as a delivery counts "
+            "what the data set does; or prepare it again"
+        )
+    return groups
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
 def _join(info: DatasetInfo, folder: Path, result: Path, parts: tuple[str, ...]) -> None:
     """Move what was prepared into the data set, its description last."""
     added = read_dataset_info(str(result))
-    if [_meaning(each) for each in info.columns] != [_meaning(each) for each in added.columns]:
-        raise ValueError(f"the columns of {folder} are others than those of the log that is added")
+    assert [_meaning(each) for each in info.columns] == [_meaning(each) for each in added.columns]
     for split in SPLITS:
         if any((result / split).iterdir()):
             (result / split).rename(folder / split / parts[-1])

@@ -19,7 +19,7 @@ from pipelines.prepare.readings import IdType, Stored
 from pipelines.prepare.source import MISSING, USER_SPACE, sample_column, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
-from pipelines.prepare.times import NANOSECONDS, YEAR_1990
+from pipelines.prepare.times import NANOSECONDS
 
 
 def stored_keys(connection: duckdb.DuckDBPyConnection, known: DatasetInfo) -> list[tuple[str, Stored]]:
@@ -40,8 +40,6 @@ def leave_out_late_rows(connection: duckdb.DuckDBPyConnection, schema: LogSchema
     Raises ValueError if there are any, or with `skip` leaves them out and returns their number.
     """
     [(end, shown)] = connection.execute(f"SELECT max(rank), {_date('max(rank)')} FROM {EVENTS}").fetchall()
-    if end < YEAR_1990 * NANOSECONDS:
-        raise ValueError("the data set's state is of an earlier version, with other times: prepare the data again")
     late = f"FROM {RAW} WHERE rank < {end}"
     [(count, first)] = connection.execute(f"SELECT count(*), {_date('min(rank)')} {late}").fetchall()
     if not count:
@@ -135,16 +133,10 @@ def make_items(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces:
 
 
 def add_earlier_attributes(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> None:
-    """Add what earlier deliveries said of users and items that this one says nothing of.
-
-    Raises:
-        ValueError: the state of the data set does not hold it.
-    """
+    """Add what earlier deliveries said of users and items that this one says nothing of."""
     for table, attributes in ((USERS, schema.users), (ITEMS, schema.items)):
         if attributes is None:
             continue
-        if not table_exists(connection, table + BEFORE):
-            raise ValueError(f"the data set's state is of an earlier version, without {table}: prepare the data again")
         connection.execute(
             f"CREATE TABLE completed AS SELECT * FROM {table} UNION ALL BY NAME SELECT * FROM {table + BEFORE} "
             f"WHERE key NOT IN (SELECT key FROM {table}); DROP TABLE {table}; ALTER TABLE completed RENAME TO {table}"

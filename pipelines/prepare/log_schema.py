@@ -239,7 +239,14 @@ class LogSchema:
 
 
 def schema_from_dict(values: Mapping[str, Any]) -> LogSchema:
-    """What `dataclasses.asdict` made of a description."""
+    """What `dataclasses.asdict` made of a description.
+
+    Raises:
+        ValueError: it says what this version does not know.
+    """
+    unknown = sorted(set(values) - set(LogSchema.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"a later version of this project described the log, by {', '.join(unknown)}: use that one")
 
     def columns(entries: Any) -> tuple[LogColumn, ...]:
         return tuple(LogColumn(**entry) for entry in entries)

@@ -4,14 +4,14 @@ Memory is bounded by the engine's limit, the longest user and a few row groups, 
 """
 
 import errno
+import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any
+from typing import IO, Any
 
 import duckdb
 import numpy as np
@@ -42,6 +42,8 @@ EVENTS_OF_A_GIB = 1 << 20
 """Events of samples that are sorted at once for each GiB that the engine may use: about a tenth of it."""
 REQUEST_SECONDS = 86_400
 """A request that lasts longer is reported: what is shown together rarely is."""
+LOCK = "lock"
+"""A file that a process keeps locked in the folder where it works."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,26 +58,66 @@ def prepare(load: Load, source: Path, out: Path, options: SampleOptions) -> None
     if out.exists():
         raise ValueError(f"--out {out} exists already; remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(out.parent, f".{out.name}") as work:
+    with workspace(out) as work:
         with connect(work, options.memory_gib, options.threads) as connection:
             write_prepared(connection, load(connection, source, work), work / "result", options)
         (work / "result").rename(out)
 
 
 @contextmanager
-def workspace(parent: Path, name: str) -> Iterator[Path]:
-    """A folder in `parent` as long as it is needed; raises ValueError if there is no room for what is written there."""
-    work = Path(mkdtemp(prefix=f"{name}-", dir=parent))
+def workspace(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which is made there, as long as it is needed; what a killed process left there is removed.
+
+    Raises:
+        ValueError: another process makes the same, or there is no room for what is written.
+    """
+    work = out.with_name(f".{out.name}-unfinished")
+    work.mkdir(exist_ok=True)
+    lock = _locked(work)
     try:
+        _clear(work)
         yield work
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise ValueError(
-            f"{parent} has no room for the data and what lies beside it meanwhile: {error}; choose another --out"
+            f"{work.parent} has no room for the data and what lies beside it meanwhile: {error}; choose another --out"
         ) from error
     finally:
+        # A network file system keeps what is open, and with it the folder.
+        lock.close()
         shutil.rmtree(work)
+
+
+def _locked(work: Path) -> IO[str]:
+    """The open file by which a process keeps others out of its folder; the system ends that with the process.
+
+    Raises:
+        ValueError: another process works there.
+    """
+    lock = (work / LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(
+            f"{work} is in use, another process makes the same: wait for its end, or choose another --out"
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): nothing keeps a second process out", work, error.strerror)
+    return lock
+
+
+def _clear(work: Path) -> None:
+    """Remove everything but the lock."""
+    left = [path for path in work.iterdir() if path.name != LOCK]
+    if left:
+        logger.info("%s was left by a process that was killed; it begins anew", work)
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_prepared(

@@ -8,17 +8,24 @@
 The dictionaries of its spaces are stored already.  In an extension these tables stand beside those of the new log.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 
-from pipelines.features import DatasetInfo
+from pipelines.features import USER_ID, DatasetInfo
 from pipelines.prepare.engine import literal, quoted, table_exists
-from pipelines.prepare.log_tables import ITEMS, USERS
-from pipelines.prepare.source import MISSING, Description, sample_column
+from pipelines.prepare.log_schema import ROW_LISTS, schema_from_dict
+from pipelines.prepare.log_tables import ITEMS, USERS, raw_name
+from pipelines.prepare.source import MISSING, CountedGroup, Description, sample_column, value_column
+from pipelines.prepare.times import NANOSECONDS, YEAR_1990
 
 STATE = "state"
 """The folder of the state, followed by the number of the part that it includes, if that is not the first."""
+EARLIER = "an earlier version of this project kept the state, so no log can be added; prepare the data set again"
+OF_EVENTS = ("log_row", "user_id", "item_id", "time", "rank", "request_key", "action")
+"""What is kept of every event, beside its values."""
 BEFORE = "_before"
 EVENTS, USERS_BEFORE = f"events{BEFORE}", f"users{BEFORE}"
 
@@ -31,7 +38,7 @@ def write_state(
     `values` are the columns of `events` that hold values of the log, without what was counted.
     """
     folder.mkdir(parents=True)
-    names = ", ".join(("user_id", "item_id", "time", "rank", "request_key", "action", *map(quoted, values)))
+    names = ", ".join((*OF_EVENTS[1:], *map(quoted, values)))
     older = f" UNION ALL BY NAME SELECT log_row, {names} FROM {EVENTS}" if table_exists(connection, EVENTS) else ""
     connection.execute(
         # Of equal ranks, those of an earlier delivery come first: their rows count up to -1.
@@ -68,9 +75,41 @@ def _keep_users(connection: duckdb.DuckDBPyConnection, about: Description) -> No
     )
 
 
+def check_state(folder: Path, state: str, info: DatasetInfo, groups: Sequence[CountedGroup]) -> None:
+    """See that the state in `folder / state` is what this version goes on from; `groups` are what candidates count.
+
+    Raises:
+        ValueError: a table or a column is missing, or times are in another unit: an earlier version wrote it.
+    """
+    schema = schema_from_dict(info.details["log"])
+    values = [value_column(column.name) for part in ROW_LISTS for column in schema.of(part)]
+    needed = {
+        EVENTS: [*OF_EVENTS, *values],
+        USERS_BEFORE: [USER_ID, *(each.name for each in schema.of("sample") if each.name != USER_ID)],
+        **{f"counts_{group.counts.group}{BEFORE}": [*group.keys, *group.counts.columns] for group in groups},
+    }
+    for table, attributes in ((USERS, schema.users), (ITEMS, schema.items)):
+        if attributes is not None:
+            needed[table + BEFORE] = ["key", *(raw_name(column) for column in attributes.columns)]
+    for table, columns in needed.items():
+        path = folder / state / f"{table}.parquet"
+        lacking = set(columns) - set(pq.read_schema(path).names) if path.exists() else {"the file"}
+        if lacking:
+            raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}: {EARLIER}")
+    path = folder / state / f"{EVENTS}.parquet"
+    [(newest,)] = duckdb.execute(f"SELECT max(rank) FROM read_parquet({literal(str(path))})").fetchall()
+    if newest < YEAR_1990 * NANOSECONDS:
+        raise ValueError(f"the times in {folder / state} are no nanoseconds: {EARLIER}")
+
+
 def read_state(connection: duckdb.DuckDBPyConnection, folder: Path, state: str, info: DatasetInfo) -> None:
     """Make the tables of the state in `folder / state`, and of the dictionaries of the data set in `folder`."""
     paths = [(path.stem, path) for path in sorted((folder / state).glob("*.parquet"))]
-    paths += [(f"{space.name}_ids", folder / space.keys) for space in info.spaces.values() if space.keys is not None]
     for table, path in paths:
         connection.execute(f"CREATE TABLE {quoted(table)} AS SELECT * FROM read_parquet({literal(str(path))})")
+    for space in info.spaces.values():
+        if space.keys is not None:
+            keys = f"SELECT * FROM read_parquet({literal(str(folder / space.keys))})"
+            # An extension that ended early may have left keys that the description does not know.
+            known = f"{quoted(f'{space.name}_id')} < {space.used}"
+            connection.execute(f"CREATE TABLE {quoted(f'{space.name}_ids')} AS {keys} WHERE {known}")

@@ -73,7 +73,7 @@ def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
         if file.stem not in files:
             raise ValueError(f"{file} is of no table: the tables are {', '.join(files)}")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(run_dir.parent, f".{run_dir.name}") as work:
+    with workspace(run_dir) as work:
         for name, table in export.tables.items():
             target = tensors[f"tables/{name}"] = _mapped(work / f"{name}.bin", table.kind)
             scratch = work / name

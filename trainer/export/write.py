@@ -58,7 +58,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
     for name in reader.names("tables"):
         identities.check(name, known.get(name))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(out.parent, f".{out.name}") as work:
+    with workspace(out) as work:
         folder = work / "result"
         (folder / "tables").mkdir(parents=True)
         export = Export(

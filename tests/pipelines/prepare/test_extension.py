@@ -1,6 +1,5 @@
 """The next day's log into a prepared data set: ids stay, histories reach back, and nothing is lost on the way."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -253,60 +252,3 @@ def test_rare_items_share_id_0_on_every_day(tmp_path: Path) -> None:
     assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z", 4: "d"}
     rows = sorted(rows_in(out, "train", "part=00001"), key=lambda row: int(row["user_id"]))
     assert [row["candidate_item_id"] for row in rows] == [[1, 4, 2, 3], [0, 4, 0]]
-
-
-def test_what_cannot_be_added_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = first_day(tmp_path)
-    before = files_of(out)
-    late = day_of(0, [1], 8, seed=1)
-    rows = day_of(1, range(4), 9)
-
-    def error(name: str, rows: list[dict[str, Any]]) -> str:
-        assert run(write_day(tmp_path / name, rows), "--extend", out) == 1
-        assert files_of(out) == before
-        return capsys.readouterr().err.splitlines()[-1]
-
-    assert "when lies before the end of the parts before in" in error("late", late + rows)
-    assert "label buy must be 0 or 1" in error("label", [{**rows[0], "buy": 7}, *rows[1:]])
-    assert "lacks the column(s) surface" in error(
-        "column", [{k: v for k, v in r.items() if k != "surface"} for r in rows]
-    )
-    assert run(tmp_path / "late", "--extend", out, "--skip-invalid") == 0
-    info = json.loads((out / "dataset.json").read_text())
-    assert info["deliveries"]["part=00001"]["left_out"]["when lies before the end of the parts before"] > 0
-
-
-def test_what_an_ended_extension_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    out, log = first_day(tmp_path)
-    rows = day_of(1, range(4), 9)
-    (out / "train" / "part=00001").mkdir()
-    (out / "train" / "part=00001" / "part-00007.parquet").write_bytes(b"torn")
-    assert run(write_day(tmp_path / "day1", rows), "--extend", out) == 0
-    check_part(out, "part=00001", sorted(log + rows, key=lambda row: row["when"]), HOUR + DAY)
-    assert read_back(out) > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "give --out, the folder to create, or for event_log --extend, the data set to add to"),
-        (["--out", "x", "--extend", "y"], "give --out, the folder to create, or for event_log --extend"),
-        (["--extend", "y", "--user-column", "u"], "--user-column has no effect with --extend"),
-        (["--extend", "y", "--schema", "s.toml"], "--schema has no effect with --extend"),
-        (["--extend", "y"], "y/dataset.json does not exist"),
-    ],
-)
-def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["event_log", "--source", "in", *options])
-    assert left.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-
-
-def test_a_data_set_without_state_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = first_day(tmp_path, "--no-state")
-    assert not (out / "state").exists()
-    assert run(tmp_path / "day0", "--extend", out) == 1
-    assert "keeps no state to go on from: prepare it with event_log, without --no-state" in capsys.readouterr().err

@@ -18,6 +18,7 @@ import pytest
 from pipelines.config import DataConfig
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.kuairand import ACTIONS
+from pipelines.prepare.stages import workspace
 from pipelines.reading.loader import build_loader
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -307,6 +308,21 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, room: int) -> None:
     assert str(tmp_path) in error
     assert "File too large" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_preparation_that_was_killed_begins_anew_and_two_at_once_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_kuairand(tmp_path / "in")
+    with workspace(tmp_path / "out") as work:
+        assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 1
+        assert f"error: {work} is in use, another process makes" in capsys.readouterr().err
+    for folder in (work / "spill", work / "result" / "train"):
+        folder.mkdir(parents=True)
+    (work / "prepare.duckdb").write_bytes(b"torn")
+    assert prepare("kuairand", tmp_path / "in", tmp_path / "out") == 0
+    assert read_back(tmp_path / "out") > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 @pytest.mark.parametrize("option", ["--source", "--out"])
