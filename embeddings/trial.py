@@ -1,5 +1,6 @@
 """Tables on the ranks of a job, looked up and updated step by step: what the probe and the benchmarks time."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,7 +65,11 @@ class Trial:
             ValueError: the tables do not fit.
         """
         device = torch.device(machine.compute_device)
-        load = BatchLoad(samples_per_rank=1, ids_per_sample={table.features[0]: float(ids) for table in tables})
+        load = BatchLoad(
+            samples_per_rank=1,
+            ids_per_sample={table.features[0]: float(ids) for table in tables},
+            distinct={table.name: distinct_part(ids, hot_rows or table.num_embeddings) for table in tables},
+        )
         model = _Model(tables)
         self.plan = plan_tables(model, tables, machine=machine, placement=placement, optimizer=OPTIMIZER, load=load)
         sharding_plan = apply_plan(model, self.plan, device=device)
@@ -107,6 +112,15 @@ class Trial:
         rows = rows_by_feature(looked_up)
         torch.autograd.backward([rows[table.features[0]].values() for table in self._tables], self._gradients)
         self._optimizers.step()
+
+
+def distinct_part(ids: int, rows: int) -> float:
+    """Part of so many uniform ids of `rows` that is expected to be distinct.
+
+    >>> distinct_part(2, 1), distinct_part(1, 10), round(distinct_part(1000, 1000), 3)
+    (0.5, 1.0, 0.632)
+    """
+    return min(1.0, -math.expm1(ids * math.log1p(-1 / rows)) * rows / ids) if rows > 1 else 1 / ids
 
 
 def random_ids(
