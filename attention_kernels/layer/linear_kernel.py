@@ -160,11 +160,11 @@ def product(a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue, *, config: di
     if M == 0:
         return
 
-    count = cdiv(M, block_m) * cdiv(N, block_n)
-    programs = min(count, resident * multiprocessors(a.device)) if resident else 0
+    # Also where there are fewer tiles: what a kernel is compiled for must not follow a batch's number of rows.
+    programs = resident * multiprocessors(a.device)
     launch(
         _matmul_kernel,
-        (programs or count,),
+        (programs or cdiv(M, block_m) * cdiv(N, block_n),),
         Blocks(a, [block_m, block_k]),
         Blocks(b, [block_n, block_k] if fp8 else [block_k, block_n]),
         *epilogue.arguments(out, lambda x: Blocks(x, stored)),

@@ -86,6 +86,20 @@ def test_product_does_not_depend_on_how_it_is_cut(halves: int, resident: int) ->
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("resident", [0, 2])
+def test_batches_of_any_number_of_rows_run_one_compiled_product(resident: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launch is compiled for holds no number of rows: no batch of a new length stops for the compiler."""
+    launched: list[dict[str, int]] = []
+    monkeypatch.setattr(linear_kernel, "multiprocessors", lambda device: 100)
+    monkeypatch.setattr(linear_kernel, "launch", lambda *arguments, **constants: launched.append(constants))
+    config = {**linear_kernel.tiles(fp8=False, silu=True), "RESIDENT": resident}
+    b = torch.ones(64, 96, dtype=torch.float16, device=DEVICE)
+    for rows in (1, 33, 1000, 100_000):
+        a, out = (torch.ones(1, width, dtype=torch.float16, device=DEVICE).expand(rows, -1) for width in (64, 96))
+        linear_kernel.product(a, b, out, Epilogue(silu=True), config=config)
+    assert len(launched) == 4 and all(constants == launched[0] for constants in launched)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_fp8_product_equals_its_dequantised_form(shape: tuple[int, int, int], with_residual: bool) -> None:
