@@ -213,7 +213,7 @@ def measure(case: Case, mesh: Mesh, steps: int = STEPS) -> dict[str, float]:
     peak = peak_flops(mesh.device)
     if peak is not None:
         flops = resolved.training_flops(lens, np.ones_like(lens)).sum()
-        row["mfu"] = flops / ms * 1e3 / peak
+        row["mfu"] = flops / ms * 1e3 / peak / mesh.sharing
     if is_cuda:
         row["peak_gib"] = torch.cuda.max_memory_allocated(mesh.device) / 2**30
     return row
