@@ -9,7 +9,6 @@ where that is forbidden by a successor that depends on this job (`afternotok`).
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -23,14 +22,15 @@ from pathlib import Path
 from torchx.specs import AppState
 
 from launch import attempts, signals
+from launch.fit_nodes import Question, Unfit
 from launch.node import free_port, job_status
 from launch.progress import newest_checkpoint, stopping_time_s
 from launch.records import find_in, save_in
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
 from launch.schedulers.slurm_queue import SlurmError, SlurmJob
+from launch.steps import Steps
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
-from trainer.health import fitness
 from trainer.health.stop_signal import ASKING
 from trainer.run.run_dir import RunDir
 
@@ -39,12 +39,11 @@ logger = logging.getLogger(__name__)
 TAKEN = ("NODE_FAIL", "PREEMPTED", "CANCELLED", "TIMEOUT", "REQUEUED", "COMPLETING", "DEADLINE", "BOOT_FAIL")
 """States in which Slurm is ending the job itself."""
 NODE_FAILURE = "node failure"
+A_PROCESS = "a process failed"
 PATIENCE_S = 900.0
 """How long a controller that does not answer is waited for: without it nothing goes on."""
 MAX_STOPS = 3
 """Starts in a row that may stop without a new checkpoint."""
-PREFLIGHT_S = 120
-"""After which a node that has not said whether it is fit is not."""
 MAX_EXCLUSIONS = 3
 """Starts in a row without fit nodes after which it is not the nodes."""
 
@@ -55,24 +54,18 @@ class Allocation:
 
     job_id: str
     """Slurm's number of the job."""
-    code_dir: Path
-    """The folder of the code and the batch script."""
     job_dir: Path
     """The folder of the output; its name is the submission's."""
     run_dir: Path
     """The run directory."""
-    nodes: int
-    """Nodes that the job has."""
-    cpus_per_task: int
-    """Cores of a node's task; 0: what Slurm gives."""
+    steps: Steps
+    """How its nodes are told what to run; their folder holds the batch script, too."""
     max_retries: int
     """Failures in a row without a new checkpoint after which there is another start."""
     max_restarts: int
     """Starts within this allocation after the first."""
-    data: tuple[str, ...]
-    """Folders that every node reads."""
-    procs_per_node: int
-    """Processes on each node."""
+    question: Question
+    """What its nodes are asked before a start."""
     command: tuple[str, ...]
     """The command that every node runs."""
 
@@ -80,20 +73,17 @@ class Allocation:
         """Start the run until it is done or this allocation should end; returns the batch job's exit status."""
         try:
             return self._run()
-        except OSError as error:
-            # The run directory is gone, full or over its quota, or Slurm does not answer for too long.
+        except (OSError, ValueError) as error:
+            # The run directory is gone, damaged, full or over its quota, or Slurm does not answer for too long.
             print(f"error: {error}", flush=True)
             return self._say(FAILED, f": {error}")
 
     def _run(self) -> int:
         attempts.note_first_start(self.job_dir)
         restarts = 0
-        while True:
-            before = self._newest_step()
-            unfit = self._unfit_nodes()
-            if unfit:
-                self._note("unfit", "; ".join(unfit.values()), before, before)
-                return self._leave_out(unfit)
+        before = after = self._newest_step()
+        unfit = self._ask_nodes()
+        while not unfit:
             status, told_to_stop = self._start()
             after = self._newest_step()
             if status == 0:
@@ -107,23 +97,25 @@ class Allocation:
                 reason = taken or "stopped in good order"
                 self._note("taken" if taken else "stopped", reason, before, after)
                 return self._too_short() or self.go_on(reason)
-            reason = "a process failed"
             if status == WRONG_USE:
-                self._note("failed", reason, before, after)
+                self._note("failed", A_PROCESS, before, after)
                 return self._say(WRONG_USE, ": wrong use, which another start would repeat")
-            self._note("failed", reason, before, after)
-            failures = attempts.failures_without_progress(attempts.read(self.run_dir, self.job_dir.name))
-            if failures > self.max_retries:
-                return self._say(
-                    FAILED,
-                    f": {failures} failures in a row without a new checkpoint, --max-retries is {self.max_retries}",
-                )
             # An allocation that is about to end, or was asked to, is no place for another start.
-            if restarts < self.max_restarts and not told_to_stop:
-                restarts += 1
+            last = told_to_stop or restarts == self.max_restarts
+            # Was it a node?  Slurm takes minutes to notice that one has lost its power.
+            unfit = [] if told_to_stop else self._ask_nodes()
+            if not unfit:
+                self._note("failed", A_PROCESS, before, after)
+                failures = attempts.failures_without_progress(attempts.read(self.run_dir, self.job_dir.name))
+                if failures > self.max_retries:
+                    why = f"{failures} failures in a row without a new checkpoint, --max-retries is {self.max_retries}"
+                    return self._say(FAILED, f": {why}")
+                if last:
+                    return self.go_on(A_PROCESS)
+                before, restarts = after, restarts + 1
                 logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
-                continue
-            return self.go_on(reason)
+        self._note("unfit", "; ".join(node.why for node in unfit), before, after)
+        return self._leave_out(unfit)
 
     def _end_taken(self, how: str, job: SlurmJob, before: int, after: int) -> int:
         """Slurm starts a job that it requeued again by itself, and one that was cancelled was cancelled; a time limit
@@ -145,56 +137,25 @@ class Allocation:
             return 0
         return self._say(FAILED, f": {count} starts in a row stopped before a new checkpoint: ask for more time")
 
-    def _unfit_nodes(self) -> dict[str, str]:
-        """Nodes that cannot take part -> a line that says why."""
-        # In the job's folder: what a killed start leaves behind there is nothing of the run's.
-        token = f"jobs/{self.job_dir.name}/preflight-{self.job_id}-{time.time_ns()}"
-        (self.run_dir / token).write_text(token)
-        question = [
-            self.command[0],
-            "-m",
-            "trainer.health.fitness",
-            "--as",
-            self._facts(token),
-        ]
-        question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
-        question += [word for path in self.data for word in ("--data", path)]
-        try:
-            answer = subprocess.run(
-                self._srun(question, ["--kill-on-bad-exit=0"]),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=PREFLIGHT_S,
-                check=False,
-            )
-            words = answer.stdout + answer.stderr
-        except subprocess.TimeoutExpired as late:
-            words = b"".join(text for text in (late.stdout, late.stderr) if text).decode(errors="replace")
-        finally:
-            (self.run_dir / token).unlink(missing_ok=True)
-        nodes = slurm_queue.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).stdout.split()
-        unfit = read_answers(words, nodes)
-        for why in unfit.values():
-            print(f"error: {why}", flush=True)
+    def _ask_nodes(self) -> list[Unfit]:
+        unfit = self.question.unfit()
+        for node in unfit:
+            print(f"error: {node.why}", flush=True)
         return unfit
 
-    def _facts(self, token: str) -> str:
-        """This node's facts as the nodes' interpreter sees them, which may be in a container."""
-        command = ["/bin/sh", "-c", 'exec "$@"', "sh", self.command[0], "-m", "trainer.health.fitness"]
-        told = subprocess.run([*command, "--facts", token], capture_output=True, text=True, check=False)
-        # Where it cannot run, every node's own answer will say why.
-        lines = told.stdout.splitlines() if told.returncode == 0 else []
-        return lines[-1] if lines else fitness.as_argument(fitness.facts_here(token))
+    def _leave_out(self, unfit: Sequence[Unfit]) -> int:
+        """Try the job on other nodes, where there are any; Slurm says so by taking or refusing a successor.
 
-    def _leave_out(self, unfit: dict[str, str]) -> int:
-        """Try the job on other nodes, where there are any; Slurm says so by taking or refusing a successor."""
-        why = "; ".join(unfit.values())
-        recent = attempts.read(self.run_dir, self.job_dir.name)[-MAX_EXCLUSIONS:]
-        if len(recent) == MAX_EXCLUSIONS and all(attempt.ended == "unfit" for attempt in recent):
+        Nodes that do not answer are left to Slurm, which starts nothing on one that has gone, until they do so twice.
+        """
+        why = "; ".join(node.why for node in unfit)
+        times = attempts.unfit_without_progress(attempts.read(self.run_dir, self.job_dir.name))
+        if times >= MAX_EXCLUSIONS:
             return self._say(FAILED, f": {why}; other nodes were not fit either")
+        if times <= 1 and not any(node.answers for node in unfit):
+            return self.go_on(why)
         job = slurm_queue.find_job(self.job_id, PATIENCE_S)
-        excluded = ",".join([*filter(None, [job.excluded if job else ""]), *unfit])
+        excluded = ",".join([*filter(None, [job.excluded if job else ""]), *(node.node for node in unfit)])
         return self._chain(why, [f"--exclude={excluded}"])
 
     def _start(self) -> tuple[int, bool]:
@@ -208,7 +169,7 @@ class Allocation:
         output = self.job_dir / NODE_OUTPUT.format("%n")
         # A node that fails takes the others with it; one that is done does not.
         options = ["--kill-on-bad-exit=1", f"--output={output}", "--open-mode=append"]
-        srun = subprocess.Popen(self._srun(self.command, options), env=environment)
+        srun = subprocess.Popen(self.steps.srun(self.command, options), env=environment)
         started = time.time()
         warn_at, stopping = self._warning_time(started, None), False
         while srun.poll() is None:
@@ -224,14 +185,6 @@ class Allocation:
                 # srun ends its step on SIGTERM and SIGINT; SIGUSR1 it passes on.
                 srun.send_signal(signal.SIGUSR1)
         return job_status(srun.returncode), stopping
-
-    def _srun(self, command: Sequence[str], more: Sequence[str]) -> list[str]:
-        """`command` on every node, in the job's folder."""
-        options = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--export=ALL"]
-        # Since Slurm 22.05 srun does not take over sbatch's cores a task: every process would share one core.
-        options += [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []
-        options += ["--wait=0", "--mpi=none", *more]
-        return ["srun", *options, "/bin/sh", "-c", _ENTER, "sh", str(self.code_dir), *command]
 
     def _warning_time(self, started: float, known: float | None) -> float | None:
         """When the run, `started` at that time, must be told to stop; None without a time limit.  What is `known`
@@ -269,7 +222,7 @@ class Allocation:
         depends = f"--dependency=afternotok:{self.job_id}"
         index = os.environ.get("SLURM_ARRAY_TASK_ID")
         member = [f"--array={index}"] if index else []
-        command = ["sbatch", "--parsable", depends, *member, *options, str(self.code_dir / SCRIPT)]
+        command = ["sbatch", "--parsable", depends, *member, *options, str(self.steps.code_dir / SCRIPT)]
         try:
             number = slurm_queue.submit(command, lambda job: f":{self.job_id}(" in job.dependency, PATIENCE_S)
             successor = number + (f"_{index}" if index else "")
@@ -291,44 +244,6 @@ def own_id(environment: Mapping[str, str]) -> str:
     which commands mean all members."""
     array = environment.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
-
-
-def read_answers(words: str, nodes: Sequence[str]) -> dict[str, str]:
-    """Unfit nodes -> a line that says why, from what `trainer.health.fitness` printed on all of them."""
-    answers, rest = {}, []
-    for line in words.splitlines():
-        try:
-            answer = json.loads(line)
-            answers[str(answer["node"])] = "; ".join(answer["problems"])
-        except (ValueError, KeyError, TypeError):
-            rest.append(line)
-    unfit = {node: f"node {node}: {found}" for node, found in answers.items() if found}
-    for node in nodes:
-        if node not in answers:
-            # In the shell's words before Slurm's, which only counts its tasks.
-            own = [line.removeprefix("error: ") for line in rest if line.startswith(f"error: node {node} ")]
-            told = [line for line in rest if f"error: {node}:" in line]
-            # Of all nodes: the step could not be started.
-            told += [line for line in rest if line.startswith("srun: ") and ": task " not in line]
-            slurms = [f"node {node} does not answer: {line}" for line in told]
-            unfit[node] = next(iter(own + slurms), f"node {node} does not answer")
-    return unfit
-
-
-_ENTER = """\
-node="node ${SLURMD_NODENAME:-$(hostname)}"
-cd "$1" 2>/dev/null || {
-  echo "error: $node has no folder $1, which holds the job's code: put the run directory where all nodes see it" >&2
-  exit 5
-}
-command -v "$2" >/dev/null || {
-  echo "error: $node has no interpreter $2: name one with --python that all nodes have" >&2
-  exit 5
-}
-shift
-exec "$@"
-"""
-"""Enters the job's folder on each node; where it cannot, Slurm would start in another, with the code that is there."""
 
 
 def _is_requeued(job: SlurmJob | None) -> bool:
@@ -368,17 +283,22 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signals.hold()
+    steps = Steps(code_dir=Path.cwd(), nodes=given.nodes, cpus_per_task=given.cpus_per_task)
     return Allocation(
         job_id=own_id(os.environ),
-        code_dir=Path.cwd(),
         job_dir=given.job_dir,
         run_dir=given.run_dir,
-        nodes=given.nodes,
-        cpus_per_task=given.cpus_per_task,
         max_retries=given.max_retries,
         max_restarts=given.max_restarts,
-        data=tuple(given.data),
-        procs_per_node=given.procs_per_node,
+        steps=steps,
+        question=Question(
+            steps=steps,
+            interpreter=given.command[0],
+            run_dir=given.run_dir,
+            job_dir=given.job_dir,
+            data=tuple(given.data),
+            procs_per_node=given.procs_per_node,
+        ),
         command=tuple(given.command),
     ).run()
 

@@ -89,6 +89,16 @@ def stops_without_progress(attempts: list[Attempt]) -> int:
     return count
 
 
+def unfit_without_progress(attempts: list[Attempt]) -> int:
+    """How many starts in a row have found nodes that are not fit, without a new checkpoint before."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.progress or attempt.ended != "unfit":
+            break
+        count += 1
+    return count
+
+
 def failures_without_progress(attempts: list[Attempt]) -> int:
     """How many failures in a row have brought no new checkpoint; what is no failure neither counts nor ends the row."""
     count = 0

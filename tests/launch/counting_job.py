@@ -19,6 +19,7 @@ from trainer.checkpoint.catalogue import COMPLETE, step_folder
 from trainer.exit_status import STOPPED
 from trainer.health.stop_signal import STOP
 from trainer.run.run_dir import RunDir
+from trainer.run.writing import replace_text
 
 
 def main(run: RunDir, steps: int, every: int, failing: tuple[int, int], *, always: bool) -> int:
@@ -52,8 +53,8 @@ def main(run: RunDir, steps: int, every: int, failing: tuple[int, int], *, alway
                 folder = run.checkpoints / step_folder(step)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / COMPLETE).touch()
-                run.saving_file.write_text(json.dumps({"step": step, "seconds": 0.1}))
-                run.config_file.write_text(json.dumps({"name": "counting", "log_every": 1}))
+                replace_text(run.saving_file, json.dumps({"step": step, "seconds": 0.1}))
+                replace_text(run.config_file, json.dumps({"name": "counting", "log_every": 1}))
         if stops:
             _write(log, f"INFO counting: stopped after step {step}")
             return STOPPED

@@ -7,7 +7,9 @@ import pytest
 
 from launch import attempts, records
 from launch.allocation import Allocation
+from launch.fit_nodes import Question
 from launch.schedulers import slurm_queue
+from launch.steps import Steps
 from trainer.exit_status import FAILED, STOPPED
 
 MOMENTS = "StartTime=2026-11-29T21:36:34 PreemptTime="
@@ -16,19 +18,17 @@ LIMIT = "QOSMaxSubmitJobPerUserLimit"
 
 def _allocation(folder: Path) -> Allocation:
     job_dir = records.folder_of(folder, "20261129-120000-ab12")
-    job_dir.mkdir(parents=True)
+    job_dir.mkdir(parents=True, exist_ok=True)
     (job_dir / "job.sh").touch()
+    steps = Steps(code_dir=job_dir, nodes=1, cpus_per_task=1)
     return Allocation(
         job_id="7",
-        code_dir=job_dir,
         job_dir=job_dir,
         run_dir=folder,
-        nodes=1,
-        cpus_per_task=1,
         max_retries=0,
         max_restarts=0,
-        data=(),
-        procs_per_node=1,
+        steps=steps,
+        question=Question(steps=steps, interpreter="true", run_dir=folder, job_dir=job_dir, data=(), procs_per_node=1),
         command=("true",),
     )
 
@@ -116,4 +116,39 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(
     assert _allocation(tmp_path).run() == FAILED
     *_, error, last = capfd.readouterr().out.splitlines()
     assert error.startswith("error: ") and attempts.FILE in error and "Is a directory" in error
+    assert last == f"the job ends with status 1: {error.removeprefix('error: ')}"
+
+
+def test_a_node_that_has_gone_is_left_to_slurm_and_one_that_never_answers_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    """It loses its power in the middle of a run, and Slurm, which takes minutes to notice, still counts it as there."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    first = """echo '{"node": "n1", "problems": []}'"""
+    second = (
+        """test -e gone && echo "srun: error: n2: Communication failure" || echo '{"node": "n2", "problems": []}'"""
+    )
+    commands(
+        srun=f"""cd {tmp_path}; case "$*" in *fitness*) {first}; {second} ;; *) touch gone; exit 1 ;; esac""",
+        scontrol=f"""case "$*" in *hostnames*) printf 'n1\\nn2\\n' ;;
+        *requeue*) echo requeued >> {tmp_path}/sent ;; *) echo JobId=7 JobState=RUNNING Restarts=0 ;; esac""",
+        sbatch=f"echo $* >> {tmp_path}/sent; echo 8",
+    )
+    for _ in range(2):
+        assert _allocation(tmp_path).run() == STOPPED
+    why = "node n2 does not answer: srun: error: n2: Communication failure"
+    assert [(attempt.ended, attempt.reason) for attempt in attempts.read(tmp_path)] == [("unfit", why)] * 2
+    requeued, successor = (tmp_path / "sent").read_text().splitlines()
+    assert requeued == "requeued"
+    assert "--dependency=afternotok:7 --exclude=n2 " in successor
+
+
+def test_a_damaged_run_directory_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], commands: Callable[..., None]
+) -> None:
+    commands(srun="exit 1")
+    (tmp_path / "config.json").write_text("{")
+    assert _allocation(tmp_path).run() == FAILED
+    error, last = capfd.readouterr().out.splitlines()
+    assert error.startswith(f"error: {tmp_path}/config.json is not valid JSON")
     assert last == f"the job ends with status 1: {error.removeprefix('error: ')}"

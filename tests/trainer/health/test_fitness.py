@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch.allocation import read_answers
+from launch.fit_nodes import Unfit, read_answers
 from trainer.health import fitness
 from trainer.health.fitness import Facts, facts_here, gpu_faults, problems, xid_faults
 
@@ -139,18 +139,18 @@ def test_a_node_answers_in_a_line_without_torch_or_torchx(run_dir: Path) -> None
         [sys.executable, "-c", block, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
-    (answer,) = read_answers(done.stdout, [json.loads(done.stdout)["node"]]).values()
-    assert "the first node's 2.7" in answer
+    (answer,) = read_answers(done.stdout, [json.loads(done.stdout)["node"]])
+    assert answer.answers and "the first node's 2.7" in answer.why
 
 
 def test_nodes_that_say_nothing_are_not_fit() -> None:
     words = '{"node": "a", "problems": []}\n{"node": "b", "problems": ["x", "y"]}\n'
     words += "srun: error: c: task 2: Exited\nerror: node c has no folder /r\nsrun: error: d: task 3: Killed\n"
-    assert read_answers(words, ["a", "b", "c", "d", "e"]) == {
-        "b": "node b: x; y",
-        "c": "node c has no folder /r",
-        "d": "node d does not answer: srun: error: d: task 3: Killed",
-        "e": "node e does not answer",
-    }
+    assert read_answers(words, ["a", "b", "c", "d", "e"]) == [
+        Unfit("b", "node b: x; y", answers=True),
+        Unfit("c", "node c has no folder /r", answers=True),
+        Unfit("d", "node d does not answer: srun: error: d: task 3: Killed", answers=False),
+        Unfit("e", "node e does not answer", answers=False),
+    ]
     step = "srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are mutually exclusive."
-    assert read_answers(step, ["a"]) == {"a": f"node a does not answer: {step}"}
+    assert read_answers(step, ["a"]) == [Unfit("a", f"node a does not answer: {step}", answers=False)]

@@ -1,0 +1,102 @@
+"""Which nodes of a Slurm allocation are not fit for its run, and why: what `trainer.health.fitness` finds on each."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.schedulers import slurm_queue
+from launch.steps import Steps
+from trainer.health import fitness
+
+PATIENCE_S = 120
+"""After which a node that has not said whether it is fit is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """A node that cannot take part."""
+
+    node: str
+    """Its name at Slurm."""
+    why: str
+    """A line that names it and says why."""
+    answers: bool
+    """Whether it said so itself; if not, it may have gone, which Slurm finds out in its own time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What all nodes of an allocation are asked."""
+
+    steps: Steps
+    """How they are asked."""
+    interpreter: str
+    """The nodes' Python."""
+    run_dir: Path
+    """The run directory."""
+    job_dir: Path
+    """The job's folder in it."""
+    data: tuple[str, ...]
+    """Folders that every node reads."""
+    procs_per_node: int
+    """Processes on each node."""
+
+    def unfit(self) -> list[Unfit]:
+        """Ask them, and wait for their answers."""
+        # In the job's folder: what a killed start leaves behind there is nothing of the run's.
+        token = f"jobs/{self.job_dir.name}/preflight-{os.getpid()}-{time.time_ns()}"
+        (self.run_dir / token).write_text(token)
+        question = [self.interpreter, "-m", "trainer.health.fitness", "--as", self._facts(token)]
+        question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
+        question += [word for path in self.data for word in ("--data", path)]
+        try:
+            answer = subprocess.run(
+                self.steps.srun(question, ["--kill-on-bad-exit=0"]),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=PATIENCE_S,
+                check=False,
+            )
+            words = answer.stdout + answer.stderr
+        except subprocess.TimeoutExpired as late:
+            words = b"".join(text for text in (late.stdout, late.stderr) if text).decode(errors="replace")
+        finally:
+            (self.run_dir / token).unlink(missing_ok=True)
+        nodes = slurm_queue.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).stdout.split()
+        return read_answers(words, nodes)
+
+    def _facts(self, token: str) -> str:
+        """This node's facts as the nodes' interpreter sees them, which may be in a container."""
+        command = ["/bin/sh", "-c", 'exec "$@"', "sh", self.interpreter, "-m", "trainer.health.fitness"]
+        told = subprocess.run([*command, "--facts", token], capture_output=True, text=True, check=False)
+        # Where it cannot run, every node's own answer will say why.
+        lines = told.stdout.splitlines() if told.returncode == 0 else []
+        return lines[-1] if lines else fitness.as_argument(fitness.facts_here(token))
+
+
+def read_answers(words: str, nodes: Sequence[str]) -> list[Unfit]:
+    """The unfit ones of `nodes`, from what `trainer.health.fitness`, the shell and Slurm said on all of them."""
+    answers, rest = {}, []
+    for line in words.splitlines():
+        try:
+            answer = json.loads(line)
+            answers[str(answer["node"])] = "; ".join(answer["problems"])
+        except (ValueError, KeyError, TypeError):
+            rest.append(line)
+    unfit = [Unfit(node, f"node {node}: {found}", answers=True) for node, found in answers.items() if found]
+    for node in nodes:
+        if node not in answers:
+            # In the shell's words before Slurm's, which only counts its tasks.
+            own = [line.removeprefix("error: ") for line in rest if line.startswith(f"error: node {node} ")]
+            told = [line for line in rest if f"error: {node}:" in line]
+            # Of all nodes: the step could not be started.
+            told += [line for line in rest if line.startswith("srun: ") and ": task " not in line]
+            slurms = [f"node {node} does not answer: {line}" for line in told]
+            why = next(iter(own + slurms), f"node {node} does not answer")
+            unfit.append(Unfit(node, why, answers=bool(own)))
+    return unfit
