@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import time
 
 import duckdb
 
@@ -41,9 +42,13 @@ from pipelines.prepare.source import USER_SPACE, Description, item_columns
 from pipelines.prepare.spellings import Spelt, check_matches, check_spellings
 from pipelines.prepare.stages import Load
 from pipelines.prepare.text_encoding import UTF_8
+from pipelines.prepare.times import NANOSECONDS
 from pipelines.storage.dataset_json import read_dataset_info
 
 logger = logging.getLogger(__name__)
+
+DAY = 86_400
+"""Seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,10 +206,8 @@ def _load(
     if known is not None:
         left_out |= leave_out_late_rows(connection, schema, skip=schema.skip_invalid)
         add_earlier_attributes(connection, schema)
-    [(rows,)] = connection.execute(f"SELECT count(*) FROM {RAW}").fetchall()
-    if not rows:
-        reasons = "".join(f"; left out: {what} ({count} rows)" for what, count in left_out.items())
-        raise ValueError(f"the source holds no events with labels{reasons}")
+        _check_any_row(connection, source, left_out)
+    _warn_of_the_future(connection, schema.time)
     logger.info("looking for rows delivered twice")
     duplicates = count_duplicates(connection, RAW, drop=schema.drop_duplicates)
     logger.info("numbering keys")
@@ -257,7 +260,7 @@ def _read(
     check_columns(schema, sources)
     types = space_types(schema, sources, stored_keys(connection, known) if known is not None else ())
     options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)
-    left_out = read_rows(connection, sources.log, RAW, raw_columns(schema, types), scratch, options)
+    left_out: dict[str, int] = {}
     for table, files, attributes, space in (
         (USERS, sources.users, schema.users, USER_SPACE),
         (ITEMS, sources.items, schema.items, ITEM_SPACE),
@@ -266,9 +269,35 @@ def _read(
             columns = attribute_columns(attributes, space, schema, types)
             counts = read_rows(connection, files, table, columns, scratch, replace(options, where=None))
             left_out |= {f"{space}s: {what}": count for what, count in counts.items()}
-            check_one_row_a_key(connection, table, files, attributes.key)
+            repeated = check_one_row_a_key(connection, table, files, attributes.key, skip=schema.skip_invalid)
+            left_out |= {f"{space}s: {what}": count for what, count in repeated.items()}
+    left_out |= read_rows(connection, sources.log, RAW, raw_columns(schema, types), scratch, options)
+    _check_any_row(connection, source, left_out)
     _check_keys(connection, schema, sources, types, known)
     return types, left_out
+
+
+def _check_any_row(connection: duckdb.DuckDBPyConnection, source: Path, left_out: Mapping[str, int]) -> None:
+    """Raise ValueError if no row of the log is left."""
+    [(rows,)] = connection.execute(f"SELECT count(*) FROM {RAW}").fetchall()
+    if not rows:
+        reasons = "; ".join(f"{what} ({count} rows)" for what, count in left_out.items())
+        found = f"rows are left out, none remains: {reasons}" if left_out else "its files hold no row, a header is none"
+        raise ValueError(f"the log in {source} holds no event: {found}")
+
+
+def _warn_of_the_future(connection: duckdb.DuckDBPyConnection, column: str) -> None:
+    """Say where times lie after tomorrow: all that is delivered before then would be late."""
+    tomorrow = int((time() + DAY) * NANOSECONDS)
+    [(count, newest)] = connection.execute(
+        f"SELECT count(*), make_timestamp_ns(max(rank))::VARCHAR FROM {RAW} WHERE rank > {tomorrow}"
+    ).fetchall()
+    if count:
+        logger.warning(
+            "%s lies in the future in %d row(s), the newest at %s: they are evaluated, and no later delivery can begin "
+            "before that; mend them, or leave them out by --where",
+            *(column, count, newest),
+        )
 
 
 def _check_keys(

@@ -164,7 +164,8 @@ def log_paths(source: Path, leave_out: Iterable[Path] = ()) -> list[Path]:
     names = ", ".join(str(path.relative_to(source)) for path in others[:SHOWN]) + ", ..." * (len(others) > SHOWN)
     if not found:
         formats = f"{', '.join(FORMATS)} file, compressed or not ({', '.join(COMPRESSIONS)})"
-        raise ValueError(f"--source {source} holds no {formats}" + f"; it holds {names}" * bool(others))
+        instead = f"; it holds {names}: write the log as one of these" if others else ""
+        raise ValueError(f"--source {source} holds no {formats}{instead}")
     if others:
         logger.info("%d file(s) of other kinds are not read: %s", len(others), names)
     return found

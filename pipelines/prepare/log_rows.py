@@ -126,15 +126,31 @@ def _check_where(connection: duckdb.DuckDBPyConnection, sql: str, where: str, fi
 
 
 def check_one_row_a_key(
-    connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[LogFile], column: str
-) -> None:
-    """Raise ValueError if a key stands in several rows of attributes: which one would be true of it?"""
+    connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[LogFile], column: str, *, skip: bool
+) -> dict[str, int]:
+    """See that each key stands in one row of attributes: which of several would be true of it?
+
+    With `skip` all but the first row of a key are left out; returns how many.
+
+    Raises:
+        ValueError: a key stands in several rows, without `skip`.
+    """
+    if skip:
+        earlier = f"SELECT key, min(log_row) AS log_row FROM {table} GROUP BY key"
+        [(count,)] = connection.execute(
+            f"DELETE FROM {table} AS t USING ({earlier}) AS e WHERE t.key = e.key AND t.log_row > e.log_row"
+        ).fetchall()
+        return {f"{column} stands in an earlier row, too": count} if count else {}
     found = connection.execute(
         f"SELECT key::VARCHAR, max(log_row) FROM {table} GROUP BY key HAVING count(*) > 1 ORDER BY 2 LIMIT 1"
     ).fetchall()
     if found:
         key, row = found[0]
-        raise ValueError(f"{place_of(files, row)}: {column} {key!r} stands in an earlier row, too; give one row each")
+        raise ValueError(
+            f"{place_of(files, row)}: {column} {key!r} stands in an earlier row, too; give one row each, or let "
+            "--skip-invalid keep the first"
+        )
+    return {}
 
 
 def count_duplicates(connection: duckdb.DuckDBPyConnection, table: str, *, drop: bool) -> dict[str, int | bool]:

@@ -198,7 +198,10 @@ def _id(value: str, stored: Stored, target: IdType) -> tuple[str, tuple[str, str
     name, kind = stored.name, stored.type
     if kind == "BLOB":
         text = f"TRY(decode({value}))"
-        return text, (f"{text} IS NOT NULL", f"{name} must hold text in UTF-8")
+        return text, (
+            f"{text} IS NOT NULL",
+            f"{name} must hold text in UTF-8: write other bytes as text, such as hexadecimal",
+        )
     if _is_text(kind):
         return f"{value}::VARCHAR", _spelling(value, name, target.beside) if target.beside else None
     if kind in EXACT or kind.startswith("DECIMAL"):
@@ -266,7 +269,7 @@ def read_flag(stored: Stored) -> Reading:
         condition=f"{flag} IN (0, 1)",
         text=f"label {stored.name} must be 0 or 1",
         column=stored.name,
-        explain=_as_words if _is_text(stored.type) else None,
+        explain=_as_words if _is_text(stored.type) else _as_grade,
     )
     return Reading(value=f"CASE WHEN {flag} = 1 THEN 1 ELSE 0 END", rules=(rule,))
 
@@ -274,6 +277,14 @@ def read_flag(stored: Stored) -> Reading:
 def _as_words(shown: str) -> str:
     """What a message says of text that is no label."""
     return f"true, t, yes, y, their opposites, 0 and 1 are known; if {shown[:100]!r} is an action, give action values"
+
+
+def _as_grade(shown: str) -> str:
+    """What a message says of a number that is no label."""
+    return (
+        f"if {shown} is one of several grades, give them as action values, or predict the number ([label] in a schema "
+        "file)"
+    )
 
 
 def read_words(stored: Stored, target: IdType, words: Sequence[str], separator: str | None) -> Reading:

@@ -27,6 +27,7 @@ from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.rare_items import merge_rare_items
 from pipelines.prepare.samples import cut
 from pipelines.prepare.source import Description, value_column
+from pipelines.prepare.split_time import check_sides, choose_split_time
 from pipelines.prepare.state import STATE, write_state
 from pipelines.prepare.summary import SampleCounter, event_statistics
 from pipelines.prepare.time_order import TimeOrder
@@ -139,7 +140,10 @@ def _write_cut(
     """Cut the events into samples that store their histories and write them; returns their description."""
     if not connection.execute("SELECT count(*) FROM events WHERE candidate").fetchall()[0][0]:
         raise ValueError("the source holds no events with labels")
-    split_time = options.split_time if options.split_time is not None else _split_time(connection, options)
+    split_time = options.split_time if options.split_time is not None else choose_split_time(connection, options)
+    # A later part may be all for training: it is evaluated before it is trained on.
+    needed = ("train",) if about.part else ("train", "eval")
+    early = check_sides(connection, split_time, options, needed) if options.leave_last is None else None
     about = _with_rare_items_merged(connection, about, split_time, options)
     statistics = event_statistics(connection, about.actions)
     logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
@@ -148,21 +152,18 @@ def _write_cut(
     about = _with_counts(connection, about, split_time, options)
     sizes, of_samples = _write_samples(connection, about, folder, split_time, options)
     for split, size in sizes.items():
-        # A later part may be all for training: it is evaluated before it is trained on.
-        if not size.samples and not (about.part and split == "eval"):
-            raise ValueError(
-                f"no {split} samples: the events span {statistics['first_time']} to {statistics['last_time']} and the "
-                f"split time is {split_time}; change --split-time, --min-history or --min-candidates"
-            )
+        if not size.samples and split in needed:
+            raise ValueError(_no_samples(split, options))
         logger.info("%s: %d samples, %d candidates", split, size.samples, size.candidates)
     left_out = {
+        **({"events_without_history": early} if early is not None else {}),
         "users_in_no_sample": statistics["users"] - of_samples.pop("users"),
         "events_not_candidates": statistics["events"] - sum(size.candidates for size in sizes.values()),
     }
     logger.info(
         "%d of the users are in no sample, %d of the events are candidates of none (--min-history, --min-candidates, "
         "--samples-per-user, --eval-candidates, --max-users)",
-        *left_out.values(),
+        *(left_out["users_in_no_sample"], left_out["events_not_candidates"]),
     )
     _warn_of_constant_actions(of_samples["splits"]["train"]["positives"], sizes["train"].candidates)
     if about.keeps_state:
@@ -187,6 +188,20 @@ def _write_cut(
         source=about.source,
         licence=about.licence,
         details=details,
+    )
+
+
+def _no_samples(split: str, options: SampleOptions) -> str:
+    """What a message says of a split that stays empty though there are events for it."""
+    if options.leave_last is not None:
+        return (
+            f"no {split} samples: no user has more events than --leave-last={options.leave_last}, "
+            f"--drop-last={options.drop_last} and --min-history={options.min_history} ask for together; lower them"
+        )
+    return (
+        f"no {split} samples: what happened in one second or request with a user's first events, or goes on over the "
+        f"split time, is no candidate, and each group of the rest has fewer than --min-candidates="
+        f"{options.min_candidates}: change --min-candidates, --min-history, --split-time or the request column"
     )
 
 
@@ -304,17 +319,3 @@ def _write_samples(
             writers["train"].add(table)
     sizes = {split: writer.sizes() for split, writer in writers.items()}
     return sizes, {"users": users, "splits": {split: counter.summary() for split, counter in counters.items()}}
-
-
-def _split_time(connection: duckdb.DuckDBPyConnection, options: SampleOptions) -> int:
-    """The first full hour before which at least `train_fraction` of the labelled events lie and after which any do.
-
-    In a log of whole days, or of few hours, the last may hold more than the rest: it is for evaluation then.  A log of
-    one hour has none to follow.
-    """
-    [(hour, first, last)] = connection.execute(
-        f"SELECT min(hour) FILTER (share >= {options.train_fraction}), min(hour), max(hour) FROM "
-        "(SELECT hour, sum(n) OVER (ORDER BY hour) / sum(n) OVER () AS share FROM "
-        "(SELECT time // 3600 AS hour, count(*) AS n FROM events WHERE candidate GROUP BY 1))"
-    ).fetchall()
-    return max(int(first) + 1, min(int(hour) + 1, int(last))) * 3600

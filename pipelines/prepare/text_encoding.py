@@ -8,6 +8,15 @@ from pipelines.prepare.engine import decompressed
 UTF_8 = "utf-8"
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 """How a file begins that says its encoding itself."""
+BINARY = {
+    b"\x1f\x8b": "gzip, .gz",
+    b"\x28\xb5\x2f\xfd": "zstd, .zst",
+    b"\xfd7zXZ": "xz, .xz",
+    b"PK\x03\x04": "zip, .zip",
+    b"PAR1\x15": "Parquet, .parquet",
+    b"Obj\x01": "Avro, which is not read: write Parquet",
+}
+"""How files begin that are no text, whatever their names say; what they are, with the suffix that says so."""
 PIECE_BYTES = 1 << 20
 ENCODING = "--encoding (encoding in a schema file)"
 """How messages name what says it."""
@@ -24,9 +33,16 @@ def check_encoding(name: str) -> None:
 
 
 def encoding_of(path: Path, stated: str) -> str:
-    """What a file of text says of itself, else what is stated of the log."""
+    """What a file of text says of itself, else what is stated of the log.
+
+    Raises:
+        ValueError: it begins as files of another kind do.
+    """
     with decompressed(path) as stream:
-        begins = stream.read(3)
+        begins = stream.read(max(map(len, BINARY)))
+    kind = next((kind for mark, kind in BINARY.items() if begins.startswith(mark)), None)
+    if kind is not None:
+        raise ValueError(f"{path} is no text, it begins as files of another kind do ({kind}): give it its own suffix")
     return next((encoding for mark, encoding in MARKS.items() if begins.startswith(mark)), stated)
 
 

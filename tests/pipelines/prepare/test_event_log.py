@@ -1,5 +1,6 @@
 """A company's own log to the prepared format: columns named on the command line, one clear error each."""
 
+import gzip
 import json
 import logging
 from datetime import UTC, datetime, timedelta, timezone
@@ -232,7 +233,12 @@ def test_whole_numbers_and_words_are_no_dates(tmp_path: Path, capsys: pytest.Cap
         ),
         (b"u,i,t,like\n1,2,3,1\n\xe9,2,3,1\n", "log.csv, line 3: Invalid unicode"),
         (b"u,i,t,like\n1,2,3,1\n1,2\n", "log.csv, line 3: Expected Number of Columns: 4 Found: 2"),
-        (b"u,i,t,like\n", "the source holds no events with labels"),
+        (b"u,i,t,like\n", "in holds no event: its files hold no row, a header is none"),
+        (
+            gzip.compress(b"u,i,t,like\n1,2,3,1\n"),
+            "log.csv is no text, it begins as files of another kind do (gzip, .gz)",
+        ),
+        (b"Obj\x01\x04\x16avro.schema", "(Avro, which is not read: write Parquet)"),
         (
             "u,i,t,like\n1,2,3,1\n".encode("utf-16-le"),
             "log.csv holds zero bytes, as text in UTF-16 does: say which --enc",

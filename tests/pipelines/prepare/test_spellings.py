@@ -1,7 +1,9 @@
 """Users and items that a log spells in two ways, and attributes of others than its own, are refused."""
 
+import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.pipelines.prepare.test_event_log import HOUR, keys_of
@@ -85,3 +87,28 @@ def test_attributes_are_of_the_logs_items(
     else:
         assert status == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)])
+def test_of_rows_of_one_item_the_first_is_kept_where_wrong_rows_are_left_out(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """Files by name, rows as they stand; the log's events are all there."""
+    rows = [("a", 1.0), ("b", 2.0), ("a", 3.0), ("a", 4.0)]
+    given = [rows[place] for place in order]
+    source = log(tmp_path / "in", ("u1", "u2"), ("a", "b"))
+    for number in (0, 1):
+        part = given[2 * number : 2 * number + 2]
+        write_lines(source / "items" / f"{number}.csv", ["i,price", *(f"{item},{price}" for item, price in part)])
+    schema = 'user = "u"\nitem = "i"\ntime = "t"\nactions = ["like"]\n'
+    schema += '[items]\nfiles = "items"\ncolumns = { price = "number" }\n'
+    (tmp_path / "schema.toml").write_text(schema)
+    options = ("--schema", str(tmp_path / "schema.toml"), *SPLIT)
+    assert prepare("event_log", source, tmp_path / "no", *options) == 1
+    assert prepare("event_log", source, tmp_path / "out", *options, "--skip-invalid") == 0
+    keys = keys_of(tmp_path / "out", "item")
+    table = pq.read_table(tmp_path / "out" / "items").to_pylist()
+    assert {keys[row["item_id"]]: row["price"] for row in table} == dict(given[::-1])
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["left_out"] == {"items: i stands in an earlier row, too": 2}
+    assert info["statistics"]["events"] == 8
