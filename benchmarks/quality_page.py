@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ablation, days, demo, own_log
+from benchmarks.curve import YAMBDA
 from benchmarks.lengths import LENGTH
 from benchmarks.next_item import ML1M
 from benchmarks.rankers import ABLATION, RANKING
@@ -25,6 +26,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "quality_ranking_cpu": RANKING.table,
     "quality_ablation": ABLATION.table,
     "quality_length": LENGTH.table,
+    "quality_yambda": YAMBDA.table,
     "demo": demo.table,
     "days": days.table,
     "ablation": ablation.table,
