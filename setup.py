@@ -22,6 +22,7 @@ setup(
         "attention_kernels.layer",
         "embeddings",
         "embeddings.kinds",
+        "embeddings.planning",
         "launch",
         "launch.schedulers",
         "pipelines",

@@ -30,12 +30,12 @@ from benchmarks.on_one_gpu import DEVICE, Part, one_rank, run_parts
 from embeddings.caches import Caches
 from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
 from embeddings.exchange import table_sharders
-from embeddings.frequencies import zipf
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
-from embeddings.planning import solve
-from embeddings.problem import BatchLoad, Problem, reserve
+from embeddings.planning.frequencies import zipf
+from embeddings.planning.problem import BatchLoad, Problem, reserve
+from embeddings.planning.solver import solve
 from embeddings.sharding import apply_plan
 from embeddings.tables import Rows, build_tables, fbgemm_kernels, init_tables, rows_by_feature
 from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms

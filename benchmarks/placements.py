@@ -29,9 +29,9 @@ from benchmarks.on_one_gpu import DEVICE, Part, run_parts
 from embeddings.config import ComputeKernel, PlacementConfig, RowType, TableConfig
 from embeddings.initial_rows import fill
 from embeddings.machine import Machine
-from embeddings.plan import Plan
-from embeddings.planning import evaluate
-from embeddings.problem import Problem
+from embeddings.planning.plan import Plan
+from embeddings.planning.problem import Problem
+from embeddings.planning.solver import evaluate
 from embeddings.trial import OPTIMIZER, Trial, median_ms
 
 Case = tuple[int, int, int, int, RowType, ComputeKernel, float]

@@ -3,7 +3,7 @@
     python -m embeddings PLAN           print the plan of a file: placement, reasons, memory of each rank
     python -m embeddings OLD NEW        print what changes between two plans, and how many bytes of rows move
     python -m embeddings plan TABLES.json --machines h100-8,own.json --ranks 8..512
-                                        which clusters hold some tables, how fast, for how much (embeddings/capacity.py)
+                                        which clusters hold some tables, how fast, for how much
     python -m embeddings probe --out MACHINE.json
                                         measure this machine for the planner (embeddings/probe.py)
 
@@ -18,12 +18,12 @@ import os
 import sys
 from pathlib import Path
 
-from embeddings.capacity import Copies, clusters, rank_numbers, read_nodes, read_prices
-from embeddings.capacity_report import capacity_page, capacity_text
-from embeddings.demand import read_demand
 from embeddings.hardware import NODES
-from embeddings.plan_file import parse_plan
-from embeddings.report import plan_differences, plan_report
+from embeddings.planning.capacity import Copies, clusters, rank_numbers, read_nodes, read_prices
+from embeddings.planning.capacity_report import capacity_page, capacity_text
+from embeddings.planning.demand import read_demand
+from embeddings.planning.plan_file import parse_plan
+from embeddings.planning.report import plan_differences, plan_report
 
 
 def main(arguments: list[str]) -> int:
@@ -62,7 +62,9 @@ def plan_capacity(arguments: list[str]) -> int:
         ValueError: a wrong file or option.
     """
     parser = argparse.ArgumentParser(prog="python -m embeddings plan", description="Which clusters hold some tables.")
-    parser.add_argument("tables", type=Path, metavar="TABLES", help="the tables and lookups (embeddings/demand.py)")
+    parser.add_argument(
+        "tables", type=Path, metavar="TABLES", help="the tables and lookups (embeddings/planning/demand.py)"
+    )
     known = ", ".join(name for name, node in NODES.items() if node.gpus)
     parser.add_argument("--machines", required=True, metavar="NAME,...", help=f"{known}, or .json files of your own")
     parser.add_argument("--ranks", required=True, metavar="A..B", help="numbers of GPUs, doubling from A to B")

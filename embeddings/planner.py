@@ -10,9 +10,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
-from embeddings.plan import Plan
-from embeddings.planning import solve
-from embeddings.problem import BatchLoad, Problem, reserve
+from embeddings.planning.plan import Plan
+from embeddings.planning.problem import BatchLoad, Problem, reserve
+from embeddings.planning.solver import solve
 
 DENSE_COPIES = 5
 """Float32 copies of each dense parameter: itself, its gradient, the sum of that over ranks, Adam's two moments."""

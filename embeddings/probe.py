@@ -27,7 +27,7 @@ from embeddings.kinds.kind import Blocks, Work
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
 from embeddings.planner import plan_tables
-from embeddings.problem import BatchLoad
+from embeddings.planning.problem import BatchLoad
 from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 
 FEW_IDS = BAG_IDS

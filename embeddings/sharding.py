@@ -12,7 +12,7 @@ from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan,
 
 from embeddings.config import TableConfig
 from embeddings.kinds.registry import KINDS
-from embeddings.plan import Plan
+from embeddings.planning.plan import Plan
 from embeddings.tables import Collection, Group, Tables, build_embedding_collection, group_of, modules_by_table
 
 

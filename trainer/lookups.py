@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from embeddings.config import TableConfig
-from embeddings.frequencies import Frequencies
-from embeddings.problem import BatchLoad
+from embeddings.planning.frequencies import Frequencies
+from embeddings.planning.problem import BatchLoad
 from pipelines.batches.batch import Batch
 from pipelines.features import ITEM_SPACE
 from pipelines.reading.loader import build_loader

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embeddings.plan import Plan
-from embeddings.plan_file import parse_plan
-from embeddings.problem import GIB
+from embeddings.planning.plan import Plan
+from embeddings.planning.plan_file import parse_plan
+from embeddings.planning.problem import GIB
 from embeddings.records import from_dict
 from pipelines.reading.loader import dataset_info
 from trainer.command_line import WrongUse

@@ -23,7 +23,7 @@ from torchrec.streamable import Pipelineable
 from embeddings.caches import Caches
 from embeddings.exchange import table_sharders
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.plan import Plan
+from embeddings.planning.plan import Plan
 from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, init_tables, table_weights
 from embeddings.trained import TrainedRows

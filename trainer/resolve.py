@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from embeddings.config import TableConfig
-from embeddings.problem import BatchLoad
+from embeddings.planning.problem import BatchLoad
 from pipelines.features import Column, DatasetInfo
 from pipelines.selection import Feature
 from pipelines.storage.columns import IntArray

@@ -19,11 +19,11 @@ from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerCo
 from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.plan import Plan
-from embeddings.plan_file import read_plan, write_plan
 from embeddings.planner import problem_of
-from embeddings.planning import solve
-from embeddings.problem import BatchLoad, Problem
+from embeddings.planning.plan import Plan
+from embeddings.planning.plan_file import read_plan, write_plan
+from embeddings.planning.problem import BatchLoad, Problem
+from embeddings.planning.solver import solve
 from embeddings.sharding import apply_plan
 from embeddings.tables import Tables, build_tables, init_tables, rows_by_feature, table_weights
 

@@ -9,7 +9,7 @@ import pytest
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.hardware import GPUS
 from embeddings.machine import Machine
-from embeddings.problem import BatchLoad
+from embeddings.planning.problem import BatchLoad
 
 
 def table(**changes: Any) -> TableConfig:

@@ -15,7 +15,7 @@ from embeddings.exchange import Codec, distinct_ids, table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
-from embeddings.problem import BatchLoad
+from embeddings.planning.problem import BatchLoad
 from embeddings.sharding import apply_plan
 from embeddings.tables import init_tables, rows_by_feature
 from tests.embeddings import sharded

@@ -22,9 +22,9 @@ from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, Sp
 from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.plan import Plan
 from embeddings.planner import plan_tables
-from embeddings.problem import BatchLoad
+from embeddings.planning.plan import Plan
+from embeddings.planning.problem import BatchLoad
 from embeddings.sharding import apply_plan
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 from tests.embeddings import sharded, unbounded_ranks

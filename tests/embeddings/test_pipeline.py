@@ -14,7 +14,7 @@ from torchrec.streamable import Pipelineable
 
 from embeddings.exchange import table_sharders
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.planning import solve
+from embeddings.planning.solver import solve
 from embeddings.sharding import apply_plan
 from embeddings.tables import Rows, init_tables, rows_by_feature
 from tests.embeddings import sharded

@@ -11,11 +11,11 @@ import pytest
 
 from embeddings import probe
 from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
-from embeddings.frequencies import Frequencies
 from embeddings.hardware import Rates, node_type
 from embeddings.machine import Machine
-from embeddings.planning import solve
-from embeddings.problem import BatchLoad, Problem, reserve
+from embeddings.planning.frequencies import Frequencies
+from embeddings.planning.problem import BatchLoad, Problem, reserve
+from embeddings.planning.solver import solve
 from embeddings.trial import OPTIMIZER
 
 TRUE = Rates(

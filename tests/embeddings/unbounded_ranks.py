@@ -17,8 +17,8 @@ from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import problem_of
-from embeddings.planning import solve
-from embeddings.problem import BatchLoad
+from embeddings.planning.problem import BatchLoad
+from embeddings.planning.solver import solve
 from embeddings.sharding import apply_plan
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 from embeddings.unbounded import UnboundedTables

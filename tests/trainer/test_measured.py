@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embeddings.plan_file import parse_plan
-from embeddings.problem import GIB
+from embeddings.planning.plan_file import parse_plan
+from embeddings.planning.problem import GIB
 from pipelines.reading.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig

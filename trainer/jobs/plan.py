@@ -6,8 +6,8 @@ from typing import Any
 
 from embeddings.hardware import node_type
 from embeddings.machine import Machine, cluster
-from embeddings.plan_file import write_plan
-from embeddings.report import plan_report
+from embeddings.planning.plan_file import write_plan
+from embeddings.planning.report import plan_report
 from pipelines.reading.loader import dataset_info
 from trainer.build import make_plan
 from trainer.command_line import WrongUse

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from embeddings.plan import Plan
-from embeddings.plan_file import write_plan
-from embeddings.report import plan_report
+from embeddings.planning.plan import Plan
+from embeddings.planning.plan_file import write_plan
+from embeddings.planning.report import plan_report
 from embeddings.touched import TouchedRows
 from pipelines.batches.batch import Batch
 from pipelines.overlap import StepPipeline, check_overlap

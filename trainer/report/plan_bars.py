@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from html import escape
 
-from embeddings.plan import Plan, RankEstimate, size_text
+from embeddings.planning.plan import Plan, RankEstimate, size_text
 from trainer.report.tables import table
 
 MAX_BARS = 256

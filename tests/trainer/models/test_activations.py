@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cost import made_up_batch
 from benchmarks.step import make_cases
 from embeddings.machine import Machine
-from embeddings.problem import GIB
+from embeddings.planning.problem import GIB
 from embeddings.tables import build_tables, init_tables
 from pipelines.reading.loader import dataset_info
 from trainer.build import make_plan

@@ -9,8 +9,8 @@ from embeddings.config import VALUE_BYTES, ComputeKernel, ExchangeConfig, RowTyp
 from embeddings.kinds.kind import Shard
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
-from embeddings.options import Group, cached_groups
-from embeddings.problem import BatchLoad, Reservation, available_bytes
+from embeddings.planning.options import Group, cached_groups
+from embeddings.planning.problem import BatchLoad, Reservation, available_bytes
 
 MAX_COMPARED_TABLES = 128
 """Up to so many tables, a plan holds its time with each alternative for one table and all others in place."""

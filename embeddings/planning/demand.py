@@ -29,9 +29,9 @@ from embeddings.config import (
     TableConfig,
     UnboundedConfig,
 )
-from embeddings.frequencies import zipf
 from embeddings.hardware import LEAST, MOST, NodeType, read_object
-from embeddings.problem import GIB, BatchLoad
+from embeddings.planning.frequencies import zipf
+from embeddings.planning.problem import GIB, BatchLoad
 from embeddings.records import from_dict
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embeddings.demand import Demand
 from embeddings.hardware import NodeType, node_type, read_object
 from embeddings.machine import Machine, cluster
-from embeddings.plan import Plan
-from embeddings.planning import solve
-from embeddings.problem import DoesNotFit, Problem, reserve
+from embeddings.planning.demand import Demand
+from embeddings.planning.plan import Plan
+from embeddings.planning.problem import DoesNotFit, Problem, reserve
+from embeddings.planning.solver import solve
 
 HOURS_OF_A_DAY = 24
 

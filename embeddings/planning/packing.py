@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from embeddings.hardware import Rates
 from embeddings.kinds.kind import ShardCost
-from embeddings.options import Option, cached_groups
-from embeddings.problem import Problem
+from embeddings.planning.options import Option, cached_groups
+from embeddings.planning.problem import Problem
 
 Choice = tuple[int, ...]
 """For each table, the index of its option."""

@@ -11,8 +11,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, combinations, pairwise
 
-from embeddings.options import Option
-from embeddings.packing import Choice, Packer, Packing, Rating
+from embeddings.planning.options import Option
+from embeddings.planning.packing import Choice, Packer, Packing, Rating
 
 MAX_SINGLE_CHANGES = 512
 """Single-table changes tried, for up to 1,000 tables and 1,000 blocks dealt out; fewer for more, in proportion."""

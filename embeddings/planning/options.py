@@ -7,7 +7,7 @@ from functools import cached_property
 from embeddings.config import ComputeKernel, TableConfig
 from embeddings.kinds.kind import Blocks, ShardCost, ShardingKind, Work
 from embeddings.kinds.registry import KINDS, kind_named
-from embeddings.problem import DoesNotFit, Problem
+from embeddings.planning.problem import DoesNotFit, Problem
 
 MAX_COLUMNS = 1024
 """The most columns of a block that FBGEMM's kernels take on a GPU: up to 2,048 they look up zeros without a word

@@ -11,9 +11,9 @@ from embeddings.config import (
     TableConfig,
     optimizer_of,
 )
-from embeddings.frequencies import Frequencies
 from embeddings.kinds.kind import Work
 from embeddings.machine import Machine
+from embeddings.planning.frequencies import Frequencies
 
 GIB = 2**30
 SLOT_BYTES = 16

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from embeddings.config import KERNELS, ComputeKernel
 from embeddings.machine import Machine
-from embeddings.options import Option, table_options
-from embeddings.packing import Packer, Packing, make_packer
-from embeddings.plan import size_text
-from embeddings.problem import DoesNotFit, Problem
-from embeddings.search import fits
+from embeddings.planning.options import Option, table_options
+from embeddings.planning.packing import Packer, Packing, make_packer
+from embeddings.planning.plan import size_text
+from embeddings.planning.problem import DoesNotFit, Problem
+from embeddings.planning.search import fits
 
 Options = Sequence[Sequence[Option]]
 """The ways to place each table."""

@@ -10,11 +10,11 @@ import pytest
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
-from embeddings.plan import Plan
-from embeddings.plan_file import parse_plan, read_plan, write_plan
-from embeddings.planning import solve
-from embeddings.problem import BatchLoad, Problem, reserve
-from embeddings.report import plan_differences, plan_report
+from embeddings.planning.plan import Plan
+from embeddings.planning.plan_file import parse_plan, read_plan, write_plan
+from embeddings.planning.problem import BatchLoad, Problem, reserve
+from embeddings.planning.report import plan_differences, plan_report
+from embeddings.planning.solver import solve
 
 ADAGRAD = SparseOptimizerConfig(kind="adagrad")
 TABLES = (

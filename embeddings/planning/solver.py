@@ -4,14 +4,14 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from embeddings.advice import does_not_fit, nothing_left
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import ShardCost
-from embeddings.options import Option, placed_option, table_options
-from embeddings.packing import Packer, Packing, make_packer
-from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
-from embeddings.problem import Problem
-from embeddings.search import best_packing, single_changes
+from embeddings.planning.advice import does_not_fit, nothing_left
+from embeddings.planning.options import Option, placed_option, table_options
+from embeddings.planning.packing import Packer, Packing, make_packer
+from embeddings.planning.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
+from embeddings.planning.problem import Problem
+from embeddings.planning.search import best_packing, single_changes
 
 
 def solve(problem: Problem) -> Plan:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from embeddings.config import CACHED_PART, PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.frequencies import Frequencies, zipf
 from embeddings.machine import Machine
-from embeddings.plan import Plan
-from embeddings.plan_file import read_plan, write_plan
-from embeddings.planning import solve
-from embeddings.problem import BatchLoad, Problem, reserve
-from embeddings.report import plan_report
+from embeddings.planning.frequencies import Frequencies, zipf
+from embeddings.planning.plan import Plan
+from embeddings.planning.plan_file import read_plan, write_plan
+from embeddings.planning.problem import BatchLoad, Problem, reserve
+from embeddings.planning.report import plan_report
+from embeddings.planning.solver import solve
 from trainer.lookups import item_frequencies
 
 ROWS, LOOKUPS = 2000, 60_000

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-import embeddings.plan
-import embeddings.report
+import embeddings.planning.plan
+import embeddings.planning.report
 from embeddings.__main__ import main
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
-from embeddings.plan import Plan
-from embeddings.plan_file import write_plan
 from embeddings.planner import plan_tables
-from embeddings.problem import BatchLoad
-from embeddings.report import plan_differences, plan_report
+from embeddings.planning.plan import Plan
+from embeddings.planning.plan_file import write_plan
+from embeddings.planning.problem import BatchLoad
+from embeddings.planning.report import plan_differences, plan_report
 
 TABLES = (
     TableConfig(name="item", num_embeddings=64_000_000, embedding_dim=64, features=("item",)),
@@ -41,7 +41,7 @@ def plan(world_size: int = 16, item: tuple[str, ...] = ("table_wise", "row_wise"
 
 
 def test_examples_in_docstrings() -> None:
-    for module in (embeddings.plan, embeddings.report):
+    for module in (embeddings.planning.plan, embeddings.planning.report):
         assert doctest.testmod(module).failed == 0
 
 

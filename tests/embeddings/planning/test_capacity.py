@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from embeddings.__main__ import main
-from embeddings.capacity import Copies, clusters, pareto, rank_numbers, read_nodes, read_prices
-from embeddings.capacity_report import capacity_page, capacity_text
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.demand import read_demand
 from embeddings.hardware import GPUS, NODES
 from embeddings.machine import Machine
-from embeddings.planning import solve
-from embeddings.problem import GIB, BatchLoad, Problem, reserve
+from embeddings.planning.capacity import Copies, clusters, pareto, rank_numbers, read_nodes, read_prices
+from embeddings.planning.capacity_report import capacity_page, capacity_text
+from embeddings.planning.demand import read_demand
+from embeddings.planning.problem import GIB, BatchLoad, Problem, reserve
+from embeddings.planning.solver import solve
 
 TABLES: dict[str, Any] = {
     "tables": [

@@ -8,9 +8,9 @@ import pytest
 from benchmarks.planner import torchrec_plan
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
-from embeddings.problem import BatchLoad
-from embeddings.report import plan_report
-from tests.embeddings.test_planner import GPUS_16, plan
+from embeddings.planning.problem import BatchLoad
+from embeddings.planning.report import plan_report
+from tests.embeddings.planning.test_planner import GPUS_16, plan
 
 
 def pooled(name: str, rows: int, dim: int, optimizer: str) -> TableConfig:

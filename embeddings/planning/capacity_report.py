@@ -3,9 +3,9 @@
 import html
 from collections.abc import Sequence
 
-from embeddings.capacity import Cluster, cheapest, pareto
-from embeddings.plan import Plan, size_text
-from embeddings.report import columns
+from embeddings.planning.capacity import Cluster, cheapest, pareto
+from embeddings.planning.plan import Plan, size_text
+from embeddings.planning.report import columns
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--text:#1d232b;--quiet:#5d6875;--line:#dfe3e8;--best:#e2f3e4;--no:#a33;

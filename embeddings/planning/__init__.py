@@ -1,0 +1,1 @@
+"""Decides where every row of every table lives, from what is stated alone: needs no torch, GPU or cluster."""
