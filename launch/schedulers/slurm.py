@@ -63,6 +63,10 @@ NODE_OUTPUT = "node-{}.out"
 
 SCRIPT = "job.sh"
 
+_PATTERN = "%\\"
+_NO_OUTPUT = "0:53"
+"""Slurm's exit code of a job whose output file it could not make."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmRequest:
@@ -117,6 +121,11 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
 
     def check(self, request: Request) -> dict[str, CfgVal]:
         """The request's options: any of sbatch but those that the job sets itself."""
+        if set(_PATTERN) & set(str(request.absolute_run_dir)):
+            raise ValueError(
+                f"--run-dir {request.absolute_run_dir}: Slurm reads % and \\ in the names of files as patterns: "
+                "choose a folder without them"
+            )
         options = options_from(request, parse=_sbatch_option)
         options["job_dir"] = str(records.folder_of(request.absolute_run_dir, "DRY-RUN"))
         return options
@@ -302,6 +311,8 @@ def _explained(job: SlurmJob, record: JobRecord | None) -> str:
     if job.state in (AppState.FAILED, AppState.CANCELLED):
         words = [job.slurm_state, f"reason {job.reason}" if job.reason else "", f"exit code {job.exit_code}"]
         _, why = _last_words(record)
+        if job.exit_code == _NO_OUTPUT:
+            why = f"its first node cannot write in {job.work_dir}: put --run-dir on a file system that all nodes share"
         return ", ".join(word for word in words if word) + (f": {why}" if why else "")
     return job.reason
 

@@ -14,16 +14,23 @@ NEVER = {
     "JobHeldAdmin": "an administrator holds it",
     "JobHeldUser": "it is held: scontrol release it",
     "JobHoldMaxRequeue": "it could not be started too often: scontrol release it once the nodes are mended",
+    "job_requeued_in_held_state": "it was requeued and held: scontrol release it",
+    "launch_failed_requeued_held": "a node could not begin it, as where a prolog fails: scontrol release it",
     "PartitionConfig": "no node of the partition has the cores, memory or GPUs that it asks for",
-    "PartitionDown": "the partition is down",
-    "PartitionInactive": "the partition is inactive",
     "PartitionNodeLimit": "it asks for more nodes than the partition lets a job have",
     "PartitionTimeLimit": "it asks for more time than the partition allows: --option time=...",
     "QOSNotAllowed": "the quality of service may not be used there: --option qos=NAME",
-    "ReqNodeNotAvail": "a node that it needs is down, drained or reserved",
     "ReservationDeleted": "its reservation is gone: --option reservation=NAME",
 }
 """Reasons for which a waiting job does not start by waiting, and what they mean."""
+
+LATER = {
+    "Nodes_required_for_job_are_DOWN": "nodes that it needs are down, drained or kept for others",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "ReqNodeNotAvail": "nodes that it needs are down, drained, or reserved before its time limit ends",
+}
+"""Reasons that end when an administrator, or a maintenance, is done, and what they mean."""
 
 _WHOSE = {"Assoc": "the account", "QOS": "the quality of service", "": "the quality of service"}
 _LIMIT = re.compile(r"(Assoc|QOS|)(Max|Min|Grp)(\w+)")
@@ -37,6 +44,8 @@ def why_it_waits(reason: str) -> str:
     word = reason.partition(",")[0].strip("()")
     if word in NEVER:
         return f"can never start because {NEVER[word]} ({reason})"
+    if word in LATER:
+        return f"waits because {LATER[word]} ({reason})"
     limit = _LIMIT.fullmatch(word)
     if limit is None:
         return reason

@@ -72,6 +72,7 @@ def here(
         ((*LOCAL, "--run-dir", "file"), 2, "--run-dir {here}/file is a file: name a directory"),
         ((*LOCAL, "--run-dir", "."), 2, "--run-dir {here} exists and holds no config.json, so it is no run"),
         ((*LOCAL, "--run-dir", "file/x"), 2, "--run-dir {here}/file/x cannot be written (Not a directory): name one"),
+        ((*SLURM, "--run-dir", "a/100%n"), 2, "--run-dir {here}/a/100%n: Slurm reads % and \\ in the names of files"),
         ((*SLURM, "--run-dir", "/proc/x"), 2, "--run-dir /proc/x cannot be written (No such file or directory)"),
         ((*SLURM, "--set", "data.path=nowhere"), 2, "data.path=nowhere names nothing in {here}: give an absolute path"),
         ((*LOCAL, "--set", "data.path=nowhere"), 2, "data.path=nowhere names nothing in {here}: give an absolute path"),

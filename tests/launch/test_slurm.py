@@ -164,6 +164,15 @@ def test_what_scontrol_has_forgotten_sacct_knows(monkeypatch: pytest.MonkeyPatch
     assert (found.state, found.reason) == (AppState.CANCELLED, "CANCELLED by 0, exit code 0:15")
 
 
+def test_a_job_whose_nodes_do_not_have_its_folder_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seen on 22.05: the run directory is the login node's own, and nothing is written anywhere.
+    told = "JobId=7 JobName=x JobState=FAILED Reason=JobLaunchFailure ExitCode=0:53 WorkDir=/tmp/r"
+    _answers(monkeypatch, scontrol=(0, told, ""))
+    found = Slurm("test").status("7", None)
+    assert found is not None
+    assert found.reason.endswith("node cannot write in /tmp/r: put --run-dir on a file system that all nodes share")
+
+
 def test_a_job_that_can_never_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     _answers(monkeypatch, scontrol=(0, SCONTROL, ""))
     found = Slurm("test").status("5_1", None)

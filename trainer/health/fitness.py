@@ -193,7 +193,10 @@ def gpu_faults(listing: str, procs_per_node: int) -> Iterator[str]:
     """From nvidia-smi's lines of "index, uncorrected errors": too few GPUs, or memory that is broken."""
     rows = [line.split(",") for line in listing.splitlines() if line.strip()]
     if len(rows) < procs_per_node:
-        yield f"it has {len(rows)} working GPUs, the job wants {procs_per_node}"
+        yield (
+            f"it has {len(rows)} working GPUs for this job, which starts {procs_per_node} processes there: ask for as "
+            "many GPUs (launch's --machine does)"
+        )
     for index, errors in rows:
         if errors.strip().isdigit() and int(errors) > 0:
             yield f"its GPU {index.strip()} has {errors.strip()} uncorrected memory errors: reset or replace it"

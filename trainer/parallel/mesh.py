@@ -6,6 +6,7 @@ This is the only place with rank arithmetic.  A process started plainly is a job
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,21 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from trainer.command_line import WrongUse
+from trainer.exit_status import WRONG_USE
 from trainer.health.limits import raise_limits
 from trainer.parallel.interface import choose_interface
 
 logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+_OTHERS = {
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+}
+"""A launcher that does not set torchrun's variables -> its own for the number of processes and for this one's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +103,21 @@ def _environment(name: str, default: int) -> int:
     return int(text)
 
 
+def _check_launcher() -> None:
+    """Make sure that a launcher which numbers its processes in variables of its own has started one, not many that
+    would each train the whole run."""
+    if "RANK" in os.environ:
+        return
+    for launcher, (count, number) in _OTHERS.items():
+        if _environment(count, 1) > 1:
+            if _environment(number, 0) > 0:
+                sys.exit(WRONG_USE)
+            raise WrongUse(
+                f"{launcher} has started {os.environ[count]} processes that do not know of one another: start one "
+                "torchrun a node with it, or use `python -m launch submit`; where each is a run of its own, set RANK=0"
+            )
+
+
 def _rack() -> str:
     """From Slurm's address of the node, SPINE.LEAF.NODE; without a topology that is the node's name alone."""
     return os.environ.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[0]
@@ -102,9 +127,11 @@ def discover_mesh(sharing: int = 1) -> Mesh:
     """Read this process's place from torchrun's variables; without them, the job is this one process.
 
     Raises:
+        WrongUse: another launcher has started many processes without those variables.
         ValueError: a variable is not a number, this machine has fewer GPUs than processes of the job, or the processes
             are no multiple of those that share samples.
     """
+    _check_launcher()
     local_rank = _environment("LOCAL_RANK", 0)
     local_world_size = _environment("LOCAL_WORLD_SIZE", 1)
     device = torch.device("cpu")
@@ -150,7 +177,7 @@ def joined(mesh: Mesh) -> Iterator[Store]:
 
     Raises:
         OSError: the system allows too few open files or threads.
-        ConnectionError: another process of the job ended while this one waited for it.
+        ConnectionError: another process cannot be reached, or ended while this one waited for it.
     """
     raise_limits(ranks=mesh.world_size, processes=1)
     if mesh.device.type == "cuda":
@@ -159,9 +186,15 @@ def joined(mesh: Mesh) -> Iterator[Store]:
     store = HashStore() if mesh.world_size == 1 else _meet()
     if mesh.nodes > 1:
         choose_interface(os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0))
-    dist.init_process_group(
-        mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
-    )
+    try:
+        dist.init_process_group(
+            mesh.backend, store=store, rank=mesh.rank, world_size=mesh.world_size, timeout=COLLECTIVE_TIMEOUT
+        )
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {mesh.rank} cannot reach the others by {mesh.backend} ({' '.join(str(error).split())[-200:]}): see "
+            f"whether {mesh.backend.upper()}_SOCKET_IFNAME names an interface of the network that joins all nodes"
+        ) from None
     logger.info("rank %d of %d on %s, collectives by %s", mesh.rank, mesh.world_size, mesh.device, mesh.backend)
     ended_well = False
     try:

@@ -89,7 +89,13 @@ def test_a_full_disk_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch, fu
     [
         ("0, 0\n1, 0\n", []),
         ("0, [N/A]\n1, [N/A]\n", []),
-        ("0, 0\n", ["it has 1 working GPUs, the job wants 2"]),
+        (
+            "0, 0\n",
+            [
+                "it has 1 working GPUs for this job, which starts 2 processes there: ask for as many GPUs (launch's "
+                "--machine does)"
+            ],
+        ),
         ("0, 0\n1, 7\n", ["its GPU 1 has 7 uncorrected memory errors: reset or replace it"]),
     ],
 )
