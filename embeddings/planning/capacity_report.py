@@ -1,42 +1,33 @@
 """Answers of capacity planning as text and as one self-contained page with bars a rank."""
 
 import html
+from collections import Counter
 from collections.abc import Sequence
 
 from embeddings.planning.capacity import Cluster, cheapest, pareto
 from embeddings.planning.plan import Plan, size_text
+from embeddings.planning.rank_bars import STYLE, rank_bars
 from embeddings.planning.report import columns
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--text:#1d232b;--quiet:#5d6875;--line:#dfe3e8;--best:#e2f3e4;--no:#a33;
---w:#3f74ab;--o:#8fb4da;--b:#d8a860}
+--c0:#3f74ab;--c1:#8fb4da;--c2:#d8a860}
 @media (prefers-color-scheme:dark){:root{--ground:#15191f;--text:#e4e8ed;--quiet:#98a3b0;--line:#333b46;--best:#1d3a26;
---no:#f08a8a;--w:#6ba3de;--o:#3d6288;--b:#c99545}}
+--no:#f08a8a;--c0:#6ba3de;--c1:#3d6288;--c2:#c99545}}
+.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}
 body{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:0 auto;padding:1rem 1rem 3rem;
 background:var(--ground);color:var(--text)}
-h1{font-size:1.5rem}.quiet{color:var(--quiet)}.no{color:var(--no)}.answer{font-weight:600}
+h1{font-size:1.5rem}.no{color:var(--no)}.answer{font-weight:600}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.28rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 td:first-child,th:first-child{text-align:left}th{color:var(--quiet)}.best{background:var(--best)}
-details{margin:.8rem 0}summary{cursor:pointer;font-weight:600}
-.bars{display:flex;align-items:flex-end;height:8em;gap:1px;border:solid var(--line);border-width:1px 0}
-.bars div{flex:1;max-width:3em;display:flex;flex-direction:column-reverse;height:100%}.bars span{display:block}
-.w{background:var(--w)}.o{background:var(--o)}.b{background:var(--b)}
-.legend{white-space:nowrap}.key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .9em}"""
-
-_LEGEND = ", ".join(
-    f"<span class=legend><span class='key {kind}'></span>{what}</span>"
-    for kind, what in (("w", "rows"), ("o", "optimizer state"), ("b", "buffers"))
-)
+details{margin:.8rem 0}summary{cursor:pointer;font-weight:600}"""
 
 _OF_COPIES = (
     "Copies train otherwise than one table: each group of ranks updates its own rows from its own samples, as if its "
     "part of the batch were all, and rows and optimizer state of the groups are averaged now and then. `train` has one "
     "copy."
 )
-
-MAX_BARS = 256
-"""Ranks drawn; with more ranks, evenly spaced ones of them."""
 
 
 def capacity_text(found: Sequence[Cluster], samples: float) -> str:
@@ -69,11 +60,11 @@ def capacity_page(found: Sequence[Cluster], samples: float) -> str:
     rates = dict.fromkeys(_rates(cluster) for cluster in found)
     parts = [
         '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">',
-        f"<title>Clusters for these tables</title><style>{_STYLE}</style><h1>Clusters for these tables</h1>",
+        f"<title>Clusters for these tables</title><style>{_STYLE}{STYLE}</style><h1>Clusters for these tables</h1>",
         f"<p class=answer>{html.escape(_answer(found, samples))}</p>",
         f"<div class=wide><table><tr>{head}</tr>{body}</table></div>",
         f"<p class=quiet>Estimates by {html.escape('; '.join(rates))}. Bold: the answer. Green: it keeps up, and none "
-        f"is both faster and cheaper. Bars: of the memory of each rank that there is for tables, {_LEGEND}.</p>",
+        "is both faster and cheaper.</p>",
         *([f"<p>{html.escape(_OF_COPIES)}</p>"] if any(cluster.copies > 1 for cluster in found) else []),
     ]
     for cluster in found:
@@ -83,7 +74,7 @@ def capacity_page(found: Sequence[Cluster], samples: float) -> str:
         if cluster.plan is None:
             parts.append(f"<p class=no>{html.escape(cluster.problem)}</p>")
         else:
-            parts.append(_bars(cluster.plan))
+            parts.append(_plan(cluster.plan))
         parts.append("</details>")
     return "\n".join(parts) + "\n"
 
@@ -134,21 +125,9 @@ def _cells(cluster: Cluster) -> list[str]:
     ]
 
 
-def _bars(plan: Plan) -> str:
-    step = -(-len(plan.ranks) // MAX_BARS)
-    bars = []
-    for rank in range(0, len(plan.ranks), step):
-        estimate = plan.ranks[rank]
-        parts = (("w", estimate.weight_bytes), ("o", estimate.optimizer_bytes), ("b", estimate.io_bytes))
-        spans = "".join(
-            f'<span class={kind} style="height:{100 * size / plan.available_bytes:.2f}%"></span>'
-            for kind, size in parts
-        )
-        bars.append(f'<div title="rank {rank}: {size_text(estimate.memory_bytes)}">{spans}</div>')
-    kinds: dict[str, int] = {}
-    for table in plan.tables.values():
-        kinds[table.sharding_type] = kinds.get(table.sharding_type, 0) + 1
+def _plan(plan: Plan) -> str:
+    kinds = Counter(table.sharding_type for table in plan.tables.values())
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     fullest = max(rank.memory_bytes for rank in plan.ranks)
-    room = f"the fullest rank holds {size_text(fullest)} of {size_text(plan.available_bytes)}"
-    return f"<p>{said}; {plan.step_ms:.3g} ms of tables a step; {room}</p><div class=bars>{''.join(bars)}</div>"
+    room = f"the fullest rank holds {size_text(fullest)} of the {size_text(plan.available_bytes)} that tables may use"
+    return f"<p>{said}; {plan.step_ms:.3g} ms of tables a step; {room}</p>{rank_bars(plan)}"

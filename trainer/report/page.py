@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from embeddings.planning import rank_bars
 from trainer.command_line import WrongUse
 from trainer.report.curves import MAX_POINTS, MAX_RUNS, evaluation_curves, label_curves, legend, training_curves
-from trainer.report.plan_bars import plan_section
+from trainer.report.plan_section import plan_section
 from trainer.report.run_files import RunFiles, read_runs
 from trainer.report.tables import (
     configuration_tables,
@@ -29,16 +30,8 @@ _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:78rem;margin:0 auto;padding:1rem 1.5rem 4rem;
 background:var(--ground);color:var(--text)}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin:2.2rem 0 .6rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
-.quiet,figcaption span{color:var(--quiet);font-weight:normal}
 .runs{position:sticky;top:0;background:var(--ground);border-bottom:1px solid var(--line);margin-bottom:1rem;z-index:1}
-.legend{margin:0;padding:.5rem 0;display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}
-.key{display:inline-flex;align-items:center;gap:.4rem;overflow-wrap:anywhere}.key svg{flex:none}
-.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%%,22rem),1fr));gap:1.2rem 1.6rem}
-figure{margin:0}figcaption{font-weight:600;margin-bottom:.2rem}figure>svg{display:block;width:100%%;height:auto}
-figure .legend{font-size:.85rem;padding:0}
-.grid{stroke:var(--line);fill:none}.axis{stroke:var(--quiet);fill:none}
-.tick{font-size:11px;fill:var(--quiet)}
-.curve{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dot,.bar{fill:var(--c)}.band{fill:var(--c);opacity:.16}
+.curve{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dot{fill:var(--c)}.band{fill:var(--c);opacity:.16}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.28rem .65rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 thead th{color:var(--quiet);font-weight:600;vertical-align:bottom;white-space:normal}
@@ -135,4 +128,4 @@ def _section(heading: str, content: str) -> str:
 def _style() -> str:
     light, dark = ("".join(f"--c{i}:{colour};" for i, colour in enumerate(colours)) for colours in (_LIGHT, _DARK))
     classes = "".join(f".c{i}{{--c:var(--c{i})}}" for i in range(len(_LIGHT)))
-    return _STYLE % {"light": light, "dark": dark, "classes": classes}
+    return _STYLE % {"light": light, "dark": dark, "classes": classes} + rank_bars.STYLE

@@ -132,8 +132,8 @@ def test_command_answers_without_torch_and_writes_a_page_without_links(tables: P
 
     Tags().feed(page.read_text())
     assert tags.count("summary") == 6 and "script" not in tags
-    # A bar a rank.
-    assert page.read_text().count('title="rank ') == 2 * (8 + 16 + 32)
+    # Of each rank a bar of its memory and one of its time.
+    assert page.read_text().count("<title>rank ") == 2 * 2 * (8 + 16 + 32)
 
 
 def test_page_escapes_what_files_say(tables: Path) -> None:

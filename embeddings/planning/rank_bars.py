@@ -1,10 +1,9 @@
-"""A sharding plan as bars a rank: memory by what it holds, and the estimated time of a step."""
+"""A plan as bars a rank: memory by what it holds, and the estimated time of a step."""
 
 from collections.abc import Callable, Sequence
 from html import escape
 
 from embeddings.planning.plan import Plan, RankEstimate, size_text
-from trainer.report.tables import table
 
 MAX_BARS = 256
 """Ranks drawn; with more, evenly spaced ones of them, and the fullest and the slowest are said in words."""
@@ -23,35 +22,24 @@ _MEMORY: tuple[Part, ...] = (
 _HOST: tuple[Part, ...] = (("rows and optimizer state in host memory", lambda rank: rank.host_bytes),)
 _TIME: tuple[Part, ...] = (("lookups, updates and their communication", lambda rank: rank.step_ms),)
 
+STYLE = """
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1.2rem 1.6rem}
+figure{margin:0}figcaption{font-weight:600;margin-bottom:.2rem}figure>svg{display:block;width:100%;height:auto}
+.legend{margin:0;padding:.5rem 0;display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}
+.key{display:inline-flex;align-items:center;gap:.4rem;overflow-wrap:anywhere}.key svg{flex:none}
+figure .legend{font-size:.85rem;padding:0}
+.grid{stroke:var(--line);fill:none}.axis{stroke:var(--quiet);fill:none}
+.tick{font-size:11px;fill:var(--quiet)}.quiet,figcaption span{color:var(--quiet);font-weight:normal}
+.bar{fill:var(--c)}"""
+"""Of the page around the bars, which states --line, --quiet and, as `--c` of the classes c0, c1 and c2, colours."""
 
-def plan_section(plan: Plan) -> str:
-    """The bars of one plan, and where its tables are."""
-    rows = [
-        [
-            name,
-            f"{table.num_embeddings:,}",
-            str(table.embedding_dim),
-            size_text(table.weight_bytes),
-            table.sharding_type,
-            table.kernel,
-            ", ".join(map(str, table.ranks)) or "all",
-        ]
-        for name, table in plan.tables.items()
-    ]
-    placed = table(["table", "rows", "columns", "size", "sharding type", "kernel", "ranks"], rows)
-    details = f"<details><summary>Tables ({len(rows)})</summary>{placed}</details>"
-    if not plan.ranks:
-        return f"<p>The file holds no estimates of ranks.</p>{details}"
-    fullest, room = max(rank.memory_bytes for rank in plan.ranks), plan.available_bytes
-    text = (
-        f"<p>{len(plan.ranks):,} rank{'s' * (len(plan.ranks) > 1)}. The fullest holds {size_text(fullest)} of the "
-        f"{size_text(room)} that tables may use; tables take {plan.step_ms:.3g} ms of a step, "
-        f"{plan.fixed_ms:.3g} ms of them fixed costs, the same on every rank (the planner's estimates).</p>"
-    )
+
+def rank_bars(plan: Plan) -> str:
+    """The bars of a plan with estimates, as HTML."""
     bars = _bars("memory a rank", _MEMORY, plan.ranks, _bytes) + _bars("time a rank", _TIME, plan.ranks, _milliseconds)
     if any(rank.host_bytes for rank in plan.ranks):
         bars += _bars("host memory a rank", _HOST, plan.ranks, _bytes)
-    return f'{text}<div class="plots">{bars}</div>{details}'
+    return f'<div class="plots">{bars}</div>'
 
 
 def _bars(title: str, parts: Sequence[Part], ranks: Sequence[RankEstimate], say: Callable[[float], str]) -> str:
