@@ -7,13 +7,16 @@ when it wants it.  Batches are handed over by torch's DataLoader, one piece of m
 """
 
 import multiprocessing
+import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from pipelines.batches.batch import Batch
 from pipelines.batches.packed import Packed
@@ -35,6 +38,8 @@ from pipelines.synthetic import SyntheticSource, synthetic_info
 
 GROUPS_AHEAD = 2
 """Groups of finished batches that wait outside the reader process, in shared and in page-locked memory."""
+LOOK_S = 1.0
+"""Seconds between two looks whether the reader process lives, while a batch is waited for."""
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
@@ -160,6 +165,10 @@ class Loader:
                 generator=torch.Generator(),
             )
         )
+        if not self._in_process:
+            # DataLoader itself looks every 5 s.  By a weak reference, for a cycle would keep its processes alive.
+            look = partial(_MultiProcessingDataLoaderIter._try_get_data, weakref.proxy(handed_over), LOOK_S)
+            vars(handed_over)["_try_get_data"] = look
         return _batches(handed_over, [child for child in multiprocessing.active_children() if child not in before])
 
 
@@ -186,14 +195,14 @@ def _batches(handed_over: Iterator[Packed | Failure], processes: list[BaseProces
 
 
 def _next(handed_over: Iterator[Packed | Failure], processes: list[BaseProcess]) -> Packed | Failure | None:
-    """What comes next, None at the end.  Raises RuntimeError if the reader process is gone."""
+    """What comes next, None at the end.  Raises ChildProcessError if the reader process is gone."""
     try:
         return next(handed_over, None)
     except (OSError, EOFError, RuntimeError) as error:
         for process in processes:
             process.join(timeout=1)
             if process.exitcode:
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"the process that reads the data ended unexpectedly with exit code {process.exitcode}, perhaps "
                     "for lack of memory (lower data.window_samples); start the same command to go on"
                 ) from error

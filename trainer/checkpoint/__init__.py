@@ -7,7 +7,7 @@ A checkpoint is a folder that needs nothing but JSON and plain bytes to be read,
     COMPLETE               the manifest's SHA-256; written when everything else has reached the disk
 
 A delta leaves out the rows of sharded tables that have not been looked up since its base, a full checkpoint, from which
-they are read.
+they are read; it names it by step and by what its COMPLETE holds.
 
 Names of tensors do not depend on the sharding plan:
 

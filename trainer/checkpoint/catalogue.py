@@ -3,10 +3,12 @@
 import errno
 import logging
 import re
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader
+from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader, FileRecord
 from trainer.checkpoint.manifest import Manifest, OtherFormat, decode, digest
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import COMPLETE, Store, open_store
@@ -21,7 +23,7 @@ PINNED = "PINNED"
 TEXT_BYTES = 2**28
 """What a manifest has at most: checksums of 80 TB."""
 _TRIAL = "trial"
-"""A folder that is made and removed at the start."""
+"""Begins the names of folders that are made and removed at the start."""
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
 """What a file answers that is not there, or whose disk is broken."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -44,6 +46,8 @@ class Checkpoint:
 
     step: int
     manifest: Manifest
+    digest: str
+    """What its COMPLETE holds of the manifest."""
     base: "Checkpoint | None" = None
     """The full one that holds what this one leaves out, if it does."""
 
@@ -105,21 +109,34 @@ class Catalogue:
             manifest = decode(content)
             if manifest.progress.step != step:
                 raise ValueError(f"its state is of step {manifest.progress.step}: the folder has been renamed")
-            for name, record in manifest.files.items():
-                size = self.store.size(f"{folder}/{name}")
-                if size != record.num_bytes:
-                    has = "is missing" if size is None else f"has {size} bytes"
-                    raise ValueError(f"{name} {has}, {record.num_bytes} were written")
+            self.check_all_there(folder, manifest.files)
         except OtherFormat as other:
             raise OtherFormat(f"checkpoint {self.store.address}/{folder} {other}") from None
         except (OSError, ValueError) as error:
             raise self.unread(step, error) from None
         if manifest.base is None:
-            return Checkpoint(step, manifest)
+            return Checkpoint(step, manifest, noted.decode())
         try:
-            return Checkpoint(step, manifest, self.open(manifest.base))
+            base = self.open(manifest.base)
         except DamagedCheckpoint as damage:
             raise self.damaged(step, f"it needs that of step {manifest.base}, but {damage}") from None
+        if base.digest != manifest.base_digest:
+            raise self.damaged(step, f"it needs that of step {manifest.base}, but another one of that step is there")
+        return Checkpoint(step, manifest, noted.decode(), base)
+
+    def check_all_there(self, folder: str, files: Mapping[str, FileRecord]) -> None:
+        """Raises ValueError if this process does not see all that was written into a folder."""
+        for name, record in files.items():
+            size = self.store.size(f"{folder}/{name}")
+            if size != record.num_bytes:
+                has = "is missing" if size is None else f"has {size} bytes"
+                raise ValueError(f"{self.store.address}/{folder}/{name} {has}, {record.num_bytes} were written")
+
+    def check_is(self, step: int, noted: str | None) -> None:
+        """Raises ValueError if the checkpoint of `step` is not the one whose COMPLETE holds `noted`."""
+        path = f"{step_folder(step)}/{COMPLETE}"
+        if self.store.size(path) is None or self.store.read(path).decode() != noted:
+            raise ValueError(f"{self.store.address}/{step_folder(step)}, which it needs, has gone or is another now")
 
     def _read_text(self, path: str) -> bytes:
         """A file that is known to be small; of another one little is read."""
@@ -214,18 +231,32 @@ class Catalogue:
         """What is said of a damaged checkpoint."""
         return DamagedCheckpoint(f"checkpoint {self.store.address}/{step_folder(step)} is damaged: {reason}")
 
-    def check_writable(self) -> None:
-        """Write something small and remove it: what keeps checkpoints from being written is found before work is lost.
+    def begin_trial(self) -> str:
+        """Write something small, and remove what older trials left: what keeps checkpoints from being written is found
+        before work is lost.  Returns the trial's name, for `sees_trial` and `end_trial`.
 
         Raises:
             OSError: nothing can be written.
         """
+        # A name that no machine has ever asked for: file servers' clients remember what was not there.
+        name = f"{_TRIAL}-{secrets.token_hex(8)}"
         try:
-            with self.store.writing(f"{_TRIAL}/file") as file:
+            for older in self.store.folders():
+                if older.startswith(_TRIAL):
+                    self.store.remove(older)
+            with self.store.writing(f"{name}/file") as file:
                 file.write(b"checkpoints can be written here\n")
-            self.store.remove(_TRIAL)
         except OSError as error:
             raise OSError(f"checkpoints cannot be written to {self.store.address}: {error}; {MEND}") from None
+        return name
+
+    def sees_trial(self, name: str) -> bool:
+        """Whether this process sees what another one has written."""
+        return self.store.size(f"{name}/file") is not None
+
+    def end_trial(self, name: str) -> None:
+        """Remove it.  Raises OSError if nothing can be removed."""
+        self.store.remove(name)
 
     def clear_leftovers(self) -> None:
         """Remove checkpoints that were never finished; says which cannot be removed.  Writes."""

@@ -105,6 +105,8 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest_step: int | None = None
+        self._full_digest: str | None = None
+        """On the first rank: of the newest full checkpoint of this start."""
         self._started = 0.0
 
     def restore(self, newest: Newest) -> Restart:
@@ -143,18 +145,25 @@ class Checkpointer:
         return self._restart(progress)
 
     def _clear_up(self, newest: Newest) -> None:
-        problem = None
-        if self._mesh.is_first:
-            try:
+        trial, sees = "", False
+        with refused_alike(self._group):
+            if self._mesh.is_first:
                 self._check_nothing_came(newest)
-                self._catalogue.check_writable()
+                trial = self._catalogue.begin_trial()
+        trial = gather(trial, self._group)[0]  # every rank
+        with refused_alike(self._group):
+            sees = self._catalogue.sees_trial(trial)
+        see = gather(sees, self._group)  # every rank
+        with refused_alike(self._group):
+            if self._mesh.is_first:
+                self._catalogue.end_trial(trial)
+                if not all(see):
+                    raise ValueError(
+                        f"rank {see.index(False)} does not see what rank 0 writes to {self._catalogue.store.address}: "
+                        "it must lie on a file system that all machines share"
+                    )
                 self._catalogue.clear_leftovers()
                 self._set_aside(newest.damaged)
-            except OSError as error:
-                problem = str(error)
-        problem = gather(problem, self._group)[0]
-        if problem is not None:
-            raise OSError(problem)
 
     def _check_nothing_came(self, newest: Newest) -> None:
         """The newest was looked for before the run was locked, while another job may have been at its end."""
@@ -331,12 +340,17 @@ class Checkpointer:
             for name, tensor in part.tensors.items():
                 known = tensors.setdefault(name, replace(tensor, pieces=()))
                 tensors[name] = replace(known, pieces=known.pieces + tensor.pieces)
+        files = {f"rank-{rank:05d}.bin": part.record for rank, part in enumerate(parts)}
+        self._catalogue.check_all_there(folder, files)
+        if base is not None:
+            self._catalogue.check_is(base, self._full_digest)
         content = Manifest(
             progress=progress,
             world_size=self._mesh.world_size,
             base=base,
+            base_digest=None if base is None else self._full_digest,
             versions=writing_versions(),
-            files={f"rank-{rank:05d}.bin": part.record for rank, part in enumerate(parts)},
+            files=files,
             tensors=tensors,
         ).encode()
         with store.writing(f"{folder}/{MANIFEST}") as file:
@@ -347,6 +361,8 @@ class Checkpointer:
         with store.writing(f"{folder}/{COMPLETE}") as file:
             file.write(digest(content).encode())
         store.settle(folder)
+        if base is None:
+            self._full_digest = digest(content)
         # How long before an allocation's end a launcher must warn the run; and from now on it must not begin anew.
         write_json(self._run.saving_file, {"step": progress.step, "seconds": time.monotonic() - self._started})
         logger.info("checkpoint of step %d is complete: %s/%s", progress.step, store.address, folder)

@@ -90,16 +90,17 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
 
 @contextmanager
 def refused_alike(group: dist.ProcessGroup, before: str = "") -> Iterator[None]:
-    """A ValueError of one rank's block is raised by every rank, with the words of the first that has one and `before`
-    in front of them.  Entered by every rank."""
-    problem = None
+    """A ValueError or OSError of one rank's block is raised by every rank, with the words of the first that has one and
+    `before` in front of them.  Entered by every rank."""
+    problem: tuple[type[OSError | ValueError], str] | None = None
     try:
         yield
-    except ValueError as error:
-        problem = str(error)
+    except (OSError, ValueError) as error:
+        problem = OSError if isinstance(error, OSError) else ValueError, str(error)
     problems = [each for each in gather(problem, group) if each is not None]
     if problems:
-        raise ValueError(f"{before}{problems[0]}")
+        kind, words = problems[0]
+        raise kind(f"{before}{words}")
 
 
 def check_fits(manifest: Manifest, needed: dict[str, tuple[str, tuple[int, ...]]], grown: Collection[str] = ()) -> None:

@@ -14,8 +14,9 @@ from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.progress import Progress, progress_from_dict
 from trainer.checkpoint.region import Region
 
-FORMAT = 2
-"""Version of the format; a reader refuses any other."""
+FORMAT = 3
+"""Version of the format; a reader refuses others, but for full checkpoints of version 2, which are the same: its deltas
+did not say which checkpoint of a step they need."""
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -75,6 +76,8 @@ class Manifest:
     """How many ranks wrote it."""
     base: int | None
     """Step of the checkpoint that holds the rows which this one leaves out; None for a full one."""
+    base_digest: str | None
+    """What that one's COMPLETE holds, so that no other checkpoint of the step takes its place."""
     versions: Mapping[str, str]
     """Versions of the packages that wrote it."""
     files: Mapping[str, FileRecord]
@@ -86,6 +89,8 @@ class Manifest:
         for name, number in (("base", self.base), ("world_size", self.world_size)):
             if type(number) is not int and (number, name) != (None, "base"):
                 raise ValueError(f"{name} must be a whole number, got {number!r}")
+        if self.base is not None and not isinstance(self.base_digest, str):
+            raise ValueError(f"it needs the checkpoint of step {self.base}, but does not say which")
         if self.base is not None and self.base >= self.progress.step:
             raise ValueError(f"it is of step {self.progress.step} and needs a later one, of step {self.base}")
         for name in self.files:
@@ -125,6 +130,7 @@ class Manifest:
             "progress": self.progress.as_dict(),
             "world_size": self.world_size,
             "base": self.base,
+            "base_digest": self.base_digest,
             "files": {name: {"bytes": file.num_bytes, "crc32": file.crc32} for name, file in self.files.items()},
             "tensors": {
                 name: {
@@ -156,7 +162,7 @@ def decode(content: bytes) -> Manifest:
     """
     try:
         values = json.loads(content)
-        if values["format"] != FORMAT:
+        if values["format"] != FORMAT and (values["format"], values["base"]) != (2, None):
             raise OtherFormat(
                 f"is of format {values['format']}, written by {values.get('versions')}; this code reads format "
                 f"{FORMAT}: use the code that wrote it"
@@ -165,6 +171,7 @@ def decode(content: bytes) -> Manifest:
             progress=progress_from_dict(values["progress"]),
             world_size=values["world_size"],
             base=values["base"],
+            base_digest=values.get("base_digest"),
             versions=values["versions"],
             files={name: FileRecord(file["bytes"], tuple(file["crc32"])) for name, file in values["files"].items()},
             tensors={name: _tensor(tensor) for name, tensor in values["tensors"].items()},

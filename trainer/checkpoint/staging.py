@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from embeddings.host import free_memory
 from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.layout import Layout, moves
 from trainer.checkpoint.pieces import aligned
@@ -47,20 +49,21 @@ class Staging:
 
         Raises:
             ValueError: the memory cannot be had, or not be page-locked.
+            OSError: the process cannot be started.
         """
         self._delta_start = aligned(state_bytes)
         self._num_bytes = num_bytes = self._delta_start + delta_bytes
         self._device = device
-        self._file = os.memfd_create("checkpoint")
-        # Allocate the memory now, not page by page during the first save.
         try:
+            self._file = os.memfd_create("checkpoint")
+            # Allocate the memory now, not page by page during the first save.
             os.posix_fallocate(self._file, 0, max(1, num_bytes))
+            self._map = mmap.mmap(self._file, max(1, num_bytes), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             raise ValueError(
                 f"{num_bytes / 2**30:.1f} GiB for copies of the state cannot be had ({error.strerror}): raise what "
-                "limits this process's memory, or set checkpoint.asynchronous=false"
+                "limits this process's memory and files, or set checkpoint.asynchronous=false"
             ) from None
-        self._map = mmap.mmap(self._file, max(1, num_bytes), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         if device.type == "cuda":
             # Copies from the device run at the link's speed, and beside one another, into page-locked memory only.
@@ -74,14 +77,21 @@ class Staging:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         # Signals that a terminal or a launcher sends to the ranks are not for it: it ends with its rank.
-        with kept_from_children():
-            return subprocess.Popen(
-                [sys.executable, "-m", "trainer.checkpoint.writer", str(self._file), str(self._num_bytes)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[self._file],
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "trainer.checkpoint.writer", str(self._file), str(self._num_bytes)]
+        try:
+            with kept_from_children():
+                return subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    pass_fds=[self._file],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise OSError(
+                f"the process that writes checkpoints cannot be started on {socket.gethostname()} ({error.strerror}): "
+                "raise what limits this user's processes and memory, or set checkpoint.asynchronous=false"
+            ) from None
 
     def fill(self, layout: Layout, *, as_delta: bool = False) -> None:
         """Copy the live tensors; when this returns, they may change."""
@@ -176,9 +186,3 @@ def check_memory(num_bytes: int, ranks_here: int) -> None:
             f"asynchronous checkpoints keep a copy of the state in memory: {ranks_here} x {num_bytes / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free here; set checkpoint.asynchronous=false"
         )
-
-
-def free_memory() -> int:
-    """Bytes of this machine's memory that can be had without swapping."""
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))

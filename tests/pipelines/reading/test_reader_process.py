@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.config import DataConfig
-from pipelines.reading.loader import Loader, build_loader
+from pipelines.reading.loader import LOOK_S, Loader, build_loader
 from tests.pipelines.made_up import write_dataset
 from tests.support.distributed import run_ranks
 
@@ -88,12 +90,22 @@ def test_signals_for_all_processes_of_a_job_leave_the_reader_to_its_consumer(tmp
         assert len(list(iterator)) == 25
 
 
-def test_killed_reader_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+def test_killed_reader_is_an_error_within_a_second_and_not_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, waits = Queue.get, []
+
+    def noted(queue: Any, block: bool = True, timeout: float | None = None) -> Any:
+        waits.append(timeout)
+        return get(queue, block, timeout)
+
+    monkeypatch.setattr(Queue, "get", noted)
     with closing(iter(loader(tmp_path / "data"))) as iterator:
         next(iterator)
         reader().kill()
-        with pytest.raises(RuntimeError, match="process that reads the data ended unexpectedly with exit code -9"):
+        with pytest.raises(OSError, match="process that reads the data ended unexpectedly with exit code -9"):
             list(iterator)
+    assert set(waits) == {LOOK_S}
 
 
 def test_consumer_that_fails_with_an_open_iterator_ends_at_once(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from trainer.checkpoint.region import Region
 
 MANIFEST = Manifest(
     base=None,
+    base_digest=None,
     progress=Progress(step=3, samples=12, position=DataPosition(order=("of a test",), samples=12)),
     world_size=2,
     versions={"torch": "2"},
@@ -37,6 +38,12 @@ def test_reads_back_as_it_was() -> None:
     assert decode(MANIFEST.encode()) == MANIFEST
 
 
+def test_a_full_checkpoint_of_the_format_before_is_read() -> None:
+    values = json.loads(MANIFEST.encode())
+    del values["base_digest"]
+    assert decode(json.dumps({**values, "format": 2}).encode()) == MANIFEST
+
+
 def _item(values: Any) -> Any:
     return values["tensors"]["tables/item"]
 
@@ -44,7 +51,7 @@ def _item(values: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format=3), "of format 3, written by .*: use the code that wrote it"),
+        (lambda v: v.update(format=4), "of format 4, written by .*: use the code that wrote it"),
         (lambda v: v.pop("format"), "lacks something"),
         (lambda v: v["progress"].pop("position"), "lacks something"),
         (lambda v: v["progress"]["position"].pop("order"), "data position must have the keys"),
@@ -63,7 +70,9 @@ def _item(values: Any) -> Any:
         (lambda v: _item(v)["pieces"][1].update(start=math.nan), "lies at other than whole numbers"),
         (lambda v: _item(v)["pieces"][1].update(rows={"start": 0, "count": 0.5}), "lies at other than whole numbers"),
         (lambda v: _item(v)["pieces"][1].update(rows={"start": 0.5, "count": 0}), "lies at other than whole numbers"),
-        (lambda v: v.update(base=3), "of step 3 and needs a later one, of step 3"),
+        (lambda v: v.update(base=3, base_digest="a"), "of step 3 and needs a later one, of step 3"),
+        (lambda v: v.update(base=2), "needs the checkpoint of step 2, but does not say which"),
+        (lambda v: v.update(base=2, format=2), "of format 2, written by .*: use the code that wrote it"),
     ],
 )
 def test_another_form_is_refused(change: Any, message: str) -> None:

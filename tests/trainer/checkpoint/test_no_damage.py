@@ -61,7 +61,7 @@ def _meet_what_is_no_damage(folder: str) -> dict[str, tuple[int | str, list[str]
             shutil.copytree(Path(folder, "whole"), run)
             changed = run / "checkpoints" / "step-00000002"
             if name == "newer":
-                content = (changed / "manifest.json").read_bytes().replace(b'"format": 2', b'"format": 3')
+                content = (changed / "manifest.json").read_bytes().replace(b'"format": 3', b'"format": 4')
                 (changed / "manifest.json").write_bytes(content)
                 (changed / "COMPLETE").write_text(digest(content))
             if name == "back to a damaged one":
@@ -87,7 +87,7 @@ def test_only_what_is_damaged_is_set_aside_and_what_was_asked_for_is_not_replace
             assert "checkpoints/step-00000002 cannot be read: [Errno" in said and "give access to it" in said
             assert folders == untouched
         assert found["EIO"] == (1, ["damaged-step-00000002", "step-00000001"])
-        assert "step-00000002 is of format 3, written by" in found["newer"][0] and found["newer"][1] == untouched
+        assert "step-00000002 is of format 4, written by" in found["newer"][0] and found["newer"][1] == untouched
         said, folders = found["back to a damaged one"]
         assert "checkpoints/step-00000001 is damaged: " in said and folders == untouched
         assert "checkpoints cannot be written to " in found["no folder"][0]
