@@ -72,11 +72,7 @@ class RowEncoder(nn.Module):
             parts.append(values_N2F)
         first, *layers = self.projection if isinstance(self.projection, nn.Sequential) else [self.projection]
         assert isinstance(first, nn.Linear)
-        missing = missing_columns(first.in_features, parts[0])
-        if missing:
-            parts[-1] = F.pad(parts[-1], (0, missing))
-        joined_NW = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        rows_ND = F.linear(joined_NW, F.pad(first.weight, (0, missing)) if missing else first.weight, first.bias)
+        rows_ND = side_by_side(parts, first)
         for layer in layers:
             rows_ND = layer(rows_ND)
         return rows_ND if self.numbers is None else rows_ND + vectors_ND
@@ -134,6 +130,36 @@ class NumberEncoder(nn.Module):
         known_NF = known_FN.t()
         values_N2F = torch.cat([torch.where(known_NF, scaled_NF, 0), known_NF.to(scaled_NF.dtype)], dim=1)
         return values_N2F.to(dtype), vectors_ND
+
+
+def side_by_side(parts: Sequence[Tensor], linear: nn.Linear) -> Tensor:
+    """`linear` of the parts joined by columns, [N, D].
+
+    A part wider than half of D is multiplied by its weights alone, and the products are added up: to copy its rows
+    beside the others', and its gradient out of theirs, would move more bytes than the sum does.
+    """
+    widths = [part.shape[1] for part in parts]
+    wide = [2 * width > linear.out_features and width % COLUMNS == 0 for width in widths]
+    narrow = [i for i, alone in enumerate(wide) if not alone]
+    groups = [[i] for i, alone in enumerate(wide) if alone] + ([narrow] if narrow else [])
+    weights = torch.split(linear.weight, widths, dim=1) if len(groups) > 1 else None
+    rows_ND = None
+    for group in groups:
+        part = _join([parts[i] for i in group])
+        weight = linear.weight if weights is None else _join([weights[i] for i in group])
+        missing = missing_columns(part.shape[1], part)
+        if missing:
+            part, weight = F.pad(part, (0, missing)), F.pad(weight, (0, missing))
+        if rows_ND is None:
+            rows_ND = F.linear(part, weight, linear.bias)
+        else:
+            rows_ND = torch.addmm(rows_ND, part, weight.t())
+    assert rows_ND is not None
+    return rows_ND
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def missing_columns(width: int, rows: Tensor) -> int:

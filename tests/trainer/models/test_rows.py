@@ -99,3 +99,25 @@ def test_columns_that_are_filled_up_for_a_gpu_say_the_same(monkeypatch: pytest.M
         found.append([tokens.detach(), *(parameter.grad for parameter in encoder.parameters())])
     for plain, filled in zip(*found, strict=True):
         torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(16, 24), (32, 8, 40), (3, 16, 5), (20, 4, 12), (17,), (16, 16, 16, 1)])
+@pytest.mark.parametrize("columns", [1, 8])
+def test_parts_side_by_side_are_mapped_as_if_joined(
+    widths: tuple[int, ...], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients are those of one map of all columns; wide parts are not copied to be joined."""
+    monkeypatch.setattr(rows, "missing_columns", lambda width, _: -width % columns)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(sum(widths), 16).double()
+    parts = [torch.randn(7, width, dtype=torch.float64, requires_grad=True) for width in widths]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = rows.side_by_side(parts, linear)
+    expected = linear(torch.cat(parts, dim=1))
+    torch.testing.assert_close(found, expected)
+    upstream, inputs = torch.randn_like(expected), [*parts, *linear.parameters()]
+    for mine, plain in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, plain)
+    of_parts = {x.data_ptr() for x in kept}
+    assert all(part.data_ptr() in of_parts for part in parts if part.shape[1] > 8 and part.shape[1] % 8 == 0)
