@@ -41,8 +41,8 @@ from trainer.left_out import check_finite
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
-from trainer.recorder import peak_flops
 from trainer.resolve import resolve
+from trainer.step_log import peak_flops
 
 WARM_UP, STEPS, TURNS = 8, 20, 3
 KEPT = ", nothing recomputed"

@@ -12,10 +12,10 @@ from pipelines.stream.position import SourcePosition
 from trainer.checkpoint.progress import Progress
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
-from trainer.recorder import Recorder
 from trainer.resolve import Resolved
 from trainer.run.json_lines import JsonLines, read_records
 from trainer.run.run_dir import RunDir
+from trainer.step_log import StepLog
 from trainer.target import parse_target
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,10 @@ class Evaluator:
     """Scores the model between two steps, and writes and shows what it found.  Called by every rank."""
 
     def __init__(
-        self, resolved: Resolved, model: ParallelModel, run: RunDir, mesh: Mesh, *, loader: Loader, recorder: Recorder
+        self, resolved: Resolved, model: ParallelModel, run: RunDir, mesh: Mesh, *, loader: Loader, step_log: StepLog
     ) -> None:
         self._resolved, self._model, self._run, self._mesh = resolved, model, run, mesh
-        self._loader, self._recorder = loader, recorder
+        self._loader, self._step_log = loader, step_log
         target = resolved.config.evaluation.target
         self._target = None if target is None else parse_target(target)
         self.reached = False
@@ -70,7 +70,7 @@ class Evaluator:
     def evaluate(self, step: int) -> None:
         """Score the evaluation split."""
         metrics = evaluate(self._resolved, self._model, self._run.eval_file, self._mesh, step)
-        self._recorder.add_evaluation(metrics, step)
+        self._step_log.add_evaluation(metrics, step)
         self._reach(metrics)
 
     def _reach(self, metrics: Mapping[str, float | None]) -> None:

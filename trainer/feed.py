@@ -14,9 +14,9 @@ from embeddings.unbounded import UnboundedTables
 from pipelines.batches.batch import Batch
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh
-from trainer.recorder import Consumed
 from trainer.resolve import Resolved
 from trainer.run.profiling import stage
+from trainer.step_log import Consumed
 
 
 class Feed:

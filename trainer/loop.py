@@ -23,7 +23,7 @@ from trainer.health.stop_signal import STOP, StoppedEarly
 from trainer.health.watchdog import Watchdog
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
-from trainer.recorder import Recorder
+from trainer.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Loop:
     pipeline: StepPipeline
     config: TrainConfig
     mesh: Mesh
-    recorder: Recorder
+    step_log: StepLog
     checkpointer: Checkpointer
     watchdog: Watchdog
     evaluator: Evaluator
@@ -72,7 +72,7 @@ class Loop:
             NotFinite: the loss or the gradients of a step are not, found where it is logged or saved.
             OSError, FloatingPointError: the state cannot be written, or is not finite.
         """
-        progress, recorder, evaluator = self.progress, self.recorder, self.evaluator
+        progress, step_log, evaluator = self.progress, self.step_log, self.evaluator
         self.model.module.train()
         factor, logs = None, False
         with self.watchdog.phase("evaluation"):
@@ -83,9 +83,9 @@ class Loop:
             evaluates = evaluator.due(progress.step)
             logs = _due(progress.step, self.config.log_every)
             if logs:
-                recorder.log(progress, factor)
+                step_log.log(progress, factor)
             elif saves or evaluates:
-                recorder.check_finite(progress)  # A step that spoils the model is named before what it spoils.
+                step_log.check_finite(progress)  # A step that spoils the model is named before what it spoils.
             stops = (logs or saves or evaluates) and agree_to_stop(self.mesh)
             if saves or stops:
                 self._save()
@@ -96,7 +96,7 @@ class Loop:
                 self._between_steps(lambda: evaluator.look(progress))
         if factor is not None and not logs:
             # A run's last step is logged whatever its number: a short run has a metric too.
-            recorder.log(progress, factor)
+            step_log.log(progress, factor)
         self._save()
         if not evaluates:
             self._between_steps(lambda: evaluator.evaluate(progress.step))
@@ -116,16 +116,16 @@ class Loop:
                 return
             consumed = self.feed.done()
             progress.advance(consumed.samples, consumed.position)
-            self.recorder.count(consumed, outcome)
+            self.step_log.count(consumed, outcome)
             STOP.heeded = True
             yield factor
 
     def _save(self) -> None:
-        with self.recorder.paused():
+        with self.step_log.paused():
             self.checkpointer.save(self.progress)
 
     def _between_steps(self, look: Callable[[], None]) -> None:
-        with self.recorder.paused(), self.watchdog.phase("evaluation"):
+        with self.step_log.paused(), self.watchdog.phase("evaluation"):
             self.pipeline.outside(look)
 
 

@@ -39,12 +39,12 @@ from trainer.loop import Loop
 from trainer.optim import settle_schedule
 from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
 from trainer.parallelize import ParallelModel
-from trainer.recorder import Recorder
 from trainer.recording import check_recorded
 from trainer.resolve import Resolved, resolve_again
 from trainer.run.run_dir import RunDir, check_nothing_lost, locked
 from trainer.run.run_log import logged
 from trainer.run.writing import written
+from trainer.step_log import StepLog
 from trainer.target import parse_target
 from trainer.typed_values import differences, to_dict
 from trainer.warm_start import WarmStart
@@ -168,11 +168,11 @@ class _Session:
             left_out=self.left_out,
         )
         model, running = self.model, running_metrics(self.model.model.loss)
-        recorder = Recorder(
+        step_log = StepLog(
             self.run, mesh, restart, self.resolved, total_samples=total_samples, running=running, profile=self.profile
         )
         pipeline = StepPipeline(config.overlap, model.module, model.optimizers, mesh.device, model.loss)
-        with closing(recorder), closing(pipeline):
+        with closing(step_log), closing(pipeline):
             try:
                 loop = Loop(
                     model=model,
@@ -181,10 +181,10 @@ class _Session:
                     pipeline=pipeline,
                     config=config,
                     mesh=mesh,
-                    recorder=recorder,
+                    step_log=step_log,
                     checkpointer=self.checkpointer,
                     watchdog=self.watchdog,
-                    evaluator=Evaluator(self.resolved, model, self.run, mesh, loader=loader, recorder=recorder),
+                    evaluator=Evaluator(self.resolved, model, self.run, mesh, loader=loader, step_log=step_log),
                 )
                 loop.run(evaluated=restart.evaluated)
             except NotFinite as found:

@@ -17,9 +17,9 @@ from trainer.models.flops import InputWidths, ranker_flops
 from trainer.optim import GradientNorms
 from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
-from trainer.recorder import Recorder, _Interval
 from trainer.resolve import resolve
 from trainer.run.run_dir import RunDir
+from trainer.step_log import StepLog, _Interval
 
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
 NORMS = GradientNorms((), torch.ones(1))
@@ -65,16 +65,16 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
 
 def test_saving_and_evaluating_take_no_time_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [100.0]
-    monkeypatch.setattr("trainer.recorder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("trainer.step_log.time.perf_counter", lambda: now[0])
     mesh = Mesh(rank=1, world_size=2, local_world_size=2, device=torch.device("cpu"))
     resolved = resolve(load_recipe("kuairand_sample"), INFO)
-    recorder = Recorder(
+    step_log = StepLog(
         RunDir(tmp_path), mesh, Restart(progress=Progress(), evaluated=False, losses={}), resolved, total_samples=None
     )
     now[0] += 5.0
-    with recorder.paused():
+    with step_log.paused():
         now[0] += 60.0
-    assert now[0] - recorder._interval.start == 5.0
+    assert now[0] - step_log._interval.start == 5.0
 
 
 def test_steps_are_known_by_number_and_samples_though_batches_between_them_were_left_out() -> None:

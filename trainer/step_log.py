@@ -53,7 +53,7 @@ class Consumed:
     """Seconds that this rank waited for the batch to be read."""
 
 
-class Recorder:
+class StepLog:
     """Writes the logged steps: metrics.jsonl, TensorBoard and the progress bar."""
 
     def __init__(
