@@ -35,6 +35,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('placement.tables={"tag":{"pooled":true,"sharding_types":["row_wise"]}}',),
         ('placement.tables={"tag":{"pooled":true,"sharding_types":["table_wise"]}}',),
         ("overlap=plain",),
+        ("recorded=on",),
         ("context_parallel=2",),
     ],
     ids=lambda settings: settings[0],
