@@ -30,8 +30,8 @@ FloatArray = NDArray[np.float64]
 class Baseline:
     """Scores of all evaluation candidates, in stored order: the order in which a single rank meets them."""
 
-    scores: FloatArray
-    """[C, tasks] probabilities."""
+    logits: FloatArray
+    """[C, tasks] the formula above."""
     labels: FloatArray
     """[C, tasks] 0 or 1."""
     user_id: IntArray
@@ -87,9 +87,7 @@ def baseline_scores(
     known = np.append(users, -1)[place] == user_id
     place = np.where(known, place, len(users))
     logit = item_logit[np.concatenate([part[1] for part in found])] + user_logit[place] - _logit(overall)
-    return Baseline(
-        scores=1 / (1 + np.exp(-logit)), labels=np.concatenate([part[2] for part in found]), user_id=user_id
-    )
+    return Baseline(logits=logit, labels=np.concatenate([part[2] for part in found]), user_id=user_id)
 
 
 def item_counts(config: DataConfig, share: int = 0, shares: int = 1, *, unseen: int | None = None) -> IntArray:

@@ -27,8 +27,8 @@ def test_own_log_beats_the_rates_where_what_users_do_depends_on_what_they_did(tm
     found = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
 
     rates = baseline_scores(DataConfig(path=str(data), global_batch_size=1, max_history_len=1), ("click",))
-    scores, labels, users = (torch.from_numpy(values) for values in (rates.scores, rates.labels, rates.user_id))
-    baseline = score(scores, labels, users, ("click",))
+    logits, labels, users = (torch.from_numpy(values) for values in (rates.logits, rates.labels, rates.user_id))
+    baseline = score(logits, labels, users, ("click",))
     # 0.05 and 0.04, a third of that between seeds.
     assert found["auc/click"] > baseline["auc/click"] + 0.02
     assert found["ne/click"] < baseline["ne/click"] - 0.01

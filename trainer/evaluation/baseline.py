@@ -33,8 +33,8 @@ def baseline_metrics(
     if parts is None:
         return {}
     baseline = baseline_scores(config, tasks, TrainingRates(mine.items, join_users(parts)), unseen=unseen)
-    scores, labels, users = (torch.from_numpy(x) for x in (baseline.scores, baseline.labels, baseline.user_id))
-    return score(scores.double(), labels.double(), users, tasks)
+    logits, labels, users = (torch.from_numpy(x) for x in (baseline.logits, baseline.labels, baseline.user_id))
+    return score(logits.double(), labels.double(), users, tasks)
 
 
 def popularity(config: DataConfig, mesh: Mesh, unseen: int | None = None) -> Tensor:

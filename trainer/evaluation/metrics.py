@@ -5,70 +5,61 @@
     classes         log loss, NE, accuracy
     next items      hit rate, NDCG, mean reciprocal rank
 
-Formulas are TorchRec's and torchmetrics' where they have them; GAUC is ours, because TorchRec's orders equal scores by
-chance.  Both are imported where they are called: torchmetrics brings in whatever metrics of pictures and texts find
-installed, which takes seconds, and a run's first step needs none.  Shapes: C candidates.
+Equal scores are equal here: logits are compared, not probabilities, which a processor rounds by where in a batch they
+stand.  All sums are in float64.  Shapes: C candidates.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CUTOFFS = (10, 50)
 """K of retrieval's metrics."""
-ETA = 1e-12
-"""Keeps logarithms finite, as in TorchRec's NE."""
 
 
-def binary_metrics(scores: Tensor, labels: Tensor, user_ids: Tensor, weights: Tensor) -> dict[str, float]:
+def binary_metrics(logits: Tensor, labels: Tensor, user_ids: Tensor, weights: Tensor) -> dict[str, float]:
     """`ne`, `auc`, `auc_95` (half its 95% interval), `gauc`, `calibration` and `positives` of one binary label.
 
     NE is the mean cross entropy divided by the entropy of the base rate (He et al., 2014); 1 is what always predicting
     the base rate scores.  GAUC is the AUC within each user, averaged over users whose labels differ; in both, a
     positive and a negative with equal scores count half.  Calibration is the sum of probabilities over that of labels.
-    `weights` enter NE and calibration; AUC and GAUC count every candidate alike (weights that follow from the label
-    would not change them).  A metric that the labels leave undefined (one class only) is NaN, and so is all but
-    `positives` of scores that hold a NaN.
+    `weights`, above 0, enter NE and calibration; AUC and GAUC count every candidate alike (weights that follow from the
+    label would not change them).  A metric that the labels leave undefined (one class only) is NaN, and so is all but
+    `positives` of logits that hold a NaN.
 
-    All arguments are [C]: `scores` probabilities, `labels` in {0, 1}, both float64.
+    All arguments are [C]: `logits` and `labels`, in {0, 1}, both float64.
     """
-    from torchmetrics.functional.classification import binary_auroc
-    from torchrec.metrics.calibration import compute_calibration
-
     names = ("ne", "auc", "auc_95", "gauc", "calibration")
     result = dict.fromkeys(names, float("nan"))
-    if 0 < labels.mean() < 1 and not scores.isnan().any():
-        calibration = compute_calibration((weights * scores).sum(), (weights * labels).sum())
+    if 0 < labels.mean() < 1 and not logits.isnan().any():
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        predicted = (weights * torch.sigmoid(logits)).sum()
         values = (
-            _ne(scores, labels, weights),
-            binary_auroc(scores, labels.long()).item(),
-            _auc_95(scores, labels, user_ids),
-            _gauc(scores, labels, user_ids),
-            float(calibration),
+            _normalised((weights * losses).sum(), _sums(labels.long(), weights)),
+            *_auc(logits, labels, user_ids),
+            _gauc(logits, labels, user_ids),
+            _ratio(predicted, (weights * labels).sum()),
         )
         result = dict(zip(names, values, strict=True))
     return result | {"positives": float(labels.sum())}
 
 
-def score(scores: Tensor, labels: Tensor, user_ids: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+def score(logits: Tensor, labels: Tensor, user_ids: Tensor, names: tuple[str, ...]) -> dict[str, float]:
     """`METRIC/NAME` of each of several binary labels, all [C, names], unweighted; see `binary_metrics`."""
     weights = torch.ones_like(labels[:, :1].sum(1))
     return {
         f"{metric}/{name}": value
-        for name, s, y in zip(names, scores.T, labels.T, strict=True)
-        for metric, value in binary_metrics(s, y, user_ids, weights).items()
+        for name, x, y in zip(names, logits.T, labels.T, strict=True)
+        for metric, value in binary_metrics(x, y, user_ids, weights).items()
     }
 
 
 def value_metrics(predicted: Tensor, true: Tensor, weights: Tensor) -> dict[str, float]:
     """`mae`, `rmse` and `calibration`, the sum of predictions over that of values, of one number; all [C] float64."""
-    from torchrec.metrics.mae import compute_error_sum, compute_mae
-    from torchrec.metrics.mse import compute_error_sum as compute_squared_error_sum
-    from torchrec.metrics.mse import compute_rmse
-
     total = weights.sum()
     return {
-        "mae": float(compute_mae(compute_error_sum(true, predicted, weights), total)),
-        "rmse": float(compute_rmse(compute_squared_error_sum(true, predicted, weights), total)),
+        "mae": float((weights * (predicted - true).abs()).sum() / total),
+        "rmse": float(((weights * (predicted - true).square()).sum() / total).sqrt()),
         "calibration": _ratio((weights * predicted).sum(), (weights * true).sum()),
     }
 
@@ -79,12 +70,10 @@ def class_metrics(log_probabilities: Tensor, hits: Tensor, classes: Tensor, weig
     NE is the log loss divided by the entropy of the classes' rates, NaN where there is one class only.  Arguments, all
     [C]: the logarithm of the true class's probability, whether it was the likeliest (0 or 1), the class, the weight.
     """
-    total = weights.sum()
-    log_loss = -(weights * log_probabilities).sum() / total
-    rates = _sums(classes, weights) / total
+    total, loss = weights.sum(), -(weights * log_probabilities).sum()
     return {
-        "log_loss": float(log_loss),
-        "ne": _ratio(log_loss, torch.special.entr(rates).sum()),
+        "log_loss": float(loss / total),
+        "ne": _normalised(loss, _sums(classes, weights)),
         "accuracy": float((weights * hits).sum() / total),
     }
 
@@ -99,19 +88,18 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
     return float(part / whole) if whole != 0 else float("nan")
 
 
-def _ne(scores: Tensor, labels: Tensor, weights: Tensor) -> float:
-    from torchrec.metrics.ne import compute_cross_entropy, compute_ne
-
-    positives = (weights * labels).sum()
-    cross_entropy = compute_cross_entropy(labels, scores, weights, ETA).sum()
-    return float(compute_ne(cross_entropy, weights.sum(), positives, weights.sum() - positives, ETA))
+def _normalised(loss: Tensor, weight_of_class: Tensor) -> float:
+    """A sum of weighted losses over what always predicting the classes' rates would have lost."""
+    rates = weight_of_class / weight_of_class.sum()
+    return _ratio(loss / weight_of_class.sum(), torch.special.entr(rates).sum())
 
 
-def _auc_95(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
-    """Half the width of the 95% interval of the AUC of one task, all [C]; a user's candidates may depend on each other.
+def _auc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> tuple[float, float]:
+    """The AUC of one task, all [C], and half its 95% interval; a user's candidates may depend on each other.
 
-    Each candidate's part in the AUC is its share of pairs won, less the AUC; the variance is the sum over users of the
-    square of their candidates' parts (Obuchowski, Biometrics 1997; DeLong's where every user has one candidate).
+    The AUC is the mean share of pairs that a positive wins.  Each candidate's part in it is its own share less the AUC,
+    and the variance is the sum over users of the square of their candidates' parts (Obuchowski, Biometrics 1997;
+    DeLong's where every user has one candidate).
     """
     positive = labels > 0
     wins = torch.empty_like(scores)
@@ -123,7 +111,7 @@ def _auc_95(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
     auc = wins[positive].mean()
     part = (wins - auc) / torch.where(positive, positive.sum(), (~positive).sum())
     user = torch.unique(user_ids, return_inverse=True)[1]
-    return 1.96 * float(_sums(user, part).square().sum().sqrt())
+    return float(auc), 1.96 * float(_sums(user, part).square().sum().sqrt())
 
 
 def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:

@@ -62,8 +62,8 @@ class Binary(LabelKind):
         return torch.sigmoid(outputs_CK[:, 0].double())
 
     def evidence(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
-        """[C, 2] probability and target."""
-        return torch.stack([self.predict(outputs_CK), targets_C.double()], dim=1)
+        """[C, 2] logit and target."""
+        return torch.stack([outputs_CK[:, 0].double(), targets_C.double()], dim=1)
 
     def measure(self, evidence: Tensor, weights_C: Tensor, user_ids_C: Tensor) -> dict[str, float]:
         """See `trainer.evaluation.metrics.binary_metrics`."""

@@ -16,7 +16,7 @@ from trainer.labels.kind import LabelKind
 
 
 class LabelMetrics(Metric):
-    """What each label's kind measures, over the candidates whose target is known."""
+    """What each label's kind measures, over the candidates whose target is known and that count."""
 
     full_state_update = False
     user_ids: list[Tensor]
@@ -37,13 +37,13 @@ class LabelMetrics(Metric):
             getattr(self, state).append(values)
 
     def compute(self) -> dict[str, float]:
-        """`METRIC/LABEL` over everything added on all ranks; NaN where no candidate's target is known."""
+        """`METRIC/LABEL` over everything added on all ranks; NaN where no candidate with a known target counts."""
         user_ids_C, weights_CL = dim_zero_cat(self.user_ids), dim_zero_cat(self.weights)
         result: dict[str, float] = {}
         for label, state, weights_C in zip(self._labels, self._states(), weights_CL.T, strict=True):
             evidence = dim_zero_cat(getattr(self, state))
             # A prediction that is not a number stays, for it must not look like a missing target.
-            known_C = ~evidence[:, -1].isnan()
+            known_C = ~evidence[:, -1].isnan() & (weights_C != 0)
             found = dict.fromkeys(label.metrics, float("nan"))
             if known_C.any():
                 found = label.measure(evidence[known_C], weights_C[known_C], user_ids_C[known_C])
