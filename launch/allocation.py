@@ -162,7 +162,7 @@ class Allocation:
         """Run the command on all nodes; returns the exit status of the whole, and whether it was told to stop."""
         environment = {
             **os.environ,
-            "TORCHX_RANK0_HOST": slurm_queue.node_address(os.environ.get("SLURMD_NODENAME", "localhost")),
+            "TORCHX_RANK0_HOST": slurm_queue.own_address(),
             # This process is on the first node, so what is free here is free there; a new one at every start.
             "MASTER_PORT": str(free_port()),
         }

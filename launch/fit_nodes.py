@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.node import free_port, listen
 from launch.schedulers import slurm_queue
+from launch.schedulers.slurm_queue import SlurmError
 from launch.steps import Steps
 from trainer.health import fitness
 
@@ -46,7 +48,17 @@ class Question:
     """Processes on each node."""
 
     def unfit(self) -> list[Unfit]:
-        """Ask them, and wait for their answers."""
+        """Ask them, and wait for their answers.
+
+        Raises:
+            SlurmError: the job has been given another number of nodes than it was sent for.
+        """
+        nodes = slurm_queue.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).stdout.split()
+        if len(nodes) != self.steps.nodes:
+            raise SlurmError(
+                f"the allocation has {len(nodes)} nodes, the job was sent for {self.steps.nodes}: submit it again with "
+                f"--nodes {len(nodes)}, and it goes on from its last checkpoint"
+            )
         # In the job's folder: what a killed start leaves behind there is nothing of the run's.
         token = f"jobs/{self.job_dir.name}/preflight-{os.getpid()}-{time.time_ns()}"
         (self.run_dir / token).write_text(token)
@@ -54,21 +66,24 @@ class Question:
         question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
         question += [word for path in self.data for word in ("--data", path)]
         try:
-            answer = subprocess.run(
-                self.steps.srun(question, ["--kill-on-bad-exit=0"]),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=PATIENCE_S,
-                check=False,
-            )
-            words = answer.stdout + answer.stderr
-        except subprocess.TimeoutExpired as late:
-            words = b"".join(text for text in (late.stdout, late.stderr) if text).decode(errors="replace")
+            # What the first process will do, before any has started.
+            with listen(free_port()) as server:
+                if self.steps.nodes > 1:
+                    question += ["--meet", f"{slurm_queue.own_address()}:{server.getsockname()[1]}"]
+                words = self._answers(question)
         finally:
             (self.run_dir / token).unlink(missing_ok=True)
-        nodes = slurm_queue.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).stdout.split()
         return read_answers(words, nodes)
+
+    def _answers(self, question: Sequence[str]) -> str:
+        command = self.steps.srun(question, ["--kill-on-bad-exit=0"])
+        try:
+            answer = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, check=False
+            )
+        except subprocess.TimeoutExpired as late:
+            return b"".join(text for text in (late.stdout, late.stderr) if text).decode(errors="replace")
+        return answer.stdout + answer.stderr
 
     def _facts(self, token: str) -> str:
         """This node's facts as the nodes' interpreter sees them, which may be in a container."""

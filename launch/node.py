@@ -96,14 +96,21 @@ def check_port(port: int) -> None:
         )
 
 
-def _refusal(port: int) -> str:
-    """Why nothing can listen at `port`; empty if something can."""
+def listen(port: int) -> socket.socket:
+    """Listen at a port of all this machine's addresses, as the first process will.
+
+    Raises:
+        OSError: something else does.
+    """
     # Connections of an earlier start that are not quite gone do not count.
     both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+def _refusal(port: int) -> str:
+    """Why nothing can listen at `port`; empty if something can."""
     try:
-        socket.create_server(
-            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-        ).close()
+        listen(port).close()
     except OSError as error:
         return error.strerror or str(error)
     return ""

@@ -289,6 +289,11 @@ def node_address(node: str) -> str:
     return fields_of(scontrol.stdout).get("NodeAddr", node)
 
 
+def own_address() -> str:
+    """Where other nodes of a job reach this one."""
+    return node_address(os.environ.get("SLURMD_NODENAME", "localhost"))
+
+
 def all_jobs() -> list[SlurmJob]:
     """Every job that Slurm remembers, other people's too, oldest first.
 

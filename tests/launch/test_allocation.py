@@ -16,11 +16,11 @@ MOMENTS = "StartTime=2026-11-29T21:36:34 PreemptTime="
 LIMIT = "QOSMaxSubmitJobPerUserLimit"
 
 
-def _allocation(folder: Path) -> Allocation:
+def _allocation(folder: Path, nodes: int = 1) -> Allocation:
     job_dir = records.folder_of(folder, "20261129-120000-ab12")
     job_dir.mkdir(parents=True, exist_ok=True)
     (job_dir / "job.sh").touch()
-    steps = Steps(code_dir=job_dir, nodes=1, cpus_per_task=1)
+    steps = Steps(code_dir=job_dir, nodes=nodes, cpus_per_task=1)
     return Allocation(
         job_id="7",
         job_dir=job_dir,
@@ -135,12 +135,23 @@ def test_a_node_that_has_gone_is_left_to_slurm_and_one_that_never_answers_is_lef
         sbatch=f"echo $* >> {tmp_path}/sent; echo 8",
     )
     for _ in range(2):
-        assert _allocation(tmp_path).run() == STOPPED
+        assert _allocation(tmp_path, nodes=2).run() == STOPPED
     why = "node n2 does not answer: srun: error: n2: Communication failure"
     assert [(attempt.ended, attempt.reason) for attempt in attempts.read(tmp_path)] == [("unfit", why)] * 2
     requeued, successor = (tmp_path / "sent").read_text().splitlines()
     assert requeued == "requeued"
     assert "--dependency=afternotok:7 --exclude=n2 " in successor
+
+
+def test_an_allocation_of_another_size_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An administrator has changed the waiting job: scontrol update JobId=7 NumNodes=1.
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    commands(scontrol="echo n1")
+    assert _allocation(tmp_path, nodes=2).run() == FAILED
+    words = "the allocation has 1 nodes, the job was sent for 2: submit it again with --nodes 1, and it goes on"
+    assert words in capfd.readouterr().out.splitlines()[0]
 
 
 def test_a_damaged_run_directory_is_one_line(

@@ -1,7 +1,7 @@
 """Is every node of an allocation fit for the job?  Asked before the processes start, for nothing is lost yet.
 
     python -m trainer.health.fitness --facts TOKEN
-    python -m trainer.health.fitness --as FACTS --run-dir DIR --procs-per-node P [--data PATH ...]
+    python -m trainer.health.fitness --as FACTS --run-dir DIR --procs-per-node P [--meet HOST:PORT] [--data PATH ...]
 
 The first node says what it is (`facts_here`, as JSON); every node compares itself with that and prints one line of
 JSON, its name and what is wrong with it.  It imports no torch, so it takes a second and works where the environment
@@ -36,6 +36,8 @@ PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "nump
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 MIN_FREE_MIB = {"run directory": 1024, "/dev/shm": 256, "temporary folder": 256}
+REACH_S = 10.0
+"""How long the first node's port may take to answer."""
 MAX_BEHIND_S, MAX_AHEAD_S = 10.0, 120.0
 """How far a node's clock may be from the first one's, which told its time a little earlier."""
 
@@ -139,6 +141,18 @@ def problems(first: Facts, here: Facts, *, run_dir: Path, data: Sequence[str], p
     yield from _gpu_problems(procs_per_node, wanted=bool(first.driver))
 
 
+def out_of_reach(place: str) -> Iterator[str]:
+    """What keeps this node from meeting the others at HOST:PORT, where the first one listens for the moment."""
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        yield (
+            f"it cannot reach the first node at {host}, port {port} ({error.strerror or error}), where processes meet: "
+            "let nodes reach one another's ports, by that name"
+        )
+
+
 def _short_of_space(run_dir: Path) -> Iterator[str]:
     places = {"run directory": run_dir, "/dev/shm": Path("/dev/shm"), "temporary folder": Path(tempfile.gettempdir())}
     for name, path in places.items():
@@ -213,6 +227,7 @@ def main(arguments: Sequence[str]) -> int:
     what.add_argument("--as", dest="first", metavar="FACTS", help="compare with the first node's facts, as JSON")
     parser.add_argument("--run-dir", type=Path, help="the run directory")
     parser.add_argument("--procs-per-node", type=int, help="processes a node")
+    parser.add_argument("--meet", metavar="HOST:PORT", help="where the first node listens while it asks")
     parser.add_argument("--data", action="append", default=[], help="a folder that every node reads")
     given = parser.parse_args(arguments)
     if given.facts is not None:
@@ -228,6 +243,7 @@ def main(arguments: Sequence[str]) -> int:
             procs_per_node=given.procs_per_node,
         )
     )
+    found += out_of_reach(given.meet) if given.meet else []
     print(json.dumps({"node": node_name(), "problems": found}), flush=True)
     return int(bool(found))
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,3 +161,15 @@ def test_nodes_that_say_nothing_are_not_fit() -> None:
     ]
     step = "srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are mutually exclusive."
     assert read_answers(step, ["a"]) == [Unfit("a", f"node a does not answer: {step}", answers=False)]
+
+
+def test_a_node_that_cannot_reach_the_first_one_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        assert list(fitness.out_of_reach(place)) == []
+    (blocked,) = fitness.out_of_reach(place)
+    assert blocked.startswith(
+        f"it cannot reach the first node at 127.0.0.1, port {place.partition(':')[2]} (Connection"
+    )
+    (unknown,) = fitness.out_of_reach("node.invalid:1")
+    assert unknown.startswith("it cannot reach the first node at node.invalid, port 1 (")
