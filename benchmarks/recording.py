@@ -1,7 +1,7 @@
 """Training steps whose dense part is launched beside the same steps replayed (`trainer.recording`).
 
-Run on a GPU: python -m benchmarks.recording [--json FILE]; anywhere, but launched alone: python -m benchmarks.recording
---small
+Run on a GPU: python -m benchmarks.recording [--json FILE]; on several: torchrun --nproc-per-node N -m
+benchmarks.recording (each has such batches); anywhere, but launched alone: python -m benchmarks.recording --small
 
 Batches of random ids and changing lengths, several of which have one size with padding; each is seen twice before the
 clock starts, so that sizes are recorded.  A row tells the median step of the passes, launches a step and memory.  ULTRA
@@ -63,9 +63,11 @@ def main() -> None:
             for recorded in settings:
                 row = measure(replace(case, config=replace(case.config, recorded=recorded)), mesh)
                 rows[f"{name}, {'replayed' if recorded == 'on' else 'launched'}"] = row
+                if not mesh.is_first:
+                    continue
                 print(name, recorded, json.dumps({key: round(value, 3) for key, value in row.items()}), flush=True)
                 if arguments.json is not None:
-                    where = measured_on()
+                    where = {**measured_on(), "ranks": mesh.world_size}
                     arguments.json.write_text(json.dumps({"hardware": where, "rows": rows}, indent=1) + "\n")
 
 
