@@ -13,6 +13,7 @@ from time import time
 import duckdb
 
 from pipelines.features import ITEM_SPACE, USER_ID, Column, DatasetInfo, Part
+from pipelines.prepare.engine import quoted
 from pipelines.prepare.log_files import attribute_paths, log_paths, open_files
 from pipelines.prepare.log_ids import (
     add_earlier_attributes,
@@ -34,6 +35,7 @@ from pipelines.prepare.log_tables import (
     check_columns,
     log_columns,
     raw_columns,
+    raw_name,
     space_types,
 )
 from pipelines.prepare.readings import TEXT, IdType
@@ -88,6 +90,9 @@ class EventLogOptions:
     request_column: str = ""
     """What was shown together: any type.  A user's events of one request become candidates of one sample, as events of
     one second always do; a missing value is no request."""
+    sequence_column: str = ""
+    """What orders events of equal times, such as an offset: any type, never missing.  If not given, they keep the log's
+    order: files by name, rows as they stand."""
     where: str = ""
     """An SQL condition on the log's columns, which are text in CSV files; rows that do not meet it are left out and
     counted."""
@@ -144,6 +149,7 @@ class EventLogOptions:
             action_separator=self.action_separator or None,
             columns={"sample": context, "event": history},
             request=self.request_column or None,
+            sequence=self.sequence_column or None,
             encoding=self.encoding or UTF_8,
             decimal=self.decimal or None,
         )
@@ -153,6 +159,7 @@ NEEDED = ("user_column", "item_column", "time_column", "action_columns")
 NAMING = (
     *(*NEEDED, "time_unit", "action_values", "action_separator"),
     *("context_columns", "history_columns", "encoding", "decimal", "request_column"),
+    "sequence_column",
 )
 """Options that say what a schema file says in their place."""
 
@@ -207,6 +214,8 @@ def _load(
         left_out |= leave_out_late_rows(connection, schema, skip=schema.skip_invalid)
         add_earlier_attributes(connection, schema)
         _check_any_row(connection, source, left_out)
+    else:
+        _check_weights(connection, schema)
     _warn_of_the_future(connection, schema.time)
     logger.info("looking for rows delivered twice")
     duplicates = count_duplicates(connection, RAW, drop=schema.drop_duplicates)
@@ -284,6 +293,19 @@ def _check_any_row(connection: duckdb.DuckDBPyConnection, source: Path, left_out
         reasons = "; ".join(f"{what} ({count} rows)" for what, count in left_out.items())
         found = f"rows are left out, none remains: {reasons}" if left_out else "its files hold no row, a header is none"
         raise ValueError(f"the log in {source} holds no event: {found}")
+
+
+def _check_weights(connection: duckdb.DuckDBPyConnection, schema: LogSchema) -> None:
+    """Raise ValueError if no row has a weight above 0."""
+    if schema.weight is None:
+        return
+    [column] = {raw_name(column) for column in schema.of("label") if column.column == schema.weight}
+    [(heaviest,)] = connection.execute(f"SELECT max({quoted(column)}) FROM {RAW}").fetchall()
+    if not heaviest > 0:
+        raise ValueError(
+            f"weight {schema.weight} is 0 in every row, so a model would learn from none: give weights above 0, or "
+            "leave the weight out"
+        )
 
 
 def _warn_of_the_future(connection: duckdb.DuckDBPyConnection, column: str) -> None:

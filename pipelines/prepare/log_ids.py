@@ -99,9 +99,11 @@ def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces
     lookups = [Lookup(space=spaces[USER_SPACE], column="user_key"), Lookup(space=spaces[ITEM_SPACE], column="item_key")]
     (user, item, *values), joins = _encoded(connection, RAW, lookups, list(columns.values()), spaces)
     further = "".join(f", {value} AS {quoted(name)}" for value, name in zip(values, columns, strict=True))
+    # Behind equal times, the log's own order, or that of the sequence.
+    row = "row_number() OVER (ORDER BY t.rank, t.sequence, t.log_row)" if schema.sequence is not None else "t.log_row"
     connection.execute(
         f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {NANOSECONDS} "
-        f"AS time, t.rank, t.log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"
+        f"AS time, t.rank, {row} AS log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"
     )
     if table_exists(connection, EVENTS):
         connection.execute(

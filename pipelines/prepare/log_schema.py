@@ -113,6 +113,8 @@ class LogSchema:
     request: str | None = None
     """What was shown together: a user's events of one request become candidates of one sample, as events of one second
     always do.  A missing value is no request."""
+    sequence: str | None = None
+    """What orders events of equal times: an offset or a number, of any type.  Without it they keep the log's order."""
     weight: str | None = None
     """The column that multiplies a candidate's loss."""
     keep_rate: str | None = None

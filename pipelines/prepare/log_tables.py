@@ -1,6 +1,7 @@
 """Tables of a described log: what is read of each file into them, and as which types.
 
-raw     log_row, user_key, item_key, rank (the time in nanoseconds), request_key, action, a column a `raw_name`
+raw     log_row, user_key, item_key, rank (the time in nanoseconds), request_key, action, a column a `raw_name`, and
+        `sequence`, if there is one
 users_attributes, items_attributes    log_row, key, a column a `raw_name`
 """
 
@@ -32,8 +33,8 @@ Columns = Mapping[str, tuple[str, Read]]
 """(SQL type, how a file's value is read) by name."""
 RAW, USERS, ITEMS = "raw", "users_attributes", "items_attributes"
 """Names of the tables in the database."""
-REQUEST, ACTION = "request.", "action."
-"""What the types of requests and of actions' words are found under: with a dot, so no space is called so."""
+REQUEST, ACTION, SEQUENCE = "request.", "action.", "sequence."
+"""What the types of requests, actions' words and sequences are found under: with a dot, so no space is called so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +62,8 @@ def log_columns(schema: LogSchema) -> list[LogColumn]:
 
 def check_columns(schema: LogSchema, sources: LogSources) -> None:
     """Raise ValueError if a file lacks a column of the description."""
-    request = [schema.request] if schema.request is not None else []
-    needed = [schema.user, schema.item, schema.time, *schema.actions, *request]
+    optional = [name for name in (schema.request, schema.sequence) if name is not None]
+    needed = [schema.user, schema.item, schema.time, *schema.actions, *optional]
     for file in sources.log:
         file.require([*needed, *(column.column for column in log_columns(schema))])
     for attributes, files in ((schema.users, sources.users), (schema.items, sources.items)):
@@ -89,6 +90,8 @@ def _keys(schema: LogSchema, sources: LogSources) -> Iterator[tuple[str, Stored]
         yield ITEM_SPACE, file.stored(schema.item)
         if schema.request is not None:
             yield REQUEST, file.stored(schema.request)
+        if schema.sequence is not None:
+            yield SEQUENCE, file.stored(schema.sequence)
         if schema.action_values:
             yield ACTION, file.stored(schema.actions[0]).element
         yield from _column_keys(file, log_columns(schema))
@@ -124,6 +127,7 @@ def raw_columns(schema: LogSchema, types: Mapping[str, IdType]) -> Columns:
         "rank": ("BIGINT", lambda file: read_time(file.stored(schema.time), schema.time_unit)),
         "request_key": ("UBIGINT", lambda file: _read_request(file, schema, types)),
         "action": ("INTEGER", lambda file: _read_actions(file, schema, types)),
+        **({"sequence": key(schema.sequence, SEQUENCE)} if schema.sequence is not None else {}),
         **_read_columns(log_columns(schema), types, schema, {column.column for column in schema.of("label")}),
     }
 

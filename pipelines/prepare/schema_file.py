@@ -20,6 +20,7 @@ TEXTS = (
     "time_unit",
     "action_separator",
     "request",
+    "sequence",
     "weight",
     "keep_rate",
     "where",

@@ -347,6 +347,15 @@ def test_a_wrong_number_weight_or_label_is_named_by_file_and_line(
     assert WRONG_ROWS[wrong] in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_weights_that_are_all_zero_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documented_log(tmp_path / "in")
+    log = tmp_path / "in" / "log.csv"
+    log.write_text(log.read_text().replace(",1.5,", ",0,"))
+    (tmp_path / "shop.toml").write_text(toml_block())
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", "--schema", str(tmp_path / "shop.toml")) == 1
+    assert "weight importance is 0 in every row" in capsys.readouterr().err
+
+
 def test_wrong_files_of_attributes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documented_log(tmp_path / "in")
     (tmp_path / "shop.toml").write_text(toml_block())
