@@ -103,6 +103,11 @@ def parse_plan(path: Path) -> Plan:
     """
     values = read_object(path)
     version = values.get("version")
+    if version is None:
+        raise ValueError(
+            f"{path} is no plan, as it states no version: name a file that `python -m trainer plan --out` wrote; "
+            "tables and lookups are for `python -m embeddings plan`"
+        )
     if version != VERSION:
         raise ValueError(f"plan {path} has version {version!r}, this code reads version {VERSION}: plan again")
     try:

@@ -298,8 +298,8 @@ def _as_few_as_needed(packer: Packer, faster: Allowed, slower: Allowed) -> tuple
     first = bisect_left(counts, True, key=lambda count: _needs(packer, mixed(count))[0] <= device_room)
     end = bisect_left(counts, True, key=lambda count: _needs(packer, mixed(count))[1] > host_room)
     tried = [first + (end - 1 - first) * quarters // 4 for quarters in (4, 3, 2, 1, 0)] if first < end else []
-    fits = ((count, _first_fit(packer, mixed(count))) for count in tried)
-    high, found = next(((count, packing) for count, packing in fits if packing is not None), (0, None))
+    packed = ((count, _first_fit(packer, mixed(count))) for count in tried)
+    high, found = next(((count, packing) for count, packing in packed if packing is not None), (0, None))
     low = first - 1
     while found is not None and low + 1 < high:
         middle = (low + high) // 2

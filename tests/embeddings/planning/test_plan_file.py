@@ -201,7 +201,7 @@ def test_a_value_of_another_type_or_size_is_refused_wherever_it_stands(plan: Pla
     ("change", "message"),
     [
         (lambda v: v.update(version=1), "has version 1, this code reads version 5"),
-        (lambda v: v.pop("version"), "has version None"),
+        (lambda v: v.pop("version"), "is no plan, as it states no version"),
         (lambda v: v.pop("machine"), "misses the key 'machine'"),
         (lambda v: v["machine"].update(gpus=3), "malformed"),
         (lambda v: v.update(note="x"), "unknown key 'note'"),
