@@ -109,7 +109,7 @@ def read_answers(words: str, nodes: Sequence[str]) -> list[Unfit]:
             # In the shell's words before Slurm's, which only counts its tasks.
             own = [line.removeprefix("error: ") for line in rest if line.startswith(f"error: node {node} ")]
             told = [line for line in rest if f"error: {node}:" in line]
-            # Of all nodes: the step could not be started.
+            # What srun says of no node is about all of them: the step could not be started.
             told += [line for line in rest if line.startswith("srun: ") and ": task " not in line]
             slurms = [f"node {node} does not answer: {line}" for line in told]
             why = next(iter(own + slurms), f"node {node} does not answer")

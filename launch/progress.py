@@ -30,7 +30,7 @@ def progress_lines(record: JobRecord) -> list[str]:
     step = newest_checkpoint(run)
     if step:
         complete = run.checkpoints / step_folder(step) / COMPLETE
-        # Of a checkpoint on an object store nothing but its step is known.
+        # A checkpoint on an object store has no file here that would tell its age.
         age = f", {_age(complete.stat().st_mtime)} ago" if complete.is_file() else ""
         lines.append(f"last checkpoint: step {step}{age}")
     else:

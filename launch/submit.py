@@ -143,7 +143,7 @@ def check_no_other(scheduler: Scheduler, request: Request) -> None:
     ours = [job for job in records.of_run(request.absolute_run_dir) if job.handle.startswith(f"{request.scheduler}://")]
     if not ours or any(option.startswith("dependency=") for option in request.options):
         return
-    # Of those before it this one made sure as well.
+    # When the newest job was sent, the same was asked of those before it.
     app_id = ours[-1].handle.rpartition("/")[2]
     found = scheduler.status(app_id, ours[-1])
     if found is not None and not is_terminal(found.state):

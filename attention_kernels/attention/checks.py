@@ -71,7 +71,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, fewer_row
         raise ValueError(f"offsets is on {offsets.device}, q_THK on {q.device}; put them on one device")
     if offsets.shape[0] == 1 and k.shape[0] != 0:
         raise ValueError(f"offsets describes no sequence, but k_THK holds {k.shape[0]} positions")
-    # Of a compiler's or exporter's unknown sizes nothing is known here.
+    # Under a compiler or an exporter sizes may be symbols, of which nothing is known here.
     if isinstance(k.shape[0], int) and k.shape[0] >= 2**31:
         raise ValueError(f"k_THK holds {k.shape[0]} positions, and kernels count to 2**31 - 1: take a smaller batch")
 

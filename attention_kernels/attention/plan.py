@@ -119,7 +119,7 @@ def plan_of_newest(plan: AttentionPlan, newest: int) -> AttentionPlan:
         raise ValueError(f"newest={newest} must be at least 1, of a plan that computes all rows")
     mask = plan.mask
     if mask.local is None:
-        # Of these rows each sees its whole past.
+        # Without a window each row sees its whole past, as global rows do.
         mask = SemiLocalMask(local=0, global_rows=newest, num_context=mask.num_context)
     lens = plan.offsets.diff()
     targets = torch.zeros_like(lens) if plan.num_targets is None else plan.num_targets

@@ -124,7 +124,7 @@ class Watchdog:
     """This rank's part of the watch; `phase` and `stepped` are called by its main thread."""
 
     def __init__(self, store: Store, mesh: Mesh, limits: WatchConfig) -> None:
-        # Of its own: a store serves one call at a time, and a call may wait.
+        # A connection of its own: a store serves one call at a time, and a call may wait.
         self._store: Store = store.clone()  # type: ignore[attr-defined]  # missing in the stubs
         self._mesh = mesh
         self.clock = Clock(limits)

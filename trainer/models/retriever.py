@@ -76,7 +76,7 @@ class RetrieverTower(nn.Module):
     ) -> None:
         super().__init__()
         self.tower, self.similarity, self.max_len, self.dropout = tower, similarity, max_len, dropout
-        # None: items' rows are compared as they are.
+        # Nothing is cast first, since items' rows are compared as they are.
         self.cast_first: frozenset[str] = frozenset()
         same = embedding_dim == dim
         self.item_projection = nn.Identity() if same else nn.Linear(embedding_dim, dim)

@@ -59,7 +59,7 @@ def _addresses(interface: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Add
             answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", interface.encode()))
             found.append(ipaddress.IPv4Address(answer[20:24]))
         except OSError:
-            # It has none.
+            # The interface has no IPv4 address.
             pass
     known = Path("/proc/net/if_inet6")
     for line in known.read_text().splitlines() if known.is_file() else ():
