@@ -212,6 +212,16 @@ def test_a_spike_of_a_long_curve_is_drawn(tmp_path: Path) -> None:
     assert all(len(path.split("L")) <= MAX_POINTS for path in curve) and len(heights) <= 2 * MAX_POINTS
 
 
+def test_what_is_a_share_has_a_straight_axis_and_what_explodes_a_logarithmic_one(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a")
+    values = [(0.01, 1.0), (0.9, 1e300), (0.8, 2.0)]
+    records = [{"step": n, "auc/click": share, "gradient_norm": norm} for n, (share, norm) in enumerate(values)]
+    (run / "metrics.jsonl").write_text(_lines(records))
+    page = _report(run)
+    assert "norm of the dense gradients logarithmic" in page.text and "AUC of click logarithmic" not in page.text
+    assert re.findall(r"e\+2\d\d", page.text) and not re.findall(r"e\+\d+G", page.text)
+
+
 @pytest.mark.parametrize(
     "axis",
     [

@@ -20,7 +20,7 @@ _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _MARKED_POINTS = 40
 """Curves of at most so many points show each, with its value."""
 _LOG_FACTOR = 5
-"""A positive number that varies by more is drawn on a logarithmic axis."""
+"""A positive number that varies by more, and goes beyond 1, is drawn on a logarithmic axis: not what is a share."""
 
 _NOT_DRAWN = ("step", "samples", "time", "world_size")
 _TITLES = {
@@ -163,7 +163,7 @@ def _step_axis(steps: list[float]) -> Axis:
 
 def _value_axis(values: list[float]) -> Axis:
     low, high = min(values), max(values)
-    if low > 0 and high > _LOG_FACTOR * low:
+    if low > 0 and high > max(1.0, _LOG_FACTOR * low):
         return Axis(low / 1.1, high * 1.1, logarithmic=True)
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(low - margin, high + margin)
@@ -228,7 +228,9 @@ def _y(axis: Axis, value: float) -> float:
 
 
 def _tick(value: float) -> str:
-    """A round value in few characters: 0.25, 1,500, 20k, 3M."""
+    """A round value in few characters: 0.25, 1,500, 20k, 3M, 1e+20."""
+    if abs(value) >= 1e15:
+        return f"{value:g}"
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * size or (abs(value) >= size and size > 1e3):
             return f"{value / size:g}{suffix}"
