@@ -22,6 +22,8 @@ from attention_kernels.rectangle import Rectangle
 
 LOG_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural logarithms of seconds, as in the HSTU paper: about a factor 1.35."""
+_UNSEEN = -1e30
+"""Bias of a key that a query does not see: SiLU and its slope are 0 there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class RelativePlaces:
     distance_NN: Tensor
     """q - k, 0 where that is below."""
     causal_NN: Tensor
-    """1 where k <= q, else 0; float32."""
+    """k <= q."""
 
 
 def make_places(rectangle: Rectangle, time_T: Tensor, asked_T: Tensor, *, num_buckets: int) -> RelativePlaces:
@@ -55,7 +57,7 @@ def make_places(rectangle: Rectangle, time_T: Tensor, asked_T: Tensor, *, num_bu
         rectangle=rectangle,
         buckets_BNN=log_bucket(distance_BNN, num_buckets),
         distance_NN=distance_NN.clamp(min=0),
-        causal_NN=(distance_NN >= 0).float(),
+        causal_NN=distance_NN >= 0,
     )
 
 
@@ -77,31 +79,29 @@ def relative_attention(
 ) -> Tensor:
     """The formula above, [T, H, V] in v's type; scores in float32 (float64 for float64).  Differentiable in all five
     tensors.  Distances of M places and more share the last position bias."""
-    q_BHNK, k_BHNK, v_BHNV = (places.rectangle.pad(x).transpose(1, 2) for x in (q_THK, k_THK, v_THV))
-    distance_1NN = places.distance_NN.clamp(max=position_HM.shape[1] - 1)[None]
-    score_BHNN = (q_BHNK @ k_BHNK.transpose(2, 3)).to(position_HM.dtype) * scale
-    position_1HNN, time_BHNN = _Bias.apply(position_HM, distance_1NN), _Bias.apply(time_HG, places.buckets_BNN)
-    score_BHNN = score_BHNN + position_1HNN + time_BHNN
-    weight_BHNN = F.silu(score_BHNN) * (places.causal_NN.to(score_BHNN.dtype) / max_len)
-    out_BHNV = weight_BHNN.to(v_THV.dtype) @ v_BHNV
-    out_TW = places.rectangle.take(out_BHNV.transpose(1, 2).flatten(2))
+    q_HBNK, k_HBNK, v_HBNV = (places.rectangle.pad(x).permute(2, 0, 1, 3) for x in (q_THK * scale, k_THK, v_THV))
+    position_HNN = _Bias.apply(position_HM, places.distance_NN.clamp(max=position_HM.shape[1] - 1))
+    # What is not seen is said in the smallest of the matrices: each pass over all scores costs as much as a product.
+    bias_HBNN = position_HNN.masked_fill(~places.causal_NN, _UNSEEN)[:, None] + _Bias.apply(time_HG, places.buckets_BNN)
+    weight_HBNN = F.silu((q_HBNK @ k_HBNK.transpose(2, 3)).to(bias_HBNN.dtype) + bias_HBNN)
+    out_HBNV = weight_HBNN.to(v_THV.dtype) @ v_HBNV / max_len
+    out_TW = places.rectangle.take(out_HBNV.permute(1, 2, 0, 3).flatten(2))
     return out_TW.view(v_THV.shape).to(v_THV.dtype)
 
 
 class _Bias(torch.autograd.Function):
-    """`bias_HG[h, buckets_BNN]`.  The backward adds up by query first: millions of pairs fall into few buckets."""
+    """`bias_HG[:, buckets]`.  The backward adds up by query first: millions of pairs fall into few buckets."""
 
     @staticmethod
-    def forward(ctx: Any, bias_HG: Tensor, buckets_BNN: Tensor) -> Tensor:
-        ctx.save_for_backward(buckets_BNN)
+    def forward(ctx: Any, bias_HG: Tensor, buckets: Tensor) -> Tensor:
+        ctx.save_for_backward(buckets)
         ctx.num_buckets = bias_HG.shape[1]
-        return torch.stack([biases_G[buckets_BNN] for biases_G in bias_HG], dim=1)
+        bias: Tensor = bias_HG.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)
+        return bias
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (dbias_BHNN,), (buckets_BNN,) = gradients, ctx.saved_tensors
-        sums_BNG = (
-            dbias.new_zeros(*dbias.shape[:2], ctx.num_buckets).scatter_add_(2, buckets_BNN, dbias)
-            for dbias in dbias_BHNN.unbind(1)
-        )
-        return torch.stack([sums.sum((0, 1)) for sums in sums_BNG]), None
+        (dbias,), (buckets,) = gradients, ctx.saved_tensors
+        of_query = dbias.new_zeros(*dbias.shape[:-1], ctx.num_buckets)
+        of_query.scatter_add_(-1, buckets.expand_as(dbias), dbias)
+        return of_query.flatten(1, -2).sum(1), None
