@@ -178,8 +178,13 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before_it(
     # Back to step 4 by choice: the same steps again, and nothing of the later ones is lost.
     run_trainer("checkpoints", str(run), "--pin", "4")
     settings = (f"max_steps={STEPS}", "checkpoint.every_steps=4")
-    status, output = run_training(run, 2, *settings, options=("--from-step", "4"))
+    of_slurm = {"SLURM_JOB_ID": "17"}
+    status, output = run_training(run, 2, *settings, options=("--from-step", "4"), **of_slurm)
     assert status == 0 and f"its checkpoint is called abandoned-{newest.name} now" in output, output[-3000:]
+    # Preempted and queued again, its job repeats the command, and does not go back once more.
+    of_slurm["SLURM_RESTART_COUNT"] = "1"
+    status, output = run_training(run, 2, *settings, options=("--from-step", "4"), **of_slurm)
+    assert status == 0 and f"resuming after step {STEPS} " in output, output[-3000:]
     assert losses(read_lines(run / "metrics.jsonl")) == losses(read_lines(uninterrupted / "metrics.jsonl"))
     status, output = run_trainer("checkpoints", str(run), "--verify")
     assert status == 0 and f"damaged-{newest.name} does not count" in output

@@ -296,16 +296,18 @@ class Catalogue:
         with self.store.writing(path):
             pass
 
-    def remove(self, step: int) -> None:
+    def remove(self, step: int) -> bool:
         """Delete a checkpoint; without COMPLETE first, so that a half-deleted one is never taken for whole.  Says so
-        where it cannot be deleted: those that count are no worse for it.  Writes."""
+        where it cannot be deleted: those that count are no worse for it.  Returns false where it counts still.
+        Writes."""
         self._bases.pop(step, None)
         try:
             self.store.remove_file(f"{step_folder(step)}/{COMPLETE}")
         except OSError as error:
             logger.error("%s, which is kept no longer, cannot be removed: %s", step_folder(step), error)
-            return
+            return False
         self._remove_folder(step_folder(step))
+        return True
 
     def _remove_folder(self, folder: str) -> None:
         try:

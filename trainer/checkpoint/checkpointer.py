@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -328,7 +328,9 @@ class Checkpointer:
                 with self._catalogue.store.writing(f"{folder}/{name}") as file:
                     record = write_chunks(file, layout.blocks())
         except OSError as error:
-            self._catalogue.store.remove_file(f"{folder}/{name}")
+            # What was written of it makes room; where even that fails, the error itself is what the others wait for.
+            with suppress(OSError):
+                self._catalogue.store.remove_file(f"{folder}/{name}")
             return _Part(FileRecord(0, ()), {}, str(error))
         return _Part(record, tensors)
 
@@ -375,8 +377,12 @@ class Checkpointer:
         steps = self._catalogue.steps()
         best = best_step(self._run.eval_file, self._config.keep_best, steps)
         pinned = filter(self._catalogue.is_pinned, steps)
+        needed = set[int | None]()
+        # Newest first: where a delta cannot be removed, what it needs stays with it.
         for step in superfluous(steps, self._config, (best, *pinned), self._catalogue.base):
-            self._catalogue.remove(step)
+            base = self._catalogue.base(step)
+            if step not in needed and not self._catalogue.remove(step):
+                needed.add(base)
 
     def _give_up(self, step: int) -> None:
         """Free what an unfinished checkpoint takes; where even that fails, the next start does it."""

@@ -41,6 +41,7 @@ from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joine
 from trainer.parallelize import ParallelModel
 from trainer.recording import check_recorded
 from trainer.resolve import Resolved, resolve_again
+from trainer.run.going_back import has_gone_back, note_going_back
 from trainer.run.run_dir import RunDir, check_nothing_lost, locked
 from trainer.run.run_log import logged
 from trainer.run.writing import written
@@ -110,7 +111,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         if warm is not None:
             warm.load(model.tensors(), dist.new_group(backend="gloo"))
         if mesh.is_first:
-            write_settings(run, resolved, plan, mesh)
+            write_settings(run, resolved, plan, mesh, start.from_step)
         announce(resolved, plan, model, mesh)
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
             # The run may have to go back to before its first step: save the beginning.
@@ -199,7 +200,7 @@ class _Session:
 
 def find_newest(run: RunDir, catalogue: Catalogue, from_step: int | None) -> Newest:
     """What the run goes on from; refused where what it has saved is gone."""
-    if from_step is not None:
+    if from_step is not None and not has_gone_back(run, from_step):
         return catalogue.back_to(from_step)
     newest = catalogue.newest()
     if newest.checkpoint is None:
@@ -207,8 +208,10 @@ def find_newest(run: RunDir, catalogue: Catalogue, from_step: int | None) -> New
     return newest
 
 
-def write_settings(run: RunDir, resolved: Resolved, plan: Plan, mesh: Mesh) -> None:
-    """Write what the run is made of: its configuration, what its ids mean, its plan, and what it runs on."""
+def write_settings(run: RunDir, resolved: Resolved, plan: Plan, mesh: Mesh, from_step: int | None) -> None:
+    """Write what the run is made of: its configuration, what its ids mean, its plan, what it runs on, and where it has
+    gone back to."""
+    note_going_back(run, from_step)
     run.save_config(to_dict(resolved.config), resolved.meanings())
     write_plan(run.plan_file, plan)
     run.save_environment(f"{mesh.world_size} x {device_name(mesh.device)}", installed_versions())

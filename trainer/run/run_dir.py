@@ -126,6 +126,11 @@ class RunDir:
         return self.path / "saving.json"
 
     @property
+    def back_file(self) -> Path:
+        """To which step which job has gone back."""
+        return self.path / "back.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints."""
         return self.path / "checkpoints"

@@ -1,5 +1,6 @@
 """Files that a crash never leaves half written, and what is said where one cannot be written."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -41,6 +42,11 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # What some file systems of network shares and virtual machines answer for every folder: they know no such call,
+        # and keep names in their own way.
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -309,6 +309,9 @@ class _FullStore(LocalStore):
     def writing(self, path: str):  # type: ignore[no-untyped-def]
         raise OSError(28, "No space left on device", path)
 
+    def remove_file(self, path: str) -> None:
+        raise OSError(30, "Read-only file system", path)
+
 
 def test_a_full_disk_is_one_line_on_every_rank_and_leaves_nothing_behind(tmp_path: Path) -> None:
     said = run_ranks(2, _full_disk, str(tmp_path / "run"))
@@ -348,6 +351,32 @@ def test_a_disk_that_fails_beside_the_writing_fails_it(tmp_path: Path, monkeypat
         with pytest.raises(OSError, match="the disk is broken"), open_store(str(tmp_path)).writing("a/b") as file:
             for _ in range(times):
                 file.write(memoryview(bytes(100)))
+
+
+def test_a_file_system_that_cannot_sync_folders_takes_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers EINVAL for every folder; for a file that answer stays an error."""
+    fsync, never = os.fsync, set[str]()
+
+    def knows_files_alone(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if os.path.isdir(path) or path in never:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", knows_files_alone)
+    store = LocalStore(tmp_path)
+    for name in ("first", "second"):
+        with store.writing(f"step-00000001/{name}") as file:
+            file.write(b"state")
+        store.settle("step-00000001")
+        store.remove_file("step-00000001/second")
+    store.rename("step-00000001", "step-00000002")
+    assert store.read("step-00000002/first") == b"state"
+    never.add(str(tmp_path / "a" / "b"))
+    with pytest.raises(OSError, match="Invalid argument"), store.writing("a/b"):
+        pass
 
 
 def test_the_bases_of_checkpoints_are_read_once_and_known_anew_after_a_change(tmp_path: Path) -> None:

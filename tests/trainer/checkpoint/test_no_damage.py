@@ -109,6 +109,31 @@ def test_a_checkpoint_counts_though_an_older_one_cannot_be_removed(tmp_path: Pat
     assert folders == ["step-00000001", "step-00000003", "step-00000004"]
 
 
+class _KeptStore(LocalStore):
+    """One in which the checkpoint of step 2 cannot be deleted."""
+
+    def remove_file(self, path: str) -> None:
+        if path.startswith("step-00000002"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        super().remove_file(path)
+
+
+def _keep_a_delta(folder: str) -> list[int]:
+    """A full checkpoint, a delta, and a full one, which alone should stay; the steps that verify."""
+    run, tensors = RunDir(Path(folder)), ranks.sharded(ranks.expected(), "row_wise")
+    touched = ranks.TouchedOfTest(tensors)
+    saver = ranks.checkpointer(_KeptStore(run.checkpoints), run, tensors, touched, deltas=1, keep=1, asynchronous=False)
+    for step in (1, 2, 3):
+        saver.save(Progress(step=step))
+    saver.close()
+    catalogue = Catalogue(LocalStore(run.checkpoints))
+    return [catalogue.verify(step).step for step in catalogue.steps()]
+
+
+def test_a_delta_that_cannot_be_removed_keeps_what_it_needs(tmp_path: Path) -> None:
+    assert run_ranks(1, _keep_a_delta, str(tmp_path)) == [[1, 2, 3]]
+
+
 def _begin_while_another_ends(folder: str) -> str:
     """The newest is looked for, another job saves one more, then this one begins."""
     run, tensors = RunDir(Path(folder)), ranks.sharded(ranks.expected(), "row_wise")
