@@ -297,6 +297,11 @@ def _sbatch_option(key: str, value: str) -> dict[str, CfgVal]:
     key = key.lstrip("-").replace("_", "-")
     if key in OURS:
         raise ValueError(f"--option {key}={value}: the job sets sbatch's --{key} itself (from {OURS[key]})")
+    if key.removeprefix("no-").startswith("container"):
+        raise ValueError(
+            f"--option {key}={value}: the batch script would run in the container, where Slurm's commands are not; "
+            "name a script with --python that enters it (docs/launch.md)"
+        )
     if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
         raise ValueError(f"--option {key}={value}: give the long name of an option of sbatch, such as partition=main")
     if "\n" in value:

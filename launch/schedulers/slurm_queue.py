@@ -37,6 +37,9 @@ STATES = {
     "UPDATE_DB": AppState.RUNNING,
 }
 
+REVOKED = "REVOKED"
+"""Of a job in a federation of clusters: another cluster runs it."""
+
 # A value ends where the next key begins: "JobName=a b UserId=root(0) ...".
 _FIELD = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][A-Za-z0-9:/_]*=|\s*$)")
 # "Unable to contact slurm controller (connect failure)", "Socket timed out on send/recv operation", ...
@@ -265,6 +268,9 @@ def find_job(job_id: str, patience_s: float = 0.0) -> SlurmJob | None:
         jobs = _from_sacct(["--jobs", number], environment)
     else:
         raise SlurmError(f"scontrol failed: {' '.join(scontrol.stderr.split())}")
+    if any(job.slurm_state == REVOKED for job in jobs):
+        everywhere = run(["scontrol", "--federation", "--oneliner", "show", "job", number], patience_s, environment)
+        jobs = [job for job in parse_scontrol(everywhere.stdout) if job.slurm_state != REVOKED] or jobs
     exact = [job for job in jobs if job.job_id == number]
     # Slurm lists the members of a job array, not the array as a whole.
     return next(iter(exact or jobs), None)

@@ -52,6 +52,13 @@ def test_a_job_that_another_cluster_takes_without_an_answer_is_not_sent_again(
     assert (tmp_path / "sent").read_text() == "x\n"
 
 
+def test_a_job_that_another_cluster_of_a_federation_runs_is_told_from_there(commands: Callable[..., None]) -> None:
+    here, there = "JobId=67108870 JobState=REVOKED", "JobId=67108870 JobState=RUNNING NodeList=e1"
+    commands(scontrol=f'case "$*" in *federation*) echo "{here}"; echo "{there}" ;; *) echo "{here}" ;; esac')
+    found = Slurm("test").status("67108870", None)
+    assert found is not None and (found.state, found.nodes) == (AppState.RUNNING, "e1")
+
+
 @pytest.mark.parametrize(("words", "member"), [("5_[1-3]", "5"), ("5_1", "5_1"), ("5", "5")])
 def test_accounting_calls_members_as_the_controller_does(words: str, member: str) -> None:
     (job,) = slurm_queue.parse_sacct("\x1f".join([words, "PENDING", "None assigned", "0:0", "None", "/runs"]))
