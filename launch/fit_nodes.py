@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.node import free_port, listen
+from launch.progress import newest_complete
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm_queue import SlurmError
 from launch.steps import Steps
 from trainer.health import fitness
+from trainer.run.run_dir import RunDir
 
 PATIENCE_S = 120
 """After which a node that has not said whether it is fit is not."""
@@ -65,6 +67,8 @@ class Question:
         question = [self.interpreter, "-m", "trainer.health.fitness", "--as", self._facts(token)]
         question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
         question += [word for path in self.data for word in ("--data", path)]
+        complete = newest_complete(RunDir(self.run_dir))
+        question += ["--complete", str(complete)] if complete else []
         try:
             # What the first process will do, before any has started.
             with listen(free_port()) as server:

@@ -7,7 +7,7 @@ from typing import Any
 
 from launch import attempts
 from launch.records import JobRecord
-from trainer.checkpoint.catalogue import open_catalogue, step_folder
+from trainer.checkpoint.catalogue import Catalogue, open_catalogue, step_folder
 from trainer.checkpoint.store import COMPLETE
 from trainer.run.run_dir import RunDir
 
@@ -45,8 +45,17 @@ def progress_lines(record: JobRecord) -> list[str]:
 
 def newest_checkpoint(run: RunDir) -> int:
     """The step of the newest complete checkpoint; 0 where there is none."""
-    saved = run.saved_config() or {}
-    return max(open_catalogue(run, saved.get("checkpoint", {}).get("store")).steps(), default=0)
+    return max(_catalogue(run).steps(), default=0)
+
+
+def newest_complete(run: RunDir) -> Path | None:
+    """The file that makes the newest checkpoint complete; None without one, or where it lies in an object store."""
+    file = Path(_catalogue(run).store.address, step_folder(newest_checkpoint(run)), COMPLETE)
+    return file if file.is_file() else None
+
+
+def _catalogue(run: RunDir) -> Catalogue:
+    return open_catalogue(run, (run.saved_config() or {}).get("checkpoint", {}).get("store"))
 
 
 def stopping_time_s(run: RunDir) -> float:

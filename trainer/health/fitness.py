@@ -2,6 +2,7 @@
 
     python -m trainer.health.fitness --facts TOKEN
     python -m trainer.health.fitness --as FACTS --run-dir DIR --procs-per-node P [--meet HOST:PORT] [--data PATH ...]
+                                [--complete FILE]
 
 The first node says what it is (`facts_here`, as JSON); every node compares itself with that and prints one line of
 JSON, its name and what is wrong with it.  It imports no torch, so it takes a second and works where the environment
@@ -38,6 +39,9 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 MIN_FREE_MIB = {"run directory": 1024, "/dev/shm": 256, "temporary folder": 256}
 REACH_S = 10.0
 """How long the first node's port may take to answer."""
+LAG_S = 75.0
+"""How long a node may take to see what another has written: clients of NFS ask anew about a folder they know once a
+minute (`acdirmax`)."""
 MAX_BEHIND_S, MAX_AHEAD_S = 10.0, 120.0
 """How far a node's clock may be from the first one's, which told its time a little earlier."""
 
@@ -141,6 +145,23 @@ def problems(first: Facts, here: Facts, *, run_dir: Path, data: Sequence[str], p
     yield from _gpu_problems(procs_per_node, wanted=bool(first.driver))
 
 
+def unseen(complete: Path) -> Iterator[str]:
+    """What keeps this node from going on from the checkpoint that the first one sees, which that file of it makes
+    complete, once the file system has had time to show it."""
+    deadline = time.monotonic() + LAG_S
+    while not _shown(complete):
+        if time.monotonic() > deadline:
+            yield f"it does not see the newest checkpoint, {complete.parent}: put it on a file system that all share"
+            return
+        time.sleep(1.0)
+
+
+def _shown(complete: Path) -> bool:
+    # As a run looks: names that are asked for, and those in a list, come from two caches.
+    folder = complete.parent
+    return folder.parent.is_dir() and folder.name in os.listdir(folder.parent) and complete.exists()
+
+
 def out_of_reach(place: str) -> Iterator[str]:
     """What keeps this node from meeting the others at HOST:PORT, where the first one listens for the moment."""
     host, _, port = place.rpartition(":")
@@ -228,6 +249,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--run-dir", type=Path, help="the run directory")
     parser.add_argument("--procs-per-node", type=int, help="processes a node")
     parser.add_argument("--meet", metavar="HOST:PORT", help="where the first node listens while it asks")
+    parser.add_argument("--complete", type=Path, help="the file that makes the newest checkpoint complete")
     parser.add_argument("--data", action="append", default=[], help="a folder that every node reads")
     given = parser.parse_args(arguments)
     if given.facts is not None:
@@ -244,6 +266,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     )
     found += out_of_reach(given.meet) if given.meet else []
+    found += unseen(given.complete) if given.complete else []
     print(json.dumps({"node": node_name(), "problems": found}), flush=True)
     return int(bool(found))
 

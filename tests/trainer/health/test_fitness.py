@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from launch import fit_nodes
 from launch.fit_nodes import Unfit, read_answers
 from trainer.health import fitness
 from trainer.health.fitness import Facts, facts_here, gpu_faults, problems, xid_faults
@@ -173,3 +174,27 @@ def test_a_node_that_cannot_reach_the_first_one_says_so() -> None:
     )
     (unknown,) = fitness.out_of_reach("node.invalid:1")
     assert unknown.startswith("it cannot reach the first node at node.invalid, port 1 (")
+
+
+def test_a_checkpoint_that_a_file_system_shows_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = tmp_path / "checkpoints" / "step-00000020" / "COMPLETE"
+    waited: list[float] = []
+    made: dict[int, Callable[[], None]] = {2: complete.parent.mkdir, 4: complete.touch}
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) in made:
+            made[len(waited)]()
+
+    monkeypatch.setattr(fitness, "time", SimpleNamespace(monotonic=lambda: float(len(waited)), sleep=sleep))
+    complete.parent.parent.mkdir()
+    assert list(fitness.unseen(complete)) == []
+    assert len(waited) == 4
+    waited.clear()
+    made.clear()
+    complete.unlink()
+    (words,) = fitness.unseen(complete)
+    assert words.startswith(f"it does not see the newest checkpoint, {complete.parent}: put it on a file system")
+    assert fitness.LAG_S < len(waited) < fit_nodes.PATIENCE_S
