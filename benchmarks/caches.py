@@ -22,22 +22,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from benchmarks.on_one_gpu import DEVICE, Part, one_rank, run_parts
 from embeddings.caches import Caches
 from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
-from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.optimizers import TableOptimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.frequencies import zipf
 from embeddings.planning.problem import BatchLoad, Problem, reserve
 from embeddings.planning.solver import solve
-from embeddings.sharding import apply_plan
-from embeddings.tables import Rows, build_tables, fbgemm_kernels, init_tables, rows_by_feature
+from embeddings.sharding import shard_tables
+from embeddings.tables import Rows, build_tables, fbgemm_kernels, rows_by_feature
 from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 from pipelines.overlap import Overlap, StepPipeline
 from trainer.determinism import make_deterministic
@@ -255,17 +253,9 @@ class Run:
             load=BatchLoad(samples_per_rank=1, ids_per_sample={"item": float(training.ids)}),
         )
         model.tower.to(DEVICE)
-        sharding_plan = apply_plan(model, plan, device=DEVICE, prefetch=overlap == "prefetch")
-        attach_optimizers(model.tables, OPTIMIZER)
-        self.module = DistributedModelParallel(
-            model,
-            device=DEVICE,
-            plan=sharding_plan,
-            sharders=table_sharders(plan.exchange),
-            init_data_parallel=False,
+        self.module, optimizers = shard_tables(
+            model, plan, optimizer=OPTIMIZER, device=DEVICE, seed=0, prefetch=overlap == "prefetch"
         )
-        init_tables(model.tables, seed=0)
-        optimizers = TableOptimizers(model.tables, OPTIMIZER, self.module.fused_optimizer)
         both = Both(torch.optim.SGD(model.tower.parameters(), lr=0.01), optimizers)
         self.pipeline = StepPipeline(overlap, self.module, both, DEVICE, self._forward)
         self.caches = Caches(model.tables)

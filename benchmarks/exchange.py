@@ -21,15 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.config import ExchangeConfig
-from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
-from embeddings.sharding import apply_plan
-from embeddings.tables import build_tables, init_tables, rows_by_feature
+from embeddings.sharding import shard_tables
+from embeddings.tables import build_tables, rows_by_feature
 from pipelines.reading.loader import build_loader, dataset_info
 from trainer.config import TrainConfig
 from trainer.lookups import lookup_load
@@ -113,13 +110,9 @@ def _sent(config: TrainConfig, exchange: ExchangeConfig, rank: int, steps: int) 
         optimizer=config.sparse_optimizer,
         load=lookup_load(resolved, ranks),
     )
-    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
-    attach_optimizers(model.tables, config.sparse_optimizer)
-    module = DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=sharding_plan, sharders=table_sharders(exchange)
+    module, optimizers = shard_tables(
+        model, plan, optimizer=config.sparse_optimizer, device=torch.device("cpu"), seed=0
     )
-    init_tables(model.tables, 0)
-    optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)
     loader = build_loader(
         replace(config.data, reader_threads=0),
         split="train",

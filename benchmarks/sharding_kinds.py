@@ -16,17 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.optimizers import TableOptimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad
-from embeddings.sharding import apply_plan
-from embeddings.tables import Rows, build_tables, init_tables, rows_by_feature
+from embeddings.sharding import shard_tables
+from embeddings.tables import Rows, build_tables, rows_by_feature
+from trainer.parallel.averaging import GradientAverage
 
 KINDS = ("row_wise", "table_wise", "replicated")
 BAG_IDS = 32
@@ -67,11 +66,13 @@ def _run(rank: int, folder: str, arguments: argparse.Namespace) -> None:
         ids = torch.randint(arguments.rows, (arguments.ids,), generator=generator)
         full, rest = divmod(arguments.ids, BAG_IDS)
         features = KeyedJaggedTensor(["small"], ids, lengths=torch.tensor([BAG_IDS] * full + [rest]))
-        for kind, (model, optimizers) in steps.items():
+        for kind, (model, optimizers, average) in steps.items():
             dist.barrier()  # every rank; so that none waits for another within the time
             start = time.perf_counter()
             optimizers.zero_grad()
             rows_by_feature(model(features))["small"].values().square().sum().backward()
+            if average is not None:
+                average()
             optimizers.step()
             if number >= 2:
                 times[kind].append(1000 * (time.perf_counter() - start))
@@ -79,7 +80,7 @@ def _run(rank: int, folder: str, arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def _parallel(kind: str, arguments: argparse.Namespace) -> tuple[DistributedModelParallel, TableOptimizers]:
+def _parallel(kind: str, arguments: argparse.Namespace) -> tuple[nn.Module, TableOptimizers, GradientAverage | None]:
     table = TableConfig(name="small", num_embeddings=arguments.rows, embedding_dim=arguments.dim, features=("small",))
     model, optimizer = Model(table), SparseOptimizerConfig()
     plan = plan_tables(
@@ -90,17 +91,9 @@ def _parallel(kind: str, arguments: argparse.Namespace) -> tuple[DistributedMode
         optimizer=optimizer,
         load=BatchLoad(samples_per_rank=1, ids_per_sample={"small": float(arguments.ids)}),
     )
-    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
-    attach_optimizers(model.tables, optimizer)
-    parallel = DistributedModelParallel(
-        model,
-        device=torch.device("cpu"),
-        plan=sharding_plan,
-        sharders=table_sharders(plan.exchange),
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
-    )
-    init_tables(model.tables, 0)
-    return parallel, TableOptimizers(model.tables, optimizer, parallel.fused_optimizer)
+    module, optimizers = shard_tables(model, plan, optimizer=optimizer, device=torch.device("cpu"), seed=0)
+    average = GradientAverage(list(model.tables.parameters()), arguments.ranks) if kind == "replicated" else None
+    return module, optimizers, average
 
 
 if __name__ == "__main__":

@@ -1,27 +1,66 @@
-"""A plan applied: replicated tables become ordinary parameters, for the others there is TorchRec's ShardingPlan.
-
-apply_plan -> attach_optimizers -> DistributedModelParallel -> init_tables, TableOptimizers
-"""
+"""A plan applied: each rank has its shards of the tables, and replicated ones become ordinary parameters."""
 
 import torch
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
-from embeddings.config import TableConfig
+from embeddings.config import SparseOptimizerConfig, TableConfig
+from embeddings.exchange import table_sharders
 from embeddings.kinds.registry import KINDS
+from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planning.plan import Plan
-from embeddings.tables import Collection, Group, Tables, build_embedding_collection, group_of, modules_by_table
+from embeddings.tables import (
+    Collection,
+    Group,
+    Tables,
+    build_embedding_collection,
+    group_of,
+    init_tables,
+    modules_by_table,
+)
+
+
+def shard_tables(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: SparseOptimizerConfig,
+    device: torch.device,
+    seed: int,
+    prefetch: bool = False,
+) -> tuple[DistributedModelParallel, TableOptimizers]:
+    """`model` with its `Tables`, which are on the meta device, divided among the ranks as the plan says, with initial
+    values; and the optimizers of the tables.  Called by every rank, with the same plan.
+
+    Nothing averages gradients over ranks: those of the dense model and of tables that the plan replicates are the
+    caller's to average before each update.  `prefetch`: a pipeline fills caches a batch ahead, so a row that a coming
+    batch brought into its cache must be updated there.
+
+    Raises:
+        ValueError: the plan has other tables than the model.
+    """
+    (tables,) = (each for each in model.modules() if isinstance(each, Tables))
+    sharding_plan = apply_plan(model, plan, device=device, prefetch=prefetch)
+    attach_optimizers(tables, optimizer)
+    module = DistributedModelParallel(
+        model,
+        device=device,
+        plan=sharding_plan,
+        sharders=table_sharders(plan.exchange),
+        # Otherwise it wraps what it does not shard in DistributedDataParallel.
+        init_data_parallel=False,
+    )
+    init_tables(tables, seed)
+    return module, TableOptimizers(tables, optimizer, module.fused_optimizer)
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, device: torch.device, prefetch: bool = False) -> ShardingPlan:
-    """Divide the tables of `model`, which are on the meta device, as the plan says.
-
-    Tables that it replicates get storage on `device`, with undefined values until `init_tables`; for the others this
-    returns TorchRec's plan, which DistributedModelParallel takes.  `prefetch`: a pipeline fills caches a batch ahead,
-    so a row that a coming batch brought into its cache must be updated there.
+    """Divide the tables of `model` into collections as the plan says: replicated ones get storage on `device`, and for
+    the others this returns TorchRec's plan.
 
     Raises:
         ValueError: the plan has other tables than the model.

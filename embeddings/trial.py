@@ -9,17 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad
-from embeddings.sharding import apply_plan
-from embeddings.tables import Rows, build_tables, init_tables, rows_by_feature
+from embeddings.sharding import shard_tables
+from embeddings.tables import Rows, build_tables, rows_by_feature
 
 BAG_IDS = 32
 """Ids of a bag, as the trainer packs them."""
@@ -72,18 +69,8 @@ class Trial:
         )
         model = _Model(tables)
         self.plan = plan_tables(model, tables, machine=machine, placement=placement, optimizer=OPTIMIZER, load=load)
-        sharding_plan = apply_plan(model, self.plan, device=device)
-        attach_optimizers(model.tables, OPTIMIZER)
-        self._model = DistributedModelParallel(
-            model,
-            device=device,
-            plan=sharding_plan,
-            sharders=table_sharders(self.plan.exchange),
-            init_data_parallel=False,
-        )
-        init_tables(model.tables, seed=0)
+        self._model, self._optimizers = shard_tables(model, self.plan, optimizer=OPTIMIZER, device=device, seed=0)
         self._collections = list(model.tables.collections)
-        self._optimizers = TableOptimizers(model.tables, OPTIMIZER, self._model.fused_optimizer)
         self._generator = torch.Generator(device).manual_seed(rank)
         self._gradients = [torch.randn(ids, table.embedding_dim, device=device) for table in tables]
         self._tables, self._ids, self._hot_rows = tuple(tables), ids, hot_rows

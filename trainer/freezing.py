@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from embeddings.tables import is_sharded
 from trainer.models.model import Model
 from trainer.name_patterns import matches
 
@@ -32,8 +33,9 @@ def freeze(model: Model, patterns: Sequence[str]) -> None:
 
 
 def replicated_parameters(model: Model) -> list[nn.Parameter]:
-    """What has gradients to average over ranks: dense parameters and replicated tables, as far as they are trained."""
-    replicated = [each for each in model.tables.collections if each.device.type != "meta"]
+    """What of a sharded model has gradients to average over ranks: dense parameters and replicated tables, as far as
+    they are trained."""
+    replicated = [each for each in model.tables.collections if not is_sharded(each)]
     parameters = [parameter for module in (model.tower, *replicated) for parameter in module.parameters()]
     return [parameter for parameter in parameters if parameter.requires_grad]
 

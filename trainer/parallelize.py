@@ -21,11 +21,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.streamable import Pipelineable
 
 from embeddings.caches import Caches
-from embeddings.exchange import table_sharders
-from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planning.plan import Plan
-from embeddings.sharding import apply_plan
-from embeddings.tables import Tables, init_tables, table_weights
+from embeddings.sharding import shard_tables
+from embeddings.tables import Tables, table_weights
 from embeddings.trained import TrainedRows
 from embeddings.unbounded import UnboundedTables
 from pipelines.batches.batch import Inputs
@@ -104,20 +102,15 @@ class ParallelModel:
 def parallelize(model: Model, plan: Plan, config: TrainConfig, mesh: Mesh) -> ParallelModel:
     """Shard and replicate `model` over the job's processes.  Called by every rank, with the same plan."""
     share_histories(model, mesh)
-    sharding_plan = apply_plan(model, plan, device=mesh.device, prefetch=config.overlap == "prefetch")
-    attach_optimizers(model.tables, config.sparse_optimizer)
-    # Before sharding, which leaves no trace of which tables are replicated.
-    averaged = replicated_parameters(model)
-    module = DistributedModelParallel(
-        module=model,
+    module, table_optimizers = shard_tables(
+        model,
+        plan,
+        optimizer=config.sparse_optimizer,
         device=mesh.device,
-        plan=sharding_plan,
-        sharders=table_sharders(plan.exchange),
-        # Otherwise it wraps what it does not shard in DistributedDataParallel.
-        init_data_parallel=False,
+        seed=config.seed,
+        prefetch=config.overlap == "prefetch",
     )
-    init_tables(model.tables, seed=config.seed)
-    table_optimizers = TableOptimizers(model.tables, config.sparse_optimizer, module.fused_optimizer)
+    averaged = replicated_parameters(model)
     optimizers = Optimizers(model.tower, table_optimizers, config.optimizer, config.schedule)
     if averaged and mesh.world_size > 1:
         optimizers.average = GradientAverage(averaged, mesh.world_size)

@@ -3,7 +3,7 @@
 The oracle is plain PyTorch: whole tables, autograd's dense gradients and row-wise Adagrad written out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
-from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.optimizers import TableOptimizers
 from embeddings.planner import problem_of
 from embeddings.planning.plan import Plan
 from embeddings.planning.plan_file import read_plan, write_plan
 from embeddings.planning.problem import BatchLoad, Problem
 from embeddings.planning.solver import solve
-from embeddings.sharding import apply_plan
-from embeddings.tables import Tables, build_tables, init_tables, rows_by_feature, table_weights
+from embeddings.sharding import shard_tables
+from embeddings.tables import Tables, build_tables, init_tables, is_sharded, rows_by_feature, table_weights
+from trainer.parallel.averaging import GradientAverage
 
 TABLES = (
     TableConfig(name="item", num_embeddings=53, embedding_dim=8, features=("item", "candidate")),
@@ -213,7 +213,7 @@ def train(
 ) -> dict[str, Any]:
     """Initial values, outputs of each step and final state of one layout, as this rank holds them."""
     plan, model, optimizers = shard(layout, folder, configs, exchange)
-    tables = tables_of(model)
+    tables, average = tables_of(model), averaged(model)
     result: dict[str, Any] = {"initial": local_parts(tables, optimizers), "outputs": []}
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(STEPS):
@@ -228,6 +228,7 @@ def train(
             world_size
         )
         loss.backward()
+        average()
         optimizers.step()
         lengths = {feature: [len(sample) for sample in samples] for feature, samples in mine.items()}
         lengths |= {feature: [1] * len(mine[feature]) for feature in POOLED}
@@ -259,28 +260,20 @@ def shard(
     write_plan(path, solve(problem))
     plan = read_plan(path, problem)
     model = Model(configs)
-    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
-    attach_optimizers(model.tables, OPTIMIZER)
-    sharded = DistributedModelParallel(
-        model,
-        device=torch.device("cpu"),
-        plan=sharding_plan,
-        sharders=table_sharders(plan.exchange),
-        # DDP refuses a module in which nothing is trained.
-        init_data_parallel=any(
-            parameter.requires_grad
-            for collection in model.tables.collections
-            if collection.device.type != "meta"
-            for parameter in collection.parameters()
-        ),
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
-    )
-    init_tables(model.tables, SEED)
-    return plan, sharded, TableOptimizers(model.tables, OPTIMIZER, sharded.fused_optimizer)
+    module, optimizers = shard_tables(model, plan, optimizer=OPTIMIZER, device=torch.device("cpu"), seed=SEED)
+    return plan, module, optimizers
 
 
-def tables_of(model: DistributedModelParallel) -> Tables:
-    """The tables inside of what TorchRec, and DDP if there are replicated ones, wrapped."""
+def averaged(module: nn.Module) -> Callable[[], None]:
+    """Averages gradients over ranks: those of replicated tables, and of a dense model."""
+    parts = [each for each in tables_of(module).collections if is_sharded(each)]
+    sharded = {id(parameter) for part in parts for parameter in part.parameters()}
+    alike = [each for each in module.parameters() if id(each) not in sharded and each.requires_grad]
+    return GradientAverage(alike, dist.get_world_size()) if alike else lambda: None
+
+
+def tables_of(model: nn.Module) -> Tables:
+    """The tables inside of what TorchRec wrapped."""
     (tables,) = (module for module in model.modules() if isinstance(module, Tables))
     return tables
 

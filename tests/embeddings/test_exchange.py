@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
-from embeddings.exchange import Codec, distinct_ids, table_sharders
+from embeddings.exchange import Codec, distinct_ids
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad
-from embeddings.sharding import apply_plan
-from embeddings.tables import init_tables, rows_by_feature
+from embeddings.sharding import shard_tables
+from embeddings.tables import rows_by_feature
 from tests.embeddings import sharded
 from tests.support.distributed import run_ranks
 
@@ -177,13 +176,9 @@ def planned_and_sent(kind: str, exchange: ExchangeConfig) -> tuple[float, float]
             distinct=distinct_parts(),
         ),
     )
-    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
-    attach_optimizers(model.tables, SparseOptimizerConfig())
-    module = sharded.DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=sharding_plan, sharders=table_sharders(exchange)
+    module, optimizers = shard_tables(
+        model, plan, optimizer=SparseOptimizerConfig(), device=torch.device("cpu"), seed=0
     )
-    init_tables(model.tables, 0)
-    optimizers = TableOptimizers(model.tables, SparseOptimizerConfig(), module.fused_optimizer)
     sent = 0
     exchanged = dist.all_to_all_single
 

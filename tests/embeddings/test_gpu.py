@@ -19,13 +19,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig
-from embeddings.exchange import table_sharders
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.optimizers import TableOptimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.plan import Plan
 from embeddings.planning.problem import BatchLoad
-from embeddings.sharding import apply_plan
+from embeddings.sharding import shard_tables
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 from tests.embeddings import sharded, unbounded_ranks
 
@@ -73,16 +72,9 @@ def shard(
         optimizer=sharded.OPTIMIZER,
         load=BatchLoad(),
     )
-    sharding_plan = apply_plan(model, plan, device=torch.device("cuda", 0))
-    attach_optimizers(model.tables, sharded.OPTIMIZER)
-    dmp = DistributedModelParallel(
-        model,
-        device=torch.device("cuda", 0),
-        plan=sharding_plan,
-        sharders=table_sharders(plan.exchange),
-    )
-    init_tables(model.tables, sharded.SEED)
-    return plan, dmp, TableOptimizers(model.tables, sharded.OPTIMIZER, dmp.fused_optimizer)
+    device, seed = torch.device("cuda", 0), sharded.SEED
+    module, optimizers = shard_tables(model, plan, optimizer=sharded.OPTIMIZER, device=device, seed=seed)
+    return plan, module, optimizers
 
 
 def train(

@@ -1,5 +1,6 @@
 """TorchRec's train pipeline finds every collection of `Tables` and computes what plain steps do."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from embeddings.exchange import table_sharders
-from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.optimizers import TableOptimizers
 from embeddings.planning.solver import solve
-from embeddings.sharding import apply_plan
-from embeddings.tables import Rows, init_tables, rows_by_feature
+from embeddings.sharding import shard_tables
+from embeddings.tables import Rows, rows_by_feature
 from tests.embeddings import sharded
 from tests.support.distributed import run_ranks
 
@@ -67,14 +66,15 @@ class Model(sharded.Model):
 class Both:
     """The optimizers of tower and tables as a pipeline takes them."""
 
-    def __init__(self, dense: torch.optim.Optimizer, tables: TableOptimizers) -> None:
-        self.dense, self.tables = dense, tables
+    def __init__(self, dense: torch.optim.Optimizer, tables: TableOptimizers, average: Callable[[], None]) -> None:
+        self.dense, self.tables, self.average = dense, tables, average
 
     def zero_grad(self) -> None:
         self.dense.zero_grad()
         self.tables.zero_grad()
 
     def step(self) -> None:
+        self.average()
         self.dense.step()
         self.tables.step()
 
@@ -83,18 +83,9 @@ def losses(layout: str, pipelined: bool) -> tuple[list[float], dict[str, Any], i
     """(loss of each step, this rank's state after them, collections that the pipeline found) under a layout."""
     model = Model()
     plan = solve(sharded.make_problem(layout, dist.get_world_size()))
-    sharding_plan = apply_plan(model, plan, device=torch.device("cpu"))
-    attach_optimizers(model.tables, sharded.OPTIMIZER)
-    module = DistributedModelParallel(
-        model,
-        device=torch.device("cpu"),
-        plan=sharding_plan,
-        sharders=table_sharders(plan.exchange),
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
-    )
-    init_tables(model.tables, sharded.SEED)
-    tables = TableOptimizers(model.tables, sharded.OPTIMIZER, module.fused_optimizer)
-    both = Both(torch.optim.SGD(model.tower.parameters(), lr=0.01), tables)
+    device, seed = torch.device("cpu"), sharded.SEED
+    module, tables = shard_tables(model, plan, optimizer=sharded.OPTIMIZER, device=device, seed=seed)
+    both = Both(torch.optim.SGD(model.tower.parameters(), lr=0.01), tables, sharded.averaged(module))
     rank, size = dist.get_rank(), dist.get_world_size()
     batches = iter(
         Batch(sharded.jagged({name: samples[rank::size] for name, samples in sharded.global_batch(step).items()}))

@@ -9,20 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, UnboundedConfig
 from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
 from embeddings.machine import Machine
-from embeddings.optimizers import TableOptimizers, attach_optimizers
+from embeddings.optimizers import TableOptimizers
 from embeddings.planner import problem_of
 from embeddings.planning.problem import BatchLoad
 from embeddings.planning.solver import solve
-from embeddings.sharding import apply_plan
+from embeddings.sharding import shard_tables
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 from embeddings.unbounded import UnboundedTables
-from tests.embeddings.sharded import EPS, Model, Part, flat, jagged, local_parts, tables_of
+from tests.embeddings.sharded import EPS, Model, Part, averaged, flat, jagged, local_parts, tables_of
 from tests.embeddings.test_key_map import PlainMap
 
 TABLE = TableConfig(
@@ -133,6 +132,7 @@ def _train(
     looked_up = rows_by_feature(model(jagged(ids).to(device)))
     loss = sum((looked_up[name].values() * weights(flat(keys[name]), step).to(device)).sum() for name in keys)
     (loss * float(dist.get_world_size())).backward()
+    averaged(model)()
     optimizers.step()
 
 
@@ -152,17 +152,7 @@ def _shard(
         optimizer=default,
         load=BatchLoad(),
     )
-    sharding_plan = apply_plan(model, solve(problem), device=device)
-    attach_optimizers(model.tables, default)
-    sharded = DistributedModelParallel(
-        model,
-        device=device,
-        plan=sharding_plan,
-        sharders=[EmbeddingCollectionSharder()],
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
-    )
-    init_tables(model.tables, SEED)
-    return sharded, TableOptimizers(model.tables, default, sharded.fused_optimizer)
+    return shard_tables(model, solve(problem), optimizer=default, device=device, seed=SEED)
 
 
 def _ids(keys: dict[str, list[list[int]]]) -> Callable[[str], Tensor]:
