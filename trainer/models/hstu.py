@@ -126,7 +126,7 @@ class Stage:
 
 
 class _LayerInput(NamedTuple):
-    """What a layer takes."""
+    """What a layer takes.  Never by `_replace`: torch.compile of PyTorch 2.11 empties what that makes at a graph break."""
 
     x_TD: Tensor
     layout: SequenceLayout
@@ -167,8 +167,7 @@ class HstuTower(nn.Module):
     def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
         """What `forward` makes of the candidates, [C, D]: of the last layer, no other row is computed."""
         last = self._all_but_the_last(x_TD, layout)
-        last = last._replace(plan=plan_of_targets(last.plan))
-        return self._at_rows(len(self.layers) - 1, last, candidate_rows(last.layout))
+        return self._at_rows(len(self.layers) - 1, last, plan_of_targets(last.plan), candidate_rows(last.layout))
 
     def _all_but_the_last(self, x_TD: Tensor, layout: SequenceLayout) -> _LayerInput:
         """The last layer's input."""
@@ -190,7 +189,7 @@ class HstuTower(nn.Module):
                 x_TD = self._whole(index, last)
             else:
                 layout, rows_R = keep_newest(layout, keep)
-                x_TD = self._at_rows(index, last._replace(plan=plan_of_newest(plan, keep)), rows_R)
+                x_TD = self._at_rows(index, last, plan_of_newest(plan, keep), rows_R)
             index += 1
         return last
 
@@ -209,9 +208,9 @@ class HstuTower(nn.Module):
         output_TD = self._layer(index)(given.x_TD, given.plan, given.weights)
         return self._skip(given.x_TD, output_TD, given.layout.user_T, index + 1, given.layout)
 
-    def _at_rows(self, index: int, given: _LayerInput, rows_R: Tensor) -> Tensor:
-        """Those rows of it that `given.plan` computes, [R, D]; of padding, -1, whatever is finite."""
-        output_RD = self._layer(index).at_rows(given.x_TD, rows_R, given.plan, given.weights)
+    def _at_rows(self, index: int, given: _LayerInput, plan: AttentionPlan, rows_R: Tensor) -> Tensor:
+        """Those rows of it that `plan` computes, of `given.plan`'s, [R, D]; of padding, -1, whatever is finite."""
+        output_RD = self._layer(index).at_rows(given.x_TD, rows_R, plan, given.weights)
         if not (self.training and self.stochastic_depth > 0):
             return output_RD
         # The last token, which -1 takes, is padding too.
