@@ -294,8 +294,6 @@ def will_record(model: Model, resolved: Resolved, mesh: Mesh) -> bool:
     if reason is None and not any(parameter.requires_grad for parameter in model.tower.parameters()):
         reason = "all dense parameters are frozen"
     _refuse(reason, resolved)
-    if reason is None and resolved.config.recorded == "auto" and mesh.world_size > 1:
-        reason = f"no job of several GPUs, as this one of {mesh.world_size}, has been seen to: recorded=on lets it"
     if reason is not None:
         logger.info("steps are launched, not replayed: %s", reason)
     return reason is None
