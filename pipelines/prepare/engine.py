@@ -75,6 +75,20 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def file_literal(path: Path) -> str:
+    """The name of a file as an SQL string for functions that read, which take *, ? and [ for patterns of names.
+
+    Raises:
+        ValueError: the name is not in UTF-8.
+    """
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {text!a} is not in UTF-8: rename the file or its folder") from None
+    return literal("".join(f"[{letter}]" if letter in "*?[" else letter for letter in text))
+
+
 def quoted(name: str) -> str:
     """`name` as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
@@ -176,7 +190,7 @@ def csv_reader(path: Path, columns: Mapping[str, str | None]) -> str:
         raise ValueError(f"{path}: the header names {', '.join(twice)} more than once; rename or remove one")
     types = ", ".join(f"{literal(name)}: {literal(columns.get(name) or 'VARCHAR')}" for name in names)
     return (
-        f"read_csv({literal(str(path))}, header = true, auto_detect = false, delim = ',', quote = '\"', "
+        f"read_csv({file_literal(path)}, header = true, auto_detect = false, delim = ',', quote = '\"', "
         f"escape = '\"', columns = {{{types}}})"
     )
 
@@ -187,7 +201,7 @@ def delimited_reader(path: Path, delimiter: str, columns: Mapping[str, str]) -> 
         raise ValueError(f"{path} is empty")
     types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in columns.items())
     return (
-        f"read_csv({literal(str(path))}, header = false, auto_detect = false, delim = {literal(delimiter)}, "
+        f"read_csv({file_literal(path)}, header = false, auto_detect = false, delim = {literal(delimiter)}, "
         f"quote = '', escape = '', columns = {{{types}}})"
     )
 
@@ -197,7 +211,7 @@ def json_reader(path: Path, fields: Mapping[str, str]) -> str:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
     types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in fields.items())
-    return f"read_json({literal(str(path))}, format = 'newline_delimited', columns = {{{types}}})"
+    return f"read_json({file_literal(path)}, format = 'newline_delimited', columns = {{{types}}})"
 
 
 def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str | None]) -> str:
@@ -205,7 +219,7 @@ def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: M
 
     Raises ValueError if a column is missing, or holds lists and a type is asked for.
     """
-    file = f"read_parquet({literal(str(path))})"
+    file = f"read_parquet({file_literal(path)})"
     try:
         stored = {row[0]: row[1] for row in connection.execute(f"DESCRIBE SELECT * FROM {file}").fetchall()}
     except (duckdb.InvalidInputException, duckdb.IOException) as error:
@@ -316,7 +330,7 @@ def _line_of(message: str) -> str:
             f", line {int(malformed.group(1)) - 1}: {'text that is not UTF-8' if not_utf_8 else 'malformed JSON'}{fix}"
         )
     line = re.search(r"(?:on|in) line:? (\d+)", message, re.IGNORECASE)
-    lines = [text.strip() for text in message.splitlines() if text.strip()]
+    lines = [text.strip().removeprefix("Invalid Input Error: ") for text in message.splitlines() if text.strip()]
     cause = next((text for text in lines if text.startswith(CAUSES)), lines[0])
     original = next((text for text in lines if text.startswith("Original Line")), "")
     where = f", line {line.group(1)}" if line else ""

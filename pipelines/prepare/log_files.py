@@ -14,25 +14,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 from urllib.parse import unquote
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-from duckdb.sqltypes import DuckDBPyType
 
 from pipelines.prepare.engine import (
     COMPRESSIONS,
     data_files,
     decompressed,
     execute,
+    file_literal,
     find_files,
     literal,
     plain_file,
     plain_name,
     quoted,
 )
+from pipelines.prepare.log_fields import as_text, fields_of, read_as, read_value
 from pipelines.prepare.readings import NULL, TEXT, Stored
 from pipelines.prepare.text_encoding import ENCODING, UTF_8, encoding_of, file_in_utf_8
 
@@ -82,14 +82,14 @@ class LogFile:
     @property
     def fields(self) -> dict[str, tuple[str, str]]:
         """(SQL, SQL type) of the fields of its objects, however deep, by OBJECT.FIELD."""
-        return {name: found for column, kind in self.columns for name, found in _fields(column, quoted(column), kind)}
+        return {name: found for column, kind in self.columns for name, found in fields_of(column, quoted(column), kind)}
 
     @property
     def types(self) -> dict[str, str]:
         """The SQL type of each column, those of the folders included."""
         fields = {name: kind for name, (_, kind) in self.fields.items()}
         given = {**dict.fromkeys(self.absent, NULL), **dict.fromkeys(self.folders, TEXT)}
-        return {**given, **fields, **dict(self.columns)}
+        return {name: read_as(kind) for name, kind in {**given, **fields, **dict(self.columns)}.items()}
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ValueError if the file lacks one of these columns, or has several of the name."""
@@ -140,8 +140,16 @@ class LogFile:
                 for name, value in self.folders.items()
             )
             further += "".join(f", NULL AS {quoted(name)}" for name in self.absent)
-            further += "".join(f", {value} AS {quoted(name)}" for name, (value, _) in self.fields.items())
-            yield f"(SELECT *{further} FROM {_table(plain, self, skip_invalid)})"
+            further += "".join(
+                f", {read_value(name, value, kind)} AS {quoted(name)}" for name, (value, kind) in self.fields.items()
+            )
+            mixed = [
+                f"{read_value(name, quoted(name), kind)} AS {quoted(name)}"
+                for name, kind in self.columns
+                if read_as(kind) != kind
+            ]
+            replaced = f" REPLACE ({', '.join(mixed)})" if mixed else ""
+            yield f"(SELECT *{replaced}{further} FROM {_table(plain, self, skip_invalid)})"
 
     def rejected(self, connection: duckdb.DuckDBPyConnection) -> Counter[str]:
         """How many lines the last reading with `skip_invalid` left out, by what was wrong with them."""
@@ -260,7 +268,7 @@ def _table(plain: Path, described: LogFile, skip_invalid: bool) -> str:
         if skip_invalid
         else ""
     )
-    file = literal(str(plain))
+    file = file_literal(plain)
     types = ", ".join(f"{literal(name)}: {literal(each)}" for name, each in described.columns)
     if kind == PARQUET:
         return _parquet_table(plain)
@@ -273,7 +281,7 @@ def _table(plain: Path, described: LogFile, skip_invalid: bool) -> str:
 
 
 def _parquet_table(plain: Path) -> str:
-    return f"read_parquet({literal(str(plain))}, hive_partitioning = false)"
+    return f"read_parquet({file_literal(plain)}, hive_partitioning = false)"
 
 
 def _json_columns(
@@ -287,40 +295,10 @@ def _json_columns(
             return []
         if first.startswith(b"["):
             raise ValueError(f"{path} holds a list; write its objects one a line, without brackets and commas around")
-        file = literal(str(plain))
+        file = file_literal(plain)
         sql = f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, sample_size = -1)"
         rows = execute(connection, f"DESCRIBE SELECT * FROM {sql}", path)
-        return [(name, _as_text(duckdb.sqltype(kind))) for name, kind, *_ in rows]
-
-
-def _as_text(kind: DuckDBPyType) -> str:
-    """The type that reads every value within lists and objects of a JSON file as text."""
-    if kind.id == "list":
-        [(_, element)] = _children(kind)
-        return _as_text(element) + "[]"
-    if kind.id == "struct":
-        return f"STRUCT({', '.join(f'{quoted(name)} {_as_text(field)}' for name, field in _children(kind))})"
-    return str(kind) if kind.id == "map" else TEXT
-
-
-def _children(kind: DuckDBPyType) -> list[tuple[str, DuckDBPyType]]:
-    """Names and types of what a list or an object holds."""
-    return [(name, cast(DuckDBPyType, child)) for name, child in kind.children]
-
-
-def _fields(name: str, value: str, kind: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(OBJECT.FIELD, (SQL, SQL type)) of a value's fields and theirs, if it is an object, or a list of such."""
-    described = kind.removesuffix("[]")
-    many = described != kind
-    if not described.startswith("STRUCT(") or described.endswith("]"):
-        return
-    for child, field in _children(duckdb.sqltype(described)):
-        full, found, sql = f"{name}.{child}", str(field), f"struct_extract({value}, {literal(child)})"
-        if many:
-            found += "[]"
-            sql = f"list_transform({value}, lambda element: struct_extract(element, {literal(child)}))"
-        yield full, (sql, found)
-        yield from _fields(full, sql, found)
+        return [(name, as_text(duckdb.sqltype(kind))) for name, kind, *_ in rows]
 
 
 def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, scratch: Path) -> Sequence[tuple[str, str]]:

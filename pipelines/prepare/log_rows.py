@@ -51,14 +51,16 @@ def read_rows(
     connection.execute(f"CREATE TABLE {table} (log_row BIGINT, broken SMALLINT{types})")
     # The engine concludes from a Parquet file's statistics, which leave NaN out, that no value is NaN.
     connection.execute("SET disabled_optimizers = 'statistics_propagation'")
+    # One transaction: the disk is waited for once, not once a file.
+    connection.execute("BEGIN")
     left_out: Counter[str] = Counter()
     for number, file in enumerate(files):
         readings = {name: read(file) for name, (_, read) in columns.items()}
         logger.info("reading %s", file.path)
         with file.reader(scratch, skip_invalid=options.skip_invalid) as rows:
-            place = f"{number * ROWS_OF_A_FILE} + row_number() OVER () AS {ROW}"
-            left_out += _insert(connection, table, f"(SELECT *, {place} FROM {rows})", readings, file, options)
-    connection.execute("RESET disabled_optimizers")
+            first = number * ROWS_OF_A_FILE
+            left_out += _insert(connection, table, rows, readings, file, first=first, options=options)
+    connection.execute("COMMIT; RESET disabled_optimizers")
     for what, count in left_out.items():
         logger.info("%d row(s) left out: %s", count, what)
     if set(left_out) - {NOT_MET}:
@@ -72,9 +74,12 @@ def _insert(
     rows: str,
     readings: Mapping[str, Reading],
     file: LogFile,
+    *,
+    first: int,
     options: RowOptions,
 ) -> Counter[str]:
-    """One file's rows; returns how many break each rule, which stand in the table with the rule's number."""
+    """One file's rows, numbered behind `first`; returns how many break each rule, whose number stands with them."""
+    rows = f"(SELECT *, {first} + row_number() OVER () AS {ROW} FROM {rows})"
     rules = list(dict.fromkeys(rule for reading in readings.values() for rule in reading.rules))
     cases = " ".join(f"WHEN ({rule.condition}) IS NOT TRUE THEN {number}" for number, rule in enumerate(rules))
     broken = f"CASE {cases} END" if rules else "NULL"
@@ -83,10 +88,9 @@ def _insert(
     if options.where:
         chosen = f"WHERE ({options.where})"
         _check_where(connection, f"SELECT 1 FROM {rows} {chosen}", options.where, file)
-    [(before,)] = connection.execute(f"SELECT coalesce(max(log_row), -1) FROM {table}").fetchall()
     execute(connection, f"INSERT INTO {table} SELECT {ROW}, {broken}{values} FROM {rows} {chosen}", file.path)
     found = connection.execute(
-        f"SELECT broken, count(*), min(log_row) FROM {table} WHERE log_row > {before} AND broken IS NOT NULL "
+        f"SELECT broken, count(*), min(log_row) FROM {table} WHERE log_row > {first} AND broken IS NOT NULL "
         "GROUP BY broken ORDER BY min(log_row)"
     ).fetchall()
     if found and not options.skip_invalid:

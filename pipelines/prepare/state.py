@@ -15,7 +15,7 @@ import duckdb
 import pyarrow.parquet as pq
 
 from pipelines.features import USER_ID, DatasetInfo
-from pipelines.prepare.engine import literal, quoted, table_exists
+from pipelines.prepare.engine import file_literal, literal, quoted, table_exists
 from pipelines.prepare.log_schema import ROW_LISTS, schema_from_dict
 from pipelines.prepare.log_tables import ITEMS, USERS, raw_name
 from pipelines.prepare.source import MISSING, CountedGroup, Description, sample_column, value_column
@@ -97,7 +97,7 @@ def check_state(folder: Path, state: str, info: DatasetInfo, groups: Sequence[Co
         if lacking:
             raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}: {EARLIER}")
     path = folder / state / f"{EVENTS}.parquet"
-    [(newest,)] = duckdb.execute(f"SELECT max(rank) FROM read_parquet({literal(str(path))})").fetchall()
+    [(newest,)] = duckdb.execute(f"SELECT max(rank) FROM read_parquet({file_literal(path)})").fetchall()
     if newest < YEAR_1990 * NANOSECONDS:
         raise ValueError(f"the times in {folder / state} are no nanoseconds: {EARLIER}")
 
@@ -106,10 +106,10 @@ def read_state(connection: duckdb.DuckDBPyConnection, folder: Path, state: str, 
     """Make the tables of the state in `folder / state`, and of the dictionaries of the data set in `folder`."""
     paths = [(path.stem, path) for path in sorted((folder / state).glob("*.parquet"))]
     for table, path in paths:
-        connection.execute(f"CREATE TABLE {quoted(table)} AS SELECT * FROM read_parquet({literal(str(path))})")
+        connection.execute(f"CREATE TABLE {quoted(table)} AS SELECT * FROM read_parquet({file_literal(path)})")
     for space in info.spaces.values():
         if space.keys is not None:
-            keys = f"SELECT * FROM read_parquet({literal(str(folder / space.keys))})"
+            keys = f"SELECT * FROM read_parquet({file_literal(folder / space.keys)})"
             # An extension that ended early may have left keys that the description does not know.
             known = f"{quoted(f'{space.name}_id')} < {space.used}"
             connection.execute(f"CREATE TABLE {quoted(f'{space.name}_ids')} AS {keys} WHERE {known}")

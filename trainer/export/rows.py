@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipelines.prepare.engine import literal
+from pipelines.prepare.engine import file_literal
 from pipelines.storage.checked_parquet import open_checked, readable
 from trainer.export.description import VALUES, ExportedTable, value_type
 from trainer.export.keys import Identities
@@ -70,7 +70,7 @@ class TableRows:
         connection.execute("CREATE TABLE known AS SELECT * FROM rows")
         connection.execute(
             f"CREATE TABLE given AS SELECT {identity} AS identity, file_row_number AS line "
-            f"FROM read_parquet({literal(str(self._file))}, file_row_number = true)"
+            f"FROM read_parquet({file_literal(self._file)}, file_row_number = true)"
         )
         for query, problem in (
             ("SELECT line FROM given WHERE identity IS NULL", f"line {{}} has no {identity}"),

@@ -63,3 +63,49 @@ def test_what_no_file_has_and_what_is_no_json_lines_is_refused(
     (tmp_path / "in" / "log.jsonl").write_text(text)
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *OPTIONS) == 1
     assert message in capsys.readouterr().err
+
+
+NUMBER_OR_TEXT = [{"u": "1", "c": {"x": 1}, "g": ["a", 1]}, {"u": 1, "c": {"x": "1"}, "g": [1, "a"]}]
+"""What two kinds of lines say, each of the same user."""
+
+
+@pytest.mark.parametrize("column", ["u", "c.x"])
+def test_numbers_beside_texts_are_one_key(tmp_path: Path, column: str) -> None:
+    rows = [{**NUMBER_OR_TEXT[k % 2], "i": f"i{k}", "t": HOUR + each, "like": k % 2} for k, each in enumerate(OFFSETS)]
+    write_lines(tmp_path / "in" / "log.jsonl", [json.dumps(row) for row in rows])
+    (tmp_path / "schema.toml").write_text(
+        f'user = "{column}"\nitem = "i"\ntime = "t"\nactions = ["like"]\n[event]\ng = ["g"]\n'
+    )
+    options = ("--schema", str(tmp_path / "schema.toml"), *SPLIT)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    assert pq.read_table(tmp_path / "out" / "user_ids.parquet").to_pylist() == [{"user_key": "1", "user_id": 1}]
+    assert pq.read_table(tmp_path / "out" / "g_ids.parquet")["g_key"].to_pylist() == ["1", "a"]
+
+
+@pytest.mark.parametrize(
+    ("odd", "column"),
+    [
+        ({"u": {"id": 1}}, "u"),
+        ({"u": [1]}, "u"),
+        ({"c": {"x": {"id": 1}}}, "c.x"),
+        ({"g": ["a", {"name": "b"}]}, "g"),
+        ({"unread": {"id": 1}}, None),
+    ],
+)
+def test_objects_beside_values_are_no_further_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: dict[str, Any], column: str | None
+) -> None:
+    """Read as text they would be: another user, for the same one."""
+    rows = [
+        {"u": "1", "c": {"x": 1}, "g": ["a"], "unread": 1, "i": f"i{k}", "t": HOUR + each, "like": k % 2}
+        for k, each in enumerate(OFFSETS)
+    ]
+    write_lines(tmp_path / "in" / "log.jsonl", [json.dumps(row) for row in [*rows[:-1], {**rows[-1], **odd}]])
+    user = "c.x" if column == "c.x" else "u"
+    (tmp_path / "schema.toml").write_text(
+        f'user = "{user}"\nitem = "i"\ntime = "t"\nactions = ["like"]\n[event]\ng = ["g"]\n'
+    )
+    options = ("--schema", str(tmp_path / "schema.toml"), *SPLIT)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == (column is not None)
+    if column is not None:
+        assert f"Expected values of one kind in {column}, some lines have objects" in capsys.readouterr().err

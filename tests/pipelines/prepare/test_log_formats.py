@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import lzma
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,3 +267,36 @@ def test_lists_written_as_text_are_not_cut_with_their_brackets(
     )
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", "--schema", str(tmp_path / "log.toml"), *SPLIT) == 1
     assert "line 3: tags must hold keys with ',' between them, without brackets around" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("odd", "other"),
+    [("log[12]", "log1"), ("log*", "logs"), ("log?", "log1"), ("day[1]*/log", "day1/log"), ("l'g \"%20#", "log")],
+)
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "csv.gz"])
+def test_a_files_name_is_no_pattern_of_others(tmp_path: Path, odd: str, other: str, suffix: str) -> None:
+    """Each of two files is read once: as a pattern, the first one's name means the second."""
+    rows = [
+        [dict(zip(events(1), row, strict=True)) for row in zip(*events(user).values(), strict=True)] for user in "ab"
+    ]
+    for name, part in zip((odd, other), rows, strict=True):
+        path = tmp_path / "in" / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(part), path)
+        elif suffix == "jsonl":
+            write_lines(path, [json.dumps(row) for row in part])
+        else:
+            text = "\n".join([",".join(part[0]), *(",".join(map(str, row.values())) for row in part)]) + "\n"
+            path.write_bytes(gzip.compress(text.encode()) if suffix == "csv.gz" else text.encode())
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
+    assert keys_of(tmp_path / "out", "user") == {1: "a", 2: "b"}
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["duplicates"]["rows"] == 0
+
+
+def test_a_name_that_is_no_utf_8_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(events("a")), tmp_path / "log.parquet")
+    (tmp_path / "log.parquet").rename(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xff.parquet"))
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 1
+    assert "is not in UTF-8: rename the file or its folder" in capsys.readouterr().err
