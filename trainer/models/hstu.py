@@ -126,7 +126,7 @@ class Stage:
 
 
 class _LayerInput(NamedTuple):
-    """What a layer takes.  Never by `_replace`: torch.compile of PyTorch 2.11 empties what that makes at a graph break."""
+    """What a layer takes.  Not to be made by `_replace`: PyTorch 2.11's torch.compile empties that at a graph break."""
 
     x_TD: Tensor
     layout: SequenceLayout
