@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from embeddings.records import from_dict
 from embeddings.trained import TrainedRows
 from pipelines.batches.requests import InputBuilder, Request
 from pipelines.features import ITEM_SPACE, UNKNOWN_ID
@@ -23,7 +22,6 @@ from pipelines.storage.keys import read_names
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint
-from trainer.config import TrainConfig
 from trainer.evaluation.corpus import join_seen
 from trainer.evaluation.next_item import corpus_of
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
@@ -106,7 +104,7 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
         ValueError: the run's data set means something else by its ids now.
     """
     run = RunDir(Path(run_dir))
-    config = from_dict(TrainConfig, run.config_of_run())
+    config = run.trained_config()
     catalogue, mesh = open_catalogue(run, config.checkpoint.store), discover_mesh()
     checkpoint = catalogue.choose(step)
     resolved, grown = resolve_again(config, dataset_info(config.data), run.saved_vocabularies(), run.path)

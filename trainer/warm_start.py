@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
-from embeddings.records import from_dict
 from pipelines.features import DatasetInfo, Space
 from pipelines.storage.columns import IntArray
 from pipelines.storage.dataset_json import read_dataset_info
@@ -29,7 +28,6 @@ from trainer.checkpoint.manifest import StoredTensor
 from trainer.checkpoint.pieces import LivePiece, Tensors, local_pieces, narrowed
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
-from trainer.config import TrainConfig
 from trainer.name_patterns import renaming
 from trainer.run.run_dir import RunDir
 
@@ -62,7 +60,7 @@ class WarmStart:
             WrongUse: `run_dir` holds no run with a complete checkpoint, or nothing of such a name.
         """
         run = RunDir(run_dir)
-        other = from_dict(TrainConfig, run.config_of_run())
+        other = run.trained_config()
         self._run, self._path, self._info = run, path, info
         self._known = run.saved_vocabularies()
         self._old_path = other.data.path

@@ -33,9 +33,11 @@ def readable(file: object) -> Iterator[None]:
     """Where a Parquet file is opened or read.
 
     Raises:
-        ValueError: it is not what was written; names it.
+        ValueError: it is not there, or not what was written; names it.
     """
     try:
         yield
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist: copy or prepare the data set again") from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read, perhaps truncated or damaged: {error}") from error

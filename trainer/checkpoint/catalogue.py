@@ -256,7 +256,10 @@ class Catalogue:
 
     def end_trial(self, name: str) -> None:
         """Remove it.  Raises OSError if nothing can be removed."""
-        self.store.remove(name)
+        try:
+            self.store.remove(name)
+        except OSError as error:
+            raise OSError(f"{self.store.address}/{name} cannot be removed: {error}; {MEND}") from None
 
     def clear_leftovers(self) -> None:
         """Remove checkpoints that were never finished; says which cannot be removed.  Writes."""

@@ -299,7 +299,7 @@ class Checkpointer:
             try:
                 self._commit(parts, progress, contents.base)
             except (OSError, ValueError) as error:
-                problem = str(error)
+                problem = str(error).removesuffix(f"; {MEND}")
         problem = gather(problem, self._group)[0]
         if problem is None:
             self._newest_step = progress.step

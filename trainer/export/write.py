@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embeddings.records import from_dict
 from pipelines.features import UNKNOWN_ID
 from pipelines.prepare.stages import workspace
 from pipelines.storage.checked_parquet import checked_writer
@@ -18,7 +17,6 @@ from trainer.checkpoint.manifest import DTYPE_BYTES
 from trainer.checkpoint.pieces import LivePiece
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
-from trainer.config import TrainConfig
 from trainer.export.description import (
     DENSE,
     MAPS,
@@ -48,10 +46,9 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, data: str | None) 
         OSError: it cannot be read.
     """
     run = RunDir(run_dir)
-    saved = run.config_of_run()
+    saved, config = run.config_of_run(), run.trained_config()
     if out.exists():
         raise WrongUse(f"--out {out} exists already: remove it or name another folder")
-    config = from_dict(TrainConfig, saved)
     catalogue = open_catalogue(run, config.checkpoint.store)
     reader = CheckpointReader(catalogue, catalogue.choose(step))
     identities, known = Identities(data or config.data.path), run.saved_vocabularies()

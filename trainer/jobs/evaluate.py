@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from embeddings.records import from_dict
 from pipelines.reading.loader import dataset_info
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import open_catalogue
@@ -27,7 +26,7 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
     """
     check_packages()
     mesh, run = discover_mesh(), RunDir(run_dir)
-    trained = from_dict(TrainConfig, run.config_of_run())
+    trained = run.trained_config()
     config = _overridden(trained, overrides)
     catalogue = open_catalogue(run, config.checkpoint.store)
     checkpoint = catalogue.choose(step)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from embeddings.records import from_dict
 from trainer.command_line import WrongUse
+from trainer.config import TrainConfig
 from trainer.run.writing import sync, write_json, written
 from trainer.typed_values import differences
 
@@ -177,6 +179,15 @@ class RunDir:
             raise WrongUse(f"{self.path} {what}: name a run directory that `train` made")
         return saved
 
+    def trained_config(self) -> TrainConfig:
+        """As `config_of_run`, as this code has it.  Raises WrongUse if it lacks a key, or has one that nobody knows."""
+        try:
+            return from_dict(TrainConfig, self.config_of_run())
+        except ValueError as error:
+            raise WrongUse(
+                f"{self.config_file} is not of this version of the code: {error}; use the version that trained the run"
+            ) from None
+
     def saved_vocabularies(self) -> dict[str, str]:
         """What the run was trained with (`trainer.resolve.Resolved.meanings`); after `saved_config`."""
         if not self.config_file.is_file():
@@ -223,11 +234,26 @@ class RunDir:
                 "use another one"
             )
         for key, old, new in differences(saved, config):
-            if not key.startswith(CHANGEABLE):
-                raise WrongUse(
-                    f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
-                    f"resume with the old value or use another run directory"
-                )
+            if key.startswith(CHANGEABLE):
+                continue
+            for known, unknown in ((config, saved), (saved, config)):
+                if _has(known, key) and not _has(unknown, key):
+                    raise WrongUse(
+                        f"--run-dir {self.path} was trained by another version of this code: only "
+                        f"{'this one' if known is config else 'that one'} knows {key}; go on with the version that "
+                        "trained it or use another run directory"
+                    )
+            raise WrongUse(
+                f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
+                f"resume with the old value or use another run directory"
+            )
+
+
+def _has(values: dict[str, Any], key: str) -> bool:
+    """Whether nested dictionaries hold a dotted key."""
+    name, _, rest = key.partition(".")
+    inner = values.get(name)
+    return name in values and (not rest or (isinstance(inner, dict) and _has(inner, rest)))
 
 
 def check_nothing_lost(run: RunDir, store: str) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from trainer.command_line import WrongUse
+from trainer.recipes import load_recipe
 from trainer.run.json_lines import JsonLines, forget_after
 from trainer.run.run_dir import RunDir, check_nothing_lost, locked
 from trainer.run.writing import write_json
+from trainer.typed_values import to_dict
 
 CONFIG = {"name": "demo", "max_steps": 10, "seed": 1, "checkpoint": {"every_steps": 5, "store": None}}
 
@@ -25,7 +28,8 @@ def test_settings_that_do_not_change_the_numbers_may_change(tmp_path: Path) -> N
     [
         ({"seed": 2}, "seed=1, now 2"),
         ({"name": "other"}, "recipe 'demo', not 'other'"),
-        ({"new": 1}, "new=null, now 1"),
+        ({"new": 1}, "trained by another version of this code: only this one knows new; go on with the version"),
+        ({"checkpoint": {"every_steps": 5, "store": None, "depth": 2}}, "only this one knows checkpoint.depth"),
         ({"checkpoint": {"every_steps": 5, "store": "s3://b"}}, 'checkpoint.store=null, now "s3://b"'),
     ],
 )
@@ -158,3 +162,15 @@ def test_a_damaged_file_is_named_with_what_to_do(content: bytes, tmp_path: Path)
     run.config_file.write_text('{"name": "demo", "checkpoint": 3}')
     with pytest.raises(ValueError, match="does not hold a configuration"):
         run.saved_config()
+
+
+@pytest.mark.parametrize(("change", "message"), [({"old_knob": 3}, "unknown key 'old_knob'"), ({"name": None}, "name")])
+def test_a_configuration_of_another_version_is_named_with_its_file(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.config_file, {**to_dict(load_recipe("kuairand_sample")), **change})
+    with pytest.raises(
+        WrongUse, match=rf"config.json is not of this version of the code: .*{message}.*; use the version"
+    ):
+        run.trained_config()
