@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.curve import YAMBDA, Curve
 from benchmarks.lengths import LENGTH, Lengths
 from benchmarks.next_item import ML1M, NextItem
-from benchmarks.rankers import ABLATION, RANKING, Rankers
+from benchmarks.rankers import ABLATION, RANKING, T_95, Rankers
 from benchmarks.trainings import Asked
 
 RESULTS = Path("benchmarks/results")
@@ -49,9 +49,20 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the table of the result, and do nothing else")
     arguments = parser.parse_args()
     named = TABLES[arguments.table]
-    unknown = sorted(set(arguments.rows or ()) - set(named.names))
-    if unknown:
-        parser.error(f"--rows names {unknown[0]!r}, which is none of the table's: {'; '.join(named.names)}")
+    known = {
+        "rows": named.names,
+        "orders": named.orders if isinstance(named, NextItem) else (),
+        "logs": tuple(log.folder for log in named.logs) if isinstance(named, Rankers) else (),
+    }
+    for flag, names in known.items():
+        for given in getattr(arguments, flag) or ():
+            if given not in names:
+                has = f"has {'; '.join(names)}" if names else "has none"
+                parser.error(f"--{flag} names {given!r}, but table {arguments.table} {has}: leave it out or name those")
+    if not 0 <= arguments.seeds <= max(T_95) or arguments.jobs < 1:
+        parser.error(
+            f"--seeds must lie in 0 to {max(T_95)} and --jobs be at least 1, got {arguments.seeds} and {arguments.jobs}"
+        )
     file = arguments.out or RESULTS / f"quality_{arguments.table}.json"
     report = json.loads(file.read_text()) if file.is_file() else {}
     if not arguments.show:

@@ -217,7 +217,8 @@ def json_reader(path: Path, fields: Mapping[str, str]) -> str:
 def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str | None]) -> str:
     """SQL that reads these columns of a Parquet file as these types (None: as stored).
 
-    Raises ValueError if a column is missing, or holds lists and a type is asked for.
+    Where a type is asked for, NaN is a missing value, and a fraction where whole numbers are ends the query.  Raises
+    ValueError if a column is missing, or holds lists and a type is asked for.
     """
     file = f"read_parquet({file_literal(path)})"
     try:
@@ -231,10 +232,23 @@ def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: M
     for name, kind in columns.items():
         if kind and stored[name].endswith("[]"):
             raise ValueError(f"{path}: column {name} holds lists ({stored[name]}); give files with one event a row")
-    casts = ", ".join(
-        f"{quoted(name)}::{kind} AS {quoted(name)}" if kind else quoted(name) for name, kind in columns.items()
-    )
+    casts = ", ".join(f"{_cast(name, kind, stored[name])} AS {quoted(name)}" for name, kind in columns.items())
     return f"(SELECT {casts} FROM {file})"
+
+
+def _cast(name: str, kind: str | None, stored: str) -> str:
+    """SQL for a stored column as another type; what the engine would round is refused."""
+    column = quoted(name)
+    if kind is None:
+        return column
+    if stored not in ("FLOAT", "DOUBLE"):
+        return f"{column}::{kind}"
+    if kind == "DOUBLE":
+        # As text: whether a number is NaN is answered from the file's statistics, which leave NaNs out.
+        return f"nullif({column}::VARCHAR, 'nan')::DOUBLE"
+    said = f"{literal(f'column {name} holds ')} || {column} || ', which is no whole number'"
+    # TRY_CAST, for the engine casts before it looks at the condition.
+    return f"CASE WHEN {column} <> floor({column}) THEN error({said}) ELSE TRY_CAST({column} AS {kind}) END"
 
 
 ROWS_OF_A_FILE = 1 << 40

@@ -210,7 +210,10 @@ def _find_samples(log: EventLog, gathering: Gathering, min_history: int, scratch
             lens = log.histories(user, places, gathering).lens()
             history_file.write(lens.astype(TYPES[HISTORY]).tobytes())
     if start is None:
-        raise ValueError(f"no event has {min_history} others of its user before its second: lower --min-history")
+        raise ValueError(
+            f"none of the events that become samples has {min_history} others of its user before its second: lower "
+            "--min-history, or give a longer log"
+        )
     return start
 
 

@@ -33,6 +33,7 @@ RULES = {
     "uid >= 0": "uid must not be negative or missing",
     "item_id >= 0": "item_id must not be negative or missing",
     "timestamp >= 0": "timestamp must not be negative or missing",
+    "is_organic IN (0, 1)": "is_organic must be 0 or 1",
     f"event_type IN {EVENTS}": f"event_type must be one of {', '.join(EVENTS)}",
 }
 OF_TRACKS = {"artist": "artist_item_mapping.parquet", "album": "album_item_mapping.parquet"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import next_item, rankers
+from benchmarks import next_item, quality, rankers
 from benchmarks.next_item import METRICS, ML1M, Cell, Row
 from benchmarks.rankers import ABLATION, RANKING, RATES, RECIPE, Rankers
 from benchmarks.trainings import Asked, Trained, Training
@@ -127,3 +127,25 @@ def test_a_row_whose_runs_are_all_cut_off_leaves_what_is_known_of_it(
     rows = report["logs"][log.name]
     assert (rows[first]["seeds"], rows[second]) == ([0, 1], cell_of([0], [0.5]))
     assert report["rates"][log.name] == dict.fromkeys(rows[first]["metrics"], 0.8)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--table", "ml1m", "--rows", "ml1m_hstv"], "--rows names 'ml1m_hstv', but table ml1m has ml1m_sasrec; "),
+        (["--table", "ranking", "--orders", "gr"], "--orders names 'gr', but table ranking has none"),
+        (
+            ["--table", "ablation", "--logs", "netflix"],
+            "--logs names 'netflix', but table ablation has movielens; kuairand",
+        ),
+        (["--table", "ranking", "--seeds", "11"], "--seeds must lie in 0 to 10"),
+        (["--table", "ranking", "--jobs", "0"], "--jobs be at least 1, got 5 and 0"),
+    ],
+)
+def test_what_a_table_does_not_have_is_said_before_anything_is_trained(
+    given: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["quality", *given, "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert said in capsys.readouterr().err and not (tmp_path / "work").exists()

@@ -155,12 +155,23 @@ def test_yambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "lacks the column(s) event_type": table.drop_columns("event_type"),
         "row 1: event_type must be one of": table.set_column(6, "event_type", pa.array(["skip"] * 600)),
         "column item_id holds lists": table.set_column(2, "item_id", pa.array([[1]] * 600)),
+        "column item_id holds 1.5, which is no whole number": table.set_column(2, "item_id", pa.array([1.5] * 600)),
+        "row 1: is_organic must be 0 or 1": table.set_column(3, "is_organic", pa.array([7] * 600)),
+        "row 3: uid must not be negative or missing": table.set_column(
+            0, "uid", pa.array([1.0, 2.0, float("nan")] + [3.0] * 597)
+        ),
     }
     for message, changed in wrong.items():
         (tmp_path / "wrong").mkdir(exist_ok=True)
         pq.write_table(changed, tmp_path / "wrong" / "multi_event.parquet")
         assert prepare("yambda", tmp_path / "wrong", tmp_path / "no") == 1
         assert message in capsys.readouterr().err
+    # As pandas writes whole numbers of which some are missing.
+    floats = table.set_column(4, "played_ratio_pct", pa.array([60.0, 10.0, *[float("nan")] * 4] * 100))
+    floats = floats.set_column(0, "uid", table["uid"].cast(pa.float64()))
+    pq.write_table(floats, tmp_path / "wrong" / "multi_event.parquet")
+    assert prepare("yambda", tmp_path / "wrong", tmp_path / "floats") == 0
+    assert rows_of(tmp_path / "floats", "train") == rows_of(tmp_path / "out", "train")
     masks = {mask & 63 for row in rows_of(tmp_path / "out", "train") for mask in row["candidate_action"]}
     assert masks == {0b11, 0b1, 0b100, 0b10000, 0b1000, 0b100000}
     assert read_back(tmp_path / "out") > 20

@@ -259,7 +259,7 @@ def test_windows_follow_one_another_and_no_batch_reaches_into_two(data: tuple[Pa
         (("--candidates", "4"), "--candidates has no effect with --histories gathered"),
         (("--train-fraction", "0.5"), "--train-fraction has no effect with --histories gathered"),
         (("--max-history", "2"), "--max-history must be at least 3, an event a pool, got 2"),
-        (("--min-history", "1000000"), "no event has 1000000 others of its user before its second"),
+        (("--min-history", "1000000"), "none of the events that become samples has 1000000 others"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(
