@@ -19,19 +19,20 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from embeddings.config import ExchangeConfig
 from embeddings.machine import Machine
 from embeddings.planner import plan_tables
 from embeddings.sharding import shard_tables
-from embeddings.tables import build_tables, rows_by_feature
+from embeddings.tables import rows_by_feature
+from embeddings.trial import TablesAlone
 from pipelines.reading.loader import build_loader, dataset_info
 from trainer.config import TrainConfig
 from trainer.lookups import lookup_load
 from trainer.recipes import RECIPES
-from trainer.resolve import Resolved, resolve
+from trainer.resolve import resolve
 from trainer.typed_values import apply_overrides
 
 WAYS = {
@@ -41,17 +42,6 @@ WAYS = {
         deduplicate=True, rows="float16", gradients="bfloat16"
     ),
 }
-
-
-class Model(nn.Module):
-    """The recipe's tables."""
-
-    def __init__(self, resolved: Resolved) -> None:
-        super().__init__()
-        self.tables = build_tables(resolved.tables, device=torch.device("meta"))
-
-    def forward(self, features: Any) -> Any:
-        return self.tables(features)
 
 
 def main() -> None:
@@ -101,7 +91,7 @@ def _sent(config: TrainConfig, exchange: ExchangeConfig, rank: int, steps: int) 
     placement = replace(config.placement, exchange=exchange, sharding_types=("row_wise",))
     config = replace(config, placement=placement)
     resolved = resolve(config, dataset_info(config.data))
-    model = Model(resolved)
+    model = TablesAlone(resolved.tables)
     plan = plan_tables(
         model,
         resolved.tables,

@@ -24,24 +24,11 @@ from embeddings.optimizers import TableOptimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad
 from embeddings.sharding import shard_tables
-from embeddings.tables import Rows, build_tables, rows_by_feature
+from embeddings.tables import rows_by_feature
+from embeddings.trial import BAG_IDS, TablesAlone
 from trainer.parallel.averaging import GradientAverage
 
 KINDS = ("row_wise", "table_wise", "replicated")
-BAG_IDS = 32
-"""Ids of a bag, as the trainer packs them."""
-
-
-class Model(nn.Module):
-    """One table."""
-
-    def __init__(self, table: TableConfig) -> None:
-        super().__init__()
-        self.tables = build_tables([table], device=torch.device("meta"))
-
-    def forward(self, features: KeyedJaggedTensor) -> list[Rows]:
-        looked_up: list[Rows] = self.tables(features)
-        return looked_up
 
 
 def main() -> None:
@@ -82,7 +69,7 @@ def _run(rank: int, folder: str, arguments: argparse.Namespace) -> None:
 
 def _parallel(kind: str, arguments: argparse.Namespace) -> tuple[nn.Module, TableOptimizers, GradientAverage | None]:
     table = TableConfig(name="small", num_embeddings=arguments.rows, embedding_dim=arguments.dim, features=("small",))
-    model, optimizer = Model(table), SparseOptimizerConfig()
+    model, optimizer = TablesAlone([table]), SparseOptimizerConfig()
     plan = plan_tables(
         model,
         [table],

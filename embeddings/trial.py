@@ -28,7 +28,9 @@ _HEAD_START_CYCLES = 20_000_000
 host."""
 
 
-class _Model(nn.Module):
+class TablesAlone(nn.Module):
+    """A model of nothing but tables, whose rows it returns."""
+
     def __init__(self, tables: Sequence[TableConfig]) -> None:
         super().__init__()
         self.tables = build_tables(tables, device=torch.device("meta"))
@@ -67,7 +69,7 @@ class Trial:
             ids_per_sample={table.features[0]: float(ids) for table in tables},
             distinct={table.name: distinct_part(ids, hot_rows or table.num_embeddings) for table in tables},
         )
-        model = _Model(tables)
+        model = TablesAlone(tables)
         self.plan = plan_tables(model, tables, machine=machine, placement=placement, optimizer=OPTIMIZER, load=load)
         self._model, self._optimizers = shard_tables(model, self.plan, optimizer=OPTIMIZER, device=device, seed=0)
         self._collections = list(model.tables.collections)
