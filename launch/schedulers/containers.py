@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
-from docker.errors import DockerException
+from docker.errors import APIError, DockerException
 from torchx.specs import BindMount, CfgVal, Role, VolumeMount
 from torchx.workspace.docker_workspace import DockerWorkspaceMixin
 
@@ -21,8 +21,13 @@ def docker_answers() -> Iterator[None]:
     """
     try:
         yield
+    except APIError as error:
+        raise ConnectionError(f"Docker refuses: {' '.join(str(error).split())}") from None
     except DockerException as error:
-        raise ConnectionError(f"Docker does not answer: {' '.join(str(error).split())}") from None
+        raise ConnectionError(
+            f"Docker does not answer ({' '.join(str(error).split())}): start it on this machine, where it adds the code "
+            "to the image"
+        ) from None
 
 
 class CodeInImage(DockerWorkspaceMixin):

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from docker.errors import DockerException
+from docker.errors import DockerException, ImageNotFound
 from torchx.specs import AppState
 
 from launch.commands import app
+from launch.schedulers.containers import docker_answers
 from launch.schedulers.kubernetes import Kubernetes, KubernetesError
 from launch.submit import check, connected
 from tests.launch.kubernetes_schemas import JOBSET, VOLCANO_JOB, faults
@@ -264,8 +265,13 @@ def test_submitting_without_docker_is_one_line(server: Server, monkeypatch: pyte
     monkeypatch.setattr("docker.from_env", _no_docker)
     with connected("kubernetes") as connection:
         asked = request(**(IN_CONTAINER | {"options": ["image_repo=r/you"]}))
-        with pytest.raises(ConnectionError, match="Docker does not answer: "):
+        with pytest.raises(ConnectionError, match=r"Docker does not answer \(.*\): start it on this machine"):
             connection.submit(asked, check(connection.scheduler, asked))
+
+
+def test_what_docker_refuses_is_said_in_its_words() -> None:
+    with pytest.raises(ConnectionError, match=r"^Docker refuses: pull access denied"), docker_answers():
+        raise ImageNotFound("pull access denied for a/b")
 
 
 def test_the_output_of_pods_is_followed_and_ranks_logs_are_not_here(
