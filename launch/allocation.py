@@ -10,6 +10,7 @@ where that is forbidden by a successor that depends on this job (`afternotok`).
 
 import argparse
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -42,6 +43,8 @@ NODE_FAILURE = "node failure"
 A_PROCESS = "a process failed"
 PATIENCE_S = 900.0
 """How long a controller that does not answer is waited for: without it nothing goes on."""
+LOOK_S = 600.0
+"""How often a run's time limit is asked for: people shorten and extend those of running jobs."""
 MAX_STOPS = 3
 """Starts in a row that may stop without a new checkpoint."""
 MAX_EXCLUSIONS = 3
@@ -171,11 +174,12 @@ class Allocation:
         options = ["--kill-on-bad-exit=1", f"--output={output}", "--open-mode=append"]
         srun = subprocess.Popen(self.steps.srun(self.command, options), env=environment)
         started = time.time()
-        warn_at, stopping = self._warning_time(started, None), False
+        warn_at, stopping = self._warning_time(started, None, PATIENCE_S), False
         while srun.poll() is None:
-            received = signals.next_signal(None if stopping or warn_at is None else warn_at - time.time())
+            left_s = math.inf if warn_at is None else warn_at - time.time()
+            received = signals.next_signal(None if stopping else min(left_s, LOOK_S))
             if received is None:
-                # The limit may have been extended since, and the run knows better how long it takes to save.
+                # The limit may have been changed since, and the run knows better how long it takes to save.
                 warn_at = self._warning_time(started, warn_at)
             near = warn_at is not None and time.time() >= warn_at
             if not stopping and (near or received in ASKING):
@@ -186,11 +190,11 @@ class Allocation:
                 srun.send_signal(signal.SIGUSR1)
         return job_status(srun.returncode), stopping
 
-    def _warning_time(self, started: float, known: float | None) -> float | None:
+    def _warning_time(self, started: float, known: float | None, patience_s: float = 0.0) -> float | None:
         """When the run, `started` at that time, must be told to stop; None without a time limit.  What is `known`
         stands if the controller does not answer."""
         try:
-            job = slurm_queue.find_job(self.job_id, PATIENCE_S if known is None else 0.0)
+            job = slurm_queue.find_job(self.job_id, patience_s)
         except SlurmError:
             return known
         try:

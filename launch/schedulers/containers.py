@@ -25,8 +25,8 @@ def docker_answers() -> Iterator[None]:
         raise ConnectionError(f"Docker refuses: {' '.join(str(error).split())}") from None
     except DockerException as error:
         raise ConnectionError(
-            f"Docker does not answer ({' '.join(str(error).split())}): start it on this machine, where it adds the code "
-            "to the image"
+            f"Docker does not answer ({' '.join(str(error).split())}): start it on this machine, where it adds the "
+            "code to the image"
         ) from None
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import attempts, records
+from launch import allocation, attempts, records
 from launch.allocation import Allocation
 from launch.fit_nodes import Question
 from launch.schedulers import slurm_queue
@@ -141,6 +141,24 @@ def test_a_node_that_has_gone_is_left_to_slurm_and_one_that_never_answers_is_lef
     requeued, successor = (tmp_path / "sent").read_text().splitlines()
     assert requeued == "requeued"
     assert "--dependency=afternotok:7 --exclude=n2 " in successor
+
+
+def test_a_time_limit_that_is_set_while_the_run_goes_is_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setattr(allocation, "LOOK_S", 0.0)
+    run = f"""trap 'exit 3' USR1; touch {tmp_path}/runs; while :; do sleep 0.1; done"""
+    # Without a limit at the first look, and until the run is there.
+    limit = f"""echo x >> {tmp_path}/looks
+        test $(wc -l < {tmp_path}/looks) != 1 -a -e {tmp_path}/runs || TimeLimit=UNLIMITED
+        echo JobId=7 JobState=RUNNING TimeLimit=${{TimeLimit:-1}} EndTime=$(date +%Y-%m-%dT%H:%M:%S)"""
+    commands(
+        srun=f"""case "$*" in *fitness*) echo '{{"node": "n1", "problems": []}}' ;; *) {run} ;; esac""",
+        scontrol=f"""case "$*" in *hostnames*) echo n1 ;; *requeue*) ;; *) {limit} ;; esac""",
+    )
+    assert _allocation(tmp_path).run() == STOPPED
+    assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["stopped"]
 
 
 def test_an_allocation_of_another_size_is_one_line(
