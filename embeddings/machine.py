@@ -130,7 +130,7 @@ def cluster(node: NodeType, ranks: int) -> Machine:
         ValueError: the node has no GPU, or the ranks are no whole number of nodes.
     """
     if not node.gpus:
-        raise ValueError("clusters are planned for nodes with GPUs, which this type has none of")
+        raise ValueError("clusters are planned for nodes with GPUs, and this type has none")
     return Machine(
         world_size=ranks,
         local_world_size=min(ranks, node.gpus),

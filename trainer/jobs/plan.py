@@ -42,7 +42,8 @@ def plan_job(
             usual: dict[str, Any] = {"local_world_size": local, "hbm_gib": 80.0, "ddr_gib": 128.0}
             machine = Machine(world_size=world_size, compute_device="cuda", **{**usual, **stated})
     except ValueError as error:
-        raise WrongUse(str(error)) from None
+        of = f"placement.machine={config.placement.machine}: " if config.placement.machine is not None else ""
+        raise WrongUse(f"{of}{error}") from None
     resolved = resolve(config, dataset_info(config.data))
     if like is None:
         plan = make_plan(resolved, machine)
