@@ -143,18 +143,14 @@ def side_by_side(parts: Sequence[Tensor], linear: nn.Linear) -> Tensor:
     narrow = [i for i, alone in enumerate(wide) if not alone]
     groups = [[i] for i, alone in enumerate(wide) if alone] + ([narrow] if narrow else [])
     weights = torch.split(linear.weight, widths, dim=1) if len(groups) > 1 else None
-    rows_ND = None
+    rows_ND: Tensor = linear.bias
     for group in groups:
         part = _join([parts[i] for i in group])
         weight = linear.weight if weights is None else _join([weights[i] for i in group])
         missing = missing_columns(part.shape[1], part)
         if missing:
             part, weight = F.pad(part, (0, missing)), F.pad(weight, (0, missing))
-        if rows_ND is None:
-            rows_ND = F.linear(part, weight, linear.bias)
-        else:
-            rows_ND = torch.addmm(rows_ND, part, weight.t())
-    assert rows_ND is not None
+        rows_ND = torch.addmm(rows_ND, part, weight.t())
     return rows_ND
 
 
