@@ -29,7 +29,7 @@ from benchmarks.on_one_gpu import DEVICE, Part, run_parts
 from embeddings.config import ComputeKernel, PlacementConfig, RowType, TableConfig
 from embeddings.initial_rows import fill
 from embeddings.machine import Machine
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.planning.problem import Problem
 from embeddings.planning.solver import evaluate
 from embeddings.trial import OPTIMIZER, Trial, median_ms

@@ -45,8 +45,8 @@ from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfi
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
 from embeddings.optimizers import attach_optimizers
+from embeddings.plan import TablePlacement
 from embeddings.planner import problem_of
-from embeddings.planning.plan import TablePlacement
 from embeddings.planning.plan_file import read_plan, write_plan
 from embeddings.planning.problem import GIB, BatchLoad, Problem
 from embeddings.planning.solver import evaluate, solve

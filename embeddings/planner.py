@@ -10,7 +10,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.planning.problem import BatchLoad, Problem, reserve
 from embeddings.planning.solver import solve
 

@@ -12,7 +12,7 @@ from embeddings.config import SparseOptimizerConfig, TableConfig
 from embeddings.exchange import table_sharders
 from embeddings.kinds.registry import KINDS
 from embeddings.optimizers import TableOptimizers, attach_optimizers
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.tables import (
     Collection,
     Group,

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from embeddings.hardware import node_type
 from embeddings.host import host_memory_gib
 from embeddings.machine import Machine
+from embeddings.plan import Plan
 from embeddings.planner import problem_of
-from embeddings.planning.plan import Plan
 from embeddings.planning.plan_file import read_plan
 from embeddings.planning.solver import solve
 from embeddings.tables import build_tables

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.planning.plan_file import parse_plan
 from embeddings.planning.problem import GIB
 from embeddings.records import from_dict

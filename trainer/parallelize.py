@@ -21,7 +21,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.streamable import Pipelineable
 
 from embeddings.caches import Caches
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.sharding import shard_tables
 from embeddings.tables import Tables, table_weights
 from embeddings.trained import TrainedRows

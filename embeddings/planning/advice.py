@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from embeddings.config import KERNELS, ComputeKernel
 from embeddings.machine import Machine
+from embeddings.plan import size_text
 from embeddings.planning.options import Option, table_options
 from embeddings.planning.packing import Packer, Packing, make_packer
-from embeddings.planning.plan import size_text
 from embeddings.planning.problem import DoesNotFit, Problem
 from embeddings.planning.search import fits
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from embeddings.hardware import NodeType, node_type, read_object
 from embeddings.machine import Machine, cluster
+from embeddings.plan import Plan
 from embeddings.planning.demand import Demand
-from embeddings.planning.plan import Plan
 from embeddings.planning.problem import DoesNotFit, Problem, reserve
 from embeddings.planning.solver import solve
 

@@ -4,8 +4,8 @@ import html
 from collections import Counter
 from collections.abc import Sequence
 
+from embeddings.plan import Plan, size_text
 from embeddings.planning.capacity import Cluster, cheapest, pareto
-from embeddings.planning.plan import Plan, size_text
 from embeddings.planning.rank_bars import STYLE, rank_bars
 from embeddings.planning.report import columns
 

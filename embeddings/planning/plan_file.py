@@ -25,7 +25,7 @@ from embeddings.config import ExchangeConfig
 from embeddings.hardware import read_object
 from embeddings.kinds.registry import KINDS, kind_named
 from embeddings.machine import Machine
-from embeddings.planning.plan import Plan, RankEstimate, TablePlacement, size_text
+from embeddings.plan import Plan, RankEstimate, TablePlacement, size_text
 from embeddings.planning.problem import BatchLoad, Problem, Reservation
 from embeddings.planning.solver import evaluate
 from embeddings.records import from_dict

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from html import escape
 
-from embeddings.planning.plan import Plan, RankEstimate, size_text
+from embeddings.plan import Plan, RankEstimate, size_text
 
 MAX_BARS = 256
 """Ranks drawn; with more, evenly spaced ones of them, and the fullest and the slowest are said in words."""

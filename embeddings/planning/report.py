@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from embeddings.kinds.registry import KINDS
-from embeddings.planning.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
+from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement, size_text
 
 MAX_TABLES = 60
 """Tables listed, largest first; the file has them all."""

@@ -6,10 +6,10 @@ from typing import Any
 
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import ShardCost
+from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
 from embeddings.planning.advice import does_not_fit, nothing_left
 from embeddings.planning.options import Option, placed_option, table_options
 from embeddings.planning.packing import Packer, Packing, make_packer
-from embeddings.planning.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
 from embeddings.planning.problem import Problem
 from embeddings.planning.search import best_packing, single_changes
 

@@ -18,8 +18,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers
+from embeddings.plan import Plan
 from embeddings.planner import problem_of
-from embeddings.planning.plan import Plan
 from embeddings.planning.plan_file import read_plan, write_plan
 from embeddings.planning.problem import BatchLoad, Problem
 from embeddings.planning.solver import solve

@@ -21,8 +21,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers
+from embeddings.plan import Plan
 from embeddings.planner import plan_tables
-from embeddings.planning.plan import Plan
 from embeddings.planning.problem import BatchLoad
 from embeddings.sharding import shard_tables
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights

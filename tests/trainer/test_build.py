@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from pipelines.reading.loader import dataset_info
 from tests.support.distributed import run_ranks
 from tests.support.small_data import small_dataset

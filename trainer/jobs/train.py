@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.planning.plan_file import write_plan
 from embeddings.planning.report import plan_report
 from embeddings.touched import TouchedRows

@@ -1,6 +1,6 @@
 """A run's sharding plan: bars a rank, and where its tables are."""
 
-from embeddings.planning.plan import Plan, size_text
+from embeddings.plan import Plan, size_text
 from embeddings.planning.rank_bars import rank_bars
 from trainer.report.tables import table
 

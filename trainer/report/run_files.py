@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.planning.plan_file import parse_plan
 from trainer.command_line import WrongUse
 from trainer.run.json_lines import whole_lines

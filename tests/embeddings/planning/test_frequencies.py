@@ -9,8 +9,8 @@ import pytest
 
 from embeddings.config import CACHED_PART, PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
+from embeddings.plan import Plan
 from embeddings.planning.frequencies import Frequencies, zipf
-from embeddings.planning.plan import Plan
 from embeddings.planning.plan_file import read_plan, write_plan
 from embeddings.planning.problem import BatchLoad, Problem, reserve
 from embeddings.planning.report import plan_report

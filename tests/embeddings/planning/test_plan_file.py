@@ -10,7 +10,7 @@ import pytest
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
-from embeddings.planning.plan import Plan
+from embeddings.plan import Plan
 from embeddings.planning.plan_file import parse_plan, read_plan, write_plan
 from embeddings.planning.problem import BatchLoad, Problem, reserve
 from embeddings.planning.report import plan_differences, plan_report

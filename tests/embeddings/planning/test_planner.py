@@ -12,9 +12,9 @@ from benchmarks.planner import torchrec_plan
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint, UnboundedConfig
 from embeddings.hardware import Rates
 from embeddings.machine import Machine
+from embeddings.plan import Plan
 from embeddings.planner import DENSE_COPIES, dense_bytes, plan_tables
 from embeddings.planning.packing import Packer, Packing
-from embeddings.planning.plan import Plan
 from embeddings.planning.problem import GIB, BatchLoad
 from embeddings.planning.report import plan_report
 from embeddings.sharding import apply_plan

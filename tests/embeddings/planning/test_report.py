@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-import embeddings.planning.plan
+import embeddings.plan
 import embeddings.planning.report
 from embeddings.__main__ import main
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
 from embeddings.machine import Machine
+from embeddings.plan import Plan
 from embeddings.planner import plan_tables
-from embeddings.planning.plan import Plan
 from embeddings.planning.plan_file import write_plan
 from embeddings.planning.problem import BatchLoad
 from embeddings.planning.report import plan_differences, plan_report
@@ -41,7 +41,7 @@ def plan(world_size: int = 16, item: tuple[str, ...] = ("table_wise", "row_wise"
 
 
 def test_examples_in_docstrings() -> None:
-    for module in (embeddings.planning.plan, embeddings.planning.report):
+    for module in (embeddings.plan, embeddings.planning.report):
         assert doctest.testmod(module).failed == 0
 
 

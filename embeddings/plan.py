@@ -1,6 +1,6 @@
 """What a sharding plan says: where every row of every table lives, what that costs, and what else was considered.
 
-Plain values only; `planning` makes a plan, `plan_file` stores it, `sharding` applies it, `report` explains it.
+Plain values only; `planning` makes plans, stores and explains them, `sharding` applies one.
 """
 
 from dataclasses import dataclass
