@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured_on import device
+from trainer.run.json_lines import read_records
 
 RESULTS = Path(__file__).parent / "results" / "days.json"
 LABEL = "long_view"
@@ -40,11 +41,11 @@ def main() -> None:
 
 def days(run_dir: Path) -> list[dict[str, Any]]:
     """Of each day that was scored before it was trained on, and of the one that never is, what was found."""
-    records = _records(run_dir / "progressive.jsonl")
-    for last in _records(run_dir / "eval.jsonl")[-1:]:
+    records = read_records(run_dir / "progressive.jsonl")
+    for last in read_records(run_dir / "eval.jsonl")[-1:]:
         records.append({"part": "the last day", **last})
     return [
-        {"day": record["part"], "step": record["step"], **{name: record[f"{name}/{LABEL}"] for name in METRICS}}
+        {"day": record["part"], "step": record["step"], **{name: record.get(f"{name}/{LABEL}") for name in METRICS}}
         for record in records
     ]
 
@@ -57,17 +58,19 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cells(found: Mapping[str, float]) -> str:
-    """What `METRICS` say of a label, the model's beside the rates'."""
-    return (
-        f"{found['positives']:,.0f} | {found['ne']:.3f} | {found['ne_baseline']:.3f} "
-        f"| {found['auc']:.3f} +- {found['auc_95']:.3f} | {found['auc_baseline']:.3f} "
-        f"| {found['auc'] - found['auc_baseline']:+.3f}"
-    )
+def cells(found: Mapping[str, float | None]) -> str:
+    """What `METRICS` say of a label, the model's beside the rates'; - for what is undefined or was not measured."""
+    gain = None
+    if found["auc"] is not None and found["auc_baseline"] is not None:
+        gain = found["auc"] - found["auc_baseline"]
+    shown = [_cell(found[name], ".3f") for name in ("ne", "ne_baseline", "auc", "auc_95", "auc_baseline")]
+    ne, ne_baseline, auc, auc_95, auc_baseline = shown
+    positives = _cell(found["positives"], ",.0f")
+    return f"{positives} | {ne} | {ne_baseline} | {auc} +- {auc_95} | {auc_baseline} | {_cell(gain, '+.3f')}"
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 if __name__ == "__main__":
