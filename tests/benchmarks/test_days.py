@@ -26,7 +26,7 @@ def test_days_are_read_from_a_run(tmp_path: Path) -> None:
 
 
 def test_a_day_of_one_class_and_a_torn_line_are_no_failure(tmp_path: Path) -> None:
-    """Undefined metrics are null, a run without a baseline has none, and a run that still writes may stand in a line."""
+    """Undefined metrics are null, a run without a baseline has none, one that still writes may stand in a line."""
     known = {"positives/long_view": 0.0, "ne/long_view": None, "auc/long_view": None, "auc_95/long_view": None}
     line = json.dumps({"step": 3, "part": "day-001", **known})
     (tmp_path / "progressive.jsonl").write_text(f"{line}\n{line[:30]}")
