@@ -45,7 +45,7 @@ from trainer.config import CheckpointConfig
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh
 from trainer.run.json_lines import JsonLines, forget_after
-from trainer.run.run_dir import RunDir
+from trainer.run.run_dir import RunDir, check_not_taken_over
 from trainer.run.writing import MEND, write_json
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,8 @@ class Checkpointer:
                 found = self._one_before(found.step, damage)
         if self._mesh.is_first:
             for step in newest.abandoned:
-                logger.warning("going back behind step %d: its checkpoint is called %s now", step, self._abandon(step))
+                name = self._catalogue.set_aside(step, "abandoned")
+                logger.warning("going back behind step %d: its checkpoint is called %s now", step, name)
         self._deltas.restart()
         progress = Progress()
         if found is not None:
@@ -210,9 +211,6 @@ class Checkpointer:
             raise damage if self._config.strict else self._catalogue.nothing_left(damage)
         return found
 
-    def _abandon(self, step: int) -> str:
-        return self._catalogue.set_aside(step, "abandoned")
-
     def _set_aside(self, damaged: dict[int, DamagedCheckpoint]) -> None:
         for step, damage in damaged.items():
             name = self._catalogue.set_aside(step, "damaged")
@@ -265,7 +263,12 @@ class Checkpointer:
         self._pending = self._thread.submit(self._write, contents, replace(progress))
 
     def wait(self) -> None:
-        """Return when what was saved is complete.  Raises OSError, on every rank alike, if it cannot be written."""
+        """Return when what was saved is complete.
+
+        Raises, on every rank alike:
+            OSError: it cannot be written.
+            ValueError: another job has taken the run over.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             with self._phase("writing"):
@@ -290,16 +293,19 @@ class Checkpointer:
 
     def _write(self, contents: Contents, progress: Progress) -> None:
         """Runs in the thread: write this rank's file; the first rank commits when every file is there."""
-        problem = None
+        with refused_alike(self._group):
+            if self._mesh.is_first:
+                # Before anything is written or cleared away, which may be the other job's.
+                check_not_taken_over(self._run)
         parts = gather(self._write_part(contents, step_folder(progress.step)), self._group)
-        problems = [part.problem for part in parts if part.problem is not None]
-        if problems:
-            problem = problems[0]
-        elif self._mesh.is_first:
+        problem = next((f"{part.problem}; {MEND}" for part in parts if part.problem is not None), None)
+        if problem is None and self._mesh.is_first:
             try:
                 self._commit(parts, progress, contents.base)
-            except (OSError, ValueError) as error:
-                problem = str(error).removesuffix(f"; {MEND}")
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = str(error) if MEND in str(error) else f"{error}; {MEND}"
         problem = gather(problem, self._group)[0]
         if problem is None:
             self._newest_step = progress.step
@@ -307,7 +313,7 @@ class Checkpointer:
             return
         if self._mesh.is_first:
             self._give_up(progress.step)
-        raise OSError(f"the checkpoint of step {progress.step} cannot be written: {problem}; {MEND}")
+        raise OSError(f"the checkpoint of step {progress.step} cannot be written: {problem}")
 
     def _write_part(self, contents: Contents, folder: str) -> _Part:
         layout, name = contents.file, f"rank-{self._mesh.rank:05d}.bin"

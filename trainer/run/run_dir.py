@@ -301,5 +301,25 @@ def locked(run: RunDir) -> Iterator[None]:
             logger.warning("%s cannot be locked (%s): nothing keeps a second job out", run.lock_file, error.strerror)
         with written(run.lock_file):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            file.write(_this_process().encode())
         yield
+
+
+def check_not_taken_over(run: RunDir) -> None:
+    """Where no lock keeps a second job out, or somebody has removed it, the first one leaves the run to the second.
+
+    Raises:
+        ValueError: the lock names another process.
+    """
+    if not run.lock_file.is_file():
+        return
+    holder = run.lock_file.read_text(errors="replace")
+    if holder not in ("", _this_process()):
+        raise ValueError(
+            f"{run.lock_file} names another job ({holder.strip()}), which trains this run now: a run directory takes "
+            "one at a time, so this one ends"
+        )
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}\n"

@@ -4,6 +4,7 @@ is neither called complete nor loaded."""
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ from tests.trainer.checkpoint import ranks
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore
-from trainer.run.run_dir import RunDir
+from trainer.run.run_dir import RunDir, locked
 
 
 def _said(act: Callable[[], object]) -> str:
@@ -114,3 +115,31 @@ def test_a_writer_that_cannot_be_started_is_told_by_every_rank_before_the_first_
     assert first == second
     assert first.startswith("OSError: the process that writes checkpoints cannot be started on ")
     assert "(Resource temporarily unavailable): raise what limits this user's processes and memory" in first
+
+
+def _save_while_another_trains(folder: str) -> list[str]:
+    """The lock is removed after the first save, and another job takes it."""
+    run, tensors = RunDir(Path(folder)), ranks.sharded(ranks.expected(), "row_wise")
+    store = LocalStore(run.checkpoints)
+    saver = ranks.checkpointer(store, run, tensors)
+    with locked(run) if dist.get_rank() == 0 else nullcontext():
+        saver.save(Progress(step=1))
+        saver.wait()
+        if dist.get_rank() == 0:
+            run.lock_file.unlink()
+            run.lock_file.write_text("process 7 on elsewhere\n")
+            with store.writing("step-00000002/rank-00000.bin") as file:
+                file.write(b"what the other job is writing")
+        dist.barrier()
+        saver.save(Progress(step=2))
+        said = _said(saver.wait)
+        saver.close()
+    return [said, store.read("step-00000002/rank-00000.bin").decode()]
+
+
+def test_a_job_whose_run_another_one_trains_ends_and_touches_nothing(tmp_path: Path) -> None:
+    """Where file systems know no locks, or somebody has removed one."""
+    for said, content in run_ranks(2, _save_while_another_trains, str(tmp_path)):
+        assert "lock names another job (process 7 on elsewhere), which trains this run now" in said
+        assert content == "what the other job is writing"
+    assert Catalogue(LocalStore(RunDir(tmp_path).checkpoints)).steps() == [1]
