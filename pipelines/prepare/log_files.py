@@ -51,6 +51,10 @@ SHOWN = 5
 """Names of files that a message shows at most."""
 REJECTED = "longview_rejected"
 """Table of lines that are no rows."""
+ROW = quoted("longview: row")
+"""Name, beside a file's own columns, for a row's place in it, counted from 1."""
+ROW_OF_PARQUET = "file_row_number"
+"""What the engine calls it in Parquet files: as it knows it of each row, several threads may read."""
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 """What a folder `key=value` says where the value is missing."""
 
@@ -129,7 +133,8 @@ class LogFile:
 
     @contextmanager
     def reader(self, scratch: Path, *, skip_invalid: bool = False) -> Iterator[str]:
-        """SQL of a table with the file's columns; meanwhile, what is compressed or not UTF-8 lies plain in `scratch`.
+        """SQL of a table with the file's columns and `ROW`; meanwhile, what is compressed or not UTF-8 lies plain in
+        `scratch`.
 
         With `skip_invalid`, lines that are no rows are left out of a CSV file (see `rejected`), and are rows without
         values in a JSON file.
@@ -149,6 +154,8 @@ class LogFile:
                 if read_as(kind) != kind
             ]
             replaced = f" REPLACE ({', '.join(mixed)})" if mixed else ""
+            known = self.kind == PARQUET and ROW_OF_PARQUET not in (name.lower() for name, _ in self.columns)
+            further += f", {f'{ROW_OF_PARQUET} + 1' if known else 'row_number() OVER ()'} AS {ROW}"
             yield f"(SELECT *{replaced}{further} FROM {_table(plain, self, skip_invalid)})"
 
     def rejected(self, connection: duckdb.DuckDBPyConnection) -> Counter[str]:

@@ -9,13 +9,11 @@ from pathlib import Path
 import duckdb
 
 from pipelines.prepare.engine import ROWS_OF_A_FILE, execute, quoted
-from pipelines.prepare.log_files import LogFile
+from pipelines.prepare.log_files import ROW, LogFile
 from pipelines.prepare.readings import Reading
 
 logger = logging.getLogger(__name__)
 
-ROW = quoted("longview: row")
-"""Name, beside the files' own, for a row's place in the log."""
 NOT_MET = "where"
 """What rows that do not meet the condition are counted under."""
 
@@ -79,7 +77,7 @@ def _insert(
     options: RowOptions,
 ) -> Counter[str]:
     """One file's rows, numbered behind `first`; returns how many break each rule, whose number stands with them."""
-    rows = f"(SELECT *, {first} + row_number() OVER () AS {ROW} FROM {rows})"
+    rows = f"(SELECT * REPLACE ({first} + {ROW} AS {ROW}) FROM {rows})"
     rules = list(dict.fromkeys(rule for reading in readings.values() for rule in reading.rules))
     cases = " ".join(f"WHEN ({rule.condition}) IS NOT TRUE THEN {number}" for number, rule in enumerate(rules))
     broken = f"CASE {cases} END" if rules else "NULL"

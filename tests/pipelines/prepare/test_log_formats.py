@@ -300,3 +300,15 @@ def test_a_name_that_is_no_utf_8_is_told(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "log.parquet").rename(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xff.parquet"))
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 1
     assert "is not in UTF-8: rename the file or its folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("further", [{}, {"file_row_number": [7] * 300}, {"FILE_ROW_NUMBER": [7] * 300}])
+def test_a_wrong_row_of_parquet_is_named_by_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], further: dict[str, list[int]]
+) -> None:
+    """Whatever the engine's threads read first, and whatever columns are called."""
+    rows = {"u": ["a"] * 300, "i": ["x"] * 300, "t": [1_700_000_000] * 300, "like": [0] * 211 + [5] + [0] * 87 + [6]}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({**rows, **further}), tmp_path / "in" / "log.parquet", row_group_size=10)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--threads", "4") == 1
+    assert "log.parquet, row 212: label like must be 0 or 1 (2 such row(s)); got '5'" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_reading_samples_names_the_file_whose_page_has_changed(prepared: Path) -
     file = next((prepared / "train").glob("*.parquet"))
     content, group = file.read_bytes(), pq.ParquetFile(file).metadata.row_group(0)
     column = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "user_id")
-    at = column.dictionary_page_offset + column.total_compressed_size - 3
+    at = column.data_page_offset + column.total_compressed_size - 3
     file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     try:
         with pytest.raises(ValueError, match=rf"{file.name} cannot be read, perhaps truncated or damaged"):
