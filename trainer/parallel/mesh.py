@@ -106,7 +106,8 @@ def _environment(name: str, default: int) -> int:
 def _check_launcher() -> None:
     """Make sure that a launcher which numbers its processes in variables of its own has started one, not many that
     would each train the whole run."""
-    if "RANK" in os.environ:
+    # A person's shell in such a step (srun --pty) is alone with its terminal.
+    if "RANK" in os.environ or os.isatty(0):
         return
     for launcher, (count, number) in _OTHERS.items():
         if _environment(count, 1) > 1:

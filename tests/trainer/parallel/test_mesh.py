@@ -1,5 +1,6 @@
 """A process finds its place in the job, or says why it has none."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,16 @@ def test_many_processes_that_do_not_know_of_one_another_are_refused_by_one(
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(count, "16")
     monkeypatch.setenv(number, "0")
+    monkeypatch.setattr(os, "isatty", lambda file: False)
     with pytest.raises(WrongUse, match=f"{launcher} has started 16 processes that do not know of one another: start "):
         discover_mesh()
     monkeypatch.setenv(number, "3")
     with pytest.raises(SystemExit) as silent:
         discover_mesh()
     assert silent.value.code == WRONG_USE
+    monkeypatch.setattr(os, "isatty", lambda file: file == 0)
+    assert discover_mesh().world_size == 1
+    monkeypatch.setattr(os, "isatty", lambda file: False)
     # A step of one task, which torchrun or the launcher is started by, and what those start.
     monkeypatch.setenv(count, "1")
     assert discover_mesh().world_size == 1
