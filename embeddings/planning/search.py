@@ -2,20 +2,24 @@
 
 The choice of options is searched in three steps.  For every set of kinds, as a kind in use costs a fixed time: spread
 the m heaviest tables over all ranks and deal out the rest, for well-spread m.  If that does not fit: the same with the
-coldest tables on a slower kernel, as few as needed.  Then: change single tables while that helps.
+coldest tables on a slower kernel, as few as needed.  Then: change single tables, and pairs of few, while that helps.
 
 Everything is deterministic, so every rank of a job finds the same plan.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, combinations, pairwise
+from itertools import chain, combinations, islice, pairwise
 
 from embeddings.planning.options import Option
 from embeddings.planning.packing import Choice, Packer, Packing, Rating
 
 MAX_SINGLE_CHANGES = 512
 """Single-table changes tried, for up to 1,000 tables and 1,000 blocks dealt out; fewer for more, in proportion."""
+
+MAX_PAIRED_TABLES, MAX_PAIR_CHANGES = 32, 512
+"""Up to so many tables, two are changed at once: one to a faster option, another to one that makes room for it; and how
+often that is tried."""
 
 MAX_SEARCHED_TABLES = 1000
 """Up to so many tables, what a few packings find no room for is searched for."""
@@ -47,11 +51,11 @@ def best_packing(packer: Packer) -> Packing:
     found = _fitting(packer)
     if found is not None:
         allowed, fitting = found
-        return _change_single_tables(packer, min(_best_choice(packer, allowed), fitting, key=_rating))
+        return _changed(packer, min(_best_choice(packer, allowed), fitting, key=_rating))
     tightest = _tightest(packer)
     if tightest.rating[0] and len(packer.options) > MAX_SEARCHED_TABLES:
         return tightest
-    return _change_single_tables(packer, min(tightest, *_best_of_levels(packer), key=_rating))
+    return _changed(packer, min(tightest, *_best_of_levels(packer), key=_rating))
 
 
 def fits(packer: Packer) -> bool:
@@ -328,6 +332,39 @@ def _next_kernel(table: Sequence[Option], index: int) -> int:
         and option.largest.memory_bytes < now.largest.memory_bytes
     ]
     return max(smaller, key=lambda i: (table[i].largest.memory_bytes, -i), default=index)
+
+
+def _changed(packer: Packer, packing: Packing) -> Packing:
+    """With single tables changed, and where there are few with pairs of them, as long as that improves the rating."""
+    packing = _change_single_tables(packer, packing)
+    tries = MAX_PAIR_CHANGES if len(packer.options) <= MAX_PAIRED_TABLES else 0
+    while tries:
+        better = None
+        for tried, other in enumerate(islice(_paired_changes(packer, packing), tries), start=1):
+            if other.rating < packing.rating:
+                better, tries = other, tries - tried
+                break
+        if better is None:
+            break
+        packing = _change_single_tables(packer, better)
+    return packing
+
+
+def _paired_changes(packer: Packer, packing: Packing) -> Iterator[Packing]:
+    """The packings in which one table has a faster option that finds no room by itself, and another one an option of
+    less device memory; slow tables first, those that make most room for them first."""
+    now = [table[index].largest for table, index in zip(packer.options, packing.choice, strict=True)]
+    for fast in sorted(range(len(now)), key=lambda i: (-now[i].ms, i)):
+        for index, option in enumerate(packer.options[fast]):
+            if option.largest.ms >= now[fast].ms:
+                continue
+            alone = (*packing.choice[:fast], index, *packing.choice[fast + 1 :])
+            if not packer.pack(alone).rating[0]:
+                continue
+            for slow in sorted(range(len(now)), key=lambda i: (-now[i].memory_bytes, i)):
+                for smaller, other in enumerate(packer.options[slow]):
+                    if slow != fast and other.largest.memory_bytes < now[slow].memory_bytes:
+                        yield packer.pack((*alone[:slow], smaller, *alone[slow + 1 :]))
 
 
 def _change_single_tables(packer: Packer, packing: Packing) -> Packing:
