@@ -83,7 +83,9 @@ class Lengths:
                 for (seed, *cell), run, found in zip(places, runs, trained, strict=True)
                 if cell == [name, length] and found.seconds is not None
             ]
-            rows.setdefault(name, {})[str(length)] = {**costs[name, length], **_result(own, asked.jobs)}
+            known = rows.setdefault(name, {})
+            if own or str(length) not in known:
+                known[str(length)] = {**costs[name, length], **_result(own, asked.jobs)}
         report["samples"] = self.samples
         report["rows"] = {name: rows[name] for name in self.names if name in rows}
 

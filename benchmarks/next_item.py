@@ -76,9 +76,10 @@ class NextItem:
         chosen, tested = trained[: len(choosing)], trained[len(choosing) :]
         rows = report.setdefault("rows", {})
         for i, cell in enumerate(cells):
-            entry = rows.setdefault(cell.row.name, {"orders": {}})
             found = cell.result(chosen[i] if chosen else None, tested[i :: len(cells)])
-            entry["orders"][cell.order] = {**found, "side_by_side": side_by_side}
+            if found["validation"] or found["test"][CHOSEN_BY]:
+                entry = rows.setdefault(cell.row.name, {"orders": {}})
+                entry["orders"][cell.order] = {**found, "side_by_side": side_by_side}
         report["rows"] = {name: rows[name] for name in self.names if name in rows}
 
     def table(self, report: Mapping[str, Any]) -> str:

@@ -59,6 +59,23 @@ def test_what_a_run_had_before_it_was_cut_off_counts(cell: Cell) -> None:
     assert (found["pass"], found["test"]["ndcg@10"], found["seconds"]) == (20, [0.2], [])
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_cell_of_which_nothing_ended_leaves_what_is_known_of_it(
+    ended: bool, cell: Cell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def train_all(runs: list[Training], *_: object) -> list[Trained]:
+        return [trained(line(2020, 0.4), seconds=2 if ended else None) for _ in runs]
+
+    monkeypatch.setattr(next_item, "train_all", train_all)
+    monkeypatch.setattr(next_item, "prepare", lambda *_: None)
+    report: dict[str, Any] = {"rows": {"ml1m_hstu": {"orders": {"gr": "known"}}}}
+    asked = Asked(source=tmp_path, work=tmp_path, rows=("ml1m_hstu", "ml1m_sasrec"), seeds=1, jobs=5, last_pass=True)
+    ML1M.measure(asked, report)
+    assert (report["rows"]["ml1m_hstu"]["orders"]["gr"] == "known") is not ended
+    assert ("ml1m_sasrec" in report["rows"]) is ended
+    assert not ended or report["rows"]["ml1m_hstu"]["orders"]["log"]["side_by_side"] == 4
+
+
 @pytest.mark.parametrize("row", ML1M.rows, ids=ML1M.names)
 def test_a_row_is_a_recipe_with_settings_that_it_takes(row: Row) -> None:
     config = apply_overrides(load_recipe(row.recipe), list(row.settings))
