@@ -32,7 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ("attention_kernels", "embeddings", "launch", "pipelines", "trainer")
 """The project's top-level packages."""
 
-PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "numpy", "pyarrow")
+CPU_PACKAGE = "fbgemm-gpu-cpu"
+"""One of the version set that trains on CPUs, whatever the nodes have."""
+
+PACKAGES = ("torch", "torchrec", "fbgemm-gpu", CPU_PACKAGE, "triton", "numpy", "pyarrow")
 """The packages whose versions must be the same on every node."""
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -62,6 +65,9 @@ a replacement (NVIDIA's "Xid Errors"); all others are faults of programs, or men
 
 XID_AGE_S = 3600.0
 """Older ones are left alone: a reset that mended them leaves no trace there."""
+
+_NO_GPU = "No devices were found"
+"""What nvidia-smi says where a job has not asked for GPUs."""
 
 _XID = re.compile(r"\[ *(\d+\.\d+)\] NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
 
@@ -142,7 +148,7 @@ def problems(first: Facts, here: Facts, *, run_dir: Path, data: Sequence[str], p
     if behind > MAX_BEHIND_S or -behind > MAX_AHEAD_S:
         yield f"its clock is {abs(behind):.0f} s {'behind' if behind > 0 else 'ahead of'} the first node's: set it"
     yield from _short_of_space(run_dir)
-    yield from _gpu_problems(procs_per_node, wanted=bool(first.driver))
+    yield from _gpu_problems(procs_per_node, wanted=bool(first.driver) and CPU_PACKAGE not in first.packages)
 
 
 def unseen(complete: Path) -> Iterator[str]:
@@ -197,10 +203,10 @@ def _gpu_problems(procs_per_node: int, *, wanted: bool) -> Iterator[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         yield f"nvidia-smi does not answer ({type(error).__name__}): its driver hangs or is missing"
         return
-    if asked.returncode != 0:
+    if asked.returncode != 0 and _NO_GPU not in asked.stdout:
         yield f"nvidia-smi fails: {' '.join(asked.stdout.split()) or ' '.join(asked.stderr.split())}"
         return
-    yield from gpu_faults(asked.stdout, procs_per_node)
+    yield from gpu_faults(asked.stdout.replace(_NO_GPU, ""), procs_per_node)
     yield from _reported_faults()
 
 

@@ -125,9 +125,16 @@ def test_nodes_with_gpus_ask_the_driver_and_the_kernel(run_dir: Path, commands: 
     stamp = float(Path("/proc/uptime").read_text().split()[0])
     line = f"[{stamp:.6f}] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."
     commands(**{"nvidia-smi": "echo '0, 0'; echo '1, 3'", "dmesg": f"echo '{line}'"})
-    first = replace(facts_here(TOKEN), driver="NVIDIA 1")
+    first = replace(facts_here(TOKEN), driver="NVIDIA 1", packages={"fbgemm-gpu": "1"})
     broken = "its GPU 1 has 3 uncorrected memory errors: reset or replace it"
     assert _found(first, first, run_dir, procs_per_node=2) == [broken, FALLEN]
+    # The version set for CPUs needs none.
+    for_cpus = replace(first, packages={"fbgemm-gpu-cpu": "1"})
+    assert _found(for_cpus, for_cpus, run_dir, procs_per_node=2) == []
+    # A job that has not asked for any sees none.
+    commands(**{"nvidia-smi": "echo No devices were found; exit 6", "dmesg": "exit 1"})
+    (none,) = _found(first, first, run_dir, procs_per_node=2)
+    assert none.startswith("it has 0 working GPUs for this job, which starts 2 processes there: ask for as many GPUs")
 
 
 def test_the_code_is_told_by_its_content(tmp_path: Path) -> None:
