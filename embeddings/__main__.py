@@ -122,10 +122,12 @@ def probe_machine(arguments: list[str]) -> int:
     # torch takes seconds to import, and the other commands do without.
     from embeddings.probe import machine_file, probe
 
-    text = json.dumps(machine_file(probe()), indent=1) + "\n"
+    node = probe()
+    text = json.dumps(machine_file(node), indent=1) + "\n"
     if os.environ.get("RANK", "0") == "0":
         out.write_text(text, encoding="utf-8")
-        print(text + f"written to {out}; use it with --machines {out}, or --set placement.machine={out}")
+        clusters_too = f"--machines {out}, or " if node.gpus else ""
+        print(text + f"written to {out}; use it with {clusters_too}--set placement.machine={out}")
     return 0
 
 
