@@ -5,6 +5,7 @@ Opening an existing directory checks that it belongs to the same run before anyt
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 VOCABULARIES = "vocabularies"
 """Key of `config.json` that is no part of the configuration: what the ids mean in the data that the run learnt from."""
+DIGEST = "digest"
+"""Another such key: tells whether all the rest is as it was written."""
 NUMBERS = "data.numbers"
 """Key among these: what is known of the data's columns of numbers, as JSON."""
 
@@ -168,6 +171,12 @@ class RunDir:
         values = _read_object(self.config_file, "restore it or use another --run-dir")
         if not isinstance(values.get("checkpoint", {}), dict):
             raise WrongUse(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
+        noted = values.pop(DIGEST, None)
+        if noted is not None and noted != _digest(values):
+            raise WrongUse(
+                f"{self.config_file} is not what the run wrote, which decides what its weights mean: restore it "
+                "(settings are changed on the command line, with --set)"
+            )
         values.pop(VOCABULARIES, None)
         return values
 
@@ -197,7 +206,8 @@ class RunDir:
 
     def save_config(self, config: dict[str, Any], known: dict[str, str]) -> None:
         """Write the configuration, and what its data mean beside it."""
-        write_json(self.config_file, {**config, VOCABULARIES: known})
+        values = {**config, VOCABULARIES: known}
+        write_json(self.config_file, {**values, DIGEST: _digest(values)})
 
     def save_environment(self, devices: str, versions: Mapping[str, str]) -> None:
         """Write what this start runs on."""
@@ -254,6 +264,10 @@ def _has(values: dict[str, Any], key: str) -> bool:
     name, _, rest = key.partition(".")
     inner = values.get(name)
     return name in values and (not rest or (isinstance(inner, dict) and _has(inner, rest)))
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_nothing_lost(run: RunDir, store: str) -> None:

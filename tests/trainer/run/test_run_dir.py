@@ -1,6 +1,7 @@
 """A run directory refuses another run's configuration, and its metric files never repeat a step."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,24 @@ def test_a_configuration_of_another_version_is_named_with_its_file(
         WrongUse, match=rf"config.json is not of this version of the code: .*{message}.*; use the version"
     ):
         run.trained_config()
+
+
+def test_a_flipped_bit_of_the_configuration_changes_no_setting(tmp_path: Path) -> None:
+    """With other heads or labels the same weights would give other scores, without a word."""
+    run, chance = RunDir(tmp_path), random.Random(3)
+    config = json.loads(json.dumps(to_dict(load_recipe("kuairand_sample"))))
+    run.save_config(config, {"item": "0123456789abcdef"})
+    content, refused = run.config_file.read_bytes(), 0
+    for _ in range(400):
+        bit = chance.randrange(8 * len(content))
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        run.config_file.write_bytes(changed)
+        try:
+            found = run.saved_config()
+        except WrongUse:
+            refused += 1
+            continue
+        # A key's name may have become another: the digest's own, which no recipe has.
+        assert found == config or set(found or ()) - set(config), f"bit {bit}"
+    assert refused > 200
