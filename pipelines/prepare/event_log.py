@@ -91,8 +91,9 @@ class EventLogOptions:
     """What was shown together: any type.  A user's events of one request become candidates of one sample, as events of
     one second always do; a missing value is no request."""
     sequence_column: str = ""
-    """What orders events of equal times, such as an offset: any type, never missing.  If not given, they keep the log's
-    order: files by name, rows as they stand."""
+    """What orders events of equal times, such as an offset: any type, never missing; whole numbers by their size, also
+    in text, then other text by its letters.  If not given, they keep the log's order: files by name, rows as they
+    stand."""
     where: str = ""
     """An SQL condition on the log's columns, which are text in CSV files; rows that do not meet it are left out and
     counted."""

@@ -15,7 +15,7 @@ from pipelines.features import ITEM_SPACE, DatasetInfo, Space
 from pipelines.prepare.engine import quoted, table_exists
 from pipelines.prepare.log_schema import ROW_LISTS, LogColumn, LogSchema, SpaceOptions
 from pipelines.prepare.log_tables import ITEMS, RAW, USERS, log_columns, raw_name
-from pipelines.prepare.readings import IdType, Stored
+from pipelines.prepare.readings import WIDEST, IdType, Stored
 from pipelines.prepare.source import MISSING, USER_SPACE, sample_column, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
@@ -99,8 +99,11 @@ def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces
     lookups = [Lookup(space=spaces[USER_SPACE], column="user_key"), Lookup(space=spaces[ITEM_SPACE], column="item_key")]
     (user, item, *values), joins = _encoded(connection, RAW, lookups, list(columns.values()), spaces)
     further = "".join(f", {value} AS {quoted(name)}" for value, name in zip(values, columns, strict=True))
-    # Behind equal times, the log's own order, or that of the sequence.
-    row = "row_number() OVER (ORDER BY t.rank, t.sequence, t.log_row)" if schema.sequence is not None else "t.log_row"
+    # Behind equal times, the log's own order, or that of the sequence: numbers by their size, in text as well.
+    row = "t.log_row"
+    if schema.sequence is not None:
+        order = f"t.rank, TRY_CAST(t.sequence::VARCHAR AS {WIDEST}), t.sequence, t.log_row"
+        row = f"row_number() OVER (ORDER BY {order})"
     connection.execute(
         f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {NANOSECONDS} "
         f"AS time, t.rank, {row} AS log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"

@@ -17,6 +17,8 @@ PER_SECOND: Mapping[str, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": NANOSEC
 """Units of numbers in a second."""
 YEAR_1990, YEAR_2100 = 631_152_000, 4_102_444_800
 """A time outside these is in another unit than was said, or stands for none."""
+DIGITS, EXPONENT = "[.](\\d*)[eE]", "[eE][+]?(\\d+)"
+"""Of a number in text that has an exponent: its decimals, and how many of them stand before the point."""
 EXAMPLE = "'%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"
 """Patterns of dates that their own text does not tell apart."""
 
@@ -67,6 +69,12 @@ def _number(stored: Stored, unit: str) -> tuple[str, list[Rule]]:
         "times, give --time-unit"
     )
     rules = [Rule(condition=f"{nanoseconds} >= 0", text=text, column=name)]
+    if stored.type == TEXT:
+        # 1.70409E+09, as spreadsheets write it, is 1704090000 or any second near it.
+        digits, exponent = (f"regexp_extract({column}, {literal(part)}, 1)" for part in (DIGITS, EXPONENT))
+        whole = f"{exponent} = '' OR len({digits}) >= TRY_CAST({exponent} AS INTEGER)"
+        text = f"{name} is written with an exponent and too few digits, which rounds it: write whole numbers"
+        rules.append(Rule(condition=whole, text=text, column=name))
     if stored.type in EXACT:
         # A float of seconds is exact to a part of a microsecond; what stands behind is none of the log's.
         nanoseconds = f"round({nanoseconds}, -3)"

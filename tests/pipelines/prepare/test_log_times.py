@@ -83,6 +83,12 @@ def test_times_that_their_type_has_rounded_are_refused(tmp_path: Path, capsys: p
     times = pa.array([float(HOUR + each) for each in OFFSETS], pa.float32())
     assert prepared(tmp_path, [("parquet", events(1, t=times))])[0] == 1
     assert "0.parquet, row 1: t is stored as FLOAT, which rounds such numbers of s" in capsys.readouterr().err
+    texts = [f"{HOUR + each:.6e}" for each in OFFSETS]
+    assert prepared(tmp_path, [("csv", events(1, t=texts))], name="text")[0] == 1
+    assert "0.csv, line 2: t is written with an exponent and too few digits, which rounds" in capsys.readouterr().err
+    whole = [f"{HOUR + each:.9E}" for each in OFFSETS]
+    status, out = prepared(tmp_path, [("csv", events(1, t=whole))], name="whole")
+    assert (status, content(out)) == (0, content(prepared(tmp_path, [("csv", events(1))], name="plain")[1]))
 
 
 FRACTIONS = (750_001, 500_000, 500_001, 250_000)

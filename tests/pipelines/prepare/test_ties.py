@@ -1,5 +1,6 @@
 """Events of equal times: one order, whatever files, formats and threads; that of a sequence, wherever rows stand."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,18 @@ def test_the_order_of_the_log_stands_however_its_rows_are_divided(
     assert len({row["t"] for row in tied(0)}) <= 40
 
 
-@pytest.mark.parametrize(("seed", "kind"), [(0, int), (1, lambda place: f"{place:09d}")])
-def test_a_sequence_is_the_order_wherever_rows_stand(tmp_path: Path, seed: int, kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("seed", "kind", "suffix"), [(0, int, "parquet"), (1, lambda place: f"k{place:09d}", "parquet"), (2, int, "csv")]
+)
+def test_a_sequence_is_the_order_wherever_rows_stand(tmp_path: Path, seed: int, kind: Any, suffix: str) -> None:
+    """Numbers by their size, in text as well: 9 comes before 10."""
     generator = np.random.default_rng(seed)
     ordered, mixed = [], []
     for day in range(2):
         rows = [{**row, "seq": kind(row["seq"])} for row in tied(seed + 10 * day, HOUR + day * 86_400)]
         ordered.append(write(tmp_path / f"ordered{day}", [rows], "parquet"))
         moved = [rows[place] for place in generator.permutation(len(rows))]
-        mixed.append(write(tmp_path / f"mixed{day}", divided(moved, 5, generator), "parquet"))
+        mixed.append(write(tmp_path / f"mixed{day}", divided(moved, 5, generator), suffix))
     expected = prepared(tmp_path, ordered, "one")
     assert prepared(tmp_path, mixed, "sequence", "--sequence-column", "seq") == expected
     assert prepared(tmp_path, mixed, "files") != expected
@@ -102,3 +106,13 @@ def test_a_missing_place_in_a_sequence_is_refused(tmp_path: Path, capsys: pytest
     source = write(tmp_path / "in", [[{**row, "seq": row["seq"] or None} for row in tied(0)]], "parquet")
     assert prepare("event_log", source, tmp_path / "out", *OPTIONS, "--sequence-column", "seq") == 1
     assert "000.parquet, row 1: seq must not be missing" in capsys.readouterr().err
+
+
+def test_a_sequence_may_be_of_any_type(tmp_path: Path) -> None:
+    """Times of a second kind, such as when a row was written."""
+    rows = tied(3)
+    ordered = write(tmp_path / "ordered", [rows], "parquet")
+    generator = np.random.default_rng(3)
+    moved = [{**rows[place], "seq": datetime.fromtimestamp(place, UTC)} for place in generator.permutation(len(rows))]
+    mixed = write(tmp_path / "mixed", divided(moved, 4, generator), "parquet")
+    assert prepared(tmp_path, [mixed], "sequence", "--sequence-column", "seq") == prepared(tmp_path, [ordered], "one")
