@@ -45,7 +45,9 @@ def show_plan(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m embeddings",
-        description="Print a sharding plan, or compare two.  `python -m embeddings plan --help`: plan for clusters.",
+        description="Print a sharding plan, or compare two.",
+        epilog="`plan TABLES.json ...` plans for clusters, `probe --out MACHINE.json` measures this machine: --help "
+        "behind either tells more.",
     )
     parser.add_argument("plan", type=Path, metavar="PLAN", help="a file that `python -m trainer plan --out` wrote")
     parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help="print the differences to this plan")
@@ -71,8 +73,12 @@ def plan_capacity(arguments: list[str]) -> int:
     parser.add_argument(
         "--copies", type=int, nargs="+", default=[1], metavar="N", help="groups of ranks that each hold all tables (2D)"
     )
-    parser.add_argument("--average-every", type=int, default=100, metavar="N", help="steps between averages of copies")
-    parser.add_argument("--samples-per-day", type=float, default=1e6, metavar="N", help="what a cluster has to train")
+    parser.add_argument(
+        "--average-every", type=int, default=100, metavar="N", help="steps between averages of copies; default: 100"
+    )
+    parser.add_argument(
+        "--samples-per-day", type=float, default=1e6, metavar="N", help="what a cluster has to train; default: 1e6"
+    )
     parser.add_argument("--prices", type=Path, metavar="FILE", help="JSON: price of a node's hour by its name")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with every rank's memory")
     parsed = parser.parse_args(arguments)

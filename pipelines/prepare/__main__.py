@@ -102,11 +102,11 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m pipelines.prepare", description=__doc__, allow_abbrev=False)
     parser.add_argument("dataset", choices=sorted([*DATASETS, *FORMATS]), help="format of the source")
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="folder with the publisher's files")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to create")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to create; or --extend")
     hints, texts = get_type_hints(SampleOptions), _explanations(SampleOptions)
     for field in fields(SampleOptions):
         kind = next((part for part in get_args(hints[field.name]) if part is not type(None)), hints[field.name])
-        default = "" if field.default is None else f" Default {field.default}."
+        default = "" if field.default in (None, "") else f" Default {field.default}."
         text = texts[field.name] + default
         name = _flag(field.name)
         if kind is bool:
