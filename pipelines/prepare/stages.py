@@ -146,7 +146,8 @@ def _write_cut(
     early = check_sides(connection, split_time, options, needed) if options.leave_last is None else None
     about = _with_rare_items_merged(connection, about, split_time, options)
     statistics = event_statistics(connection, about.actions)
-    logger.info("%d events of %d users, split at %d", statistics["events"], statistics["users"], split_time)
+    place = f"at {np.datetime64(split_time, 's')} UTC" if options.leave_last is None else "before each user's newest"
+    logger.info("%d events of %d users, split %s", statistics["events"], statistics["users"], place)
     _warn_of_long_requests(connection)
     of_log = list(dict.fromkeys(value_column(column.name) for column in listed(about)))
     about = _with_counts(connection, about, split_time, options)

@@ -146,10 +146,8 @@ def comparison_table(model: Mapping[str, float], baseline: Mapping[str, float], 
 
     The AUC is given with its 95% interval; a label with few positives is marked.
     """
-    header = (
-        f"{'label':<18}{'positives':>10}{'NE':>9}{'baseline':>10}{'AUC':>9}{'+-':>8}{'baseline':>10}{'difference':>12}"
-    )
-    rows = [header + f"{'GAUC':>9}{'baseline':>10}"]
+    header = f"{'label':<18}{'positives':>10}{'NE':>9}{'baseline':>10}"
+    rows = [header + f"{'AUC':>9}{'95% +-':>8}{'baseline':>10}{'AUC gain':>12}{'GAUC':>9}{'baseline':>10}"]
     rows.append("-" * len(rows[0]))
     few = []
     for label in labels:

@@ -42,14 +42,18 @@ def check_ranks(mesh: Mesh) -> None:
     rate = _collective_rate(mesh)
     if not mesh.is_first:
         return
-    figures = [f"all-reduce of {COLLECTIVE_MIB[mesh.device.type]} MiB over {mesh.world_size} ranks: {rate:.2f} GB/s"]
+    figures = []
+    if mesh.world_size > 1:
+        size = COLLECTIVE_MIB[mesh.device.type]
+        figures.append(f"all-reduce of {size} MiB over {mesh.world_size} ranks: {rate:.2f} GB/s")
     for what in mine:
         times = [(host, found[what]) for host, found in ranks]
         middle = median(ms for _, ms in times)
         figures += [f"{what}: {middle:.2f} ms"] if middle else []
         for words in slow_ranks(what, times, SLOW[mesh.device.type]):
             logger.warning("%s", words)
-    logger.info("%s", "; ".join(figures))
+    if figures:
+        logger.info("%s", "; ".join(figures))
 
 
 def slow_ranks(what: str, ranks: Sequence[tuple[str, float]], factor: float) -> list[str]:

@@ -65,9 +65,11 @@ def test_a_side_without_samples_says_which_rule_leaves_it_empty(
     assert message in capsys.readouterr().err
 
 
-def test_a_log_of_less_than_an_hour_is_divided_at_a_second(tmp_path: Path) -> None:
+def test_a_log_of_less_than_an_hour_is_divided_at_a_second(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_log(tmp_path / "in", [(f"u{n % 3}", START + n) for n in range(100)])
-    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--train-fraction", "0.7") == 0
+    with caplog.at_level(logging.INFO):
+        assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, "--train-fraction", "0.7") == 0
+    assert "100 events of 3 users, split at 2023-11-14T22:14:30 UTC" in caplog.messages
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["split_time"] == START + 70
 
 

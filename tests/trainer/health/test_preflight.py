@@ -113,6 +113,14 @@ def test_nodes_are_compared_and_the_slow_one_is_named_whatever_has_started_them(
     assert list((tmp_path / "logs").iterdir()) == []
 
 
+def test_one_rank_has_no_exchange_to_tell_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for collective in ("all_gather_object", "all_reduce", "barrier"):
+        monkeypatch.setattr(dist, collective, lambda *_: None)
+    with caplog.at_level(logging.INFO):
+        check_ranks(Mesh(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu")))
+    assert caplog.messages == []
+
+
 def test_a_node_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr(preflight, "ANSWER_S", 1)
