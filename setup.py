@@ -43,6 +43,7 @@ setup(
         "trainer.parallel",
         "trainer.report",
         "trainer.run",
+        "trainer.steps",
         "trainer.tasks",
     ],
     install_requires=[

@@ -31,11 +31,11 @@ from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import build_loader, dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
-from trainer.feed import Feed
 from trainer.models.config import LayerConfig, StageConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
+from trainer.steps.feed import Feed
 
 SETTLE = 6
 """Steps at the start of a turn that are not timed: more than the pipeline holds in flight."""

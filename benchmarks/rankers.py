@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, seeded, train_all
-from trainer.step_log import peak_flops
+from trainer.steps.step_log import peak_flops
 
 RECIPE = "own_log"
 RATES = "rates of items and users"

@@ -1,4 +1,4 @@
-"""Training steps whose dense part is launched beside the same steps replayed (`trainer.recording`).
+"""Training steps whose dense part is launched beside the same steps replayed (`trainer.steps.recording`).
 
 Run on a GPU: python -m benchmarks.recording [--json FILE]; on several: torchrun --nproc-per-node N -m
 benchmarks.recording (each has such batches); anywhere, but launched alone: python -m benchmarks.recording --small

@@ -37,12 +37,12 @@ from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.left_out import check_finite
 from trainer.models.config import LayerConfig, ModelConfig, StageConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
-from trainer.step_log import peak_flops
+from trainer.steps.left_out import check_finite
+from trainer.steps.step_log import peak_flops
 
 WARM_UP, STEPS, TURNS = 8, 20, 3
 KEPT = ", nothing recomputed"

@@ -16,15 +16,15 @@ from embeddings.planning.plan_file import read_plan
 from embeddings.planning.solver import solve
 from embeddings.tables import build_tables
 from trainer.command_line import WrongUse
-from trainer.compilation import compile_before_first_step
 from trainer.freezing import freeze
-from trainer.graphs import Graphs
 from trainer.lookups import lookup_load
 from trainer.models.model import Model
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel, parallelize
-from trainer.recording import record_steps, will_record
 from trainer.resolve import Resolved
+from trainer.steps.compilation import compile_before_first_step
+from trainer.steps.graphs import Graphs
+from trainer.steps.recording import record_steps, will_record
 
 
 def build_model(resolved: Resolved, device: torch.device) -> Model:

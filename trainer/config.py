@@ -233,7 +233,8 @@ class TrainConfig:
     taken again after a failure must then be the same, or the run stops."""
     recorded: Literal["auto", "on", "off"] = "auto"
     """Replay the dense part of steps as CUDA graphs, one for each size of batch, instead of launching kernel by kernel
-    (`trainer.recording`).  auto: on GPUs where that can be, and the log says why where it cannot; on: else an error."""
+    (`trainer.steps.recording`).  auto: on GPUs where that can be, and the log says why where it cannot; on: else an
+    error."""
     context_parallel: int = 1
     """Ranks that train on the same samples and compute a part of their tokens each
     (`trainer.parallel.context_parallel`): for histories too long for one GPU.  It divides the heads of every layer."""

@@ -15,7 +15,7 @@ from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved
 from trainer.run.json_lines import JsonLines, read_records
 from trainer.run.run_dir import RunDir
-from trainer.step_log import StepLog
+from trainer.steps.step_log import StepLog
 from trainer.target import parse_target
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.progress import Progress
 from trainer.config import TrainConfig
 from trainer.evaluator import Evaluator
-from trainer.feed import Feed
 from trainer.health.stop_signal import STOP, StoppedEarly
 from trainer.health.watchdog import Watchdog
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
-from trainer.step_log import StepLog
+from trainer.steps.feed import Feed
+from trainer.steps.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 

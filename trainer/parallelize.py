@@ -31,10 +31,10 @@ from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig
 from trainer.freezing import replicated_parameters
 from trainer.models.model import Model
-from trainer.optim import Optimizers
 from trainer.parallel.averaging import GradientAverage
 from trainer.parallel.context_parallel import share_histories
 from trainer.parallel.mesh import Mesh
+from trainer.steps.optim import Optimizers
 
 
 @dataclass(frozen=True, slots=True)

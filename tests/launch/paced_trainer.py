@@ -14,7 +14,7 @@ from trainer.health.stop_signal import STOP
 
 def main(seconds: float, arguments: list[str]) -> int:
     """Run the trainer's command line; returns its exit status."""
-    from trainer.feed import Feed
+    from trainer.steps.feed import Feed
 
     real = Feed.__next__
 

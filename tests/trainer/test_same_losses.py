@@ -10,12 +10,12 @@ from torch import Tensor
 
 from attention_kernels import AttentionPlan
 from pipelines.batches import padding as padding_of_batches
-from tests.trainer.test_recording import DEVICE, ranker, sized_of
-from trainer.graphs import Graphs
+from tests.trainer.steps.test_recording import DEVICE, ranker, sized_of
 from trainer.models.hstu import HstuLayer
 from trainer.models.layer import ProductWeights
 from trainer.models.layout import take_rows
-from trainer.recording import RecordedObjective
+from trainer.steps.graphs import Graphs
+from trainer.steps.recording import RecordedObjective
 
 STEPS = 200 if DEVICE.type == "cuda" else 30
 

@@ -28,24 +28,24 @@ from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.determinism import make_deterministic
 from trainer.evaluator import Evaluator
-from trainer.feed import Feed
 from trainer.freezing import announce_frozen
 from trainer.health.guard import GUARD
 from trainer.health.preflight import check_fp8, check_machines, check_packages, device_name, installed_versions
 from trainer.health.watchdog import Watchdog
 from trainer.labels.running import running_metrics
-from trainer.left_out import LeftOut, NotFinite
 from trainer.loop import Loop
-from trainer.optim import settle_schedule
 from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
 from trainer.parallelize import ParallelModel
-from trainer.recording import check_recorded
 from trainer.resolve import Resolved, resolve_again
 from trainer.run.going_back import has_gone_back, note_going_back
 from trainer.run.run_dir import RunDir, check_nothing_lost, locked
 from trainer.run.run_log import logged
 from trainer.run.writing import written
-from trainer.step_log import StepLog
+from trainer.steps.feed import Feed
+from trainer.steps.left_out import LeftOut, NotFinite
+from trainer.steps.optim import settle_schedule
+from trainer.steps.recording import check_recorded
+from trainer.steps.step_log import StepLog
 from trainer.target import parse_target
 from trainer.typed_values import differences, to_dict
 from trainer.warm_start import WarmStart

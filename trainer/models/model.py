@@ -40,7 +40,7 @@ class Model(nn.Module):
     def __init__(self, tables: Tables, tower: nn.Module, loss: nn.Module) -> None:
         super().__init__()
         self.tables = tables
-        # Any: what records steps (`trainer.recording`) puts itself in its place.
+        # Any: what records steps (`trainer.steps.recording`) puts itself in its place.
         self.objective: Any = Objective(tower, loss)
 
     @property

@@ -61,7 +61,7 @@ def test_limits_that_end_every_run_are_refused() -> None:
 
 
 COLLECTIVE = [("trainer/loop.py", 3, "run"), ("lib/torch/distributed/c10d.py", 9, "all_reduce")]
-BUSY = [("trainer/loop.py", 3, "run"), ("trainer/feed.py", 7, "next")]
+BUSY = [("trainer/loop.py", 3, "run"), ("trainer/steps/feed.py", 7, "next")]
 
 
 def _beat(step: int = 4, phase: str = "step") -> Beat:
@@ -76,7 +76,7 @@ def _beat(step: int = 4, phase: str = "step") -> Beat:
         (
             (COLLECTIVE, BUSY),
             (_beat(), _beat()),
-            "wait for rank 1 in phase step after step 4 at trainer/feed.py:7 (next)",
+            "wait for rank 1 in phase step after step 4 at trainer/steps/feed.py:7 (next)",
         ),
         ((BUSY, BUSY), (_beat(4), _beat(3)), "wait for rank 1 in phase step after step 3"),
         ((COLLECTIVE, COLLECTIVE), (_beat(phase="data"), _beat()), "wait for rank 0 in phase data after step 4"),

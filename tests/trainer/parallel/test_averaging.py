@@ -18,8 +18,8 @@ from trainer.build import build_model, machine_of, make_plan
 from trainer.parallel.averaging import GradientAverage
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import parallelize
-from trainer.recording import record_steps
 from trainer.resolve import resolve
+from trainer.steps.recording import record_steps
 
 
 def trained(path: str, *, recorded: bool) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ class Optimizers:
             capturable=on_gpu,
         )
         self.update: Callable[[], None] = self.clip_and_update
-        """Clips and applies the dense gradients; `trainer.recording` puts a recording in its place."""
+        """Clips and applies the dense gradients; `trainer.steps.recording` puts a recording in its place."""
         self.average: Callable[[], None] | None = None
         """Averages gradients over ranks; None where there is one, or nothing to average."""
         self.tables = tables

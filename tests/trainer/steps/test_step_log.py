@@ -11,15 +11,15 @@ from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_array
 from tests.support.datasets import made_up_info
 from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
-from trainer.feed import describe
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
 from trainer.models.flops import InputWidths, ranker_flops
-from trainer.optim import GradientNorms
 from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve
 from trainer.run.run_dir import RunDir
-from trainer.step_log import StepLog, _Interval
+from trainer.steps.feed import describe
+from trainer.steps.optim import GradientNorms
+from trainer.steps.step_log import StepLog, _Interval
 
 ACTIONS = tuple(f"action_{index}" for index in range(NUM_ACTIONS))
 NORMS = GradientNorms((), torch.ones(1))
@@ -65,7 +65,7 @@ def test_flops_of_a_mixture_count_the_events_that_each_channel_sees() -> None:
 
 def test_saving_and_evaluating_take_no_time_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [100.0]
-    monkeypatch.setattr("trainer.step_log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("trainer.steps.step_log.time.perf_counter", lambda: now[0])
     mesh = Mesh(rank=1, world_size=2, local_world_size=2, device=torch.device("cpu"))
     resolved = resolve(load_recipe("kuairand_sample"), INFO)
     step_log = StepLog(

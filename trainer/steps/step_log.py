@@ -20,14 +20,14 @@ from pipelines.stream.position import DataPosition
 from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
 from trainer.labels.running import RunningMetrics
-from trainer.left_out import check_finite
-from trainer.optim import GradientNorms
 from trainer.parallel.mesh import Mesh
 from trainer.resolve import Resolved
 from trainer.run.json_lines import JsonLines
 from trainer.run.profiling import StepProfile
 from trainer.run.run_dir import RunDir
 from trainer.run.writing import written
+from trainer.steps.left_out import check_finite
+from trainer.steps.optim import GradientNorms
 
 Outcome = tuple[Tensor, GradientNorms]
 """This rank's loss [], on the device, and its gradients' norms, of a step."""

@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 
 from trainer.config import NonFiniteConfig
-from trainer.optim import GradientNorms
 from trainer.parallel.mesh import Mesh
 from trainer.run.json_lines import JsonLines, read_records
 from trainer.run.run_dir import RunDir
+from trainer.steps.optim import GradientNorms
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh
 from trainer.resolve import Resolved
 from trainer.run.profiling import stage
-from trainer.step_log import Consumed
+from trainer.steps.step_log import Consumed
 
 
 class Feed:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.support.training import read_checkpoint, read_lines, run_training
-from trainer.left_out import NotFinite, check_finite
-from trainer.optim import GradientNorms
+from trainer.steps.left_out import NotFinite, check_finite
+from trainer.steps.optim import GradientNorms
 
 STEPS, SPOILT = 7, 5
 """The batch of the second spoils the model, on the last rank only."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tests.support.batches import random_batch
 from tests.trainer.models import test_ranker
-from trainer.compilation import compile_before_first_step
 from trainer.models.model import Model
+from trainer.steps.compilation import compile_before_first_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -19,13 +19,13 @@ from pipelines.batches.padding import Padding, rounded
 from tests.support.batches import random_batch, small_selection
 from tests.support.device_alone import DeviceAlone, without_autocast
 from tests.trainer.models import test_joint, test_ranker, test_retriever
-from trainer import recording
-from trainer.graphs import Graphs, Recording
 from trainer.models.model import Model
 from trainer.models.negatives import retrieval_batch
 from trainer.models.sequence_padding import SequencePadding
-from trainer.recording import RecordedObjective
 from trainer.resolve import resolve
+from trainer.steps import recording
+from trainer.steps.graphs import Graphs, Recording
+from trainer.steps.recording import RecordedObjective
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [([5, 0, 9], [2, 3, 1]), ([4, 2, 9], [2, 3, 1]), ([0, 0, 0], [1, 0, 0]), ([9], [7]), ([5, 1, 8], [3, 1, 2])]

@@ -24,12 +24,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from embeddings.tables import Rows, rows_by_feature
 from pipelines.batches.padding import BatchPadding, Count
-from trainer.graphs import Graphs, Recording
 from trainer.models.model import Model, Objective
 from trainer.models.precision import compute_dtype
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved
+from trainer.steps.graphs import Graphs, Recording
 
 logger = logging.getLogger(__name__)
 

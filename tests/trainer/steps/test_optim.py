@@ -9,7 +9,7 @@ from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from trainer.config import DenseOptimizerConfig, ScheduleConfig
-from trainer.optim import Optimizers, learning_rate_factor, settle_schedule
+from trainer.steps.optim import Optimizers, learning_rate_factor, settle_schedule
 
 
 @pytest.mark.parametrize(
