@@ -19,6 +19,9 @@ from embeddings.tables import Tables
 
 UNKNOWN_ROW = 0
 """The row of the unknown id, in every table: ids that are missing, too rare, or were never trained on."""
+TRAINED_ELSEWHERE = 1e-30
+"""State of an optimizer by which a row counts as trained, though its steps are not known; the first update swallows so
+small a number."""
 CHUNK_ROWS = 1 << 26
 """Rows whose marks the ranks join at a time, a byte each; a multiple of 8."""
 

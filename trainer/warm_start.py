@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
+from embeddings.trained import TRAINED_ELSEWHERE
 from pipelines.features import DatasetInfo, Space
 from pipelines.storage.columns import IntArray
 from pipelines.storage.dataset_json import read_dataset_info
@@ -33,8 +34,6 @@ from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-TRAINED = 1e-30
-"""State of an optimizer by which a row counts as trained, though its steps are not known."""
 MAPS = "ids"
 """The part of a checkpoint with the maps of unbounded ids."""
 
@@ -202,7 +201,7 @@ class WarmStart:
             whole = LivePiece(name, (len(rows), *columns), region, there)
             fill(self._catalogue.store, self._checkpoint, list(_by_rows(whole, rows)))
             trained |= (there.reshape(count, -1) != 0).any(1)
-        piece.tensor[trained.to(piece.tensor.device)] = TRAINED
+        piece.tensor[trained.to(piece.tensor.device)] = TRAINED_ELSEWHERE
 
     def _check_shape(self, piece: LivePiece, source: str, stored: StoredTensor, of_rows: bool) -> None:
         first, dtype = int(of_rows), dtype_name(piece.tensor.dtype)

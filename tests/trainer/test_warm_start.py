@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from embeddings.trained import TRAINED_ELSEWHERE
 from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.vocabulary import keys_digest
 from tests.support.distributed import run_ranks
@@ -22,7 +23,7 @@ from tests.support.training import read_checkpoint, run_training, train
 from trainer.checkpoint.pieces import LivePiece
 from trainer.checkpoint.region import Region
 from trainer.command_line import WrongUse
-from trainer.warm_start import TRAINED, WarmStart, _by_rows
+from trainer.warm_start import WarmStart, _by_rows
 
 UNTOUCHED = -7.0
 
@@ -143,7 +144,7 @@ def test_rows_that_were_trained_count_as_trained_without_their_optimizer(trained
     whole = read_checkpoint(max((run / "checkpoints").glob("step-*")))
     stored, found = (each["tables_optimizer/item/momentum1"] for each in (whole, tensors))
     assert 0 < (stored > 0).sum() < rows
-    assert torch.equal(found, torch.where(stored > 0, torch.tensor(TRAINED), torch.tensor(UNTOUCHED)))
+    assert torch.equal(found, torch.where(stored > 0, torch.tensor(TRAINED_ELSEWHERE), torch.tensor(UNTOUCHED)))
 
 
 def test_a_run_begins_with_what_another_has_learnt(trained: tuple[Path, Path], tmp_path: Path) -> None:

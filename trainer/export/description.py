@@ -16,7 +16,9 @@ UNKNOWN = "unknown.safetensors"
 MAPS = "maps.safetensors"
 VALUES = "values"
 """Parquet column of a table's rows."""
-FORMAT = 2
+TRAINED = "trained"
+"""Parquet column that says whether training has changed a row; an id of another row reads that of the unknown id."""
+FORMAT = 3
 
 Identity = Literal["key", "row"]
 """Parquet column that says which row of a table is meant: the key behind its id, or its number."""
@@ -44,6 +46,8 @@ class ExportedTable:
     """Number of the first row that the file holds: 1 where row 0 is the unknown one."""
     count: int
     """Rows that the file holds, with those numbers one after another; later ones are room for keys to come."""
+    unknown_trained: bool
+    """Whether training has changed row 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

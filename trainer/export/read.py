@@ -20,6 +20,7 @@ from embeddings.config import TableConfig
 from embeddings.initial_rows import fill
 from embeddings.key_map import UNKNOWN_KEY, WAYS, slots_of
 from embeddings.records import from_dict
+from embeddings.trained import TRAINED_ELSEWHERE
 from pipelines.prepare.engine import connect
 from pipelines.prepare.stages import workspace
 from trainer.checkpoint.catalogue import open_catalogue
@@ -74,18 +75,24 @@ def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
             raise ValueError(f"{file} is of no table: the tables are {', '.join(files)}")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with workspace(run_dir) as work:
+        trained: dict[str, Tensor] = {}
         for name, table in export.tables.items():
+            marks = TensorKind(dtype="bool", shape=table.kind.shape[:1])
+            trained[name] = _mapped(work / f"{name}-trained.bin", marks)
             target = tensors[f"tables/{name}"] = _mapped(work / f"{name}.bin", table.kind)
             scratch = work / name
             scratch.mkdir()
             with connect(scratch, MEMORY_GIB, None) as connection:
                 files[name].match(identities, connection)
-                files[name].copy_into(target, connection)
+                files[name].copy_into(target, trained[name], connection)
             _fill_rest(target, name, table, config)
             if name in unknown:
-                target[0] = unknown[name]
+                target[0], trained[name][0] = unknown[name], table.unknown_trained
         for number, (name, kind) in enumerate(export.optimizers.items()):
             tensors[name] = _mapped(work / f"optimizer-{number}.bin", kind)
+            part, table_name = name.split("/")[:2]
+            if part == "tables_optimizer" and kind.shape:
+                tensors[name][trained[table_name]] = TRAINED_ELSEWHERE
         _write_run(work / "result", config, export, tensors)
         (work / "result").rename(run_dir)
     return export

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelines.prepare.engine import file_literal
 from pipelines.storage.checked_parquet import open_checked, readable
-from trainer.export.description import VALUES, ExportedTable, value_type
+from trainer.export.description import TRAINED, VALUES, ExportedTable, value_type
 from trainer.export.keys import Identities
 
 PART_ROWS = 1 << 16
@@ -37,11 +37,11 @@ class TableRows:
             schema = pq.read_schema(self._file)
         except pa.ArrowException as error:
             raise ValueError(f"{self._file} is no Parquet file: {error}") from None
-        needed = {self._table.identity, VALUES}
+        needed = {self._table.identity, VALUES, TRAINED}
         if set(schema.names) != needed or len(schema.names) != len(needed):
             raise ValueError(
-                f"{self._file} has the columns {', '.join(schema.names)}: it needs {self._table.identity} and {VALUES} "
-                "and no other"
+                f"{self._file} has the columns {', '.join(schema.names)}: it needs {self._table.identity}, "
+                f"{VALUES} and {TRAINED} and no other"
             )
         found, wanted = schema.field(self._table.identity).type, identities.type(self._name)
         if _family(found) != _family(wanted):
@@ -50,6 +50,8 @@ class TableRows:
         # DuckDB reads numbers of 16 bits as such of 32.
         if not _is_list(values) or values.value_type not in {own, pa.float32()}:
             raise ValueError(f"{self._file}: {VALUES} is of type {values}, it must be a list of {own}")
+        if (trained := schema.field(TRAINED).type) != pa.bool_():
+            raise ValueError(f"{self._file}: {TRAINED} is of type {trained}, it must be bool")
 
     def match(self, identities: Identities, connection: duckdb.DuckDBPyConnection) -> None:
         """Find the row of each line, for `copy_into`.
@@ -91,11 +93,13 @@ class TableRows:
             "CREATE TABLE matched AS SELECT line, row FROM given JOIN known USING (identity) ORDER BY line"
         )
 
-    def copy_into(self, target: Tensor, connection: duckdb.DuckDBPyConnection) -> None:
-        """Put the values into their rows of `target` [rows, columns], after `match`.
+    def copy_into(self, target: Tensor, trained: Tensor, connection: duckdb.DuckDBPyConnection) -> None:
+        """Put the values into their rows of `target` [rows, columns], and which are trained into `trained` [rows],
+        after `match`.
 
         Raises:
-            ValueError: a line holds another number of values, or one that is missing or not finite.
+            ValueError: a line holds another number of values, or one that is missing or not finite, or does not say
+                whether it is trained.
         """
         columns, line = target.shape[1], 0
         for batch in self._batches():
@@ -109,7 +113,10 @@ class TableRows:
             with np.errstate(over="ignore"):
                 values = values.astype(target.numpy().dtype, copy=False)
             self._refuse(batch, ~np.isfinite(values).all(axis=1), "has a value that is missing or not finite")
+            self._refuse(batch, batch.column(TRAINED).is_null().to_numpy(zero_copy_only=False), f"lacks {TRAINED}")
+            marks = batch.column(TRAINED).to_numpy(zero_copy_only=False)
             target.index_copy_(0, torch.from_numpy(rows), torch.tensor(values))
+            trained.index_copy_(0, torch.from_numpy(rows), torch.tensor(marks))
             line += len(batch)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:

@@ -20,6 +20,7 @@ from trainer.command_line import WrongUse
 from trainer.export.description import (
     DENSE,
     MAPS,
+    TRAINED,
     UNKNOWN,
     VALUES,
     Export,
@@ -123,13 +124,27 @@ def _write_table(folder: Path, reader: CheckpointReader, name: str, identities: 
     rows, columns = kind.shape
     identity, first_row = identities.kind(name), identities.first_row(name)
     list_type = pa.list_(value_type(kind), columns)
-    schema = pa.schema([pa.field(identity, identities.type(name)), pa.field(VALUES, list_type)])
+    fields = (pa.field(identity, identities.type(name)), pa.field(VALUES, list_type), pa.field(TRAINED, pa.bool_()))
+    schema = pa.schema(fields)
     part_rows, count = max(1, PART_BYTES // (columns * DTYPE_BYTES[kind.dtype])), 0
     # Learnt numbers do not repeat: a dictionary of them takes time and room.
     with checked_writer(table_file(folder, name), schema, compression="none", use_dictionary=False) as writer:
         for first, part in identities.parts(name, rows=rows, part_rows=part_rows):
             values = reader.rows(f"tables/{name}", first, len(part)).numpy().reshape(-1)
             lists = pa.FixedSizeListArray.from_arrays(pa.array(values), type=list_type)
-            writer.write_batch(pa.record_batch([part, lists], schema=schema))
+            trained = pa.array(_trained(reader, name, first, len(part)).numpy())
+            writer.write_batch(pa.record_batch([part, lists, trained], schema=schema))
             count += len(part)
-    return ExportedTable(kind=kind, identity=identity, first=first_row, count=count)
+    unknown_trained = bool(_trained(reader, name, UNKNOWN_ID, 1))
+    return ExportedTable(kind=kind, identity=identity, first=first_row, count=count, unknown_trained=unknown_trained)
+
+
+def _trained(reader: CheckpointReader, name: str, first: int, count: int) -> Tensor:
+    """[count] bool: which rows of a table training has changed, as `embeddings.trained` tells it."""
+    part = f"tables_optimizer/{name}"
+    states = [f"{part}/{state}" for state in reader.names(part) if reader.kind(f"{part}/{state}").shape]
+    # Without any state, as of plain SGD, nobody knows better than that all rows are trained.
+    trained = torch.full((count,), not states)
+    for state in states:
+        trained |= (reader.rows(state, first, count) != 0).unsqueeze(-1).flatten(1).any(1)
+    return trained
