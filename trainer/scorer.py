@@ -5,6 +5,7 @@ with open_scorer("runs/shop") as scorer:
     items = scorer.retrieve(requests, 100)      # of a run with model.retrieval
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,10 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
     with joined(mesh):
         plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
         model = build_parallel(resolved, plan, mesh)
-        load_checkpoint(catalogue, checkpoint, model.tensors(), dist.new_group(backend="gloo"), grown)
+        with warnings.catch_warnings():
+            # TorchRec's tables are ShardedTensors, of which a server need not hear.
+            warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+            load_checkpoint(catalogue, checkpoint, model.tensors(), dist.new_group(backend="gloo"), grown)
         model.module.eval()
         yield Scorer(
             resolved=resolved,

@@ -18,6 +18,7 @@ import numpy as np
 from pipelines.batches.batch import Batch, Inputs
 from pipelines.batches.collate import collate
 from pipelines.config import DataConfig
+from pipelines.counts import counts_of
 from pipelines.features import ITEM_ID, ITEM_SPACE, TAKEN, UNKNOWN_TIME, USER_ID, Column, DatasetInfo, Part
 from pipelines.selection import ITEM_PREFIX, Feature, Selection, stored_columns
 from pipelines.storage.columns import AnyArray, Bags, ListColumn, Samples, Values
@@ -54,6 +55,7 @@ class InputBuilder:
             *(Column(name=ITEM_ID, part=part, kind="id", space=ITEM_SPACE) for part in PARTS if part != "sample"),
             *columns,
         ]
+        self._counted = {name for each in counts_of(info) for name in each.columns}
         self._of_items = [feature for feature in selection.features if feature.of_item]
         read = {feature.column for feature in self._of_items}
         self._items = read_items(config.path, info, [each for each in info.of("item") if each.name in read])
@@ -179,7 +181,9 @@ class InputBuilder:
         if column.name not in columns:
             if column.part == "event" and not columns:
                 return []  # No history.
-            raise ValueError(f"{where} is missing, which the model reads")
+            counted = column.part == "candidate" and column.name in self._counted
+            way_out = ": the server keeps these counts, or train with model.input.counts=[]" if counted else ""
+            raise ValueError(f"{where} is missing, which the model reads{way_out}")
         values = columns[column.name]
         if column.part == "sample":
             return self._value(column, values, where)

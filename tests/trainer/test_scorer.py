@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 import torch
 
 from embeddings.records import from_dict
-from pipelines.batches.requests import Request
+from pipelines.batches.requests import InputBuilder, Request
 from pipelines.prepare.__main__ import main as prepare
-from pipelines.reading.loader import build_loader
+from pipelines.reading.loader import build_loader, dataset_info
 from pipelines.storage.keys import read_keys
 from tests.support.training import ROOT, run_trainer
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
+from trainer.recipes import own_log
+from trainer.resolve import resolve
 from trainer.run.run_dir import RunDir
 from trainer.scorer import Scorer, open_scorer
 
@@ -153,6 +156,7 @@ def test_the_example_of_the_documentation_runs(folder: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
     bought, never_seen = map(float, done.stdout.strip("[] \n").split(","))
     assert 0 < bought < 1 and 0 < never_seen < 1
 
@@ -257,3 +261,17 @@ def test_a_request_that_lacks_something_and_a_run_that_is_none_are_refused(score
         scorer.inputs([])
     with pytest.raises(WrongUse, match=r"holds no config\.json"), open_scorer(tmp_path):
         pass
+
+
+def test_counts_that_a_request_lacks_are_named_with_the_ways_to_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = own_log()
+    config = replace(config, data=replace(config.data, path="data/kuairand_sample"))
+    info = dataset_info(config.data)
+    inputs = InputBuilder(config.data, info, resolve(config, info).task.selection)
+    request = {
+        "sample": {column.name: None for column in info.of("sample")},
+        "candidate": {"item_id": [None], "timestamp": [START]},
+    }
+    with pytest.raises(ValueError, match=r"column 'item_seen' is missing, .* with model\.input\.counts=\[\]$"):
+        inputs([request])
