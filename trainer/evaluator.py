@@ -104,6 +104,6 @@ def evaluate(resolved: Resolved, model: ParallelModel, file: Path, mesh: Mesh, s
     found = resolved.task.evaluate(model, mesh)
     if mesh.is_first:
         if not JsonLines(file).append({"step": step, **found.record()}):
-            logger.info("%s has a line of step %d already; it stays as it is", file, step)
-        logger.info("evaluation at step %d:\n%s", step, found.table)
+            logger.info("%s has a line of step %d already, perhaps of data before these; it stays", file, step)
+        logger.info("evaluation at step %d on %s:\n%s", step, resolved.config.data.path, found.table)
     return dict(found.metrics)

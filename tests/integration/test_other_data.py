@@ -35,7 +35,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_yesterdays_model_scores_todays_data(run_dir: Path, tmp_path: Path) -> None:
     today = data_like_the_runs(tmp_path / "today")
-    assert run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")[0] == 0
+    status, output = run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")
+    assert status == 0 and f"evaluation at step 2 on {today}:" in output.splitlines()
     [found], [own] = read_lines(run_dir / "eval_today.jsonl"), read_lines(run_dir / "eval.jsonl")
     assert found == own
 
