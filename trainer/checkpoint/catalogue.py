@@ -13,6 +13,7 @@ from trainer.checkpoint.manifest import Manifest, OtherFormat, decode, digest
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import COMPLETE, Store, open_store
 from trainer.command_line import WrongUse
+from trainer.health.fitness import shown
 from trainer.run.run_dir import RunDir
 from trainer.run.writing import MEND
 
@@ -251,8 +252,9 @@ class Catalogue:
         return name
 
     def sees_trial(self, name: str) -> bool:
-        """Whether this process sees what another one has written."""
-        return self.store.size(f"{name}/file") is not None
+        """Whether this process sees what another one has written; waits for a file system that shows it late."""
+        # Of a new run this process may have asked for the folder of all checkpoints just before it was made.
+        return shown(lambda: self.store.size(f"{name}/file") is not None)
 
     def end_trial(self, name: str) -> None:
         """Remove it.  Raises OSError if nothing can be removed."""

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -153,19 +153,28 @@ def problems(first: Facts, here: Facts, *, run_dir: Path, data: Sequence[str], p
 
 def unseen(complete: Path) -> Iterator[str]:
     """What keeps this node from going on from the checkpoint that the first one sees, which that file of it makes
-    complete, once the file system has had time to show it."""
+    complete."""
+    if not shown(lambda: _listed(complete)):
+        yield f"it does not see the newest checkpoint, {complete.parent}: put it on a file system that all share"
+
+
+def shown(look: Callable[[], bool]) -> bool:
+    """Whether this node sees what another one has written, once the file system has had time to show it."""
     deadline = time.monotonic() + LAG_S
-    while not _shown(complete):
+    while not look():
         if time.monotonic() > deadline:
-            yield f"it does not see the newest checkpoint, {complete.parent}: put it on a file system that all share"
-            return
+            return False
         time.sleep(1.0)
+    return True
 
 
-def _shown(complete: Path) -> bool:
+def _listed(complete: Path) -> bool:
     # As a run looks: names that are asked for, and those in a list, come from two caches.
     folder = complete.parent
-    return folder.parent.is_dir() and folder.name in os.listdir(folder.parent) and complete.exists()
+    try:
+        return folder.name in os.listdir(folder.parent) and complete.exists()
+    except OSError:
+        return False
 
 
 def out_of_reach(place: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +17,7 @@ from tests.trainer.checkpoint import ranks
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore
+from trainer.health import fitness
 from trainer.run.run_dir import RunDir, locked
 
 
@@ -38,6 +40,7 @@ class _SplitStore(LocalStore):
 
 def _save_on_split_disks(folder: str) -> list[str]:
     """What is said at the start, where each rank has a disk of its own, and in a save, where that comes later."""
+    fitness.LAG_S = 0.0  # This process is the test's alone, and what its disk does not show, no time will.
     run, own = RunDir(Path(folder)), Path(folder, f"disk-of-{dist.get_rank()}")
     own.mkdir(parents=True)
     tensors = ranks.sharded(ranks.expected(), "row_wise")
@@ -61,6 +64,27 @@ def test_ranks_that_share_no_disk_are_told_before_work_is_lost_and_count_nothing
     assert "rank 1 does not see what rank 0 writes to" in starting and "file system that all machines share" in starting
     assert first[2:] == [], "nothing is left behind"
     assert Catalogue(LocalStore(RunDir(tmp_path).checkpoints)).steps() == [1]
+
+
+class _LateStore(LocalStore):
+    """Shows what is there at the third look only, as a client of NFS that has asked for its folder before."""
+
+    looks = 0
+
+    def size(self, path: str) -> int | None:
+        self.looks += 1
+        return super().size(path) if self.looks > 2 else None
+
+
+def test_a_file_system_that_shows_late_what_another_machine_has_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = _LateStore(tmp_path)
+    monkeypatch.setattr(fitness, "time", SimpleNamespace(monotonic=lambda: float(late.looks), sleep=lambda _: None))
+    trial = Catalogue(LocalStore(tmp_path)).begin_trial()
+    assert Catalogue(late).sees_trial(trial)
+    assert not Catalogue(late).sees_trial("trial-of-nobody")
+    assert late.looks > 2 + fitness.LAG_S
 
 
 def test_a_delta_is_not_loaded_with_another_checkpoint_of_its_full_ones_step(tmp_path: Path) -> None:
