@@ -8,7 +8,7 @@ from typing import Any
 from launch import attempts
 from launch.records import JobRecord
 from trainer.checkpoint.catalogue import Catalogue, open_catalogue, step_folder
-from trainer.checkpoint.store import COMPLETE
+from trainer.checkpoint.manifest import COMPLETE
 from trainer.run.run_dir import RunDir
 
 MARGIN_S = 15.0

@@ -8,7 +8,7 @@ Legend: T packed positions, B users, R rows that are computed.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,22 @@ from torch import Tensor
 from attention_kernels.attention.checks import Backend, check_problem, check_values
 from attention_kernels.mask import SemiLocalMask
 
-if TYPE_CHECKING:
-    from attention_kernels.attention.schedule import Schedule
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Schedule:
+    """One table of tiles on the device, and how far its long tiles may be split."""
+
+    table: Tensor
+    """Header and items, [1 + max_items, size of an item] int32."""
+    split_items: int
+    """Slots for the partial sums of split tiles, a head; 0 where no tile is ever split."""
+    counters: Tensor
+    """Zeros, int32: how many items persistent programs have drawn, in the first of an item's size; then `arrivals`.
+    Kernels count in them and leave zeros."""
+    arrivals: Tensor
+    """Four counters of arrivals a slot and head."""
+    max_items: int
+    """Bound on the number of items that needs no lengths."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,7 +65,7 @@ class AttentionPlan:
     padded: bool = False
     """Positions behind the last sequence are padding: nothing sees them, and their output and gradients are 0."""
     backend: Backend = "auto"
-    schedules: dict[tuple[Any, ...], "Schedule"] = field(default_factory=dict, init=False, repr=False)
+    schedules: dict[tuple[Any, ...], Schedule] = field(default_factory=dict, init=False, repr=False)
     """Tables of tiles, by what decides them."""
 
     @property

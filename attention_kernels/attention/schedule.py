@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from attention_kernels.attention.items import ITEM_SIZE, Bounds, store_header, store_items
-from attention_kernels.attention.plan import AttentionPlan
+from attention_kernels.attention.plan import AttentionPlan, Schedule
 from attention_kernels.launcher import launch
 from attention_kernels.rows import power_of_two
 
@@ -32,29 +31,6 @@ _WRITER_TILES = 64
 _MAX_WRITERS = 16
 # A part walks at least about this many positions.
 _MIN_PART_LEN = tl.constexpr(512)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Schedule:
-    """One table of tiles on the device, and how far its long tiles may be split."""
-
-    table: Tensor
-    """Header and items, [1 + max_items, ITEM_SIZE] int32."""
-
-    split_items: int
-    """Slots for the partial sums of split tiles, a head; 0 where no tile is ever split."""
-
-    counters: Tensor
-    """Zeros, int32: how many items persistent programs have drawn, in the first of ITEM_SIZE; then four counters of
-    arrivals a slot and head.  Kernels count in them and leave zeros."""
-
-    max_items: int
-    """Bound on the number of items that needs no lengths."""
-
-    @property
-    def arrivals(self) -> Tensor:
-        """The counters of arrivals."""
-        return self.counters[ITEM_SIZE.value :]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +121,13 @@ def _allocate(plan: AttentionPlan, shape: Shape, block: int, num_tiled: int, spl
     end = (1 + max_items) * ITEM_SIZE.value
     size = end + ITEM_SIZE.value + 4 * split_items * heads
     table = torch.empty(size, dtype=torch.int32, device=plan.offsets.device)
-    return Schedule(table=table[:end], split_items=split_items, counters=table[end:], max_items=max_items)
+    return Schedule(
+        table=table[:end],
+        split_items=split_items,
+        counters=table[end:],
+        arrivals=table[end + ITEM_SIZE.value :],
+        max_items=max_items,
+    )
 
 
 class Limits(NamedTuple):

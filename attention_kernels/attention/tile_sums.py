@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_kernels.attention.items import load_parts
-from attention_kernels.attention.schedule import Schedule
+from attention_kernels.attention.plan import Schedule
 from attention_kernels.launcher import launch
 from attention_kernels.rows import cdiv, pad_size
 

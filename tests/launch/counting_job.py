@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 from launch.progress import newest_checkpoint
-from trainer.checkpoint.catalogue import COMPLETE, step_folder
+from trainer.checkpoint.catalogue import step_folder
+from trainer.checkpoint.manifest import COMPLETE
 from trainer.exit_status import STOPPED
 from trainer.health.stop_signal import STOP
 from trainer.run.run_dir import RunDir

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from trainer.checkpoint.chunks import CHUNK_BYTES, ChunkError, ChunkReader, FileRecord
-from trainer.checkpoint.manifest import Manifest, OtherFormat, decode, digest
+from trainer.checkpoint.manifest import COMPLETE, Manifest, OtherFormat, decode, digest
 from trainer.checkpoint.progress import Progress
-from trainer.checkpoint.store import COMPLETE, Store, open_store
+from trainer.checkpoint.store import Store, open_store
 from trainer.command_line import WrongUse
 from trainer.health.fitness import shown
 from trainer.run.run_dir import RunDir

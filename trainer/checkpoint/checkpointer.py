@@ -28,6 +28,7 @@ from trainer.checkpoint.deltas import Contents, Deltas
 from trainer.checkpoint.layout import dtype_name, lay_out
 from trainer.checkpoint.loading import gather, load_checkpoint, refused_alike
 from trainer.checkpoint.manifest import (
+    COMPLETE,
     Manifest,
     OtherFormat,
     StoredPiece,
@@ -40,7 +41,6 @@ from trainer.checkpoint.pieces import Tensors, Touched, not_finite, written_piec
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging, check_memory
-from trainer.checkpoint.store import COMPLETE
 from trainer.config import CheckpointConfig
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh

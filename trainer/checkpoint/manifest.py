@@ -14,6 +14,8 @@ from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.progress import Progress, progress_from_dict
 from trainer.checkpoint.region import Region
 
+COMPLETE = "COMPLETE"
+"""The file that is written last, and without which a folder is no checkpoint."""
 FORMAT = 3
 """Version of the format; a reader refuses others, but for full checkpoints of version 2, which are the same: its deltas
 did not say which checkpoint of a step they need."""

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from pyarrow import fs
 
-from trainer.checkpoint.store import COMPLETE
+from trainer.checkpoint.manifest import COMPLETE
 
 
 class ObjectStore:

@@ -16,10 +16,6 @@ from typing_extensions import Buffer
 
 from trainer.run.writing import sync
 
-COMPLETE = "COMPLETE"
-"""The file that is written last, and without which a folder is no checkpoint."""
-
-
 DRAIN_BYTES = 32 * 2**20
 """Bytes that are written while as many go to the disk."""
 

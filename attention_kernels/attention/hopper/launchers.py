@@ -13,7 +13,7 @@ from attention_kernels.attention import tile_sums
 from attention_kernels.attention.hopper.backward import hopper_dkdv_kernel, hopper_dq_kernel
 from attention_kernels.attention.hopper.forward import hopper_forward_kernel
 from attention_kernels.attention.hopper.rings import GROUP_SIZE, block_layout, thread_registers
-from attention_kernels.attention.plan import AttentionPlan
+from attention_kernels.attention.plan import AttentionPlan, Schedule
 from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.attention.portable.launchers import (
     Backward,
@@ -24,7 +24,7 @@ from attention_kernels.attention.portable.launchers import (
     tma_aligned,
 )
 from attention_kernels.attention.portable.tuning import choose_config
-from attention_kernels.attention.schedule import Schedule, Shape, schedules
+from attention_kernels.attention.schedule import Shape, schedules
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.rows import is_hopper, multiprocessors, pad_size
 

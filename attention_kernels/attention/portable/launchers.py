@@ -12,11 +12,11 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from attention_kernels.attention import tile_sums
-from attention_kernels.attention.plan import AttentionPlan
+from attention_kernels.attention.plan import AttentionPlan, Schedule
 from attention_kernels.attention.portable.backward import dkdv_kernel, dq_kernel
 from attention_kernels.attention.portable.forward import forward_kernel
 from attention_kernels.attention.portable.tuning import AttentionConfig, TileConfig, choose_config
-from attention_kernels.attention.schedule import Schedule, Shape, schedules
+from attention_kernels.attention.schedule import Shape, schedules
 from attention_kernels.launcher import Blocks, launch
 from attention_kernels.rows import pad_size
 
