@@ -141,7 +141,9 @@ class Allocation:
         return self._say(FAILED, f": {count} starts in a row stopped before a new checkpoint: ask for more time")
 
     def _ask_nodes(self) -> list[Unfit]:
-        unfit = self.question.unfit()
+        job = slurm_queue.find_job(self.job_id, PATIENCE_S)
+        # A running job may have been shrunk since, which its variables do not show.
+        unfit = self.question.unfit(job.nodes if job and job.nodes else os.environ["SLURM_JOB_NODELIST"])
         for node in unfit:
             print(f"error: {node.why}", flush=True)
         return unfit
@@ -266,9 +268,7 @@ def _taken(job: SlurmJob | None) -> str:
         return "ended from outside" if word == "COMPLETING" else word
     if job.nodes:
         # The job still counts as running for a while after a node has gone.
-        sinfo = slurm_queue.run(["sinfo", "--noheader", "--Node", f"--nodes={job.nodes}", "--format=%T"], PATIENCE_S)
-        if any(word in state for state in sinfo.stdout.lower().split() for word in ("down", "fail", "*", "unk")):
-            return NODE_FAILURE
+        return NODE_FAILURE if slurm_queue.lost_nodes(job.nodes, PATIENCE_S) else ""
     return ""
 
 

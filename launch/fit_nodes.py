@@ -49,13 +49,13 @@ class Question:
     procs_per_node: int
     """Processes on each node."""
 
-    def unfit(self) -> list[Unfit]:
-        """Ask them, and wait for their answers.
+    def unfit(self, listed: str) -> list[Unfit]:
+        """Ask them, `listed` as Slurm writes them, and wait for their answers.
 
         Raises:
             SlurmError: the job has been given another number of nodes than it was sent for.
         """
-        nodes = slurm_queue.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).stdout.split()
+        nodes = slurm_queue.run(["scontrol", "show", "hostnames", listed]).stdout.split()
         if len(nodes) != self.steps.nodes:
             raise SlurmError(
                 f"the allocation has {len(nodes)} nodes, the job was sent for {self.steps.nodes}: submit it again with "

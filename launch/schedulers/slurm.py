@@ -63,6 +63,8 @@ NODE_OUTPUT = "node-{}.out"
 
 SCRIPT = "job.sh"
 
+_OF_GPUS = ("gpus", "gres", "tres")
+"""How options of sbatch begin that may ask for GPUs."""
 _PATTERN = "%\\"
 _NO_OUTPUT = "0:53"
 """Slurm's exit code of a job whose output file it could not make."""
@@ -133,8 +135,13 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[SlurmRequest]:
         role, job_dir = app.roles[0], str(cfg["job_dir"])
         given = {key: str(value) for key, value in cfg.items() if key != "job_dir"}
-        options = _options_of(app.name, role, given)
-        options |= {"chdir": job_dir, "output": BATCH_OUTPUT, "open-mode": "append"} | given
+        options = _options_of(app.name, role, given) | given
+        named = role.resource.memMB > 0
+        if not named and not any("gpu" in f"{key}={options[key]}" for key in options if key.startswith(_OF_GPUS)):
+            # Where devices are not confined it would find those of others.
+            words = "the job asks for %s cores a node and no GPU: where nodes have GPUs, name their type with --machine"
+            logger.warning(words, options.get("cpus-per-task", "Slurm's usual"))
+        options |= {"chdir": job_dir, "output": BATCH_OUTPUT, "open-mode": "append"}
         job_dirs = [job_dir]
         if len(app.roles) > 1:
             options |= {"array": f"0-{len(app.roles) - 1}", "output": ARRAY_OUTPUT.format("%a")}
@@ -179,7 +186,12 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
         job = _find(app_id, record)
         if job is None:
             return _ended(app_id, record)
-        return JobStatus(state=job.state, reason=_explained(job, record), nodes=job.nodes, time_left=_time_left(job))
+        reason = _explained(job, record)
+        if job.state == AppState.RUNNING and job.nodes:
+            # Slurm counts the job as running until it, or the run, gives such a node up.
+            lost = slurm_queue.lost_nodes(job.nodes, cluster=app_id.rpartition(":")[0]).items()
+            reason = "; ".join([*filter(None, [reason]), *(f"node {node} is {state}" for node, state in lost)])
+        return JobStatus(state=job.state, reason=reason, nodes=job.nodes, time_left=_time_left(job))
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
         """From the job's folder, which the run directory holds."""

@@ -295,6 +295,15 @@ def node_address(node: str) -> str:
     return fields_of(scontrol.stdout).get("NodeAddr", node)
 
 
+def lost_nodes(nodes: str, patience_s: float = 0.0, cluster: str = "") -> dict[str, str]:
+    """Those of `nodes`, a list as Slurm writes it, that are down or silent, with Slurm's word for it."""
+    ask = ["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]
+    told = [line.split(maxsplit=1) for line in run(ask, patience_s, _asking(cluster)).stdout.splitlines()]
+    states = {words[0]: words[1].strip() for words in told if len(words) == 2}
+    lost = ("down", "fail", "*", "unk")
+    return {node: state for node, state in states.items() if any(word in state.lower() for word in lost)}
+
+
 def own_address() -> str:
     """Where other nodes of a job reach this one."""
     return node_address(os.environ.get("SLURMD_NODENAME", "localhost"))

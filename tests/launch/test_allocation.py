@@ -161,12 +161,18 @@ def test_a_time_limit_that_is_set_while_the_run_goes_is_obeyed(
     assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["stopped"]
 
 
+@pytest.mark.parametrize("listed", ["n1", "n1,n2"])
 def test_an_allocation_of_another_size_is_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    commands: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    listed: str,
 ) -> None:
-    # An administrator has changed the waiting job: scontrol update JobId=7 NumNodes=1.
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
-    commands(scontrol="echo n1")
+    # Somebody has changed the job while it waited, or while it ran: scontrol update JobId=7 NumNodes=1.
+    monkeypatch.setenv("SLURM_JOB_NODELIST", listed)
+    job = "echo JobId=7 JobState=RUNNING NodeList=n1"
+    commands(scontrol=f"""case "$*" in *hostnames*) echo "$3" | tr , '\\n' ;; *) {job} ;; esac""")
     assert _allocation(tmp_path, nodes=2).run() == FAILED
     words = "the allocation has 1 nodes, the job was sent for 2: submit it again with --nodes 1, and it goes on"
     assert words in capfd.readouterr().out.splitlines()[0]
