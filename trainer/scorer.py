@@ -8,7 +8,7 @@ with open_scorer("runs/shop") as scorer:
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,9 @@ class Scorer:
 
 
 @contextmanager
-def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer]:
-    """The newest complete checkpoint of a run, or that of a step, on the device at hand.
+def open_scorer(run_dir: str | Path, step: int | None = None, data: str | Path | None = None) -> Iterator[Scorer]:
+    """The newest complete checkpoint of a run, or that of a step, on the device at hand; `data` is where the run's data
+    set lies now, None for where it was trained.
 
     Raises:
         WrongUse: there is none.
@@ -106,6 +107,8 @@ def open_scorer(run_dir: str | Path, step: int | None = None) -> Iterator[Scorer
     """
     run = RunDir(Path(run_dir))
     config = run.trained_config()
+    if data is not None:
+        config = replace(config, data=replace(config.data, path=str(data)))
     catalogue, mesh = open_catalogue(run, config.checkpoint.store), discover_mesh()
     checkpoint = catalogue.choose(step)
     resolved, grown = resolve_again(config, dataset_info(config.data), run.saved_vocabularies(), run.path)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,7 +94,9 @@ def run(folder: Path, name: str, *settings: str, recipe: str = "own_log") -> Pat
 
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> Iterator[Scorer]:
-    with open_scorer(folder / "runs/shop") as scorer:
+    """As on a server, where the data set lies elsewhere."""
+    moved = shutil.copytree(folder / "data/shop", folder / "elsewhere")
+    with open_scorer(folder / "runs/shop", data=moved) as scorer:
         yield scorer
 
 
@@ -131,6 +134,7 @@ def test_scores_are_those_of_the_evaluation_bit_for_bit(folder: Path, scorer: Sc
     saved = RunDir(folder / "runs/shop").saved_config()
     assert saved is not None
     config = from_dict(TrainConfig, saved)
+    assert scorer.resolved.config.data.path == str(folder / "elsewhere") != config.data.path
     assert {"id", "ids", "number"} == {feature.kind for feature in scorer.inputs._selection.features}
     selection = scorer.inputs._selection
     requests = stored_requests(folder, scorer)

@@ -1,1 +1,1 @@
-"""Tests of the embeddings package."""
+"""Tests of planning."""
