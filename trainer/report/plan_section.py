@@ -10,14 +10,14 @@ def plan_section(plan: Plan) -> str:
     rows = [
         [
             name,
-            f"{table.num_embeddings:,}",
-            str(table.embedding_dim),
-            size_text(table.weight_bytes),
-            table.sharding_type,
-            table.kernel,
-            ", ".join(map(str, table.ranks)) or "all",
+            f"{placement.num_embeddings:,}",
+            str(placement.embedding_dim),
+            size_text(placement.weight_bytes),
+            placement.sharding_type,
+            placement.kernel,
+            ", ".join(map(str, placement.ranks)) or "all",
         ]
-        for name, table in plan.tables.items()
+        for name, placement in plan.tables.items()
     ]
     placed = table(["table", "rows", "columns", "size", "sharding type", "kernel", "ranks"], rows)
     details = f"<details><summary>Tables ({len(rows)})</summary>{placed}</details>"

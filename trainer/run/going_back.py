@@ -4,11 +4,10 @@ torchrun (`--max-restarts`) and Slurm (`--requeue`) repeat `--from-step N` with 
 run has saved since would be set aside each time, and it would never come to its end.
 """
 
-import json
 import logging
 import os
 
-from trainer.run.run_dir import RunDir
+from trainer.run.run_dir import RunDir, read_object
 from trainer.run.writing import write_json
 
 logger = logging.getLogger(__name__)
@@ -25,10 +24,14 @@ def note_going_back(run: RunDir, step: int | None) -> None:
 
 
 def has_gone_back(run: RunDir, step: int) -> bool:
-    """Whether this job, which was started again, had gone back to `step` before."""
+    """Whether this job, which was started again, had gone back to `step` before.
+
+    Raises:
+        WrongUse: the note of it is damaged.
+    """
     if not run.back_file.is_file():
         return False
-    noted = json.loads(run.back_file.read_text())
+    noted = read_object(run.back_file, "remove it, and the job goes back once more")
     again = [job for job, restarts in JOBS if os.environ.get(restarts, "0") != "0"]
     found = noted["step"] == step and any(noted["jobs"].get(job, "") == os.environ.get(job) for job in again)
     if found:

@@ -168,7 +168,7 @@ class RunDir:
         """The configuration that the directory was made with; None where it holds no run yet."""
         if not self.config_file.is_file():
             return None
-        values = _read_object(self.config_file, "restore it or use another --run-dir")
+        values = read_object(self.config_file, "restore it or use another --run-dir")
         if not isinstance(values.get("checkpoint", {}), dict):
             raise WrongUse(f"{self.config_file} does not hold a configuration: restore it or use another --run-dir")
         noted = values.pop(DIGEST, None)
@@ -217,7 +217,7 @@ class RunDir:
         """What the newest start ran on; empty where it is not known."""
         if not self.environment_file.is_file():
             return {}
-        return _read_object(self.environment_file, "remove it, the next start writes it anew")
+        return read_object(self.environment_file, "remove it, the next start writes it anew")
 
     def check_same_run(self, config: dict[str, Any]) -> None:
         """Refuse a directory that another run made; reads only.
@@ -283,7 +283,7 @@ def check_nothing_lost(run: RunDir, store: str) -> None:
         )
 
 
-def _read_object(file: Path, mend: str) -> dict[str, Any]:
+def read_object(file: Path, mend: str) -> dict[str, Any]:
     """The object that a file of JSON holds.  Raises WrongUse, which says how to `mend` it, if it holds none."""
     try:
         values = json.loads(file.read_text())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.command_line import WrongUse
 from trainer.run.going_back import JOBS, has_gone_back, note_going_back
 from trainer.run.run_dir import RunDir
 
@@ -35,3 +36,10 @@ def test_a_job_goes_back_to_a_step_once(
 def test_a_start_that_does_not_go_back_notes_nothing(tmp_path: Path) -> None:
     note_going_back(RunDir(tmp_path), None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_note_is_named_with_what_to_do(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.back_file.write_text('{"step": 4')
+    with pytest.raises(WrongUse, match=r"back\.json is not valid JSON .*: remove it, and the job goes back once more"):
+        has_gone_back(run, 4)
