@@ -329,7 +329,7 @@ def _explained(job: SlurmJob, record: JobRecord | None) -> str:
         words = [job.slurm_state, f"reason {job.reason}" if job.reason else "", f"exit code {job.exit_code}"]
         _, why = _last_words(record)
         if job.exit_code == _NO_OUTPUT:
-            why = f"its first node cannot write in {job.work_dir}: put --run-dir on a file system that all nodes share"
+            why = f"its first node cannot write in {job.work_dir}: keep --run-dir on a file system that all nodes share"
         return ", ".join(word for word in words if word) + (f": {why}" if why else "")
     return job.reason
 

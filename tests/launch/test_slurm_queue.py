@@ -84,7 +84,7 @@ def test_a_job_whose_nodes_do_not_have_its_folder_says_so(monkeypatch: pytest.Mo
     _answers(monkeypatch, scontrol=(0, told, ""))
     found = Slurm("test").status("7", None)
     assert found is not None
-    assert found.reason.endswith("node cannot write in /tmp/r: put --run-dir on a file system that all nodes share")
+    assert found.reason.endswith("node cannot write in /tmp/r: keep --run-dir on a file system that all nodes share")
 
 
 def test_a_running_job_names_its_nodes_that_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,9 @@ def problems(first: Facts, here: Facts, *, run_dir: Path, data: Sequence[str], p
     if behind > MAX_BEHIND_S or -behind > MAX_AHEAD_S:
         yield f"its clock is {abs(behind):.0f} s {'behind' if behind > 0 else 'ahead of'} the first node's: set it"
     yield from _short_of_space(run_dir)
-    yield from _gpu_problems(procs_per_node, wanted=bool(first.driver) and CPU_PACKAGE not in first.packages)
+    if first.driver and CPU_PACKAGE not in first.packages:
+        yield from _unwritable_cache()
+        yield from _gpu_problems(procs_per_node)
 
 
 def unseen(complete: Path) -> Iterator[str]:
@@ -190,16 +192,28 @@ def out_of_reach(place: str) -> Iterator[str]:
 
 
 def _short_of_space(run_dir: Path) -> Iterator[str]:
-    places = {"run directory": run_dir, "/dev/shm": Path("/dev/shm"), "temporary folder": Path(tempfile.gettempdir())}
+    places = {"run directory": run_dir, "/dev/shm": Path("/dev/shm")}
+    try:
+        places["temporary folder"] = Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        yield "it has no temporary folder that can be written: set TMPDIR to one"
     for name, path in places.items():
         free_mib = shutil.disk_usage(path).free // 2**20 if path.is_dir() else 0
         if path.is_dir() and free_mib < MIN_FREE_MIB[name]:
             yield f"its {name} {path} has {free_mib} MiB free, a run needs {MIN_FREE_MIB[name]}: make room there"
 
 
-def _gpu_problems(procs_per_node: int, *, wanted: bool) -> Iterator[str]:
-    if not wanted:
-        return
+def _unwritable_cache() -> Iterator[str]:
+    # As Triton finds it: a home that the node does not have, or may not write, is the usual fault.
+    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache").absolute()
+    # `Path.exists` raises where a folder on the way may not be entered.
+    there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        yield f"it cannot write compiled kernels to {cache}: set TRITON_CACHE_DIR to a folder that it can write"
+
+
+def _gpu_problems(procs_per_node: int) -> Iterator[str]:
     fields = "index,ecc.errors.uncorrected.volatile.total"
     try:
         asked = subprocess.run(

@@ -121,6 +121,33 @@ def test_a_gpu_that_has_reported_a_hardware_fault_is_named(uptime_s: float, word
     assert list(xid_faults(KERNEL_LOG, uptime_s)) == words
 
 
+@pytest.mark.parametrize("variable", ["HOME", "TRITON_HOME", "TRITON_CACHE_DIR"])
+def test_a_folder_for_compiled_kernels_that_cannot_be_made_is_named(
+    run_dir: Path, commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """As where nodes lack the home, or have it read-only."""
+    commands(**{"nvidia-smi": "echo '0, 0'", "dmesg": ""})
+    first = replace(facts_here(TOKEN), driver="NVIDIA 1", packages={"fbgemm-gpu": "1"})
+    for name in ("TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(run_dir))
+    assert _found(first, first, run_dir) == []
+    # Not even root makes a folder below a file.
+    monkeypatch.setenv(variable, str(run_dir / TOKEN / "cache"))
+    (found,) = _found(first, first, run_dir)
+    assert found.startswith(f"it cannot write compiled kernels to {run_dir / TOKEN}/cache")
+    assert found.endswith("set TRITON_CACHE_DIR to a folder that it can write")
+
+
+def test_a_node_without_a_temporary_folder_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(fitness.tempfile, "gettempdir", none)
+    here = facts_here(TOKEN)
+    assert _found(here, here, run_dir) == ["it has no temporary folder that can be written: set TMPDIR to one"]
+
+
 def test_nodes_with_gpus_ask_the_driver_and_the_kernel(run_dir: Path, commands: Callable[..., None]) -> None:
     stamp = float(Path("/proc/uptime").read_text().split()[0])
     line = f"[{stamp:.6f}] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus."
