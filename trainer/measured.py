@@ -15,10 +15,8 @@ import numpy as np
 from embeddings.plan import Plan
 from embeddings.planning.plan_file import parse_plan
 from embeddings.planning.problem import GIB
-from embeddings.records import from_dict
 from pipelines.reading.loader import dataset_info
 from trainer.command_line import WrongUse
-from trainer.config import TrainConfig
 from trainer.resolve import Resolved, resolve
 from trainer.run.json_lines import whole_lines
 from trainer.run.run_dir import RunDir
@@ -51,7 +49,7 @@ def dense_cost(run_dir: Path, resolved: Resolved, world_size: int) -> DenseCost:
             its plan says of tables and parameters.
     """
     run = RunDir(run_dir)
-    saved = run.config_of_run()
+    ran = run.trained_config()
     if not run.plan_file.is_file():
         raise WrongUse(f"{run_dir} holds no plan.json: name a run directory that `train` made")
     lines, _ = whole_lines(run.metrics_file)
@@ -59,9 +57,9 @@ def dense_cost(run_dir: Path, resolved: Resolved, world_size: int) -> DenseCost:
     if not records:
         raise WrongUse(f"{run_dir} has logged no peak_gib: name a run on GPUs that has logged a step")
     try:
-        ran, plan = from_dict(TrainConfig, saved), parse_plan(run.plan_file)
+        plan = parse_plan(run.plan_file)
     except ValueError as error:
-        raise WrongUse(f"{run_dir} is of another version: {error}") from None
+        raise WrongUse(str(error)) from None
     for key, old, new in differences(to_dict(ran)["model"], to_dict(resolved.config)["model"]):
         raise WrongUse(
             f"{run_dir} trained another model, with model.{key}={old} instead of {new}: name one of the same"

@@ -190,7 +190,8 @@ class Checkpointer:
         if len(set(views)) > 1:
             raise ValueError(
                 f"ranks see different newest checkpoints in {self._catalogue.store.address} (steps "
-                f"{', '.join(map(str, views))}): it must lie on a file system that all machines share"
+                f"{', '.join(map(str, views))}): it must lie on a file system that all machines share; one that shows "
+                "files late, as NFS may for a minute, needs only the same command again"
             )
 
     def _one_before(self, step: int, damage: DamagedCheckpoint) -> Checkpoint:

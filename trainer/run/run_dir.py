@@ -190,8 +190,9 @@ class RunDir:
 
     def trained_config(self) -> TrainConfig:
         """As `config_of_run`, as this code has it.  Raises WrongUse if it lacks a key, or has one that nobody knows."""
+        saved = self.config_of_run()
         try:
-            return from_dict(TrainConfig, self.config_of_run())
+            return from_dict(TrainConfig, saved)
         except ValueError as error:
             raise WrongUse(
                 f"{self.config_file} is not of this version of the code: {error}; use the version that trained the run"

@@ -177,6 +177,16 @@ def test_a_configuration_of_another_version_is_named_with_its_file(
         run.trained_config()
 
 
+def test_a_run_that_is_none_and_one_that_was_edited_are_not_called_another_versions(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(WrongUse, match=rf"^{tmp_path} holds no config\.json: name a run directory that `train` made$"):
+        run.trained_config()
+    run.save_config(to_dict(load_recipe("kuairand_sample")), {})
+    run.config_file.write_text(run.config_file.read_text().replace('"num_layers": ', '"num_layers": 1'))
+    with pytest.raises(WrongUse, match=r"config\.json is not what the run wrote, .* with --set\)$"):
+        run.trained_config()
+
+
 def test_a_flipped_bit_of_the_configuration_changes_no_setting(tmp_path: Path) -> None:
     """With other heads or labels the same weights would give other scores, without a word."""
     run, chance = RunDir(tmp_path), random.Random(3)
