@@ -1,4 +1,5 @@
-"""Has the interpreter that runs this the packages of a job?  Standard library only, so that it can say what is missing.
+"""Is the interpreter that runs this new enough for a job, and has it the packages?  Standard library only, in words
+that an old one understands, so that it can say what is missing.
 
 PYTHON -m launch.environment
 """
@@ -9,6 +10,9 @@ import sys
 
 from trainer.exit_status import WRONG_USE
 
+LEAST = (3, 11)
+"""As in setup.py."""
+
 NEEDED = ("numpy", "pyarrow", "torch", "torchrec", "torchx", "typer")
 """Enough to tell an environment of this project from any other."""
 
@@ -17,8 +21,14 @@ def check_environment() -> None:
     """Make sure that the packages are there, without importing them, which takes seconds.
 
     Raises:
-        ValueError: some are not; names them.
+        ValueError: some are not, or the interpreter is too old; names them.
     """
+    version = tuple(sys.version_info[:2])
+    if version < LEAST:
+        raise ValueError(
+            f"{sys.executable} on {socket.gethostname()} is Python {version[0]}.{version[1]}: name one of "
+            f"{LEAST[0]}.{LEAST[1]} or newer with --python"
+        )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
