@@ -6,6 +6,7 @@ So `status`, `logs` and `cancel` know a job's run directory and where its schedu
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,9 +65,15 @@ def save_in(job_dir: Path, record: JobRecord) -> None:
 
 
 def of_run(run_dir: Path) -> list[JobRecord]:
-    """Every job whose folder lies in a run directory, oldest first."""
+    """Every job whose folder lies in a run directory, oldest first; of a copy of another one, not the other's jobs."""
     found = [find_in(folder) for folder in folder_of(run_dir, "").glob("*")]
-    return sorted((record for record in found if record is not None), key=lambda record: record.time)
+    ours = [record for record in found if record is not None and not _of_another(record, run_dir)]
+    return sorted(ours, key=lambda record: record.time)
+
+
+def _of_another(record: JobRecord, run_dir: Path) -> bool:
+    # One whose directory is gone was moved with it.
+    return os.path.exists(record.run_dir) and not os.path.samefile(record.run_dir, run_dir)
 
 
 def load() -> list[JobRecord]:

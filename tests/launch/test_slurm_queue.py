@@ -1,9 +1,12 @@
 """What Slurm says of jobs, with and without accounting, and what it is told (22.05's words)."""
 
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,6 +288,19 @@ def test_a_run_directory_is_one_jobs_at_a_time(
             ValueError, match=f"job slurm://longview/1 .* is {state}: cancel it, .*dependency=afterany:1"
         ):
             check_no_other(Slurm("test"), asked)
+
+
+@pytest.mark.parametrize(("kept", "busy"), [("moved", True), ("copied", False), ("linked", True)])
+def test_a_copy_of_a_run_directory_has_none_of_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, busy: bool
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    first, second = tmp_path / "first", tmp_path / "second"
+    records.save(replace(_record(first / "jobs" / "a"), run_dir=str(first)))
+    {"moved": shutil.move, "copied": shutil.copytree, "linked": os.symlink}[kept](first, second)
+    _answers(monkeypatch, scontrol=(0, "JobId=7 JobName=a JobState=RUNNING Reason=None", ""))
+    with pytest.raises(ValueError, match="is RUNNING: cancel it") if busy else nullcontext():
+        check_no_other(Slurm("test"), request(run_dir=second))
 
 
 def test_variables_of_a_shell_do_not_take_the_place_of_what_the_script_says(
