@@ -10,17 +10,8 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.prepare.engine import (
-    check_rows,
-    csv_reader,
-    delimited_reader,
-    execute,
-    find_files,
-    json_reader,
-    numbered,
-    plain_file,
-    shuffled,
-)
+from pipelines.prepare.engine import execute, find_files, numbered, plain_file, shuffled
+from pipelines.prepare.publisher_files import check_rows, csv_reader, delimited_reader, json_reader
 from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
 from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 
@@ -133,11 +124,11 @@ def _reader(path: Path, edition: Edition) -> tuple[str, int]:
     if path.suffix != ".csv":
         fields = {name: TYPES[ours] for name, ours in edition.json_names.items()}
         renamed = ", ".join(f"{name} AS {ours}" for name, ours in edition.json_names.items())
-        return f"(SELECT {renamed} FROM {json_reader(path, fields)})", 1
+        return f"(SELECT * RENAME ({renamed}) FROM {json_reader(path, fields)})", 1
     if edition.csv_header:
         fields = {name: TYPES[edition.json_names[name]] for name in edition.csv_columns}
         renamed = ", ".join(f"{name} AS {edition.json_names[name]}" for name in edition.csv_columns)
-        return f"(SELECT {renamed} FROM {csv_reader(path, fields)})", 2
+        return f"(SELECT * RENAME ({renamed}) FROM {csv_reader(path, fields)})", 2
     return delimited_reader(path, ",", {name: TYPES[name] for name in edition.csv_columns}), 1
 
 

@@ -1,4 +1,4 @@
-"""The out-of-core engine, DuckDB: a connection with bounded memory, and the reading of publishers' text files.
+"""The out-of-core engine, DuckDB: a connection with bounded memory, and the files that it is given.
 
 A data set's module fills two tables with it, which the later stages read:
 
@@ -170,87 +170,6 @@ def decompressed(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path} cannot be decompressed: {error}") from error
 
 
-def csv_reader(path: Path, columns: Mapping[str, str | None]) -> str:
-    """The SQL table function that reads a CSV file with a header, `columns` as these SQL types and the rest as text.
-
-    Raises ValueError, naming the file, if it is empty or lacks a column.
-    """
-    with path.open("rb") as stream:
-        header = stream.readline().decode("utf-8-sig", errors="replace").strip()
-    if not header:
-        raise ValueError(f"{path} is empty: a header line was expected")
-    names = [name.strip().strip('"') for name in header.split(",")]
-    missing = [name for name in columns if name not in names]
-    if missing:
-        raise ValueError(
-            f"{path}: the header lacks the column(s) {', '.join(missing)}; divided at commas, it has {', '.join(names)}"
-        )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: the header names {', '.join(twice)} more than once; rename or remove one")
-    types = ", ".join(f"{literal(name)}: {literal(columns.get(name) or 'VARCHAR')}" for name in names)
-    return (
-        f"read_csv({file_literal(path)}, header = true, auto_detect = false, delim = ',', quote = '\"', "
-        f"escape = '\"', columns = {{{types}}})"
-    )
-
-
-def delimited_reader(path: Path, delimiter: str, columns: Mapping[str, str]) -> str:
-    """The SQL table function that reads a text file without a header, with these columns and SQL types in order."""
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in columns.items())
-    return (
-        f"read_csv({file_literal(path)}, header = false, auto_detect = false, delim = {literal(delimiter)}, "
-        f"quote = '', escape = '', columns = {{{types}}})"
-    )
-
-
-def json_reader(path: Path, fields: Mapping[str, str]) -> str:
-    """The SQL table function that reads these fields of a file of JSON lines."""
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in fields.items())
-    return f"read_json({file_literal(path)}, format = 'newline_delimited', columns = {{{types}}})"
-
-
-def parquet_reader(connection: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str | None]) -> str:
-    """SQL that reads these columns of a Parquet file as these types (None: as stored).
-
-    Where a type is asked for, NaN is a missing value, and a fraction where whole numbers are ends the query.  Raises
-    ValueError if a column is missing, or holds lists and a type is asked for.
-    """
-    file = f"read_parquet({file_literal(path)})"
-    try:
-        stored = {row[0]: row[1] for row in connection.execute(f"DESCRIBE SELECT * FROM {file}").fetchall()}
-    except (duckdb.InvalidInputException, duckdb.IOException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {reason}") from error
-    missing = [name for name in columns if name not in stored]
-    if missing:
-        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(stored)}")
-    for name, kind in columns.items():
-        if kind and stored[name].endswith("[]"):
-            raise ValueError(f"{path}: column {name} holds lists ({stored[name]}); give files with one event a row")
-    casts = ", ".join(f"{_cast(name, kind, stored[name])} AS {quoted(name)}" for name, kind in columns.items())
-    return f"(SELECT {casts} FROM {file})"
-
-
-def _cast(name: str, kind: str | None, stored: str) -> str:
-    """SQL for a stored column as another type; what the engine would round is refused."""
-    column = quoted(name)
-    if kind is None:
-        return column
-    if stored not in ("FLOAT", "DOUBLE"):
-        return f"{column}::{kind}"
-    if kind == "DOUBLE":
-        # As text: whether a number is NaN is answered from the file's statistics, which leave NaNs out.
-        return f"nullif({column}::VARCHAR, 'nan')::DOUBLE"
-    said = f"{literal(f'column {name} holds ')} || {column} || ', which is no whole number'"
-    # TRY_CAST, for the engine casts before it looks at the condition.
-    return f"CASE WHEN {column} <> floor({column}) THEN error({said}) ELSE TRY_CAST({column} AS {kind}) END"
-
-
 ROWS_OF_A_FILE = 1 << 40
 """More than a file has: so many numbers of rows are set apart for each."""
 
@@ -280,41 +199,6 @@ def execute(connection: duckdb.DuckDBPyConnection, sql: str, path: Path | None =
         if path is None:
             raise
         raise ValueError(f"{path}{_line_of(str(error))}") from error
-
-
-def check_rows(
-    connection: duckdb.DuckDBPyConnection,
-    reader: str,
-    path: Path,
-    rules: Mapping[str, str],
-    first_line: int = 2,
-    *,
-    unit: str = "line",
-) -> None:
-    """Raise ValueError with file and line for the first row of `reader` that breaks a rule (SQL condition: text)."""
-    logger.info("reading %s", path)
-    bad = " OR ".join(f"(({rule}) IS NOT TRUE)" for rule in rules)
-    count = execute(connection, f"SELECT count(*) FROM {reader} WHERE {bad}", path)[0][0]
-    if not count:
-        return
-    which = ", ".join(f"({rule}) IS NOT TRUE" for rule in rules)
-    connection.execute("SET preserve_insertion_order = true")
-    numbered = f"SELECT row_number() OVER () AS line_number, {which} FROM {reader}"
-    ordered = f"SELECT * FROM ({numbered}) AS rows(line_number, {', '.join(f'r{i}' for i in range(len(rules)))})"
-    any_rule = " OR ".join(f"r{i}" for i in range(len(rules)))
-    row = connection.execute(f"{ordered} WHERE {any_rule} ORDER BY line_number LIMIT 1").fetchall()[0]
-    connection.execute("SET preserve_insertion_order = false")
-    reason = next(text for text, broken in zip(rules.values(), row[1:], strict=True) if broken)
-    raise ValueError(f"{path}, {unit} {row[0] - 1 + first_line}: {reason} ({count} such row(s))")
-
-
-def check_one_row_each(connection: duckdb.DuckDBPyConnection, reader: str, path: Path, column: str) -> None:
-    """Raise ValueError if a value of `column` stands in several rows: each of its events would count several times."""
-    found = execute(
-        connection, f"SELECT {column} FROM {reader} GROUP BY 1 HAVING count(*) > 1 ORDER BY 1 LIMIT 1", path
-    )
-    if found:
-        raise ValueError(f"{path}: {column} {found[0][0]} stands in several rows; give one row a user")
 
 
 def _open_xz(path: Path) -> BinaryIO:

@@ -7,18 +7,9 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.prepare.engine import (
-    check_one_row_each,
-    check_rows,
-    csv_reader,
-    execute,
-    find_files,
-    numbered,
-    parquet_reader,
-    plain_file,
-    require_files,
-)
+from pipelines.prepare.engine import execute, find_files, numbered, plain_file, require_files
 from pipelines.prepare.kuairand_videos import load_videos
+from pipelines.prepare.publisher_files import check_one_row_each, check_rows, csv_reader, parquet_reader
 from pipelines.prepare.raw_log import number_context, number_ids
 from pipelines.prepare.source import Cross, Description, GatheredRules, narrow_columns, narrow_spaces
 

@@ -11,17 +11,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from pipelines.prepare.engine import (
-    check_one_row_each,
-    check_rows,
-    csv_reader,
-    delimited_reader,
-    execute,
-    find_files,
-    numbered,
-    plain_file,
-    shuffled,
-)
+from pipelines.prepare.engine import execute, find_files, numbered, plain_file, shuffled
+from pipelines.prepare.publisher_files import check_one_row_each, check_rows, csv_reader, delimited_reader
 from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
 from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 from pipelines.prepare.stages import Load
@@ -65,8 +56,8 @@ def _load(options: MovielensOptions, connection: duckdb.DuckDBPyConnection, sour
         reader, first_line = delimited_reader(plain, "::", TYPES), 1
     else:
         names = {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"}
-        renamed = "userId AS user_key, movieId AS item_key, rating, timestamp AS time"
-        reader, first_line = f"(SELECT {renamed} FROM {csv_reader(plain, names)})", 2
+        renamed = "userId AS user_key, movieId AS item_key, timestamp AS time"
+        reader, first_line = f"(SELECT * RENAME ({renamed}) FROM {csv_reader(plain, names)})", 2
     check_rows(connection, reader, path, RULES, first_line)
     rows, order = numbered(reader), "log_row"
     if options.ties == "gr":
@@ -117,6 +108,7 @@ def _load_users(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Pa
         raise ValueError(f"--source {source} must hold one users.dat beside ratings.dat, found {len(found)}")
     types = {"user_key": "BIGINT", **dict.fromkeys(USER_COLUMNS, "VARCHAR"), "zip": "VARCHAR"}
     reader = delimited_reader(plain_file(found[0], scratch), "::", types)
+    check_rows(connection, reader, found[0], {"user_key > 0": RULES["user_key > 0"]}, first_line=1)
     check_one_row_each(connection, reader, found[0], "user_key")
     execute(connection, f"CREATE TABLE user_columns AS SELECT * FROM {reader}", found[0])
     return number_context(connection, "user_columns", USER_COLUMNS)

@@ -217,7 +217,8 @@ def spoiled(folder: Path, old: str, new: str) -> None:
     [
         ("0,1,0,0,1650000000000,2,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: label is_click must be 0 or 1"),
         ("0,1,0,0,1650000000000,,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: label is_click must be 0 or 1"),
-        ("0,1,0,0,abc,0,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: Error when converting column \"time_ms\""),
+        ("0,1,0,0,abc,0,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: column time_ms holds abc, which is no whole"),
+        ("0,1,0,0,1650000000000.5,0,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: column time_ms holds 1650000000000\.5"),
         ("0,1,0", r"pure\.csv, line 5: Expected Number of Columns: 16 Found: 3"),
         ("0,-7,0,0,1650000000000,0,0,0,0,0,0,0,0,1,1,0", r"pure\.csv, line 5: video_id must not be negative"),
     ],

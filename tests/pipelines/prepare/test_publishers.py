@@ -1,6 +1,7 @@
 """MovieLens, Amazon reviews and Yambda in their publishers' formats: the right labels, one clear error a wrong file."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,29 @@ REVIEW = '{"reviewerID": "A1KLRMWW2FWPL4", "asin": "0000000007", "overall": 4.0,
             "users.dat, line 1: Expected Number of Columns",
         ),
         ("movielens", {"ratings.dat": ONE_RATING, "users.dat": "1::F::1::1::1\n" * 2}, "user_key 1 stands in several"),
+        (
+            "movielens",
+            {"ratings.csv": "userId,movieId,rating,timestamp\n1,2,3,4.0\n1,2.5e0,3,4"},
+            "ratings.csv, line 3: column movieId holds 2.5e0, which is no whole number of 64 bits",
+        ),
+        ("movielens", {"ratings.dat": ONE_RATING + "\n1::2.5::4::100"}, "line 2: column item_key holds 2.5"),
+        (
+            "movielens",
+            {"ratings.dat": ONE_RATING, "users.dat": "1.5::F::1::1::1"},
+            "users.dat, line 1: column user_key holds 1.5",
+        ),
+        (
+            "movielens",
+            {"ratings.dat": ONE_RATING + f"\n1::{2**63}::4::100"},
+            f"line 2: column item_key holds {2**63}, which is no whole number of 64 bits",
+        ),
+        ("amazon2014", {"Books.csv": "A1,0000000007,4.0,9.5"}, "Books.csv, line 1: column time holds 9.5"),
+        (
+            "amazon2018",
+            {"Books.json": REVIEW.replace("00}", "00.5}")},
+            "line 1: column unixReviewTime holds 1000000000.5",
+        ),
+        ("amazon2023", {"Books.csv": HEADER + "\nA1,B1,4.0,9.5"}, "Books.csv, line 2: column timestamp holds 9.5"),
         ("amazon2014", {"Books.txt": "x"}, "holds no .csv, .json or .jsonl file"),
         (
             "amazon2014",
@@ -155,7 +179,10 @@ def test_yambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "lacks the column(s) event_type": table.drop_columns("event_type"),
         "row 1: event_type must be one of": table.set_column(6, "event_type", pa.array(["skip"] * 600)),
         "column item_id holds lists": table.set_column(2, "item_id", pa.array([[1]] * 600)),
-        "column item_id holds 1.5, which is no whole number": table.set_column(2, "item_id", pa.array([1.5] * 600)),
+        "row 2: column item_id holds 2.5, which is no whole number": table.set_column(
+            2, "item_id", pa.array([1.0, 2.5, *[3.0] * 598])
+        ),
+        "row 1: column item_id holds 2.5, which": table.set_column(2, "item_id", pa.array([Decimal("2.5")] * 600)),
         "row 1: is_organic must be 0 or 1": table.set_column(3, "is_organic", pa.array([7] * 600)),
         "row 3: uid must not be negative or missing": table.set_column(
             0, "uid", pa.array([1.0, 2.0, float("nan")] + [3.0] * 597)
@@ -167,7 +194,7 @@ def test_yambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert prepare("yambda", tmp_path / "wrong", tmp_path / "no") == 1
         assert message in capsys.readouterr().err
     # As pandas writes whole numbers of which some are missing.
-    floats = table.set_column(4, "played_ratio_pct", pa.array([60.0, 10.0, *[float("nan")] * 4] * 100))
+    floats = table.set_column(4, "played_ratio_pct", pa.array([60.0, 10.0, *[float("nan"), -float("nan")] * 2] * 100))
     floats = floats.set_column(0, "uid", table["uid"].cast(pa.float64()))
     pq.write_table(floats, tmp_path / "wrong" / "multi_event.parquet")
     assert prepare("yambda", tmp_path / "wrong", tmp_path / "floats") == 0
