@@ -13,6 +13,15 @@ from embeddings.records import field_types, from_dict, group_of, groups
 Config = TypeVar("Config")
 
 
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+ABSENT = _Absent()
+"""Stands for the value of a key that is not there, which null is not."""
+
+
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
     """Return `config` with each `dotted.key=value` applied, later ones last.
 
@@ -56,12 +65,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves of two nested dictionaries that differ, as (dotted key, old value, new value)."""
+    """Leaves of two nested dictionaries that differ, as (dotted key, old value, new value); `ABSENT` where there is no
+    such key."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        inner = [found for number, pair in pairs for found in differences(*pair, f"{prefix}[{number}]")]
+        # Of a list of values, the whole is told.
+        return inner if all(isinstance(each, dict) for each in (*old, *new)) else [(prefix, old, new)] * bool(inner)
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [(prefix, old, new)]
     found = []
     for name in sorted(set(old) | set(new)):
-        found += differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        found += differences(old.get(name, ABSENT), new.get(name, ABSENT), f"{prefix}.{name}" if prefix else name)
     return found
 
 

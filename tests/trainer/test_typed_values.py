@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from embeddings.records import from_dict
-from trainer.typed_values import apply_overrides, differences, to_dict
+from trainer.typed_values import ABSENT, apply_overrides, differences, to_dict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,3 +124,17 @@ def test_dictionary_with_a_missing_or_unknown_key_is_refused() -> None:
 def test_differences_are_named_by_dotted_key() -> None:
     changed = apply_overrides(CONFIG, ["inner.rate=1", "on=true"])
     assert differences(to_dict(CONFIG), to_dict(changed)) == [("inner.rate", 0.1, 1.0), ("on", False, True)]
+
+
+def test_differences_tell_what_is_absent_from_null_and_look_into_lists() -> None:
+    old: dict[str, object] = {"a": None, "parts": [{"x": 1}, {"x": 2}], "sizes": [1, 2]}
+    new: dict[str, object] = {"b": None, "parts": [{"x": 1}, {"x": 3, "y": 0}], "sizes": [1, 3]}
+    assert differences(old, new) == [
+        ("a", None, ABSENT),
+        ("b", ABSENT, None),
+        ("parts[1].x", 2, 3),
+        ("parts[1].y", ABSENT, 0),
+        ("sizes", [1, 2], [1, 3]),
+    ]
+    assert differences(old, old) == []
+    assert f"{ABSENT}" == "nothing"

@@ -19,7 +19,6 @@ from torch import Tensor
 from embeddings.config import TableConfig
 from embeddings.initial_rows import fill
 from embeddings.key_map import UNKNOWN_KEY, WAYS, slots_of
-from embeddings.records import from_dict
 from embeddings.trained import TRAINED_ELSEWHERE
 from pipelines.prepare.engine import connect
 from pipelines.prepare.stages import workspace
@@ -43,7 +42,7 @@ from trainer.export.description import (
 from trainer.export.keys import Identities
 from trainer.export.rows import TableRows
 from trainer.parallel.mesh import Mesh, joined
-from trainer.run.run_dir import RunDir
+from trainer.run.run_dir import RunDir, config_that_trained
 from trainer.typed_values import to_dict
 
 MEMORY_GIB = 2.0
@@ -61,7 +60,12 @@ def import_run(folder: Path, run_dir: Path, *, data: str | None) -> Export:
     export = read_description(folder)
     if run_dir.exists():
         raise WrongUse(f"--out {run_dir} exists already: name a new run directory")
-    config = from_dict(TrainConfig, dict(export.config))
+    try:
+        config = config_that_trained(dict(export.config))
+    except ValueError as error:
+        raise WrongUse(
+            f"{folder} is of a run of another version of the code: {error}; use the version that trained it"
+        ) from None
     identities = Identities(data or config.data.path)
     tensors: Tensors = {f"dense/{name}": value for name, value in _read_dense(folder / DENSE, export.dense).items()}
     tensors |= {f"ids/{name}": value for name, value in _read_maps(folder / MAPS, export.maps).items()}

@@ -20,7 +20,7 @@ from embeddings.records import from_dict
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.run.writing import sync, write_json, written
-from trainer.typed_values import differences
+from trainer.typed_values import ABSENT, differences, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -189,10 +189,10 @@ class RunDir:
         return saved
 
     def trained_config(self) -> TrainConfig:
-        """As `config_of_run`, as this code has it.  Raises WrongUse if it lacks a key, or has one that nobody knows."""
+        """As `config_of_run`, as this code has it.  Raises WrongUse for what `config_that_trained` refuses."""
         saved = self.config_of_run()
         try:
-            return from_dict(TrainConfig, saved)
+            return config_that_trained(saved)
         except ValueError as error:
             raise WrongUse(
                 f"{self.config_file} is not of this version of the code: {error}; use the version that trained the run"
@@ -245,26 +245,37 @@ class RunDir:
                 "use another one"
             )
         for key, old, new in differences(saved, config):
-            if key.startswith(CHANGEABLE):
+            if _may_change(key):
                 continue
-            for known, unknown in ((config, saved), (saved, config)):
-                if _has(known, key) and not _has(unknown, key):
-                    raise WrongUse(
-                        f"--run-dir {self.path} was trained by another version of this code: only "
-                        f"{'this one' if known is config else 'that one'} knows {key}; go on with the version that "
-                        "trained it or use another run directory"
-                    )
+            if ABSENT in (old, new):
+                raise WrongUse(
+                    f"--run-dir {self.path} was trained by another version of this code: only "
+                    f"{'this one' if old is ABSENT else 'that one'} knows {key}; go on with the version that "
+                    "trained it or use another run directory"
+                )
             raise WrongUse(
                 f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
                 f"resume with the old value or use another run directory"
             )
 
 
-def _has(values: dict[str, Any], key: str) -> bool:
-    """Whether nested dictionaries hold a dotted key."""
-    name, _, rest = key.partition(".")
-    inner = values.get(name)
-    return name in values and (not rest or (isinstance(inner, dict) and _has(inner, rest)))
+def config_that_trained(saved: dict[str, Any]) -> TrainConfig:
+    """The configuration that a run has saved.
+
+    Raises:
+        ValueError: it lacks a key that decides what the weights mean, where this code's default need not be what they
+            were trained with, or has one that nobody knows.
+    """
+    config = from_dict(TrainConfig, saved)
+    for key, old, _ in differences(saved, to_dict(config)):
+        if old is ABSENT and not _may_change(key):
+            raise ValueError(f"key {key!r} is missing")
+    return config
+
+
+def _may_change(key: str) -> bool:
+    """Whether a dotted key, or each of the keys in a group of this name, is `CHANGEABLE`."""
+    return f"{key}.".startswith(CHANGEABLE)
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -190,6 +190,15 @@ def first_of(tensors: dict[str, torch.Tensor]) -> str:
     return min(tensors, key=lambda name: (tensors[name].dim() < 2, name))
 
 
+def without_setting(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "export.json").read_text())
+        del values["config"][name]
+        (folder / "export.json").write_text(json.dumps(values))
+
+    return change
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a row less": (edited(lambda table: table.slice(1)), "author.parquet: key .* of the table is missing"),
     "a row twice": (edited(lambda t: pa.concat_tables([t, t.slice(4, 1)])), "author.parquet: key .* stands twice"),
@@ -248,6 +257,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "dense.safetensors cannot be read",
     ),
     "no description": (lambda folder: (folder / "export.json").unlink(), "holds no export.json"),
+    "a setting less": (
+        without_setting("precision"),
+        "is of a run of another version of the code: key 'precision' is missing; use the version that trained it",
+    ),
     "a torn description": (
         lambda folder: (folder / "export.json").write_text("{"),
         "is not what `python -m trainer exp",

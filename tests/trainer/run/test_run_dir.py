@@ -1,10 +1,14 @@
 """A run directory refuses another run's configuration, and its metric files never repeat a step."""
 
+import functools
 import json
+import operator
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,6 +189,36 @@ def test_a_run_that_is_none_and_one_that_was_edited_are_not_called_another_versi
     run.config_file.write_text(run.config_file.read_text().replace('"num_layers": ', '"num_layers": 1'))
     with pytest.raises(WrongUse, match=r"config\.json is not what the run wrote, .* with --set\)$"):
         run.trained_config()
+
+
+LACKING = {
+    "seed": ("seed",),
+    "optimizer": ("optimizer",),
+    "model.retrieval": ("model", "retrieval"),
+    "tables": ("tables",),
+    "model.stages[0].global_columns": ("model", "stages", 0, "global_columns"),
+}
+
+
+@pytest.mark.parametrize("key", LACKING)
+def test_a_setting_that_an_old_run_does_not_name_is_not_taken_from_todays_defaults(key: str, tmp_path: Path) -> None:
+    run, values = RunDir(tmp_path), to_dict(load_recipe("kuairand_sample"))
+    *groups, name = LACKING[key]
+    group: Any = functools.reduce(operator.getitem, groups, values)
+    del group[name]
+    run.save_config(values, {})
+    with pytest.raises(WrongUse, match=rf"config.json is not of this version of the code: key '{re.escape(key)}'"):
+        run.trained_config()
+    with pytest.raises(WrongUse, match=f"only this one knows {re.escape(key)};"):
+        run.check_same_run(to_dict(load_recipe("kuairand_sample")))
+
+
+def test_a_run_need_not_name_what_does_not_change_its_numbers(tmp_path: Path) -> None:
+    run, values = RunDir(tmp_path), to_dict(load_recipe("kuairand_sample"))
+    del values["watch"], values["evaluation"], values["data"]["reader_threads"], values["log_every"]
+    run.save_config(values, {})
+    assert run.trained_config().watch == load_recipe("kuairand_sample").watch
+    run.check_same_run(to_dict(load_recipe("kuairand_sample")))
 
 
 def test_a_flipped_bit_of_the_configuration_changes_no_setting(tmp_path: Path) -> None:
