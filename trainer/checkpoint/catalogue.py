@@ -253,7 +253,7 @@ class Catalogue:
 
     def sees_trial(self, name: str) -> bool:
         """Whether this process sees what another one has written; waits for a file system that shows it late."""
-        # Of a new run this process may have asked for the folder of all checkpoints just before it was made.
+        # Ranks of a new run have asked for the folder of all checkpoints, and NFS remembers what was not there.
         return shown(lambda: self.store.size(f"{name}/file") is not None)
 
     def end_trial(self, name: str) -> None:

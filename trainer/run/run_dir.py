@@ -174,8 +174,8 @@ class RunDir:
         noted = values.pop(DIGEST, None)
         if noted is not None and noted != _digest(values):
             raise WrongUse(
-                f"{self.config_file} is not what the run wrote, which decides what its weights mean: restore it "
-                "(settings are changed on the command line, with --set)"
+                f"{self.config_file} is not what the run wrote, which decides what its weights mean: undo the change, "
+                "or take the file of a run with the same settings (they are changed on the command line, with --set)"
             )
         values.pop(VOCABULARIES, None)
         return values
