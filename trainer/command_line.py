@@ -45,6 +45,7 @@ def run_command(app: typer.Typer, arguments: list[str]) -> int:
     """Run one command of `app`.  Exit status: 0 done, 1 failed, 2 wrong use, 3 stopped in good order; all but the first
     are said in one line."""
     try:
+        _check_encoding([*arguments, os.getcwd()])
         return int(app(_expand(arguments), standalone_mode=False) or 0)
     except (WrongUse, typer.TyperException) as error:
         # Every rank of a job finds the same mistake in its command line; one of them says so.
@@ -78,6 +79,16 @@ def lasting() -> Iterator[None]:
         gc.freeze()
     finally:
         gc.enable()
+
+
+def _check_encoding(names: list[str]) -> None:
+    """Libraries, and other machines, read names as UTF-8."""
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and not all(name.isascii() for name in names):
+        raise WrongUse(
+            f"a name here has letters outside of ASCII, and the locale's encoding is {encoding}, which other machines "
+            "and libraries do not read: export LC_ALL=C.UTF-8, or choose another name"
+        )
 
 
 def _say(message: str) -> None:

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import typer
 
 from embeddings.records import from_dict
 from trainer.command_line import lasting, run_command
@@ -146,3 +147,20 @@ def test_what_lasts_is_not_looked_at_for_garbage_and_all_else_is(fails: bool) ->
     gc.unfreeze()
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "status"), [("iso8859-1", "\u043c", 2), ("iso8859-1", "plain", 0), ("utf-8", "\u043c", 0)]
+)
+def test_a_name_that_a_locale_writes_otherwise_than_others_read_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], encoding: str, name: str, status: int
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    made = typer.Typer()
+
+    @made.command()
+    def take(word: str) -> None:
+        del word
+
+    assert run_command(made, [name]) == status
+    assert ("encoding is iso8859-1" in capfd.readouterr().err) == (status == 2)
