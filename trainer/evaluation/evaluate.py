@@ -57,7 +57,8 @@ def evaluate(
     without a look at the candidate.  Every rank must get the same number of batches, for each lookup is a collective; a
     batch may be empty.  The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
     """
-    # Not before it is needed: see `trainer.evaluation.metrics`.
+    # Not before it is needed: torchmetrics imports what it finds of libraries for pictures and texts, which takes
+    # seconds.
     from trainer.labels.measure import LabelMetrics
 
     kinds = labels.kinds
