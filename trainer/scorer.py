@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from embeddings.trained import TrainedRows
 from pipelines.batches.requests import InputBuilder, Request
-from pipelines.features import ITEM_SPACE, UNKNOWN_ID
+from pipelines.features import ITEM_SPACE
 from pipelines.reading.loader import dataset_info
 from pipelines.storage.keys import read_names
 from trainer.build import build_parallel, machine_of, make_plan
@@ -83,9 +83,7 @@ class Scorer:
         batch = self.inputs.batch(self.inputs.without_candidates(requests))
         similarity, found = self.resolved.task.next_items(self.model, batch, self.mesh)
         assert settings is not None
-        every = torch.arange(len(requests), device=self.device)
-        unknown = torch.stack([every, torch.full_like(every, UNKNOWN_ID)])
-        seen = join_seen([torch.cat([found.seen, unknown], dim=1)], [len(requests)])
+        seen = join_seen([found.seen], [len(requests)])
         corpus = corpus_of(
             self.model, similarity, torch.zeros(known, device=self.device), mesh=self.mesh, settings=settings
         )

@@ -84,7 +84,7 @@ def test_evaluate_repeats_the_metrics_of_the_checkpoint(two_ranks: Path) -> None
 
 
 def popularity_ranks() -> np.ndarray:
-    """Of every evaluation candidate with an event in front of it, earlier items left out; user by user."""
+    """Of every evaluation candidate with an event in front of it, earlier items and the unknown one left out."""
     data, longest = small_dataset(), 24
     num_items = read_dataset_info(str(data)).num_items
     tables = {split: parquet.read_table(data / split).to_pydict() for split in ("train", "eval")}
@@ -100,6 +100,6 @@ def popularity_ranks() -> np.ndarray:
         for place in range(len(events) - len(candidates), len(events)):
             if place:
                 at_least = counts >= counts[events[place]]
-                at_least[[events[place], *events[:place]]] = False
+                at_least[[0, events[place], *events[:place]]] = False
                 ranks.append(1 + at_least.sum())
     return np.array(ranks)

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def check_retrieved(folder: Path, scorer: Scorer) -> None:
-    """The items' ranks are those of the evaluation, where the unknown item is left out."""
+    """The items' ranks are those of the evaluation."""
     task, info = scorer.resolved.task, scorer.resolved.info
     requests = stored_requests(folder, scorer)
     first, seen_ranks = 0, set()
@@ -32,12 +32,12 @@ def check_retrieved(folder: Path, scorer: Scorer) -> None:
         first += batch.global_samples
         similarity, found = task.next_items(scorer.model, batch, scorer.mesh)
         corpus = corpus_of(
-            scorer.model, similarity, torch.zeros(info.num_items), mesh=scorer.mesh, settings=task.settings
+            scorer.model, similarity, torch.zeros(info.spaces["item"].used), mesh=scorer.mesh, settings=task.settings
         )
-        every = torch.arange(len(found.targets_P))
-        ranks = corpus.ranks(similarity.queries(found.outputs_PE), found.targets_P, torch.stack([every, every * 0]))[0]
+        none = torch.empty(2, 0, dtype=torch.long)
+        ranks = corpus.ranks(similarity.queries(found.outputs_PE), found.targets_P, none)[0]
         # A retriever is evaluated on every candidate, of which a request asks for the first.
-        counts = batch.inputs.num_candidates_host if len(every) > len(mine) else torch.ones(len(mine), dtype=torch.long)
+        counts = batch.inputs.num_candidates_host if len(ranks) > len(mine) else torch.ones(len(mine), dtype=torch.long)
         firsts = torch.cumsum(counts, 0) - counts
         asked = [{**each, "candidate": {"timestamp": each["candidate"]["timestamp"][:1].tolist()}} for each in mine]
         known = info.spaces["item"].used

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pipelines.baseline import TrainingRates, baseline_scores, count_rates, item_counts, join_users
 from pipelines.config import DataConfig
+from pipelines.features import ITEM_SPACE
+from pipelines.reading.loader import dataset_info
 from trainer.evaluation.metrics import score
 from trainer.parallel.mesh import Mesh
 
@@ -38,7 +40,7 @@ def baseline_metrics(
 
 
 def popularity(config: DataConfig, mesh: Mesh, unseen: int | None = None) -> Tensor:
-    """How often each item stands in the training split, or in the parts before an unseen one, [items].
+    """How often each item stands in the training split, or in the parts before an unseen one, [ids that are given].
 
     Every rank reads its share of the split, once.
     """
@@ -50,7 +52,8 @@ def popularity(config: DataConfig, mesh: Mesh, unseen: int | None = None) -> Ten
 @functools.cache
 def _item_counts(config: DataConfig, rank: int, world_size: int, unseen: int | None) -> Tensor:
     """Kept, because it is the same at every evaluation of a run."""
-    return torch.from_numpy(item_counts(config, rank, world_size, unseen=unseen))
+    given = dataset_info(config).spaces[ITEM_SPACE].used
+    return torch.from_numpy(item_counts(config, rank, world_size, unseen=unseen)[:given])
 
 
 def _add_on_first(values: npt.NDArray[np.float64], mesh: Mesh) -> None:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipelines.features import UNKNOWN_ID
 from trainer.models.heads.similarity import Similarity
 
+FIRST = UNKNOWN_ID + 1
+"""The first item: the unknown one stands for no item, so it is ranked beside none and recommended to nobody."""
 PAIRS = 2**28
 """Numbers of a block of scores at most, 1 GiB."""
 
@@ -27,19 +30,21 @@ def join_seen(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """All items, and how they are scored."""
+    """All items, from `FIRST` on, and how they are scored."""
 
     similarity: Similarity
     """Scores of queries and items."""
     items: Callable[[int, int], Tensor]
     """The items [first, last) as the similarity sees them; a collective, every rank asks for the same ones."""
     counts: Tensor
-    """[items] how often each occurs in the training split."""
+    """[items + FIRST] how often each id occurs in the training split; there are items for so many ids."""
     chunk: int
     """How many items are scored at a time."""
 
     def ranks(self, queries: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Rank of each true item by the similarity and by popularity, [P], 1 for the best; ties count against it.
+
+        A true item that is none of these, such as the unknown one, comes behind all others.
 
         Args:
             queries: [P, ...], as the similarity sees predictions.
@@ -49,7 +54,7 @@ class Corpus:
         wanted = self._scores_of(queries, targets)
         wanted = wanted - self.similarity.rounding * (1 + wanted.abs())
         better, more_popular = (torch.zeros_like(targets) for _ in range(2))
-        popularity = self.counts[targets]
+        popularity = self._popularity(targets)
         for block, item_ids, scores, counted in self._scored(queries, seen):
             others = counted & (item_ids != targets[block][:, None])
             # Not ">=", which a score that is not a number would pass as the best.
@@ -100,14 +105,19 @@ class Corpus:
                 wanted[block] = torch.where(here, mine, wanted[block])
         return wanted
 
+    def _popularity(self, targets: Tensor) -> Tensor:
+        """How often the true items occur, [P]; -1 for what is none of the items."""
+        is_item = (targets >= FIRST) & (targets < self.counts.numel())
+        return torch.where(is_item, self.counts[torch.where(is_item, targets, UNKNOWN_ID)], -1)
+
     @property
     def _width(self) -> int:
         """Items of every chunk: rounding depends on it, so equal items tie; the last may begin in the one before."""
-        return min(self.chunk, self.counts.numel())
+        return min(self.chunk, self.counts.numel() - FIRST)
 
     def _chunks(self) -> list[tuple[int, int]]:
-        num_items = self.counts.numel()
-        return [(first, min(first + self._width, num_items)) for first in range(0, num_items, self._width)]
+        last = self.counts.numel()
+        return [(first, min(first + self._width, last)) for first in range(FIRST, last, max(1, self._width))]
 
     def _blocks(self, count: int) -> list[slice]:
         step = max(1, PAIRS // (self._width * self.similarity.floats_per_pair))

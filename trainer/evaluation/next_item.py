@@ -75,7 +75,7 @@ def rank_next_items(
 def corpus_of(
     model: ParallelModel, similarity: Similarity, counts: Tensor, *, mesh: Mesh, settings: RetrievalConfig
 ) -> Corpus:
-    """All items of a model, of which each occurs `counts` [items] times."""
+    """The items of a model, each of whose ids occurs `counts` [items + FIRST] times."""
     items = functools.partial(_items, model.tables, similarity, mesh.device)
     return Corpus(similarity=similarity, items=items, counts=counts, chunk=settings.corpus_chunk)
 

@@ -1,8 +1,9 @@
 """A batch as the retriever reads it: all events in one sequence a user, and the items to score against.
 
-Negatives are uniform over all items and a function of (seed, global batch) and, where each prediction has its own, of
-the user and the predicted event's place: they depend neither on the number of ranks nor on where a run was resumed.
-Two samples of one user in one batch share theirs.
+Negatives are uniform over all rows of the items' table, those of no item too, and a function of (seed, global batch)
+and, where each prediction has its own, of the user and the predicted event's place: they depend neither on the number
+of ranks nor on where a run was resumed.  Two samples of one user in one batch share
+theirs.
 
 Shapes: B users, S events of all users, P predictions, N negatives.
 """

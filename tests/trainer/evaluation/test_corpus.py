@@ -33,9 +33,9 @@ def _corpus(similarity: Similarity, rows: Tensor, counts: Tensor, chunk: int) ->
 def test_equal_items_tie_and_count_against_the_true_one_however_they_are_cut(name: str, chunk: int) -> None:
     """50 items with one vector: a product of another width may round it differently."""
     similarity = _similarities()[name]
-    rows = torch.randn(1, WIDTH).expand(50, WIDTH).contiguous()
-    queries, targets = similarity.queries(torch.randn(200, WIDTH)), torch.arange(200) % 50
-    ranks, popular = _corpus(similarity, rows, torch.ones(50), chunk).ranks(queries, targets, join_seen([NONE], [200]))
+    rows = torch.randn(1, WIDTH).expand(51, WIDTH).contiguous()
+    queries, targets = similarity.queries(torch.randn(200, WIDTH)), torch.arange(200) % 50 + 1
+    ranks, popular = _corpus(similarity, rows, torch.ones(51), chunk).ranks(queries, targets, join_seen([NONE], [200]))
     assert ranks.unique().tolist() == [50]
     assert popular.unique().tolist() == [50]
 
@@ -52,7 +52,7 @@ def test_ranks_leave_out_what_was_seen(
 ) -> None:
     monkeypatch.setattr(corpus, "PAIRS", pairs_at_a_time)
     similarity = _similarities()[name]
-    rows, targets = torch.randn(50, WIDTH), torch.randint(50, (30,))
+    rows, targets = torch.randn(50, WIDTH), torch.arange(30) % 15
     queries, counts = similarity.queries(torch.randn(30, WIDTH)), torch.randint(5, (50,)).float()
     pairs = torch.stack([torch.arange(30).repeat_interleave(9), torch.randint(50, (270,))])
     ranks, popular = _corpus(similarity, rows, counts, chunk).ranks(queries, targets, join_seen([pairs.clone()], [30]))
@@ -60,6 +60,19 @@ def test_ranks_leave_out_what_was_seen(
     own = scores.gather(1, targets[:, None])
     wanted = own - similarity.rounding * (1 + own.abs())
     for i, target in enumerate(targets.tolist()):
-        others = set(range(50)) - {target} - set(pairs[1, pairs[0] == i].tolist())
-        assert ranks[i] == 1 + sum(bool(scores[i, item] >= wanted[i]) for item in others)
-        assert popular[i] == 1 + sum(bool(counts[item] >= counts[target]) for item in others)
+        others = set(range(1, 50)) - {target} - set(pairs[1, pairs[0] == i].tolist())
+        # The unknown item is none: as the true one it is found behind all others.
+        assert ranks[i] == 1 + sum(bool(scores[i, item] >= wanted[i] or not target) for item in others)
+        assert popular[i] == 1 + sum(bool(counts[item] >= counts[target] or not target) for item in others)
+    assert 0 in targets
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
+def test_the_best_are_items_though_the_unknown_ones_row_is_better(chunk: int) -> None:
+    similarity, queries = DotProduct(normalise=False), torch.rand(30, WIDTH)
+    rows = torch.randn(50, WIDTH)
+    rows[0] = 100
+    scores, items = _corpus(similarity, rows, torch.ones(50), chunk).best(queries, join_seen([NONE], [30]), 49)
+    assert items.sort(1).values.equal(torch.arange(1, 50).expand(30, -1))
+    assert scores.equal(scores.sort(1, descending=True).values)
