@@ -112,8 +112,8 @@ def _report(*runs: Path) -> Page:
 
 
 def test_what_the_files_say_stands_in_the_page(tmp_path: Path) -> None:
-    run = _run(tmp_path / "first")
-    (run / "eval.jsonl").write_text(_lines([_evaluation(10, 0.61), _evaluation(30, 0.7654)]))
+    run, one = _run(tmp_path / "first"), {"ne/buy": 1.0, "positives/buy": 1.0}
+    (run / "eval.jsonl").write_text(_lines([_evaluation(10, 0.61), {**_evaluation(30, 0.7654), **one}]))
     (run / "eval_today.jsonl").write_text(_lines([_evaluation(30, None)]))
     part = {"part": "day-7", **_evaluation(20, 0.5812), "auc_baseline/click": 0.55}
     (run / "progressive.jsonl").write_text(_lines([part]))
@@ -124,6 +124,7 @@ def test_what_the_files_say_stands_in_the_page(tmp_path: Path) -> None:
     assert ["first", "demo", "30", "480", "0.1667", "40", "-"] in cells
     assert ["click", "first", "30", "8,142", "0.9321", "0.7654 \u00b1 0.0123", "0.6000", "-"] in cells
     assert ["click", "first", "30", "8,142", "0.9321", "-", "0.6000", "-"] in cells
+    assert ["buy", "first", "30", "1", "1.0000", "-", "-", "-"] in cells
     assert ["day-7", "first", "20", "0.9321", "0.5812", "0.5500", "3.2500"] in cells
     assert ["model.dim", "64"] in cells and ["model.channels", "[]"] in cells
     assert (

@@ -13,6 +13,7 @@ from trainer.report.run_files import Record, RunFiles
 ABSENT = "-"
 """What is shown in the place of a value that is not there."""
 
+_COUNT = "positives"
 _INTERVAL = "_95"
 """Ends the name of a metric that is half the 95% interval of another one."""
 
@@ -42,7 +43,7 @@ def evaluation_table(records: Sequence[Sequence[Record]], runs: Sequence[RunFile
     newest = [(run.name, of_run[-1]) for run, of_run in zip(runs, records, strict=True) if of_run]
     names = list(dict.fromkeys(name for _, record in newest for name in record if name != "step"))
     pairs = [name.partition("/")[::2] for name in names]
-    metrics = sorted(dict.fromkeys(metric for metric, _ in pairs), key=lambda metric: metric != "positives")
+    metrics = sorted(dict.fromkeys(metric for metric, _ in pairs), key=lambda metric: metric != _COUNT)
     metrics = [
         metric for metric in metrics if not (metric.endswith(_INTERVAL) and metric.removesuffix(_INTERVAL) in metrics)
     ]
@@ -54,7 +55,7 @@ def evaluation_table(records: Sequence[Sequence[Record]], runs: Sequence[RunFile
         for run, record in newest:
             of_label = {metric: record.get(f"{metric}/{label}" if label else metric) for metric in metrics}
             half = {metric: record.get(f"{metric}{_INTERVAL}/{label}") for metric in metrics}
-            cells = [_measured(of_label[metric], half[metric]) for metric in metrics]
+            cells = [_measured(of_label[metric], half[metric], is_count=metric == _COUNT) for metric in metrics]
             if any(cell != ABSENT for cell in cells):
                 rows.append([label or "all", run, f"{record['step']:,}", *cells])
     return table(["label", "run", "step", *map(metric_title, metrics)], rows, kind="named")
@@ -174,12 +175,12 @@ def _when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _measured(value: object, half: object = None) -> str:
+def _measured(value: object, half: object = None, *, is_count: bool = False) -> str:
     """A number with its interval; counts without decimals, rates of hundreds with one."""
     if not isinstance(value, int | float):
         return ABSENT
     if not math.isfinite(value):
         return str(value)
-    decimals = 0 if value == int(value) and abs(value) >= 2 else 1 if abs(value) >= 100 else 4
+    decimals = 0 if value == int(value) and (is_count or abs(value) >= 2) else 1 if abs(value) >= 100 else 4
     text = f"{value:,.{decimals}f}"
     return f"{text} \u00b1 {half:.4f}" if isinstance(half, int | float) else text
