@@ -2,10 +2,11 @@
 
     python -m launch.allocation --run-dir DIR --max-retries N --max-restarts M --nodes 2 --cpus-per-task 8 -- COMMAND
 
-The batch script becomes this process, on the job's first node.  It ends the run in good order some time before the
-allocation ends: the lead is what the last save took, measured, and twice what lies between two steps at which ranks
-agree to stop.  Then, and after a failure that may be tried again, it has Slurm start the job anew: by requeueing it, or
-where that is forbidden by a successor that depends on this job (`afternotok`).
+The batch script runs this process, on the job's first node; if it is killed, another one that has the job go on.  It
+ends the run in good order some time before the allocation ends: the lead is what the last save took, measured, and
+twice what lies between two steps at which ranks agree to stop.  Then, and after a failure that may be tried again, it
+has Slurm start the job anew: by requeueing it, or where that is forbidden by a successor that depends on this job
+(`afternotok`).
 """
 
 import argparse
@@ -72,10 +73,12 @@ class Allocation:
     command: tuple[str, ...]
     """The command that every node runs."""
 
-    def run(self) -> int:
-        """Start the run until it is done or this allocation should end; returns the batch job's exit status."""
+    def run(self, killed: int = 0) -> int:
+        """Start the run until it is done or this allocation should end; returns the batch job's exit status.  After a
+        process that did so was killed, with status `killed`, its steps still run here: another start is a new one's.
+        """
         try:
-            return self._run()
+            return self._after_kill(f"launch.allocation was killed by signal {killed - 128}") if killed else self._run()
         except (OSError, ValueError) as error:
             # The run directory is gone, damaged, full or over its quota, or Slurm does not answer for too long.
             print(f"error: {error}", flush=True)
@@ -109,16 +112,31 @@ class Allocation:
             unfit = [] if told_to_stop else self._ask_nodes()
             if not unfit:
                 self._note("failed", A_PROCESS, before, after)
-                failures = attempts.failures_without_progress(attempts.read(self.run_dir, self.job_dir.name))
-                if failures > self.max_retries:
-                    why = f"{failures} failures in a row without a new checkpoint, --max-retries is {self.max_retries}"
-                    return self._say(FAILED, f": {why}")
-                if last:
-                    return self.go_on(A_PROCESS)
+                too_often = self._too_often()
+                if last or too_often:
+                    return too_often or self.go_on(A_PROCESS)
                 before, restarts = after, restarts + 1
                 logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
         self._note("unfit", "; ".join(node.why for node in unfit), before, after)
         return self._leave_out(unfit)
+
+    def _after_kill(self, why: str) -> int:
+        before = max((attempt.step for attempt in attempts.read(self.run_dir)), default=0)
+        after = self._newest_step()
+        job = slurm_queue.find_job(self.job_id, PATIENCE_S)
+        taken = _taken(job)
+        if job is not None and taken and taken != NODE_FAILURE:
+            return self._end_taken(taken, job, before, after)
+        self._note("failed", why, before, after)
+        return self._too_often() or self.go_on(why)
+
+    def _too_often(self) -> int:
+        """The exit status if the last failure was one too many; otherwise 0."""
+        count = attempts.failures_without_progress(attempts.read(self.run_dir, self.job_dir.name))
+        if count <= self.max_retries:
+            return 0
+        why = f"{count} failures in a row without a new checkpoint, --max-retries is {self.max_retries}"
+        return self._say(FAILED, f": {why}")
 
     def _end_taken(self, how: str, job: SlurmJob, before: int, after: int) -> int:
         """Slurm starts a job that it requeued again by itself, and one that was cancelled was cancelled; a time limit
@@ -283,6 +301,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cpus-per-task", type=int, required=True, help="cores a node; 0: what Slurm gives")
     parser.add_argument("--data", action="append", default=[], help="a folder that every node reads")
     parser.add_argument("--procs-per-node", type=int, required=True, help="processes a node")
+    parser.add_argument("--killed", type=int, default=0, help="status of a process as this one that was killed")
     parser.add_argument("command", nargs="+", help="after --: what every node runs")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -304,7 +323,7 @@ def main(arguments: Sequence[str]) -> int:
             procs_per_node=given.procs_per_node,
         ),
         command=tuple(given.command),
-    ).run()
+    ).run(given.killed)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class SlurmRequest:
     environment: dict[str, str]
     """Variables besides those of the submitting shell."""
     commands: tuple[tuple[str, ...], ...]
-    """What the batch script becomes: one, or of a job array each member's."""
+    """What the batch script runs, an interpreter with `-m launch.allocation`: one, or of a job array each member's."""
     job_dirs: tuple[str, ...]
     """The folder of each job's output; if there is one job, its `job_dir`."""
 
@@ -91,11 +91,12 @@ class SlurmRequest:
         lines += [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
         lines += [f"cd {shlex.quote(self.job_dir)} || exit 1", *_checks(self.commands[0][0])]
         if len(self.commands) == 1:
-            lines += [f"exec {shlex.join(self.commands[0])}"]
+            lines += [f"set -- {shlex.join(self.commands[0])}"]
         else:
-            members = [f"{i}) exec {shlex.join(command)} ;;" for i, command in enumerate(self.commands)]
+            members = [f"{i}) set -- {shlex.join(command)} ;;" for i, command in enumerate(self.commands)]
             lines += ['case "$SLURM_ARRAY_TASK_ID" in', *members, "esac"]
-        return "\n".join(["#!/bin/bash", *lines, ""])
+        # -p: a file that BASH_ENV names might print, or exit, with which the job would count as done.
+        return "\n".join(["#!/bin/bash -p", *lines, _RUN])
 
     def submission(self) -> list[str]:
         """The command that sends it the first time."""
@@ -260,6 +261,21 @@ def _checks(interpreter: str) -> list[str]:
         f"command -v {python} >/dev/null || {{ printf '{words}\\n' \"$(hostname)\" {python} >&2; refuse; }}",
         f"{python} -m launch.environment || refuse",
     ]
+
+
+_RUN = """\
+# Slurm may tell this shell alone.
+trap 'kill -USR1 $!' USR1
+trap 'kill -TERM $!' TERM INT HUP
+"$@" &
+# A signal ends a wait early.
+while kill -0 $! 2>/dev/null; do wait $!; done
+wait $!
+status=$?
+# Killed, as where the memory of this node runs out, it could not have the job go on.
+[ $status -le 128 ] || exec "$1" -m launch.allocation --killed $status "${@:4}"
+exit $status
+"""
 
 
 def _option(key: str, value: str) -> str:

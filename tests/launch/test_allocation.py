@@ -178,6 +178,26 @@ def test_an_allocation_of_another_size_is_one_line(
     assert words in capfd.readouterr().out.splitlines()[0]
 
 
+@pytest.mark.parametrize(("newest", "goes_on"), [(8, True), (5, False)])
+def test_after_a_kill_the_job_goes_on_as_after_any_failure(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    commands: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    newest: int,
+    *,
+    goes_on: bool,
+) -> None:
+    """The memory killer of the first node has taken this job's own process; --max-retries is 0."""
+    attempts.note(tmp_path, "another", ended="stopped", reason="", before=0, after=5)
+    monkeypatch.setattr(allocation, "newest_checkpoint", lambda run: newest)
+    commands(scontrol=f'case "$*" in *requeue*) touch {tmp_path}/asked ;; *) echo JobId=7 JobState=RUNNING ;; esac')
+    assert _allocation(tmp_path).run(killed=137) == (STOPPED if goes_on else FAILED)
+    assert (tmp_path / "asked").exists() == goes_on
+    why = "launch.allocation was killed by signal 9; requeued" if goes_on else "1 failures in a row without"
+    assert why in capfd.readouterr().out
+
+
 def test_a_damaged_run_directory_is_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], commands: Callable[..., None]
 ) -> None:

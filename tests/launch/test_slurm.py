@@ -1,13 +1,15 @@
 """Slurm's requests as sbatch and a shell would read them."""
 
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embeddings.hardware import NODES
-from launch.schedulers.slurm import OURS
+from launch.schedulers.slurm import OURS, SlurmRequest
 from launch.submit import check, connected
 from tests.launch.test_component import request
 
@@ -88,13 +90,49 @@ def test_impossible_requests_are_refused(changes: dict[str, Any], message: str) 
 
 
 def test_what_the_user_typed_arrives_as_typed(tmp_path: Path) -> None:
-    """The script's last line, read by a shell, is the argument list of the component."""
+    """The script's command, read by a shell, is the argument list of the component."""
     typed = ["name=a b$(c)", "data.path=${app_id} $HOME 'q' \"r\" \\ `d` \u00fc", "data.path=$$"]
-    line = _script(overrides=typed, run_dir=Path("/runs/$HOME x")).splitlines()[-1].removeprefix("exec ")
+    (line,) = re.findall("^set -- (.*)$", _script(overrides=typed, run_dir=Path("/runs/$HOME x")), flags=re.MULTILINE)
     shown = subprocess.run(["/bin/sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
     words = shown.stdout.split("\0")
     assert [words[i + 1] for i, word in enumerate(words) if word == "--set"] == typed
     assert [words[i + 1] for i, word in enumerate(words) if word == "--run-dir"] == ["/runs/$HOME x"] * 2
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "told"),
+    [
+        ("exit 4", 4, ""),
+        # Slurm may tell the shell alone: --signal=B:USR1@600.
+        ("trap 'exit 3' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done", 3, ""),
+        ("trap 'exit 3' TERM; kill -TERM $PPID; while :; do sleep 0.01; done", 3, ""),
+        ("kill -KILL $$", 5, "-m launch.allocation --killed 137 --run-dir /r/a b -- python"),
+    ],
+)
+def test_the_script_passes_on_signals_and_outlives_what_it_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: Callable[..., None],
+    command: str,
+    status: int,
+    told: str,
+) -> None:
+    # A user's own file, which a shell without -p would obey.
+    (tmp_path / "bashrc").write_text("exit 0")
+    monkeypatch.setenv("BASH_ENV", str(tmp_path / "bashrc"))
+    commands(
+        interpreter=f"""case "$*" in "-m launch.environment") ;;
+        *--killed*) echo "$*" > {tmp_path}/told; exit 5 ;; *) {command} ;; esac"""
+    )
+    words = ("interpreter", "-m", "launch.allocation", "--run-dir", "/r/a b", "--", "python")
+    folder = str(tmp_path)
+    asked = SlurmRequest(job_dir=folder, options={}, environment={}, commands=(words,), job_dirs=(folder,))
+    script = tmp_path / "job.sh"
+    script.write_text(asked.script())
+    script.chmod(0o755)
+    assert subprocess.run([script], check=False).returncode == status
+    assert (tmp_path / "told").exists() == bool(told)
+    assert not told or (tmp_path / "told").read_text() == f"{told}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Jobs on a real Slurm of two nodes: a run that counts gets to its end, and what goes wrong is said."""
 
+import os
 import re
 import signal
 import subprocess
@@ -181,6 +182,20 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster: Cluster, tmp_pat
     assert step > 0
     assert counted(tmp_path) == list(range(1, step + 1))
     assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["taken"]
+
+
+def test_a_job_whose_own_process_is_killed_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    """As its first node's memory killer does it; Slurm itself gives such a job up."""
+    record = count(tmp_path, "40", "5")
+    until(lambda: newest_checkpoint(RunDir(tmp_path)) > 0, record)
+    words = (b"launch.allocation", record.job_dir.encode())
+    commands = {process.parent.name: process.read_bytes() for process in Path("/proc").glob("[0-9]*/cmdline")}
+    (number,) = [name for name, command in commands.items() if all(word in command for word in words)]
+    os.kill(int(number), signal.SIGKILL)
+    expect(record, AppState.SUCCEEDED)
+    assert counted(tmp_path) == list(range(1, 41))
+    ends = [(attempt.ended, attempt.reason) for attempt in attempts.read(tmp_path)]
+    assert ends == [("failed", "launch.allocation was killed by signal 9"), ("done", "")]
 
 
 def test_a_node_that_goes_down_costs_no_retry(cluster: Cluster, tmp_path: Path) -> None:

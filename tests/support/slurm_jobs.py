@@ -44,9 +44,9 @@ def send(
     than the batch script's, and `path` comes before all else on their module path."""
     with running(lambda asked: command, path) as patch, connected("slurm") as connection:
         if interpreter is not None:
-            script = SlurmRequest.script
+            script, node = SlurmRequest.script, " -m launch.node "
             patch.setattr(
-                SlurmRequest, "script", lambda self: script(self).replace(f" -- {sys.executable}", f" -- {interpreter}")
+                SlurmRequest, "script", lambda self: script(self).replace(sys.executable + node, interpreter + node)
             )
         return connection.submit(request, check(connection.scheduler, request))
 
