@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipelines.counts import ITEM, USER, USER_ITEM, Counts, group_counts
 from pipelines.features import ITEM_ID, UNKNOWN_ID, USER_ID, Column, Part
 from pipelines.prepare.engine import quoted, table_exists
+from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.sorted_groups import READ_ROWS, whole_groups
 from pipelines.prepare.source import CountedGroup, value_column
 
@@ -29,27 +30,26 @@ OF_ITEM = "item."
 """Stands before a column of items."""
 
 
-def counted_groups(
-    columns: Sequence[Column], num_actions: int, *, with_user: bool = True, of_everyone: Sequence[str] = ()
-) -> tuple[CountedGroup, ...]:
-    """What is counted: a candidate's item, its user, both, and `with_user` the user with each other column of one id.
-
-    Columns in `of_everyone`, those of items as `item.NAME`, are counted over all users, too.
+def counted_groups(columns: Sequence[Column], num_actions: int, options: SampleOptions) -> tuple[CountedGroup, ...]:
+    """What the options say that is counted, if anything: a candidate's item, its user, both, the user with each other
+    column of one id, and columns over all users, those of items as `item.NAME`.
 
     Raises:
         ValueError: a name is no column of one id, or two groups would have the same name.
     """
+    if not options.counted:
+        return ()
     known = {column.name: value_column(column.name) for column in _of_one_id(columns, "candidate")}
     known |= {OF_ITEM + column.name: OF_ITEM + column.name for column in _of_one_id(columns, "item")}
-    for name in of_everyone:
+    for name in options.counted_columns:
         if name not in known:
             have = ", ".join(known) or "none"
             raise ValueError(f"--count-columns names {name!r}, which is no column of one id; there are: {have}")
     keys: dict[str, tuple[str, ...]] = {ITEM: (ITEM_ID,), USER: (USER_ID,), USER_ITEM: (USER_ID, ITEM_ID)}
     for name, column in known.items():
         group = name.replace(OF_ITEM, f"{ITEM}_")
-        found: dict[str, tuple[str, ...]] = {group: (column,)} if name in of_everyone else {}
-        found |= {f"{USER}_{group}": (USER_ID, column)} if with_user else {}
+        found: dict[str, tuple[str, ...]] = {group: (column,)} if name in options.counted_columns else {}
+        found |= {f"{USER}_{group}": (USER_ID, column)} if options.count_user_columns else {}
         for each, of_group in found.items():
             if each.lower() in map(str.lower, keys):
                 raise ValueError(

@@ -92,10 +92,7 @@ def _groups(info: DatasetInfo, options: SampleOptions, folder: Path) -> tuple[Co
     counts = counts_of(info)
     counted = {name for each in counts for name in each.columns}
     columns = [each for each in info.columns if each.part != "candidate" or each.name not in counted]
-    groups: tuple[CountedGroup, ...] = ()
-    if options.counts and options.leave_last is None:
-        with_user, of_everyone = options.count_user_columns, options.counted_columns
-        groups = counted_groups(columns, len(info.actions), with_user=with_user, of_everyone=of_everyone)
+    groups = counted_groups(columns, len(info.actions), options)
     if counts_as_dict([each.counts for each in groups]) != counts_as_dict(counts):
         raise ValueError(
             f"--extend {folder} has counts by {_names(each.group for each in counts)}, but these options count by "

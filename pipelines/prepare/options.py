@@ -96,7 +96,7 @@ class SampleOptions:
             )
         if self.drop_last and self.leave_last is None:
             raise ValueError(f"--drop-last={self.drop_last} has no effect without --leave-last: give both")
-        if self.count_columns and (not self.counts or self.leave_last is not None):
+        if self.count_columns and not self.counted:
             raise ValueError(
                 f"--count-columns={self.count_columns} has no effect with --no-counts or --leave-last: give one of them"
             )
@@ -108,6 +108,11 @@ class SampleOptions:
             raise ValueError(f"--histories must be stored or gathered, got {self.histories}")
         if self.order not in ("users", "time"):
             raise ValueError(f"--order must be users or time, got {self.order}")
+
+    @property
+    def counted(self) -> bool:
+        """Whether candidates carry counts."""
+        return self.counts and self.leave_last is None
 
     @property
     def counted_columns(self) -> tuple[str, ...]:

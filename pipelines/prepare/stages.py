@@ -256,14 +256,9 @@ def _with_counts(
     connection: duckdb.DuckDBPyConnection, about: Description, split_time: int, options: SampleOptions
 ) -> Description:
     """The description of `events` with columns of counts, if the options ask for them."""
-    if not options.counts or options.leave_last is not None:
+    groups = counted_groups(about.columns, len(about.actions), options)
+    if not groups:
         return about
-    groups = counted_groups(
-        about.columns,
-        len(about.actions),
-        with_user=options.count_user_columns,
-        of_everyone=options.counted_columns,
-    )
     counts = [each.counts for each in groups]
     logger.info("counting by %s", ", ".join(each.group for each in counts))
     taken = {column.name for column in listed(about)} & {n for each in counts for n in each.columns}
