@@ -7,6 +7,7 @@ checkpoint than before it: the run gets on.  Failures without progress, one afte
 import json
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -81,22 +82,17 @@ def read(run_dir: Path, submission: str | None = None) -> list[Attempt]:
 
 def stops_without_progress(attempts: list[Attempt]) -> int:
     """How many starts in a row have stopped before a new checkpoint: their time is too short for one."""
-    count = 0
-    for attempt in reversed(attempts):
-        if attempt.progress or attempt.ended != "stopped":
-            break
-        count += 1
-    return count
+    return _in_a_row(attempts, "stopped")
 
 
 def unfit_without_progress(attempts: list[Attempt]) -> int:
     """How many starts in a row have found nodes that are not fit, without a new checkpoint before."""
-    count = 0
-    for attempt in reversed(attempts):
-        if attempt.progress or attempt.ended != "unfit":
-            break
-        count += 1
-    return count
+    return _in_a_row(attempts, "unfit")
+
+
+def _in_a_row(attempts: list[Attempt], ended: Ending) -> int:
+    """How many of the last attempts, one after another, ended so and brought no new checkpoint."""
+    return len(list(takewhile(lambda each: each.ended == ended and not each.progress, reversed(attempts))))
 
 
 def failures_without_progress(attempts: list[Attempt]) -> int:
