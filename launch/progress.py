@@ -7,7 +7,7 @@ from typing import Any
 
 from launch import attempts
 from launch.records import JobRecord
-from trainer.checkpoint.catalogue import Catalogue, open_catalogue, step_folder
+from trainer.checkpoint.catalogue import open_catalogue, step_folder
 from trainer.checkpoint.manifest import COMPLETE
 from trainer.run.run_dir import RunDir
 
@@ -27,9 +27,8 @@ def progress_lines(record: JobRecord) -> list[str]:
     last = _last_metrics(run.metrics_file)
     if last:
         lines.append(f"step: {last.get('step')}, loss {last.get('loss')}, {_age(last.get('time'))} ago")
-    step = newest_checkpoint(run)
+    step, complete = _newest(run)
     if step:
-        complete = run.checkpoints / step_folder(step) / COMPLETE
         # A checkpoint on an object store has no file here that would tell its age.
         age = f", {_age(complete.stat().st_mtime)} ago" if complete.is_file() else ""
         lines.append(f"last checkpoint: step {step}{age}")
@@ -45,17 +44,20 @@ def progress_lines(record: JobRecord) -> list[str]:
 
 def newest_checkpoint(run: RunDir) -> int:
     """The step of the newest complete checkpoint; 0 where there is none."""
-    return max(_catalogue(run).steps(), default=0)
+    return _newest(run)[0]
 
 
 def newest_complete(run: RunDir) -> Path | None:
     """The file that makes the newest checkpoint complete; None without one, or where it lies in an object store."""
-    file = Path(_catalogue(run).store.address, step_folder(newest_checkpoint(run)), COMPLETE)
+    _, file = _newest(run)
     return file if file.is_file() else None
 
 
-def _catalogue(run: RunDir) -> Catalogue:
-    return open_catalogue(run, (run.saved_config() or {}).get("checkpoint", {}).get("store"))
+def _newest(run: RunDir) -> tuple[int, Path]:
+    """(step of the newest complete checkpoint, 0 where there is none; where the file that makes it complete lies)."""
+    catalogue = open_catalogue(run, (run.saved_config() or {}).get("checkpoint", {}).get("store"))
+    step = max(catalogue.steps(), default=0)
+    return step, Path(catalogue.store.address, step_folder(step), COMPLETE)
 
 
 def stopping_time_s(run: RunDir) -> float:
