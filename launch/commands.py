@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from torchx.specs import AppState, is_terminal, parse_app_handle
+from torchx.specs import AppState, CfgVal, is_terminal, parse_app_handle
 from torchx.specs.api import MalformedAppHandleException
 
 from launch import logs as job_logs
@@ -19,8 +19,7 @@ from launch.progress import progress_lines
 from launch.records import JobRecord
 from launch.request import Request, takes_request
 from launch.schedulers.known import SCHEDULERS
-from launch.schedulers.local import Local
-from launch.schedulers.protocol import JobStatus, Scheduler
+from launch.schedulers.protocol import Foreground, JobStatus, Scheduler
 from launch.submit import SESSION, check, check_no_other, connected
 from launch.sweep import runs_of
 from trainer.command_line import WrongUse, show_findings
@@ -48,18 +47,12 @@ def submit_(
 ) -> None:
     """Train a recipe on a scheduler.  An existing run directory is resumed."""
     with _wrong_use(), connected(request.scheduler) as connection:
-        config = apply_overrides(load_recipe(request.recipe), request.overrides)
-        request = with_absolute_data(request, config, in_container=connection.scheduler.needs_image)
-        options = check(connection.scheduler, request)
-        if not connection.scheduler.needs_image:
-            # What the workers would find out, before anything of the job is written into the directory.
-            RunDir(request.absolute_run_dir).check_same_run(to_dict(config))
+        request, options = _checked(connection.scheduler, request, sends=not dry_run)
         if dry_run:
             print(connection.dry_run(request, options))
             return
-        check_no_other(connection.scheduler, request)
     with connected(request.scheduler) as connection:
-        if isinstance(connection.scheduler, Local):
+        if isinstance(connection.scheduler, Foreground):
             with signals.held():
                 record = connection.submit(request, options)
                 status = connection.scheduler.wait(_app_id(record.handle), record)
@@ -79,17 +72,12 @@ def sweep(
     of its own below --run-dir (default: runs/RECIPE-sweep).  On slurm the runs are one job array."""
     with _wrong_use(), connected(request.scheduler) as connection:
         scheduler = connection.scheduler
-        if isinstance(scheduler, Local):
+        if isinstance(scheduler, Foreground):
             raise ValueError("a sweep of local jobs would run one after the other: submit each run by itself")
         requests = []
         for run in runs_of(request):
-            config = apply_overrides(load_recipe(run.recipe), run.overrides)
-            requests.append(with_absolute_data(run, config, in_container=scheduler.needs_image))
-            options = check(scheduler, requests[-1])
-            if not scheduler.needs_image:
-                RunDir(run.absolute_run_dir).check_same_run(to_dict(config))
-            if not dry_run:
-                check_no_other(scheduler, requests[-1])
+            checked, options = _checked(scheduler, run, sends=not dry_run)
+            requests.append(checked)
         # The folder above the runs holds the code of all of them.
         base = replace(request, run_dir=requests[0].absolute_run_dir.parent, overrides=[])
         if dry_run:
@@ -102,6 +90,27 @@ def sweep(
             sent = [connection.submit(run, options) for run in requests]
         for record in sent:
             print(f"{record.handle}  {record.run_dir}")
+
+
+def _checked(scheduler: Scheduler, request: Request, *, sends: bool) -> tuple[Request, dict[str, CfgVal]]:
+    """(the request with paths as its nodes see them, its scheduler's options), checked as far as this machine can.
+
+    Raises:
+        ValueError: it is malformed, the scheduler cannot do it, its run directory is another run's, or, where it is to
+            be sent, a job waits or runs there.
+    """
+    config = apply_overrides(load_recipe(request.recipe), request.overrides)
+    in_container = scheduler.needs_image
+    request = with_absolute_data(
+        request, config, runs_here=isinstance(scheduler, Foreground), in_container=in_container
+    )
+    options = check(scheduler, request)
+    if not in_container:
+        # What the workers would find out, before anything of the job is written into the directory.
+        RunDir(request.absolute_run_dir).check_same_run(to_dict(config))
+    if sends:
+        check_no_other(scheduler, request)
+    return request, options
 
 
 @app.command()
@@ -221,7 +230,9 @@ def _found(scheduler: Scheduler, handle: str, record: JobRecord | None) -> JobSt
     """The state of the job, or of the one that went on from it."""
     found = scheduler.status(_app_id(record.handle if record else handle), record)
     if found is None:
-        where = "no local job of that name was submitted from this checkout" if isinstance(scheduler, Local) else ""
+        where = (
+            "no local job of that name was submitted from this checkout" if isinstance(scheduler, Foreground) else ""
+        )
         raise ValueError(f"{scheduler.backend} knows no job {handle}{': ' if where else ''}{where}")
     return found
 

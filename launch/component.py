@@ -53,7 +53,8 @@ def train(*arguments: str) -> AppDef:
 def _job_of_torchx(request: Request) -> AppDef:
     check_effect(request, ("options", "max_restarts"))
     config = apply_overrides(load_recipe(request.recipe), request.overrides)
-    return job(with_absolute_data(request, config, in_container=request.image is not None))
+    in_container = request.image is not None
+    return job(with_absolute_data(request, config, runs_here=not in_container, in_container=in_container))
 
 
 def job(request: Request) -> AppDef:

@@ -18,7 +18,7 @@ from torchx.specs.api import AppDryRunInfo
 from launch import component, records, signals
 from launch.request import Request, check_effect
 from launch.schedulers.known import SCHEDULERS
-from launch.schedulers.protocol import Scheduler
+from launch.schedulers.protocol import Foreground, Scheduler
 from launch.workspace import ROOT, check_workspace, share_with_older
 from trainer.command_line import parse_window
 from trainer.run.run_dir import RunDir
@@ -71,7 +71,7 @@ class Connection:
         if code_dir is not None:
             RunDir(base.absolute_run_dir).make()
         workspace = None
-        if base.scheduler != "local_cwd":
+        if not isinstance(self.scheduler, Foreground):
             logger.info("copying the code with the job: %.1f MiB", check_workspace(ROOT))
             workspace = f"file://{ROOT}"
         if code_dir is not None:

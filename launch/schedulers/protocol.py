@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torchx.schedulers.api import AppDryRunInfo
 from torchx.specs import AppState, CfgVal, runopts
@@ -88,6 +88,14 @@ class Scheduler(Protocol):
 
     def doctor(self) -> Iterator[Finding]:
         """What there is, and what is missing for jobs to run."""
+
+
+@runtime_checkable
+class Foreground(Scheduler, Protocol):
+    """A scheduler whose jobs run in the caller's folder and end with the command that sent them."""
+
+    def wait(self, app_id: str, record: JobRecord) -> int:
+        """Wait for a job's end; returns its exit status.  To be called with signals held."""
 
 
 def options_from(request: Request, *, parse: Callable[[str, str], dict[str, CfgVal]]) -> dict[str, CfgVal]:

@@ -76,9 +76,9 @@ def test_what_has_no_effect_is_refused(changes: dict[str, Any], message: str) ->
         _built(**changes)
 
 
-def _paths(asked: Request, *, in_container: bool = False) -> dict[str, str]:
+def _paths(asked: Request, *, runs_here: bool = False, in_container: bool = False) -> dict[str, str]:
     config = apply_overrides(load_recipe(asked.recipe), asked.overrides)
-    sent = with_absolute_data(asked, config, in_container=in_container)
+    sent = with_absolute_data(asked, config, runs_here=runs_here, in_container=in_container)
     return dict(override.split("=", 1) for override in sent.overrides)
 
 
@@ -94,8 +94,8 @@ def test_relative_data_is_what_the_caller_meant(tmp_path: Path, monkeypatch: pyt
     # The recipe's own data travels with the code, from any folder.
     assert _paths(request()) == {}
     # A local job runs where it is submitted, and finds what the recipe has in the checkout.
-    assert _paths(request(scheduler="local_cwd", overrides=["data.path=mine"])) == {"data.path": "mine"}
-    assert _paths(request(scheduler="local_cwd")) == {"data.path": str(ROOT / "data" / "kuairand_sample")}
+    assert _paths(request(overrides=["data.path=mine"]), runs_here=True) == {"data.path": "mine"}
+    assert _paths(request(), runs_here=True) == {"data.path": str(ROOT / "data" / "kuairand_sample")}
 
 
 @pytest.mark.parametrize(("path", "in_container"), [("nowhere", False), ("tests", True)])
