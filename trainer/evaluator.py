@@ -69,7 +69,7 @@ class Evaluator:
 
     def evaluate(self, step: int) -> None:
         """Score the evaluation split."""
-        metrics = evaluate(self._resolved, self._model, self._run.eval_file, self._mesh, step)
+        metrics = evaluate_and_show(self._resolved, self._model, self._run.eval_file, self._mesh, step)
         self._step_log.add_evaluation(metrics, step)
         self._reach(metrics)
 
@@ -99,7 +99,7 @@ class Evaluator:
                 logger.info("part %s, not yet trained on, at step %d:\n%s", parts[part], progress.step, found.table)
 
 
-def evaluate(resolved: Resolved, model: ParallelModel, file: Path, mesh: Mesh, step: int) -> dict[str, float]:
+def evaluate_and_show(resolved: Resolved, model: ParallelModel, file: Path, mesh: Mesh, step: int) -> dict[str, float]:
     """Evaluate, append to `file` unless the step stands there already, and show the result beside the baseline."""
     found = resolved.task.evaluate(model, mesh)
     if mesh.is_first:

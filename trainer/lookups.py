@@ -27,7 +27,7 @@ def lookup_load(resolved: Resolved, world_size: int) -> BatchLoad:
     many ids a row has, if there are tables that are pooled.  How often items are looked up is what the preparation
     counted; not where some are drawn at random, as negatives are.
     """
-    load, deduplicates = resolved.lookup_load(world_size), resolved.config.placement.exchange.deduplicate
+    load, deduplicates = resolved.stated_load(world_size), resolved.config.placement.exchange.deduplicate
     known = item_frequencies(resolved.info.details.get("statistics", {}).get("item_popularity", {}))
     read = {feature.name for feature in resolved.task.selection.features}
     counted = [table for table in resolved.tables if table.name == ITEM_SPACE and read.issuperset(table.features)]

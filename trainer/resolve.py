@@ -81,7 +81,7 @@ class Resolved:
         """Tokens that the model makes of samples."""
         return np.asarray(self.tokens_an_event * history_lens + num_candidates + self.num_context)
 
-    def lookup_load(self, world_size: int) -> BatchLoad:
+    def stated_load(self, world_size: int) -> BatchLoad:
         """How many ids a rank looks up a step, from the sizes of the training split."""
         history, candidates = self._mean_lengths()
         samples_per_rank = math.ceil(self.config.data.global_batch_size / world_size)

@@ -10,7 +10,7 @@ from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.evaluator import evaluate
+from trainer.evaluator import evaluate_and_show
 from trainer.health.preflight import check_packages
 from trainer.parallel.mesh import discover_mesh, joined
 from trainer.resolve import resolve_again
@@ -37,7 +37,7 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
         model = build_parallel(resolved, agreed_plan(plan, resolved, mesh), mesh)
         group = dist.new_group(backend="gloo")
         load_checkpoint(catalogue, checkpoint, model.tensors(), group, grown)
-        evaluate(resolved, model, file, mesh, checkpoint.step)
+        evaluate_and_show(resolved, model, file, mesh, checkpoint.step)
 
 
 def _overridden(trained: TrainConfig, overrides: list[str]) -> TrainConfig:

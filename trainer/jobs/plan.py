@@ -12,7 +12,7 @@ from pipelines.reading.loader import dataset_info
 from trainer.build import make_plan
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.measured import dense_cost
+from trainer.dense_cost import dense_cost
 from trainer.resolve import resolve
 
 

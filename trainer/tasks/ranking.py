@@ -16,7 +16,7 @@ from pipelines.reading.loader import build_loader
 from pipelines.selection import Selection
 from trainer.columns import pooled_spaces, ranker_columns, table_configs, widths
 from trainer.evaluation.baseline import baseline_metrics
-from trainer.evaluation.evaluate import evaluate, ranking_table, unknown_lines, with_unknown
+from trainer.evaluation.candidates import measure_candidates, ranking_table, unknown_lines, with_unknown
 from trainer.labels.binary import action_rates
 from trainer.labels.loss import RankingLoss, build_ranking_loss
 from trainer.models.activations import MeanBatch, Memory, ranker_activations
@@ -178,7 +178,9 @@ class Ranking(DataTask):
             unseen=unseen,
         )
         constant = set(self.labels.names) - set(self.actions)
-        found = evaluate(model, batches, mesh, labels=labels, outputs=outputs, trained=trained, constant=constant)
+        found = measure_candidates(
+            model, batches, mesh, labels=labels, outputs=outputs, trained=trained, constant=constant
+        )
         counts = self.actions and self.config.evaluation.baseline
         rates = baseline_metrics(data, self.actions, mesh, unseen) if counts else {}
         if self.info.weight is not None or self.info.keep_rate is not None:

@@ -1,4 +1,4 @@
-"""What a run took on GPUs, and from it what the same model takes on others: activations and time of the dense model.
+"""What a run took on GPUs besides its tables, and from it what the same model takes on others: memory and time.
 
 A run's peak of memory is its tables, its dense parameters and, for the rest, what a step holds: activations, batches
 in the pipeline, buffers.  A step's time is that of the tables and, for the rest, the dense model's.  The rest of the

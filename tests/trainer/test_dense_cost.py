@@ -11,8 +11,8 @@ from embeddings.planning.problem import GIB
 from pipelines.reading.loader import dataset_info
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
+from trainer.dense_cost import dense_cost
 from trainer.jobs.plan import plan_job
-from trainer.measured import dense_cost
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
 from trainer.run.run_dir import RunDir

@@ -1,6 +1,6 @@
 """The table that sets a model beside the baseline: what it shows, and what it says of actions that are hardly taken."""
 
-from trainer.evaluation.evaluate import comparison_table
+from trainer.evaluation.candidates import comparison_table
 
 
 def metrics(positives: float, auc: float) -> dict[str, float]:

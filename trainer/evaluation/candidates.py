@@ -1,4 +1,4 @@
-"""Score the evaluation split on all ranks, and show the result beside a baseline that knows no sequences."""
+"""What predictions of candidates are worth: the evaluation split on all ranks, and the table beside the baseline."""
 
 import logging
 import math
@@ -40,7 +40,7 @@ class LabelScores:
 
 
 @torch.no_grad()
-def evaluate(
+def measure_candidates(
     model: ParallelModel,
     batches: Iterable[Batch],
     mesh: Mesh,
