@@ -6,7 +6,6 @@ The pipeline (TorchRec's) pulls batches ahead of the step that trains on them, s
 a batch is pulled and taken from the record when its step is done: that position, not the reader's, is checkpointed.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,8 +23,6 @@ from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
 from trainer.steps.feed import Feed
 from trainer.steps.step_log import StepLog
-
-logger = logging.getLogger(__name__)
 
 
 def agree_to_stop(mesh: Mesh) -> bool:

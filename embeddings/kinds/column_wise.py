@@ -17,7 +17,6 @@ class ColumnWise(ShardingKind):
     """A wide table that one rank cannot hold or serve; each block's rank does all ranks' lookups in its columns."""
 
     name = "column_wise"
-    in_words = "equal blocks of columns, each on a rank of its own"
     everywhere = False
 
     def refusal(self, work: Work) -> str | None:

@@ -17,7 +17,6 @@ class GridShard(TableRowWise):
     table_row_wise does with a table."""
 
     name = "grid_shard"
-    in_words = "equal blocks of columns, each in equal blocks of rows on every rank of a node of its own"
     of_one_rank = "column_wise"
 
     def refusal(self, work: Work) -> str | None:

@@ -141,8 +141,6 @@ class ShardingKind(ABC):
 
     name: str
     """The name in settings and plans; TorchRec's, but for `replicated`."""
-    in_words: str
-    """The name in reports."""
     everywhere: bool
     """Whether block i always lies on rank i, so that there is nothing to choose."""
     on_nodes: bool = False

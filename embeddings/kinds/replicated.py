@@ -22,7 +22,6 @@ class Replicated(ShardingKind):
     """
 
     name = "replicated"
-    in_words = "whole, on every rank"
     everywhere = True
     sharded = False
 

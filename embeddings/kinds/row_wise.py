@@ -29,7 +29,6 @@ class RowWise(ShardingKind):
     """Hot tables, whose lookups one rank could not do, and tables that fit no rank."""
 
     name = "row_wise"
-    in_words = "equal blocks of rows, one on every rank"
     everywhere = True
 
     def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:

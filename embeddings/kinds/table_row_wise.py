@@ -10,7 +10,6 @@ class TableRowWise(RowWise):
     """Heavy pooled tables: parts of sums are added up within the node, and one sum a bag leaves it."""
 
     name = "table_row_wise"
-    in_words = "equal blocks of rows, one on every rank of a node"
     everywhere = False
     on_nodes = True
     of_one_rank = "table_wise"

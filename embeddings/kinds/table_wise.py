@@ -25,7 +25,6 @@ class TableWise(ShardingKind):
     """A small or rarely used table on one rank saves the others work."""
 
     name = "table_wise"
-    in_words = "whole, on one rank"
     everywhere = False
 
     def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:

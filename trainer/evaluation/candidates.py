@@ -1,6 +1,5 @@
 """What predictions of candidates are worth: the evaluation split on all ranks, and the table beside the baseline."""
 
-import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from trainer.labels.kind import LabelKind
 from trainer.labels.loss import RankingLoss
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
-
-logger = logging.getLogger(__name__)
 
 FEW_POSITIVES = 100
 """With fewer, the AUC's 95% interval is about 0.1 wide."""
