@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from attention_kernels import SemiLocalMask
 from attention_kernels.layer import reference as layer_reference
-from trainer.evaluation.metrics import retrieval_scores
+from trainer.evaluation.metrics import rank_means, rank_sums
 from trainer.models.heads.dot_product import DotProduct
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
@@ -231,9 +231,7 @@ def train_and_score(
     for batch in torch.split(data[split:], 1024):
         with autocast():
             ranks.append(model.ranks(batch))
-    *sums, total = retrieval_scores(torch.cat(ranks)).tolist()
-    names = ("hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr")
-    metrics = {name: value / total for name, value in zip(names, sums, strict=True)}
+    metrics = rank_means(rank_sums(torch.cat(ranks)))
     return {**metrics, "final_loss": float(loss.detach()), "seconds": time.perf_counter() - start}
 
 

@@ -9,12 +9,13 @@ Equal scores are equal here: logits are compared, not probabilities, which a pro
 stand.  All sums are in float64.  Shapes: C candidates.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-CUTOFFS = (10, 50)
-"""K of retrieval's metrics."""
 
 
 def binary_metrics(logits: Tensor, labels: Tensor, user_ids: Tensor, weights: Tensor) -> dict[str, float]:
@@ -138,12 +139,32 @@ def _gauc(scores: Tensor, labels: Tensor, user_ids: Tensor) -> float:
     return float(auc[(positives > 0) & (negatives > 0)].mean())
 
 
-def retrieval_scores(ranks: Tensor) -> Tensor:
-    """Sums over predictions, float64: hits in the best K and NDCG@K for each K of `CUTOFFS`, 1 / rank, their number.
+def _hit(rank_P: Tensor, k: int) -> Tensor:
+    """Whether the item that came next is among the first k."""
+    return (rank_P <= k).double()
 
-    `ranks` [P] count from 1.  With one true item a prediction, NDCG@K is 1 / log2(1 + rank) where rank <= K.
-    """
+
+def _gain(rank_P: Tensor, k: int) -> Tensor:
+    """NDCG@k of one true item a prediction."""
+    return _hit(rank_P, k) / torch.log2(1 + rank_P)
+
+
+RANK_METRICS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{f"hr@{k}": partial(_hit, k=k) for k in (10, 50)},
+    **{f"ndcg@{k}": partial(_gain, k=k) for k in (10, 50)},
+    "mrr": torch.reciprocal,
+}
+"""What a next item's rank [P] among all items is worth, by name; ranks are float64 and count from 1."""
+
+
+def rank_sums(ranks: Tensor) -> Tensor:
+    """[metrics + 1] float64: the sum over predictions [P] of each of `RANK_METRICS`, and the number of predictions."""
     wide = ranks.double()
-    hits = [(wide <= k).double() for k in CUTOFFS]
-    gains = [hit / torch.log2(1 + wide) for hit in hits]
-    return torch.stack([values.sum() for values in (*hits, *gains, 1 / wide, torch.ones_like(wide))])
+    values = [*(metric(wide) for metric in RANK_METRICS.values()), torch.ones_like(wide)]
+    return torch.stack([value.sum() for value in values])
+
+
+def rank_means(sums: Tensor) -> dict[str, float]:
+    """`RANK_METRICS` from `rank_sums`; NaN, which files write as null, where there are no predictions."""
+    *of_metrics, count = sums.tolist()
+    return {name: value / count if count else math.nan for name, value in zip(RANK_METRICS, of_metrics, strict=True)}

@@ -19,14 +19,11 @@ from embeddings.tables import Tables, rows_by_feature
 from pipelines.batches.packed import bag_lens
 from pipelines.features import ITEM_ID
 from trainer.evaluation.corpus import Corpus, join_seen
-from trainer.evaluation.metrics import CUTOFFS, retrieval_scores
+from trainer.evaluation.metrics import rank_means, rank_sums
 from trainer.models.heads.similarity import Similarity
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
-
-MEASURED = (*(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS), "mrr")
-"""Names of the metrics of a next item."""
 
 
 class Predictions(NamedTuple):
@@ -50,7 +47,7 @@ def rank_next_items(
     mesh: Mesh,
     settings: RetrievalConfig,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """`hr@10`, `hr@50`, `ndcg@10`, `ndcg@50` and `mrr` of the model and of the items' `counts`.
+    """The `RANK_METRICS` of the model and of the items' `counts`.
 
     Called by every rank, each with as many batches as the others; one may have no predictions.  The model is in
     evaluation mode while the batches are asked for.
@@ -66,10 +63,10 @@ def rank_next_items(
             ranks = corpus.ranks(queries, targets, seen)
     finally:
         model.module.train(was_training)
-    sums = torch.stack([retrieval_scores(rank) for rank in ranks])
+    sums = torch.stack([rank_sums(rank) for rank in ranks])
     dist.all_reduce(sums)  # every rank; two rows of sums over predictions
-    of_model, of_popularity = (_means(row) for row in sums)
-    return of_model, of_popularity
+    of_model, of_popularity = sums
+    return rank_means(of_model), rank_means(of_popularity)
 
 
 def corpus_of(
@@ -104,9 +101,3 @@ def _items(tables: Tables, similarity: Similarity, device: torch.device, first: 
         length_per_key=counts,
     )
     return similarity.items(rows_by_feature(tables(features))[ITEM_ID].values())
-
-
-def _means(sums: Tensor) -> dict[str, float]:
-    total = float(sums[-1])
-    # Without predictions there is no mean: NaN, which files write as null.
-    return {name: float(value) / total if total else float("nan") for name, value in zip(MEASURED, sums, strict=False)}

@@ -19,7 +19,8 @@ from pipelines.features import ITEM_ID, ITEM_SPACE
 from pipelines.selection import Draw, Selection
 from trainer.columns import table_configs, widths
 from trainer.evaluation.baseline import popularity
-from trainer.evaluation.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
+from trainer.evaluation.metrics import RANK_METRICS
+from trainer.evaluation.next_item import Predictions, rank_next_items, retrieval_table
 from trainer.labels.loss import RankingLoss
 from trainer.models.activations import MeanBatch, Memory, scoring_activations
 from trainer.models.flops import joint_flops
@@ -95,7 +96,7 @@ class Joint(DataTask):
     @property
     def measured(self) -> tuple[str, ...]:
         """The metrics of both heads."""
-        return (*self.ranking.measured, *MEASURED)
+        return (*self.ranking.measured, *RANK_METRICS)
 
     def activations(self, batch: MeanBatch) -> Memory:
         """The ranker's, and those of each next item's scores."""

@@ -19,7 +19,8 @@ from pipelines.reading.loader import build_loader
 from pipelines.selection import Selection
 from trainer.columns import item_columns, item_table
 from trainer.evaluation.baseline import popularity
-from trainer.evaluation.next_item import MEASURED, Predictions, rank_next_items, retrieval_table
+from trainer.evaluation.metrics import RANK_METRICS
+from trainer.evaluation.next_item import Predictions, rank_next_items, retrieval_table
 from trainer.models.activations import MeanBatch, Memory, retriever_activations
 from trainer.models.flops import retriever_flops
 from trainer.models.layout import take_rows
@@ -70,7 +71,7 @@ class Retrieval(DataTask):
     @property
     def measured(self) -> tuple[str, ...]:
         """Hits, gains and ranks of the next item."""
-        return MEASURED
+        return tuple(RANK_METRICS)
 
     def activations(self, batch: MeanBatch) -> Memory:
         """What the tower and the scores hold."""

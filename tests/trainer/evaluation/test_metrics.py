@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.distributed import run_ranks
-from trainer.evaluation.metrics import retrieval_scores, score
+from trainer.evaluation.metrics import rank_means, rank_sums, score
 from trainer.labels.binary import Binary
 from trainer.labels.measure import LabelMetrics
 
@@ -202,7 +202,9 @@ def test_the_interval_is_that_of_leaving_users_out(per_user: int) -> None:
 
 
 def test_retrieval_metrics_follow_from_ranks() -> None:
-    sums = retrieval_scores(torch.tensor([1, 3, 11, 100])).tolist()
-    gain = 1 / math.log2(12)
-    assert sums == pytest.approx([2, 3, 1.5, 1.5 + gain, 1 + 1 / 3 + 1 / 11 + 1 / 100, 4])
-    assert retrieval_scores(torch.zeros(0, dtype=torch.long)).tolist() == [0.0] * 6
+    found = rank_means(rank_sums(torch.tensor([1, 3, 11, 100])))
+    gains = {"ndcg@10": 1.5 / 4, "ndcg@50": (1.5 + 1 / math.log2(12)) / 4}
+    mrr = (1 + 1 / 3 + 1 / 11 + 1 / 100) / 4
+    assert found == pytest.approx({"hr@10": 2 / 4, "hr@50": 3 / 4, **gains, "mrr": mrr})
+    none = rank_means(rank_sums(torch.zeros(0, dtype=torch.long)))
+    assert none.keys() == found.keys() and all(math.isnan(value) for value in none.values())
