@@ -21,6 +21,7 @@ from pipelines.features import ITEM_ID
 from trainer.evaluation.corpus import Corpus, join_seen
 from trainer.evaluation.metrics import rank_means, rank_sums
 from trainer.models.heads.similarity import Similarity
+from trainer.models.layout import enumerate_users
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
@@ -35,6 +36,12 @@ class Predictions(NamedTuple):
     """[P] int64 the items that came next."""
     seen: Tensor
     """[2, pairs] of (prediction, item) to leave out of the ranking."""
+
+
+def items_up_to(item_ids: Tensor, last_P: Tensor, lens_P: Tensor) -> Tensor:
+    """[2, pairs] of (prediction, item): of each prediction the `lens_P` items that end with row `last_P`."""
+    prediction, number = enumerate_users(lens_P, int(lens_P.sum()))
+    return torch.stack([prediction, item_ids[(last_P - lens_P + 1)[prediction] + number]])
 
 
 @torch.no_grad()

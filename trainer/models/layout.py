@@ -92,6 +92,12 @@ def repeat_users(lens: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(lens.numel(), device=lens.device), lens, output_size=total)
 
 
+def enumerate_users(lens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(user, number among the user's, from 0) of each of lens[b] rows a user b; `total` is their sum."""
+    user = repeat_users(lens, total)
+    return user, torch.arange(total, device=lens.device) - (torch.cumsum(lens, 0) - lens)[user]
+
+
 def rectangle_of(layout: SequenceLayout, *, whole: SequenceLayout | None = None) -> Rectangle:
     """The layout's sequences padded to the longest; padding lies outside.
 
@@ -120,19 +126,14 @@ def candidate_mask(layout: SequenceLayout) -> Tensor:
 
 def history_rows(layout: SequenceLayout) -> Tensor:
     """The rows of all history tokens, in order, [H]."""
-    total = int(layout.history_lens_host.sum())
-    user_H = repeat_users(layout.history_lens, total)
-    first_H = torch.cumsum(layout.history_lens, 0)[user_H] - layout.history_lens[user_H]
-    return layout.offsets[user_H] + layout.num_context + torch.arange(total, device=user_H.device) - first_H
+    user_H, number_H = enumerate_users(layout.history_lens, int(layout.history_lens_host.sum()))
+    return layout.offsets[user_H] + layout.num_context + number_H
 
 
 def candidate_rows(layout: SequenceLayout) -> Tensor:
     """The rows of all candidate tokens, in order, [C]."""
-    total = int(layout.num_candidates_host.sum())
-    user_C = repeat_users(layout.num_candidates, total)
-    first_C = torch.cumsum(layout.num_candidates, 0)[user_C] - layout.num_candidates[user_C]
-    starts_C = layout.offsets[1:][user_C] - layout.num_candidates[user_C]
-    return starts_C + torch.arange(total, device=user_C.device) - first_C
+    user_C, number_C = enumerate_users(layout.num_candidates, int(layout.num_candidates_host.sum()))
+    return (layout.offsets[1:] - layout.num_candidates)[user_C] + number_C
 
 
 def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tensor]:

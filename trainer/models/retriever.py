@@ -20,7 +20,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.heads.build import build_similarity
 from trainer.models.heads.similarity import Similarity
 from trainer.models.hstu import build_tower
-from trainer.models.layout import EventTimes, SequenceLayout, make_layout, repeat_users, take_rows
+from trainer.models.layout import EventTimes, SequenceLayout, enumerate_users, make_layout, take_rows
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, SequenceInputs
 from trainer.models.precision import compute_dtype
@@ -189,8 +189,7 @@ def rows_with_next(layout: SequenceLayout) -> Tensor:
 def _padded_rows_with_next(layout: SequenceLayout) -> Tensor:
     count, total = (layout.history_lens[:-1] - 1).clamp(min=0), layout.num_tokens - 1
     count = torch.cat([count, total - count.sum(0, keepdim=True)])
-    user_P = repeat_users(count, total)
-    index_P = torch.arange(total, device=user_P.device) - (torch.cumsum(count, 0) - count)[user_P]
+    user_P, index_P = enumerate_users(count, total)
     return torch.where(user_P < layout.num_users - 1, layout.offsets[user_P] + index_P, -1)
 
 
@@ -203,9 +202,7 @@ def evaluated_rows(layout: SequenceLayout, count: Tensor, count_host: Tensor) ->
 
 def _rows(first: Tensor, count: Tensor, count_host: Tensor) -> Tensor:
     """`count` [B] rows from `first` [B] on, user by user."""
-    total = int(count_host.sum())
-    user_P = repeat_users(count, total)
-    index_P = torch.arange(total, device=user_P.device) - (torch.cumsum(count, 0) - count)[user_P]
+    user_P, index_P = enumerate_users(count, int(count_host.sum()))
     return first[user_P] + index_P
 
 

@@ -20,7 +20,7 @@ from pipelines.selection import Draw, Selection
 from trainer.columns import table_configs, widths
 from trainer.evaluation.baseline import popularity
 from trainer.evaluation.metrics import RANK_METRICS
-from trainer.evaluation.next_item import Predictions, rank_next_items, retrieval_table
+from trainer.evaluation.next_item import Predictions, items_up_to, rank_next_items, retrieval_table
 from trainer.labels.loss import RankingLoss
 from trainer.models.activations import MeanBatch, Memory, scoring_activations
 from trainer.models.flops import joint_flops
@@ -183,7 +183,5 @@ def predict(events_HE: Tensor, inputs: Inputs, *, exclude_seen: bool) -> Predict
     if exclude_seen:
         last_B = torch.cumsum(inputs.history_lens, 0) - 1
         lens_P = inputs.history_lens[torch.searchsorted(last_B, rows_P)]
-        prediction = torch.repeat_interleave(torch.arange(rows_P.numel(), device=ids.device), lens_P)
-        back = torch.cumsum(lens_P, 0)[prediction] - torch.arange(prediction.numel(), device=ids.device) - 1
-        seen = torch.stack([prediction, ids[rows_P[prediction] - back]])
+        seen = items_up_to(ids, rows_P, lens_P)
     return Predictions(take_rows(events_HE, rows_P), ids[next_H[rows_P]], seen)

@@ -20,7 +20,7 @@ from pipelines.selection import Selection
 from trainer.columns import item_columns, item_table
 from trainer.evaluation.baseline import popularity
 from trainer.evaluation.metrics import RANK_METRICS
-from trainer.evaluation.next_item import Predictions, rank_next_items, retrieval_table
+from trainer.evaluation.next_item import Predictions, items_up_to, rank_next_items, retrieval_table
 from trainer.models.activations import MeanBatch, Memory, retriever_activations
 from trainer.models.flops import retriever_flops
 from trainer.models.layout import take_rows
@@ -165,8 +165,5 @@ def _predict(outputs: EventOutputs, batch: RetrievalBatch, *, exclude_seen: bool
     if exclude_seen and rows.numel():
         ends = torch.cumsum(lens, 0)
         starts = (ends - lens)[torch.searchsorted(ends, rows, right=True)]
-        earlier = rows + 1 - starts
-        prediction = torch.repeat_interleave(torch.arange(rows.numel(), device=device), earlier)
-        place = torch.arange(prediction.numel(), device=device) - (torch.cumsum(earlier, 0) - earlier)[prediction]
-        seen = torch.stack([prediction, item_ids[starts[prediction] + place]])
+        seen = items_up_to(item_ids, rows, rows + 1 - starts)
     return Predictions(take_rows(outputs.vectors, rows), item_ids[rows + 1], seen)
