@@ -1,26 +1,28 @@
-"""docs/quality.md: its tables anew from the files under benchmarks/results.
+"""The tables of README.md, docs/quality.md and docs/speed.md anew from the files under benchmarks/results.
 
 Run: python -m benchmarks.quality_page
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME is its file's; behind it, where, when and
-with which code its rows were run, as the file says.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`.  One of quality has its file's name, and behind it
+stands where, when and with which code its rows were run, as the file says.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, days, demo, own_log
+from benchmarks import ablation, days, demo, own_log, speed_tables
 from benchmarks.curve import YAMBDA
 from benchmarks.lengths import LENGTH
 from benchmarks.next_item import ML1M
 from benchmarks.rankers import ABLATION, RANKING
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, RESULTS = ROOT / "docs" / "quality.md", ROOT / "benchmarks" / "results"
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+PAGES = (ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "speed.md")
+RESULTS = ROOT / "benchmarks" / "results"
+QUALITY: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "quality_ml1m": ML1M.table,
     "quality_ranking": RANKING.table,
     "quality_ranking_cpu": RANKING.table,
@@ -32,27 +34,40 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "ablation": ablation.table,
     "own_log": own_log.table,
 }
-"""What makes each table of its file."""
+"""What makes each table of quality of its file."""
+
+
+def shown(name: str, table: Callable[[Mapping[str, Any]], str]) -> str:
+    """A table of quality and where it comes from."""
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    return f"{table(report)}\n\n{origin(report)}"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    **{name: partial(shown, name, table) for name, table in QUALITY.items()},
+    "headline": speed_tables.headline,
+    "attention": speed_tables.attention,
+    "layer": speed_tables.layer,
+    "tower": speed_tables.tower,
+    "step": speed_tables.step,
+    "recording": speed_tables.recording,
+}
+"""What makes each table."""
 _PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    PAGE.write_text(page(PAGE.read_text()))
+    for file in PAGES:
+        file.write_text(page(file.read_text()))
 
 
 def page(text: str) -> str:
-    """The page with each of its tables as its file has it.
+    """The page with each of its tables as the results have it.
 
     Raises:
         KeyError: it has a place for a table that is none of `TABLES`.
     """
-    return _PLACE.sub(lambda place: f"{place[1]}\n{shown(place[2])}\n\n{place[3]}", text)
-
-
-def shown(name: str) -> str:
-    """A table and where it comes from."""
-    report = json.loads((RESULTS / f"{name}.json").read_text())
-    return f"{TABLES[name](report)}\n\n{origin(report)}"
+    return _PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]]()}\n\n{place[3]}", text)
 
 
 def origin(report: Any) -> str:

@@ -1,4 +1,4 @@
-"""docs/quality.md shows what is committed under benchmarks/results, and no figure besides."""
+"""Documents show what is committed under benchmarks/results; README.md and docs/quality.md no figure besides."""
 
 import json
 import re
@@ -7,15 +7,15 @@ import pytest
 
 from benchmarks import quality_page
 from benchmarks.quality import TABLES
-from benchmarks.quality_page import PAGE, RESULTS, ROOT, origin, page
+from benchmarks.quality_page import PAGES, RESULTS, ROOT, origin, page
 
 PLACE = re.compile(r"<!-- table (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
-def test_the_page_is_what_the_committed_results_make_of_it() -> None:
-    text = PAGE.read_text()
-    assert page(text) == text, "run python -m benchmarks.quality_page"
-    assert sorted(PLACE.findall(text)) == sorted(quality_page.TABLES)
+def test_pages_are_what_the_committed_results_make_of_them() -> None:
+    texts = [file.read_text() for file in PAGES]
+    assert [page(text) for text in texts] == texts, "run python -m benchmarks.quality_page"
+    assert sorted(name for text in texts for name in PLACE.findall(text)) == sorted(quality_page.TABLES)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quality.md"])
