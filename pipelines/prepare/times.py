@@ -86,7 +86,7 @@ def _number(stored: Stored, unit: str) -> tuple[str, list[Rule]]:
 def _date(stored: Stored, unit: str) -> tuple[str, list[Rule]]:
     """SQL of nanoseconds (HUGEINT) in dates and times, and what must hold of them."""
     name, column = stored.name, quoted(stored.name)
-    time, form = f"TRY_CAST({column} AS TIMESTAMPTZ)", "dates and times"
+    time, form = column, "dates and times"
     if unit != TIMESTAMP:
         if stored.type != TEXT:
             raise ValueError(
@@ -94,17 +94,20 @@ def _date(stored: Stored, unit: str) -> tuple[str, list[Rule]]:
                 f"--time-unit {unit!r}, or say {TIMESTAMP}"
             )
         time, form = f"try_strptime({column}, {literal(unit)})", f"dates and times like {unit}"
-    nanoseconds = f"(epoch_us({time})::HUGEINT * 1000)"
-    if stored.type in ("TIMESTAMP_NS", "TIMESTAMPTZ_NS"):
-        nanoseconds = f"TRY(epoch_ns({column}))::HUGEINT"
+    elif stored.type == TEXT:
+        # Some programs leave a blank before the zone.
+        time = f"regexp_replace({column}, ' ([+-]\\d)', '\\1')"
+    # Nanoseconds end in 2262: what lies behind is read to be told as what it is.
+    exact, any_year = (f"TRY_CAST({time} AS {kind})" for kind in ("TIMESTAMPTZ_NS", "TIMESTAMPTZ"))
+    nanoseconds = f"coalesce(TRY(epoch_ns({exact}))::HUGEINT, epoch_us({any_year})::HUGEINT * 1000)"
     text = (
         f"{name} must hold {form} from 1970 on, none missing; for numbers give another --time-unit, for dates in "
         f"another form a pattern, such as {EXAMPLE}"
     )
     rules = [Rule(condition=f"{nanoseconds} >= 0", text=text, column=name)]
     if stored.type == TEXT:
-        exact = f"NOT regexp_matches({column}, '\\.\\d{{6}}\\d*[1-9]')"
-        text = f"{name} is finer than microseconds, which text does not carry: store timestamps, or numbers in ns"
+        exact = f"NOT regexp_matches({column}, '[.]\\d{{9}}\\d*[1-9]')"
+        text = f"{name} is finer than nanoseconds: write at most nine decimals"
         rules.append(Rule(condition=exact, text=text, column=name))
     return nanoseconds, rules
 

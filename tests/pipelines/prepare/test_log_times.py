@@ -128,9 +128,34 @@ def test_dates_are_read_by_the_pattern_that_is_said(tmp_path: Path, pattern: str
 
 
 @pytest.mark.parametrize(
+    ("unit", "text"),
+    [
+        ("timestamp", "2024-01-01T00:00:01.{nanos:09d}Z"),
+        ("timestamp", "2024-01-01 05:30:01.{nanos:09d} +0530"),
+        ("timestamp", "2023-12-31 16:00:01.{nanos:09d}000 -08:00"),
+        ("%d.%m.%Y %H:%M:%S.%n", "01.01.2024 00:00:01.{nanos:09d}"),
+    ],
+)
+def test_text_orders_what_happens_in_a_second_to_the_nanosecond(tmp_path: Path, unit: str, text: str) -> None:
+    second = 1_704_067_201
+    rows = [(item, text.format(nanos=nanos)) for item, nanos in enumerate((300, 100, 999_999_999, 101))]
+    later = [("last", text.format(nanos=0).replace(":01.", ":09.", 1))]
+    lines = [f"1,{item},{time},1" for item, time in (*rows, *later)]
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like", *lines])
+    options = (*COLUMNS, "--time-unit", unit, "--split-time", str(second + 1), "--min-history", "0")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    [row] = [row for row in content(tmp_path / "out") if row["candidate_item_id"] == ["last"]]
+    assert row["history_item_id"] == ["1", "3", "0", "2"]
+    assert row["history_timestamp"] == [second] * 4
+    assert row["candidate_timestamp"] == [second + 8]
+
+
+@pytest.mark.parametrize(
     ("unit", "time", "message"),
     [
         ("timestamp", "01/02/2024", "a pattern, such as '%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"),
+        ("timestamp", "9999-12-31", "lies after the year 2100"),
+        ("timestamp", "2024-01-01 00:00:00.1234567891", "is finer than nanoseconds: write at most nine decimals"),
         ("%m/%d/%Y", "31/01/2024", "must hold dates and times like %m/%d/%Y from 1970 on"),
         ("%m/%d/%Y", "01/31/24", "must hold dates and times like %m/%d/%Y from 1970 on"),
         ("%m/%d/%Y", "", "must hold dates and times like %m/%d/%Y from 1970 on, none missing"),
