@@ -1,7 +1,7 @@
 """How a value of a log is read: SQL for it, and the rules that a row must keep, by the type in which a file stores it.
 
 Files of one log may store a column differently.  As what ids are read is found over all files before any is read
-(`id_type`): whole numbers become one type that holds them all, text stays text, and numbers beside text become text.
+(`id_type`): whole numbers become one type that holds them all, everything else is text, and so are numbers beside text.
 Values that would be merged, rounded or reordered by that are refused where they stand.
 
 A value is missing where it is null, NaN (whole numbers with gaps are often stored as floats), empty text, or a text
@@ -26,8 +26,8 @@ EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}
 """From here on, whole numbers may have been rounded where they are stored in this type."""
 BRACKETS = r"\[.*\]|\{.*\}|\(.*\)"
 """How lists are written as text by programs that write Python, JSON or SQL."""
-IDS_AS_THEY_ARE = ("BOOLEAN", "UUID", "DATE", "TIMESTAMP", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE", "TIMESTAMPTZ_NS")
-"""Other types whose values serve as ids."""
+IDS_AS_TEXT = ("BOOLEAN", "UUID", "DATE", "TIMESTAMP", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE", "TIMESTAMPTZ_NS")
+"""Other types whose values, as text, serve as ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,10 +103,10 @@ def id_type(columns: Iterable[Stored]) -> IdType:
             "it in one type"
         )
     family = next(iter(found), None)
-    # A UUID is text to every other program, and to requests.
-    if has_text or family in (None, "UUID"):
-        return IdType(name=TEXT, beside=family)
-    return IdType(name=family if family != WIDEST else _whole_type(found[family]))
+    if not has_text and family == WIDEST:
+        return IdType(name=_whole_type(found[family]))
+    # A date, a UUID and true are text to every other program, and to requests.
+    return IdType(name=TEXT, beside=family)
 
 
 def _whole_type(types: Iterable[str]) -> str:
@@ -122,7 +122,7 @@ def _family(stored: Stored) -> str:
     kind = stored.type
     if _is_text(kind) or kind == "BLOB":
         return TEXT
-    if kind in IDS_AS_THEY_ARE:
+    if kind in IDS_AS_TEXT:
         return kind
     if _is_number(kind):
         return WIDEST

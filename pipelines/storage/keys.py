@@ -74,15 +74,22 @@ def key_columns(path: str, file: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]
 
 def _dictionary(path: str, file: str) -> tuple[Mapping[Any, int], bool]:
     keys, ids = key_columns(path, file)
-    is_text = pa.types.is_string(keys.type) or pa.types.is_large_string(keys.type)
-    names: Iterable[Any] = keys.to_pylist() if is_text else map(int, keys.to_pylist())
+    is_text = not (pa.types.is_integer(keys.type) or pa.types.is_decimal(keys.type))
+    # Earlier versions kept dates and the like as such.
+    names: Iterable[Any] = keys.cast(pa.string()).to_pylist() if is_text else map(int, keys.to_pylist())
     return dict(zip(names, ids.to_pylist(), strict=True)), is_text
 
 
 def _text(key: Any) -> str | None:
+    key = _as_written(key)
     if key is None or isinstance(key, str):
         return key
     raise TypeError
+
+
+def _as_written(key: Any) -> Any:
+    """True and False as the text that the preparation made of them."""
+    return str(key).lower() if isinstance(key, bool | np.bool_) else key
 
 
 def _number(key: Any) -> int:
@@ -96,6 +103,7 @@ def _number(key: Any) -> int:
 def _hashed(key: Any, rows: int) -> int:
     if key is None:
         return UNKNOWN_ID
+    key = _as_written(key)
     text = key if isinstance(key, str) else str(_number(key))
     return UNKNOWN_ID + 1 + _digest(text) % (rows - 1)
 
@@ -104,6 +112,7 @@ def _key_itself(key: Any) -> int:
     """Whole numbers with their 64 bits, the digest of a text as such a number, and `LOWEST` for the key 0."""
     if key is None:
         return UNKNOWN_ID
+    key = _as_written(key)
     number = _digest(key) if isinstance(key, str) else _number(key)
     if not LOWEST < number < 1 << 64:
         raise TypeError

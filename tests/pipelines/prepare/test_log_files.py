@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import uuid
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -353,12 +353,6 @@ def test_lines_may_end_in_any_way(tmp_path: Path, end: str) -> None:
     (tmp_path / "in" / "log.csv").write_bytes(end.join(lines).encode())
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 0
     assert set(keys_of(tmp_path / "out", "item").values()) == {"0", "1", "2", "3"}
-
-
-def test_times_in_a_zone_may_be_ids(tmp_path: Path) -> None:
-    keys = [datetime(2024, 1, day, tzinfo=UTC) for day in (4, 3, 2, 1)]
-    assert prepared(tmp_path, [("parquet", events(1, i=keys))])[0] == 0
-    assert keys_of(tmp_path / "out", "item") == dict(enumerate(sorted(keys), 1))
 
 
 def test_uuids_are_text(tmp_path: Path) -> None:

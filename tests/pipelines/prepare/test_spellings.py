@@ -1,12 +1,18 @@
 """Users and items that a log spells in two ways, and attributes of others than its own, are refused."""
 
 import json
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.storage.dataset_json import read_dataset_info
+from pipelines.storage.keys import read_keys
 from tests.pipelines.prepare.test_event_log import HOUR, keys_of
+from tests.pipelines.prepare.test_log_files import events
 from tests.pipelines.prepare.test_prepare import prepare, rows_of, write_lines
 
 OPTIONS = ("--user-column", "u", "--item-column", "i", "--time-column", "t", "--action-columns", "like")
@@ -112,3 +118,39 @@ def test_of_rows_of_one_item_the_first_is_kept_where_wrong_rows_are_left_out(
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert info["left_out"] == {"items: i stands in an earlier row, too": 2}
     assert info["statistics"]["events"] == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "texts"),
+    [
+        ([date(2024, 1, 3), date(2024, 1, 1)], ["2024-01-03", "2024-01-01"]),
+        ([True, False], ["true", "false"]),
+        (
+            [datetime(2024, 1, 2, 5), datetime(2024, 1, 2, 3, 0, 0, 5)],
+            ["2024-01-02 05:00:00", "2024-01-02 03:00:00.000005"],
+        ),
+        (
+            [datetime(2024, 1, 2, tzinfo=UTC), datetime(2024, 1, 1, tzinfo=UTC)],
+            ["2024-01-02 00:00:00+00", "2024-01-01 00:00:00+00"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("space", ["", "hash = true", "unbounded = true"])
+def test_ids_that_are_no_numbers_are_text_to_requests_too(
+    tmp_path: Path, keys: list[Any], texts: list[str], space: str
+) -> None:
+    (tmp_path / "s.toml").write_text(
+        'user = "u"\nitem = "i"\ntime = "t"\nactions = ["like"]\n[event]\nc = "c"\n'
+        + (f"[spaces]\nc = {{ rows = 1000, {space} }}\n" if space else "")
+    )
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(events(1, c=[keys[0], keys[1], None, keys[0]])), tmp_path / "in" / "0.parquet")
+    pq.write_table(pa.table(events(2, c=[texts[0], texts[1], "", texts[0]])), tmp_path / "in" / "1.parquet")
+    out = tmp_path / "out"
+    assert prepare("event_log", tmp_path / "in", out, "--schema", str(tmp_path / "s.toml"), *SPLIT) == 0
+    to_id, _ = read_keys(str(out), read_dataset_info(str(out)).spaces["c"])
+    rows = [row["history_c"] for row in rows_of(out, "eval")]
+    assert rows == [[to_id(texts[0]), to_id(texts[1]), 0]] * 2
+    assert len({*rows[0]}) == 3
+    if isinstance(keys[0], bool):
+        assert [to_id(key) for key in keys] == rows[0][:2]
