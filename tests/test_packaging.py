@@ -195,6 +195,15 @@ def _file_map(text: str) -> str:
     return " ".join(paths)
 
 
+def test_the_file_map_has_every_folder_and_every_file_of_a_package() -> None:
+    mapped = {path.rstrip("/") for path in _file_map((ROOT / "docs" / "files.md").read_text()).split()}
+    packages = (*PACKAGES, "benchmarks")
+    folders = {file.parent for package in packages for file in (ROOT / package).rglob("__init__.py")}
+    files = {file for package in packages for file in (ROOT / package).glob("*.py") if file.name != "__init__.py"}
+    there = {str(path.relative_to(ROOT)) for path in (*folders, *files, *(ROOT / "docs").glob("*.md"))}
+    assert sorted(there - mapped) == []
+
+
 def test_suppressions_only_fall() -> None:
     """The number of silenced checks, printed; lower LIMIT when one goes."""
     limit = 40
