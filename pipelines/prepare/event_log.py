@@ -33,7 +33,7 @@ from pipelines.prepare.log_tables import (
     LogSources,
     attribute_columns,
     check_columns,
-    log_columns,
+    optional_columns,
     raw_columns,
     raw_name,
     space_types,
@@ -263,10 +263,14 @@ def _read(
         for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))
     }
     opened = partial(open_files, connection, source=source, scratch=scratch, encoding=schema.encoding)
-    users, items = (opened(found) for found in paths.values())
+    users, items = (
+        opened(paths[name], optional=[column.column for column in attributes.columns] if attributes else [])
+        for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))
+    )
     log = log_paths(source, leave_out=[path for found in paths.values() for path in found])
-    described = [column.column for column in log_columns(schema)] if known is not None else []
-    sources = LogSources(log=opened(log, described=described), users=users, items=items)
+    optional = optional_columns(schema)
+    described = optional if known is not None else []
+    sources = LogSources(log=opened(log, optional=optional, described=described), users=users, items=items)
     check_columns(schema, sources)
     types = space_types(schema, sources, stored_keys(connection, known) if known is not None else ())
     options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)

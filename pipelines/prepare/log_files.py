@@ -76,7 +76,8 @@ class LogFile:
     folders: Mapping[str, str | None]
     """Values of the folders `key=value` that it lies in, of which the file has no column."""
     absent: Sequence[str] = ()
-    """Fields of other files that no line of this JSON file has: writers leave out what is missing."""
+    """Columns of other files that this one lacks, as it was written before there were any, or of other events; of JSON
+    lines all fields of others, as writers leave out what is missing."""
 
     @property
     def is_json(self) -> bool:
@@ -94,6 +95,11 @@ class LogFile:
         fields = {name: kind for name, (_, kind) in self.fields.items()}
         given = {**dict.fromkeys(self.absent, NULL), **dict.fromkeys(self.folders, TEXT)}
         return {name: read_as(kind) for name, kind in {**given, **fields, **dict(self.columns)}.items()}
+
+    def lacks(self, names: Iterable[str]) -> list[str]:
+        """Those of these columns of which the file has none, in large or small letters."""
+        have = {name.lower() for name in self.types}
+        return [name for name in dict.fromkeys(names) if name.lower() not in have]
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ValueError if the file lacks one of these columns, or has several of the name."""
@@ -212,12 +218,15 @@ def open_files(
     scratch: Path,
     *,
     encoding: str = UTF_8,
+    optional: Sequence[str] = (),
     described: Iterable[str] = (),
 ) -> list[LogFile]:
     """What files hold, less JSON files without a line.  Raises ValueError if one cannot be read, or no file is left.
 
-    `encoding` is that of text files that do not say it themselves.  `described` are columns that JSON files may lack
-    all together: an earlier delivery had them.
+    Args:
+        encoding: that of text files that do not say it themselves.
+        optional: columns that a file may lack if others have them.
+        described: columns that JSON files may lack all together: an earlier delivery had them.
     """
     opened = [_open(connection, path, source, scratch, encoding) for path in paths]
     files = [file for file in opened if file.columns]
@@ -226,11 +235,19 @@ def open_files(
             logger.info("%s holds no line", file.path)
     if opened and not files:
         raise ValueError(f"{opened[0].path} and all files beside it hold no line")
-    fields = dict.fromkeys([*(name for file in files for name in file.types), *described])
-    return [
-        replace(file, absent=[name for name in fields if name not in file.types]) if file.is_json else file
+    have = dict.fromkeys(name for file in files for name in file.types)
+    files = [
+        replace(file, absent=file.lacks([*have, *described] if file.is_json else [*have.keys() & set(optional)]))
         for file in files
     ]
+    for name in optional:
+        lacking = [file.path for file in files if name in file.absent]
+        if lacking:
+            logger.warning(
+                "%d of %d file(s) lack the column %s, which is missing in their rows; the first is %s",
+                *(len(lacking), len(files), name, lacking[0]),
+            )
+    return files
 
 
 def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scratch: Path, stated: str) -> LogFile:

@@ -13,6 +13,7 @@ from pipelines.features import ITEM_SPACE
 from pipelines.prepare.log_files import LogFile
 from pipelines.prepare.log_schema import Attributes, LogColumn, LogSchema
 from pipelines.prepare.readings import (
+    NULL,
     TEXT,
     IdType,
     Reading,
@@ -60,12 +61,23 @@ def log_columns(schema: LogSchema) -> list[LogColumn]:
     return list(columns.values())
 
 
+def needed_columns(schema: LogSchema) -> list[str]:
+    """The columns that every file of the log must have: without them, no row is an event with its labels."""
+    named = (schema.user, schema.item, schema.time, *schema.actions, schema.request, schema.sequence)
+    columns = [*named, *(column.column for column in schema.of("label"))]
+    return [name for name in dict.fromkeys(columns) if name is not None]
+
+
+def optional_columns(schema: LogSchema) -> list[str]:
+    """The columns that may come later than the log's first files, or be those of some events alone."""
+    columns = dict.fromkeys(column.column for column in log_columns(schema))
+    return [name for name in columns if name not in needed_columns(schema)]
+
+
 def check_columns(schema: LogSchema, sources: LogSources) -> None:
     """Raise ValueError if a file lacks a column of the description."""
-    optional = [name for name in (schema.request, schema.sequence) if name is not None]
-    needed = [schema.user, schema.item, schema.time, *schema.actions, *optional]
     for file in sources.log:
-        file.require([*needed, *(column.column for column in log_columns(schema))])
+        file.require([*needed_columns(schema), *optional_columns(schema)])
     for attributes, files in ((schema.users, sources.users), (schema.items, sources.items)):
         for file in files:
             assert attributes is not None
@@ -110,7 +122,7 @@ def _column_keys(file: LogFile, columns: Sequence[LogColumn]) -> Iterator[tuple[
         if column.space is not None:
             stored = file.stored(column.column)
             if column.kind == "ids":
-                stored = stored.element if stored.is_list else replace(stored, type=TEXT)
+                stored = stored.element if stored.is_list or stored.type == NULL else replace(stored, type=TEXT)
             yield column.space, stored
 
 

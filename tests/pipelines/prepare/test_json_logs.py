@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.prepare.__main__ import main
 from tests.pipelines.prepare.test_event_log import COLUMNS, HOUR
-from tests.pipelines.prepare.test_log_files import OFFSETS, SPLIT, content
+from tests.pipelines.prepare.test_log_files import OFFSETS, SPLIT
 from tests.pipelines.prepare.test_prepare import prepare, write_lines
 
 OPTIONS = (*COLUMNS, *SPLIT, "--history-columns", "dwell", "--context-columns", "country")
@@ -20,19 +20,6 @@ def lines(user: str, later: int = 0, **further: Any) -> list[str]:
         json.dumps({"u": user, "i": f"i{k}", "t": HOUR + later + each, "like": k % 2, **further})
         for k, each in enumerate(OFFSETS)
     ]
-
-
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_field_that_a_file_never_has_is_missing_there(tmp_path: Path, turned: bool) -> None:
-    files = [lines("whole", dwell=2.5, country="de"), lines("bare"), [], [""]]
-    for number, each in enumerate(files[::-1] if turned else files):
-        write_lines(tmp_path / "in" / f"{number}.jsonl", each)
-    (tmp_path / "in" / "none.jsonl").touch()
-    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *OPTIONS) == 0
-    found = {row["user_id"]: row for row in content(tmp_path / "out") if row["history_length"] == 3}
-    assert found["whole"]["history_dwell"] == [2.5] * 3
-    assert str(found["bare"]["history_dwell"]) == "[nan, nan, nan]"
-    assert (found["whole"]["country"], found["bare"]["country"]) == (1, 0)
 
 
 def test_a_later_delivery_may_lack_what_an_earlier_one_had(tmp_path: Path) -> None:

@@ -53,6 +53,63 @@ def test_columns_without_a_name_are_in_nobodys_way(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == expected(tmp_path, i=[str(item) for item in events(1)["i"]])
 
 
+LATER = ("--context-columns", "country", "--history-columns", "dwell")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_a_column_that_some_files_lack_is_missing_there_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    files = [events("a"), events("b", dwell=[2.5] * 4, country=["de"] * 4), events("c", dwell=[1.5] * 4)]
+    empty = [(suffix, {name: [] for name in files[0]})] * (suffix == "jsonl")
+    found = []
+    for name, ordered in (("forth", files), ("back", files[::-1])):
+        status, out = prepared(tmp_path, [*((suffix, each) for each in ordered), *empty], *LATER, name=name)
+        assert status == 0
+        found.append({row["user_id"]: row for row in content(out) if row["history_length"] == 3})
+    assert str(found[0]) == str(found[1])
+    assert {user: str(row["history_dwell"][0]) for user, row in found[0].items()} == {
+        "a": "nan",
+        "b": "2.5",
+        "c": "1.5",
+    }
+    assert {user: row["country"] for user, row in found[0].items()} == {"a": 0, "b": 1, "c": 0}
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    first = tmp_path / "forth-in" / f"0.{suffix}"
+    assert f"2 of 3 file(s) lack the column country, which is missing in their rows; the first is {first}" in told
+    assert f"1 of 3 file(s) lack the column dwell, which is missing in their rows; the first is {first}" in told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lacking"),
+    [
+        ({"Dwell": [1.5] * 4, "country": ["de"] * 4}, "dwell"),
+        ({"dwell": [1.5] * 4, "country": ["de"] * 4, "t": None}, "t"),
+        ({"dwell": [1.5] * 4, "country": ["de"] * 4, "like": None}, "like"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_in_other_letters_and_one_that_every_event_needs_are_refused_by_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, wrong: dict[str, Any], lacking: str
+) -> None:
+    columns = {name: values for name, values in events("b", **wrong).items() if values is not None}
+    files = [(suffix, events("a", dwell=[2.5] * 4, country=["de"] * 4)), (suffix, columns)]
+    assert prepared(tmp_path, files, *LATER)[0] == 1
+    assert f"1.{suffix} lacks the column(s) {lacking};" in capsys.readouterr().err
+
+
+def test_lists_of_numbers_stay_numbers_where_a_file_has_none(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text('user = "u"\nitem = "i"\ntime = "t"\nactions = ["like"]\n[event]\ng = ["g"]\n')
+    (tmp_path / "in").mkdir()
+    nulls = pa.nulls(4)
+    for number, each in enumerate((events("a"), events("b", g=[[7], [8, 9], [], None]), events("c", g=nulls))):
+        pq.write_table(pa.table(each), tmp_path / "in" / f"{number}.parquet")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", "--schema", str(tmp_path / "s.toml"), *SPLIT) == 0
+    assert keys_of(tmp_path / "out", "g") == {1: 7, 2: 8, 3: 9}
+    found = {row["user_id"]: row["history_g"] for row in content(tmp_path / "out") if row["history_length"] == 3}
+    assert found == {"a": [[], [], []], "b": [[1], [2, 3], []], "c": [[], [], []]}
+
+
 @pytest.mark.parametrize("suffix", ["csv", "csv.zst", "jsonl"])
 def test_a_wrong_row_is_named_by_its_line_behind_blank_lines_and_values_of_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
