@@ -25,7 +25,7 @@ from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
 from benchmarks.measured_on import device
 from benchmarks.step import Case, measure
-from benchmarks.trainings import Asked, Trained, Training, commit, folder_of, seeded, train_all
+from benchmarks.trainings import Asked, Trained, Training, commit, folder_of, seeded, train_all, with_known_seeds
 from pipelines.config import SYNTHETIC_PATH
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
@@ -73,7 +73,7 @@ class Lengths:
         cells = [(name, length) for name in self.names if name in asked.rows for length in self.towers[name].lengths]
         costs = self._costs(cells, asked)
         left = None if asked.limit_s is None else asked.limit_s - (time.monotonic() - start)
-        places = [(seed, *cell) for seed in range(asked.seeds) for cell in cells]
+        places = [(seed, *cell) for seed in asked.of_seeds for cell in cells]
         runs = [self.training(name, length, seed, asked) for seed, name, length in places]
         trained = train_all(runs, asked.jobs, left)
         rows = report.setdefault("rows", {})
@@ -85,7 +85,8 @@ class Lengths:
             ]
             known = rows.setdefault(name, {})
             if own or str(length) not in known:
-                known[str(length)] = {**costs[name, length], **_result(own, asked.jobs)}
+                row = with_known_seeds(_result(own, asked.jobs), known.get(str(length)), ("ne", "auc", "seconds"))
+                known[str(length)] = {**costs[name, length], **row}
         report["samples"] = self.samples
         report["rows"] = {name: rows[name] for name in self.names if name in rows}
 
@@ -146,7 +147,7 @@ class Lengths:
         mesh = discover_mesh()
         with joined(mesh):
             for name, length in cells:
-                training = self.training(name, length, 0, asked)
+                training = self.training(name, length, asked.first_seed, asked)
                 file = training.run.with_name(f"{training.run.name}.cost.json")
                 if not file.is_file():
                     file.parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ class NextItem:
         for cell in cells:
             cell.prepare(asked.source)
         choosing = [] if asked.last_pass else [cell.choosing() for cell in cells]
-        tests = [cell.testing(seed) for seed in range(asked.seeds) for cell in cells]
+        tests = [cell.testing(seed) for seed in asked.of_seeds for cell in cells]
         trained = train_all([*choosing, *tests], asked.jobs, asked.limit_s)
         side_by_side = min(asked.jobs, len(trained))
         chosen, tested = trained[: len(choosing)], trained[len(choosing) :]

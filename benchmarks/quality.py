@@ -6,8 +6,9 @@ Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows N
 Tables are `ml1m` (`benchmarks.next_item`), `ranking` and `ablation` (`benchmarks.rankers`, whose --source holds a
 folder a publisher, `kuairand` and `movielens`), `length` (`benchmarks.lengths`) and `yambda` (`benchmarks.curve`),
 which make their data.  The result goes to benchmarks/results/quality_TABLE.json, where rows that were not run stay,
-and from there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where
-`--limit-s` ends runs, what they had by then counts.
+and of `ranking`, `ablation` and `length` seeds that were not (`--first-seed 3 --seeds 2` adds two to three), and from
+there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where `--limit-s` ends
+runs, what they had by then counts.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", default=[], help="ml1m: orders of ties; all if not given")
     parser.add_argument("--logs", nargs="+", default=[], help="ranking, ablation: logs by folder; all if not given")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each row; 0 to choose the pass alone")
+    parser.add_argument("--first-seed", type=int, default=0, help="of them")
     parser.add_argument("--last-pass", action="store_true", help="ml1m: choose no pass, the recipe's last one counts")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--limit-s", type=float, help="seconds after which no run begins or goes on")
@@ -75,6 +77,7 @@ def main() -> None:
             orders=tuple(arguments.orders),
             logs=tuple(arguments.logs),
             seeds=arguments.seeds,
+            first_seed=arguments.first_seed,
             last_pass=arguments.last_pass,
             jobs=arguments.jobs,
             limit_s=arguments.limit_s,

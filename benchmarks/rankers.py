@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, seeded, train_all
+from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, seeded, train_all, with_known_seeds
 from trainer.steps.step_log import peak_flops
 
 RECIPE = "own_log"
@@ -68,7 +68,7 @@ class Rankers:
             for log in self._logs(asked)
             for name in self.names
             if name in asked.rows
-            for seed in range(asked.seeds)
+            for seed in asked.of_seeds
         ]
         trained = train_all([run for _, _, run in runs], asked.jobs, asked.limit_s)
         logs, rates = report.setdefault("logs", {}), report.setdefault("rates", {})
@@ -81,7 +81,12 @@ class Rankers:
             if not done:
                 continue
             found = {row: [(run, each) for name, run, each in done if name == row] for row in asked.rows}
-            rows = logs.get(log.name, {}) | {row: _result(log, own, asked.jobs) for row, own in found.items() if own}
+            known = logs.get(log.name, {})
+            rows = known | {
+                row: with_known_seeds(_result(log, own, asked.jobs), known.get(row), ("metrics", "gflops", "seconds"))
+                for row, own in found.items()
+                if own
+            }
             logs[log.name] = {name: rows[name] for name in self.names if name in rows}
             rates[log.name] = _of_rates(log, done[0][2])
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,11 @@ class Asked:
     rows: tuple[str, ...]
     """By name."""
     seeds: int
-    """Trainings of each row, 0 .. seeds - 1."""
+    """Trainings of each row."""
     jobs: int
     """Trainings side by side."""
+    first_seed: int = 0
+    """Of them; the others count on from it."""
     limit_s: float | None = None
     """Seconds after which no run begins or goes on."""
     settings: tuple[str, ...] = ()
@@ -38,6 +40,11 @@ class Asked:
     """By folder, where a table has several; all if empty."""
     last_pass: bool = False
     """Choose no pass: the recipe's last one counts."""
+
+    @property
+    def of_seeds(self) -> range:
+        """The trainings' seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +80,34 @@ def folder_of(row: str) -> str:
 def seeded(seed: int) -> tuple[str, ...]:
     """Settings of a run of this seed: initial values, dropout and the order of samples."""
     return (f"seed={seed}", f"data.seed={seed}")
+
+
+def with_known_seeds(found: dict[str, Any], known: Mapping[str, Any] | None, values: Sequence[str]) -> dict[str, Any]:
+    """What was found of a row, with what is known of its seeds that were not trained again.
+
+    `values` names what holds a value a seed.  Nothing is taken from a row of other settings.
+    """
+    if known is None or not found["seeds"] or _but_seeds(known["settings"]) != _but_seeds(found["settings"]):
+        return found
+    places = [(known, place) for place, seed in enumerate(known["seeds"]) if seed not in found["seeds"]]
+    places += [(found, place) for place in range(len(found["seeds"]))]
+    places.sort(key=lambda each: each[0]["seeds"][each[1]])
+    joined = {name: _pick([(row[name], place) for row, place in places]) for name in ("seeds", *values)}
+    of_all = [known, found] if any(row is known for row, _ in places) else [found]
+    about = {name: sorted({each for row in of_all for each in row[name]}) for name in ("commit", "hardware")}
+    return {**found, **joined, **about}
+
+
+def _pick(places: Sequence[tuple[Any, int]]) -> Any:
+    """The values at these places of lists, or of lists by name."""
+    first = places[0][0]
+    if isinstance(first, dict):
+        return {name: _pick([(values[name], place) for values, place in places]) for name in first}
+    return [values[place] for values, place in places]
+
+
+def _but_seeds(settings: Sequence[str]) -> list[str]:
+    return [each for each in settings if not each.startswith(("seed=", "data.seed="))]
 
 
 def prepare(out: Path, arguments: Sequence[str]) -> None:

@@ -1,12 +1,14 @@
 """Trainings of benchmarks: done once, and cut off at their limit with what they had by then."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.trainings import Training, commit, train, train_all
+from benchmarks.trainings import Training, commit, train, train_all, with_known_seeds
 
 
 @pytest.fixture
@@ -50,3 +52,21 @@ def test_one_that_fails_stops_none_of_the_others(training: Training) -> None:
     with pytest.raises(SystemExit, match=r"failed: see .*b\.log"):
         train_all([fails, training], jobs=1)
     assert (training.run / "finished.json").is_file()
+
+
+def row_of(seeds: Sequence[int], commit: str, setting: str = "a=1") -> dict[str, Any]:
+    values = [f"{commit}{seed}" for seed in seeds]
+    settings = [f"seed={seeds[0]}", f"data.seed={seeds[0]}", setting]
+    about = {"commit": [commit], "hardware": ["a GPU"], "settings": settings}
+    return {"seeds": list(seeds), "ne": values, "metrics": {"auc": values}, **about}
+
+
+def test_seeds_that_were_not_trained_again_stay_where_they_were_of_the_same_settings() -> None:
+    values = ("ne", "metrics")
+    joined = with_known_seeds(row_of([2, 4], "b"), row_of([0, 1, 2, 3], "a"), values)
+    of_seeds = ["a0", "a1", "b2", "a3", "b4"]
+    assert (joined["seeds"], joined["ne"], joined["metrics"]) == ([0, 1, 2, 3, 4], of_seeds, {"auc": of_seeds})
+    assert joined["commit"] == ["a", "b"]
+    again = row_of([0, 1], "b")
+    for known in (row_of([1], "a"), row_of([0, 1, 2], "a", "a=2"), None):
+        assert with_known_seeds(again, known, values) == again
