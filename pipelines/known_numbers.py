@@ -4,6 +4,9 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest number of 32 bits, in which models read numbers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NumberStatistics:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines.known_numbers import LARGEST
 from pipelines.prepare.engine import literal, quoted
 
 TEXT = "VARCHAR"
@@ -233,9 +234,9 @@ def read_number(stored: Stored, texts: Sequence[str], decimal: str | None = None
         raise ValueError(f"{stored.path} stores {stored.name} as {kind}, but numbers were expected{fix}")
     absent = missing(column, kind, texts)
     number = f"TRY_CAST({_plain_number(column, decimal) if _is_text(kind) and decimal else column} AS DOUBLE)"
-    # Text may spell NaN in ways that are not listed.
-    value = f"CASE WHEN NOT {absent} AND isfinite({number}) THEN {number} END"
-    known = f"{absent} OR isnan({number}) OR isfinite({number})"
+    # Text may spell NaN in ways that are not listed; it is greater than all numbers.
+    value = f"CASE WHEN NOT {absent} AND abs({number}) <= {LARGEST} THEN {number} END"
+    known = f"{absent} OR isnan({number}) OR abs({number}) <= {LARGEST}"
     text = f"{stored.name} must hold finite numbers"
     if _is_text(kind):
         text += {
@@ -244,6 +245,7 @@ def read_number(stored: Stored, texts: Sequence[str], decimal: str | None = None
             ".": ", written as 1,593.81 or 1593.81",
             ",": ", written as 1.593,81 or 1593,81",
         }[decimal]
+    text += f"; none lies beyond {LARGEST:.4g}, leave a cell empty whose value is missing"
     rule = Rule(condition=known, text=text, column=stored.name)
     return Reading(value=value, rules=(rule,))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.features import ITEM_SPACE, LENGTH_COLUMNS, UNKNOWN_TIME, Column, DatasetInfo, Space
+from pipelines.known_numbers import LARGEST
 from pipelines.storage.columns import AnyArray, Bags, IntArray, Samples, Values
 
 BASE_LISTS = ("item_id", "action", "timestamp")
@@ -100,9 +101,11 @@ def check_values(values: Values, space: Space | None, where: str, offsets: IntAr
         check_ids(values.values, space.rows, where, rows)
     elif space is not None:
         check_ids(values, space.rows, where, offsets)
-    elif values.dtype.kind == "f" and np.isinf(values).any():
-        row = _row_of(np.isinf(values), offsets)
-        raise ValueError(f"{where} of row {row} is infinite; numbers are finite, or NaN where they are missing")
+    elif values.dtype.kind == "f" and (np.abs(values) > LARGEST).any():
+        row = _row_of(np.abs(values) > LARGEST, offsets)
+        raise ValueError(
+            f"{where} of row {row} is infinite or beyond {LARGEST:.4g}, the end of 32 bits; a missing number is NaN"
+        )
 
 
 def check_ids(values: AnyArray, size: int, where: str, offsets: IntArray | None) -> None:

@@ -159,16 +159,17 @@ def with_watch_times(rows: Rows, first: float) -> Callable[[pa.Table], pa.Table]
     def change(table: pa.Table) -> pa.Table:
         values = [[first] + [1.0] * (len(row["history_item_id"]) - 1) for row in rows]
         index = table.schema.get_field_index("history_watch_time")
-        return table.set_column(index, "history_watch_time", pa.array(values, pa.list_(pa.float32())))
+        return table.set_column(index, "history_watch_time", pa.array(values, pa.list_(pa.float64())))
 
     return change
 
 
-def test_a_number_may_be_missing_and_not_infinite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [float("-inf"), 1e39, -1e300])
+def test_a_number_may_be_missing_and_not_infinite(tmp_path: Path, wrong: float) -> None:
     rows = [row for row in made_up_rows(20) if len(row["history_item_id"]) > 2][:5]
     read_all(write(tmp_path / "missing", rows, with_watch_times(rows, float("nan"))))
     with pytest.raises(ValueError, match="column history_watch_time of row 0 is infinite"):
-        read_all(write(tmp_path / "infinite", rows, with_watch_times(rows, float("-inf"))))
+        read_all(write(tmp_path / "infinite", rows, with_watch_times(rows, wrong)))
 
 
 def test_wrong_length_column(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from trainer.labels.loss import RankingLoss
 from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
 
+LARGE = 1e5
+"""From here on, numbers of a table have five digits in place of four decimals."""
 FEW_POSITIVES = 100
 """With fewer, the AUC's 95% interval is about 0.1 wide."""
 
@@ -166,4 +168,7 @@ def comparison_table(model: Mapping[str, float], baseline: Mapping[str, float], 
 
 
 def _cell(value: Any, width: int, sign: str = "") -> str:
-    return f"{'-':>{width}}" if math.isnan(value) else f"{value:>{sign}{width}.4f}"
+    if math.isnan(value):
+        return f"{'-':>{width}}"
+    form = ".4f" if abs(value) < LARGE else ".5g"
+    return f"{value:>{sign}{width}{form}}"
