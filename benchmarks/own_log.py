@@ -137,7 +137,7 @@ def _compare(log: Log, seeds: Sequence[Mapping[str, float]], work: Path) -> dict
     )
     info = dataset_info(config)
     tasks = tuple(action for action in info.actions if f"auc/{action}" in seeds[0])
-    rates = baseline_scores(config, tasks)
+    rates = baseline_scores(config, info, tasks)
     logits, labels, users = (torch.from_numpy(values) for values in (rates.logits, rates.labels, rates.user_id))
     base = score(logits, labels, users, tasks)
     positives = dict(zip(tasks, rates.labels.sum(axis=0), strict=True))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.config import DataConfig
 from pipelines.features import DatasetInfo
-from pipelines.reading.loader import dataset_info, open_source
+from pipelines.reading.loader import open_source
 from pipelines.storage.columns import IntArray, Samples
 from pipelines.storage.source import Source
 
@@ -39,18 +39,27 @@ class Baseline:
 
 
 def count_rates(
-    config: DataConfig, tasks: Sequence[str], share: int = 0, shares: int = 1, *, unseen: int | None = None
+    config: DataConfig,
+    info: DatasetInfo,
+    tasks: Sequence[str],
+    share: int = 0,
+    shares: int = 1,
+    *,
+    unseen: int | None = None,
 ) -> "TrainingRates":
     """Count a share of the training split of `config.path`: units `share`, `share + shares`, ...
 
+    `info` describes the data as a run knows it; parts that were added since do not count.
+
     `unseen` counts the parts of the data before that one.  Memory grows with the numbers of items and users only.
     """
-    info = dataset_info(config)
     bits = _bits(info, tasks)
     items = Rates(num_ids=info.num_items, num_tasks=len(tasks))
     users = UserRates(np.zeros(0, dtype=np.int64), Rates(num_ids=0, num_tasks=len(tasks)))
     found = []
-    for user_id, item_id, labels in _candidates(_training_units(config, share, shares, unseen), config, bits):
+    for user_id, item_id, labels in _candidates(
+        _training_units(config, info, share, shares, unseen), config, info, bits
+    ):
         items.add(item_id, labels)
         ids, place = np.unique(user_id, return_inverse=True)
         rates = Rates(num_ids=len(ids), num_tasks=len(tasks))
@@ -60,13 +69,18 @@ def count_rates(
 
 
 def baseline_scores(
-    config: DataConfig, tasks: Sequence[str], rates: "TrainingRates | None" = None, *, unseen: int | None = None
+    config: DataConfig,
+    info: DatasetInfo,
+    tasks: Sequence[str],
+    rates: "TrainingRates | None" = None,
+    *,
+    unseen: int | None = None,
 ) -> Baseline:
     """Score the evaluation split of `config.path` by the `rates` of its training split, counted here if None.
 
     `unseen` scores the training samples of that part of the data instead, by the parts before it.
     """
-    rates = rates or count_rates(config, tasks, unseen=unseen)
+    rates = rates or count_rates(config, info, tasks, unseen=unseen)
     items, users = rates.items, rates.users.ids
     overall = (items.positive.sum(axis=0) + 1) / (items.count.sum() + 2)
     item_logit = _logit(items.smoothed(overall, ITEM_PRIOR))
@@ -75,13 +89,12 @@ def baseline_scores(
     by_user.merge(np.arange(len(users)), rates.users.rates)
     user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
 
-    info = dataset_info(config)
     if unseen is None:
         scored = open_source(config, info, "eval")
     else:
         scored = open_source(config, info, "train", part=info.parts[unseen])
     units = ((scored, unit) for unit in range(len(scored.unit_rows)))
-    found = list(_candidates(units, config, _bits(info, tasks)))
+    found = list(_candidates(units, config, info, _bits(info, tasks)))
     user_id = np.concatenate([part[0] for part in found])
     place = np.searchsorted(users, user_id)
     known = np.append(users, -1)[place] == user_id
@@ -90,11 +103,13 @@ def baseline_scores(
     return Baseline(logits=logit, labels=np.concatenate([part[2] for part in found]), user_id=user_id)
 
 
-def item_counts(config: DataConfig, share: int = 0, shares: int = 1, *, unseen: int | None = None) -> IntArray:
+def item_counts(
+    config: DataConfig, info: DatasetInfo, share: int = 0, shares: int = 1, *, unseen: int | None = None
+) -> IntArray:
     """How often each item stands in the histories and candidates of a share of the training split of `config.path`,
     [items]; shares as in `count_rates`."""
-    counts = np.zeros(dataset_info(config).num_items, dtype=np.int64)
-    for source, unit in _training_units(config, share, shares, unseen):
+    counts = np.zeros(info.num_items, dtype=np.int64)
+    for source, unit in _training_units(config, info, share, shares, unseen):
         samples: Samples = source.read(unit)
         for column in (samples.history["item_id"], samples.candidate["item_id"]):
             np.add.at(counts, column.array, 1)
@@ -155,23 +170,21 @@ def _bits(info: DatasetInfo, tasks: Sequence[str]) -> IntArray:
 
 
 def _training_units(
-    config: DataConfig, share: int, shares: int, unseen: int | None = None
+    config: DataConfig, info: DatasetInfo, share: int, shares: int, unseen: int | None
 ) -> Iterator[tuple[Source, int]]:
     """A share of the units of all parts of the training split, or of those before the unseen one."""
-    info = dataset_info(config)
     sources = [open_source(config, info, "train", part=part) for part in info.parts[:unseen]]
     units = ((source, unit) for source in sources for unit in range(len(source.unit_rows)))
     return itertools.islice(units, share, None, shares)
 
 
 def _candidates(
-    units: Iterable[tuple[Source, int]], config: DataConfig, bits: IntArray
+    units: Iterable[tuple[Source, int]], config: DataConfig, info: DatasetInfo, bits: IntArray
 ) -> Iterator[tuple[IntArray, IntArray, FloatArray]]:
     """User, item and labels of each candidate that `config` keeps, unit by unit.
 
     Unbounded items share counts, as if their ids were a hash.
     """
-    num_items = dataset_info(config).num_items
     for source, unit in units:
         samples: Samples = source.read(unit)
         column = samples.candidate["item_id"]
@@ -181,7 +194,7 @@ def _candidates(
         labels = (samples.candidate["action"].array[kept, None] >> bits) & 1
         yield (
             np.repeat(np.asarray(samples.scalars["user_id"]), lens)[kept],
-            column.array[kept] % num_items,
+            column.array[kept] % info.num_items,
             labels.astype(np.float64),
         )
 

@@ -66,6 +66,7 @@ def _first_batches(resolved: Resolved, world_size: int) -> list[Batch]:
         world_size=world_size,
         selection=resolved.task.selection,
         cost=resolved.balanced_cost,
+        info=resolved.info,
     )
     return list(islice(loader, COUNTED_BATCHES))
 

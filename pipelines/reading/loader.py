@@ -60,8 +60,11 @@ def build_loader(
     cost: Cost | None = None,
     pin_memory: bool = False,
     unseen: int | None = None,
+    info: DatasetInfo | None = None,
 ) -> "Loader":
     """The loader of one rank; `selection` None reads the item ids alone.
+
+    `info` describes the data as a run knows it, which may have been extended since; None reads the description.
 
     Training goes from `position` (the start if None) to the end of the stream; evaluation makes one pass in stored
     order with full histories.  Every rank gets the same number of batches.  `cost` models a sample's work.  `unseen`
@@ -69,7 +72,7 @@ def build_loader(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
-    info = dataset_info(config)
+    info = info or dataset_info(config)
     selection = selection or select(info, event=(ITEM_ID,), candidate=(ITEM_ID,), context=())
     sources = _open_sources(config, info, split, selection, unseen)
     shuffled = split == "train" and config.order == "shuffled"

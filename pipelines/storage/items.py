@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import DTypeLike
 
-from pipelines.features import ITEM_ID, Column, DatasetInfo
+from pipelines.features import ITEM_ID, UNKNOWN_ID, Column, DatasetInfo, Space
 from pipelines.storage.checked_parquet import open_checked, readable
 from pipelines.storage.columns import AnyArray, Bags, IntArray, Values
-from pipelines.storage.dataset_json import open_filesystem
+from pipelines.storage.dataset_json import open_filesystem, read_dataset_info
 from pipelines.storage.stored import parquet_files, row_values
 from pipelines.storage.validate import check_column, check_values
 
@@ -42,6 +42,11 @@ def read_items(path: str, info: DatasetInfo, columns: Sequence[Column]) -> Mappi
             tables.append(parquet.read(columns=[ITEM_ID, *(each.name for each in columns)]))
     table = pa.concat_tables(tables).combine_chunks()
     item_id = table[ITEM_ID].to_numpy().astype(np.int64)
+    grown = len(read_dataset_info(path).parts) > len(info.parts)
+    if grown:
+        # Of a delivery that has come since `info` was read; its items, and its ids, are unknown to who reads now.
+        known = item_id < info.num_items
+        table, item_id = table.filter(pa.array(known)), item_id[known]
     if len(item_id) and (item_id.min() < 0 or item_id.max() >= info.num_items):
         raise ValueError(f"{where}: item_id {item_id.min()} to {item_id.max()}, outside [0, {info.num_items})")
     if len(np.unique(item_id)) != len(item_id):
@@ -49,10 +54,21 @@ def read_items(path: str, info: DatasetInfo, columns: Sequence[Column]) -> Mappi
     found = {}
     for column in columns:
         values = row_values(table[column.name], column, f"{where}: {column.name}")
+        if grown and column.space is not None:
+            values = _as_known(values, info.spaces[column.space])
         check_values(values, info.spaces.get(column.space or ""), f"{where}: {column.name}", None)
         unbounded = column.space is not None and info.spaces[column.space].unbounded
         found[column.name] = _by_item(values, item_id, info.num_items, np.int64 if unbounded else np.int32)
     return found
+
+
+def _as_known(values: Values, space: Space) -> Values:
+    """The values with the unknown id in the place of those that a space has not given."""
+    if space.unbounded:
+        return values
+    if isinstance(values, Bags):
+        return Bags(np.where(values.values < space.used, values.values, UNKNOWN_ID), values.offsets)
+    return np.where(values < space.used, values, UNKNOWN_ID)
 
 
 def _by_item(values: Values, item_id: IntArray, num_items: int, id_type: DTypeLike) -> Values:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.features import UNKNOWN_ID, Space
@@ -30,7 +31,7 @@ def read_keys(path: str, space: Space) -> tuple[ToId, str]:
     Raises ValueError if the file of keys cannot be read.
     """
     if space.keys is not None:
-        known, is_text = _dictionary(path, space.keys)
+        known, is_text = _dictionary(path, space.keys, space.used)
         if is_text:
             return lambda key: known.get(_text(key), UNKNOWN_ID), "text"
         return lambda key: known.get(_number(key), UNKNOWN_ID), "whole numbers"
@@ -48,7 +49,7 @@ def read_names(path: str, space: Space) -> Callable[[int], Any]:
     """
     if space.keys is None:
         return lambda number: number
-    known, _ = _dictionary(path, space.keys)
+    known, _ = _dictionary(path, space.keys, space.used)
     names = {number: key for key, number in known.items()}
     return names.__getitem__
 
@@ -72,8 +73,12 @@ def key_columns(path: str, file: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]
     return keys, ids
 
 
-def _dictionary(path: str, file: str) -> tuple[Mapping[Any, int], bool]:
+def _dictionary(path: str, file: str, used: int) -> tuple[Mapping[Any, int], bool]:
+    """The id of each key, of those in [0, used), and whether keys are text."""
     keys, ids = key_columns(path, file)
+    # A delivery that has come since the data set was described has given further ones, which a model does not know.
+    given = pc.less(ids, used)
+    keys, ids = keys.filter(given), ids.filter(given)
     is_text = not (pa.types.is_integer(keys.type) or pa.types.is_decimal(keys.type))
     # Earlier versions kept dates and the like as such.
     names: Iterable[Any] = keys.cast(pa.string()).to_pylist() if is_text else map(int, keys.to_pylist())

@@ -3,6 +3,7 @@
 A unit is a row group of a Parquet file, or a block of generated samples.  Sources know nothing of order or ranks.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -165,8 +166,17 @@ class ParquetSource:
 def part_files(filesystem: fs.FileSystem, folder: str, info: DatasetInfo, split: Split, part: str) -> list[str]:
     """The Parquet files of a part of a split; raises ValueError if there is none."""
     needed = "a prepared data set has the folders train and eval"
-    others = {each for each in info.parts if each not in (part, FIRST_PART)}
-    return parquet_files(filesystem, str(PurePosixPath(folder) / split / part), needed, without=others)
+
+    def is_of_another(name: str) -> bool:
+        return name not in (part, FIRST_PART) and (name in info.parts or _comes_later(name, info))
+
+    return parquet_files(filesystem, str(PurePosixPath(folder) / split / part), needed, without=is_of_another)
+
+
+def _comes_later(folder: str, info: DatasetInfo) -> bool:
+    """Whether a folder of a split is a delivery (`prepare event_log --extend`) that has come since `info` was read."""
+    number = re.fullmatch(r"part=(\d{5})", folder)
+    return number is not None and "state" in info.details and int(number[1]) >= len(info.parts)
 
 
 def newest_part(path: str, info: DatasetInfo, split: Split) -> str:

@@ -1,6 +1,6 @@
 """Parquet files and columns of the prepared format as flat arrays, without copies where there is no need for one."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +10,13 @@ from pipelines.features import Column
 from pipelines.storage.columns import AnyArray, Bags, ListColumn, Values
 
 
-def parquet_files(filesystem: fs.FileSystem, folder: str, needed: str, *, without: Collection[str] = ()) -> list[str]:
+def parquet_files(
+    filesystem: fs.FileSystem, folder: str, needed: str, *, without: Callable[[str], bool] = lambda name: False
+) -> list[str]:
     """Parquet files anywhere in a folder, by name; without any, raises ValueError that says what they are for.
 
-    Names that begin with `_` or `.` are not data but other systems' own; folders `key=value` are.  `without` names
-    folders in it that belong to something else.
+    Names that begin with `_` or `.` are not data but other systems' own; folders `key=value` are.  `without` tells
+    names in it that belong to something else.
     """
     if filesystem.get_file_info(folder).type != fs.FileType.Directory:
         raise ValueError(f"{folder} does not exist: {needed}")
@@ -25,7 +27,7 @@ def parquet_files(filesystem: fs.FileSystem, folder: str, needed: str, *, withou
         if info.path.endswith(".parquet")
         and info.type == fs.FileType.File
         and _is_data(parts := info.path[len(folder) :].strip("/").split("/"))
-        and parts[0] not in without
+        and not without(parts[0])
     )
     if not names:
         raise ValueError(f"{folder} holds no .parquet file; prepare the data set again")

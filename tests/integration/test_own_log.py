@@ -10,6 +10,7 @@ from benchmarks.made_up_logs import interests_log
 from benchmarks.own_log import MADE_UP_COLUMNS
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
+from pipelines.reading.loader import dataset_info
 from tests.pipelines.prepare.test_prepare import prepare
 from tests.support.training import run_trainer
 from trainer.evaluation.metrics import score
@@ -26,7 +27,8 @@ def test_own_log_beats_the_rates_where_what_users_do_depends_on_what_they_did(tm
     assert status == 0, output[-3000:]
     found = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
 
-    rates = baseline_scores(DataConfig(path=str(data), global_batch_size=1, max_history_len=1), ("click",))
+    config = DataConfig(path=str(data), global_batch_size=1, max_history_len=1)
+    rates = baseline_scores(config, dataset_info(config), ("click",))
     logits, labels, users = (torch.from_numpy(values) for values in (rates.logits, rates.labels, rates.user_id))
     baseline = score(logits, labels, users, ("click",))
     # 0.05 and 0.04, a third of that between seeds.

@@ -18,7 +18,7 @@ from pipelines.baseline import (
     join_users,
 )
 from pipelines.config import DataConfig
-from pipelines.reading.loader import build_loader
+from pipelines.reading.loader import build_loader, dataset_info
 from tests.pipelines.made_up import ACTIONS, write_dataset
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "kuairand_sample"
@@ -32,7 +32,8 @@ def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path) -> No
     rows = write_dataset(tmp_path / "data", train=60)
     # Some users of the evaluation split are known from training.
     config = DataConfig(path=str(tmp_path / "data"), global_batch_size=8, max_history_len=9, balance="none")
-    result = baseline_scores(config, ["like"])
+    info = dataset_info(config)
+    result = baseline_scores(config, info, ["like"])
     count: Counter[tuple[str, int]] = Counter()
     positive: Counter[tuple[str, int]] = Counter()
     for row in rows["train"]:
@@ -51,12 +52,12 @@ def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path) -> No
             users.append(row["user_id"])
             labels.append(action >> 1 & 1)
     assert result.logits[:, 0].tolist() == pytest.approx(expected)
-    shares = [count_rates(config, ["like"], part, 3) for part in range(3)]
+    shares = [count_rates(config, info, ["like"], part, 3) for part in range(3)]
     for share in shares[1:]:
         shares[0].items.merge(np.arange(len(share.items.count)), share.items)
     together = TrainingRates(shares[0].items, join_users([share.users for share in shares]))
-    assert (baseline_scores(config, ["like"], together).logits == result.logits).all()
-    assert (sum(item_counts(config, part, 3) for part in range(3)) == item_counts(config)).all()
+    assert (baseline_scores(config, info, ["like"], together).logits == result.logits).all()
+    assert (sum(item_counts(config, info, part, 3) for part in range(3)) == item_counts(config, info)).all()
     assert result.user_id.tolist() == users
     assert result.labels[:, 0].tolist() == labels
     batches = build_loader(config, split="eval", rank=0, world_size=1)

@@ -1,7 +1,5 @@
 """What to beat: scores that know no sequences, which all ranks count on their shares of the training split."""
 
-import functools
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,8 +8,7 @@ from torch import Tensor
 
 from pipelines.baseline import TrainingRates, baseline_scores, count_rates, item_counts, join_users
 from pipelines.config import DataConfig
-from pipelines.features import ITEM_SPACE
-from pipelines.reading.loader import dataset_info
+from pipelines.features import ITEM_SPACE, DatasetInfo
 from trainer.evaluation.metrics import score
 from trainer.parallel.mesh import Mesh
 
@@ -19,41 +16,48 @@ ROWS_AT_A_TIME = 2**20
 """Items whose counts are added up over ranks in one piece, so that they need little of a GPU's memory."""
 
 
-@functools.cache
-def baseline_metrics(
-    config: DataConfig, tasks: tuple[str, ...], mesh: Mesh, unseen: int | None = None
-) -> dict[str, float]:
-    """What the rates of items and users in the training split predict, on the first rank; nothing on the others.
+class Baselines:
+    """Counts of a run's data, made once: the same at every evaluation.
 
-    Every rank reads its share of the split, once: the result is the same at every evaluation of a run.
+    `unseen` is a part of the data that is scored before it is trained on, by what the parts before it tell.
     """
-    mine = count_rates(config, tasks, mesh.rank, mesh.world_size, unseen=unseen)
-    for values in (mine.items.positive, mine.items.count):
-        _add_on_first(values, mesh)
-    parts = [mine.users] * mesh.world_size if mesh.is_first else None
-    dist.gather_object(mine.users, parts)  # every rank
-    if parts is None:
-        return {}
-    baseline = baseline_scores(config, tasks, TrainingRates(mine.items, join_users(parts)), unseen=unseen)
-    logits, labels, users = (torch.from_numpy(x) for x in (baseline.logits, baseline.labels, baseline.user_id))
-    return score(logits.double(), labels.double(), users, tasks)
 
+    def __init__(self, config: DataConfig, info: DatasetInfo) -> None:
+        """`info` describes the data as the run knows it."""
+        self._config, self._info = config, info
+        self._metrics: dict[int | None, dict[str, float]] = {}
+        self._counts: dict[int | None, Tensor] = {}
 
-def popularity(config: DataConfig, mesh: Mesh, unseen: int | None = None) -> Tensor:
-    """How often each item stands in the training split, or in the parts before an unseen one, [ids that are given].
+    def metrics(self, tasks: tuple[str, ...], mesh: Mesh, unseen: int | None = None) -> dict[str, float]:
+        """What the rates of items and users predict, on the first rank; nothing on the others.  Called by every rank,
+        with the same tasks every time."""
+        if unseen not in self._metrics:
+            self._metrics[unseen] = self._score(tasks, mesh, unseen)
+        return self._metrics[unseen]
 
-    Every rank reads its share of the split, once.
-    """
-    counts = _item_counts(config, mesh.rank, mesh.world_size, unseen).to(mesh.device, copy=True)
-    dist.all_reduce(counts)  # every rank
-    return counts
+    def _score(self, tasks: tuple[str, ...], mesh: Mesh, unseen: int | None) -> dict[str, float]:
+        config, info = self._config, self._info
+        mine = count_rates(config, info, tasks, mesh.rank, mesh.world_size, unseen=unseen)
+        for values in (mine.items.positive, mine.items.count):
+            _add_on_first(values, mesh)
+        parts = [mine.users] * mesh.world_size if mesh.is_first else None
+        dist.gather_object(mine.users, parts)  # every rank
+        if parts is None:
+            return {}
+        rates = TrainingRates(mine.items, join_users(parts))
+        baseline = baseline_scores(config, info, tasks, rates, unseen=unseen)
+        logits, labels, users = (torch.from_numpy(x) for x in (baseline.logits, baseline.labels, baseline.user_id))
+        return score(logits.double(), labels.double(), users, tasks)
 
-
-@functools.cache
-def _item_counts(config: DataConfig, rank: int, world_size: int, unseen: int | None) -> Tensor:
-    """Kept, because it is the same at every evaluation of a run."""
-    given = dataset_info(config).spaces[ITEM_SPACE].used
-    return torch.from_numpy(item_counts(config, rank, world_size, unseen=unseen)[:given])
+    def popularity(self, mesh: Mesh, unseen: int | None = None) -> Tensor:
+        """How often each item stands in the training split, [ids that are given].  Called by every rank."""
+        if unseen not in self._counts:
+            given = self._info.spaces[ITEM_SPACE].used
+            mine = item_counts(self._config, self._info, mesh.rank, mesh.world_size, unseen=unseen)[:given]
+            self._counts[unseen] = torch.from_numpy(mine)
+        counts = self._counts[unseen].to(mesh.device, copy=True)
+        dist.all_reduce(counts)  # every rank
+        return counts
 
 
 def _add_on_first(values: npt.NDArray[np.float64], mesh: Mesh) -> None:

@@ -19,7 +19,7 @@ from pipelines.batches.batch import Batch
 from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.reading.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.selection import unread_columns
-from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
+from trainer.build import agreed_plan, build_parallel, check_same_data, machine_of, make_plan
 from trainer.checkpoint.catalogue import Catalogue, Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer, Restart
 from trainer.checkpoint.manifest import writing_versions
@@ -93,6 +93,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
         batches = opened.enter_context(closing(iter(loader)))
         check_machines(mesh, store, run_dir, config.model.layers, getattr(torch, config.precision))
+        check_same_data(resolved, mesh)
         plan = agreed_plan(plan, resolved, mesh, start.plan_file)
         model = build_parallel(settled, plan, mesh)
         checkpointer = Checkpointer(
@@ -275,6 +276,7 @@ def training_loader(resolved: Resolved, mesh: Mesh, progress: Progress) -> Loade
         selection=resolved.task.selection,
         cost=resolved.balanced_cost,
         pin_memory=mesh.device.type == "cuda",
+        info=resolved.info,
     )
 
 

@@ -18,7 +18,6 @@ from pipelines.batches.batch import Batch, Inputs
 from pipelines.features import ITEM_ID, ITEM_SPACE
 from pipelines.selection import Draw, Selection
 from trainer.columns import table_configs, widths
-from trainer.evaluation.baseline import popularity
 from trainer.evaluation.metrics import RANK_METRICS
 from trainer.evaluation.next_item import Predictions, items_up_to, rank_next_items, retrieval_table
 from trainer.labels.loss import RankingLoss
@@ -163,7 +162,7 @@ class Joint(DataTask):
             model,
             tower.similarity,
             predictions,
-            popularity(self.config.data, mesh, unseen),
+            self.baselines.popularity(mesh, unseen),
             mesh=mesh,
             settings=self.settings,
         )

@@ -15,7 +15,6 @@ from pipelines.batches.batch import Inputs
 from pipelines.reading.loader import build_loader
 from pipelines.selection import Selection
 from trainer.columns import pooled_spaces, ranker_columns, table_configs, widths
-from trainer.evaluation.baseline import baseline_metrics
 from trainer.evaluation.candidates import measure_candidates, ranking_table, unknown_lines, with_unknown
 from trainer.labels.binary import action_rates
 from trainer.labels.loss import RankingLoss, build_ranking_loss
@@ -176,13 +175,14 @@ class Ranking(DataTask):
             selection=selection,
             pin_memory=on_gpu,
             unseen=unseen,
+            info=self.info,
         )
         constant = set(self.labels.names) - set(self.actions)
         found = measure_candidates(
             model, batches, mesh, labels=labels, outputs=outputs, trained=trained, constant=constant
         )
         counts = self.actions and self.config.evaluation.baseline
-        rates = baseline_metrics(data, self.actions, mesh, unseen) if counts else {}
+        rates = self.baselines.metrics(self.actions, mesh, unseen) if counts else {}
         if self.info.weight is not None or self.info.keep_rate is not None:
             # Rates count every candidate alike, the model's NE as much as its weight says: not to be compared.
             rates = {name: math.nan if name.startswith("ne/") else value for name, value in rates.items()}

@@ -18,7 +18,6 @@ from pipelines.features import ITEM_ID
 from pipelines.reading.loader import build_loader
 from pipelines.selection import Selection
 from trainer.columns import item_columns, item_table
-from trainer.evaluation.baseline import popularity
 from trainer.evaluation.metrics import RANK_METRICS
 from trainer.evaluation.next_item import Predictions, items_up_to, rank_next_items, retrieval_table
 from trainer.models.activations import MeanBatch, Memory, retriever_activations
@@ -119,14 +118,20 @@ class Retrieval(DataTask):
         """
         data, on_gpu = self.config.data, mesh.device.type == "cuda"
         batches = build_loader(
-            data, split="eval", rank=mesh.rank, world_size=mesh.world_size, pin_memory=on_gpu, unseen=unseen
+            data,
+            split="eval",
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            pin_memory=on_gpu,
+            unseen=unseen,
+            info=self.info,
         )
         assert isinstance(model.dense, RetrieverTower)
         metrics, by_popularity = rank_next_items(
             model,
             model.dense.similarity,
             self._predictions(model, batches, mesh),
-            popularity(data, mesh, unseen),
+            self.baselines.popularity(mesh, unseen),
             mesh=mesh,
             settings=self.settings,
         )

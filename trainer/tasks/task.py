@@ -3,6 +3,7 @@
 A task is made once, in `trainer.resolve`; nothing else asks which one a run has.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -19,6 +20,7 @@ from pipelines.features import DatasetInfo
 from pipelines.selection import Selection
 from trainer.columns import pooled_spaces
 from trainer.config import TrainConfig
+from trainer.evaluation.baseline import Baselines
 from trainer.evaluation.next_item import Predictions
 from trainer.labels.loss import RankingLoss
 from trainer.models.activations import MeanBatch, Memory
@@ -147,6 +149,11 @@ class DataTask:
 
     config: TrainConfig
     info: DatasetInfo
+
+    @functools.cached_property
+    def baselines(self) -> Baselines:
+        """What its evaluations are shown beside."""
+        return Baselines(self.config.data, self.info)
 
     @property
     def settings(self) -> RetrievalConfig:

@@ -12,7 +12,7 @@ from pipelines.baseline import count_rates, item_counts
 from pipelines.config import DataConfig
 from pipelines.features import DatasetInfo
 from pipelines.reading import loader
-from pipelines.reading.loader import build_loader
+from pipelines.reading.loader import build_loader, dataset_info
 from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.stream.position import DataPosition, position_from_dict
 from tests.pipelines.made_up import dataset_json, made_up_rows, table_of
@@ -120,12 +120,13 @@ def test_evaluation_reads_the_newest_part_that_has_any_and_a_part_unseen_when_as
 def test_what_scores_are_compared_with_is_counted_in_the_parts_before(tmp_path: Path) -> None:
     rows = write_parts(tmp_path, 3)
     config = configuration(tmp_path)
+    info = dataset_info(config)
     for unseen, names in ((None, NAMES), (2, NAMES[:2]), (1, NAMES[:1])):
         candidates = [item for name in names for row in rows[name] for item in row["candidate_item_id"]]
-        shares = [count_rates(config, ("click",), share, 2, unseen=unseen) for share in range(2)]
+        shares = [count_rates(config, info, ("click",), share, 2, unseen=unseen) for share in range(2)]
         assert sum(share.items.count.sum() for share in shares) == len(candidates)
         events = len(candidates) + sum(len(row["history_item_id"]) for name in names for row in rows[name])
-        assert item_counts(config, unseen=unseen).sum() == events
+        assert item_counts(config, info, unseen=unseen).sum() == events
 
 
 def test_a_missing_part_is_refused(tmp_path: Path) -> None:
