@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class Tower:
     """Its layers, as `model.stages` says it."""
     lengths: tuple[int, ...]
     """Events of a history."""
+    tokens: int = 1
+    """Of an event: two read its item and its action apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,8 @@ class Lengths:
     """That every row is trained on."""
     settings: tuple[str, ...]
     """Of all rows."""
+    trained: bool = True
+    """False measures the costs alone."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,7 +78,7 @@ class Lengths:
         cells = [(name, length) for name in self.names if name in asked.rows for length in self.towers[name].lengths]
         costs = self._costs(cells, asked)
         left = None if asked.limit_s is None else asked.limit_s - (time.monotonic() - start)
-        places = [(seed, *cell) for seed in asked.of_seeds for cell in cells]
+        places = [(seed, *cell) for seed in asked.of_seeds for cell in cells] if self.trained else []
         runs = [self.training(name, length, seed, asked) for seed, name, length in places]
         trained = train_all(runs, asked.jobs, left)
         rows = report.setdefault("rows", {})
@@ -84,7 +89,7 @@ class Lengths:
                 if cell == [name, length] and found.seconds is not None
             ]
             known = rows.setdefault(name, {})
-            if own or str(length) not in known:
+            if own or not self.trained or str(length) not in known:
                 row = with_known_seeds(_result(own, asked.jobs), known.get(str(length)), ("ne", "auc", "seconds"))
                 known[str(length)] = {**costs[name, length], **row}
         report["samples"] = self.samples
@@ -92,14 +97,15 @@ class Lengths:
 
     def training(self, name: str, length: int, seed: int, asked: Asked) -> Training:
         """A model's run of a seed at a length."""
-        nearest, farthest = self.lags
+        tower, (nearest, farthest) = self.towers[name], self.lags
         stream = {"num_users": self.samples, "min_len": length, "max_len": length, "lag": nearest}
         own = (
             *(f"data.synthetic.{key}={value}" for key, value in {**stream, "lag_until": farthest}.items()),
             f"data.max_history_len={length}",
             # A history with its candidates and its context.
-            f"model.max_len={length + 32}",
-            "model.stages=" + json.dumps(self.towers[name].stages),
+            f"model.max_len={tower.tokens * length + 32}",
+            "model.stages=" + json.dumps(tower.stages),
+            *(("model.input.merge=interleave",) if tower.tokens == 2 else ()),
         )
         return Training(
             recipe=RECIPE,
@@ -109,17 +115,40 @@ class Lengths:
 
     def table(self, report: Mapping[str, Any]) -> str:
         """The report in Markdown: each row, then each model's slopes over the first one's."""
-        lines = [
-            f"| model | events | seeds | NE | AUC | training, s of a GPU for {report['samples']:,} samples | "
-            "scoring, ms a history |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+        samples, quality = report["samples"], ["seeds", "NE", "AUC"] if self.trained else []
+        head = [
+            *("model", "events", *quality),
+            *(f"training, s of a GPU for {samples:,} samples", "scoring, ms a history"),
         ]
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for name, rows in report["rows"].items():
             for length, row in rows.items():
-                seconds = row["train_ms"] * report["samples"] / 1e3
-                cells = [name, f"{int(length):,}", str(len(row["seeds"])), _mean(row["ne"]), _mean(row["auc"])]
-                lines.append("| " + " | ".join([*cells, f"{seconds:.2f}", f"{row['score_ms']:.3f}"]) + " |")
-        return "\n".join(lines) + "".join(f"\n\n{line}" for line in self._slopes(report["rows"]))
+                found = [str(len(row["seeds"])), _mean(row["ne"]), _mean(row["auc"])] if self.trained else []
+                cells = [name, f"{int(length):,}", *found, f"{row['train_ms'] * samples / 1e3:.2f}"]
+                lines.append("| " + " | ".join([*cells, f"{row['score_ms']:.3f}"]) + " |")
+        slopes = self._slopes(report["rows"]) if self.trained else self._further(report["rows"])
+        return "\n".join(lines) + "".join(f"\n\n{line}" for line in slopes)
+
+    def _further(self, rows: Mapping[str, Any]) -> list[str]:
+        """What further events cost the first model against each other one, from a length that both have to the next."""
+        lines = []
+        for name in list(rows)[1:]:
+            lengths = [length for length in rows[self.names[0]] if length in rows[name]]
+            for shorter, longer in pairwise(lengths):
+                costs = [
+                    [of[longer][cost] - of[shorter][cost] for of in (rows[self.names[0]], rows[name])]
+                    for cost in ("train_ms", "score_ms")
+                ]
+                lines.append(
+                    f"An event more from {int(shorter):,} to {int(longer):,} costs {self.names[0]} "
+                    + " and ".join(
+                        f"{first / other:.1f} times as much in {what}"
+                        for what, (first, other) in zip(("training", "scoring"), costs, strict=True)
+                        if min(first, other) > 0
+                    )
+                    + f" as {name}."
+                )
+        return lines
 
     def _slopes(self, rows: Mapping[str, Any]) -> list[str]:
         """What each model gains for its cost against the first, over the lengths that both have."""
@@ -250,3 +279,29 @@ LENGTH = Lengths(
         "checkpoint.every_steps=null",
     ),
 )
+
+# The tower of `yambda_ultra`, and HSTU's of as many layers.
+_WIDE = {"local": 256, "global_rows": 256}
+SCORING = replace(
+    LENGTH,
+    towers={
+        "HSTU": Tower(stages=({"num_layers": 18},), lengths=(1024, 4096, 16384), tokens=2),
+        "HSTU, one token an event": Tower(stages=({"num_layers": 18},), lengths=(1024, 4096, 16384)),
+        "ULTRA-HSTU": Tower(
+            stages=({"num_layers": 6, **_WIDE}, {"num_layers": 12, "keep_newest": 1024, **_WIDE}),
+            lengths=(1024, 4096, 16384),
+        ),
+    },
+    settings=(
+        *(each for each in LENGTH.settings if not each.startswith("model.")),
+        f'model.labels=[{{"name": "{LABEL}"}}]',
+        "model.dim=512",
+        "model.layer.num_heads=4",
+        "model.layer.qk_dim=128",
+        "model.layer.value_dim=128",
+        "model.layer.dropout=0",
+        "embedding_dim=512",
+    ),
+    trained=False,
+)
+"""What it costs at the authors' width and depth, where a GPU has something to do."""

@@ -4,11 +4,11 @@ Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows N
      python -m benchmarks.quality --table ml1m --show
 
 Tables are `ml1m` (`benchmarks.next_item`), `ranking` and `ablation` (`benchmarks.rankers`, whose --source holds a
-folder a publisher, `kuairand` and `movielens`), `length` (`benchmarks.lengths`) and `yambda` (`benchmarks.curve`),
-which make their data.  The result goes to benchmarks/results/quality_TABLE.json, where rows that were not run stay,
-and of `ranking`, `ablation` and `length` seeds that were not (`--first-seed 3 --seeds 2` adds two to three), and from
-there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where `--limit-s` ends
-runs, what they had by then counts.
+folder a publisher, `kuairand` and `movielens`), `length` and `scoring` (`benchmarks.lengths`) and `yambda`
+(`benchmarks.curve`), which make their data.  The result goes to benchmarks/results/quality_TABLE.json, where rows that
+were not run stay, and of `ranking`, `ablation` and `length` seeds that were not (`--first-seed 3 --seeds 2` adds two to
+three), and from there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where
+`--limit-s` ends runs, what they had by then counts.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.curve import YAMBDA, Curve
-from benchmarks.lengths import LENGTH, Lengths
+from benchmarks.lengths import LENGTH, SCORING, Lengths
 from benchmarks.next_item import ML1M, NextItem
 from benchmarks.rankers import ABLATION, RANKING, T_95, Rankers
 from benchmarks.trainings import Asked
@@ -28,6 +28,7 @@ TABLES: Mapping[str, NextItem | Rankers | Lengths | Curve] = {
     "ranking": RANKING,
     "ablation": ABLATION,
     "length": LENGTH,
+    "scoring": SCORING,
     "yambda": YAMBDA,
 }
 """Every table by name."""

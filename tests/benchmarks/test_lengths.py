@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import lengths
 from benchmarks.cost import made_up_batch
-from benchmarks.lengths import LENGTH, RECIPE, Cost, Lengths
+from benchmarks.lengths import LENGTH, RECIPE, SCORING, Cost, Lengths
 from benchmarks.trainings import Asked, Trained, Training
 from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import dataset_info
@@ -36,10 +36,12 @@ def asked(folder: Path, **changes: Any) -> Asked:
     return replace(Asked(source=folder, work=folder, rows=TINY.names, seeds=2, jobs=1), **changes)
 
 
-@pytest.mark.parametrize("name", LENGTH.names)
-def test_a_row_is_a_ranker_that_holds_its_histories(name: str, tmp_path: Path) -> None:
-    for length in LENGTH.towers[name].lengths:
-        training = LENGTH.training(name, length, 0, asked(tmp_path))
+@pytest.mark.parametrize(
+    ("table", "name"), [(table, name) for table in (LENGTH, SCORING) for name in table.names], ids=str
+)
+def test_a_row_is_a_ranker_that_holds_its_histories(table: Lengths, name: str, tmp_path: Path) -> None:
+    for length in table.towers[name].lengths:
+        training = table.training(name, length, 0, asked(tmp_path))
         config = apply_overrides(load_recipe(RECIPE), list(training.settings))
         info = dataset_info(config.data)
         resolve(config, info)
@@ -136,3 +138,29 @@ def test_slopes_are_compared_over_the_lengths_that_both_have() -> None:
     assert "times" not in TINY.table(report)
     alone = {"samples": 8, "rows": {ultra: report["rows"][ultra]}}
     assert "times" not in Lengths.table(TINY, alone)
+
+
+def test_where_nothing_is_trained_what_further_events_cost_is_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """HSTU's 3,072 events more cost 6 ms in training and 3 in scoring, ULTRA-HSTU's 1 and .25."""
+    of_rows = {
+        1024: {"HSTU": (2.0, 1.0), "ULTRA-HSTU": (1.0, 0.25)},
+        4096: {"HSTU": (8.0, 4.0), "ULTRA-HSTU": (2.0, 0.5)},
+    }
+
+    def cost(config: TrainConfig, _: Mesh) -> Cost:
+        name = "HSTU" if config.model.input.merge == "interleave" else "ULTRA-HSTU"
+        train_ms, score_ms = of_rows[config.data.max_history_len][name]
+        return Cost(train_ms=train_ms, score_ms=score_ms)
+
+    monkeypatch.setattr(lengths, "cost", cost)
+    names = ("HSTU", "ULTRA-HSTU")
+    towers = {name: replace(SCORING.towers[name], lengths=tuple(of_rows)) for name in names}
+    report: dict[str, Any] = {}
+    replace(SCORING, towers=towers).measure(asked(tmp_path, rows=names), report)
+    lines = replace(SCORING, towers=towers).table(report).splitlines()
+    assert lines[3] == "| HSTU | 4,096 | 131.07 | 4.000 |"
+    assert lines[-1].startswith(
+        "An event more from 1,024 to 4,096 costs HSTU 6.0 times as much in training and 12.0 times"
+    )
