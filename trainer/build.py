@@ -155,8 +155,10 @@ def agreed_plan(plan: Plan, resolved: Resolved, mesh: Mesh, plan_file: Path | No
     """The plan for what all ranks have, where that is not what this one saw alone.  Called by every rank.
 
     Raises:
-        ValueError: nodes run different numbers of processes, or the tables do not fit the smallest node.
+        ValueError: ranks have different configurations or data, nodes run different numbers of processes, or the tables
+            do not fit the smallest node.
     """
+    check_same_data(resolved, mesh)
     machine = agreed_machine(plan.machine, mesh)
     return plan if machine == plan.machine else make_plan(resolved, machine, plan_file)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipelines.reading.loader import dataset_info
-from trainer.build import agreed_plan, build_parallel, check_same_data, machine_of, make_plan
+from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.loading import load_checkpoint
 from trainer.command_line import WrongUse
@@ -34,7 +34,6 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine))
     file = run.eval_file if config.data.path == trained.data.path else run.eval_file_of(config.data.path)
     with logged(run, mesh), joined(mesh):
-        check_same_data(resolved, mesh)
         model = build_parallel(resolved, agreed_plan(plan, resolved, mesh), mesh)
         group = dist.new_group(backend="gloo")
         load_checkpoint(catalogue, checkpoint, model.tensors(), group, grown)

@@ -19,7 +19,7 @@ from pipelines.batches.batch import Batch
 from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.reading.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.selection import unread_columns
-from trainer.build import agreed_plan, build_parallel, check_same_data, machine_of, make_plan
+from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Catalogue, Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer, Restart
 from trainer.checkpoint.manifest import writing_versions
@@ -93,7 +93,6 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
         batches = opened.enter_context(closing(iter(loader)))
         check_machines(mesh, store, run_dir, config.model.layers, getattr(torch, config.precision))
-        check_same_data(resolved, mesh)
         plan = agreed_plan(plan, resolved, mesh, start.plan_file)
         model = build_parallel(settled, plan, mesh)
         checkpointer = Checkpointer(
@@ -117,19 +116,15 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
             # The run may have to go back to before its first step: save the beginning.
             checkpointer.save(restart.progress)
-        session = _Session(
-            run, settled, mesh, model, checkpointer, watchdog, LeftOut(run, config.nonfinite, mesh), start.profile
-        )
-        # `batches` follow the newest checkpoint; if that was damaged, an older one was restored, and they are read
-        # anew.
-        whole = restart.progress == newest.progress
-        spoilt = session.train(restart, loader, batches) if whole else session.train_anew(restart)
+        left_out = LeftOut(run, config.nonfinite, mesh)
+        session = _Session(run, settled, mesh, model, catalogue, checkpointer, watchdog, left_out, start.profile)
+        if restart.progress == newest.progress:
+            spoilt = session.train(restart, loader, batches)
+        else:
+            # The newest checkpoint, which `batches` follow, was damaged, and an older one was restored.
+            spoilt = session.train_anew(restart)
         while spoilt is not None:
-            # A save that is under way is of a step before the spoilt one, and counts.
-            checkpointer.wait()
-            newest = catalogue.newest()
-            session.left_out.add(spoilt, newest.progress.step)
-            spoilt = session.train_anew(checkpointer.restore(newest))
+            spoilt = session.train_anew(session.go_back(spoilt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +136,20 @@ class _Session:
     """With a schedule that knows its end."""
     mesh: Mesh
     model: ParallelModel
+    catalogue: Catalogue
     checkpointer: Checkpointer
     watchdog: Watchdog
     left_out: LeftOut
     profile: tuple[int, int] | None
     """The first step and the number of steps of which a trace is written."""
+
+    def go_back(self, spoilt: NotFinite) -> Restart:
+        """To the newest checkpoint, from now on without what has spoilt the model since."""
+        # A save that is under way is of a step before the spoilt one, and counts.
+        self.checkpointer.wait()
+        newest = self.catalogue.newest()
+        self.left_out.add(spoilt, newest.progress.step)
+        return self.checkpointer.restore(newest)
 
     def train_anew(self, restart: Restart) -> NotFinite | None:
         """As `train`, with a loader of its own."""
