@@ -54,6 +54,11 @@ class SyntheticSource:
         return self._info
 
     @property
+    def contents(self) -> str:
+        """Nothing is stored."""
+        return ""
+
+    @property
     def unit_rows(self) -> IntArray:
         """[units] samples of each block."""
         return self._unit_rows

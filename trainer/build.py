@@ -1,12 +1,8 @@
 """From a resolved run to its model: the single-process one, where its tables go, and the parallel one."""
 
-import hashlib
-import json
 import socket
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,39 +25,6 @@ from trainer.resolve import Resolved
 from trainer.steps.compilation import compile_before_first_step
 from trainer.steps.graphs import Graphs
 from trainer.steps.recording import record_steps, will_record
-from trainer.typed_values import to_dict
-
-OWN = ("path", "mix_paths", "reader_threads", "prefetch_batches")
-"""Settings of `data` that each node may have of its own."""
-
-
-def check_same_data(resolved: Resolved, mesh: Mesh) -> None:
-    """Make sure that all ranks train on the same: a data set may be extended while nodes start, and some file systems
-    show a file's change a minute late.  Called by every rank.
-
-    Raises:
-        ValueError: a rank has another configuration, or reads another description of the data, than the first one.
-    """
-    config = to_dict(resolved.config)
-    for name in OWN:
-        config["data"].pop(name)
-    mine = (socket.gethostname(), _digest(config), _digest(resolved.info.as_dict()))
-    ranks: list[tuple[str, str, str]] = [mine] * mesh.world_size
-    dist.all_gather_object(ranks, mine)  # every rank
-    for rank, (host, configuration, description) in enumerate(ranks):
-        if configuration != ranks[0][1]:
-            raise ValueError(
-                f"rank {rank} on {host} has another configuration than rank 0: start all with the same --set"
-            )
-        if description != ranks[0][2]:
-            raise ValueError(
-                f"rank {rank} on {host} reads another description of {resolved.config.data.path} than rank 0 on "
-                f"{ranks[0][0]}: it was extended just now, or is not the same folder on all nodes; start again"
-            )
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def build_model(resolved: Resolved, device: torch.device) -> Model:
@@ -155,10 +118,8 @@ def agreed_plan(plan: Plan, resolved: Resolved, mesh: Mesh, plan_file: Path | No
     """The plan for what all ranks have, where that is not what this one saw alone.  Called by every rank.
 
     Raises:
-        ValueError: ranks have different configurations or data, nodes run different numbers of processes, or the tables
-            do not fit the smallest node.
+        ValueError: nodes run different numbers of processes, or the tables do not fit the smallest node.
     """
-    check_same_data(resolved, mesh)
     machine = agreed_machine(plan.machine, mesh)
     return plan if machine == plan.machine else make_plan(resolved, machine, plan_file)
 

@@ -99,7 +99,8 @@ def build_loader(
     reader = Reader(
         config, batches, sources, position=position, world_size=world_size, kept_units=kept, selection=selection
     )
-    return Loader(reader, batches, info, in_process=config.reader_threads == 0, pin_memory=pin_memory)
+    contents = " ".join(source.contents for source in sources)
+    return Loader(reader, batches, info, contents, in_process=config.reader_threads == 0, pin_memory=pin_memory)
 
 
 def _open_sources(
@@ -137,12 +138,21 @@ class Loader:
     """
 
     def __init__(
-        self, reader: Reader, batches: GlobalBatches, info: DatasetInfo, *, in_process: bool, pin_memory: bool
+        self,
+        reader: Reader,
+        batches: GlobalBatches,
+        info: DatasetInfo,
+        contents: str,
+        *,
+        in_process: bool,
+        pin_memory: bool,
     ) -> None:
         self._reader = reader
         self._in_process = in_process
         self._pin_memory = pin_memory
         self.info = info
+        self.contents = contents
+        """Digests of what is read (`Source.contents`)."""
         self._batches = batches
         self.start = batches.start
         """The position before the first sample."""

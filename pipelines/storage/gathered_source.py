@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from pipelines.storage.validate import check_samples
 ROWS_PER_UNIT = 64
 """Samples that are gathered together: few, because a rank gathers whole units though it may need a part of one."""
 ACTION_PREFIX = "action."
+DIGESTED_PIECES, DIGESTED_VALUES = 16, 512
+"""Of each array, whose whole would have to be read from the disk."""
 
 
 class GatheredSource:
@@ -61,6 +64,16 @@ class GatheredSource:
     def info(self) -> DatasetInfo:
         """The data set's description."""
         return self._info
+
+    @property
+    def contents(self) -> str:
+        """Of the sizes of all arrays, and of pieces of them."""
+        log, found = open_log(self._path, len(self._info.actions)), sha256()
+        for array in (self._place, self._history, log.user, log.first, log.item, log.action, log.time, log.pool):
+            found.update(f"{len(array)};".encode())
+            for start in np.linspace(0, max(0, len(array) - DIGESTED_VALUES), DIGESTED_PIECES).astype(int):
+                found.update(np.ascontiguousarray(array[start : start + DIGESTED_VALUES]).tobytes())
+        return found.hexdigest()
 
     @property
     def num_files(self) -> int:

@@ -6,6 +6,7 @@ A unit is a row group of a Parquet file, or a block of generated samples.  Sourc
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Literal, Protocol
 
@@ -25,6 +26,8 @@ from pipelines.storage.validate import BASE_LISTS, check_samples, check_schema
 
 Split = Literal["train", "eval"]
 LIST_PARTS: tuple[Part, ...] = ("event", "candidate")
+PART_FOLDER = re.compile(r"part=\d{5,}")
+"""Folders of the parts by which data sets are extended (`prepare event_log --extend`)."""
 FOOTER_THREADS = 16
 """Footers read at once: from an object store each takes a round trip."""
 
@@ -35,6 +38,10 @@ class Source(Protocol):
     @property
     def info(self) -> DatasetInfo:
         """The data set's description."""
+
+    @property
+    def contents(self) -> str:
+        """A digest of what is stored, as far as it can be told without reading all: another one means other data."""
 
     @property
     def unit_rows(self) -> IntArray:
@@ -85,6 +92,18 @@ class ParquetSource:
     def info(self) -> DatasetInfo:
         """The data set's description."""
         return self._info
+
+    @property
+    def contents(self) -> str:
+        """Of the rows of each row group, and of where its last column begins and ends after all that is compressed in
+        front of it."""
+        found = sha256()
+        for file in self._files:
+            footer = self._metadata[file]
+            for group in map(footer.row_group, range(footer.num_row_groups)):
+                last = group.column(group.num_columns - 1)
+                found.update(f"{group.num_rows} {last.data_page_offset} {last.total_compressed_size};".encode())
+        return found.hexdigest()
 
     @property
     def unit_rows(self) -> IntArray:

@@ -12,7 +12,8 @@ from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.keys import read_keys
 from tests.integration.test_next_day import write_day
 from tests.support.distributed import run_ranks
-from trainer.build import build_parallel, check_same_data, machine_of, make_plan
+from trainer.build import build_parallel, machine_of, make_plan
+from trainer.parallel.alike import check_alike
 from trainer.parallel.mesh import Mesh
 from trainer.recipes import load_recipe
 from trainer.resolve import Resolved, resolve
@@ -75,10 +76,10 @@ def refused(data: str) -> str:
     rank = torch.distributed.get_rank()
     mesh = Mesh(rank=rank, world_size=2, local_world_size=1, device=torch.device("cpu"))
     resolved = resolved_of(data)
-    check_same_data(resolved, mesh)
+    check_alike(mesh, {}, resolved)
     info = replace(resolved.info, parts=(*resolved.info.parts, "part=00001")) if rank else resolved.info
-    with pytest.raises(ValueError, match="reads another description") as told:
-        check_same_data(replace(resolved, info=info), mesh)
+    with pytest.raises(ValueError, match=r"reads another dataset\.json") as told:
+        check_alike(mesh, {}, replace(resolved, info=info))
     return str(told.value)
 
 

@@ -67,6 +67,11 @@ class Newest:
     """Whether this one was asked for, so that no other will do."""
 
     @property
+    def digest(self) -> str | None:
+        """Tells it from any other of its step; None without one."""
+        return None if self.checkpoint is None else self.checkpoint.digest
+
+    @property
     def progress(self) -> Progress:
         """How far the run had come there."""
         return Progress() if self.checkpoint is None else replace(self.checkpoint.manifest.progress)

@@ -1,5 +1,6 @@
 """Train a run, or go on with it.  Everything that can be checked is checked before anything changes on disk."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from pipelines.batches.batch import Batch
 from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.reading.loader import Loader, build_loader, dataset_info, open_source
 from pipelines.selection import unread_columns
+from pipelines.storage.source import Source
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Catalogue, Newest, open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer, Restart
@@ -34,6 +37,7 @@ from trainer.health.preflight import check_fp8, check_machines, check_packages, 
 from trainer.health.watchdog import Watchdog
 from trainer.labels.running import running_metrics
 from trainer.loop import Loop
+from trainer.parallel.alike import check_alike
 from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joined
 from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved, resolve_again
@@ -68,6 +72,17 @@ class Start:
     profile: tuple[int, int] | None = None
     """The first step and the number of steps of which a trace is written; None for none."""
 
+    def told(self) -> dict[str, Any]:
+        """What all ranks must have been told alike, by the words of the command line."""
+        plan = None if self.plan_file is None else hashlib.sha256(self.plan_file.read_bytes()).hexdigest()
+        init_from = None if self.init_from is None else str(self.init_from)
+        return {
+            "--from-step": self.from_step,
+            "--init-from": init_from,
+            "--init-only": list(self.init_only),
+            "--plan": plan,
+        }
+
 
 def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     """Train `config` in `run_dir`, going on from its newest complete checkpoint if it has one, or that of a step."""
@@ -77,7 +92,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     mesh, run = discover_mesh(config.context_parallel), RunDir(run_dir)
     run.check_same_run(to_dict(config))
     resolved, grown = resolve_again(config, dataset_info(config.data), run.saved_vocabularies(), run.path)
-    check_settings(resolved, mesh)
+    evaluated = check_settings(resolved, mesh)
     plan = make_plan(resolved, machine_of(mesh, config.placement.machine), start.plan_file)
     catalogue = open_catalogue(run, config.checkpoint.store)
     newest = find_newest(run, catalogue, start.from_step)
@@ -93,6 +108,9 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
         batches = opened.enter_context(closing(iter(loader)))
         check_machines(mesh, store, run_dir, config.model.layers, getattr(torch, config.precision))
+        left_out = LeftOut(run, config.nonfinite, mesh)
+        told = start.told() | {"checkpoint": newest.digest, "left_out": left_out.steps}
+        check_alike(mesh, told, resolved, train=loader.contents, eval=evaluated.contents)
         plan = agreed_plan(plan, resolved, mesh, start.plan_file)
         model = build_parallel(settled, plan, mesh)
         checkpointer = Checkpointer(
@@ -116,7 +134,6 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
             # The run may have to go back to before its first step: save the beginning.
             checkpointer.save(restart.progress)
-        left_out = LeftOut(run, config.nonfinite, mesh)
         session = _Session(run, settled, mesh, model, catalogue, checkpointer, watchdog, left_out, start.profile)
         if restart.progress == newest.progress:
             spoilt = session.train(restart, loader, batches)
@@ -235,8 +252,9 @@ def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | 
     return warm
 
 
-def check_settings(resolved: Resolved, mesh: Mesh) -> None:
-    """Refuse with a ValueError what the machine does not serve, or data that only the end of the run would miss."""
+def check_settings(resolved: Resolved, mesh: Mesh) -> Source:
+    """Refuse with a ValueError what the machine does not serve, or data that only the end of the run would miss;
+    returns what evaluations read."""
     config = resolved.config
     resolved.task.check_training_data()
     if config.evaluation.target is not None:
@@ -249,7 +267,7 @@ def check_settings(resolved: Resolved, mesh: Mesh) -> None:
     check_recorded(resolved, mesh)
     if any(layer.fp8 for layer in config.model.layers):
         check_fp8(mesh.device)
-    open_source(config.data, resolved.info, "eval", resolved.task.selection)
+    return open_source(config.data, resolved.info, "eval", resolved.task.selection)
 
 
 def check_measured(setting: str, metric: str, resolved: Resolved) -> None:

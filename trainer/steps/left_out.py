@@ -70,6 +70,11 @@ class LeftOut:
         self._steps = {step for event in events for step in range(event["first_step"], event["step"] + 1)}
         self._events = len(events)
 
+    @property
+    def steps(self) -> list[int]:
+        """All of them."""
+        return sorted(self._steps)
+
     def __contains__(self, step: object) -> bool:
         return step in self._steps
 
