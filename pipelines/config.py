@@ -47,7 +47,7 @@ class SyntheticConfig:
     num_users: int = 100_000
     """Training samples; the evaluation split has a tenth as many."""
     num_items: int = 100_000
-    """Rows of the item table."""
+    """Items, each with a row of the table beside that of the unknown one."""
     item_exponent: float = 1.1
     """Items are drawn with probability proportional to rank ** -item_exponent."""
     lengths: Literal["lognormal", "zipf", "constant"] = "lognormal"

@@ -4,6 +4,8 @@ Each user has a favourite cluster of items.  It shows only in a short stretch of
 events since then, liked or not, come from all clusters alike.  A candidate's label says whether it belongs to the
 favourite cluster.  So a model that sees fewer than `lag` events can do no better than the base rate.
 
+Ids count from 1, as prepared data's do: 0 is the unknown one.
+
 With `lag_until` users differ in their lag, and each one's stretch is as long as his lag.  So every doubling of what a
 model sees shows it the favourites of about as many users more.
 """
@@ -15,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import SyntheticConfig
-from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
+from pipelines.features import ITEM_ID, ITEM_SPACE, UNKNOWN_ID, Column, DatasetInfo, Space, SplitInfo
 from pipelines.storage.columns import AnyArray, IntArray, Lengths, ListColumn, Samples, Values
 from pipelines.storage.source import Split
 from pipelines.stream.randomness import random_uniform
 
 NUM_CLUSTERS = 8
-"""Clusters: an item belongs to cluster id % NUM_CLUSTERS."""
+"""Clusters: item number n, counted from 0, belongs to cluster n % NUM_CLUSTERS."""
 STRETCH = 16
 """Liked events of the favourite cluster, the newest of them `lag` events back."""
 NUM_SEGMENTS = 10
+FIRST_ID = UNKNOWN_ID + 1
 MATCH, LIKE = 1, 2
 ROWS_PER_UNIT = 64
 UNITS_PER_FILE = 64
@@ -90,14 +93,14 @@ class SyntheticSource:
         liked = planted | ((since < 0) & (generator.random(len(age)) < 0.1))
         action = np.where(liked, LIKE, 0).astype(np.int32)
         history: dict[str, AnyArray] = {
-            "item_id": items,
+            "item_id": FIRST_ID + items,
             "action": action,
             "timestamp": START_TIME - age * SECONDS_BETWEEN_EVENTS,
         }
         return Samples(
             scalars={
                 "user_id": self._first_user + rows,
-                "segment": (self._first_user + rows) % NUM_SEGMENTS,
+                "segment": FIRST_ID + (self._first_user + rows) % NUM_SEGMENTS,
             },
             history={name: ListColumn(values=values, offsets=offsets) for name, values in history.items()},
             candidate=self._candidates(generator, favourite),
@@ -123,7 +126,7 @@ class SyntheticSource:
         return Lengths(history=lens, candidates=np.full(len(rows), self._config.num_candidates))
 
     def _items(self, generator: np.random.Generator, count: int) -> IntArray:
-        """Items with probability about proportional to (id + 1) ** -exponent."""
+        """Numbers of items, n with probability about proportional to (n + 1) ** -exponent."""
         draws, size, power = generator.random(count), self._config.num_items, 1 - self._config.item_exponent
         if abs(power) < 1e-9:
             ranks = (size + 1.0) ** draws
@@ -142,7 +145,7 @@ class SyntheticSource:
         match = np.where(generator.random(count) < config.noise, coin, match)
         offsets = np.arange(len(favourite) + 1) * config.num_candidates
         columns: dict[str, AnyArray] = {
-            "item_id": items,
+            "item_id": FIRST_ID + items,
             "action": np.where(match, MATCH, 0).astype(np.int32),
             "timestamp": np.full(count, START_TIME + SECONDS_BETWEEN_EVENTS),
         }
@@ -159,8 +162,8 @@ def synthetic_info(config: SyntheticConfig) -> DatasetInfo:
     return DatasetInfo(
         name="synthetic",
         spaces={
-            name: Space(name=name, rows=rows, used=rows)
-            for name, rows in ((ITEM_SPACE, config.num_items), ("segment", NUM_SEGMENTS))
+            name: Space(name=name, rows=FIRST_ID + number, used=FIRST_ID + number)
+            for name, number in ((ITEM_SPACE, config.num_items), ("segment", NUM_SEGMENTS))
         },
         columns=(
             Column(name="segment", part="sample", kind="id", space="segment"),
@@ -207,6 +210,6 @@ def history_lens(config: SyntheticConfig, part: int, rows: IntArray) -> IntArray
 
 
 def _in_cluster(items: IntArray, cluster: IntArray, num_items: int) -> IntArray:
-    """The items nearest to these that belong to the given clusters."""
+    """The numbers of the items nearest to these that belong to the given clusters."""
     moved = items - items % NUM_CLUSTERS + cluster
     return np.where(moved < num_items, moved, moved - NUM_CLUSTERS)

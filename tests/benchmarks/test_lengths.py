@@ -36,9 +36,11 @@ def asked(folder: Path, **changes: Any) -> Asked:
     return replace(Asked(source=folder, work=folder, rows=TINY.names, seeds=2, jobs=1), **changes)
 
 
-@pytest.mark.parametrize(
-    ("table", "name"), [(table, name) for table in (LENGTH, SCORING) for name in table.names], ids=str
-)
+TABLES = {"length": LENGTH, "scoring": SCORING}
+ROWS = {f"{kind} {name}": (table, name) for kind, table in TABLES.items() for name in table.names}
+
+
+@pytest.mark.parametrize(("table", "name"), ROWS.values(), ids=ROWS)
 def test_a_row_is_a_ranker_that_holds_its_histories(table: Lengths, name: str, tmp_path: Path) -> None:
     for length in table.towers[name].lengths:
         training = table.training(name, length, 0, asked(tmp_path))

@@ -45,11 +45,14 @@ def test_labels_follow_from_the_stretch_and_from_nothing_newer() -> None:
         assert np.mean(recent) == pytest.approx(1 / NUM_CLUSTERS, abs=0.08)
 
 
-def test_items_are_skewed_and_within_the_table() -> None:
-    items = SyntheticSource(replace(CONFIG, item_exponent=1.2), "train").read(0).history["item_id"].values
-    counts = np.bincount(items, minlength=1000)
-    assert len(counts) == 1000
-    assert counts[:10].sum() > 0.3 * counts.sum()
+def test_items_are_skewed_and_within_the_table_and_none_is_the_unknown_one() -> None:
+    source = SyntheticSource(replace(CONFIG, item_exponent=1.2), "train")
+    samples = source.read(0)
+    counts = np.bincount(samples.history["item_id"].values, minlength=1001)
+    assert len(counts) == source.info.spaces["item"].rows == 1001
+    assert counts[1:11].sum() > 0.3 * counts.sum()
+    assert counts[0] == 0 and min(samples.candidate["item_id"].values) > 0
+    assert set(samples.scalars["segment"]) == set(range(1, source.info.spaces["segment"].rows))
 
 
 def test_the_loader_streams_it_like_any_other_source() -> None:
