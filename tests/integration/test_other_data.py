@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.small_data import small_dataset
 from tests.support.training import read_lines, run_trainer, run_training, train
+from trainer.run.run_dir import RunDir
 
 
 def data_like_the_runs(folder: Path, **item: Any) -> Path:
@@ -33,12 +34,18 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_yesterdays_model_scores_todays_data(run_dir: Path, tmp_path: Path) -> None:
-    today = data_like_the_runs(tmp_path / "today")
-    status, output = run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")
-    assert status == 0 and f"evaluation at step 2 on {today}:" in output.splitlines()
-    [found], [own] = read_lines(run_dir / "eval_today.jsonl"), read_lines(run_dir / "eval.jsonl")
-    assert found == own
+def evaluations(run_dir: Path, data: Path) -> list[dict[str, Any]]:
+    return read_lines(RunDir(run_dir).eval_file_of(str(data)))
+
+
+def test_yesterdays_model_scores_todays_data_whatever_the_last_folder_is_called(run_dir: Path, tmp_path: Path) -> None:
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+        today = data_like_the_runs(tmp_path / day / "prepared")
+        status, output = run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")
+        assert status == 0 and f"evaluation at step 2 on {today}:" in output.splitlines()
+        assert "it stays" not in output
+        assert evaluations(run_dir, today) == read_lines(run_dir / "eval.jsonl")
 
 
 def test_renumbered_items_are_refused_with_both_digests(run_dir: Path, tmp_path: Path) -> None:
@@ -65,7 +72,7 @@ def test_numbers_of_other_data_are_measured_as_in_training(run_dir: Path, tmp_pa
 
     today = described_otherwise(tmp_path / "rough", rougher)
     assert run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")[0] == 0
-    assert read_lines(run_dir / "eval_rough.jsonl") == read_lines(run_dir / "eval.jsonl")
+    assert evaluations(run_dir, today) == read_lines(run_dir / "eval.jsonl")
 
 
 def test_an_evaluation_cannot_change_the_model(run_dir: Path) -> None:

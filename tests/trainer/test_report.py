@@ -114,7 +114,7 @@ def _report(*runs: Path) -> Page:
 def test_what_the_files_say_stands_in_the_page(tmp_path: Path) -> None:
     run, one = _run(tmp_path / "first"), {"ne/buy": 1.0, "positives/buy": 1.0}
     (run / "eval.jsonl").write_text(_lines([_evaluation(10, 0.61), {**_evaluation(30, 0.7654), **one}]))
-    (run / "eval_today.jsonl").write_text(_lines([_evaluation(30, None)]))
+    (run / "eval_data%2Ftoday.jsonl").write_text(_lines([_evaluation(30, None)]))
     part = {"part": "day-7", **_evaluation(20, 0.5812), "auc_baseline/click": 0.55}
     (run / "progressive.jsonl").write_text(_lines([part]))
     environment = {"devices": "4 x CPU", "versions": {"torch": "2.13.0", "triton": "3.6.0"}}

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from embeddings.plan import Plan
 from embeddings.planning.plan_file import parse_plan
@@ -72,7 +73,7 @@ def _read(path: Path, name: str) -> RunFiles:
     broken = next((each["step"] for each in metrics if not math.isfinite(each.get("loss") or 0.0)), None)
     if broken is not None:
         notes.append(f"its loss is not finite at step {broken:,}")
-    others = {file.stem.removeprefix("eval_"): file for file in sorted(path.glob("eval_*.jsonl"))}
+    others = {unquote(file.stem.removeprefix("eval_")): file for file in sorted(path.glob("eval_*.jsonl"))}
     evaluations = {data: _records(file, notes) for data, file in {"": run.eval_file, **others}.items()}
     step, max_steps = metrics[-1]["step"] if metrics else 0, config.get("max_steps")
     if max_steps is not None and step < max_steps:

@@ -13,8 +13,9 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from embeddings.records import from_dict
 from trainer.command_line import WrongUse
@@ -108,8 +109,9 @@ class RunDir:
         return self.path / "left_out.jsonl"
 
     def eval_file_of(self, data_path: str) -> Path:
-        """One object an evaluation on other data than the run's own."""
-        return self.path / f"eval_{PurePosixPath(data_path).name}.jsonl"
+        """One object an evaluation on other data than the run's own, named by its whole path; of a long one the end,
+        for names of files are bounded."""
+        return self.path / f"eval_{quote(data_path, safe='')[-200:]}.jsonl"
 
     @property
     def tensorboard(self) -> Path:
