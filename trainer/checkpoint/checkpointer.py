@@ -18,19 +18,16 @@ import torch.distributed as dist
 from trainer.checkpoint.catalogue import (
     MANIFEST,
     Catalogue,
-    Checkpoint,
-    DamagedCheckpoint,
     Newest,
     step_folder,
 )
 from trainer.checkpoint.chunks import FileRecord, write_chunks
 from trainer.checkpoint.deltas import Contents, Deltas
 from trainer.checkpoint.layout import dtype_name, lay_out
-from trainer.checkpoint.loading import gather, load_checkpoint, refused_alike
+from trainer.checkpoint.loading import gather, refused_alike
 from trainer.checkpoint.manifest import (
     COMPLETE,
     Manifest,
-    OtherFormat,
     StoredPiece,
     StoredRows,
     StoredTensor,
@@ -39,12 +36,12 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.pieces import Tensors, Touched, not_finite, written_pieces
 from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.restoring import Restart, Restoring
 from trainer.checkpoint.retention import best_step, superfluous
 from trainer.checkpoint.staging import Staging, check_memory
 from trainer.config import CheckpointConfig
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh
-from trainer.run.json_lines import JsonLines, forget_after
 from trainer.run.run_dir import RunDir, check_not_taken_over
 from trainer.run.writing import MEND, write_json
 
@@ -61,19 +58,6 @@ class _Part:
     record: FileRecord
     tensors: dict[str, StoredTensor]
     problem: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Restart:
-    """What a run begins with, or goes on with."""
-
-    progress: Progress
-    """How far the run had come."""
-    evaluated: bool
-    """Whether eval.jsonl has a line of that step; the same on every rank."""
-    losses: dict[int, float]
-    """On the first rank: what the steps that are taken again had as losses, as far as they were logged by as many
-    ranks."""
 
 
 class Checkpointer:
@@ -96,10 +80,11 @@ class Checkpointer:
         `grown` names tables that may have more rows than a checkpoint: keys have come in since.  `touched` knows the
         rows that deltas hold; without it every checkpoint is full.
         """
-        self._phase, self._grown = phase, grown
+        self._phase = phase
         self._run, self._catalogue, self._mesh = run, catalogue, mesh
         self._tensors, self._config = tensors, config
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # every rank
+        self._restoring = Restoring(run, catalogue, mesh, tensors, self._group, strict=config.strict, grown=grown)
         self._deltas = Deltas(config, touched, self._group)
         self._staging: Staging | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -110,112 +95,11 @@ class Checkpointer:
         self._started = 0.0
 
     def restore(self, newest: Newest) -> Restart:
-        """Load the newest checkpoint that is whole, put those that are not out of the way, and drop what the run wrote
-        of later steps; the run is locked.
-
-        Raises, on every rank alike:
-            DamagedCheckpoint: none is left, with `checkpoint.strict` the newest is damaged, or the one that was asked
-                for is.
-            OSError: it cannot be read, no other could be written, or another job has just written one.
-            ValueError: the checkpoint is of another model, or ranks see different files.
-        """
-        if self._config.strict:
-            for damage in newest.damaged.values():
-                raise damage
-        found = newest.checkpoint
-        # Every rank has read what is there before the first one changes anything.
-        self._check_same_view(found.step if found else None)
-        self._clear_up(newest)
-        while found is not None:
-            try:
-                load_checkpoint(self._catalogue, found, self._tensors(), self._group, self._grown)
-                break
-            except DamagedCheckpoint as damage:
-                if newest.exact:
-                    raise
-                found = self._one_before(found.step, damage)
-        if self._mesh.is_first:
-            for step in newest.abandoned:
-                name = self._catalogue.set_aside(step, "abandoned")
-                logger.warning("going back behind step %d: its checkpoint is called %s now", step, name)
+        """As `Restoring.restore`; what is saved next is all of the state."""
+        restart = self._restoring.restore(newest)
         self._deltas.restart()
-        progress = Progress()
-        if found is not None:
-            self._newest_step = found.step
-            progress = replace(found.manifest.progress)
-        return self._restart(progress)
-
-    def _clear_up(self, newest: Newest) -> None:
-        trial, sees = "", False
-        with refused_alike(self._group):
-            if self._mesh.is_first:
-                self._check_nothing_came(newest)
-                trial = self._catalogue.begin_trial()
-        trial = gather(trial, self._group)[0]  # every rank
-        with refused_alike(self._group):
-            sees = self._catalogue.sees_trial(trial)
-        see = gather(sees, self._group)  # every rank
-        with refused_alike(self._group):
-            if self._mesh.is_first:
-                self._catalogue.end_trial(trial)
-                if not all(see):
-                    raise ValueError(
-                        f"rank {see.index(False)} does not see what rank 0 writes to {self._catalogue.store.address}: "
-                        "it must lie on a file system that all machines share"
-                    )
-                self._catalogue.clear_leftovers()
-                self._set_aside(newest.damaged)
-
-    def _check_nothing_came(self, newest: Newest) -> None:
-        """The newest was looked for before the run was locked, while another job may have been at its end."""
-        known = {newest.progress.step, *newest.damaged, *newest.abandoned}
-        for step in self._catalogue.steps():
-            if step > newest.progress.step and step not in known:
-                raise OSError(
-                    f"{self._catalogue.store.address}/{step_folder(step)} was written by another job while this one "
-                    "began: start the same command again, which goes on from there"
-                )
-
-    def _restart(self, progress: Progress) -> Restart:
-        evaluated, losses = False, {}
-        if self._mesh.is_first:
-            again = forget_after(self._run.metrics_file, progress.step)
-            forget_after(self._run.eval_file, progress.step)
-            evaluated = progress.step in JsonLines(self._run.eval_file)
-            losses = {line["step"]: line["loss"] for line in again if line["world_size"] == self._mesh.world_size}
-        return Restart(progress=progress, evaluated=gather(evaluated, self._group)[0], losses=losses)
-
-    def _check_same_view(self, step: int | None) -> None:
-        views = gather(step, self._group)  # every rank
-        if len(set(views)) > 1:
-            raise ValueError(
-                f"ranks see different newest checkpoints in {self._catalogue.store.address} (steps "
-                f"{', '.join(map(str, views))}): it must lie on a file system that all machines share; one that shows "
-                "files late, as NFS may for a minute, needs only the same command again"
-            )
-
-    def _one_before(self, step: int, damage: DamagedCheckpoint) -> Checkpoint:
-        """The checkpoint before a damaged one, which the first rank puts out of the way; it is kept if none is left,
-        for otherwise the next start would find an empty run."""
-        found = None
-        if self._mesh.is_first and not self._config.strict:
-            try:
-                older = self._catalogue.newest(below=step)
-            except (DamagedCheckpoint, OtherFormat, OSError) as another:
-                logger.error("%s", another)
-            else:
-                found = older.checkpoint
-                if found is not None:
-                    self._set_aside({step: damage} | older.damaged)
-        found = gather(found, self._group)[0]  # every rank
-        if found is None:
-            raise damage if self._config.strict else self._catalogue.nothing_left(damage)
-        return found
-
-    def _set_aside(self, damaged: dict[int, DamagedCheckpoint]) -> None:
-        for step, damage in damaged.items():
-            name = self._catalogue.set_aside(step, "damaged")
-            logger.error("%s; it is called %s now, and the run goes on from the one before it", damage, name)
+        self._newest_step = restart.saved
+        return restart
 
     def reserve(self) -> None:
         """Take the memory for copies beside the training, which the first save needs, unless it is taken: before the

@@ -24,9 +24,10 @@ from pipelines.selection import unread_columns
 from pipelines.storage.source import Source
 from trainer.build import agreed_plan, build_parallel, machine_of, make_plan
 from trainer.checkpoint.catalogue import Catalogue, Newest, open_catalogue
-from trainer.checkpoint.checkpointer import Checkpointer, Restart
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.manifest import writing_versions
 from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.restoring import Restart
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.determinism import make_deterministic

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from embeddings.hardware import gpu_with_name
 from pipelines.storage.columns import IntArray
 from pipelines.stream.position import DataPosition
-from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.restoring import Restart
 from trainer.labels.running import RunningMetrics
 from trainer.parallel.mesh import Mesh
 from trainer.resolve import Resolved

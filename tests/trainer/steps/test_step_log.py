@@ -9,8 +9,8 @@ import torch
 
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, batch_of, random_arrays
 from tests.support.datasets import made_up_info
-from trainer.checkpoint.checkpointer import Restart
 from trainer.checkpoint.progress import Progress
+from trainer.checkpoint.restoring import Restart
 from trainer.models.config import ChannelConfig, ModelConfig, StageConfig
 from trainer.models.flops import InputWidths, ranker_flops
 from trainer.parallel.mesh import Mesh
@@ -69,7 +69,11 @@ def test_saving_and_evaluating_take_no_time_of_the_steps(monkeypatch: pytest.Mon
     mesh = Mesh(rank=1, world_size=2, local_world_size=2, device=torch.device("cpu"))
     resolved = resolve(load_recipe("kuairand_sample"), INFO)
     step_log = StepLog(
-        RunDir(tmp_path), mesh, Restart(progress=Progress(), evaluated=False, losses={}), resolved, total_samples=None
+        RunDir(tmp_path),
+        mesh,
+        Restart(progress=Progress(), saved=None, evaluated=False, losses={}),
+        resolved,
+        total_samples=None,
     )
     now[0] += 5.0
     with step_log.paused():
