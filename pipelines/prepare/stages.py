@@ -4,7 +4,6 @@ Memory is bounded by the engine's limit, the longest user and a few row groups, 
 """
 
 import errno
-import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from pipelines.prepare.time_order import TimeOrder
 from pipelines.prepare.user_events import listed, whole_users
 from pipelines.prepare.write import SplitWriter, write_dataset_file
 from pipelines.storage.checked_parquet import checked_writer
+from pipelines.storage.locks import locks
 from pipelines.storage.vocabulary import keys_digest
 
 logger = logging.getLogger(__name__)
@@ -97,15 +97,9 @@ def _locked(work: Path) -> IO[str]:
         ValueError: another process works there.
     """
     lock = (work / LOCK).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not locks(lock):
         lock.close()
-        raise ValueError(
-            f"{work} is in use, another process makes the same: wait for its end, or choose another --out"
-        ) from None
-    except OSError as error:
-        logger.warning("%s cannot be locked (%s): nothing keeps a second process out", work, error.strerror)
+        raise ValueError(f"{work} is in use, another process makes the same: wait for its end, or choose another --out")
     return lock
 
 

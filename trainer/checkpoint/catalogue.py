@@ -13,7 +13,7 @@ from trainer.checkpoint.manifest import COMPLETE, Manifest, OtherFormat, decode,
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import Store, open_store
 from trainer.command_line import WrongUse
-from trainer.health.fitness import shown
+from trainer.run.late_files import shown
 from trainer.run.run_dir import RunDir
 from trainer.run.writing import MEND
 

@@ -21,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from trainer.run.late_files import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 """The copy of the code that this process runs."""
@@ -42,9 +44,6 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 MIN_FREE_MIB = {"run directory": 1024, "/dev/shm": 256, "temporary folder": 256}
 REACH_S = 10.0
 """How long the first node's port may take to answer."""
-LAG_S = 75.0
-"""How long a node may take to see what another has written: clients of NFS ask anew about a folder they know once a
-minute (`acdirmax`)."""
 MAX_BEHIND_S, MAX_AHEAD_S = 10.0, 120.0
 """How far a node's clock may be from the first one's, which told its time a little earlier."""
 
@@ -158,16 +157,6 @@ def unseen(complete: Path) -> Iterator[str]:
     complete."""
     if not shown(lambda: _listed(complete)):
         yield f"it does not see the newest checkpoint, {complete.parent}: put it on a file system that all share"
-
-
-def shown(look: Callable[[], bool]) -> bool:
-    """Whether this node sees what another one has written, once the file system has had time to show it."""
-    deadline = time.monotonic() + LAG_S
-    while not look():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1.0)
-    return True
 
 
 def _listed(complete: Path) -> bool:

@@ -4,10 +4,8 @@ Opening an existing directory checks that it belongs to the same run before anyt
 """
 
 import errno
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -18,12 +16,11 @@ from typing import Any
 from urllib.parse import quote
 
 from embeddings.records import from_dict
+from pipelines.storage.locks import locks
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
 from trainer.run.writing import sync, write_json, written
 from trainer.typed_values import ABSENT, differences, to_dict
-
-logger = logging.getLogger(__name__)
 
 VOCABULARIES = "vocabularies"
 """Key of `config.json` that is no part of the configuration: what the ids mean in the data that the run learnt from."""
@@ -317,16 +314,12 @@ def locked(run: RunDir) -> Iterator[None]:
     """
     run.make()
     with run.lock_file.open("a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks(file):
             file.seek(0)
             raise WrongUse(
                 f"--run-dir {run.path} is being trained by another job ({file.read().decode().strip()}): cancel that "
                 f"one or use another directory; if it is gone for certain, remove {run.lock_file}"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): nothing keeps a second job out", run.lock_file, error.strerror)
+            )
         with written(run.lock_file):
             file.truncate(0)
             file.write(_this_process().encode())

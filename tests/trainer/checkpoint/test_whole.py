@@ -17,7 +17,7 @@ from tests.trainer.checkpoint import ranks
 from trainer.checkpoint.catalogue import Catalogue
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore
-from trainer.health import fitness
+from trainer.run import late_files
 from trainer.run.run_dir import RunDir, locked
 
 
@@ -40,7 +40,7 @@ class _SplitStore(LocalStore):
 
 def _save_on_split_disks(folder: str) -> list[str]:
     """What is said at the start, where each rank has a disk of its own, and in a save, where that comes later."""
-    fitness.LAG_S = 0.0  # This process is the test's alone, and what its disk does not show, no time will.
+    late_files.LAG_S = 0.0  # This process is the test's alone, and what its disk does not show, no time will.
     run, own = RunDir(Path(folder)), Path(folder, f"disk-of-{dist.get_rank()}")
     own.mkdir(parents=True)
     tensors = ranks.sharded(ranks.expected(), "row_wise")
@@ -80,11 +80,11 @@ def test_a_file_system_that_shows_late_what_another_machine_has_written_is_waite
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = _LateStore(tmp_path)
-    monkeypatch.setattr(fitness, "time", SimpleNamespace(monotonic=lambda: float(late.looks), sleep=lambda _: None))
+    monkeypatch.setattr(late_files, "time", SimpleNamespace(monotonic=lambda: float(late.looks), sleep=lambda _: None))
     trial = Catalogue(LocalStore(tmp_path)).begin_trial()
     assert Catalogue(late).sees_trial(trial)
     assert not Catalogue(late).sees_trial("trial-of-nobody")
-    assert late.looks > 2 + fitness.LAG_S
+    assert late.looks > 2 + late_files.LAG_S
 
 
 def test_a_delta_is_not_loaded_with_another_checkpoint_of_its_full_ones_step(tmp_path: Path) -> None:

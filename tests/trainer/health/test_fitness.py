@@ -18,6 +18,7 @@ from launch import fit_nodes
 from launch.fit_nodes import Unfit, read_answers
 from trainer.health import fitness
 from trainer.health.fitness import Facts, facts_here, gpu_faults, problems, xid_faults
+from trainer.run import late_files
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKEN = ".preflight-1-2"
@@ -222,7 +223,7 @@ def test_a_checkpoint_that_a_file_system_shows_late_is_waited_for(
         if len(waited) in made:
             made[len(waited)]()
 
-    monkeypatch.setattr(fitness, "time", SimpleNamespace(monotonic=lambda: float(len(waited)), sleep=sleep))
+    monkeypatch.setattr(late_files, "time", SimpleNamespace(monotonic=lambda: float(len(waited)), sleep=sleep))
     complete.parent.parent.mkdir()
     assert list(fitness.unseen(complete)) == []
     assert len(waited) == 4
@@ -231,4 +232,4 @@ def test_a_checkpoint_that_a_file_system_shows_late_is_waited_for(
     complete.unlink()
     (words,) = fitness.unseen(complete)
     assert words.startswith(f"it does not see the newest checkpoint, {complete.parent}: put it on a file system")
-    assert fitness.LAG_S < len(waited) < fit_nodes.PATIENCE_S
+    assert late_files.LAG_S < len(waited) < fit_nodes.PATIENCE_S
