@@ -100,6 +100,7 @@ class Allocation:
             if job is not None and taken and taken != NODE_FAILURE:
                 return self._end_taken(taken, job, before, after)
             if status == STOPPED or taken:
+                taken = taken or ("preempted" if _is_preempted(job) else "")
                 reason = taken or "stopped in good order"
                 self._note("taken" if taken else "stopped", reason, before, after)
                 return self._too_short() or self.go_on(reason)
@@ -144,8 +145,7 @@ class Allocation:
         if job.reason == "TimeLimit":
             self._note("stopped", "the time limit", before, after)
             return self._too_short() or self._chain("the time limit")
-        # The time of a preemption stays through a requeue; these moments are written so that their order is the text's.
-        preempted = bool(job.preempt_time) and job.preempt_time >= job.start_time
+        preempted = _is_preempted(job)
         self._note("taken", "preempted" if preempted else how, before, after)
         if preempted and not _is_requeued(job):
             return self._chain("preempted")
@@ -217,12 +217,10 @@ class Allocation:
             job = slurm_queue.find_job(self.job_id, patience_s)
         except SlurmError:
             return known
-        try:
-            end = time.mktime(time.strptime(job.end_time if job else "", "%Y-%m-%dT%H:%M:%S"))
-        except ValueError:
+        if job is None or job.end_time is None:
             return None
         # At most half of a short allocation is kept for the last save.
-        return end - min(stopping_time_s(RunDir(self.run_dir)), (end - started) / 2)
+        return job.end_time - min(stopping_time_s(RunDir(self.run_dir)), (job.end_time - started) / 2)
 
     def _newest_step(self) -> int:
         return newest_checkpoint(RunDir(self.run_dir))
@@ -273,6 +271,12 @@ def own_id(environment: Mapping[str, str]) -> str:
 def _is_requeued(job: SlurmJob | None) -> bool:
     """Whether Slurm will start this job again by itself."""
     return job is not None and int(job.restarts or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _is_preempted(job: SlurmJob | None) -> bool:
+    """Whether Slurm has told this start of the job to make way for another one."""
+    # The time of a preemption stays through a requeue.
+    return job is not None and job.preempt_time is not None and job.preempt_time >= (job.start_time or 0.0)
 
 
 def _taken(job: SlurmJob | None) -> str:

@@ -351,13 +351,9 @@ def _explained(job: SlurmJob, record: JobRecord | None) -> str:
 
 
 def _time_left(job: SlurmJob) -> str:
-    if job.state != AppState.RUNNING or not job.end_time:
+    if job.state != AppState.RUNNING or job.end_time is None:
         return ""
-    try:
-        seconds = int(time.mktime(time.strptime(job.end_time, "%Y-%m-%dT%H:%M:%S")) - time.time())
-    except ValueError:
-        return ""
-    seconds = max(0, seconds)
+    seconds = max(0, int(job.end_time - time.time()))
     clock = f"{seconds // 3600 % 24}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     return f"{seconds // 86400} days {clock}" if seconds >= 86400 else clock
 

@@ -86,16 +86,16 @@ class SlurmJob:
     """The nodes that it runs or ran on."""
     exit_code: str = ""
     """How it ended, as Slurm writes it: STATUS:SIGNAL."""
-    end_time: str = ""
-    """When it ends at the latest, as 2026-11-29T01:02:03."""
+    end_time: float | None = None
+    """When it ends at the latest, in Unix seconds; None where there is no limit."""
     work_dir: str = ""
     """The folder that it was submitted from; for our jobs, the job's folder."""
     excluded: str = ""
     """Nodes that it must not run on."""
-    start_time: str = ""
+    start_time: float | None = None
     """When it last started, likewise."""
-    preempt_time: str = ""
-    """When it was last told to make way for another job, likewise."""
+    preempt_time: float | None = None
+    """When it was last told to make way for another job, likewise; of an earlier start, too."""
     restarts: str = ""
     """How often it has been requeued."""
     dependency: str = ""
@@ -123,8 +123,8 @@ def run(
         SlurmError: it is not installed.
     """
     deadline = time.monotonic() + patience_s
-    # The user may have set another format, in which we could not read times.
-    variables = {**environment, "SLURM_TIME_FORMAT": "standard"}
+    # Moments as Unix seconds, which no time zone and no change to winter time shifts.
+    variables = {**environment, "SLURM_TIME_FORMAT": "%s"}
     while True:
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
@@ -219,9 +219,9 @@ def parse_scontrol(output: str) -> list[SlurmJob]:
                 nodes="" if told.get("NodeList") in (None, "(null)") else told["NodeList"],
                 exit_code=told.get("ExitCode", ""),
                 # For a job without a limit Slurm reports an end a year from now.
-                end_time="" if told.get("TimeLimit") == "UNLIMITED" else told.get("EndTime", ""),
-                start_time=told.get("StartTime", ""),
-                preempt_time="" if told.get("PreemptTime") in (None, "None", "N/A") else told["PreemptTime"],
+                end_time=None if told.get("TimeLimit") == "UNLIMITED" else _moment(told.get("EndTime", "")),
+                start_time=_moment(told.get("StartTime", "")),
+                preempt_time=_moment(told.get("PreemptTime", "")),
                 work_dir=told.get("WorkDir", ""),
                 restarts=told.get("Restarts", ""),
                 dependency=told.get("Dependency", ""),
@@ -229,6 +229,11 @@ def parse_scontrol(output: str) -> list[SlurmJob]:
             )
         )
     return jobs
+
+
+def _moment(text: str) -> float | None:
+    """Unix seconds; None for "Unknown", "None" and "N/A"."""
+    return float(text) if text.isdigit() else None
 
 
 def parse_sacct(output: str) -> list[SlurmJob]:

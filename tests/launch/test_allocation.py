@@ -12,7 +12,7 @@ from launch.schedulers import slurm_queue
 from launch.steps import Steps
 from trainer.exit_status import FAILED, STOPPED
 
-MOMENTS = "StartTime=2026-11-29T21:36:34 PreemptTime="
+MOMENTS = "StartTime=1796010994 PreemptTime="
 LIMIT = "QOSMaxSubmitJobPerUserLimit"
 
 
@@ -54,11 +54,13 @@ def test_a_requeue_that_is_taken_without_an_answer_has_no_successor_beside_it(
 @pytest.mark.parametrize(
     ("told", "reason", "goes_on"),
     [
-        (f"Restarts=0 {MOMENTS}2026-11-29T21:36:36", "preempted", "job 8 goes on"),
-        (f"Restarts=1 {MOMENTS}2026-11-29T21:36:36", "preempted", "requeued"),
+        (f"COMPLETING Restarts=0 {MOMENTS}1796010996", "preempted", "job 8 goes on"),
+        (f"COMPLETING Restarts=1 {MOMENTS}1796010996", "preempted", "requeued"),
+        # Within the time that it is given to make way.
+        (f"RUNNING Restarts=0 {MOMENTS}1796010996", "preempted", "requeued"),
         # That of an earlier start: someone has cancelled this one.
-        (f"Restarts=0 {MOMENTS}2026-11-29T20:00:00", "ended from outside", ""),
-        (f"Restarts=0 {MOMENTS}None", "ended from outside", ""),
+        (f"COMPLETING Restarts=0 {MOMENTS}1796005200", "ended from outside", ""),
+        (f"COMPLETING Restarts=0 {MOMENTS}None", "ended from outside", ""),
     ],
 )
 def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
@@ -73,7 +75,7 @@ def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
     commands(
         srun="""case "$*" in *fitness*) echo '{"node": "n1", "problems": []}' ;; *) exit 3 ;; esac""",
-        scontrol=f'case "$*" in *hostnames*) echo n1 ;; *) echo JobId=7 JobState=COMPLETING Reason=None {told} ;; esac',
+        scontrol=f'case "$*" in *hostnames*) echo n1 ;; *) echo JobId=7 Reason=None JobState={told} ;; esac',
         sbatch=f"echo x >> {tmp_path}/sent; echo 8",
     )
     assert _allocation(tmp_path).run() == STOPPED
@@ -96,7 +98,7 @@ def test_a_successor_has_nothing_of_the_job_that_sends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
 ) -> None:
     of_job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_MEM_PER_CPU": "100", "SLURMD_NODENAME": "n1"}
-    kept = {"SLURM_CONF": "/etc/slurm.conf", "NCCL_DEBUG": "WARN", "SLURM_TIME_FORMAT": "standard"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "NCCL_DEBUG": "WARN", "SLURM_TIME_FORMAT": "%s"}
     for name, value in {**of_job, **kept}.items():
         monkeypatch.setenv(name, value)
     refused = 'case "$*" in *requeue*) exit 1 ;; esac; echo JobId=7 JobState=RUNNING Restarts=1'
@@ -152,7 +154,7 @@ def test_a_time_limit_that_is_set_while_the_run_goes_is_obeyed(
     # Without a limit at the first look, and until the run is there.
     limit = f"""echo x >> {tmp_path}/looks
         test $(wc -l < {tmp_path}/looks) != 1 -a -e {tmp_path}/runs || TimeLimit=UNLIMITED
-        echo JobId=7 JobState=RUNNING TimeLimit=${{TimeLimit:-1}} EndTime=$(date +%Y-%m-%dT%H:%M:%S)"""
+        echo JobId=7 JobState=RUNNING TimeLimit=${{TimeLimit:-1}} EndTime=$(date +%s)"""
     commands(
         srun=f"""case "$*" in *fitness*) echo '{{"node": "n1", "problems": []}}' ;; *) {run} ;; esac""",
         scontrol=f"""case "$*" in *hostnames*) echo n1 ;; *requeue*) ;; *) {limit} ;; esac""",

@@ -42,9 +42,9 @@ def _answers(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> list[list[str]]
 
 
 SCONTROL = """\
-JobId=1 JobName=a UserId=root(0) JobState=RUNNING Reason=None TimeLimit=1:00 EndTime=2026-01-01T00:00:00 \
+JobId=1 JobName=a UserId=root(0) JobState=RUNNING Reason=None TimeLimit=1:00 EndTime=1767225600 \
 NodeList=n[1-2] Command=/a JobState=b WorkDir=/runs/a b/jobs/x StdErr=/dev/null
-JobId=7 ArrayJobId=5 ArrayTaskId=1 JobName=b JobState=PENDING Reason=PartitionTimeLimit TimeLimit=UNLIMITED EndTime=x
+JobId=7 ArrayJobId=5 ArrayTaskId=1 JobName=b JobState=PENDING Reason=PartitionTimeLimit TimeLimit=UNLIMITED EndTime=1
 JobId=9 JobName=other UserId=root(0) JobState=DREAMING Reason=None
 garbage = = JobState
 """
@@ -59,10 +59,10 @@ def test_scontrol_is_read_whatever_others_jobs_look_like() -> None:
         job_id="1",
         slurm_state="RUNNING",
         nodes="n[1-2]",
-        end_time="2026-01-01T00:00:00",
+        end_time=1767225600.0,
         work_dir="/runs/a b/jobs/x",
     )
-    assert (second.job_id, second.state, second.end_time) == ("5_1", AppState.PENDING, "")
+    assert (second.job_id, second.state, second.end_time) == ("5_1", AppState.PENDING, None)
     assert third.state == AppState.UNKNOWN
 
 
@@ -132,8 +132,7 @@ def test_a_node_is_found_where_slurm_finds_it(commands: Callable[..., None], tol
     ("seconds", "left"), [(-9, "0:00:00"), (3661.5, "1:01:01"), (2 * 86400 + 60.5, "2 days 0:01:00")]
 )
 def test_the_time_left_is_told(monkeypatch: pytest.MonkeyPatch, seconds: float, left: str) -> None:
-    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(START + seconds // 1))
-    _answers(monkeypatch, scontrol=(0, f"JobId=1 JobState=RUNNING TimeLimit=1 EndTime={end}", ""))
+    _answers(monkeypatch, scontrol=(0, f"JobId=1 JobState=RUNNING TimeLimit=1 EndTime={int(START + seconds)}", ""))
     monkeypatch.setattr(time, "time", lambda: START)
     found = Slurm("test").status("1", None)
     assert found is not None
@@ -321,7 +320,7 @@ def test_variables_of_a_shell_do_not_take_the_place_of_what_the_script_says(
     with pytest.raises(SlurmError):
         slurm_queue.find_job("17")
     # Otherwise the end of an allocation could not be read, and the run not be told of it.
-    assert "SLURM_TIME_FORMAT=standard" in (tmp_path / "asked").read_text().splitlines()
+    assert "SLURM_TIME_FORMAT=%s" in (tmp_path / "asked").read_text().splitlines()
 
 
 def test_a_job_that_slurm_refuses_leaves_no_copy_of_the_code(
