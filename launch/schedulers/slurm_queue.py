@@ -56,8 +56,8 @@ _VARIABLES = {"array-inx": "array", "mem-per-node": "mem", "no-requeue": "requeu
 """Variables SBATCH_* that are called otherwise than the option that they stand for."""
 _ALONE = ("array", "error", "test-only", "wait")
 """Options that no script of ours says, and that a shell must not say either."""
-_OF_THE_SITE = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER")
-"""Variables SLURM_* that do not describe a job."""
+_OF_THE_SITE = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+"""Variables SLURM_* that say where Slurm is."""
 ASK_AGAIN_S = 5.0
 UNANSWERED_S = 60.0
 """How long a person who submits a job waits for a controller that does not answer."""
@@ -150,6 +150,9 @@ def submit(command: Sequence[str], is_ours: Callable[[SlurmJob], bool], patience
     while True:
         sbatch = run(command, environment=environment)
         if sbatch.returncode == 0:
+            for line in sbatch.stderr.splitlines():
+                # What a site says of the job that it takes: moved to another queue, say, or its hours nearly used up.
+                logger.warning("%s", line)
             return _number(sbatch.stdout)
         said = f"sbatch failed: {' '.join(sbatch.stderr.split())}"
         if not _NO_ANSWER.search(sbatch.stderr):
@@ -181,15 +184,16 @@ def _asking(cluster: str) -> Mapping[str, str]:
 
 
 def _without_overrides(script: str) -> dict[str, str]:
-    """The environment less the variables SBATCH_* that would take the place of what the script says, and less those of
-    the job that sends this one, if one does (an interactive one, or a run's last): srun would take them for its own."""
+    """The environment less the variables SBATCH_* that would take the place of what the script says, and less SLURM_*,
+    which srun would take for its own: those of a person's srun (SLURM_LABELIO), or of the job that sends this one."""
     said, kept = {*_SAID.findall(script), *_ALONE}, dict(os.environ)
     for name in os.environ:
-        if "SLURM_JOB_ID" in os.environ and name.startswith(("SLURM_", "SLURMD_")) and name not in _OF_THE_SITE:
-            kept.pop(name)
         option = name.removeprefix("SBATCH_").lower().replace("_", "-")
-        if name.startswith("SBATCH_") and _VARIABLES.get(option, option) in said:
-            logger.info("%s=%s of the environment has no effect: the job's script decides", name, kept.pop(name))
+        of_srun = name.startswith(("SLURM_", "SLURMD_")) and name not in _OF_THE_SITE
+        if of_srun or (name.startswith("SBATCH_") and _VARIABLES.get(option, option) in said):
+            value = kept.pop(name)
+            if "SLURM_JOB_ID" not in os.environ:
+                logger.info("%s=%s of the environment has no effect: the job's script decides", name, value)
     return kept
 
 

@@ -303,20 +303,25 @@ def test_a_copy_of_a_run_directory_has_none_of_its_jobs(
 
 
 def test_variables_of_a_shell_do_not_take_the_place_of_what_the_script_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
     overriding = {"SBATCH_PARTITION": "debug", "SBATCH_TIMELIMIT": "1", "SBATCH_OUTPUT": "x", "SBATCH_NO_REQUEUE": ""}
     overriding |= {"SBATCH_ERROR": "y", "SBATCH_ARRAY_INX": "0-9", "SBATCH_WAIT": "1", "SBATCH_OPEN_MODE": "truncate"}
     kept = {"SBATCH_ACCOUNT": "abc", "SBATCH_QOS": "high"}
-    for name, value in {**overriding, **kept, "SLURM_TIME_FORMAT": "relative"}.items():
+    # Meant for a person's own srun; with SLURM_LABELIO=1 no node's answer could be read.
+    of_srun = {"SLURM_TIME_FORMAT": "relative", "SLURM_LABELIO": "1", "SLURM_TIMELIMIT": "1"}
+    for name, value in {**overriding, **kept, **of_srun}.items():
         monkeypatch.setenv(name, value)
-    commands(sbatch=f"env > {tmp_path}/seen; echo 17", scontrol=f"env > {tmp_path}/asked; exit 1")
+    said = "sbatch: job moved to partition gpu2"
+    commands(sbatch=f"env > {tmp_path}/seen; echo '{said}' >&2; echo 17", scontrol=f"env > {tmp_path}/asked; exit 1")
     with connected("slurm") as connection:
         asked = request(run_dir=tmp_path / "run", options=["partition=gpu", "time=12:00:00"])
         connection.submit(asked, check(connection.scheduler, asked))
     seen = dict(line.partition("=")[::2] for line in (tmp_path / "seen").read_text().splitlines())
-    assert {name: value for name, value in seen.items() if name.startswith("SBATCH_")} == kept
+    given = {name: value for name, value in seen.items() if name.startswith(("SBATCH_", "SLURM_"))}
+    assert given == kept | {"SLURM_TIME_FORMAT": "%s"}
+    assert said in caplog.messages
     with pytest.raises(SlurmError):
         slurm_queue.find_job("17")
     # Otherwise the end of an allocation could not be read, and the run not be told of it.
