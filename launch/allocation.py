@@ -46,6 +46,8 @@ PATIENCE_S = 900.0
 """How long a controller that does not answer is waited for: without it nothing goes on."""
 LOOK_S = 600.0
 """How often a run's time limit is asked for: people shorten and extend those of running jobs."""
+TELL_S = 5.0
+"""How long after its start a run may be told to stop, and how often it is told again."""
 MAX_STOPS = 3
 """Starts in a row that may stop without a new checkpoint."""
 MAX_EXCLUSIONS = 3
@@ -183,6 +185,10 @@ class Allocation:
 
     def _start(self) -> tuple[int, bool]:
         """Run the command on all nodes; returns the exit status of the whole, and whether it was told to stop."""
+        early = signals.next_signal(0.0)
+        if early in ASKING:
+            logger.info("%s: nothing is started", early.name)
+            return STOPPED, True
         environment = {
             **os.environ,
             "TORCHX_RANK0_HOST": slurm_queue.own_address(),
@@ -194,10 +200,10 @@ class Allocation:
         options = ["--kill-on-bad-exit=1", f"--output={output}", "--open-mode=append"]
         srun = subprocess.Popen(self.steps.srun(self.command, options), env=environment)
         started = time.time()
-        warn_at, stopping = self._warning_time(started, None, PATIENCE_S), False
+        warn_at, stopping, tell_at = self._warning_time(started, None, PATIENCE_S), False, started + TELL_S
         while srun.poll() is None:
             left_s = math.inf if warn_at is None else warn_at - time.time()
-            received = signals.next_signal(None if stopping else min(left_s, LOOK_S))
+            received = signals.next_signal(max(1.0, tell_at - time.time()) if stopping else min(left_s, LOOK_S))
             if received is None:
                 # The limit may have been changed since, and the run knows better how long it takes to save.
                 warn_at = self._warning_time(started, warn_at)
@@ -206,8 +212,10 @@ class Allocation:
                 why = received.name if received in ASKING else "the time limit is near"
                 logger.info("%s: the run saves its state and stops", why)
                 stopping = True
-                # srun ends its step on SIGTERM and SIGINT; SIGUSR1 it passes on.
+            if stopping and time.time() >= tell_at:
+                # srun ends its step on SIGTERM and SIGINT; SIGUSR1 it passes on, to what may not be there yet to hear.
                 srun.send_signal(signal.SIGUSR1)
+                tell_at = time.time() + TELL_S
         return job_status(srun.returncode), stopping
 
     def _warning_time(self, started: float, known: float | None, patience_s: float = 0.0) -> float | None:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 from trainer.health.stop_signal import asking, leave_terminal
 
+OF_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler asks with, as no terminal does."""
 _LOOK_S = 1.0
 """How often a wait looks at the children themselves."""
 
@@ -24,7 +26,15 @@ def _held() -> set[signal.Signals]:
 
 def hold() -> None:
     """Hold back the signals that ask to stop, and the end of a child, until this process ends: one that comes in its
-    last moments does not change how it ends."""
+    last moments does not change how it ends.
+
+    A scheduler's own are held back where a job's script had them ignored, too: so that none kills what cannot hear it
+    yet.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_SCHEDULERS)
+    for number in OF_SCHEDULERS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, _held())
 
 

@@ -26,6 +26,8 @@ class Steps:
 
 
 _ENTER = """\
+# An early warning is no end of what cannot hear it yet.
+trap '' USR1
 node="node ${SLURMD_NODENAME:-$(hostname)}"
 cd "$1" 2>/dev/null || {
   echo "error: $node has no folder $1, which holds the job's code: put the run directory where all nodes see it" >&2

@@ -89,7 +89,7 @@ class SlurmRequest:
         """The file that sbatch reads: sending it again by hand does the same."""
         lines = [f"#SBATCH {_option(k, shlex.quote(v) if v else v)}" for k, v in self.options.items() if k not in ONCE]
         lines += [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        lines += [f"cd {shlex.quote(self.job_dir)} || exit 1", *_checks(self.commands[0][0])]
+        lines += [_LISTEN, *_checks(self.job_dir, self.commands[0][0])]
         if len(self.commands) == 1:
             lines += [f"set -- {shlex.join(self.commands[0])}"]
         else:
@@ -251,29 +251,37 @@ def _find(app_id: str, record: JobRecord | None) -> SlurmJob | None:
     return job if Path(job.work_dir).name == Path(record.job_dir).name else None
 
 
-def _checks(interpreter: str) -> list[str]:
+def _checks(job_dir: str, interpreter: str) -> list[str]:
     """Lines of the batch script that check whether the first node can run our code at all; what it lacks is one line,
     and another start would lack it, too."""
-    python = shlex.quote(interpreter)
-    words = "error: %s has no interpreter %s: name one with --python that all nodes have"
+    folder, python = shlex.quote(job_dir), shlex.quote(interpreter)
+    no_folder = shlex.quote(f"folder {job_dir}: keep --run-dir on a file system that all nodes share")
+    no_python = shlex.quote(f"interpreter {interpreter}: name one with --python that all nodes have")
     return [
         f'refuse() {{ echo "the job ends with status {WRONG_USE}"; exit {WRONG_USE}; }}',
-        f"command -v {python} >/dev/null || {{ printf '{words}\\n' \"$(hostname)\" {python} >&2; refuse; }}",
-        f"{python} -m launch.environment || refuse",
+        'lacks() { echo "error: $(hostname) has no $1" >&2; refuse; }',
+        f"cd {folder} || lacks {no_folder}",
+        f"command -v {python} >/dev/null || lacks {no_python}",
+        f"(deaf {python} -m launch.environment) || refuse",
     ]
 
 
+_LISTEN = """\
+# Slurm may tell this shell alone.  What it starts is deaf until it listens, so it is told again and again.
+deaf() { trap '' USR1 TERM; exec "$@"; }
+tell() { asked=$1; while kill -$1 $! 2>/dev/null; do sleep 0.5; done; }
+trap 'tell USR1' USR1
+trap 'tell TERM' TERM INT HUP"""
+
 _RUN = """\
-# Slurm may tell this shell alone.
-trap 'kill -USR1 $!' USR1
-trap 'kill -TERM $!' TERM INT HUP
-"$@" &
+deaf "$@" &
+[ -z "$asked" ] || tell $asked
 # A signal ends a wait early.
 while kill -0 $! 2>/dev/null; do wait $!; done
 wait $!
 status=$?
 # Killed, as where the memory of this node runs out, it could not have the job go on.
-[ $status -le 128 ] || exec "$1" -m launch.allocation --killed $status "${@:4}"
+[ $status -le 128 ] || deaf "$1" -m launch.allocation --killed $status "${@:4}"
 exit $status
 """
 

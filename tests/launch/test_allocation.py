@@ -1,11 +1,12 @@
 """How a job within its allocation has Slurm start it again; what real clusters show is in `test_slurm_cluster.py`."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch import allocation, attempts, records
+from launch import allocation, attempts, records, signals
 from launch.allocation import Allocation
 from launch.fit_nodes import Question
 from launch.schedulers import slurm_queue
@@ -84,6 +85,20 @@ def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
     assert (tmp_path / "sent").exists() == ("job 8" in goes_on)
 
 
+def test_a_stop_that_comes_while_nodes_are_asked_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    commands(
+        srun=f"""echo x >> {tmp_path}/steps; echo '{{"node": "n1", "problems": []}}'""",
+        scontrol='case "$*" in *hostnames*) echo n1 ;; *) echo JobId=7 JobState=RUNNING ;; esac',
+    )
+    monkeypatch.setattr(signals, "next_signal", lambda timeout_s: signal.SIGUSR1)
+    assert _allocation(tmp_path).run() == STOPPED
+    assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["stopped"]
+    assert (tmp_path / "steps").read_text() == "x\n"
+
+
 def test_a_successor_that_a_limit_forbids_is_said_in_slurms_words(
     tmp_path: Path, commands: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +165,7 @@ def test_a_time_limit_that_is_set_while_the_run_goes_is_obeyed(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
     monkeypatch.setattr(allocation, "LOOK_S", 0.0)
+    monkeypatch.setattr(allocation, "TELL_S", 0.0)
     run = f"""trap 'exit 3' USR1; touch {tmp_path}/runs; while :; do sleep 0.1; done"""
     # Without a limit at the first look, and until the run is there.
     limit = f"""echo x >> {tmp_path}/looks

@@ -1,7 +1,10 @@
 """Slurm's requests as sbatch and a shell would read them."""
 
 import re
+import shlex
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,18 @@ import pytest
 from embeddings.hardware import NODES
 from launch.schedulers.slurm import OURS, SlurmRequest
 from launch.submit import check, connected
+from launch.workspace import ROOT
 from tests.launch.test_component import request
+
+LISTENS = "-c " + shlex.quote(
+    f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from launch import signals
+time.sleep(0.3)
+signals.hold()
+sys.exit(3 if signals.next_signal(20.0) == int(sys.argv[1]) else 9)"""
+)
+"""Arguments of Python that wait for a signal as a job does, some time after their start."""
 
 
 def _script(**changes: Any) -> str:
@@ -41,7 +55,7 @@ def test_a_node_reads_its_number_and_the_first_nodes_name() -> None:
     script = _script()
     assert "--node-rank SLURM_NODEID --first-node-variable TORCHX_RANK0_HOST" in script
     assert "--job-name=kuairand-sample-demo" in script
-    assert f"cd {Path('/runs/demo/jobs/DRY-RUN')} || exit 1" in script
+    assert f"cd {Path('/runs/demo/jobs/DRY-RUN')} || lacks 'folder /runs/demo/jobs/DRY-RUN: keep --run-dir on" in script
 
 
 def test_without_a_machine_a_job_asks_for_cores_only() -> None:
@@ -103,9 +117,9 @@ def test_what_the_user_typed_arrives_as_typed(tmp_path: Path) -> None:
     ("command", "status", "told"),
     [
         ("exit 4", 4, ""),
-        # Slurm may tell the shell alone: --signal=B:USR1@600.
-        ("trap 'exit 3' USR1; kill -USR1 $PPID; while :; do sleep 0.01; done", 3, ""),
-        ("trap 'exit 3' TERM; kill -TERM $PPID; while :; do sleep 0.01; done", 3, ""),
+        # Slurm may tell the shell alone, --signal=B:USR1@600, or all, and before anything listens.
+        (f"kill -USR1 $PPID $$; exec {sys.executable} {LISTENS} {signal.SIGUSR1:d}", 3, ""),
+        (f"kill -TERM $PPID $$; exec {sys.executable} {LISTENS} {signal.SIGTERM:d}", 3, ""),
         ("kill -KILL $$", 5, "-m launch.allocation --killed 137 --run-dir /r/a b -- python"),
     ],
 )
@@ -121,7 +135,7 @@ def test_the_script_passes_on_signals_and_outlives_what_it_runs(
     (tmp_path / "bashrc").write_text("exit 0")
     monkeypatch.setenv("BASH_ENV", str(tmp_path / "bashrc"))
     commands(
-        interpreter=f"""case "$*" in "-m launch.environment") ;;
+        interpreter=f"""case "$*" in "-m launch.environment") kill -USR1 $$ ;;
         *--killed*) echo "$*" > {tmp_path}/told; exit 5 ;; *) {command} ;; esac"""
     )
     words = ("interpreter", "-m", "launch.allocation", "--run-dir", "/r/a b", "--", "python")
@@ -130,7 +144,7 @@ def test_the_script_passes_on_signals_and_outlives_what_it_runs(
     script = tmp_path / "job.sh"
     script.write_text(asked.script())
     script.chmod(0o755)
-    assert subprocess.run([script], check=False).returncode == status
+    assert subprocess.run([script], check=False, timeout=30).returncode == status
     assert (tmp_path / "told").exists() == bool(told)
     assert not told or (tmp_path / "told").read_text() == f"{told}\n"
 
