@@ -25,6 +25,7 @@ from torchx.specs import AppState
 
 from launch import attempts, signals
 from launch.fit_nodes import Question, Unfit
+from launch.logs import Span, first_failure
 from launch.node import free_port, job_status
 from launch.progress import newest_checkpoint, stopping_time_s
 from launch.records import find_in, save_in
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 TAKEN = ("NODE_FAIL", "PREEMPTED", "CANCELLED", "TIMEOUT", "REQUEUED", "COMPLETING", "DEADLINE", "BOOT_FAIL")
 """States in which Slurm is ending the job itself."""
 NODE_FAILURE = "node failure"
-A_PROCESS = "a process failed"
 PATIENCE_S = 900.0
 """How long a controller that does not answer is waited for: without it nothing goes on."""
 LOOK_S = 600.0
@@ -92,6 +92,7 @@ class Allocation:
         before = after = self._newest_step()
         unfit = self._ask_nodes()
         while not unfit:
+            started = time.time()
             status, told_to_stop = self._start()
             after = self._newest_step()
             if status == 0:
@@ -107,17 +108,18 @@ class Allocation:
                 self._note("taken" if taken else "stopped", reason, before, after)
                 return self._too_short() or self.go_on(reason)
             if status == WRONG_USE:
-                self._note("failed", A_PROCESS, before, after)
+                self._note("failed", self._fault(started), before, after)
                 return self._say(WRONG_USE, ": wrong use, which another start would repeat")
             # An allocation that is about to end, or was asked to, is no place for another start.
             last = told_to_stop or restarts == self.max_restarts
             # Was it a node?  Slurm takes minutes to notice that one has lost its power.
             unfit = [] if told_to_stop else self._ask_nodes()
             if not unfit:
-                self._note("failed", A_PROCESS, before, after)
+                why = self._fault(started)
+                self._note("failed", why, before, after)
                 too_often = self._too_often()
                 if last or too_often:
-                    return too_often or self.go_on(A_PROCESS)
+                    return too_often or self.go_on(why)
                 before, restarts = after, restarts + 1
                 logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
         self._note("unfit", "; ".join(node.why for node in unfit), before, after)
@@ -232,6 +234,13 @@ class Allocation:
 
     def _newest_step(self) -> int:
         return newest_checkpoint(RunDir(self.run_dir))
+
+    def _fault(self, started: float) -> str:
+        """Why the start of that time failed, in the words of the rank or node that failed first."""
+        record = find_in(self.job_dir)
+        # Lines may be stamped to the second.
+        fault = first_failure(record, Span(int(started))) if record else None
+        return str(fault or "a process failed")
 
     def _note(self, ended: attempts.Ending, reason: str, before: int, after: int) -> None:
         attempts.note(self.run_dir, self.job_dir.name, ended=ended, reason=reason, before=before, after=after)

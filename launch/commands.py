@@ -129,7 +129,7 @@ def status(handle: Handle) -> None:
         if found.state == AppState.FAILED:
             fault = job_logs.first_failure(record, job_logs.last_start(record))
         if fault is not None:
-            print(f"first failure: {_who(fault)}{fault.words}")
+            print(f"first failure: {fault}")
     if found.state in (AppState.FAILED, AppState.CANCELLED):
         raise typer.Exit(FAILED)
 
@@ -267,11 +267,7 @@ def _show_what_matters(record: JobRecord, found: JobStatus) -> None:
         why = f" ({found.reason})" if found.reason else ""
         raise ValueError(f"{record.handle} is {found.state.name}{why} and has written no log in {run.path / 'logs'}")
     if fault is not None:
-        print(f"first failure: {_who(fault)}{fault.words}")
-
-
-def _who(fault: job_logs.Fault) -> str:
-    return "" if fault.rank is None else f"rank {fault.rank}: "
+        print(f"first failure: {fault}")
 
 
 def _follow(scheduler: Scheduler, handle: str, record: JobRecord, rank: int | None) -> None:

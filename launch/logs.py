@@ -49,6 +49,9 @@ class Fault:
     words: str
     """The line itself."""
 
+    def __str__(self) -> str:
+        return self.words if self.rank is None else f"rank {self.rank}: {self.words}"
+
     @property
     def order(self) -> tuple[bool, bool, float]:
         """The first by this is the cause: consequences come last, and words without a rank after those with one."""

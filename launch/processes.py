@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch import signals
 from trainer.exit_status import FAILED, STOPPED
@@ -18,6 +19,8 @@ from trainer.health.fitness import node_name
 from trainer.health.stop_signal import AGENT, OWN_AGENT
 from trainer.health.stopped import LOOK_S, LOST, StoppedProcesses
 
+MEMORY_EVENTS = Path("/proc/vmstat")
+"""Where Linux counts processes that it ended because memory ran out: the machine's, or what a job may have of it."""
 GRACE_S = 5.0
 """How long the others may take to end after one has failed, whose collectives fail at once, or never; or after one
 has stopped in good order, as all do together once they take steps."""
@@ -74,13 +77,14 @@ def run_processes(command: Sequence[str], place: Place) -> int:
     status, deadline, stops_at = 0, None, math.inf
     asked: set[signal.Signals] = set()
     stopped, lost = StoppedProcesses(), set[int]()
-    started_by = os.getppid()
+    started_by, kills = os.getppid(), _memory_kills()
     while running:
         received = signals.next_signal(LOOK_S)
         if deadline is not None and time.monotonic() >= deadline:
             _send(signal.SIGKILL, running)
             deadline = None
         if received is None:
+            kills = _memory_kills()
             lost |= set(stopped.look(process.pid for process in running.values()))
             _send(signal.SIGKILL, {rank: process for rank, process in running.items() if process.pid in lost})
             if (os.getppid() != started_by or time.monotonic() >= stops_at) and not asked:
@@ -98,7 +102,7 @@ def run_processes(command: Sequence[str], place: Place) -> int:
                 continue
             del running[local_rank]
             if status in (0, STOPPED) and code not in (0, STOPPED):
-                how = LOST if process.pid in lost else _how_it_ended(code)
+                how = LOST if process.pid in lost else _how_it_ended(code, out_of_memory=_memory_kills() > kills)
                 print(_failure(place, local_rank, how), file=sys.stderr, flush=True)
                 _send(signal.SIGTERM, running)
                 deadline = time.monotonic() + GRACE_S
@@ -114,11 +118,21 @@ def _send(number: signal.Signals, running: Mapping[int, "subprocess.Popen[bytes]
         process.send_signal(number)
 
 
-def _how_it_ended(code: int) -> str:
+def _how_it_ended(code: int, *, out_of_memory: bool) -> str:
     if code >= 0:
         return f"ended with status {code}"
-    by_whom = " (by its guard, by the system when memory runs out, or by hand)" if -code == signal.SIGKILL else ""
+    by_whom = ""
+    if -code == signal.SIGKILL:
+        by_whom = " (by its guard, or by hand)"
+        if out_of_memory:
+            by_whom = " as memory ran out, the node's or what its job may have: ask for more, or for fewer processes"
     return f"was ended by {signal.Signals(-code).name}{by_whom}"
+
+
+def _memory_kills() -> int:
+    """How many processes of this machine have been ended so far because memory ran out."""
+    lines = MEMORY_EVENTS.read_text().splitlines() if MEMORY_EVENTS.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 def _failure(place: Place, local_rank: int, how: str) -> str:

@@ -64,7 +64,7 @@ def test_a_node_that_is_suspended_and_resumed_goes_on(tmp_path: Path) -> None:
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             FAILED,
-            "rank 1 failed: it was ended by SIGKILL (by its guard, by the system when memory",
+            "rank 1 failed: it was ended by SIGKILL (by its guard, or by hand) (node 0, ",
         ),
     ],
 )
@@ -75,6 +75,17 @@ def test_a_failure_names_the_rank_and_ends_the_others(tmp_path: Path, end: str, 
     assert job_status(done.returncode) == status
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_the_memory_killer_took_is_named_with_it(tmp_path: Path) -> None:
+    counted = tmp_path / "vmstat"
+    counted.write_text("nr_free_pages 5\noom_kill 7\n")
+    script = _script(tmp_path, f"open({str(counted)!r}, 'w').write('oom_kill 8')\nos.kill(os.getpid(), signal.SIGKILL)")
+    agent = "import pathlib, sys\nfrom launch import node, processes\n"
+    agent += f"processes.MEMORY_EVENTS = pathlib.Path({str(counted)!r})\nsys.exit(node.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", agent, *NODE[3:], str(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert "failed: it was ended by SIGKILL as memory ran out, the node's or what its job may have" in done.stderr
 
 
 # The agent, which loses its patience sooner.

@@ -94,8 +94,8 @@ def _processes_of(folder: Path) -> set[str]:
 def test_a_run_that_always_fails_stops_with_the_reason(cluster: Cluster, tmp_path: Path) -> None:
     record = count(tmp_path, "30", "100", "1", "2", "always", max_retries=1)
     expect(record, AppState.FAILED)
-    ends = [(attempt.ended, attempt.progress) for attempt in attempts.read(tmp_path)]
-    assert ends == [("failed", False)] * 2
+    ends = [(attempt.ended, attempt.progress, attempt.reason[-11:]) for attempt in attempts.read(tmp_path)]
+    assert ends == [("failed", False, "out of luck")] * 2
     assert "2 failures in a row without a new checkpoint, --max-retries is 1" in batch_output(record)
     fault = logs.first_failure(record, logs.last_start(record))
     assert fault is not None
