@@ -16,8 +16,9 @@ from launch.steps import Steps
 from trainer.health import fitness
 from trainer.run.run_dir import RunDir
 
-PATIENCE_S = 120
-"""After which a node that has not said whether it is fit is not."""
+PATIENCE_S = 600
+"""After which a node that has not said whether it is fit is not.  Slurm itself may begin late there: a prolog takes
+minutes, or an image has to come first."""
 
 
 @dataclass(frozen=True, slots=True)
