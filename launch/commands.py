@@ -20,7 +20,7 @@ from launch.records import JobRecord
 from launch.request import Request, takes_request
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Foreground, JobStatus, Scheduler
-from launch.submit import SESSION, check, check_no_other, connected
+from launch.submit import SESSION, check, connected, no_other_job
 from launch.sweep import runs_of
 from trainer.command_line import WrongUse, show_findings
 from trainer.exit_status import FAILED, STOPPED
@@ -47,19 +47,22 @@ def submit_(
 ) -> None:
     """Train a recipe on a scheduler.  An existing run directory is resumed."""
     with _wrong_use(), connected(request.scheduler) as connection:
-        request, options = _checked(connection.scheduler, request, sends=not dry_run)
+        request, options = _checked(connection.scheduler, request)
         if dry_run:
             print(connection.dry_run(request, options))
             return
     with connected(request.scheduler) as connection:
+        alone = no_other_job(connection.scheduler, [request], request.absolute_run_dir)
         if isinstance(connection.scheduler, Foreground):
             with signals.held():
-                record = connection.submit(request, options)
+                with alone:
+                    record = connection.submit(request, options)
                 status = connection.scheduler.wait(_app_id(record.handle), record)
             _say_how_it_ended(record, status)
             print(record.handle)
             raise typer.Exit(status)
-        print(connection.submit(request, options).handle)
+        with alone:
+            print(connection.submit(request, options).handle)
 
 
 @app.command()
@@ -76,14 +79,14 @@ def sweep(
             raise ValueError("a sweep of local jobs would run one after the other: submit each run by itself")
         requests = []
         for run in runs_of(request):
-            checked, options = _checked(scheduler, run, sends=not dry_run)
+            checked, options = _checked(scheduler, run)
             requests.append(checked)
         # The folder above the runs holds the code of all of them.
         base = replace(request, run_dir=requests[0].absolute_run_dir.parent, overrides=[])
         if dry_run:
             print(connection.dry_run_of_sweep(requests, base, options))
             return
-    with connected(request.scheduler) as connection:
+    with connected(request.scheduler) as connection, no_other_job(scheduler, requests, base.absolute_run_dir):
         if connection.scheduler.has_arrays:
             sent = connection.sweep(requests, base, options)
         else:
@@ -92,12 +95,11 @@ def sweep(
             print(f"{record.handle}  {record.run_dir}")
 
 
-def _checked(scheduler: Scheduler, request: Request, *, sends: bool) -> tuple[Request, dict[str, CfgVal]]:
+def _checked(scheduler: Scheduler, request: Request) -> tuple[Request, dict[str, CfgVal]]:
     """(the request with paths as its nodes see them, its scheduler's options), checked as far as this machine can.
 
     Raises:
-        ValueError: it is malformed, the scheduler cannot do it, its run directory is another run's, or, where it is to
-            be sent, a job waits or runs there.
+        ValueError: it is malformed, the scheduler cannot do it, or its run directory is another run's.
     """
     config = apply_overrides(load_recipe(request.recipe), request.overrides)
     in_container = scheduler.needs_image
@@ -108,8 +110,6 @@ def _checked(scheduler: Scheduler, request: Request, *, sends: bool) -> tuple[Re
     if not in_container:
         # What the workers would find out, before anything of the job is written into the directory.
         RunDir(request.absolute_run_dir).check_same_run(to_dict(config))
-    if sends:
-        check_no_other(scheduler, request)
     return request, options
 
 

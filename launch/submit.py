@@ -1,5 +1,6 @@
 """From a checked request to a job at a scheduler."""
 
+import fcntl
 import json
 import logging
 import os
@@ -7,8 +8,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torchx.runner import Runner
@@ -20,7 +22,7 @@ from launch.request import Request, check_effect
 from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Foreground, Scheduler
 from launch.workspace import ROOT, check_workspace, share_with_older
-from trainer.command_line import parse_window
+from trainer.command_line import WrongUse, parse_window
 from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -134,11 +136,33 @@ def check(scheduler: Scheduler, request: Request) -> dict[str, CfgVal]:
     return scheduler.check(request)
 
 
+@contextmanager
+def no_other_job(scheduler: Scheduler, requests: Sequence[Request], folder: Path) -> Iterator[None]:
+    """A block that sends jobs of `requests`, whose code and output go below `folder`.  What else would send one there
+    waits until it ends, and then sees the job.
+
+    Raises:
+        WrongUse: a job waits or runs in one of the run directories already, or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        if not scheduler.needs_image:
+            RunDir(folder).make()
+            jobs = records.folder_of(folder, "")
+            jobs.mkdir(exist_ok=True)
+            file = stack.enter_context((jobs / "lock").open("a"))
+            # Where the file system has no locks, the second job ends with a line when it starts.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        for request in requests:
+            check_no_other(scheduler, request)
+        yield
+
+
 def check_no_other(scheduler: Scheduler, request: Request) -> None:
     """Make sure that no job waits or runs in the run directory already: the second would fail as soon as it runs.
 
     Raises:
-        ValueError: one does, and this one does not wait for its end.
+        WrongUse: one does, and this one does not wait for its end.
     """
     ours = [job for job in records.of_run(request.absolute_run_dir) if job.handle.startswith(f"{request.scheduler}://")]
     if not ours or any(option.startswith("dependency=") for option in request.options):
@@ -152,7 +176,7 @@ def check_no_other(scheduler: Scheduler, request: Request) -> None:
             if scheduler.has_arrays
             else ""
         )
-        raise ValueError(
+        raise WrongUse(
             f"job {ours[-1].handle} in --run-dir {request.absolute_run_dir} is {found.state.name}: cancel it{wait}"
         )
 

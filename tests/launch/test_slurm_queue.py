@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm
 from launch.schedulers.slurm_queue import SlurmError, SlurmJob, app_state, parse_scontrol
 from launch.schedulers.slurm_reasons import NEVER
-from launch.submit import check, check_no_other, connected
+from launch.submit import check, check_no_other, connected, no_other_job
 from launch.workspace import ROOT
 from tests.launch.test_component import request
+from trainer.command_line import WrongUse
 
 START = 1_800_000_000.0
 
@@ -287,6 +289,26 @@ def test_a_run_directory_is_one_jobs_at_a_time(
             ValueError, match=f"job slurm://longview/1 .* is {state}: cancel it, .*dependency=afterany:1"
         ):
             check_no_other(Slurm("test"), asked)
+
+
+def test_of_two_submissions_at_once_one_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    commands(sbatch="sleep 0.3; echo 17", scontrol="echo JobId=17 JobState=PENDING Reason=None")
+    asked = request(run_dir=tmp_path / "run")
+
+    def send(_: int) -> str:
+        with connected("slurm") as connection:
+            try:
+                with no_other_job(connection.scheduler, [asked], asked.absolute_run_dir):
+                    return connection.submit(asked, check(connection.scheduler, asked)).handle
+            except WrongUse as error:
+                return str(error)
+
+    with ThreadPoolExecutor(2) as threads:
+        told = sorted(threads.map(send, range(2)))
+    assert [words.partition(" in ")[0] for words in told] == ["job slurm://longview/17", "slurm://longview/17"]
 
 
 @pytest.mark.parametrize(("kept", "busy"), [("moved", True), ("copied", False), ("linked", True)])
