@@ -53,9 +53,9 @@ class Training:
     table: TableConfig
     ids: int
     exponent: float
-    """Of Zipf's law."""
+    """Exponent of Zipf's law, by which ids are drawn."""
     blocks: int
-    """Of the dense model."""
+    """Blocks of the dense model."""
     batches: int
     """Different ones."""
     steps: int
@@ -228,12 +228,12 @@ class Both:
         self.parts = (dense, tables)
 
     def zero_grad(self) -> None:
-        """Of both."""
+        """Forget the gradients of dense model and tables."""
         for part in self.parts:
             part.zero_grad()
 
     def step(self) -> None:
-        """Of both."""
+        """Update dense model and tables."""
         for part in self.parts:
             part.step()
 
@@ -275,7 +275,7 @@ class Run:
         return loss
 
     def losses(self, drawn: list[Batch]) -> tuple[Tensor, float]:
-        """Of every step and evaluation; ms of a step, those before it is warm left out."""
+        """(losses of every step and evaluation, ms of a step without those before it is warm)."""
         batches = in_turn(drawn, self.training.steps)
         every, losses, start = self.training.evaluated_every, [], 0.0
         evaluations: list[Tensor] = []

@@ -152,7 +152,7 @@ class Saves:
         self._checkpointer.wait()
 
     def num_bytes(self) -> int:
-        """Of the newest."""
+        """Bytes of the newest checkpoint."""
         return self._catalogue.choose(None).manifest.num_bytes
 
     def close(self) -> None:

@@ -277,7 +277,7 @@ class Outcome:
 
     @property
     def strikes(self) -> int:
-        """Of all kinds."""
+        """Faults of all kinds that have struck."""
         return sum(tally.strikes for tally in self.faults.values())
 
     def add(self, other: "Outcome") -> None:

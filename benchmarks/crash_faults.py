@@ -127,7 +127,7 @@ FAULTS: dict[str, Callable[[int, random.Random], bool]] = {
 UNFELT = {"kill a writer", "kill a guard"}
 """The job goes on."""
 DISK_FAULTS = {"a full disk": SmallDisk.fill, "a read-only disk": SmallDisk.break_down}
-"""Of the disk that the runs are on."""
+"""Faults of the disk that the runs are on."""
 TEAR = "tear the last line of the metrics"
 DAMAGES = ("flip a bit", "cut a file", "delete a file", TEAR)
 """While nothing runs: to the newest checkpoint, where there is another one; to a line of a later step."""

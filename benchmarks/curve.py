@@ -29,7 +29,7 @@ class Curve:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the only row."""
+        """The name of the only row."""
         return (self.recipe,)
 
     def measure(self, asked: Asked, report: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def days(run_dir: Path) -> list[dict[str, Any]]:
-    """Of each day that was scored before it was trained on, and of the one that never is, what was found."""
+    """What was found of each day that was scored before it was trained on, and of the last one, which never is."""
     records = read_records(run_dir / "progressive.jsonl")
     for last in read_records(run_dir / "eval.jsonl")[-1:]:
         records.append({"part": "the last day", **last})

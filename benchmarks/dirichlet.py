@@ -57,7 +57,8 @@ class Scale:
     heads: int = 2
     learning_rate: float = 2e-3
     item_deviation: float = 0.02
-    """Of the item vectors' first values: what is an item's own must not be small beside what its category learns."""
+    """Standard deviation of the item vectors' first values: what is an item's own must not be small beside what its
+    category learns."""
     temperature: float = 0.05
 
 

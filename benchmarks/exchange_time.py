@@ -19,7 +19,7 @@ from trainer.build import machine_of
 from trainer.parallel.mesh import discover_mesh, joined
 
 ROWS = {"4M rows": 4_000_000, "20K rows": 20_000}
-"""Of a table whose ids are nearly all distinct, and of one in which they repeat."""
+"""Rows of a table whose ids are nearly all distinct, and of one in which they repeat."""
 KINDS = ("row_wise", "table_wise")
 COLUMNS = 128
 

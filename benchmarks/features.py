@@ -38,7 +38,7 @@ from trainer.resolve import resolve
 ITEMS, ROWS = 100_000, 10_000
 """Ids of the items' space and of every other one."""
 WIDTHS = (8, 16, 32, 64, 128)
-"""Of the tables' rows, in turn."""
+"""Widths that tables have in turn."""
 CANDIDATES, STEPS, TURNS = 8, 10, 5
 NARROW = InputConfig(event=("item_id",), candidate=("item_id",), context=())
 

@@ -25,7 +25,7 @@ from embeddings.machine import Machine, cluster
 Numbers = npt.NDArray[np.float64]
 
 BINS = 4000
-"""Of neighbouring rows, narrow where rows are hot, that count as equally hot."""
+"""Bins of neighbouring rows that count as equally hot, narrow where rows are hot."""
 
 
 def main() -> None:

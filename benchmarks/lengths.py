@@ -49,7 +49,7 @@ class Tower:
     lengths: tuple[int, ...]
     """Events of a history."""
     tokens: int = 1
-    """Of an event: two read its item and its action apart."""
+    """Tokens of an event: two read its item and its action apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,15 +61,15 @@ class Lengths:
     lags: tuple[int, int]
     """Events back to the stretch: of the nearest and of the farthest user."""
     samples: int
-    """That every row is trained on."""
+    """Samples that every row is trained on."""
     settings: tuple[str, ...]
-    """Of all rows."""
+    """Settings of all rows."""
     trained: bool = True
     """False measures the costs alone."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the models."""
+        """Names of the models."""
         return tuple(self.towers)
 
     def measure(self, asked: Asked, report: dict[str, Any]) -> None:
@@ -194,9 +194,9 @@ class Cost:
     """Milliseconds of one sample on an otherwise idle device."""
 
     train_ms: float
-    """Of a step of training, over its samples."""
+    """A step of training, divided by its samples."""
     score_ms: float
-    """Of scoring one candidate after a history, over the samples of such a batch."""
+    """Scoring one candidate after a history, divided by the samples of the batch."""
 
 
 def cost(config: TrainConfig, mesh: Mesh) -> Cost:

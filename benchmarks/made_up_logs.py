@@ -17,7 +17,7 @@ IntArray = NDArray[np.int64]
 START, DAYS, DAY = 1_700_000_000, 30, 86_400
 EVENTS_A_USER, EVENTS_AN_ITEM = 40, 100
 BASE_LOG_ODDS: Mapping[str, float] = {"click": -1.5, "like": -3.5, "buy": -5.0}
-"""Of an average item shown to an average user: 18%, 3% and 0.7%."""
+"""Log-odds of an action on an average item shown to an average user: 18%, 3% and 0.7%."""
 NUM_INTERESTS, CHANGE_RATE, INTEREST_LOG_ODDS = 20, 0.03, 2.5
 
 

@@ -20,7 +20,7 @@ ACTIONS: Mapping[str, float] = {"click": -1.0, "like": -3.0, "buy": -4.0}
 EVENT_IDS, CANDIDATE_IDS, USER_IDS, ITEM_IDS, ITEM_LISTS = 9, 6, 3, 15, 5
 EVENT_NUMBERS, CANDIDATE_NUMBERS, ITEM_NUMBERS = 5, 2, 3
 GROWTH = 0.05
-"""Of users and of the catalogue, a day; half as many items change their attributes."""
+"""By which users and the catalogue grow a day; half as many items change their attributes."""
 ACTIVE, EVENTS_A_DAY = 0.5, 6.0
 MISSING = 0.05
 """Part of the values of events and candidates."""

@@ -51,12 +51,12 @@ class NextItem:
     dataset: str
     """What `pipelines.prepare` calls the publisher."""
     orders: tuple[str, ...]
-    """Of events of one second, `--ties`."""
+    """Orders of events of one second that are tried, as `--ties` names them."""
     rows: tuple[Row, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the rows."""
+        """Names of the rows."""
         return tuple(row.name for row in self.rows)
 
     def measure(self, asked: Asked, report: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ class Log:
     prepare: tuple[str, ...]
     """Arguments of `pipelines.prepare`, but for --out."""
     settings: tuple[str, ...] = ()
-    """Of the training, where the log needs any."""
+    """Settings of the training, where the log needs any."""
 
 
 def main() -> None:

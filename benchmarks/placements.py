@@ -173,7 +173,7 @@ def init(machine: Machine) -> Iterator[tuple[str, Any]]:
 
 
 def errors(cases: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Of all cases: median error of time and memory, part of the pairs in the right order."""
+    """Median errors of time and memory over all cases, and which part of the pairs are in the right order."""
     rows = list(cases.values())
     pairs = list(itertools.combinations(rows, 2))
     right = [(a["planned_ms"] < b["planned_ms"]) == (a["measured_ms"] < b["measured_ms"]) for a, b in pairs]

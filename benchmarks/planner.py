@@ -67,7 +67,7 @@ CRITEO = (
 """Rows of the 26 tables of the Criteo 1TB click logs, as MLPerf's DLRM has them with at most 40 million."""
 
 OUR_NAMES = {"data_parallel": "replicated", "table_column_wise": "column_wise"}
-"""Of TorchRec's sharding types; blocks of columns on the ranks of one node are blocks of columns."""
+"""Our names of TorchRec's sharding types; blocks of columns on the ranks of one node are blocks of columns."""
 
 COLUMNS = (32, 64)
 """Widths of a block of columns that TorchRec is asked for, each in a plan of its own."""

@@ -30,7 +30,7 @@ class Log:
 
     name: str
     folder: str
-    """Of its files under the source, and of what becomes of it."""
+    """Folder of its files under the source, and of what becomes of it."""
     prepare: tuple[str, ...]
     """Arguments of `pipelines.prepare`, but for --source and --out."""
     labels: tuple[str, ...]
@@ -53,11 +53,11 @@ class Rankers:
     rows: Mapping[str, tuple[str, ...]]
     """Settings by name; what the others are compared with stands first."""
     settings: tuple[str, ...]
-    """Of all rows."""
+    """Settings of all rows."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the rows."""
+        """Names of the rows."""
         return tuple(self.rows)
 
     def measure(self, asked: Asked, report: dict[str, Any]) -> None:
@@ -213,7 +213,7 @@ def _result(log: Log, runs: Sequence[tuple[Training, Trained]], jobs: int) -> di
 
 
 def _gflops(run: Path) -> float | None:
-    """Of the dense model's training on a sample, in the mean, where the run's GPU has a known peak."""
+    """GFLOP of the dense model's training on the mean sample; None where the run's GPU has no known peak."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [line["mfu"] / line["samples_per_s"] for line in lines if "mfu" in line]
     peak = peak_flops(torch.device("cuda")) if found else None

@@ -25,9 +25,9 @@ from pipelines.selection import select
 ZIPF = 1.05
 BATCH = 16
 NUMBER_BYTES = 8
-"""Of a row's number, in a delta."""
+"""Bytes of a row's number in a delta."""
 STATE_BYTES = 4
-"""Of a row, of row-wise Adagrad."""
+"""Bytes that row-wise Adagrad keeps of a row."""
 
 
 class Table:

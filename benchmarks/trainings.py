@@ -29,13 +29,13 @@ class Asked:
     jobs: int
     """Trainings side by side."""
     first_seed: int = 0
-    """Of them; the others count on from it."""
+    """Seed of the first training; the others count on from it."""
     limit_s: float | None = None
     """Seconds after which no run begins or goes on."""
     settings: tuple[str, ...] = ()
     """Over all rows'."""
     orders: tuple[str, ...] = ()
-    """Of events of one second, where a table knows several; all if empty."""
+    """Orders of events of one second, where a table knows several; all if empty."""
     logs: tuple[str, ...] = ()
     """By folder, where a table has several; all if empty."""
     last_pass: bool = False
@@ -69,7 +69,7 @@ class Trained:
     hardware: str
     """What it ran on."""
     commit: str
-    """Of the code that it ran, with a + where files differed from it."""
+    """Commit of the code that it ran, with a + where files differed from it."""
 
 
 def folder_of(row: str) -> str:

@@ -24,7 +24,7 @@ _IDS_OF_A_TABLE = 2**40
 
 
 def table_sharders(exchange: ExchangeConfig) -> list[ModuleSharder[Any]]:
-    """Of all collections: sequences as `exchange` says, pooled ones send all ids and sums in full."""
+    """What shards collections: sequences exchange as `exchange` says, pooled ones send all ids and sums in full."""
     return [TableSharder(exchange), PooledTableSharder()]
 
 

@@ -44,7 +44,7 @@ WIDTHS = (64, 96, 128, 160)
 """Widths of tables, each of which makes a lookup group of its own."""
 OTHER_WIDTHS = (64, 192)
 OTHER_IDS = {"cuda": 2**19, "cpu": 2**15}
-"""Of two tables whose lookups try the rates: their widths, and the ids that are looked up in each."""
+"""Widths of two tables whose lookups try the rates, and the ids that are looked up in each."""
 EXCHANGED_BYTES = {"cuda": 2**28, "cpu": 2**24}
 COPIED_BYTES = 2**28
 

@@ -69,7 +69,7 @@ def _marked(bits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _held_states(optimizers: TableOptimizers) -> dict[str, list[tuple[int, Tensor]]]:
-    """Of each table, (first row, state [rows, numbers]) of the blocks that this rank holds."""
+    """By table, (first row, state [rows, numbers]) of the blocks that this rank holds."""
     held: dict[str, list[tuple[int, Tensor]]] = {}
     for name, value in optimizers.state().items():
         for first_row, block in _blocks(value):

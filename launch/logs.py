@@ -75,7 +75,7 @@ def _first_start(job: JobRecord) -> float | None:
 
 
 def last_start(record: JobRecord) -> Span:
-    """Of the job's time, what came after its last start but one had ended."""
+    """The part of the job's time that came after its last start but one had ended."""
     span = span_of(record)
     ends = [_moment(attempt.time) for attempt in attempts.read(Path(record.run_dir), Path(record.job_dir).name)]
     return Span(max(span.since, ends[-2] or 0.0) if len(ends) > 1 else span.since, span.until)

@@ -72,7 +72,7 @@ def _first_batches(resolved: Resolved, world_size: int) -> list[Batch]:
 
 
 def _ids_per_sample(batches: Sequence[Batch]) -> dict[str, float]:
-    """Of the features of many ids, of which at least one is taken to come."""
+    """Ids a sample of each feature of many ids, taken to be at least one in all."""
     names = list(batches[0].inputs.lens) if batches else []
     samples = sum(batch.inputs.user_id.numel() for batch in batches)
     return {name: max(1, sum(batch.inputs.ids_host(name).numel() for batch in batches)) / samples for name in names}

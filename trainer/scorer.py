@@ -55,7 +55,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> list[dict[str, list[float]]]:
-        """Of each request, by label, a prediction a candidate in the label's own terms: of an action its probability.
+        """A prediction a candidate, by label, for each request, in the label's own terms: an action's probability.
 
         Raises ValueError for what `InputBuilder` refuses, for a sequence longer than the model's, and of a model that
         predicts the next item alone.
@@ -71,7 +71,7 @@ class Scorer:
 
     @torch.no_grad()
     def retrieve(self, requests: Sequence[Request], count: int = 10) -> list[list[tuple[Any, float]]]:
-        """Of each request, the `count` items that are likeliest to come next: (key, score), best first.
+        """The `count` items that are likeliest to come next, (key, score), best first, for each request.
 
         A request has a history and no candidates.  Items without a key are left out, and those of the history where
         `model.retrieval.exclude_seen` says so.  Raises ValueError as `score`, and of a model that ranks alone.

@@ -133,8 +133,8 @@ def _tight_choice(packer: Packer, levels: tuple[Allowed, Allowed], large_part: f
 
 
 def _tight_option(packer: Packer, table: int, indices: Sequence[int], large_part: float) -> int:
-    """Of a table's options the one that can be dealt out with least memory, or if its block is large beside a rank's
-    memory, the one with the smallest block."""
+    """The option of a table that can be dealt out with least memory; where its block is large beside a rank's memory,
+    the one with the smallest block."""
     options = packer.options[table]
     dealt = [index for index in indices if options[index].pieces]
     if dealt:
@@ -212,8 +212,8 @@ def _searches(packer: Packer, allowed: Allowed) -> "Iterator[_SpreadSearch]":
 
 
 def _two_ways(packer: Packer, table: int, indices: Sequence[int], names: set[str]) -> tuple[int, int]:
-    """Of a table's allowed options of some kinds, the best on all ranks and the best to deal out; one twice if only it
-    is there, and of any kind where it has none of these."""
+    """The best of a table's options on all ranks and the best to deal out, among its allowed ones of some kinds; one of
+    them twice if only it is there, and of any kind where the table has none of these."""
     options = packer.options[table]
     mine = [i for i in indices if options[i].kind.name in names] or list(indices)
     spread = [i for i in mine if options[i].kind.everywhere]

@@ -38,7 +38,7 @@ STATES = {
 }
 
 REVOKED = "REVOKED"
-"""Of a job in a federation of clusters: another cluster runs it."""
+"""State of a job in a federation of clusters that another cluster runs."""
 
 # A value ends where the next key begins: "JobName=a b UserId=root(0) ...".
 _FIELD = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][A-Za-z0-9:/_]*=|\s*$)")

@@ -51,8 +51,8 @@ class Inputs:
 
     @cached_property
     def bags(self) -> Mapping[tuple[str, ...], KeyedJaggedTensor]:
-        """Of features of many ids that have as many rows, named together: their ids, a bag a row; an empty one where
-        there is no row."""
+        """The ids of features of many ids, a bag a row; those that have as many rows stand together under their names.
+        One empty bag where there is no row."""
         return _Bags(self)
 
     @property

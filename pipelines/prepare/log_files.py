@@ -70,7 +70,7 @@ class LogFile:
     columns: Sequence[tuple[str, str]]
     """(name, SQL type) of its columns, in order."""
     encoding: str = UTF_8
-    """Of a file of text."""
+    """Encoding, if it is a file of text."""
     delimiter: str = ","
     """What divides the columns of a CSV file."""
     folders: Mapping[str, str | None]

@@ -130,7 +130,7 @@ class LogSchema:
     missing_texts: tuple[str, ...] = MISSING_TEXTS
     """Texts that mean a missing value."""
     encoding: str = UTF_8
-    """Of files of text, where they do not begin with the mark of UTF-16."""
+    """Encoding of files of text that do not begin with the mark of UTF-16."""
     decimal: str | None = None
     """What stands before decimals in numbers of text, "." or ","; the other may stand between thousands then.  Without
     it that is a point, and nothing between thousands, as 1,593 may be either."""

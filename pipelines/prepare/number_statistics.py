@@ -59,7 +59,7 @@ def _place(column: Column, about: Description) -> tuple[str, str]:
 def _statistics(
     connection: duckdb.DuckDBPyConnection, rows: str, row: str, columns: Sequence[str]
 ) -> list[NumberStatistics]:
-    """Of each of these columns: one pass for the moments and the ends, one for quantiles."""
+    """Statistics of each of these columns: one pass for the moments and the ends, one for quantiles."""
     values = [f"nullif({quoted(column)}::DOUBLE, 'nan'::DOUBLE)" for column in columns]
     moments = ", ".join(
         f"[count({value}), fsum({value}) / count({value}), stddev_pop({value}), min({value}), max({value})]"

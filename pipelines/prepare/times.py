@@ -11,14 +11,14 @@ from pipelines.prepare.engine import literal, quoted
 from pipelines.prepare.readings import EXACT, SIGNED, TEXT, Reading, Rule, Stored
 
 NANOSECONDS = 10**9
-"""Of a second: what times are read as, the finest that a file holds."""
+"""Nanoseconds of a second.  Times are read in them, the finest unit that a file holds."""
 TIMESTAMP = "timestamp"
 PER_SECOND: Mapping[str, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": NANOSECONDS}
 """Units of numbers in a second."""
 YEAR_1990, YEAR_2100 = 631_152_000, 4_102_444_800
 """A time outside these is in another unit than was said, or stands for none."""
 DIGITS, EXPONENT = "[.](\\d*)[eE]", "[eE][+]?(\\d+)"
-"""Of a number in text that has an exponent: its decimals, and how many of them stand before the point."""
+"""Parts of a number in text that has an exponent: its decimals, and how many of them stand before the point."""
 EXAMPLE = "'%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"
 """Patterns of dates that their own text does not tell apart."""
 

@@ -30,7 +30,7 @@ ROWS_PER_UNIT = 64
 """Samples that are gathered together: few, because a rank gathers whole units though it may need a part of one."""
 ACTION_PREFIX = "action."
 DIGESTED_PIECES, DIGESTED_VALUES = 16, 512
-"""Of each array, whose whole would have to be read from the disk."""
+"""Pieces of each array, and values of a piece, that its digest is made of: a whole array lies on the disk."""
 
 
 class GatheredSource:
@@ -67,7 +67,7 @@ class GatheredSource:
 
     @property
     def contents(self) -> str:
-        """Of the sizes of all arrays, and of pieces of them."""
+        """Digest of the sizes of all arrays, and of pieces of them."""
         log, found = open_log(self._path, len(self._info.actions)), sha256()
         for array in (self._place, self._history, log.user, log.first, log.item, log.action, log.time, log.pool):
             found.update(f"{len(array)};".encode())

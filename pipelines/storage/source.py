@@ -95,8 +95,8 @@ class ParquetSource:
 
     @property
     def contents(self) -> str:
-        """Of the rows of each row group, and of where its last column begins and ends after all that is compressed in
-        front of it."""
+        """Digest of the rows of each row group, and of where its last column begins and ends, behind all that is
+        compressed in front of it."""
         found = sha256()
         for file in self._files:
             footer = self._metadata[file]

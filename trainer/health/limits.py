@@ -14,7 +14,8 @@ OPEN_FILES = 128
 CONNECTIONS_A_RANK = 4
 """The store's and those of groups of processes, of which a process may have one to each rank."""
 THREADS_A_PROCESS = 64
-"""Of a process that trains, its readers and its writer (17 were seen, with one thread a process for arithmetic)."""
+"""Threads of a process that trains, its readers and its writer (17 were seen, with one thread a process for
+arithmetic)."""
 
 
 def raise_limits(*, ranks: int, processes: int) -> None:

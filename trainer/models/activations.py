@@ -83,7 +83,7 @@ def retriever_activations(config: ModelConfig, batch: MeanBatch, *, embedding_di
 
 
 def scoring_activations(config: ModelConfig, batch: MeanBatch, *, embedding_dim: int, num_items: int) -> Memory:
-    """Of every event's prediction against its negatives: scores, their gradient, and both sides in float32.
+    """What every event's prediction against its negatives takes: scores, their gradient, both sides in float32.
 
     Their backward pass comes before the tower's, but what it held may still lie in pieces between what is kept.
     """

@@ -261,8 +261,8 @@ def joint_flops(
 
 
 def _scoring_flops(config: RetrievalConfig, embedding_dim: int, num_items: int) -> int:
-    """Of a prediction against its negatives and the next item.  The items' side of negatives that a whole batch shares
-    is left out: it is small."""
+    """FLOPs of a prediction against its negatives and the next item.  The items' side of negatives that a whole batch
+    shares is left out: it is small."""
     pairs = (num_items if config.num_negatives is None else config.num_negatives) + 1
     how, own_items = config.similarity, 1 if config.share_negatives else pairs
     query, item, pair = (flops(embedding_dim) for flops in (how.query_flops, how.item_flops, how.pair_flops))

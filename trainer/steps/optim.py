@@ -111,7 +111,7 @@ class Optimizers:
         self._norms = torch.zeros(1 + len(self._names), device=device)
         self._without_gradient = torch.zeros((), device=device)
         self.gradient_norms = self._copy_norms()
-        """Of the newest step."""
+        """The norms of the newest step's gradients."""
         self._schedule = schedule
         self._base_rates = [float(group["lr"]) for group in self._groups()]
 

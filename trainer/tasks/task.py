@@ -78,7 +78,8 @@ class NextItems(NamedTuple):
     similarity: Similarity
     """Scores items against predictions."""
     predictions: Predictions
-    """Of candidates, sample by sample, from all that came before each; of a sample without any event before, none."""
+    """Predictions of candidates, sample by sample, from all that came before each; a sample without any event before
+    has none."""
 
 
 class Task(Protocol):
