@@ -31,7 +31,7 @@ figure .legend{font-size:.85rem;padding:0}
 .grid{stroke:var(--line);fill:none}.axis{stroke:var(--quiet);fill:none}
 .tick{font-size:11px;fill:var(--quiet)}.quiet,figcaption span{color:var(--quiet);font-weight:normal}
 .bar{fill:var(--c)}"""
-"""Style of the bars.  The page around them states --line, --quiet and, as `--c` of the classes c0, c1 and c2, colours."""
+"""Style of the bars.  The page around them states --line, --quiet and colours, as `--c` of the classes c0, c1, c2."""
 
 
 def rank_bars(plan: Plan) -> str:

@@ -122,7 +122,7 @@ class MixtureOfTransducers(nn.Module):
 
 
 def _key(name: str) -> str:
-    """The name of a channel's parameters: some words (items, keys, ...) are PyTorch's own, and no channel has a dash."""
+    """The name of a channel's parameters: some words (items, keys, ...) are PyTorch's own; no channel has a dash."""
     return f"{name}-" if hasattr(nn.ModuleDict(), name) else name
 
 
