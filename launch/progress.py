@@ -9,6 +9,7 @@ from launch import attempts
 from launch.records import JobRecord
 from trainer.checkpoint.catalogue import open_catalogue, step_folder
 from trainer.checkpoint.manifest import COMPLETE
+from trainer.command_line import WrongUse
 from trainer.run.run_dir import RunDir
 
 MARGIN_S = 15.0
@@ -55,7 +56,12 @@ def newest_complete(run: RunDir) -> Path | None:
 
 def _newest(run: RunDir) -> tuple[int, Path]:
     """(step of the newest complete checkpoint, 0 where there is none; where the file that makes it complete lies)."""
-    catalogue = open_catalogue(run, (run.saved_config() or {}).get("checkpoint", {}).get("store"))
+    store = (run.saved_config() or {}).get("checkpoint", {}).get("store")
+    try:
+        catalogue = open_catalogue(run, store)
+    except WrongUse:
+        # The store is another run's, so this one has nothing there.
+        return 0, Path(store, COMPLETE)
     step = max(catalogue.steps(), default=0)
     return step, Path(catalogue.store.address, step_folder(step), COMPLETE)
 

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PINNED = "PINNED"
+OWNER = "RUN"
+"""The file of a store that says whose it is: a run's identity, and a word of the start that saves to it now."""
 TEXT_BYTES = 2**28
 """What a manifest has at most: checksums of 80 TB."""
 _TRIAL = "trial"
@@ -83,8 +85,19 @@ def step_folder(step: int) -> str:
 
 
 def open_catalogue(run: RunDir, address: str | None) -> "Catalogue":
-    """The checkpoints of a run; `address` as `checkpoint.store`."""
-    return Catalogue(open_store(str(run.checkpoints) if address is None else address))
+    """The checkpoints of a run; `address` as `checkpoint.store`.
+
+    Raises:
+        WrongUse: they are another run's.
+    """
+    catalogue = Catalogue(open_store(str(run.checkpoints) if address is None else address))
+    if address is not None and catalogue.owner() not in (None, run.identity()):
+        raise WrongUse(
+            f"checkpoint.store={address} holds the checkpoints of another run than --run-dir {run.path}: give each run "
+            "a store of its own; to begin with what that one has learnt, name its directory by --init-from; if that is "
+            f"lost and this run is to go on in its place, remove {address}/{OWNER}"
+        )
+    return catalogue
 
 
 class Catalogue:
@@ -94,6 +107,26 @@ class Catalogue:
         self.store = store
         self._bases: dict[int, int | None] = {}
         """The base of each checkpoint that was asked about; what is complete changes no longer."""
+        self._claim: str | None = None
+        """What OWNER holds since this start has claimed the store."""
+
+    def owner(self) -> str | None:
+        """The identity of the run whose store this is; None where none has claimed it."""
+        return self.store.read(OWNER).decode().split()[0] if self.store.size(OWNER) else None
+
+    def claim(self, identity: str) -> None:
+        """From now on this start of the run saves here.  Writes."""
+        self._claim = f"{identity} {secrets.token_hex(8)}"
+        with self.store.writing(OWNER) as file:
+            file.write(self._claim.encode())
+
+    def check_claim(self) -> None:
+        """Raises ValueError if another start, of this run or of another, has claimed the store since."""
+        if self._claim is not None and self.store.size(OWNER) and self.store.read(OWNER).decode() != self._claim:
+            raise ValueError(
+                f"another job saves to {self.store.address} now, which began later and was given the same "
+                "checkpoint.store: give each run, and each copy of one, a store of its own; this one ends"
+            )
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint holds COMPLETE, oldest first."""

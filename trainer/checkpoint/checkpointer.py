@@ -182,6 +182,7 @@ class Checkpointer:
             if self._mesh.is_first:
                 # Before anything is written or cleared away, which may be the other job's.
                 check_not_taken_over(self._run)
+                self._catalogue.check_claim()
         parts = gather(self._write_part(contents, step_folder(progress.step)), self._group)
         problem = next((f"{part.problem}; {MEND}" for part in parts if part.problem is not None), None)
         if problem is None and self._mesh.is_first:

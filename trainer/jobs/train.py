@@ -131,6 +131,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
             warm.load(model.tensors(), dist.new_group(backend="gloo"))
         if mesh.is_first:
             write_settings(run, resolved, plan, mesh, start.from_step)
+            claim_store(run, catalogue, config.checkpoint.store)
         announce(resolved, plan, model, mesh)
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
             # The run may have to go back to before its first step: save the beginning.
@@ -238,6 +239,14 @@ def write_settings(run: RunDir, resolved: Resolved, plan: Plan, mesh: Mesh, from
     run.save_config(to_dict(resolved.config), resolved.meanings())
     write_plan(run.plan_file, plan)
     run.save_environment(f"{mesh.world_size} x {device_name(mesh.device)}", installed_versions())
+
+
+def claim_store(run: RunDir, catalogue: Catalogue, address: str | None) -> None:
+    """Where checkpoints lie outside the run's directory, keep other runs from taking them for theirs."""
+    if address is not None:
+        identity = run.identity()
+        assert identity is not None, "its configuration is written"
+        catalogue.claim(identity)
 
 
 def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ VOCABULARIES = "vocabularies"
 """Key of `config.json` that is no part of the configuration: what the ids mean in the data that the run learnt from."""
 DIGEST = "digest"
 """Another such key: tells whether all the rest is as it was written."""
+IDENTITY = "run"
+"""And one: a word that no other run has, by which a store tells whose checkpoints it holds."""
 NUMBERS = "data.numbers"
 """Key among these: what is known of the data's columns of numbers, as JSON."""
 
@@ -176,7 +179,8 @@ class RunDir:
                 f"{self.config_file} is not what the run wrote, which decides what its weights mean: undo the change, "
                 "or take the file of a run with the same settings (they are changed on the command line, with --set)"
             )
-        values.pop(VOCABULARIES, None)
+        for key in (VOCABULARIES, IDENTITY):
+            values.pop(key, None)
         return values
 
     def config_of_run(self) -> dict[str, Any]:
@@ -204,9 +208,16 @@ class RunDir:
         known: dict[str, str] = json.loads(self.config_file.read_text()).get(VOCABULARIES, {})
         return known
 
+    def identity(self) -> str | None:
+        """What the run is known by, wherever its directory lies; None until it has begun.  After `saved_config`."""
+        if not self.config_file.is_file():
+            return None
+        identity: str | None = json.loads(self.config_file.read_text()).get(IDENTITY)
+        return identity
+
     def save_config(self, config: dict[str, Any], known: dict[str, str]) -> None:
         """Write the configuration, and what its data mean beside it."""
-        values = {**config, VOCABULARIES: known}
+        values = {**config, VOCABULARIES: known, IDENTITY: self.identity() or secrets.token_hex(8)}
         write_json(self.config_file, {**values, DIGEST: _digest(values)})
 
     def save_environment(self, devices: str, versions: Mapping[str, str]) -> None:
