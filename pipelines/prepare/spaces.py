@@ -13,6 +13,7 @@ from pipelines.features import UNKNOWN_ID, Space
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.log_schema import SpaceOptions
 from pipelines.prepare.readings import SIGNED, UNSIGNED, WIDEST
+from pipelines.prepare.state import waiting
 from pipelines.storage.keys import HASH, LOWEST
 
 WHOLE = frozenset({*SIGNED, *UNSIGNED, WIDEST})
@@ -39,7 +40,7 @@ def number_keys(
     known: Space | None = None,
 ) -> Space:
     """Make the dictionary of a space, unless its ids are made from the keys; where it is `known`, its ids stay and new
-    keys get the next.
+    keys get the next, rare ones once they have come often enough in all deliveries together.
 
     Raises ValueError if a new space has more keys than the stated rows have room for.
     """
@@ -54,9 +55,12 @@ def number_keys(
     )
     table, key, identifier = (quoted(f"{name}_{part}") for part in ("ids", "key", "id"))
     last, chosen = (known.used - 1, f"AND key NOT IN (SELECT {key} FROM {table})") if known else (0, "")
+    counted = f"SELECT key, count(*) AS n FROM ({keys}) WHERE key IS NOT NULL {chosen} GROUP BY key"
+    if options.min_count > 1:
+        counted = _counted_on(connection, name, counted, options.min_count)
     connection.execute(
         f"CREATE TABLE new_keys AS SELECT key AS {key}, {last} + row_number() OVER (ORDER BY key) AS {identifier} FROM "
-        f"(SELECT key FROM ({keys}) WHERE key IS NOT NULL {chosen} GROUP BY key HAVING count(*) >= {options.min_count})"
+        f"({counted}) WHERE n >= {options.min_count}"
     )
     if known:
         connection.execute(f"INSERT INTO {table} SELECT * FROM new_keys; DROP TABLE new_keys")
@@ -68,6 +72,21 @@ def number_keys(
     if used > rows and known is None:
         raise ValueError(f"space {name}: {used - 1} keys and the unknown need {used} rows, but rows is {rows}")
     return Space(name=name, rows=max(rows, used), used=used, keys=f"{name}_ids.parquet")
+
+
+def _counted_on(connection: duckdb.DuckDBPyConnection, name: str, counted: str, min_count: int) -> str:
+    """SQL (key, n) of keys without an id, with what earlier deliveries counted of them; what stays rare is kept."""
+    table = quoted(waiting(name))
+    connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (key VARCHAR, n BIGINT)")
+    connection.execute(
+        f"CREATE TABLE {quoted(f'{name}_counted')} AS SELECT c.key, c.n + coalesce(w.n, 0) AS n FROM ({counted}) AS c "
+        f"LEFT JOIN {table} AS w ON c.key::VARCHAR = w.key"
+    )
+    connection.execute(
+        f"DELETE FROM {table} WHERE key IN (SELECT key::VARCHAR FROM {quoted(f'{name}_counted')}); INSERT INTO {table} "
+        f"SELECT key::VARCHAR, n FROM {quoted(f'{name}_counted')} WHERE n < {min_count}"
+    )
+    return f"FROM {quoted(f'{name}_counted')}"
 
 
 def _narrow(connection: duckdb.DuckDBPyConnection, table: str, key: str) -> None:

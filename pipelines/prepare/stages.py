@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipelines.counts import counts_as_dict
 from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
 from pipelines.prepare.counts import count_shared, counted_groups, keep_totals
-from pipelines.prepare.engine import connect, quoted
+from pipelines.prepare.engine import connect, quoted, table_exists
 from pipelines.prepare.gathered import write_gathered
 from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
@@ -268,7 +268,7 @@ def _with_counts(
 def _write_keys(connection: duckdb.DuckDBPyConnection, space: Space, folder: Path) -> Space:
     """Write the keys behind a space's ids, where they are not the ids themselves."""
     table = f"{space.name}_ids"
-    if not connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [table]).fetchall():
+    if not table_exists(connection, table):
         return space
     path = folder / f"{table}.parquet"
     _copy(connection, table, f"{space.name}_id", path)

@@ -4,6 +4,7 @@
     users_before          columns of samples, by user
     TABLE_before          the newest row of each user and item in files of attributes, also of those without an id yet
     counts_GROUP_before   what was counted of each group (`pipelines.prepare.counts`)
+    SPACE_waiting_before  keys that are too rare for an id yet, as text, and how often they came (`waiting`)
 
 The dictionaries of its spaces are stored already.  In an extension these tables stand beside those of the new log.
 """
@@ -28,6 +29,11 @@ OF_EVENTS = ("log_row", "user_id", "item_id", "time", "rank", "request_key", "ac
 """What is kept of every event, beside its values."""
 BEFORE = "_before"
 EVENTS, USERS_BEFORE = f"events{BEFORE}", f"users{BEFORE}"
+
+
+def waiting(space: str) -> str:
+    """The table (key, n) of a space's keys that have come too rarely for an id, where the space has a min_count."""
+    return f"{space}_waiting{BEFORE}"
 
 
 def write_state(

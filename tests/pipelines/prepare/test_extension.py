@@ -249,6 +249,30 @@ def test_rare_items_share_id_0_on_every_day(tmp_path: Path) -> None:
     assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z"}
     write_lines(tmp_path / "day1" / "log.csv", lines(1, "acddbez"))
     assert run(tmp_path / "day1", "--extend", out, "--split-time", HOUR + 2 * DAY) == 0
-    assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z", 4: "d"}
+    # The second c is the one of this day.
+    assert keys_of(out, "item") == {1: "a", 2: "b", 3: "z", 4: "c", 5: "d"}
     rows = sorted(rows_in(out, "train", "part=00001"), key=lambda row: int(row["user_id"]))
-    assert [row["candidate_item_id"] for row in rows] == [[1, 4, 2, 3], [0, 4, 0]]
+    assert [row["candidate_item_id"] for row in rows] == [[1, 5, 2, 3], [4, 5, 0]]
+
+
+@pytest.mark.parametrize("space", ["item", "tag"])
+@pytest.mark.parametrize("key", [str, int])
+def test_a_rare_key_has_an_id_from_the_delivery_on_by_which_it_has_come_often_enough(
+    tmp_path: Path, space: str, key: type
+) -> None:
+    often, rare, once, seldom = map(key, (1, 2, 3, 4))
+    found, out = [], tmp_path / "shop"
+    text = 'user = "who"\nitem = "what"\ntime = "when"\nactions = ["buy"]\n[event]\ntags = ["tag"]\n'
+    (tmp_path / "schema.toml").write_text(text + f"[spaces.{space}]\nmin_count = 3\n")
+    for day in range(4):
+        keys = [often, rare, often, *([once] if day == 0 else [seldom] * (day == 3)), often]
+        rows = [
+            {"who": 7, "what": item if space != "tag" else 5, "tags": [item], "when": HOUR + day * DAY + 9 * place}
+            for place, item in enumerate(keys)
+        ]
+        source = write_day(tmp_path / f"day{day}", [{**row, "buy": place % 2} for place, row in enumerate(rows)])
+        options = ("--split-time", rows[-1]["when"])
+        new = ("--out", out, "--schema", tmp_path / "schema.toml")
+        assert run(source, *(new if day == 0 else ("--extend", out)), *options) == 0
+        found.append(keys_of(out, space))
+    assert found == [{1: often}, {1: often}, {1: often, 2: rare}, {1: often, 2: rare}]
