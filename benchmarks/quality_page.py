@@ -47,6 +47,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{name: partial(shown, name, table) for name, table in QUALITY.items()},
     "headline": speed_tables.headline,
     "attention": speed_tables.attention,
+    "beside": speed_tables.beside,
+    "beside_fp8": speed_tables.beside_fp8,
     "layer": speed_tables.layer,
     "tower": speed_tables.tower,
     "step": speed_tables.step,

@@ -63,6 +63,30 @@ def attention() -> str:
     return _table(("mask", "length", "Longview", "CUTLASS"), rows)
 
 
+def beside() -> str:
+    """Milliseconds forward / backward of ours and of Meta's newest attention on one card, the GPU alone."""
+    found: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    for row in _read("attention_peers_h200")["rows"]:
+        if "mask" in row:
+            # Meta's forward and backward stand in rows of their own; the later row is its forward with TMA.
+            kernel = found.setdefault((row["mask"], row["length"]), {}).setdefault(row["kernel"].split(",")[0], {})
+            kernel.update({key: row[key] for key in ("forward_gpu_ms", "backward_gpu_ms") if key in row})
+    rows = [(mask, f"{n:,}", *(_ms(each[x], "_gpu") for x in ("ours", "meta"))) for (mask, n), each in found.items()]
+    return _table(("mask", "length", "Longview", "Meta"), rows)
+
+
+def beside_fp8() -> str:
+    """Milliseconds of a layer's forward, the GPU alone: ours in both types, and Meta's in FP8."""
+    found: dict[int, dict[str, float]] = {}
+    for row in _read("attention_peers_h200")["rows"]:
+        if "row" in row:
+            found.setdefault(row["length"], {})[row["kernel"]] = row["forward_gpu_ms"]
+    ours = ("ours, variant=production, FP8", "ours, variant=production, bfloat16")
+    named = (*ours, next(kernel for each in found.values() for kernel in each if kernel.startswith("meta")))
+    rows = [(f"{n:,}", *(f"{each[kernel]:.2f}" for kernel in named)) for n, each in found.items()]
+    return _table(("length", "Longview, FP8", "Longview, bfloat16", "Meta, FP8"), rows)
+
+
 def layer() -> str:
     """Million token-layers a second, forward / training."""
     ours, theirs = _read("layer_h200")["peers"], _read("peers")["layer"]["Meta"]
