@@ -16,6 +16,7 @@ from torch import Tensor
 from attention_kernels.attention.plan import AttentionPlan
 from attention_kernels.layer.reference import silu_slope
 from attention_kernels.mask import SemiLocalMask
+from attention_kernels.relative_bias import RelativeBiases, relative_attention, relative_attention_backward
 
 # Scores of one block of rows: heads x rows x keys elements, 64 MiB in float32.
 _MAX_BLOCK_ELEMENTS = 2**24
@@ -32,8 +33,15 @@ def dense_mask(mask: SemiLocalMask, h: int, t: int, *, device: torch.device | st
     return _mask_rows(mask, mask.num_context, h, t, 0, mask.num_context + h + t, torch.device(device))
 
 
-def forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) -> Tensor:
-    """Attention output [R, H, V] in v's dtype: sum over allowed keys of silu(scale <q, k>) / max_len v[k]."""
+def forward(
+    q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan, biases: RelativeBiases | None = None
+) -> Tensor:
+    """Attention output [R, H, V] in v's dtype: sum over allowed keys of silu(scale <q, k>) / max_len v[k].
+
+    With biases, as in `relative_bias.py`.
+    """
+    if biases is not None:
+        return relative_attention(q_RHK, k_THK, v_THV, plan, biases)
     out_RHV = torch.empty((q_RHK.shape[0], *v_THV.shape[1:]), dtype=v_THV.dtype, device=v_THV.device)
     for keys, rows, mask_BN in _blocks(q_RHK, plan):
         q_HBK, k_HNK, v_HNV = _heads_first(q_RHK[rows], k_THK[keys], v_THV[keys])
@@ -44,9 +52,17 @@ def forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) ->
 
 
 def backward(
-    dout_RHV: Tensor, q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each in its tensor's dtype, accumulated in float32 (float64 for float64 inputs)."""
+    dout_RHV: Tensor,
+    q_RHK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    plan: AttentionPlan,
+    biases: RelativeBiases | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, each in its tensor's dtype, accumulated in float32 (float64 for float64 inputs); behind
+    them those of biases, if given."""
+    if biases is not None:
+        return relative_attention_backward(dout_RHV, q_RHK, k_THK, v_THV, plan, biases)
     scale, max_len = plan.scale_of(q_RHK), plan.max_len
     dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulate_dtype(x), device=x.device) for x in (q_RHK, k_THK, v_THV))
     for keys, rows, mask_BN in _blocks(q_RHK, plan):

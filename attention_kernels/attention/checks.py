@@ -126,6 +126,37 @@ def check_values(offsets: Tensor, num_targets: Tensor | None, num_context: int, 
             )
 
 
+MAX_TIME_BUCKETS = 256
+"""Kernels keep a pair's bucket in a byte."""
+
+
+def check_times(offsets: Tensor, happened: Tensor, asked: Tensor, bucket_starts: Tensor, longest: int) -> None:
+    """Checks what biases need beside offsets."""
+    for name, x in (("happened", happened), ("asked", asked), ("bucket_starts", bucket_starts)):
+        if x.dim() != 1 or x.dtype != torch.int64 or x.device != offsets.device:
+            raise ValueError(f"times.{name} is {_describe(x)} on {x.device}, expected int64 beside offsets")
+    if happened.shape != asked.shape:
+        raise ValueError(f"times.asked is {_describe(asked)}, expected the shape of times.happened")
+    if not 1 <= bucket_starts.shape[0] <= MAX_TIME_BUCKETS:
+        raise ValueError(f"times.bucket_starts is {_describe(bucket_starts)}, expected 1 to {MAX_TIME_BUCKETS} buckets")
+    if offsets.device.type == "cpu" and offsets.shape[0] > 1 and int(offsets.diff().max()) > longest:
+        raise ValueError(
+            f"times.longest={longest} is below the longest sequence in offsets, {int(offsets.diff().max())}"
+        )
+
+
+def check_biases(q: Tensor, position: Tensor, time: Tensor, happened: Tensor, num_buckets: int) -> None:
+    """Checks a layer's biases, of a plan with times: [H, M] and [H, G] in float32, or float64 as q."""
+    heads, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    for name, x in (("position", position), ("time", time)):
+        if x.dim() != 2 or x.shape[0] != heads or x.shape[1] < 1 or x.dtype != wide or x.device != q.device:
+            raise ValueError(f"biases.{name} is {_describe(x)} on {x.device}, expected {wide} [{heads} heads, biases]")
+    if time.shape[1] != num_buckets:
+        raise ValueError(f"biases.time has {time.shape[1]} buckets, the plan's times {num_buckets}")
+    if happened.shape[0] != q.shape[0]:
+        raise ValueError(f"times.happened has {happened.shape[0]} positions, q_THK {q.shape[0]}")
+
+
 def check_total(k: Tensor, offsets: Tensor, *, padded: bool) -> None:
     """Checks, in host memory, that the offsets end where keys do; `padded`: at the latest."""
     if offsets.device.type != "cpu" or (padded and int(offsets[-1]) <= k.shape[0]):

@@ -21,6 +21,7 @@ from attention_kernels.attention import padding
 from attention_kernels.attention.checks import (
     TRITON_DTYPES,
     Backend,
+    check_biases,
     check_first_order,
     check_like,
     check_problem,
@@ -34,6 +35,7 @@ from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.attention.portable.launchers import Backward
 from attention_kernels.launcher import INTERPRETED, check_device
 from attention_kernels.mask import SemiLocalMask
+from attention_kernels.relative_bias import RelativeBiases
 
 logger = logging.getLogger(__name__)
 
@@ -79,16 +81,21 @@ def hstu_attention(
     return out_THV
 
 
-def attention_forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) -> Tensor:
+def attention_forward(
+    q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan, biases: RelativeBiases | None = None
+) -> Tensor:
     """`hstu_attention` of a plan's problem, [R, H, V].  Not differentiable.
+
+    `biases`, of a plan with times alone, are added to scores (`relative_bias.py`).
 
     Raises:
         ValueError: naming the tensor that is wrong.
     """
     check_tensors(q_RHK, k_THK, v_THV, plan.offsets, fewer_rows=plan.rows is not None)
     check_total(k_THK, plan.offsets, padded=plan.padded)
-    module = _choose_backend(plan.backend, q_RHK, k_THK, v_THV)
-    out: Tensor = module.forward(q_RHK, k_THK, v_THV, plan)
+    _check_biases(q_RHK, plan, biases)
+    module = _choose_backend(plan.backend, q_RHK, k_THK, v_THV, biased=biases is not None)
+    out: Tensor = module.forward(q_RHK, k_THK, v_THV, plan, biases)
     if plan.padded:
         padding.zero([(out, plan.row_offsets)], on_host=module is reference)
     return out
@@ -122,21 +129,21 @@ def projection_backward(
     k_THK: Tensor,
     v_THV: Tensor,
     plan: AttentionPlan,
+    biases: RelativeBiases | None = None,
     *,
     scaled: bool,
     out: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`attention_backward` with what a projection's own backward needs next, before anything is stored.
 
     With `scaled`, what `out` holds multiplies the gradients that overwrite it: for q = silu(x), likewise k and v, put
     the slopes of SiLU at x there, and they become the gradients of x.
     Returns the sums of the gradients over positions in float32 (float64 for float64), [H, K] twice and [H, V]:
-    gradients of biases.
+    gradients of the projection's biases.  Behind them, with `biases`, the gradients of those, [H, M] and [H, G].
     """
-    total = _backward_out(dout_RHV, (q_RHK, k_THK, v_THV), plan, out, scaled=scaled, sums=True)
+    total = _backward_out(dout_RHV, (q_RHK, k_THK, v_THV), plan, out, biases, scaled=scaled, sums=True)
     assert total is not None
-    q_sum, k_sum, v_sum = total
-    return q_sum, k_sum, v_sum
+    return total
 
 
 def _backward_out(
@@ -144,14 +151,16 @@ def _backward_out(
     inputs: tuple[Tensor, Tensor, Tensor],
     plan: AttentionPlan,
     out: tuple[Tensor, Tensor, Tensor],
+    biases: RelativeBiases | None = None,
     *,
     scaled: bool = False,
     sums: bool,
 ) -> tuple[Tensor, ...] | None:
-    """Checks, writes the gradients, and returns their sums over positions if asked for."""
+    """Checks, writes the gradients, and returns their sums over positions if asked for, and the biases' gradients."""
     q, k, v = inputs
     check_tensors(q, k, v, plan.offsets, fewer_rows=plan.rows is not None)
     check_total(k, plan.offsets, padded=plan.padded)
+    _check_biases(q, plan, biases)
     check_like("dout_RHV", dout, v, rows=q.shape[0], strided=False)
     for i, (gradient, tensor) in enumerate(zip(out, inputs, strict=True)):
         check_like(f"out[{i}]", gradient, tensor, rows=tensor.shape[0])
@@ -162,22 +171,31 @@ def _backward_out(
         # Nothing is computed, so nothing depends on keys and values.
         for x in out:
             x.zero_()
-        return tuple(x.new_zeros(x.shape[1:], dtype=wide) for x in out) if sums else None
-    module = _choose_backend(plan.backend, q, k, v, dout)
+        shapes = [*(x.shape[1:] for x in out), *(x.shape for x in biases or ())]
+        return tuple(q.new_zeros(shape, dtype=wide) for shape in shapes) if sums else None
+    module = _choose_backend(plan.backend, q, k, v, dout, biased=biases is not None)
     if module is reference:
-        gradients = list(reference.backward(dout, q, k, v, plan))
+        found = reference.backward(dout, q, k, v, plan, biases)
+        gradients, of_biases = found[:3], found[3:]
         if scaled:
-            gradients = [x * factor.to(wide) for x, factor in zip(gradients, out, strict=True)]
+            gradients = tuple(x * factor.to(wide) for x, factor in zip(gradients, out, strict=True))
         for destination, gradient in zip(out, gradients, strict=True):
             destination.copy_(gradient)
-        return tuple(x.sum(0, dtype=wide) for x in gradients) if sums else None
+        return (*(x.sum(0, dtype=wide) for x in gradients), *of_biases) if sums else None
     dq, dk, dv = out
-    total: tuple[Tensor, ...] | None = module.backward(
-        Backward(dout=dout, q=q, k=k, v=v, plan=plan, dq=dq, dk=dk, dv=dv, scaled=scaled), sums=sums
-    )
+    call = Backward(dout=dout, q=q, k=k, v=v, plan=plan, dq=dq, dk=dk, dv=dv, scaled=scaled, biases=biases)
+    total: tuple[Tensor, ...] | None = module.backward(call, sums=sums)
     if plan.padded:
         padding.zero([(dq, plan.row_offsets), (dk, plan.offsets), (dv, plan.offsets)])
     return total
+
+
+def _check_biases(q: Tensor, plan: AttentionPlan, biases: RelativeBiases | None) -> None:
+    if biases is None:
+        return
+    if plan.times is None:
+        raise ValueError("the plan has no times, which biases need: give make_plan some")
+    check_biases(q, *biases, plan.times.happened, plan.times.bucket_starts.shape[0])
 
 
 @functools.cache
@@ -195,8 +213,9 @@ def _log_backend(backend: str, device_type: str, reason: str) -> None:
     logger.info("attention backend on %s tensors: %s (%s)", device_type, backend, reason)
 
 
-def _choose_backend(backend: str, *tensors: Tensor) -> Any:
-    """The module that computes on q, k, v (and dout): `reference`, or the launchers of `hopper` or `portable`."""
+def _choose_backend(backend: str, *tensors: Tensor, biased: bool = False) -> Any:
+    """The module that computes on q, k, v (and dout): `reference`, or the launchers of `hopper` or `portable`.  Only
+    the kernels for Hopper know no biases."""
     q = tensors[0]
     on_cuda = q.device.type == "cuda"
     chosen = backend if backend != "auto" else ("triton" if on_cuda else "reference")
@@ -216,7 +235,7 @@ def _choose_backend(backend: str, *tensors: Tensor) -> Any:
     check_device(q)
     if q.dtype not in TRITON_DTYPES:
         raise ValueError(f"q_THK is {q.dtype}; backend='triton' takes bfloat16, float16 and float32")
-    if hopper.takes(*tensors):
+    if not biased and hopper.takes(*tensors):
         _log_backend("triton, warp-specialised for Hopper", q.device.type, reason)
         return hopper
     _log_backend("triton", q.device.type, reason)

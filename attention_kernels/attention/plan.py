@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_kernels.attention.checks import Backend, check_problem, check_values
+from attention_kernels.attention.checks import Backend, check_problem, check_times, check_values
 from attention_kernels.mask import SemiLocalMask
 
 
@@ -48,6 +48,22 @@ class ComputedRows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairTimes:
+    """When the positions of a batch happened, for attention with biases (`relative_bias.py`)."""
+
+    happened: Tensor
+    """[T] int64 seconds, the times of keys."""
+    asked: Tensor
+    """[T] likewise, the times of queries: each may be that of what is asked for, the next event."""
+    bucket_starts: Tensor
+    """[G] int64, the smallest distance of each time bucket (`relative_bias.bucket_starts`)."""
+    longest: int
+    """No sequence is longer."""
+    made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What the first layer makes of them for all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AttentionPlan:
     """What `hstu_attention` takes beside q, k and v.  Made by `make_plan`, `plan_of_targets` or `plan_of_newest`, which
     check it."""
@@ -65,6 +81,8 @@ class AttentionPlan:
     padded: bool = False
     """Positions behind the last sequence are padding: nothing sees them, and their output and gradients are 0."""
     backend: Backend = "auto"
+    times: PairTimes | None = None
+    """What biases need; None: attention without."""
     schedules: dict[tuple[Any, ...], Schedule] = field(default_factory=dict, init=False, repr=False)
     """Tables of tiles, by what decides them."""
 
@@ -87,17 +105,22 @@ def make_plan(
     max_len: int = 16384,
     padded: bool = False,
     backend: Backend = "auto",
+    times: PairTimes | None = None,
 ) -> AttentionPlan:
     """The plan of `hstu_attention`'s problem; arguments as there.
 
     `padded`: T may lie behind offsets[-1].  What the padding holds has to be finite: tiles of keys reach into it, and
-    their weights of 0 multiply it.
+    their weights of 0 multiply it.  `times`: for layers with biases, which see their whole past and nothing else.
 
     Raises:
         ValueError: naming the argument that is wrong; values are checked where they lie in host memory.
     """
     check_problem(offsets, mask, num_targets, scale, max_len, backend)
     check_values(offsets, num_targets, mask.num_context, max_len)
+    if times is not None:
+        if mask != SemiLocalMask() or num_targets is not None:
+            raise ValueError(f"times are for mask=SemiLocalMask() without targets, got {mask}, targets {num_targets}")
+        check_times(offsets, times.happened, times.asked, times.bucket_starts, times.longest)
     return AttentionPlan(
         offsets=offsets.contiguous(),
         mask=mask,
@@ -106,6 +129,7 @@ def make_plan(
         max_len=max_len,
         padded=padded,
         backend=backend,
+        times=times,
     )
 
 

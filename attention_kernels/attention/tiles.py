@@ -38,6 +38,20 @@ class Output(NamedTuple):
     """Counters of the parts that have written theirs."""
 
 
+class PairBiases(NamedTuple):
+    """What is added to scores: a layer's biases, and which of them is each pair's."""
+
+    position: tl.tensor
+    """[H, M]."""
+    time: tl.tensor
+    """[H, G]."""
+    buckets: tl.tensor
+    """[T, longest], a byte for each pair of a row and its sequence's keys."""
+    num_positions: tl.tensor
+    num_buckets: tl.tensor
+    longest: tl.tensor
+
+
 @triton.jit
 def live_keys(first, last, bounds, BLOCK: tl.constexpr, HAS_LOCAL: tl.constexpr):
     """Key segments of a row tile: columns (from 0), main, own targets."""
@@ -151,6 +165,17 @@ def element_mask(o_row, o_key, bounds, HAS_LOCAL: tl.constexpr, HAS_TARGETS: tl.
         own = tl.where((o_row >= u) & (o_row < n), o_row, -1)
         seen = seen | (o_key == own)
     return seen
+
+
+@triton.jit
+def half_bias(biases, i_h, start, o_row, o_key, n):
+    """Half of what is added to the scores of a sequence's rows and keys, which broadcast against each other; of keys
+    that a row does not see, whatever is finite."""
+    m = (o_key <= o_row) & (o_row < n)
+    distance = tl.minimum(tl.maximum(o_row - o_key, 0), biases.num_positions - 1)
+    bucket = tl.load(biases.buckets + (start + o_row).to(tl.int64) * biases.longest + o_key, mask=m, other=0)
+    b_bias = tl.load(biases.position + i_h * biases.num_positions + distance)
+    return 0.5 * (b_bias + tl.load(biases.time + i_h * biases.num_buckets + bucket.to(tl.int32)))
 
 
 @triton.jit

@@ -120,11 +120,13 @@ def check_kernels(device: torch.device, layers: Collection[LayerConfig], dtype: 
     """
     if device.type == "cuda":
         # Other layers are plain PyTorch.
-        having = [layer for layer in layers if layer.is_hstu and layer.relative_bias is None]
-        for key_size, value_size in sorted({(layer.qk_dim, layer.value_dim) for layer in having}):
-            check_attention(device, dtype, key_size, value_size)
+        having = [layer for layer in layers if layer.is_hstu]
+        kinds = {(layer.qk_dim, layer.value_dim, layer.relative_bias is not None) for layer in having}
+        for key_size, value_size, biased in sorted(kinds):
+            check_attention(device, dtype, key_size, value_size, biased=biased)
             logger.info(
-                "attention kernels agree with their reference: %s, heads of %d, %d", dtype, key_size, value_size
+                "attention kernels agree with their reference: %s, heads of %d, %d%s",
+                *(dtype, key_size, value_size, ", with biases" if biased else ""),
             )
 
 

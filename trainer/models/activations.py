@@ -76,10 +76,15 @@ def retriever_activations(config: ModelConfig, batch: MeanBatch, *, embedding_di
     of_tokens = tokens * (2 * rows + dropped + _INDEX_BYTES)
     ends = scoring_activations(config, batch, embedding_dim=embedding_dim, num_items=num_items)
     ends += Memory(of_tokens, of_tokens)
-    if config.is_rectangular:
+    if config.layer.variant == "softmax":
         return ends + _rectangular(config, batch, events)
     only_events = MeanBatch(samples=batch.samples, history=events, candidates=0, num_context=0, value_bytes=b)
-    return ends + _tower(config.dim, config.layer, config.stages, only_events, events, alone=False)
+    tower = _tower(config.dim, config.layer, config.stages, only_events, events, alone=False)
+    if config.layer.relative_bias is not None:
+        # A byte a pair for all layers; scores' gradients of one.  The longest is taken to be `max_len`.
+        pairs = tokens * config.max_len
+        tower += Memory(pairs, pairs + pairs * config.layer.num_heads * _FLOAT_BYTES)
+    return ends + tower
 
 
 def scoring_activations(config: ModelConfig, batch: MeanBatch, *, embedding_dim: int, num_items: int) -> Memory:
@@ -184,23 +189,14 @@ def _product_weights(dim: int, layer: LayerConfig) -> int:
 
 
 def _rectangular(config: ModelConfig, batch: MeanBatch, events: float) -> Memory:
-    """Layers that autograd differentiates, over sequences padded to the longest, which is taken to be `max_len`."""
+    """A Transformer's layers, which autograd differentiates, over sequences padded to the longest: taken to be
+    `max_len`."""
     layer, dim, b = config.layer, config.dim, batch.value_bytes
-    gate, uvqk, _ = _widths(dim, layer)
-    key = layer.num_heads * layer.qk_dim
+    gate, key = layer.num_heads * layer.value_dim, layer.num_heads * layer.qk_dim
     tokens, padded = batch.samples * events, batch.samples * config.max_len
     num_layers = sum(stage.num_layers for stage in config.stages)
-    if layer.variant == "softmax":
-        dropped = 2 * dim if layer.dropout else 0
-        one = tokens * (b * (3 * dim + 2 * key + gate) + _FLOAT_BYTES * 3 * dim + dropped)
-        one += padded * b * (2 * key + 2 * gate)
-        kept = num_layers * one + tokens * dim * _FLOAT_BYTES
-        return Memory(kept, kept + one)
-    # The scores, whose SiLU is differentiated, and the weights.
-    pairs = padded * config.max_len
-    one = tokens * (b * (2 * dim + 2 * uvqk + gate) + _FLOAT_BYTES * 2 * gate) + padded * b * (2 * key + gate)
-    one += pairs * layer.num_heads * (_FLOAT_BYTES + b)
-    # Distances and the mask of places, of no sequence in particular.
-    one += config.max_len**2 * (_INDEX_BYTES + _FLOAT_BYTES)
-    kept = num_layers * one + pairs * _INDEX_BYTES
-    return Memory(kept, kept + one + 2 * pairs * layer.num_heads * _FLOAT_BYTES)
+    dropped = 2 * dim if layer.dropout else 0
+    one = tokens * (b * (3 * dim + 2 * key + gate) + _FLOAT_BYTES * 3 * dim + dropped)
+    one += padded * b * (2 * key + 2 * gate)
+    kept = num_layers * one + tokens * dim * _FLOAT_BYTES
+    return Memory(kept, kept + one)

@@ -46,7 +46,8 @@ class LayerConfig:
     recompute_gated: bool = True
     """Rebuild norm(attention) * silu(U) in the backward pass instead of keeping it."""
     relative_bias: RelativeBiasConfig | None = None
-    """For retrievers on sequences of hundreds: scores are whole matrices (`attention_kernels.relative_bias`)."""
+    """For retrievers on sequences of hundreds: a byte is kept for every pair of a query and a key, and while a layer is
+    differentiated the scores' gradients (`attention_kernels.relative_bias`)."""
     fp8: bool = False
     """Forward products in FP8 (E4M3, one scale a row), but for layers at the rows that are read; the backward
     stays in the input's type.  Widths must be multiples of 16.  Made for GPUs with FP8 tensor cores (Hopper and later),

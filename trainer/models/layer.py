@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attention_kernels import AttentionPlan, attention_forward, hstu_attention, projection_backward
 from attention_kernels.layer import reference
+from attention_kernels.relative_bias import RelativeBiases, relative_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +76,16 @@ class Attention:
     part = 0
     """Which part of the batch's rows a layer holds: dropout draws for each part anew."""
 
-    def forward(self, q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THV: Tensor,
+        plan: AttentionPlan,
+        biases: RelativeBiases | None = None,
+    ) -> Tensor:
         """[T, H, V] the attention output."""
-        out: Tensor = attention_forward(q_THK, k_THK, v_THV, plan)
+        out: Tensor = attention_forward(q_THK, k_THK, v_THV, plan, biases)
         return out
 
     def backward(
@@ -85,12 +93,13 @@ class Attention:
         dout_THV: Tensor,
         qkv: tuple[Tensor, Tensor, Tensor],
         plan: AttentionPlan,
+        biases: RelativeBiases | None = None,
         *,
         scaled: bool,
         out: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Gradients, as of `attention_kernels.projection_backward`."""
-        sums: tuple[Tensor, Tensor, Tensor] = projection_backward(dout_THV, *qkv, plan, scaled=scaled, out=out)
+        sums: tuple[Tensor, ...] = projection_backward(dout_THV, *qkv, plan, biases, scaled=scaled, out=out)
         return sums
 
 
@@ -127,6 +136,8 @@ class LayerParameters:
     output_norm_bias: Tensor
     output_weight: Tensor
     """[output_inputs, D]."""
+    biases: RelativeBiases | None = None
+    """What attention adds to scores, if anything."""
 
     @property
     def products(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,16 +169,19 @@ def plain_layer(x_TD: Tensor, parameters: LayerParameters, spec: LayerSpec, batc
     uvqk = torch.addmm(p.uvqk_bias.to(dtype), normed_TD, p.uvqk_weight.to(dtype))
     u, vqk = uvqk[:, : spec.gate_width], uvqk[:, spec.gate_width :]
     q_THK, k_THK, v_THV = spec.split_heads(vqk if spec.production else reference.silu(vqk))
-    attention_THV = hstu_attention(
-        q_THK,
-        k_THK,
-        v_THV,
-        batch.plan.offsets,
-        batch.plan.mask,
-        num_targets=batch.plan.num_targets,
-        scale=batch.plan.scale,
-        max_len=batch.plan.max_len,
-    )
+    if p.biases is not None:
+        attention_THV = relative_attention(q_THK, k_THK, v_THV, batch.plan, p.biases)
+    else:
+        attention_THV = hstu_attention(
+            q_THK,
+            k_THK,
+            v_THV,
+            batch.plan.offsets,
+            batch.plan.mask,
+            num_targets=batch.plan.num_targets,
+            scale=batch.plan.scale,
+            max_len=batch.plan.max_len,
+        )
     gated = reference.gated_norm(
         attention_THV.reshape(x_TD.shape[0], spec.gate_width),
         u,

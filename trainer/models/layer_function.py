@@ -12,6 +12,7 @@ The slopes of SiLU at V, Q and K lie there before, and attention's backward mult
 Shapes as in `layer.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from attention_kernels.attention.checks import check_first_order
 from attention_kernels.layer import linear, operations
+from attention_kernels.relative_bias import RelativeBiases
 from trainer.models.layer import LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
 
 
@@ -42,9 +44,10 @@ class _FusedLayer(torch.autograd.Function):
         (u, vqk), normed_TD, mean, rstd = _project(
             x_TD, slopes, parameters=parameters[:4], weights=weights, spec=spec, backend=backend
         )
-        attention = _attend(vqk, spec, batch).view(T, W)
+        biases = _biases(parameters)
+        attention = batch.attention.forward(*spec.split_heads(vqk), batch.plan, biases).view(T, W)
         out, gated = output_rows(
-            attention, u, x_TD, parameters=parameters[4:], weights=weights, spec=spec, batch=batch, backend=backend
+            attention, u, x_TD, parameters=parameters[4:7], weights=weights, spec=spec, batch=batch, backend=backend
         )
         ctx.spec, ctx.batch, ctx.backend, ctx.weights = spec, batch, backend, weights
         ctx.save_for_backward(
@@ -66,7 +69,7 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         check_first_order("an HSTU layer")
         x_TD, u, attention, mean, rstd, normed_TD, duvqk, vqk, gated, *parameters = ctx.saved_tensors
-        norm_weight, norm_bias, _, uvqk_bias, gate_weight, gate_bias, _ = parameters
+        norm_weight, norm_bias, _, uvqk_bias, gate_weight, gate_bias = parameters[:6]
         spec: LayerSpec = ctx.spec
         batch: LayerBatch = ctx.batch
         backend, weights = ctx.backend, ctx.weights
@@ -101,7 +104,8 @@ class _FusedLayer(torch.autograd.Function):
         if vqk is None:
             vqk = _vqk(normed_TD, weights.uvqk_weight, uvqk_bias, duvqk[:, W:], spec, dtype=dtype, backend=backend)
         dattention_THV = dattention.view(T, spec.num_heads, spec.value_dim)
-        duvqk_bias = torch.cat([du_bias, *_attend_backward(dattention_THV, vqk, duvqk[:, W:], spec, batch)])
+        sums, dbiases = _attend_backward(dattention_THV, vqk, duvqk[:, W:], _biases(parameters), spec, batch)
+        duvqk_bias = torch.cat([du_bias, *sums])
         del dattention, dattention_THV, vqk
         duvqk_weight = weight_gradient(normed_TD, duvqk)
         del normed_TD
@@ -119,7 +123,7 @@ class _FusedLayer(torch.autograd.Function):
             backend=backend,
         )
         gradients = (dnorm_weight, dnorm_bias, duvqk_weight, duvqk_bias, dgate_weight, dgate_bias, doutput_weight)
-        typed = (gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True))
+        typed = (x.to(parameter.dtype) for x, parameter in zip((*gradients, *dbiases), parameters, strict=True))
         return (dx_TD, None, None, None, None, *typed)
 
 
@@ -193,18 +197,23 @@ def output_rows(
     return linear.matmul_fp8(rows, scale, *columns, residual=x_TD, dtype=x_TD.dtype, backend=backend), None
 
 
-def _attend(vqk: Tensor, spec: LayerSpec, batch: LayerBatch) -> Tensor:
-    return batch.attention.forward(*spec.split_heads(vqk), batch.plan)
-
-
 def _attend_backward(
-    dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, spec: LayerSpec, batch: LayerBatch
-) -> tuple[Tensor, ...]:
-    """Writes the gradients of the product of V, Q and K into `dvqk`, over the slopes of its SiLU if any; their sums."""
-    q_sum, k_sum, v_sum = batch.attention.backward(
-        dout_THV, spec.split_heads(vqk), batch.plan, scaled=not spec.production, out=spec.split_heads(dvqk)
+    dout_THV: Tensor, vqk: Tensor, dvqk: Tensor, biases: RelativeBiases | None, spec: LayerSpec, batch: LayerBatch
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Writes the gradients of the product of V, Q and K into `dvqk`, over the slopes of its SiLU if any.
+
+    Returns their sums, and the gradients of attention's biases.
+    """
+    out, scaled = spec.split_heads(dvqk), not spec.production
+    q_sum, k_sum, v_sum, *dbiases = batch.attention.backward(
+        dout_THV, spec.split_heads(vqk), batch.plan, biases, scaled=scaled, out=out
     )
-    return v_sum.flatten(), q_sum.flatten(), k_sum.flatten()
+    return [v_sum.flatten(), q_sum.flatten(), k_sum.flatten()], dbiases
+
+
+def _biases(parameters: Sequence[Tensor]) -> RelativeBiases | None:
+    """Attention's, which come last where a layer has them."""
+    return RelativeBiases(*parameters[7:]) if len(parameters) > 7 else None
 
 
 def weight_gradient(rows_TX: Tensor, gradient_TY: Tensor) -> Tensor:
@@ -256,5 +265,6 @@ def fused_layer(
         p.output_norm_weight,
         p.output_norm_bias,
         p.output_weight,
+        *(p.biases or ()),
     )
     return out

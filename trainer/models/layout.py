@@ -106,11 +106,19 @@ def rectangle_of(layout: SequenceLayout, *, whole: SequenceLayout | None = None)
     sequence of that one alone.
     """
     num_users = layout.num_users - layout.padded
-    sized = whole or layout
-    lens = (sized.history_lens_host + sized.num_candidates_host)[:num_users]
+    longest = layout.num_context + _longest(whole or layout, num_users)
+    return make_rectangle(layout.user_T, layout.index_T, num_users=num_users, longest=longest)
+
+
+def longest_of(layout: SequenceLayout) -> int:
+    """The length of the longest sequence, padding left out; of a padded layout, or a little more (`rectangle_of`)."""
+    return layout.num_context + _longest(layout, layout.num_users - layout.padded)
+
+
+def _longest(layout: SequenceLayout, num_users: int) -> int:
+    lens = (layout.history_lens_host + layout.num_candidates_host)[:num_users]
     longest = int(lens.max()) if lens.numel() else 0
-    longest = rounded(longest) if layout.padded else longest
-    return make_rectangle(layout.user_T, layout.index_T, num_users=num_users, longest=layout.num_context + longest)
+    return rounded(longest) if layout.padded else longest
 
 
 def history_mask(layout: SequenceLayout) -> Tensor:

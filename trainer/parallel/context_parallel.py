@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attention_kernels import AttentionPlan, attention_backward, attention_forward
+from attention_kernels.relative_bias import RelativeBiases
 from trainer.models.hstu import HstuTower
 from trainer.models.layer import Attention
 from trainer.models.layout import SequenceLayout, candidate_rows, keep_newest, take_rows
@@ -114,8 +115,16 @@ class SharedAttention(Attention):
     def __init__(self, sharing: Sharing) -> None:
         self._sharing, self.part = sharing, sharing.part
 
-    def forward(self, q_RHK: Tensor, k_RHK: Tensor, v_RHV: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self,
+        q_RHK: Tensor,
+        k_RHK: Tensor,
+        v_RHV: Tensor,
+        plan: AttentionPlan,
+        biases: RelativeBiases | None = None,
+    ) -> Tensor:
         """[R, H, V] the attention output at this rank's tokens."""
+        assert biases is None, "histories with biases are not shared"
         q, k, v = self._sharing.to_heads(q_RHK, k_RHK, v_RHV)
         (out,) = self._sharing.to_rows(attention_forward(q, k, v, plan))
         return out.contiguous()
@@ -125,10 +134,11 @@ class SharedAttention(Attention):
         dout_RHV: Tensor,
         qkv: tuple[Tensor, Tensor, Tensor],
         plan: AttentionPlan,
+        biases: RelativeBiases | None = None,
         *,
         scaled: bool,
         out: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Gradients, as of `projection_backward`, at this rank's tokens; the sums are over them, too."""
         dout, q, k, v = self._sharing.to_heads(dout_RHV, *qkv)
         gradients = self._sharing.to_rows(*attention_backward(dout, q, k, v, plan))

@@ -99,8 +99,8 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-def forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan) -> Tensor:
-    """Attention output [R, H, V] in v's dtype; accumulates in float32."""
+def forward(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan, biases: None = None) -> Tensor:
+    """Attention output [R, H, V] in v's dtype; accumulates in float32.  There are no `biases` here."""
     out = torch.empty((q_RHK.shape[0], *v_THV.shape[1:]), dtype=v_THV.dtype, device=v_THV.device)
     if out.numel() == 0:
         return out

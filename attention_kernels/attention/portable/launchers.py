@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from attention_kernels.attention import tile_sums
+from attention_kernels.attention import pair_biases, tile_sums
 from attention_kernels.attention.plan import AttentionPlan, Schedule
 from attention_kernels.attention.portable.backward import dkdv_kernel, dq_kernel
 from attention_kernels.attention.portable.forward import forward_kernel
 from attention_kernels.attention.portable.tuning import AttentionConfig, TileConfig, choose_config
 from attention_kernels.attention.schedule import Shape, schedules
 from attention_kernels.launcher import Blocks, launch
+from attention_kernels.relative_bias import RelativeBiases
 from attention_kernels.rows import pad_size
 
 # Parts that long tiles are split into, over all heads: a few waves of a large GPU.
@@ -38,6 +39,8 @@ class Backward:
     dv: Tensor
     scaled: bool = False
     """What dq, dk and dv hold multiplies what is written over it."""
+    biases: RelativeBiases | None = None
+    """Of a plan with times."""
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,17 +54,24 @@ class Backward:
 
 
 def forward(
-    q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, plan: AttentionPlan, *, config: AttentionConfig | None = None
+    q_RHK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    plan: AttentionPlan,
+    biases: RelativeBiases | None = None,
+    *,
+    config: AttentionConfig | None = None,
 ) -> Tensor:
     """Attention output [R, H, V] in v's dtype.  Grid: (items of row tiles x heads); accumulates in float32."""
     out = torch.empty((q_RHK.shape[0], *v_THV.shape[1:]), dtype=v_THV.dtype, device=v_THV.device)
     if out.numel() == 0:
         return out
-    tile = (config or _config(plan, q_RHK, v_THV)).forward
+    biased = biases is not None
+    tile = (config or _config(plan, q_RHK, v_THV, biased=biased)).forward
     heads = q_RHK.shape[1]
     rows, _ = schedules(plan, shape_of(q_RHK, k_THK, v_THV), row_block=tile.rows, key_block=None)
     assert rows is not None
-    tma = _use_tma(q_RHK, k_THK, v_THV)
+    tma = _use_tma(q_RHK, k_THK, v_THV, biased=biased)
     launch(
         forward_kernel,
         (rows.max_items * heads,),
@@ -69,6 +79,8 @@ def forward(
         *(out, rows.table, partials(rows, tile.rows, v_THV), rows.arrivals, heads),
         *(plan.scale_of(q_RHK) / 2, 1 / plan.max_len),
         *_strides(q_RHK, k_THK, v_THV, out),
+        *pair_biases.arguments(plan, biases),
+        BIASED=biased,
         **_options(plan, rows, q_RHK, v_THV, tile, tma),
     )
     return out
@@ -77,9 +89,10 @@ def forward(
 def backward(call: Backward, *, sums: bool, config: AttentionConfig | None = None) -> tuple[Tensor, ...] | None:
     """Writes the gradients.  Grids: row tiles x heads, key tiles x heads; sums in float32.  There must be a row.
 
-    Returns the gradients' sums over positions, if asked for, as `interface.projection_backward`.
+    Returns the gradients' sums over positions, if asked for, as `interface.projection_backward`, and behind them the
+    gradients of biases, where there are any.
     """
-    tiles = config or _config(call.plan, call.q, call.v)
+    tiles = config or _config(call.plan, call.q, call.v, biased=call.biases is not None)
     rows, keys = schedules(
         call.plan, shape_of(call.q, call.k, call.v), row_block=tiles.dq.rows, key_block=tiles.dkdv.keys
     )
@@ -87,14 +100,18 @@ def backward(call: Backward, *, sums: bool, config: AttentionConfig | None = Non
     total = tile_sums.allocate(rows, keys, call.gradients) if sums else None
     q_sums, k_sums, v_sums = total or (None, None, None)
     backward_keys(call, (k_sums, v_sums), keys, tiles.dkdv)
-    backward_rows(call, q_sums, rows, tiles.dq)
-    return total and tile_sums.add(rows, keys, total, call.gradients)
+    dscore = None if call.biases is None else pair_biases.allocate_scores(call.q, call.plan)
+    backward_rows(call, q_sums, rows, tiles.dq, dscore)
+    added = total and tile_sums.add(rows, keys, total, call.gradients)
+    if call.biases is None or dscore is None:
+        return added
+    return *(added or ()), *pair_biases.gradients(dscore, call.plan, call.biases)
 
 
 def backward_keys(call: Backward, sums: tuple[Tensor | None, Tensor | None], keys: Schedule, tile: TileConfig) -> None:
     """Gradients of k and v, one program a key tile and head."""
     q, k, v, dk, dv = call.q, call.k, call.v, call.dk, call.dv
-    tma = _use_tma(*call.inputs)
+    tma = _use_tma(*call.inputs, biased=call.biases is not None)
     heads, scale, max_len = q.shape[1], call.plan.scale_of(q), call.plan.max_len
     launch(
         dkdv_kernel,
@@ -104,15 +121,19 @@ def backward_keys(call: Backward, sums: tuple[Tensor | None, Tensor | None], key
         *(keys.arrivals, keys.arrivals[keys.split_items * heads :], heads),
         *(scale / 2, scale / (2 * max_len), 1 / max_len),
         *_strides(*call.inputs, dk, dv),
+        *pair_biases.arguments(call.plan, call.biases),
         SCALED=call.scaled,
+        BIASED=call.biases is not None,
         **_options(call.plan, keys, q, v, tile, tma),
     )
 
 
-def backward_rows(call: Backward, sums: Tensor | None, rows: Schedule, tile: TileConfig) -> None:
-    """Gradient of q, one program a row tile and head."""
+def backward_rows(
+    call: Backward, sums: Tensor | None, rows: Schedule, tile: TileConfig, dscore: Tensor | None = None
+) -> None:
+    """Gradient of q, one program a row tile and head; with biases also scores' (`pair_biases.allocate_scores`)."""
     q, k, v = call.q, call.k, call.v
-    tma = _use_tma(*call.inputs)
+    tma = _use_tma(*call.inputs, biased=call.biases is not None)
     heads, scale = q.shape[1], call.plan.scale_of(q)
     launch(
         dq_kernel,
@@ -121,7 +142,10 @@ def backward_rows(call: Backward, sums: Tensor | None, rows: Schedule, tile: Til
         *(call.dq, sums, rows.table, partials(rows, tile.rows, q), rows.arrivals, heads),
         *(scale / 2, scale / (2 * call.plan.max_len)),
         *_strides(*call.inputs, call.dq),
+        *pair_biases.arguments(call.plan, call.biases),
+        *(dscore, 0 if dscore is None else dscore.stride(0)),
         SCALED=call.scaled,
+        BIASED=call.biases is not None,
         **_options(call.plan, rows, q, v, tile, tma),
     )
 
@@ -138,8 +162,8 @@ def shape_of(q_RHK: Tensor, k_THK: Tensor, v_THV: Tensor, split_programs: int = 
     )
 
 
-def _config(plan: AttentionPlan, q: Tensor, v: Tensor) -> AttentionConfig:
-    return choose_config(plan.mask, q.dtype, block_size(q, v))
+def _config(plan: AttentionPlan, q: Tensor, v: Tensor, *, biased: bool) -> AttentionConfig:
+    return choose_config(plan.mask, q.dtype, block_size(q, v), biased=biased)
 
 
 def block_size(*tensors: Tensor) -> int:
@@ -200,13 +224,14 @@ def head_rows(x: Tensor, block: int, layout: NVMMASharedLayout | None = None) ->
     return Blocks(x, (1, block, pad_size(size)), (h, t, size), (stride_h, stride_t, 1), layout)
 
 
-def _use_tma(*tensors: Tensor) -> bool:
+def _use_tma(*tensors: Tensor, biased: bool) -> bool:
     """Whether the tensor memory accelerator reads these: all or none.
 
-    Not float32 wider than 64: products in three parts, of blocks as it leaves them, overflow the registers.
+    Not float32 wider than 64, or beside biases: products in three parts, of blocks as it leaves them, overflow the
+    registers.
     """
-    wide = tensors[0].dtype == torch.float32 and block_size(*tensors) > 64
-    return not wide and _has_tma(tensors[0].device) and tma_aligned(*tensors)
+    large = tensors[0].dtype == torch.float32 and (biased or block_size(*tensors) > 64)
+    return not large and _has_tma(tensors[0].device) and tma_aligned(*tensors)
 
 
 def tma_aligned(*tensors: Tensor) -> bool:

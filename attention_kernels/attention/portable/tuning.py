@@ -43,14 +43,21 @@ class AttentionConfig:
 
 
 @functools.cache
-def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int) -> AttentionConfig:
-    """The tiles for a mask, a dtype and the larger padded head size."""
+def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int, *, biased: bool = False) -> AttentionConfig:
+    """The tiles for a mask, a dtype and the larger padded head size; `biased`: of attention with biases."""
+    if (biased or dtype == torch.float32) and head_size > 64:
+        # Split into three tf32 products, or beside biases: registers, not speed, decide.  Tiles too small for wgmma:
+        # where its operands overflow the registers, ptxas 12.8 compiles it wrongly.
+        tile = TileConfig(rows=16, keys=32, warps=8, stages=1)
+        return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=16, warps=8, stages=1))
+    if biased:
+        # Biases are looked up in the loop: prefetched like keys they would overflow the registers.
+        if dtype == torch.float32:
+            tile = TileConfig(rows=32, keys=32, warps=4, stages=1)
+            return AttentionConfig(forward=tile, dq=tile, dkdv=tile)
+        tile = TileConfig(rows=64, keys=64, warps=8, stages=1)
+        return AttentionConfig(forward=tile, dq=TileConfig(rows=64, keys=32, warps=8, stages=1), dkdv=tile)
     if dtype == torch.float32:
-        # Split into three tf32 products: registers, not speed, decide.
-        if head_size > 64:
-            # Tiles too small for wgmma: where its operands overflow the registers, ptxas 12.8 compiles it wrongly.
-            tile = TileConfig(rows=16, keys=32, warps=8, stages=1)
-            return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=16, warps=8, stages=1))
         tile = TileConfig(rows=64, keys=32, warps=4, stages=2)
         return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=32, warps=4, stages=1))
     if head_size > 128:

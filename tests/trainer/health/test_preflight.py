@@ -36,12 +36,16 @@ def test_fp8_is_refused_on_a_gpu_without_it_before_anything_runs(monkeypatch: py
 
 
 def test_only_layers_that_have_the_attention_kernels_wait_for_their_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[int] = []
-    monkeypatch.setattr(preflight, "check_attention", lambda device, dtype, key, value: checked.append(key))
+    checked: list[tuple[int, bool]] = []
+
+    def check(device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, biased: bool) -> None:
+        checked.append((key_size, biased))
+
+    monkeypatch.setattr(preflight, "check_attention", check)
     plain = LayerConfig(qk_dim=32)
     others = LayerConfig(relative_bias=RelativeBiasConfig()), LayerConfig(variant="softmax")
     check_kernels(torch.device("cuda"), [plain, *others, plain], torch.bfloat16)
-    assert checked == [32]
+    assert checked == [(32, False), (128, True)]
 
 
 def test_slow_ranks_are_named_with_their_host() -> None:

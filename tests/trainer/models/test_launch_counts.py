@@ -12,11 +12,15 @@ import torch
 from attention_kernels import SemiLocalMask, rows
 from attention_kernels.attention import interface
 from attention_kernels.attention.hopper import launchers as hopper
+from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.layer import linear, operations
-from trainer.models import hstu
+from trainer.models import hstu, relative
+from trainer.models.config import LayerConfig
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
-from trainer.models.layout import SequenceLayout, make_layout
+from trainer.models.layout import EventTimes, SequenceLayout, make_layout
+from trainer.models.relative import RelativeTower
+from trainer.models.relative_config import RelativeBiasConfig
 
 DIM, LAYERS = 128, 3
 FULL, WINDOW = SemiLocalMask(num_context=2), SemiLocalMask(local=256, global_rows=256, num_context=2)
@@ -36,9 +40,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (rows, hopper, linear):
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
     monkeypatch.setattr(operations, "layer_backend", lambda x: "triton")
-    monkeypatch.setattr(interface, "_choose_backend", lambda *x: hopper)
+    monkeypatch.setattr(interface, "_choose_backend", lambda *x, biased=False: portable if biased else hopper)
     # Autocast knows no device without data.
-    monkeypatch.setattr(hstu, "compute_dtype", lambda x: torch.bfloat16)
+    for module in (hstu, relative):
+        monkeypatch.setattr(module, "compute_dtype", lambda x: torch.bfloat16)
     return names
 
 
@@ -78,6 +83,24 @@ def test_launches_of_a_layer_and_of_its_stage(
     out.backward(torch.empty_like(out))
     assert launches.count("schedule_kernel") == 1
     assert len(launches) == 1 + LAYERS * backward
+
+
+def test_layers_with_biases_launch_two_kernels_more_backward(launches: list[str]) -> None:
+    """And one a stage that looks the buckets of all pairs up."""
+    config = LayerConfig(num_heads=2, qk_dim=64, value_dim=64, relative_bias=RelativeBiasConfig())
+    tower = RelativeTower(dim=DIM, layer=config, num_layers=LAYERS, max_len=4096).to("meta")
+    history, none = torch.tensor([3000, 0, 700]), torch.zeros(3, dtype=torch.int64)
+    tokens = make_layout(history.to("meta"), none.to("meta"), history, none)
+    time = torch.empty(tokens.num_tokens, dtype=torch.int64, device="meta")
+    x = torch.randn(tokens.num_tokens, DIM, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out = tower.at_events(x, tokens, EventTimes(time, time))
+    assert launches.count("schedule_kernel") == launches.count("bucket_kernel") == 1
+    assert launches.count("forward_kernel") == LAYERS and len(launches) == 2 + LAYERS * 5
+    launches.clear()
+    out.backward(torch.empty_like(out))
+    assert launches.count("pair_sums_kernel") == launches.count("add_found_kernel") == LAYERS
+    assert launches.count("schedule_kernel") == 1 and len(launches) == 1 + LAYERS * (7 + 2)
+    assert all(parameter.grad is not None for parameter in tower.parameters())
 
 
 def test_a_ranker_computes_its_last_layer_at_candidates(launches: list[str]) -> None:

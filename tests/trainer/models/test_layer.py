@@ -62,7 +62,7 @@ def make(
 
 
 def tensors(parameters: LayerParameters) -> list[Tensor]:
-    return [getattr(parameters, name) for name in LayerParameters.__dataclass_fields__]
+    return [getattr(parameters, name) for name in LayerParameters.__dataclass_fields__ if name != "biases"]
 
 
 def independent_layer(x: Tensor, p: LayerParameters, spec: LayerSpec, batch: LayerBatch) -> Tensor:

@@ -259,7 +259,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
             differentiate(*arguments)
 
     monkeypatch.setattr(RecordedObjective, "_differentiate", alone)
-    monkeypatch.setattr(interface, "_choose_backend", lambda *_: portable)
+    monkeypatch.setattr(interface, "_choose_backend", lambda *_, biased=False: portable)
     for module in (operations, gather):
         monkeypatch.setattr(module, "layer_backend", lambda _: "triton")
     without_autocast(monkeypatch)
