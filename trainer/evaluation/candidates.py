@@ -133,12 +133,15 @@ def unknown_lines(found: LabelScores, kinds: Iterable[LabelKind]) -> str:
     """What the table says of candidates whose item no training has seen; nothing where there are none."""
     if not found.unknown:
         return ""
-    lines = [f"\n{found.unknown_share:.2%} of the candidates have an unknown item, which no training has seen:"]
+    lines = []
     for kind in kinds:
         values = {name: found.unknown[f"{name}/{kind.name}"] for name in kind.metrics if name != "auc_95"}
-        shown = [f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value)]
-        lines.append(f"{kind.name:<18}{', '.join(shown)}")
-    return "\n".join(lines)
+        shown = {name: f"{name} {value:.4g}" for name, value in values.items() if not math.isnan(value)}
+        # A label that none of them has: there is nothing to measure.
+        if shown.keys() - {"positives"}:
+            lines.append(f"{kind.name:<18}{', '.join(shown.values())}")
+    share = f"\n{found.unknown_share:.2%} of the candidates have an unknown item, which no training has seen"
+    return "\n".join([share + ":", *lines]) if lines else share
 
 
 def comparison_table(model: Mapping[str, float], baseline: Mapping[str, float], labels: tuple[str, ...]) -> str:
