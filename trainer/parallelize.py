@@ -83,8 +83,8 @@ class ParallelModel:
         return self.model.tables
 
     @property
-    def dense(self) -> nn.Module:
-        """The dense model, replicated."""
+    def tower(self) -> nn.Module:
+        """The dense part of the model, replicated."""
         return self.model.tower
 
     def tensors(self) -> Tensors:
@@ -93,7 +93,7 @@ class ParallelModel:
             "tables": table_weights(self.tables),
             "tables_optimizer": self.optimizers.tables.state(),
             "ids": self.unbounded.state(),
-            "dense": self.dense.state_dict(),
+            "dense": self.tower.state_dict(),
             "dense_optimizer": self.optimizers.dense_state(),
         }
         return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}

@@ -338,7 +338,7 @@ def announce(resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -
     unread = unread_columns(resolved.task.selection, resolved.info)
     if unread:
         logger.info("columns of the data that are not read: %s", ", ".join(unread))
-    logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.dense.parameters()):,}")
+    logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.tower.parameters()):,}")
     announce_frozen(model.model)
     logger.info("%s", plan_report(plan))
 

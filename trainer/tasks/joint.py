@@ -138,7 +138,7 @@ class Joint(DataTask):
 
     def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
         """What each history's last event says."""
-        tower = model.dense
+        tower = model.tower
         assert isinstance(tower, JointTower)
         inputs = batch.inputs.to(mesh.device)
         found: JointOutputs = model.score(inputs)
@@ -146,7 +146,7 @@ class Joint(DataTask):
 
     def evaluate(self, model: ParallelModel, mesh: Mesh, unseen: int | None = None) -> Evaluation:
         """Metrics and tables of both heads, from one pass over the split.  Called by every rank."""
-        tower, loss = model.dense, model.model.loss
+        tower, loss = model.tower, model.model.loss
         assert isinstance(tower, JointTower) and isinstance(loss, JointLoss)
         predictions: list[Predictions] = []
 

@@ -126,10 +126,10 @@ class Retrieval(DataTask):
             unseen=unseen,
             info=self.info,
         )
-        assert isinstance(model.dense, RetrieverTower)
+        assert isinstance(model.tower, RetrieverTower)
         metrics, by_popularity = rank_next_items(
             model,
-            model.dense.similarity,
+            model.tower.similarity,
             self._predictions(model, batches, mesh),
             self.baselines.popularity(mesh, unseen),
             mesh=mesh,
@@ -145,10 +145,10 @@ class Retrieval(DataTask):
 
     def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
         """Predict every candidate from all events and candidates in front of it."""
-        assert isinstance(model.dense, RetrieverTower)
+        assert isinstance(model.tower, RetrieverTower)
         prepared = self._form(batch, mesh, 0).to(mesh.device, non_blocking=True)
         found = _predict(model.score(prepared.inputs), prepared, exclude_seen=self.settings.exclude_seen)
-        return NextItems(model.dense.similarity, found)
+        return NextItems(model.tower.similarity, found)
 
     def _form(self, batch: Batch, mesh: Mesh, num_negatives: int | None) -> RetrievalBatch:
         made = retrieval_batch(
