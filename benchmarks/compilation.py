@@ -27,9 +27,10 @@ from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.reading.loader import build_loader, dataset_info
 from trainer.build import build_model
 from trainer.config import TrainConfig
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
 from trainer.models.hstu import HstuLayer, build_layer_spec
 from trainer.models.layer import LayerBatch, plain_layer
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import make_layout
 from trainer.resolve import resolve
 

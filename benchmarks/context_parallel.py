@@ -18,7 +18,8 @@ from benchmarks.measured_on import measured_on
 from benchmarks.step import Case, measure
 from pipelines.config import DataConfig, SyntheticConfig
 from trainer.config import TrainConfig
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.parallel.mesh import discover_mesh, joined
 
 

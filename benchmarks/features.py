@@ -31,7 +31,8 @@ from pipelines.selection import select
 from pipelines.storage.dataset_json import read_dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TableSettings, TrainConfig
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import InputConfig, ModelConfig, StageConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.resolve import resolve
 

@@ -31,7 +31,8 @@ from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import build_loader, dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import ScheduleConfig, TrainConfig
-from trainer.models.config import LayerConfig, StageConfig
+from trainer.models.config import StageConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve

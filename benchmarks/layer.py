@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from attention_kernels import SemiLocalMask
 from embeddings.hardware import GPUS
-from trainer.models.config import LayerConfig
 from trainer.models.flops import TRAINING_FACTOR, allowed_pairs, layer_flops
 from trainer.models.hstu import HstuLayer, HstuTower, Stage, build_layer_spec
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import SequenceLayout, candidate_rows, make_layout, take_rows
 
 TOKENS = 131072

@@ -37,7 +37,8 @@ from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan
 from trainer.config import TrainConfig
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.parallel.mesh import Mesh, discover_mesh, joined
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve

@@ -15,7 +15,8 @@ from trainer.config import (
     TableSettings,
     TrainConfig,
 )
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import InputConfig, ModelConfig, StageConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.relative_config import RelativeBiasConfig
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.recipes_yambda import dlrm_v4, kuairand_days, yambda_ultra, yambda_ultra_authors

@@ -13,8 +13,9 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.labels.config import LabelConfig
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import InputConfig, ModelConfig, StageConfig
 from trainer.models.heads.config import MlpConfig
+from trainer.models.layer_config import LayerConfig
 
 
 def yambda_ultra() -> TrainConfig:

@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.cost import Measurement, fit
 from pipelines.stream.balance import assign, imbalance
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
 from trainer.models.flops import InputWidths, ranker_flops, training_flops
+from trainer.models.layer_config import LayerConfig
 
 
 def measurements(fixed_ms: float, per_dense: float, per_attention: float, noise: float = 0.0) -> list[Measurement]:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Store
 from attention_kernels.selfcheck import check_attention
 from trainer.health.fitness import OURS, Facts, UnfitNodes, facts_here, node_name, problems
 from trainer.health.slow_ranks import check_ranks
-from trainer.models.config import LayerConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)

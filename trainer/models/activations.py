@@ -10,8 +10,9 @@ Widths are in columns of a token; a value has 2 bytes in bfloat16 and 4 in float
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
 from trainer.models.flops import InputWidths
+from trainer.models.layer_config import LayerConfig
 
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
@@ -146,13 +147,14 @@ def _tower(
             kept += of_layer
             peak = max(peak, kept + turn)
     # Weights in the type of computation.
-    cast = num_layers * _product_weights(dim, layer) * b if b < _FLOAT_BYTES else 0
+    weights = dim * (2 * (layer.gate_width + layer.key_width) + layer.output_inputs(dim))
+    cast = num_layers * weights * b if b < _FLOAT_BYTES else 0
     return Memory(kept + cast, peak + cast)
 
 
 def _layer_columns(dim: int, layer: LayerConfig) -> tuple[int, int]:
     """(columns of a token that `layer_function` keeps, columns that its backward pass holds besides)."""
-    gate, uvqk, output = _widths(dim, layer)
+    gate, uvqk, output = layer.gate_width, 2 * (layer.gate_width + layer.key_width), layer.output_inputs(dim)
     keeps_slopes = not layer.recompute_uvqk and layer.variant == "paper"
     kept = dim + 2 * gate
     kept += 0 if layer.recompute_normed or layer.fp8 else dim
@@ -169,30 +171,17 @@ def _layer_columns(dim: int, layer: LayerConfig) -> tuple[int, int]:
 
 def _bytes_at_rows(dim: int, layer: LayerConfig, tokens: float, rows: float) -> tuple[float, float]:
     """The same of `layer_at_rows`, in bytes, where a column of all tokens and one of the rows take so many."""
-    gate, uvqk, output = _widths(dim, layer)
-    value_key = uvqk // 2
+    gate, value_key, output = layer.gate_width, layer.gate_width + layer.key_width, layer.output_inputs(dim)
     kept = tokens * (dim + (0 if layer.recompute_normed else dim)) + rows * 2 * gate
     at_products = tokens * (2 * dim + 2 * value_key + (dim if layer.recompute_normed else 0))
-    return kept, at_products + rows * (uvqk + 2 * output + 2 * dim)
-
-
-def _widths(dim: int, layer: LayerConfig) -> tuple[int, int, int]:
-    """(W, columns of the fused product, inner width of the output product)."""
-    gate = layer.num_heads * layer.value_dim
-    output = 2 * gate + dim if layer.variant == "production" else gate
-    return gate, 2 * layer.num_heads * (layer.value_dim + layer.qk_dim), output
-
-
-def _product_weights(dim: int, layer: LayerConfig) -> int:
-    _, uvqk, output = _widths(dim, layer)
-    return dim * (uvqk + output)
+    return kept, at_products + rows * (2 * value_key + 2 * output + 2 * dim)
 
 
 def _rectangular(config: ModelConfig, batch: MeanBatch, events: float) -> Memory:
     """A Transformer's layers, which autograd differentiates, over sequences padded to the longest: taken to be
     `max_len`."""
     layer, dim, b = config.layer, config.dim, batch.value_bytes
-    gate, key = layer.num_heads * layer.value_dim, layer.num_heads * layer.qk_dim
+    gate, key = layer.gate_width, layer.key_width
     tokens, padded = batch.samples * events, batch.samples * config.max_len
     num_layers = sum(stage.num_layers for stage in config.stages)
     dropped = 2 * dim if layer.dropout else 0

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from pipelines.selection import Feature, Selection
 from trainer.models.buckets import bucket_borders, num_vectors
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.rate_config import rate_width
 from trainer.models.retrieval_config import RetrievalConfig
 
@@ -142,11 +143,10 @@ def layer_flops(
     """One layer over `num_tokens` tokens with `pairs` allowed pairs, all rows or `num_rows` of which are computed."""
     tokens, pairs = np.asarray(num_tokens, dtype=np.float64), np.asarray(pairs, dtype=np.float64)
     rows = tokens if num_rows is None else np.asarray(num_rows, dtype=np.float64)
-    gate = layer.num_heads * layer.value_dim
     # V and K of all tokens, U and Q of the rows.
-    width = layer.num_heads * (layer.value_dim + layer.qk_dim)
+    width = layer.gate_width + layer.key_width
     if layer.variant == "target_attention":
-        hidden = layer.num_heads * layer.qk_dim
+        hidden = layer.key_width
         return FlopCount(
             projections=2 * (tokens + rows) * dim * hidden,
             attention=2 * pairs * (dim * hidden + hidden + dim),
@@ -154,10 +154,10 @@ def layer_flops(
             ends=np.zeros_like(tokens),
         )
     # A Transformer has no U; its attention has an output product of that size, and two of the model's width follow.
-    output_inputs = {"paper": gate, "production": 2 * gate + dim}.get(layer.variant, 2 * dim)
+    output_inputs = layer.output_inputs(dim) if layer.is_hstu else 2 * dim
     return FlopCount(
         projections=2 * (tokens + rows) * dim * width,
-        attention=2 * pairs * layer.num_heads * (layer.qk_dim + layer.value_dim),
+        attention=2 * pairs * width,
         outputs=2 * rows * output_inputs * dim,
         ends=np.zeros_like(tokens),
     )
@@ -281,7 +281,7 @@ def _tower_flops(
 ) -> FlopCount:
     """All layers: the one before a stage that keeps the newest events computes what it keeps, and with `at_candidates`
     the last one candidates alone (`layer_at_rows.py`)."""
-    if layer.variant == "last_event":
+    if not layer.sees_candidates:
         candidates = np.zeros_like(candidates)
     total = _no_flops(history.shape)
     last = _no_flops(history.shape)
@@ -300,8 +300,7 @@ def _tower_flops(
             history = np.minimum(history, keep)
             rows = (num_context + history + candidates).astype(np.float64)
             last = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs, num_rows=rows)
-    # A Transformer's last layer computes all rows.
-    if at_candidates and layer.variant not in ("softmax", "last_event"):
+    if at_candidates and layer.computes_rows_alone:
         pairs = candidates * (num_context + history + 1.0)
         last = layer_flops(layer, dim=dim, num_tokens=tokens, pairs=pairs, num_rows=candidates.astype(np.float64))
     return _add(total, last)

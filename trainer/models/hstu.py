@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from attention_kernels import AttentionPlan, SemiLocalMask, make_plan, plan_of_newest, plan_of_targets
-from trainer.models.config import LayerConfig, StageConfig
+from trainer.models.config import StageConfig
 from trainer.models.layer import Attention, LayerBatch, LayerParameters, LayerSpec, ProductWeights, cast_products
 from trainer.models.layer_at_rows import layer_at_rows
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layer_function import fused_layer
 from trainer.models.layout import EventTimes, SequenceLayout, candidate_rows, keep_newest, take_rows
 from trainer.models.precision import compute_dtype

@@ -9,7 +9,7 @@ Shapes: T packed tokens, B users, C candidates, D model width.
 import torch
 from torch import Tensor, nn
 
-from trainer.models.config import LayerConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import SequenceLayout, candidate_rows, make_layout, take_rows
 from trainer.models.softmax import SoftmaxTower
 

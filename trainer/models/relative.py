@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from attention_kernels import AttentionPlan, SemiLocalMask, make_plan
 from attention_kernels.attention.plan import PairTimes
 from attention_kernels.relative_bias import RelativeBiases, bucket_starts
-from trainer.models.config import LayerConfig
 from trainer.models.hstu import HstuLayer, build_layer_spec
 from trainer.models.layer import LayerParameters, LayerSpec, cast_products
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import EventTimes, SequenceLayout, longest_of
 from trainer.models.precision import compute_dtype
 from trainer.models.rows import learned_vectors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_kernels.rectangle import Rectangle
-from trainer.models.config import LayerConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import EventTimes, SequenceLayout, candidate_rows, rectangle_of, take_rows
 from trainer.models.precision import compute_dtype
 
@@ -24,11 +24,11 @@ class SoftmaxLayer(nn.Module):
     def __init__(self, *, dim: int, layer: LayerConfig) -> None:
         super().__init__()
         self.num_heads, self.scale, self.dropout = layer.num_heads, layer.scale, layer.dropout
-        self.key_width = layer.num_heads * layer.qk_dim
+        self.key_width = layer.key_width
         self.attention_norm = nn.LayerNorm(dim, eps=layer.norm_eps)
         self.query = nn.Linear(dim, self.key_width)
-        self.key_value = nn.Linear(dim, self.key_width + layer.num_heads * layer.value_dim)
-        self.attention_output = nn.Linear(layer.num_heads * layer.value_dim, dim)
+        self.key_value = nn.Linear(dim, self.key_width + layer.gate_width)
+        self.attention_output = nn.Linear(layer.gate_width, dim)
         self.hidden_norm = nn.LayerNorm(dim, eps=layer.norm_eps)
         self.hidden, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.models.config import LayerConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import SequenceLayout, candidate_mask, candidate_rows, rectangle_of, take_rows
 from trainer.models.precision import compute_dtype
 
@@ -23,7 +23,7 @@ class TargetAttentionTower(nn.Module):
 
     def __init__(self, *, dim: int, layer: LayerConfig, max_len: int) -> None:
         super().__init__()
-        hidden = layer.num_heads * layer.qk_dim
+        hidden = layer.key_width
         self.max_len, self.dropout = max_len, layer.dropout
         self.event, self.candidate = nn.Linear(dim, hidden), nn.Linear(dim, hidden, bias=False)
         self.product, self.weight = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, 1)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pipelines.batches.batch import Inputs
 from pipelines.selection import Feature, Selection
-from trainer.models.config import LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ModelConfig, StageConfig
 from trainer.models.encoding import num_context
 from trainer.models.hstu import HstuTower, build_tower
 from trainer.models.last_event import LastEventTower
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import SequenceLayout, count_events, keep_events, take_rows
 from trainer.models.softmax import SoftmaxTower
 from trainer.models.target_attention import TargetAttentionTower

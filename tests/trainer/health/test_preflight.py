@@ -19,7 +19,7 @@ from trainer.health import slow_ranks as slow_ranks_module
 from trainer.health.fitness import UnfitNodes, facts_here
 from trainer.health.preflight import check_fp8, check_kernels, check_nodes
 from trainer.health.slow_ranks import check_ranks, rounds, slow_ranks
-from trainer.models.config import LayerConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.relative_config import RelativeBiasConfig
 from trainer.parallel.mesh import Mesh, joined
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from trainer.labels.config import LabelConfig
-from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import ChannelConfig, InputConfig, ModelConfig, StageConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.recipes import load_recipe
 

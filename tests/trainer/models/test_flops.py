@@ -5,7 +5,7 @@ import pytest
 
 from attention_kernels import SemiLocalMask
 from attention_kernels.reference import dense_mask
-from trainer.models.config import InputConfig, LayerConfig, ModelConfig, StageConfig
+from trainer.models.config import InputConfig, ModelConfig, StageConfig
 from trainer.models.flops import (
     FlopCount,
     InputWidths,
@@ -14,6 +14,7 @@ from trainer.models.flops import (
     ranker_flops,
     retriever_flops,
 )
+from trainer.models.layer_config import LayerConfig
 from trainer.models.retrieval_config import RetrievalConfig
 
 PAPER = LayerConfig()

@@ -16,9 +16,10 @@ from pipelines.features import DatasetInfo, SplitInfo
 from tests.support.batches import NUM_ITEMS, batch_of, random_arrays
 from tests.support.datasets import made_up_info
 from trainer.config import TrainConfig
-from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, StageConfig
+from trainer.models.config import ChannelConfig, InputConfig, StageConfig
 from trainer.models.heads.config import MixtureOfLogitsConfig
 from trainer.models.joint import next_rows
+from trainer.models.layer_config import LayerConfig
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE
 from trainer.models.relative_config import RelativeBiasConfig

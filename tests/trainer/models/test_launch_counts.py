@@ -15,9 +15,9 @@ from attention_kernels.attention.hopper import launchers as hopper
 from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.layer import linear, operations
 from trainer.models import hstu, relative
-from trainer.models.config import LayerConfig
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import EventTimes, SequenceLayout, make_layout
 from trainer.models.relative import RelativeTower
 from trainer.models.relative_config import RelativeBiasConfig

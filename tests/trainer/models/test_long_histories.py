@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.models.config import LayerConfig, StageConfig
+from trainer.models.config import StageConfig
 from trainer.models.hstu import HstuTower, build_tower
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import SequenceLayout, make_layout
 from trainer.models.rows import combine
 

@@ -25,10 +25,11 @@ from tests.support.batches import (
 from tests.support.datasets import made_up_info
 from trainer.labels.config import LabelConfig
 from trainer.labels.loss import build_ranking_loss
-from trainer.models.config import ChannelConfig, InputConfig, LayerConfig, ModelConfig, NumberConfig, StageConfig
+from trainer.models.config import ChannelConfig, InputConfig, ModelConfig, NumberConfig, StageConfig
 from trainer.models.encoding import num_context
 from trainer.models.flops import input_widths, ranker_flops
 from trainer.models.heads.config import MlpConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.model import Model
 from trainer.models.ranker import build_ranker_tower
 

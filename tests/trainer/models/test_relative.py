@@ -9,8 +9,8 @@ from torch import Tensor
 from attention_kernels.attention import interface
 from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.layer import operations
-from trainer.models.config import LayerConfig
 from trainer.models.layer import LayerBatch, plain_layer
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import EventTimes, SequenceLayout, make_layout
 from trainer.models.relative import RelativeLayer, RelativeTower
 from trainer.models.relative_config import RelativeBiasConfig

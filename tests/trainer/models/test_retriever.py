@@ -11,13 +11,9 @@ from embeddings.config import TableConfig
 from embeddings.tables import build_tables
 from tests.support.batches import NUM_ACTIONS, NUM_ITEMS, random_batch
 from trainer.labels.config import LabelConfig
-from trainer.models.config import (
-    InputConfig,
-    LayerConfig,
-    ModelConfig,
-    StageConfig,
-)
+from trainer.models.config import InputConfig, ModelConfig, StageConfig
 from trainer.models.heads.config import DotProductConfig, MixtureOfLogitsConfig, MlpConfig
+from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import make_layout
 from trainer.models.model import Model
 from trainer.models.negatives import NEGATIVE_FEATURE, RetrievalBatch, retrieval_batch
