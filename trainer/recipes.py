@@ -278,7 +278,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 
 def recipe_summaries() -> dict[str, str]:
     """Each recipe's name and the first line of its docstring."""
-    return {name: (recipe.__doc__ or "").strip().splitlines()[0] for name, recipe in RECIPES.items()}
+    return {name: (recipe.__doc__ or "").strip().partition("\n")[0] for name, recipe in RECIPES.items()}
 
 
 def load_recipe(name: str) -> TrainConfig:
