@@ -183,7 +183,7 @@ def make_task(config: TrainConfig, info: DatasetInfo) -> Task:
 
 def _check_lengths(resolved: Resolved) -> None:
     """The model's constant `max_len` must hold the sequences that the data settings allow."""
-    longest_history, max_len = resolved.config.data.max_history_len, resolved.config.model.max_len
+    longest_history, max_len = resolved.task.events_read, resolved.config.model.max_len
     num_context, tokens_an_event = resolved.num_context, resolved.tokens_an_event
     longest = num_context + tokens_an_event * longest_history + resolved.most_candidates
     if longest > max_len:

@@ -23,9 +23,12 @@ from pipelines.batches.packed import bag_lens
 from pipelines.features import ITEM_ID
 from pipelines.stream.draws import DRAWN, draw_ids
 from pipelines.stream.randomness import random_bits
+from trainer.models.layout import enumerate_users
 
 NEGATIVE_FEATURE = "negative_item_id"
 """Looked up in the item table too."""
+OF_DEVICE = ("negative_ids", "num_evaluated", "loss_denominator", "older_ids", "older_lens")
+"""What a batch has on its device besides its inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,10 @@ class RetrievalBatch(Pipelineable):
     """[B] likewise, in host memory."""
     loss_denominator: Tensor
     """[] float32: predictions of the global batch / number of ranks, so that the ranks' average is the global mean."""
+    older_ids: Tensor
+    """Items of the events before those in `inputs`, each sample's oldest first; int64, none in training."""
+    older_lens: Tensor
+    """[B] int64 how many each sample has of them."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RetrievalBatch":
         """The batch with all but the host tensors on `device`."""
@@ -85,18 +92,30 @@ class RetrievalBatch(Pipelineable):
             name: change(getattr(self.inputs, name))
             for name in ("features", "item_ids", "action", "time", "next_time", "lens")
         }
-        own = {name: change(getattr(self, name)) for name in ("negative_ids", "num_evaluated", "loss_denominator")}
+        own = {name: change(getattr(self, name)) for name in OF_DEVICE}
         return replace(self, inputs=replace(self.inputs, **inputs), **own)
 
 
 def retrieval_batch(
-    batch: Batch, *, num_items: int, num_negatives: int | None, shared: bool, seed: int, world_size: int
+    batch: Batch,
+    *,
+    num_items: int,
+    num_negatives: int | None,
+    shared: bool,
+    seed: int,
+    world_size: int,
+    newest: int | None = None,
 ) -> RetrievalBatch:
     """The retriever's form of a batch in host memory; with `num_negatives` 0, as evaluation needs it, None for all
-    items."""
+    items.  Evaluation may have no more than the `newest` events of each history read."""
     inputs = batch.inputs
-    lens = inputs.history_lens_host + inputs.num_candidates_host
-    rows = _in_sequences(inputs)
+    assert newest is None or num_negatives == 0, "a loss counts all events of a batch"
+    history = inputs.history_lens_host
+    older_lens = torch.zeros_like(history) if newest is None else (history - newest).clamp(min=0)
+    rows, lens = _in_sequences(inputs), history + inputs.num_candidates_host
+    user, number = enumerate_users(lens, len(rows))
+    older = number < older_lens[user]
+    older_ids, rows, lens = inputs.ids_host(ITEM_ID)[rows[older]], rows[~older], lens - older_lens
     item_ids, time = inputs.ids_host(ITEM_ID)[rows], inputs.timestamp[rows]
     negative_ids = torch.zeros(0, dtype=torch.long)
     key = (seed, batch.position.batches)
@@ -128,6 +147,8 @@ def retrieval_batch(
         num_evaluated=inputs.num_candidates_host,
         num_evaluated_host=inputs.num_candidates_host,
         loss_denominator=torch.tensor(predictions_of_all / world_size, dtype=torch.float32),
+        older_ids=older_ids,
+        older_lens=older_lens,
     )
 
 

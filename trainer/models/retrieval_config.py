@@ -28,6 +28,10 @@ class RetrievalConfig:
     exclude_seen: bool = False
     """Leave the items of a user's history, as far as data.max_history_len reads it, out of the ranking: for data in
     which nobody takes an item twice."""
+    newest_events: int | None = None
+    """Events of a history that the layers read in evaluation and serving, the newest; with exclude_seen those before
+    leave their items out and nothing else, which costs next to nothing.  Null for all, as far as data.max_history_len
+    goes."""
     corpus_chunk: int = 65536
     """Items that evaluation scores at a time."""
 
@@ -44,6 +48,11 @@ class RetrievalConfig:
             )
         if self.temperature <= 0:
             raise ValueError(f"model.retrieval.temperature must be above 0, got {self.temperature}")
+        if self.newest_events is not None and (self.newest_events < 1 or not self.exclude_seen):
+            raise ValueError(
+                f"model.retrieval.newest_events must be at least 1, and be null without exclude_seen, for which the "
+                f"events before them are read, got {self.newest_events}"
+            )
         if self.beside_ranking is None:
             return
         if not self.beside_ranking > 0:
@@ -53,6 +62,8 @@ class RetrievalConfig:
             )
         if not self.share_negatives:
             raise ValueError("model.retrieval.share_negatives=false cannot be with beside_ranking: leave it out")
+        if self.newest_events is not None:
+            raise ValueError("model.retrieval.newest_events cannot be with beside_ranking: leave it out")
         for name in ("read_actions", "read_next_time"):
             if getattr(self, name):
                 raise ValueError(

@@ -61,6 +61,12 @@ class Retrieval(DataTask):
         return 0
 
     @property
+    def events_read(self) -> int:
+        """What evaluation reads of the longest history."""
+        longest, newest = self.config.data.max_history_len, self.settings.newest_events
+        return longest if newest is None else min(longest, newest)
+
+    @property
     def flops(self) -> Flops:
         """Tower, and scores of each prediction's items."""
         return functools.partial(
@@ -146,11 +152,11 @@ class Retrieval(DataTask):
     def next_items(self, model: ParallelModel, batch: Batch, mesh: Mesh) -> NextItems:
         """Predict every candidate from all events and candidates in front of it."""
         assert isinstance(model.tower, RetrieverTower)
-        prepared = self._form(batch, mesh, 0).to(mesh.device, non_blocking=True)
-        found = _predict(model.score(prepared.inputs), prepared, exclude_seen=self.settings.exclude_seen)
+        prepared = self._form(batch, mesh, 0, self.settings.newest_events).to(mesh.device, non_blocking=True)
+        found = predict(model.score(prepared.inputs), prepared, exclude_seen=self.settings.exclude_seen)
         return NextItems(model.tower.similarity, found)
 
-    def _form(self, batch: Batch, mesh: Mesh, num_negatives: int | None) -> RetrievalBatch:
+    def _form(self, batch: Batch, mesh: Mesh, num_negatives: int | None, newest: int | None = None) -> RetrievalBatch:
         made = retrieval_batch(
             batch,
             num_items=self.info.num_items,
@@ -158,17 +164,21 @@ class Retrieval(DataTask):
             shared=self.settings.share_negatives,
             seed=self.config.seed,
             world_size=mesh.data_ranks,
+            newest=newest,
         )
         return made.pin_memory() if mesh.device.type == "cuda" else made
 
 
-def _predict(outputs: EventOutputs, batch: RetrievalBatch, *, exclude_seen: bool) -> Predictions:
+def predict(outputs: EventOutputs, batch: RetrievalBatch, *, exclude_seen: bool) -> Predictions:
     """What is said of each event that evaluation asks for, on the device."""
     rows = evaluated_rows(outputs.layout, batch.num_evaluated, batch.num_evaluated_host)
     item_ids, lens, device = batch.inputs.item_ids, batch.inputs.lens, rows.device
     seen = torch.zeros(2, 0, dtype=torch.long, device=device)
     if exclude_seen and rows.numel():
         ends = torch.cumsum(lens, 0)
-        starts = (ends - lens)[torch.searchsorted(ends, rows, right=True)]
-        seen = items_up_to(item_ids, rows, rows + 1 - starts)
+        sample = torch.searchsorted(ends, rows, right=True)
+        of_read = items_up_to(item_ids, rows, rows + 1 - (ends - lens)[sample])
+        last_older = torch.cumsum(batch.older_lens, 0) - 1
+        of_older = items_up_to(batch.older_ids, last_older[sample], batch.older_lens[sample])
+        seen = torch.cat([of_read, of_older], dim=1)
     return Predictions(take_rows(outputs.vectors, rows), item_ids[rows + 1], seen)

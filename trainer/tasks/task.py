@@ -102,6 +102,10 @@ class Task(Protocol):
         """Context tokens of a sample."""
 
     @property
+    def events_read(self) -> int:
+        """Events that the model reads of the longest history."""
+
+    @property
     def flops(self) -> Flops:
         """What the model computes for samples of given lengths."""
 
@@ -171,6 +175,11 @@ class DataTask:
     def tables(self) -> tuple[TableConfig, ...]:
         """The tables that its model looks up in."""
         raise NotImplementedError
+
+    @property
+    def events_read(self) -> int:
+        """All that the data settings allow of a history."""
+        return self.config.data.max_history_len
 
     def prepare(self, batch: Batch, mesh: Mesh) -> Pipelineable:
         """The data's batch as it is."""

@@ -1,6 +1,7 @@
 """The retriever: batches and negatives, the loss against a plain formula, what is evaluated, causality, errors."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from trainer.models.relative_config import RelativeBiasConfig
 from trainer.models.retrieval_config import RetrievalConfig
 from trainer.models.retriever import build_retriever, evaluated_rows, rows_with_next
 from trainer.models.softmax import SoftmaxLayer
+from trainer.tasks.retrieval import predict
 
 HISTORY, CANDIDATES = [3, 1, 0, 5], [1, 0, 2, 1]
 LENS = [4, 1, 2, 6]
@@ -251,6 +253,32 @@ def test_the_next_time_is_that_of_the_event_behind_and_actions_are_those_of_even
     assert inputs.action.tolist() == expected
     times = torch.split(inputs.time, LENS)
     assert inputs.next_time.tolist() == [t for own in times for t in [*own[1:].tolist(), int(own[-1])]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"newest_events": 0, "exclude_seen": True}, "newest_events must be at least 1"),
+        ({"newest_events": 3}, "be null without exclude_seen"),
+        ({"newest_events": 3, "exclude_seen": True, "beside_ranking": 1.0}, "cannot be with beside_ranking"),
+    ],
+)
+def test_newest_events_without_effect_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RetrievalConfig(**changes)
+
+
+def test_events_before_the_newest_leave_their_items_out_and_nothing_else() -> None:
+    model, whole = small(informed()).eval(), random_batch([5, 2], [2, 1])
+    options: dict[str, Any] = {"num_items": NUM_ITEMS, "num_negatives": 0, "shared": True, "seed": 0, "world_size": 1}
+    of_whole, of_newest = retrieval_batch(whole, **options), retrieval_batch(whole, **options, newest=3)
+    read = torch.tensor([2, 3, 4, 5, 6, 7, 8, 9])
+    for name in ("item_ids", "action", "time", "next_time"):
+        assert torch.equal(getattr(of_newest.inputs, name), getattr(of_whole.inputs, name)[read])
+    assert of_newest.inputs.lens.tolist() == [5, 3]
+    predicted, expected = (predict(model.score(each.inputs), each, exclude_seen=True) for each in (of_newest, of_whole))
+    assert torch.equal(predicted.targets_P, expected.targets_P)
+    assert sorted(predicted.seen.T.tolist()) == sorted(expected.seen.T.tolist())
 
 
 @pytest.mark.parametrize("share", [True, False])
