@@ -150,9 +150,9 @@ def headline() -> str:
     cutlass = {(row["mask"], row["length"]): row for row in peers["attention"]["CUTLASS"]}[where]
     layers, towers = _read("layer_h200")["peers"], _read("tower_h100")["rows"]
     whole, theirs = _read("step_recorded_h200")["rows"]["HSTU"], peers["step"]["recsys-examples"]
-    films = _read("quality_ml1m")["rows"]["ml1m_longview"]["orders"]["gr"]["test"]
-    published = next(row.published for row in ML1M.rows if row.name == "ml1m_longview")
-    assert published is not None
+    # As much is left out of the ranking there as in the published one.
+    films = _read("quality_ml1m")["rows"]["ml1m_longview, 199 films known"]["orders"]["gr"]["test"]
+    published = next(row.published for row in ML1M.rows if row.name == "ml1m_longview")["gr"]
     name, rate = "d 512, L 16384, semi-local 256 + 256", "train_samples_per_s"
     rows = [
         (

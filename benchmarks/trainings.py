@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measured_on import device
+from trainer.run.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,9 +148,26 @@ def train(training: Training, end: float | None = None) -> Trained:
         if run_module("trainer", command, _log(run), end):
             about["seconds"] = round(time.perf_counter() - start, 1)
             finished.write_text(json.dumps(about))
-    evaluated = run / "eval.jsonl"
-    lines = evaluated.read_text().splitlines() if evaluated.is_file() else []
-    return Trained(evaluations=tuple(map(json.loads, lines)), **about)
+    return Trained(evaluations=_lines(run / "eval.jsonl"), **about)
+
+
+def _lines(file: Path) -> tuple[dict[str, Any], ...]:
+    return tuple(map(json.loads, file.read_text().splitlines() if file.is_file() else []))
+
+
+def score_all(trainings: Sequence[Training], data: Path, jobs: int) -> list[Trained]:
+    """What finished trainings reach on other data, in their last state; of one that is not finished nothing."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda training: _score(training, data), trainings))
+
+
+def _score(training: Training, data: Path) -> Trained:
+    run, file = training.run, RunDir(training.run).eval_file_of(str(data))
+    if not (run / "finished.json").is_file():
+        return Trained(evaluations=(), seconds=None, hardware=device(), commit=commit())
+    if not file.is_file():
+        run_module("trainer", ["evaluate", str(run), "--set", f"data.path={data}"], _log(run / data.name))
+    return replace(train(training), evaluations=_lines(file))
 
 
 def run_module(module: str, arguments: Sequence[str], log_file: Path, end: float | None = None) -> bool:

@@ -76,6 +76,26 @@ def test_a_cell_of_which_nothing_ended_leaves_what_is_known_of_it(
     assert not ended or report["rows"]["ml1m_hstu"]["orders"]["log"]["side_by_side"] == 4
 
 
+def test_a_row_without_trainings_of_its_own_scores_those_of_another(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scored: list[tuple[str, str]] = []
+
+    def score_all(runs: list[Training], data: Path, _: int) -> list[Trained]:
+        scored.extend((run.run.name, data.name) for run in runs)
+        return [trained(line(7, 0.3)) for _ in runs]
+
+    monkeypatch.setattr(next_item, "train_all", lambda runs, *_: [trained(line(7, 0.4)) for _ in runs])
+    monkeypatch.setattr(next_item, "score_all", score_all)
+    monkeypatch.setattr(next_item, "prepare", lambda *_: None)
+    name, known = "ml1m_longview", "ml1m_longview, 199 films known"
+    asked = Asked(source=tmp_path, work=tmp_path, rows=(name, known), seeds=2, jobs=1, last_pass=True, orders=("gr",))
+    ML1M.measure(asked, report := dict[str, Any]())
+    assert [run for run, _ in scored] == ["ml1m_longview-gr-test-0", "ml1m_longview-gr-test-1"]
+    assert all(data.endswith("max-history199") for _, data in scored)
+    assert [report["rows"][each]["orders"]["gr"]["test"]["ndcg@10"] for each in (name, known)] == [[0.4] * 2, [0.3] * 2]
+
+
 @pytest.mark.parametrize("row", ML1M.rows, ids=ML1M.names)
 def test_a_row_is_a_recipe_with_settings_that_it_takes(row: Row) -> None:
     config = apply_overrides(load_recipe(row.recipe), list(row.settings))

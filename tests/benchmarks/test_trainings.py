@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.trainings import Training, commit, train, train_all, with_known_seeds
+from benchmarks.trainings import Training, commit, score_all, train, train_all, with_known_seeds
 
 
 @pytest.fixture
@@ -21,9 +21,10 @@ def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Training:
         "import sys, threading\n"
         "if sys.argv[2] == 'failing':\n"
         "    sys.exit(1)\n"
-        "if sys.argv[2] != 'short':\n"
+        "if sys.argv[1] == 'train' and sys.argv[2] != 'short':\n"
         "    threading.Event().wait()\n"
-        "open(sys.argv[4] + '/eval.jsonl', 'a').write('{\"step\": 1}\\n')\n"
+        "name = sys.argv[4] + '/eval.jsonl' if sys.argv[1] == 'train' else sys.argv[2] + '/eval_later.jsonl'\n"
+        "open(name, 'a').write('{\"step\": 1}\\n')\n"
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a").mkdir(parents=True)
@@ -35,6 +36,15 @@ def test_a_training_that_is_done_is_not_done_again(training: Training) -> None:
     assert first == again
     assert (first.evaluations, first.commit) == (({"step": 1},), commit())
     assert json.loads((training.run / "finished.json").read_text())["seconds"] == first.seconds
+
+
+def test_a_finished_training_is_scored_on_other_data_once(training: Training) -> None:
+    unfinished = replace(training, run=training.run.with_name("b"))
+    trained = train(training)
+    for _ in range(2):
+        found, nothing = score_all([training, unfinished], Path("later"), jobs=1)
+        assert (found.evaluations, found.seconds) == (({"step": 1},), trained.seconds)
+        assert (nothing.evaluations, nothing.seconds) == ((), None)
 
 
 def test_at_the_limit_runs_are_cut_off_and_none_begins(training: Training) -> None:
