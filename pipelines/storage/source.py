@@ -28,6 +28,7 @@ Split = Literal["train", "eval"]
 LIST_PARTS: tuple[Part, ...] = ("event", "candidate")
 PART_FOLDER = re.compile(r"part=\d{5,}")
 """Folders of the parts by which data sets are extended (`prepare event_log --extend`)."""
+SPLITS_NEEDED = "a prepared data set has the folders train and eval"
 FOOTER_THREADS = 16
 """Footers read at once: from an object store each takes a round trip."""
 
@@ -184,12 +185,11 @@ class ParquetSource:
 
 def part_files(filesystem: fs.FileSystem, folder: str, info: DatasetInfo, split: Split, part: str) -> list[str]:
     """The Parquet files of a part of a split; raises ValueError if there is none."""
-    needed = "a prepared data set has the folders train and eval"
 
     def is_of_another(name: str) -> bool:
         return name not in (part, FIRST_PART) and (name in info.parts or _comes_later(name, info))
 
-    return parquet_files(filesystem, str(PurePosixPath(folder) / split / part), needed, without=is_of_another)
+    return parquet_files(filesystem, str(PurePosixPath(folder) / split / part), SPLITS_NEEDED, without=is_of_another)
 
 
 def _comes_later(folder: str, info: DatasetInfo) -> bool:
@@ -199,15 +199,22 @@ def _comes_later(folder: str, info: DatasetInfo) -> bool:
 
 
 def newest_part(path: str, info: DatasetInfo, split: Split) -> str:
-    """The newest part that holds samples of this split; the first one where none does."""
+    """The newest part that holds samples of this split.
+
+    Raises:
+        ValueError: none does, or files of the split are missing, of whichever part.
+    """
     filesystem, folder = open_filesystem(path)
-    for part in info.parts[::-1]:
-        try:
-            part_files(filesystem, folder, info, split, part)
-        except ValueError:
-            continue
-        return part
-    return info.parts[0]
+    where = str(PurePosixPath(folder) / split)
+    files = parquet_files(filesystem, where, SPLITS_NEEDED, without=lambda name: _comes_later(name, info))
+    told = info.splits.get(split)
+    if told is not None and told.files not in (None, len(files)):
+        raise ValueError(
+            f"{where} holds {len(files)} file(s), dataset.json tells of {told.files}: it is not whole, or holds files "
+            "of another data set; copy or prepare it again"
+        )
+    folders = {file[len(where) :].strip("/").split("/")[0] for file in files}
+    return next((part for part in reversed(info.parts) if part in folders), info.parts[0])
 
 
 class Counted(Source, Protocol):

@@ -136,6 +136,17 @@ def test_a_missing_part_is_refused(tmp_path: Path) -> None:
         stream(configuration(tmp_path))
 
 
+def test_a_part_that_lacks_what_it_has_to_evaluate_is_no_reason_to_score_an_older_one(tmp_path: Path) -> None:
+    write_parts(tmp_path, 3)
+    description = json.loads((tmp_path / "dataset.json").read_text())
+    description["splits"]["eval"]["files"] = 2
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    build_loader(configuration(tmp_path), split="eval", rank=0, world_size=1)
+    (tmp_path / "eval" / NAMES[1] / "part-0.parquet").unlink()
+    with pytest.raises(ValueError, match=r"eval holds 1 file\(s\), dataset.json tells of 2"):
+        build_loader(configuration(tmp_path), split="eval", rank=0, world_size=1)
+
+
 def test_the_description_is_read_as_often_for_many_parts_as_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
