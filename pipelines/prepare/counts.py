@@ -116,8 +116,8 @@ def _by_key(connection: duckdb.DuckDBPyConnection, key: str, frozen_at: int | No
     if frozen_at is not None:
         known = f"least({known}, {frozen_at})"
     rows = (
-        f"(SELECT e.rowid AS event, {_key(key)} AS key, time, {known} AS known, action "
-        f"FROM events AS e{joined} WHERE candidate)"
+        f"(SELECT e.rowid AS event, {_key(key)} AS key, e.time, {known} AS known, e.action "
+        f"FROM events AS e{joined} WHERE e.candidate)"
     )
     asked = f"SELECT key, known AS moment, event, action, known = time AS counts FROM {rows}"
     if known != "e.time":
@@ -187,8 +187,8 @@ def keep_totals(connection: duckdb.DuckDBPyConnection, groups: Sequence[CountedG
         before, keys = quoted(_before(group)), ", ".join(map(quoted, group.keys))
         seen, *taken = map(quoted, group.counts.columns)
         values = ", ".join(f"{_key(key)} AS {quoted(key)}" for key in group.keys) + f", count(*) AS {seen}"
-        values += "".join(f", count(*) FILTER (action & {1 << bit} != 0) AS {name}" for bit, name in enumerate(taken))
-        rows = f"SELECT {values} FROM events AS e{_items(group.keys)} WHERE candidate GROUP BY ALL"
+        values += "".join(f", count(*) FILTER (e.action & {1 << bit} != 0) AS {name}" for bit, name in enumerate(taken))
+        rows = f"SELECT {values} FROM events AS e{_items(group.keys)} WHERE e.candidate GROUP BY ALL"
         if table_exists(connection, _before(group)):
             sums = "".join(f", sum({name})::BIGINT AS {name}" for name in (seen, *taken))
             earlier = f"SELECT {', '.join([keys, seen, *taken])} FROM {before}"

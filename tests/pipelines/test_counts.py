@@ -187,6 +187,14 @@ def test_columns_that_are_counted_can_be_chosen(tmp_path: Path, capsys: pytest.C
         assert set(json.loads((out / "dataset.json").read_text())["counts"]) == set(groups)
     assert prepare("event_log", tmp_path / "one", tmp_path / "odd", *schema, "--count-columns", "query") == 1
     assert "'query', which is no column of one id; there are: surface, item.brand" in capsys.readouterr().err
+    # Names that the tables of the preparation have, too.
+    of_items = ("time", "candidate", "known", "moment", "key")
+    columns = ", ".join(f"{name} = {{ of = 'brand', column = 'brand' }}" for name in of_items)
+    named = SCHEMA.replace('{ brand = "brand" }', f"{{ {columns} }}")
+    (tmp_path / "schema.toml").write_text(named)
+    asked = ("--count-columns", ",".join(f"item.{name}" for name in of_items))
+    assert named != SCHEMA
+    assert not prepare("event_log", tmp_path / "one", tmp_path / "alike", *schema, *asked)
     (tmp_path / "schema.toml").write_text(SCHEMA.replace("surface = { of", "item_brand = { column = 'surface', of"))
     assert prepare("event_log", tmp_path / "one", tmp_path / "odd", *schema) == 1
     assert "would be called user_item_brand, as something else is: rename the column" in capsys.readouterr().err
