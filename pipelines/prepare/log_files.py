@@ -20,6 +20,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.prepare.csv_quotes import has_values_of_several_lines, quote_rules
 from pipelines.prepare.engine import (
     COMPRESSIONS,
     data_files,
@@ -33,7 +34,7 @@ from pipelines.prepare.engine import (
     quoted,
 )
 from pipelines.prepare.log_fields import as_text, fields_of, read_as, read_value
-from pipelines.prepare.readings import NULL, TEXT, Stored
+from pipelines.prepare.readings import NULL, TEXT, Rule, Stored
 from pipelines.prepare.text_encoding import ENCODING, UTF_8, encoding_of, file_in_utf_8
 
 logger = logging.getLogger(__name__)
@@ -138,9 +139,9 @@ class LogFile:
         raise AssertionError(f"{self.path} has no row {row}")
 
     @contextmanager
-    def reader(self, scratch: Path, *, skip_invalid: bool = False) -> Iterator[str]:
-        """SQL of a table with the file's columns and `ROW`; meanwhile, what is compressed or not UTF-8 lies plain in
-        `scratch`.
+    def reader(self, scratch: Path, *, skip_invalid: bool = False) -> Iterator[tuple[str, Sequence[Rule]]]:
+        """(SQL of a table with the file's columns and `ROW`, what its rows must keep to be rows of the log); meanwhile,
+        what is compressed or not UTF-8 lies plain in `scratch`.
 
         With `skip_invalid`, lines that are no rows are left out of a CSV file (see `rejected`), and are rows without
         values in a JSON file.
@@ -162,7 +163,9 @@ class LogFile:
             replaced = f" REPLACE ({', '.join(mixed)})" if mixed else ""
             known = self.kind == PARQUET and ROW_OF_PARQUET not in (name.lower() for name, _ in self.columns)
             further += f", {f'{ROW_OF_PARQUET} + 1' if known else 'row_number() OVER ()'} AS {ROW}"
-            yield f"(SELECT *{replaced}{further} FROM {_table(plain, self, skip_invalid)})"
+            spanning = self.kind == CSV and has_values_of_several_lines(plain)
+            rules = quote_rules([name for name, _ in self.columns], self.delimiter) if spanning else ()
+            yield f"(SELECT *{replaced}{further} FROM {_table(plain, self, skip_invalid)})", rules
 
     def rejected(self, connection: duckdb.DuckDBPyConnection) -> Counter[str]:
         """How many lines the last reading with `skip_invalid` left out, by what was wrong with them."""

@@ -10,7 +10,7 @@ import duckdb
 
 from pipelines.prepare.engine import ROWS_OF_A_FILE, execute, quoted
 from pipelines.prepare.log_files import ROW, LogFile
-from pipelines.prepare.readings import Reading
+from pipelines.prepare.readings import Reading, Rule
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,11 @@ def read_rows(
     for number, file in enumerate(files):
         readings = {name: read(file) for name, (_, read) in columns.items()}
         logger.info("reading %s", file.path)
-        with file.reader(scratch, skip_invalid=options.skip_invalid) as rows:
+        with file.reader(scratch, skip_invalid=options.skip_invalid) as (rows, of_file):
+            rules = list(dict.fromkeys([*of_file, *(rule for each in readings.values() for rule in each.rules)]))
+            values = [reading.value for reading in readings.values()]
             first = number * ROWS_OF_A_FILE
-            left_out += _insert(connection, table, rows, readings, file, first=first, options=options)
+            left_out += _insert(connection, table, rows, values, rules, file=file, first=first, options=options)
     connection.execute("COMMIT; RESET disabled_optimizers")
     for what, count in left_out.items():
         logger.info("%d row(s) left out: %s", count, what)
@@ -70,23 +72,24 @@ def _insert(
     connection: duckdb.DuckDBPyConnection,
     table: str,
     rows: str,
-    readings: Mapping[str, Reading],
-    file: LogFile,
+    values: Sequence[str],
+    rules: Sequence[Rule],
     *,
+    file: LogFile,
     first: int,
     options: RowOptions,
 ) -> Counter[str]:
     """One file's rows, numbered behind `first`; returns how many break each rule, whose number stands with them."""
     rows = f"(SELECT * REPLACE ({first} + {ROW} AS {ROW}) FROM {rows})"
-    rules = list(dict.fromkeys(rule for reading in readings.values() for rule in reading.rules))
     cases = " ".join(f"WHEN ({rule.condition}) IS NOT TRUE THEN {number}" for number, rule in enumerate(rules))
     broken = f"CASE {cases} END" if rules else "NULL"
-    values = "".join(f", {reading.value}" for reading in readings.values())
     chosen = ""
     if options.where:
         chosen = f"WHERE ({options.where})"
         _check_where(connection, f"SELECT 1 FROM {rows} {chosen}", options.where, file)
-    execute(connection, f"INSERT INTO {table} SELECT {ROW}, {broken}{values} FROM {rows} {chosen}", file.path)
+    execute(
+        connection, f"INSERT INTO {table} SELECT {', '.join([ROW, broken, *values])} FROM {rows} {chosen}", file.path
+    )
     found = connection.execute(
         f"SELECT broken, count(*), min(log_row) FROM {table} WHERE log_row > {first} AND broken IS NOT NULL "
         "GROUP BY broken ORDER BY min(log_row)"

@@ -62,5 +62,6 @@ def check_same_ids(known: Mapping[str, str], info: DatasetInfo, *, data: str, ot
             )
         raise ValueError(
             f"ids of the space {name!r} mean something else in {data} (digest {digest}) than in {other} (digest "
-            f"{known[name]}): the keys were numbered anew; use data with the old numbers, or start a new run"
+            f"{known[name]}): the keys were numbered anew; use data with the old numbers (--extend keeps them), "
+            "or start another run with --init-from, which finds rows by their keys"
         )
