@@ -152,8 +152,8 @@ def check_one_row_a_key(
     if found:
         key, row = found[0]
         raise ValueError(
-            f"{place_of(files, row)}: {column} {key!r} stands in an earlier row, too; give one row each, or let "
-            "--skip-invalid keep the first"
+            f"{place_of(files, row)}: {column} {key!r} stands in an earlier row, too; give one row each "
+            "(docs/own_data.md keeps the newest), or let --skip-invalid keep the first"
         )
     return {}
 
