@@ -1,6 +1,6 @@
 """Quotes in CSV files of programs that do not double them: of values, they would make several rows one value.
 
-A quote that begins a value ends with the next one that ends a value, perhaps many lines later; the rows between are lost
+A quote that begins a value ends with the next one that ends a value, perhaps lines later; the rows between are lost
 without any wrong row.
 """
 

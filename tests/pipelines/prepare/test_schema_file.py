@@ -366,7 +366,7 @@ def test_wrong_files_of_attributes_are_named(tmp_path: Path, capsys: pytest.Capt
         return capsys.readouterr().err.splitlines()[-1]
 
     write_lines(users, ["id,age,interests", "c0,31,toys", "c1,4,", "c0,32,books"])
-    assert "line 4: id 'c0' stands in an earlier row, too; give one row each, or let --skip-invalid keep" in error()
+    assert "line 4: id 'c0' stands in an earlier row, too; give one row each (docs/own_data.md keeps" in error()
     write_lines(users, ["id,age", "c0,31"])
     assert "users.csv lacks the column(s) interests; divided at ',', it has id, age" in error()
     write_lines(users, ["id,age,interests", ",31,"])
