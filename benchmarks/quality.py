@@ -3,12 +3,12 @@
 Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows NAME ...] [--seeds 5] [--jobs 5]
      python -m benchmarks.quality --table ml1m --show
 
-Tables are `ml1m` (`benchmarks.next_item`), `ranking` and `ablation` (`benchmarks.rankers`, whose --source holds a
-folder a publisher, `kuairand` and `movielens`), `length` and `scoring` (`benchmarks.lengths`) and `yambda`
+Tables are `ml1m` (`benchmarks.next_item`), `ranking`, `ablation` and `histories` (`benchmarks.rankers`, whose --source
+holds a folder a publisher, `kuairand` and `movielens`), `length` and `scoring` (`benchmarks.lengths`) and `yambda`
 (`benchmarks.curve`), which make their data.  The result goes to benchmarks/results/quality_TABLE.json, where rows that
-were not run stay, and of `ranking`, `ablation` and `length` seeds that were not (`--first-seed 3 --seeds 2` adds two to
-three), and from there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where
-`--limit-s` ends runs, what they had by then counts.
+were not run stay, and of rankers and lengths seeds that were not (`--first-seed 3 --seeds 2` adds two to three), and
+from there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where `--limit-s`
+ends runs, what they had by then counts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.curve import YAMBDA, Curve
 from benchmarks.lengths import LENGTH, SCORING, Lengths
 from benchmarks.next_item import ML1M, NextItem
-from benchmarks.rankers import ABLATION, RANKING, T_95, Rankers
+from benchmarks.rankers import ABLATION, HISTORIES, RANKING, T_95, Rankers
 from benchmarks.trainings import Asked
 
 RESULTS = Path("benchmarks/results")
@@ -27,6 +27,7 @@ TABLES: Mapping[str, NextItem | Rankers | Lengths | Curve] = {
     "ml1m": ML1M,
     "ranking": RANKING,
     "ablation": ABLATION,
+    "histories": HISTORIES,
     "length": LENGTH,
     "scoring": SCORING,
     "yambda": YAMBDA,
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for prepared data and runs")
     parser.add_argument("--rows", nargs="+", help="rows by name; all if not given")
     parser.add_argument("--orders", nargs="+", default=[], help="ml1m: orders of ties; all if not given")
-    parser.add_argument("--logs", nargs="+", default=[], help="ranking, ablation: logs by folder; all if not given")
+    parser.add_argument("--logs", nargs="+", default=[], help="of rankers: logs by folder; all if not given")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each row; 0 to choose the pass alone")
     parser.add_argument("--first-seed", type=int, default=0, help="of them")
     parser.add_argument("--last-pass", action="store_true", help="ml1m: choose no pass, the recipe's last one counts")

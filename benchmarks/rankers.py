@@ -8,7 +8,7 @@ minus the first, seed by seed, with the interval that Student's t gives their me
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -37,11 +37,13 @@ class Log:
     """What is predicted and shown."""
     telling: str
     """An action that tells more than most events do, `$TELLING` in settings."""
+    source: str | None = None
+    """Folder of its files, where another log has them too."""
 
     def prepared(self, asked: Asked) -> Path:
         """The prepared data, made if it is not there."""
         out = asked.work / "data" / self.folder
-        prepare(out, [self.prepare[0], "--source", str(asked.source / self.folder), *self.prepare[1:]])
+        prepare(out, [self.prepare[0], "--source", str(asked.source / (self.source or self.folder)), *self.prepare[1:]])
         return out
 
 
@@ -140,13 +142,12 @@ def _layer(variant: str) -> tuple[str, ...]:
 
 
 _SEMI_LOCAL = {"local": 32, "global_rows": 32}
+_ULTRA = _stages({"num_layers": 1, **_SEMI_LOCAL}, {"num_layers": 1, **_SEMI_LOCAL, "keep_newest": 128})
 RANKING = Rankers(
     logs=(KUAIRAND, MOVIELENS),
     rows={
         "HSTU": ("model.input.merge=interleave", "model.max_len=1024"),
-        "ULTRA-HSTU": (
-            _stages({"num_layers": 1, **_SEMI_LOCAL}, {"num_layers": 1, **_SEMI_LOCAL, "keep_newest": 128}),
-        ),
+        "ULTRA-HSTU": (_ULTRA,),
         "softmax Transformer": _layer("softmax"),
         "SASRec": _layer("last_event"),
         # It has no values: their width is left as it comes.
@@ -186,6 +187,30 @@ ABLATION = Rankers(
     },
     settings=EQUAL,
 )
+
+
+def _of_length(length: int, stages: str) -> tuple[str, ...]:
+    return (f"data.max_history_len={length}", f"model.max_len={2 * length + 512}", stages)
+
+
+LENGTHS = (64, 256, 1024, 2048)
+_FULL = _stages({"num_layers": 2})
+HISTORIES = Rankers(
+    logs=(
+        replace(
+            MOVIELENS,
+            folder="movielens_long",
+            source="movielens",
+            prepare=("movielens", "--no-counts", "--max-history", str(max(LENGTHS)), "--candidates", "64"),
+        ),
+    ),
+    rows={
+        **{f"HSTU, one token an event, {length:,} events": _of_length(length, _FULL) for length in LENGTHS},
+        **{f"ULTRA-HSTU, {length:,} events": _of_length(length, _ULTRA) for length in LENGTHS[1:]},
+    },
+    settings=tuple(each for each in EQUAL if not each.startswith("data.max_history_len=")),
+)
+"""The longest real histories at hand: what more of them are worth to whom."""
 
 
 def _measured(log: Log) -> list[str]:

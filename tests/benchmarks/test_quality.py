@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import next_item, quality, rankers
 from benchmarks.next_item import METRICS, ML1M, Cell, Row
-from benchmarks.rankers import ABLATION, RANKING, RATES, RECIPE, Rankers
+from benchmarks.rankers import ABLATION, HISTORIES, RANKING, RATES, RECIPE, Rankers
 from benchmarks.trainings import Asked, Trained, Training
 from tests.support.batches import small_selection
 from trainer.models.ranker import build_ranker_tower
@@ -103,7 +103,7 @@ def test_a_row_is_a_recipe_with_settings_that_it_takes(row: Row) -> None:
     assert "--leave-last" in row.prepare and "--drop-last" not in row.prepare
 
 
-RANKER_ROWS = [(named, name) for named in (RANKING, ABLATION) for name in named.rows]
+RANKER_ROWS = [(named, name) for named in (RANKING, ABLATION, HISTORIES) for name in named.rows]
 
 
 @pytest.mark.parametrize(("named", "name"), RANKER_ROWS, ids=[name for _, name in RANKER_ROWS])
