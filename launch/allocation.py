@@ -30,8 +30,9 @@ from launch.node import free_port, job_status
 from launch.progress import newest_checkpoint, stopping_time_s
 from launch.records import find_in, save_in
 from launch.schedulers import slurm_queue
-from launch.schedulers.slurm import NODE_OUTPUT, SCRIPT
+from launch.schedulers.slurm import NODE_OUTPUT
 from launch.schedulers.slurm_queue import SlurmError, SlurmJob
+from launch.schedulers.slurm_script import SCRIPT
 from launch.steps import Steps
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 from trainer.health.stop_signal import ASKING
@@ -320,6 +321,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-restarts", type=int, required=True, help="starts within the allocation")
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
     parser.add_argument("--cpus-per-task", type=int, required=True, help="cores a node; 0: what Slurm gives")
+    parser.add_argument("--step-option", action="append", default=[], help="an option of srun for what nodes run")
     parser.add_argument("--data", action="append", default=[], help="a folder that every node reads")
     parser.add_argument("--procs-per-node", type=int, required=True, help="processes a node")
     parser.add_argument("--killed", type=int, default=0, help="status of a process as this one that was killed")
@@ -327,7 +329,9 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signals.hold()
-    steps = Steps(code_dir=Path.cwd(), nodes=given.nodes, cpus_per_task=given.cpus_per_task)
+    steps = Steps(
+        code_dir=Path.cwd(), nodes=given.nodes, cpus_per_task=given.cpus_per_task, options=tuple(given.step_option)
+    )
     return Allocation(
         job_id=own_id(os.environ),
         job_dir=given.job_dir,

@@ -102,12 +102,12 @@ def _checked(scheduler: Scheduler, request: Request) -> tuple[Request, dict[str,
         ValueError: it is malformed, the scheduler cannot do it, or its run directory is another run's.
     """
     config = apply_overrides(load_recipe(request.recipe), request.overrides)
-    in_container = scheduler.needs_image
+    in_container = request.image is not None
     request = with_absolute_data(
         request, config, runs_here=isinstance(scheduler, Foreground), in_container=in_container
     )
     options = check(scheduler, request)
-    if not in_container:
+    if not scheduler.needs_image:
         # What the workers would find out, before anything of the job is written into the directory.
         RunDir(request.absolute_run_dir).check_same_run(to_dict(config))
     return request, options

@@ -96,6 +96,8 @@ def _role(request: Request) -> Role:
             "run_dir": str(request.absolute_run_dir),
             "procs_per_node": request.procs_per_node,
             "max_restarts": request.max_restarts,
+            # TorchX writes a job's folder over a role's image where the code goes into a folder.
+            "image": request.image,
             # What nodes read from a file system, for checks before the run.
             "data": [path for path in (data.path, *data.mix_paths) if is_folder(path)],
         },

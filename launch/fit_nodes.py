@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from trainer.run.run_dir import RunDir
 PATIENCE_S = 600
 """After which a node that has not said whether it is fit is not.  Slurm itself may begin late there: a prolog takes
 minutes, or an image has to come first."""
+
+
+_DAEMON = re.compile(r"slurmstepd(?:-(\S+))?: error: (.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +95,10 @@ class Question:
         return answer.stdout + answer.stderr
 
     def _facts(self, token: str) -> str:
-        """This node's facts as the nodes' interpreter sees them, which may be in a container."""
-        command = ["/bin/sh", "-c", 'exec "$@"', "sh", self.interpreter, "-m", "trainer.health.fitness"]
-        told = subprocess.run([*command, "--facts", token], capture_output=True, text=True, check=False)
+        """The first node's facts as the nodes' interpreter sees them, which may be in a container."""
+        facts = [self.interpreter, "-m", "trainer.health.fitness", "--facts", token]
+        command = self.steps.srun(facts, ["--relative=0"], nodes=1)
+        told = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         # Where it cannot run, every node's own answer will say why.
         lines = told.stdout.splitlines() if told.returncode == 0 else []
         return lines[-1] if lines else fitness.as_argument(fitness.facts_here(token))
@@ -113,7 +118,10 @@ def read_answers(words: str, nodes: Sequence[str]) -> list[Unfit]:
         if node not in answers:
             # In the shell's words before Slurm's, which only counts its tasks.
             own = [line.removeprefix("error: ") for line in rest if line.startswith(f"error: node {node} ")]
-            told = [line for line in rest if f"error: {node}:" in line]
+            # What its daemon said, which may not name it; of an image that cannot be had, enroot's words say most.
+            daemons = [said[2] for line in rest if (said := _DAEMON.match(line)) and said[1] in (None, node)]
+            told = sorted(daemons, key=lambda words: "[ERROR]" not in words)
+            told += [line for line in rest if f"error: {node}:" in line]
             # What srun says of no node is about all of them: the step could not be started.
             told += [line for line in rest if line.startswith("srun: ") and ": task " not in line]
             slurms = [f"node {node} does not answer: {line}" for line in told]

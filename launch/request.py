@@ -45,7 +45,8 @@ class Request:
         typer.Option(metavar="PATH", help="The workers' interpreter; default: this one, in images `python`."),
     ] = None
     image: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="Container image with the dependencies, not the project.")
+        str | None,
+        typer.Option(metavar="IMAGE", help="Image with the dependencies, not the project; on slurm for pyxis."),
     ] = None
     mounts: Annotated[
         list[str],

@@ -15,10 +15,13 @@ class Steps:
     """Nodes that the job has."""
     cpus_per_task: int
     """Cores of a node's task; 0: what Slurm gives."""
+    options: tuple[str, ...] = ()
+    """More options of srun: the container, where there is one."""
 
-    def srun(self, command: Sequence[str], more: Sequence[str]) -> list[str]:
-        """`command` on every node, in the job's folder, with `more` options of srun."""
-        options = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--export=ALL"]
+    def srun(self, command: Sequence[str], more: Sequence[str], nodes: int = 0) -> list[str]:
+        """`command` on the first `nodes` (0: all), in the job's folder, with `more` options of srun."""
+        count = nodes or self.nodes
+        options = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--export=ALL", *self.options]
         # Since Slurm 22.05 srun does not take over sbatch's cores a task: every process would share one core.
         options += [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []
         options += ["--wait=0", "--mpi=none", *more]

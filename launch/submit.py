@@ -131,7 +131,7 @@ def check(scheduler: Scheduler, request: Request) -> dict[str, CfgVal]:
     check_effect(request, scheduler.without_effect)
     if request.profile is not None:
         parse_window(request.profile)
-    _check_plan(request, in_container=scheduler.needs_image)
+    _check_plan(request)
     component.job(request)
     return scheduler.check(request)
 
@@ -181,10 +181,10 @@ def check_no_other(scheduler: Scheduler, request: Request) -> None:
         )
 
 
-def _check_plan(request: Request, *, in_container: bool) -> None:
+def _check_plan(request: Request) -> None:
     """The workers check the plan against the tables, which takes torch."""
     # In a container the path means another file, which is not checked here.
-    if request.plan is None or in_container:
+    if request.plan is None or request.image is not None:
         return
     try:
         ranks = json.loads(request.plan.read_text())["machine"]["world_size"]

@@ -7,19 +7,19 @@ and at its end, is in `launch.allocation`.
 
 import logging
 import re
-import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from torchx.schedulers.api import AppDryRunInfo, DescribeAppResponse, ListAppResponse, Scheduler
-from torchx.specs import AppDef, AppState, CfgVal, Role, macros, runopts
+from torchx.specs import AppDef, AppState, BindMount, CfgVal, Role, VolumeMount, macros, runopts
 from torchx.workspace.dir_workspace import DirWorkspaceMixin
 
 from launch import records
+from launch.component import mounts_of
 from launch.records import JobRecord
 from launch.request import Request
 from launch.schedulers import slurm_queue
@@ -27,14 +27,17 @@ from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.schedulers.slurm_doctor import look_at_cluster
 from launch.schedulers.slurm_queue import SlurmJob
 from launch.schedulers.slurm_reasons import why_it_waits
+from launch.schedulers.slurm_script import SCRIPT, SlurmRequest, option
 from trainer.command_line import Finding
-from trainer.exit_status import WRONG_USE
 
 logger = logging.getLogger(__name__)
 
 OURS = {
     "array": "sweep",
     "chdir": "--run-dir",
+    "container-image": "--image",
+    "container-mounts": "--mount",
+    "container-workdir": "the job's folder",
     "error": "the job's folder",
     "job-name": "the recipe and the run",
     "nodes": "--nodes",
@@ -49,9 +52,6 @@ OURS = {
 }
 """Options of sbatch that a job sets itself, and what from; all others may be given."""
 
-ONCE = ("begin", "dependency", "hold")
-"""Options about when a job may start: said of its first submission only, not of its successors."""
-
 BATCH_OUTPUT = "job.out"
 """What the job's batch script says, in the job's folder."""
 
@@ -61,8 +61,6 @@ ARRAY_OUTPUT = "job-{}.out"
 NODE_OUTPUT = "node-{}.out"
 """What a node's processes say, in the job's folder."""
 
-SCRIPT = "job.sh"
-
 _OF_GPUS = ("gpus", "gres", "tres")
 """How options of sbatch begin that may ask for GPUs."""
 _PATTERN = "%\\"
@@ -70,49 +68,12 @@ _NO_OUTPUT = "0:53"
 """Slurm's exit code of a job whose output file it could not make."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlurmRequest:
-    """A batch script and its options."""
-
-    job_dir: str
-    """The folder of the code and of the output."""
-    options: dict[str, str]
-    """Options of sbatch; an empty value stands for an option that takes none."""
-    environment: dict[str, str]
-    """Variables besides those of the submitting shell."""
-    commands: tuple[tuple[str, ...], ...]
-    """What the batch script runs, an interpreter with `-m launch.allocation`: one, or of a job array each member's."""
-    job_dirs: tuple[str, ...]
-    """The folder of each job's output; if there is one job, its `job_dir`."""
-
-    def script(self) -> str:
-        """The file that sbatch reads: sending it again by hand does the same."""
-        lines = [f"#SBATCH {_option(k, shlex.quote(v) if v else v)}" for k, v in self.options.items() if k not in ONCE]
-        lines += [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        lines += [_LISTEN, *_checks(self.job_dir, self.commands[0][0])]
-        if len(self.commands) == 1:
-            lines += [f"set -- {shlex.join(self.commands[0])}"]
-        else:
-            members = [f"{i}) set -- {shlex.join(command)} ;;" for i, command in enumerate(self.commands)]
-            lines += ['case "$SLURM_ARRAY_TASK_ID" in', *members, "esac"]
-        # -p: a file that BASH_ENV names might print, or exit, with which the job would count as done.
-        return "\n".join(["#!/bin/bash -p", *lines, _RUN])
-
-    def submission(self) -> list[str]:
-        """The command that sends it the first time."""
-        once = [_option(key, value) for key, value in self.options.items() if key in ONCE]
-        return ["sbatch", "--parsable", *once, f"{self.job_dir}/{SCRIPT}"]
-
-    def __str__(self) -> str:
-        return f"{shlex.join(self.submission())}\n\n{self.script()}"
-
-
 class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
     """Slurm of any version from 22.05 on, with or without accounting."""
 
     needs_image: ClassVar[bool] = False
     has_arrays: ClassVar[bool] = True
-    without_effect: ClassVar[tuple[str, ...]] = ("image", "mounts")
+    without_effect: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, session_name: str) -> None:
         super().__init__("slurm", session_name)
@@ -130,12 +91,15 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
                 "choose a folder without them"
             )
         options = options_from(request, parse=_sbatch_option)
+        _check_image(request, options)
         options["job_dir"] = str(records.folder_of(request.absolute_run_dir, "DRY-RUN"))
         return options
 
     def _submit_dryrun(self, app: AppDef, cfg: dict[str, CfgVal]) -> AppDryRunInfo[SlurmRequest]:
         role, job_dir = app.roles[0], str(cfg["job_dir"])
-        given = {key: str(value) for key, value in cfg.items() if key != "job_dir"}
+        given = {key: str(value) for key, value in cfg.items() if key != "job_dir" and not _of_steps(key)}
+        of_steps = [option(key, str(value)) for key, value in cfg.items() if _of_steps(key)]
+        steps = [*_container(role, Path(job_dir)), *of_steps]
         options = _options_of(app.name, role, given) | given
         named = role.resource.memMB > 0
         if not named and not any("gpu" in f"{key}={options[key]}" for key in options if key.startswith(_OF_GPUS)):
@@ -155,10 +119,11 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             # TorchX's name of the job is not known before it has a number.
             environment={key: value for key, value in role.env.items() if key != "TORCHX_JOB_ID"},
             commands=tuple(
-                _command(member, folder, options.get("cpus-per-task", "0"))
+                _command(member, folder, options.get("cpus-per-task", "0"), steps)
                 for member, folder in zip(app.roles, job_dirs, strict=True)
             ),
             job_dirs=tuple(job_dirs),
+            packages=("torchx", "typer") if role.metadata["image"] else (),
         )
         return AppDryRunInfo(request, str)
 
@@ -251,45 +216,6 @@ def _find(app_id: str, record: JobRecord | None) -> SlurmJob | None:
     return job if Path(job.work_dir).name == Path(record.job_dir).name else None
 
 
-def _checks(job_dir: str, interpreter: str) -> list[str]:
-    """Lines of the batch script that check whether the first node can run our code at all; what it lacks is one line,
-    and another start would lack it, too."""
-    folder, python = shlex.quote(job_dir), shlex.quote(interpreter)
-    no_folder = shlex.quote(f"folder {job_dir}: keep --run-dir on a file system that all nodes share")
-    no_python = shlex.quote(f"interpreter {interpreter}: name one with --python that all nodes have")
-    return [
-        f'refuse() {{ echo "the job ends with status {WRONG_USE}"; exit {WRONG_USE}; }}',
-        'lacks() { echo "error: $(hostname) has no $1" >&2; refuse; }',
-        f"cd {folder} || lacks {no_folder}",
-        f"command -v {python} >/dev/null || lacks {no_python}",
-        f"(deaf {python} -m launch.environment) || refuse",
-    ]
-
-
-_LISTEN = """\
-# Slurm may tell this shell alone.  What it starts is deaf until it listens, so it is told again and again.
-deaf() { trap '' USR1 TERM; exec "$@"; }
-tell() { asked=$1; while kill -$1 $! 2>/dev/null; do sleep 0.5; done; }
-trap 'tell USR1' USR1
-trap 'tell TERM' TERM INT HUP"""
-
-_RUN = """\
-deaf "$@" &
-[ -z "$asked" ] || tell $asked
-# A signal ends a wait early.
-while kill -0 $! 2>/dev/null; do wait $!; done
-wait $!
-status=$?
-# Killed, as where the memory of this node runs out, it could not have the job go on.
-[ $status -le 128 ] || deaf "$1" -m launch.allocation --killed $status "${@:4}"
-exit $status
-"""
-
-
-def _option(key: str, value: str) -> str:
-    return f"--{key}={value}" if value else f"--{key}"
-
-
 _INSTEAD = {
     "gpus-per-node": ("gres", "gpus", "gpus-per-task"),
     "mem": ("mem-per-cpu", "mem-per-gpu"),
@@ -317,8 +243,8 @@ def _options_of(name: str, role: Role, given: Mapping[str, str]) -> dict[str, st
     return options
 
 
-def _command(role: Role, job_dir: str, cpus_per_task: str) -> tuple[str, ...]:
-    """What happens within an allocation, and what of it on every node."""
+def _command(role: Role, job_dir: str, cpus_per_task: str, step_options: Sequence[str]) -> tuple[str, ...]:
+    """What happens within an allocation, and what of it on every node, by srun with `step_options`."""
     # One command for all nodes: each reads its number, and `launch.allocation` says who the first one is.
     values = macros.Values(img_root="", app_id="SLURM_JOB_ID", replica_id="SLURM_NODEID", rank0_env="TORCHX_RANK0_HOST")
     node, about = values.apply(role), role.metadata
@@ -326,17 +252,58 @@ def _command(role: Role, job_dir: str, cpus_per_task: str) -> tuple[str, ...]:
     own += ["--max-retries", str(role.max_retries), "--max-restarts", str(about["max_restarts"])]
     own += ["--nodes", str(role.num_replicas), "--procs-per-node", str(about["procs_per_node"])]
     own += ["--cpus-per-task", cpus_per_task, *(word for path in about["data"] for word in ("--data", path))]
-    return (node.entrypoint, *own, "--", node.entrypoint, *node.args)
+    own += [f"--step-option={option}" for option in step_options]
+    # Slurm's commands are outside of an image, and so is what talks to them.
+    outside = sys.executable if about["image"] else node.entrypoint
+    return (outside, *own, "--", node.entrypoint, *node.args)
+
+
+def _of_steps(key: str) -> bool:
+    """Whether an option is about the container, in which only what runs on the nodes is."""
+    return key.removeprefix("no-").startswith("container-")
+
+
+def _check_image(request: Request, options: Mapping[str, CfgVal]) -> None:
+    """What srun is told of a container, by options of pyxis, must be sayable in them.
+
+    Raises:
+        ValueError: it is not, or there is no image.
+    """
+    without = [f"--option {key}" for key in options if _of_steps(key)] + ["--mount"] * bool(request.mounts)
+    if request.image is None and without:
+        raise ValueError(f"{without[0]} has no effect with scheduler slurm without --image: leave it out")
+    for mount in mounts_of(request):
+        if isinstance(mount, VolumeMount):
+            raise ValueError(
+                f"--mount {mount.src}:{mount.dst_path}: on slurm give SRC as an absolute path of the nodes"
+            )
+    if request.image is not None and re.search(r"[,:\s]", str(request.absolute_run_dir)):
+        raise ValueError(
+            f"--run-dir {request.absolute_run_dir} cannot be mounted in a container: choose one without commas, colons "
+            "and blanks"
+        )
+
+
+def _container(role: Role, job_dir: Path) -> list[str]:
+    """Options of srun with which nodes run in the image, by pyxis: the run directory has its own path there, too."""
+    if not role.metadata["image"]:
+        return []
+    run_dir = job_dir.parents[1]
+    mounts = [f"{run_dir}:{run_dir}"]
+    for mount in role.mounts:
+        assert isinstance(mount, BindMount), "checked"
+        mounts.append(f"{mount.src_path}:{mount.dst_path}{':ro' * mount.read_only}")
+    return [f"--container-image={role.metadata['image']}", f"--container-mounts={','.join(mounts)}"]
 
 
 def _sbatch_option(key: str, value: str) -> dict[str, CfgVal]:
     key = key.lstrip("-").replace("_", "-")
     if key in OURS:
         raise ValueError(f"--option {key}={value}: the job sets sbatch's --{key} itself (from {OURS[key]})")
-    if key.removeprefix("no-").startswith("container"):
+    if key == "container":
         raise ValueError(
             f"--option {key}={value}: the batch script would run in the container, where Slurm's commands are not; "
-            "name a script with --python that enters it (docs/launch.md)"
+            "name an image for pyxis with --image, or a script with --python that enters it (docs/launch.md)"
         )
     if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
         raise ValueError(f"--option {key}={value}: give the long name of an option of sbatch, such as partition=main")

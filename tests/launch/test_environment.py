@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from launch import environment
 from launch.environment import LEAST, check_environment
 from launch.workspace import ROOT
 
@@ -30,7 +29,6 @@ def test_the_least_version_is_that_of_the_package() -> None:
     assert re.findall(r"python_requires=\">=(.*)\"", (ROOT / "setup.py").read_text()) == [".".join(map(str, LEAST))]
 
 
-def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "NEEDED", ("numpy", "nowhere_1", "nowhere_2"))
+def test_packages_that_are_missing_are_named() -> None:
     with pytest.raises(ValueError, match=r"on .* has no nowhere_1, nowhere_2: name an interpreter with --python"):
-        check_environment()
+        check_environment(("numpy", "nowhere_1", "nowhere_2"))

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 
 from embeddings.hardware import NODES
-from launch.schedulers.slurm import OURS, SlurmRequest
+from launch import records
+from launch.environment import FIT
+from launch.schedulers.slurm import OURS
+from launch.schedulers.slurm_script import SlurmRequest
 from launch.submit import check, connected
 from launch.workspace import ROOT
 from tests.launch.test_component import request
+from trainer.exit_status import WRONG_USE
 
 LISTENS = "-c " + shlex.quote(
     f"""import sys, time
@@ -92,8 +96,11 @@ def test_options_that_the_job_sets_are_refused(key: str) -> None:
     [
         ({"options": ["p=main"]}, "--option p=main: give the long name"),
         ({"options": ["comment=a\nb"]}, "--option comment: its value must be one line"),
+        ({"mounts": ["/d:/d"]}, "--mount has no effect with scheduler slurm without --image"),
+        ({"options": ["container-name=a"]}, "--option container-name has no effect .* without --image"),
+        ({"image": "i", "mounts": ["claim:/d"]}, "--mount claim:/d: on slurm give SRC as an absolute path"),
+        ({"image": "i", "run_dir": Path("/runs/a b")}, "--run-dir /runs/a b cannot be mounted in a container"),
         ({"options": ["main"]}, "--option 'main' is not KEY=VALUE"),
-        ({"image": "i"}, "--image has no effect with scheduler slurm"),
         ({"mounts": ["/a:/b"]}, "--mount has no effect with scheduler slurm"),
         ({"machine": "cpu-2"}, "--procs-per-node 8 on machine cpu-2, which has 2 cores"),
     ],
@@ -135,7 +142,7 @@ def test_the_script_passes_on_signals_and_outlives_what_it_runs(
     (tmp_path / "bashrc").write_text("exit 0")
     monkeypatch.setenv("BASH_ENV", str(tmp_path / "bashrc"))
     commands(
-        interpreter=f"""case "$*" in "-m launch.environment") kill -USR1 $$ ;;
+        interpreter=f"""case "$*" in "-m launch.environment") kill -USR1 $$; exit {FIT} ;;
         *--killed*) echo "$*" > {tmp_path}/told; exit 5 ;; *) {command} ;; esac"""
     )
     words = ("interpreter", "-m", "launch.allocation", "--run-dir", "/r/a b", "--", "python")
@@ -147,6 +154,46 @@ def test_the_script_passes_on_signals_and_outlives_what_it_runs(
     assert subprocess.run([script], check=False, timeout=30).returncode == status
     assert (tmp_path / "told").exists() == bool(told)
     assert not told or (tmp_path / "told").read_text() == f"{told}\n"
+
+
+def test_an_interpreter_that_ends_well_whatever_it_has_run_is_refused(
+    tmp_path: Path, commands: Callable[..., None]
+) -> None:
+    """Its failed jobs would count as done."""
+    commands(interpreter='echo "$@" >&2; true')
+    folder, command = str(tmp_path), ("interpreter", "-m", "launch.allocation")
+    asked = SlurmRequest(job_dir=folder, options={}, environment={}, commands=(command,), job_dirs=(folder,))
+    done = subprocess.run(["bash", "-c", asked.script()], capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (WRONG_USE, f"the job ends with status {WRONG_USE}\n")
+    error = "error: interpreter ends with 0 whatever it has run: let its last line begin with exec"
+    assert done.stderr.splitlines() == ["-m launch.environment", error]
+
+
+def test_with_an_image_nodes_run_in_it_and_what_talks_to_slurm_outside(
+    tmp_path: Path, commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    commands(sbatch="echo 17")
+    run_dir = tmp_path / "first"
+    options = ["container-writable=", "no-container-mount-home=", "account=abc"]
+    asked = request(image="reg#a/b:1", mounts=["/d:/d", "/s:/x:ro"], options=options, run_dir=run_dir, python="python3")
+    with connected("slurm") as connection:
+        # Sent, for TorchX names another image than asked for then.
+        record = connection.submit(asked, check(connection.scheduler, asked))
+    script = Path(record.job_dir, "job.sh").read_text()
+    assert "container" not in " ".join(_options(script))
+    assert "container" not in _script()
+    assert f"(deaf {sys.executable} -m launch.environment torchx typer)" in script
+    (line,) = re.findall("^set -- (.*)$", script, flags=re.MULTILINE)
+    words = shlex.split(line)
+    outside, inside = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert (outside[0], inside[0]) == (sys.executable, "python3")
+    assert [word.removeprefix("--step-option=") for word in outside if word.startswith("--step-option=")] == [
+        "--container-image=reg#a/b:1",
+        f"--container-mounts={run_dir}:{run_dir},/d:/d,/s:/x:ro",
+        "--container-writable",
+        "--no-container-mount-home",
+    ]
 
 
 @pytest.mark.parametrize(

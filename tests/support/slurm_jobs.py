@@ -15,7 +15,8 @@ from launch import component, records
 from launch.records import JobRecord
 from launch.request import Request
 from launch.schedulers import slurm_queue
-from launch.schedulers.slurm import Slurm, SlurmRequest
+from launch.schedulers.slurm import Slurm
+from launch.schedulers.slurm_script import SlurmRequest
 from launch.submit import check, connected
 from launch.workspace import ROOT
 from tests.support.training import read_lines

@@ -195,6 +195,11 @@ def test_nodes_that_say_nothing_are_not_fit() -> None:
         Unfit("d", "node d does not answer: srun: error: d: task 3: Killed", answers=False),
         Unfit("e", "node e does not answer", answers=False),
     ]
+    image = "slurmstepd{}: error: pyxis: failed\nslurmstepd{}: error: pyxis:     [ERROR] No such file: /i\n"
+    for of_node, why in (("", True), ("-a", True), ("-b", False)):
+        words = f"{image.format(of_node, of_node)}srun: error: a: task 0: Exited\n"
+        told = "pyxis:     [ERROR] No such file: /i" if why else "srun: error: a: task 0: Exited"
+        assert read_answers(words, ["a"]) == [Unfit("a", f"node a does not answer: {told}", answers=False)]
     step = "srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are mutually exclusive."
     assert read_answers(step, ["a"]) == [Unfit("a", f"node a does not answer: {step}", answers=False)]
 
