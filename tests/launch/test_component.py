@@ -14,7 +14,6 @@ from embeddings.hardware import NODES
 from launch.component import job, train
 from launch.request import Request, takes_request
 from launch.workspace import ROOT
-from tests.support.training import SMALL, read_lines
 from trainer.exit_status import WRONG_USE
 
 
@@ -104,11 +103,16 @@ def test_torchx_takes_the_arguments_of_submit(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd", f"{ROOT}/launch/component.py:train"]
-    command += ["kuairand_sample", "--nodes", "2", "--procs-per-node", "1", "--run-dir", "Mary's $x"]
-    settings = ["--set", "max_steps=2", *SMALL]
-    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    # An interpreter that prints what it is given.
+    command += ["kuairand_sample", "--nodes", "2", "--procs-per-node", "1", "--python", "echo"]
+    done = subprocess.run(
+        [*command, "--run-dir", "Mary's $x", "--set", "max_steps=2"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert [line["world_size"] for line in read_lines(tmp_path / "Mary's $x" / "metrics.jsonl")] == [2, 2]
+    for node in range(2):
+        place = f"-m launch.node --nodes 2 --procs-per-node 1 --node-rank {node} "
+        trains = f" -- -m trainer train kuairand_sample --run-dir {tmp_path}/Mary's $x --set max_steps=2"
+        assert any(place in line and trains in line for line in done.stderr.splitlines()), done.stderr
     assert "one of `launch submit` goes on by itself" in done.stderr
 
 
