@@ -35,7 +35,9 @@ app = typer.Typer(
     help="Send training jobs to a scheduler and look after them.  SCHEDULER is one of " + ", ".join(SCHEDULERS) + ".",
 )
 
-Handle = Annotated[str, typer.Argument(metavar="HANDLE", help="What `submit` printed last.")]
+Handle = Annotated[
+    str, typer.Argument(metavar="HANDLE", help="What `submit` printed last; or a run directory: its newest job.")
+]
 SchedulerName = Annotated[str, typer.Option("--scheduler", metavar="NAME", help=f"One of {', '.join(SCHEDULERS)}.")]
 
 
@@ -116,8 +118,7 @@ def _checked(scheduler: Scheduler, request: Request) -> tuple[Request, dict[str,
 @app.command()
 def status(handle: Handle) -> None:
     """Print a job's state, why, where and how far it is; exit status 1 if it failed or was cancelled."""
-    with _scheduler_of(handle) as scheduler:
-        record = _record(scheduler, handle)
+    with _job(handle) as (scheduler, handle, record):
         found = _found(scheduler, handle, record)
     print(found.state.name)
     for name, value in (("reason", found.reason), ("nodes", found.nodes), ("time left", found.time_left)):
@@ -145,8 +146,7 @@ def logs(
     """Print a job's log: of the rank that failed first, or rank 0's if none did."""
     if (rank is not None) + (node is not None) + every > 1:
         raise WrongUse("--rank, --node and --all name different logs: give one")
-    with _scheduler_of(handle) as scheduler:
-        record = _record(scheduler, handle)
+    with _job(handle) as (scheduler, handle, record):
         if record is None or scheduler.needs_image:
             if rank is not None or every:
                 raise WrongUse(
@@ -175,8 +175,7 @@ def logs(
 @app.command()
 def cancel(handle: Handle) -> None:
     """End a job.  It saves its state first; submitting again resumes it."""
-    with _scheduler_of(handle) as scheduler:
-        record = _record(scheduler, handle)
+    with _job(handle) as (scheduler, handle, record):
         scheduler.cancel_job(_app_id(record.handle if record else handle), record)
 
 
@@ -206,20 +205,27 @@ def _wrong_use() -> Iterator[None]:
 
 
 @contextmanager
-def _scheduler_of(handle: str) -> Iterator[Scheduler]:
+def _job(named: str) -> Iterator[tuple[Scheduler, str, JobRecord | None]]:
+    """(scheduler, handle, what is noted of it in its run directory, by this checkout, or where the scheduler leads to)
+    of the job of a handle, or of a run directory's newest one."""
+    record = None
+    if "://" not in named and Path(named).is_dir():
+        record = next(reversed(records.of_run(Path(named).absolute())), None)
+        if record is None:
+            raise WrongUse(f"no job was submitted in {named}: name the run directory of one, or its handle")
+    handle = record.handle if record else named
     try:
         name, _, _ = parse_app_handle(handle)
     except MalformedAppHandleException:
         name = ""
     if name not in SCHEDULERS:
-        raise WrongUse(f"{handle!r} is no job handle: expected SCHEDULER://SESSION/ID as `submit` prints it")
+        raise WrongUse(
+            f"{handle!r} is no run directory and no handle of a job: expected SCHEDULER://SESSION/ID, as `submit` "
+            "prints it"
+        )
     with connected(name) as connection:
-        yield connection.scheduler
-
-
-def _record(scheduler: Scheduler, handle: str) -> JobRecord | None:
-    """What this checkout noted of the job, or what the scheduler leads to."""
-    return records.find(handle) or scheduler.record_of(_app_id(handle))
+        scheduler = connection.scheduler
+        yield scheduler, handle, record or records.find(handle) or scheduler.record_of(_app_id(handle))
 
 
 def _app_id(handle: str) -> str:

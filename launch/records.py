@@ -93,10 +93,14 @@ def load() -> list[JobRecord]:
 def find(handle: str) -> JobRecord | None:
     """The record of a handle; the newest, since a new cluster counts its jobs from 1 again.
 
-    A job that went on as another one is that other one.
+    A job that went on as another one is that other one, and is found by its handle too.
     """
-    found = next((record for record in reversed(load()) if record.handle == handle), None)
-    return None if found is None else find_in(Path(found.job_dir)) or found
+    known = load()[::-1]
+    found = next((record for record in known if record.handle == handle), None)
+    if found is not None:
+        return find_in(Path(found.job_dir)) or found
+    current = (find_in(Path(record.job_dir)) for record in known)
+    return next((record for record in current if record is not None and record.handle == handle), None)
 
 
 def find_in(job_dir: Path) -> JobRecord | None:

@@ -59,9 +59,13 @@ def here(
         ((*LOCAL, "--set", "max_steps"), 2, "override 'max_steps' is not of the form key=value"),
         ((*SLURM, "--option", "partition"), 2, "--option 'partition' is not KEY=VALUE"),
         ((*SLURM, "--option", "nodes=3"), 2, "--option nodes=3: the job sets sbatch's --nodes itself (from --nodes)"),
-        ((*SLURM, "--option", "container-image=a/b"), 2, "--option container-image=a/b: the batch script would run in"),
+        (
+            (*SLURM, "--option", "container-image=a/b"),
+            2,
+            "--option container-image=a/b: the job sets sbatch's --container-image itself (from --image)",
+        ),
         ((*SLURM, "--machine", "h100"), 2, "unknown machine 'h100': known are "),
-        (("status", "17"), 2, "'17' is no job handle: expected SCHEDULER://SESSION/ID"),
+        (("status", "17"), 2, "'17' is no run directory and no handle of a job: expected SCHEDULER://SESSION/ID"),
         (("list", "--scheduler", "lsf"), 2, "unknown scheduler 'lsf'"),
         (("logs", "slurm://longview/1", "--rank", "0", "--node", "0"), 2, "--rank, --node and --all name different"),
         # Sizes.

@@ -16,6 +16,7 @@ import pytest
 from torchx.specs import AppState
 
 from launch import component, records, submit
+from launch.__main__ import main
 from launch.records import JobRecord
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm
@@ -25,6 +26,7 @@ from launch.submit import check, check_no_other, connected, no_other_job
 from launch.workspace import ROOT
 from tests.launch.test_component import request
 from trainer.command_line import WrongUse
+from trainer.exit_status import WRONG_USE
 
 START = 1_800_000_000.0
 
@@ -289,6 +291,27 @@ def test_a_run_directory_is_one_jobs_at_a_time(
             ValueError, match=f"job slurm://longview/1 .* is {state}: cancel it, .*dependency=afterany:1"
         ):
             check_no_other(Slurm("test"), asked)
+
+
+def test_a_job_is_named_by_its_handle_a_successors_or_its_run_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(records, "FILE", tmp_path / "jobs.jsonl")
+    assert main(["status", str(tmp_path)]) == WRONG_USE
+    for number, name in enumerate("ab"):
+        job = _record(tmp_path / "jobs" / name)
+        records.save(replace(job, handle=f"slurm://longview/{number}", run_dir=str(tmp_path), time=float(number)))
+    folder = tmp_path / "jobs" / "b"
+    records.save_in(folder, replace(records.of_run(tmp_path)[-1], handle="slurm://longview/9"))
+    asked = _answers(monkeypatch, scontrol=(0, "JobId=9 JobName=a JobState=RUNNING Reason=None", ""))
+    for named in (str(tmp_path), "slurm://longview/1", "slurm://longview/9"):
+        asked.clear()
+        assert main(["status", named]) == 0
+        assert asked == [["scontrol", "--oneliner", "show", "job", "9"]]
+    # Of another checkout.
+    records.FILE.unlink()
+    assert main(["status", str(tmp_path)]) == 0
+    assert "no job was submitted in" in capsys.readouterr().err
 
 
 def test_of_two_submissions_at_once_one_is_sent(
