@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, ClassVar
 
 import yaml
@@ -112,14 +113,19 @@ class Kubernetes(CodeInImage, Scheduler[dict[str, CfgVal]]):
             try:
                 job = client.CustomObjectsApi().get_namespaced_custom_object(group, version, namespace, plural, name)
             except client.ApiException as error:
-                if error.status == 404:
+                if error.status == HTTPStatus.NOT_FOUND:
                     return None
                 raise
             pods = client.CoreV1Api().list_namespaced_pod(namespace, label_selector=_label(kind, name)).items
-        state, reason = _jobset_state(job) if kind == "jobset" else _volcano_state(job)
+            state, reason = _jobset_state(job) if kind == "jobset" else _volcano_state(job)
+            if state == AppState.FAILED:
+                told = _first_end(pods)
+            else:
+                told = next((why for pod in pods for why in _why_waiting(pod)), "")
+            if state == AppState.PENDING and not told:
+                told = _newest_warning(client, namespace, name)
         nodes = sorted({pod.spec.node_name for pod in pods if pod.spec.node_name})
-        waiting = [why for pod in pods for why in _why_waiting(pod)]
-        return JobStatus(state=state, reason="; ".join([*filter(None, [reason]), *waiting[:1]]), nodes=" ".join(nodes))
+        return JobStatus(state=state, reason="; ".join(filter(None, [reason, told])), nodes=" ".join(nodes))
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
         """The log of the node's pod."""
@@ -249,6 +255,30 @@ def _jobset_state(job: dict[str, Any]) -> tuple[AppState, str]:
 def _volcano_state(job: dict[str, Any]) -> tuple[AppState, str]:
     state = job.get("status", {}).get("state", {})
     return PHASES.get(state.get("phase", ""), AppState.PENDING), state.get("message", "")
+
+
+def _first_end(pods: Sequence[Any]) -> str:
+    """How the first container that failed has ended, where memory may have run out (OOMKilled)."""
+    ends = [
+        (str(ended.finished_at), f"{pod.metadata.name}: {ended.reason}, exit code {ended.exit_code}")
+        for pod in pods
+        for container in pod.status.container_statuses or []
+        if (ended := container.state and container.state.terminated) and ended.exit_code
+    ]
+    return min(ends)[1] if ends else ""
+
+
+def _newest_warning(client: Any, namespace: str, name: str) -> str:
+    """What the cluster last warned of about the job or what is made of it: a quota, a queue, a volume."""
+    try:
+        events = client.CoreV1Api().list_namespaced_event(namespace, field_selector="type=Warning", limit=500).items
+    except client.ApiException as error:
+        if error.status == HTTPStatus.FORBIDDEN:
+            return ""
+        raise
+    ours = [event for event in events if name in event.involved_object.name]
+    newest = max(ours, key=lambda event: event.last_timestamp or event.metadata.creation_timestamp, default=None)
+    return "" if newest is None else f"{newest.involved_object.name}: {newest.reason} {newest.message}"
 
 
 def _why_waiting(pod: Any) -> Iterator[str]:

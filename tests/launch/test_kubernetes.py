@@ -131,6 +131,7 @@ class Server(ThreadingHTTPServer):
         self.objects: dict[str, Any] = {}
         self.pods: list[dict[str, Any]] = []
         self.logs: dict[str, str] = {}
+        self.events: list[dict[str, Any]] | None = None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -156,6 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.endswith("/pods"):
             assert "labelSelector=" in query
             self._answer(200, {"kind": "PodList", "apiVersion": "v1", "items": self.server.pods})
+        elif path.endswith("/events"):
+            forbidden = {"kind": "Status", "code": 403}
+            listed = {"kind": "EventList", "apiVersion": "v1", "items": self.server.events}
+            self._answer(*((403, forbidden) if self.server.events is None else (200, listed)))
         elif path == "/apis/":
             groups = [{"name": "jobset.x-k8s.io", "versions": [{"groupVersion": "a", "version": "b"}]}]
             self._answer(200, {"kind": "APIGroupList", "groups": groups})
@@ -241,6 +246,48 @@ def test_a_waiting_pod_says_why_and_a_running_one_what(server: Server) -> None:
     assert list(scheduler.output(app_id, None, 1)) == ["one\n", "two\n"]
     with pytest.raises(ValueError, match="has no pod of node 2"):
         list(scheduler.output(app_id, None, 2))
+
+
+def _event(of: str, second: int, words: str) -> dict[str, Any]:
+    moment = f"2026-11-30T00:00:0{second}Z"
+    about = {"metadata": {"name": f"e{second}"}, "involvedObject": {"name": of}, "lastTimestamp": moment}
+    return {**about, "reason": "FailedCreate", "message": words}
+
+
+def test_a_job_without_pods_says_what_the_cluster_warned_of(server: Server) -> None:
+    app_id = _sent("jobset")
+    name = app_id.rpartition(":")[2]
+    scheduler = Kubernetes("test")
+    for events, reason in (
+        # One who may not read them.
+        (None, ""),
+        ([], ""),
+        (
+            [_event(f"{name}-trainer-0", 2, "exceeded quota: gpus"), _event(name, 1, "earlier"), _event("b", 3, "no")],
+            f"{name}-trainer-0: FailedCreate exceeded quota: gpus",
+        ),
+    ):
+        server.events = events
+        found = scheduler.status(app_id, None)
+        assert found is not None
+        assert (found.state, found.reason) == (AppState.PENDING, reason)
+
+
+def test_a_failed_job_says_how_its_first_pod_ended(server: Server) -> None:
+    app_id = _sent("jobset")
+    (resource,) = server.objects.values()
+    resource["status"] = {"conditions": [{"type": "Failed", "status": "True", "message": "jobset failed"}]}
+
+    def pod(name: str, reason: str, code: int, second: int) -> dict[str, Any]:
+        ended = {"reason": reason, "exitCode": code, "finishedAt": f"2026-11-30T00:00:0{second}Z"}
+        of_image = {"image": "i", "imageID": "", "name": "trainer", "ready": False, "restartCount": 0}
+        status = {"containerStatuses": [{**of_image, "state": {"terminated": ended}}]}
+        return {"metadata": {"name": name}, "spec": {"containers": []}, "status": status}
+
+    server.pods = [pod("p-0", "Error", 5, 3), pod("p-1", "OOMKilled", 137, 2), pod("p-2", "Completed", 0, 1)]
+    found = Kubernetes("test").status(app_id, None)
+    assert found is not None
+    assert (found.state, found.reason) == (AppState.FAILED, "jobset failed; p-1: OOMKilled, exit code 137")
 
 
 def _no_docker() -> None:
