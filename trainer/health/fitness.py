@@ -200,6 +200,11 @@ def _unwritable_cache() -> Iterator[str]:
     there = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         yield f"it cannot write compiled kernels to {cache}: set TRITON_CACHE_DIR to a folder that it can write"
+    elif os.statvfs(there).f_flag & os.ST_NOEXEC:
+        yield (
+            f"it may not run what lies in {cache}, which is mounted noexec: set TRITON_CACHE_DIR to a folder where "
+            "compiled kernels can be run"
+        )
 
 
 def _gpu_problems(procs_per_node: int) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Each fault of a node, injected alone, is one line that names it; a node without one is fit."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -138,6 +139,18 @@ def test_a_folder_for_compiled_kernels_that_cannot_be_made_is_named(
     (found,) = _found(first, first, run_dir)
     assert found.startswith(f"it cannot write compiled kernels to {run_dir / TOKEN}/cache")
     assert found.endswith("set TRITON_CACHE_DIR to a folder that it can write")
+
+
+def test_a_folder_whose_compiled_kernels_cannot_be_run_is_named(
+    run_dir: Path, commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands(**{"nvidia-smi": "echo '0, 0'", "dmesg": ""})
+    first = replace(facts_here(TOKEN), driver="NVIDIA 1", packages={"fbgemm-gpu": "1"})
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(run_dir))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    monkeypatch.setattr(fitness, "_short_of_space", lambda run_dir: ())
+    (found,) = _found(first, first, run_dir)
+    assert found.startswith(f"it may not run what lies in {run_dir}, which is mounted noexec: set TRITON_CACHE_DIR to")
 
 
 def test_a_node_without_a_temporary_folder_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
