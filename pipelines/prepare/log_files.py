@@ -48,6 +48,8 @@ DELIMITERS = (",", ";", "\t", "|")
 HEADER_BYTES = 1 << 20
 JSON = ".json"
 """Read where a folder holds no file of FORMATS: a description of the data often ends in it."""
+TABLES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
+"""What is found in the folders of tables that have versions."""
 SHOWN = 5
 """Names of files that a message shows at most."""
 REJECTED = "longview_rejected"
@@ -210,6 +212,12 @@ def attribute_paths(source: Path, files: str, *, needed: bool = True) -> list[Pa
 
 
 def _data_files(folder: Path) -> list[Path]:
+    for pattern, kind in TABLES.items():
+        for path in folder.rglob(pattern):
+            raise ValueError(
+                f"{path.parents[pattern.count('/')]} is a table of {kind}, whose files hold rows, too, that were changed or removed since: "
+                "write its current rows as Parquet into a folder of their own"
+            )
     found = [path for kind in FORMATS for path in find_files(folder, f"*{kind}")]
     return found or find_files(folder, f"*{JSON}")
 

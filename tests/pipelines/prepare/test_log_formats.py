@@ -176,6 +176,22 @@ def test_files_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCap
     assert "3 file(s) of other kinds are not read: more.txt, notes.md, part-00000" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("mark", "kind"),
+    [("_delta_log/0.json", "Delta Lake"), (".hoodie/a", "Hudi"), ("metadata/v1.metadata.json", "Iceberg")],
+)
+def test_a_table_with_versions_is_no_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mark: str, kind: str
+) -> None:
+    """Its folder holds rows twice that were written again, and rows that were deleted."""
+    for name, text in (("log.csv", CSV), (mark, "{}")):
+        path = tmp_path / "in" / "events" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 1
+    assert f"in/events is a table of {kind}, whose files" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_log_says_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_lines(tmp_path / "in" / "log.txt", ["u,i,t,like"])
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS) == 1
