@@ -41,7 +41,7 @@ from pipelines.prepare.log_tables import (
 from pipelines.prepare.readings import TEXT, IdType
 from pipelines.prepare.schema_file import read_schema
 from pipelines.prepare.source import USER_SPACE, Description, item_columns
-from pipelines.prepare.spellings import Spelt, check_matches, check_spellings
+from pipelines.prepare.spellings import Spelt, check_matches, check_spellings, warn_of_strangers
 from pipelines.prepare.stages import Load
 from pipelines.prepare.text_encoding import UTF_8
 from pipelines.prepare.times import NANOSECONDS
@@ -334,7 +334,8 @@ def _check_keys(
     types: Mapping[str, IdType],
     known: DatasetInfo | None,
 ) -> None:
-    """Refuse keys of users and items that mean the same in two spellings, and attributes of others than the log's."""
+    """Refuse keys of users and items that mean the same in two spellings, and attributes of others than the log's; warn
+    of a delivery that has nothing in common with those before."""
     for table, files, attributes, space, column in (
         (USERS, sources.users, schema.users, USER_SPACE, "user_key"),
         (ITEMS, sources.items, schema.items, ITEM_SPACE, "item_key"),
@@ -344,8 +345,12 @@ def _check_keys(
             Spelt(table=table, column="key", files=files),
         )
         tables = [log, *[described] * (attributes is not None)]
+        earlier = None
+        if known is not None and known.spaces[space].keys is not None:
+            earlier = f"SELECT {quoted(f'{space}_key')}::VARCHAR AS key FROM {quoted(f'{space}_ids')}"
+            warn_of_strangers(connection, space, log, earlier)
         if types[space].name == TEXT:
-            check_spellings(connection, space, tables)
+            check_spellings(connection, space, tables, earlier)
         # A later delivery may describe users and items of earlier ones.
         if attributes is not None and known is None:
             check_matches(connection, space, log, described)

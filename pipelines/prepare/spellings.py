@@ -4,6 +4,7 @@ Text is compared as it stands.  A tool that leaves blanks around a value, stores
 has gaps, or composes letters in another way than the next tool makes two users of one, without any wrong row.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import duckdb
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.log_files import LogFile
 from pipelines.prepare.log_rows import place_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,20 +29,29 @@ class Spelt:
     """The files, in the order in which they were read."""
 
 
-def check_spellings(connection: duckdb.DuckDBPyConnection, what: str, tables: Sequence[Spelt]) -> None:
+def check_spellings(
+    connection: duckdb.DuckDBPyConnection, what: str, tables: Sequence[Spelt], earlier: str | None = None
+) -> None:
     """Raise ValueError, with file and row, if two keys of text in these tables are the same but for how they are spelt.
 
-    `what` is what the keys are of: user or item.
+    `what` is what the keys are of: user or item.  `earlier` is SQL of the keys that have an id already, each as text in
+    a column `key`: a new one must not be one of them in another spelling.
     """
     keys = " UNION ".join(f"SELECT DISTINCT {quoted(each.column)}::VARCHAR AS key FROM {each.table}" for each in tables)
+    keys = f"SELECT key, {f'key NOT IN ({earlier})' if earlier else 'true'} AS new FROM ({keys}) WHERE key IS NOT NULL"
+    if earlier:
+        keys += f" UNION SELECT key, false FROM ({earlier})"
     found = connection.execute(
-        f"SELECT list(key ORDER BY key)[:2] FROM ({keys}) WHERE key IS NOT NULL GROUP BY {_meaning('key')} "
-        "HAVING count(*) > 1 ORDER BY 1 LIMIT 1"
+        f"SELECT list(key ORDER BY new DESC, key)[:2] FROM ({keys}) GROUP BY {_meaning('key')} "
+        "HAVING count(*) > 1 AND bool_or(new) ORDER BY 1 LIMIT 1"
     ).fetchall()
     if not found:
         return
     [(pair,)] = found
-    rows = []
+    rows: list[tuple[str, str]] = []
+    if earlier:
+        had = connection.execute(f"SELECT key FROM ({earlier}) WHERE key IN (?, ?)", pair).fetchall()
+        rows += [(key, "an earlier delivery") for (key,) in had]
     for each in tables:
         key = f"{quoted(each.column)}::VARCHAR"
         firsts = f"SELECT {key}, min(log_row) FROM {each.table} WHERE {key} IN (?, ?) GROUP BY 1 ORDER BY 2"
@@ -49,6 +61,21 @@ def check_spellings(connection: duckdb.DuckDBPyConnection, what: str, tables: Se
     raise ValueError(
         f"{place}: the {what} {key!a} is {other!a} in {first}; spelt in two ways it would be two {what}s, so write it "
         "in one"
+    )
+
+
+def warn_of_strangers(connection: duckdb.DuckDBPyConnection, what: str, log: Spelt, earlier: str) -> None:
+    """Say where a delivery has no user, or no item, that an earlier one had: its keys may be of another kind."""
+    key = f"{quoted(log.column)}::VARCHAR"
+    known = f"SELECT 1 FROM {log.table} WHERE {key} IN ({earlier}) LIMIT 1"
+    if connection.execute(known).fetchall():
+        return
+    [(count, shown)] = connection.execute(f"SELECT count(DISTINCT {key}), min({key}) FROM {log.table}").fetchall()
+    [(had,)] = connection.execute(f"SELECT min(key) FROM ({earlier})").fetchall()
+    logger.warning(
+        "none of the %d %ss of this delivery was in an earlier one: one here is %r, one there %r; are they keys of one "
+        "kind?",
+        *(count, what, shown, had),
     )
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.prepare.__main__ import main
 from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.keys import read_keys
 from tests.pipelines.prepare.test_event_log import HOUR, keys_of
@@ -58,6 +59,33 @@ def test_what_may_mean_two_things_stays_two(tmp_path: Path, pair: tuple[str, str
     source = log(tmp_path / "in", ("a", "b"), pair)
     assert prepare("event_log", source, tmp_path / "out", *OPTIONS, *SPLIT) == 0
     assert set(keys_of(tmp_path / "out", "item").values()) == set(pair)
+
+
+@pytest.mark.parametrize(("had", "now"), [("7.0", "7"), ("7", "7 "), ("\u00e9", "e\u0301")])
+def test_a_key_that_an_earlier_delivery_spelt_otherwise_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], had: str, now: str
+) -> None:
+    out = tmp_path / "out"
+    assert prepare("event_log", log(tmp_path / "in", (had, "x"), ("a", "b")), out, *OPTIONS, *SPLIT) == 0
+    lines = [f"{user},a,{HOUR + 90_000 + 60 * k},{k % 2}" for k, user in enumerate(("x", "x", now, now))]
+    write_lines(tmp_path / "next" / "0.csv", ["u,i,t,like", *lines])
+    options = ["event_log", "--source", str(tmp_path / "next"), "--extend", str(out)]
+    assert main(options) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"0.csv, line 4: the user {now!a} is {had!a} in an earlier delivery; spelt in two ways" in error
+
+
+def test_a_delivery_without_anyone_known_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert prepare("event_log", log(tmp_path / "in", ("u1", "u2"), ("a", "b")), out, *OPTIONS, *SPLIT) == 0
+    lines = [f"{user},{'ab'[k % 2]},{HOUR + 90_000 + 60 * k},{k // 2}" for k, user in enumerate((7, 8, 7, 8))]
+    write_lines(tmp_path / "next" / "0.csv", ["u,i,t,like", *lines])
+    assert main(["event_log", "--source", str(tmp_path / "next"), "--extend", str(out), "--min-history", "0"]) == 0
+    told = [record.message for record in caplog.records if "none of the" in record.message]
+    assert told == [
+        "none of the 2 users of this delivery was in an earlier one: one here is '7', one there 'u1'; are they keys of "
+        "one kind?"
+    ]
 
 
 SCHEMA = """
