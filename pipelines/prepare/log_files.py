@@ -214,9 +214,10 @@ def attribute_paths(source: Path, files: str, *, needed: bool = True) -> list[Pa
 def _data_files(folder: Path) -> list[Path]:
     for pattern, kind in TABLES.items():
         for path in folder.rglob(pattern):
+            table = path.parents[pattern.count("/")]
             raise ValueError(
-                f"{path.parents[pattern.count('/')]} is a table of {kind}, whose files hold rows, too, that were changed or removed since: "
-                "write its current rows as Parquet into a folder of their own"
+                f"{table} is a table of {kind}, whose files hold rows, too, that were changed or removed: write its "
+                "current rows as Parquet into a folder of their own"
             )
     found = [path for kind in FORMATS for path in find_files(folder, f"*{kind}")]
     return found or find_files(folder, f"*{JSON}")
