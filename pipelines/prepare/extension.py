@@ -18,6 +18,7 @@ from pipelines.counts import counts_as_dict, counts_of
 from pipelines.features import Column, DatasetInfo, Space, SplitInfo
 from pipelines.prepare.counts import counted_groups
 from pipelines.prepare.engine import connect
+from pipelines.prepare.number_statistics import warn_of_other_numbers
 from pipelines.prepare.options import SampleOptions
 from pipelines.prepare.source import CountedGroup
 from pipelines.prepare.stages import Load, workspace, write_prepared
@@ -110,6 +111,7 @@ def _join(info: DatasetInfo, folder: Path, result: Path, parts: tuple[str, ...])
     """Move what was prepared into the data set, its description last."""
     added = read_dataset_info(str(result))
     assert [_meaning(each) for each in info.columns] == [_meaning(each) for each in added.columns]
+    warn_of_other_numbers(info.columns, added.columns)
     for split in SPLITS:
         if any((result / split).iterdir()):
             (result / split).rename(folder / split / parts[-1])

@@ -1,5 +1,6 @@
 """What the training part of a log says of its columns of numbers: kept in `dataset.json`, for transforms of inputs."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from pipelines.features import Column
 from pipelines.known_numbers import NumberStatistics
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.source import Description, sample_column, value_column
+
+logger = logging.getLogger(__name__)
 
 STEPS = 100
 """Quantiles are kept at this many equal steps of probability."""
@@ -45,6 +48,26 @@ def with_statistics(
     return tuple(
         replace(column, statistics=found[places[column]]) if column in places else column for column in about.columns
     )
+
+
+def warn_of_other_numbers(earlier: Sequence[Column], delivered: Sequence[Column]) -> None:
+    """Say where a delivery's numbers are not like those that a data set began with, by which models measure them: of a
+    column in another unit, half of the values lie where hardly any did; one that is no longer filled has none."""
+    began = {(column.part, column.name): column.statistics for column in earlier}
+    for column in delivered:
+        had, has = began[column.part, column.name], column.statistics
+        # Where nearly all is missing, there are no quantiles but the ends.
+        if had is None or has is None or len(had.quantiles) <= STEPS:
+            continue
+        low, middle, high = (had.quantiles[place] for place in (1, STEPS // 2, STEPS - 1))
+        if not has.count:
+            logger.warning("%s %s is missing in every row of this delivery", column.part, column.name)
+        elif len(has.quantiles) > STEPS and not low <= has.quantiles[STEPS // 2] <= high:
+            logger.warning(
+                "half of the numbers %s %s of this delivery lie beyond 99%% of those that the data set began with, the "
+                "middle one is %.6g and was %.6g: are they in the same unit?",
+                *(column.part, column.name, has.quantiles[STEPS // 2], middle),
+            )
 
 
 def _place(column: Column, about: Description) -> tuple[str, str]:

@@ -186,3 +186,22 @@ def test_a_data_set_without_state_is_not_extended(tmp_path: Path, capsys: pytest
     assert not (out / "state").exists()
     assert run(tmp_path / "day0", "--extend", out) == 1
     assert "keeps no state to go on from: prepare it with event_log, without --no-state" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda dwell: dwell * 1000 + 5000, "half of the numbers event dwell of this delivery lie beyond 99% of those"),
+        (lambda dwell: None, "event dwell is missing in every row of this delivery"),
+        (lambda dwell: dwell if dwell > 30 else None, None),
+    ],
+)
+def test_numbers_in_another_unit_than_the_first_delivery_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[float], float | None], message: str | None
+) -> None:
+    out, _ = first_day(tmp_path)
+    rows = [{**row, "dwell": change(row["dwell"])} for row in day_of(1, range(4), 9)]
+    assert run(write_day(tmp_path / "next", rows), "--extend", out) == 0
+    told = [record.message for record in caplog.records if "dwell" in record.message]
+    assert len(told) == (message is not None)
+    assert message is None or told[0].startswith(message)
