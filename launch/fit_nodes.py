@@ -60,7 +60,7 @@ class Question:
         Raises:
             SlurmError: the job has been given another number of nodes than it was sent for.
         """
-        nodes = slurm_queue.run(["scontrol", "show", "hostnames", listed]).stdout.split()
+        nodes = slurm_queue.node_names(listed)
         if len(nodes) != self.steps.nodes:
             raise SlurmError(
                 f"the allocation has {len(nodes)} nodes, the job was sent for {self.steps.nodes}: submit it again with "

@@ -11,7 +11,7 @@ from trainer.command_line import Finding
 def look_at_cluster() -> Iterator[Finding]:
     """Controller, partitions with their limits and GPUs, accounting and your accounts, requeueing."""
     try:
-        version = slurm_queue.run(["sinfo", "--version"]).stdout.strip()
+        version = slurm_queue.run(["sinfo", "--version"]).stdout.strip().rpartition("\n")[2]
         config = slurm_queue.run(["scontrol", "show", "config"])
     except SlurmError as error:
         yield Finding(ok=False, text=str(error))
@@ -47,12 +47,13 @@ def _accounts(*, enforced: bool) -> Iterator[Finding]:
     if told.returncode != 0:
         yield Finding(ok=True, text=f"your accounts are not known: {' '.join(told.stderr.split())}")
         return
-    if not told.stdout.strip() and enforced:
+    rows = _rows(told.stdout, columns=4)
+    if not rows and enforced:
         yield Finding(
             ok=False, text=f"accounting knows no account of {user}, and takes no job without one: ask for one"
         )
-    for line in told.stdout.splitlines():
-        account, partition, qualities, default = (word.strip() for word in line.split("|"))
+    for row in rows:
+        account, partition, qualities, default = (word.strip() for word in row)
         where = f" in partition {partition}" if partition else ""
         usual = f", {default} unless you say another" if default else ""
         yield Finding(
@@ -66,8 +67,7 @@ def _partitions() -> Iterator[Finding]:
         yield Finding(
             ok=False, text=f"no partition may be used: {' '.join(sinfo.stderr.split()) or 'sinfo lists none'}"
         )
-    for line in sinfo.stdout.splitlines():
-        name, up, nodes, used, cpus, memory, gres, limit, size = line.split("|")
+    for name, up, nodes, used, cpus, memory, gres, limit, size in _rows(sinfo.stdout, columns=9):
         idle = used.rpartition("/")[2]
         text = f"partition {name}: {nodes} nodes ({idle} idle), {cpus} cores, {memory} MiB, "
         text += f"{'no GPUs' if gres == '(null)' else gres}, at most {limit} and {size} nodes a job"
@@ -75,3 +75,8 @@ def _partitions() -> Iterator[Finding]:
             yield Finding(ok=False, text=f"{text}; it is {up}")
         else:
             yield Finding(ok=True, text=text)
+
+
+def _rows(output: str, *, columns: int) -> list[list[str]]:
+    """The lines that are rows of a table; a site's wrapper may greet before them."""
+    return [row for line in output.splitlines() if len(row := line.split("|")) == columns]

@@ -301,14 +301,22 @@ def node_address(node: str) -> str:
     """Where other nodes reach a node; its name where Slurm tells nothing else.  The name may be one that Slurm alone
     knows."""
     scontrol = run(["scontrol", "--oneliner", "show", "node", node])
-    return fields_of(scontrol.stdout).get("NodeAddr", node)
+    told = [fields_of(line) for line in scontrol.stdout.splitlines() if line.startswith("NodeName=")]
+    return told[-1].get("NodeAddr", node) if told else node
+
+
+def node_names(listed: str) -> list[str]:
+    """The names in a list as Slurm writes it, n[1-2]."""
+    told = run(["scontrol", "show", "hostnames", listed]).stdout.splitlines()
+    # Around them a site's wrapper may greet.
+    return [line for line in told if re.fullmatch(r"[\w.-]+", line)]
 
 
 def lost_nodes(nodes: str, patience_s: float = 0.0, cluster: str = "") -> dict[str, str]:
     """Those of `nodes`, a list as Slurm writes it, that are down or silent, with Slurm's word for it."""
     ask = ["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]
-    told = [line.split(maxsplit=1) for line in run(ask, patience_s, _asking(cluster)).stdout.splitlines()]
-    states = {words[0]: words[1].strip() for words in told if len(words) == 2}
+    told = [line.split() for line in run(ask, patience_s, _asking(cluster)).stdout.splitlines()]
+    states = {words[0]: words[1] for words in told if len(words) == 2}
     lost = ("down", "fail", "*", "unk")
     return {node: state for node, state in states.items() if any(word in state.lower() for word in lost)}
 

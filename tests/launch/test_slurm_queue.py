@@ -190,6 +190,18 @@ def test_what_is_no_jobs_number_is_no_job(tmp_path: Path, commands: Callable[...
             connection.submit(asked, check(connection.scheduler, asked))
 
 
+def test_nodes_are_found_beside_what_a_site_says(commands: Callable[..., None]) -> None:
+    greets = "echo '*** Welcome to west: maintenance=Tuesday NodeAddr=help@site ***'"
+    address = "echo NodeName=n1 NodeAddr=10.0.0.7"
+    commands(
+        scontrol=f"{greets}; case $* in *hostnames*) printf 'n1\\nn2.site\\n' ;; *) {address} ;; esac",
+        sinfo=f"{greets}; printf 'n1 allocated\\nn2 down*\\n'",
+    )
+    assert slurm_queue.node_names("n[1-2]") == ["n1", "n2.site"]
+    assert slurm_queue.node_address("n1") == "10.0.0.7"
+    assert slurm_queue.lost_nodes("n[1-2]") == {"n2": "down*"}
+
+
 @pytest.mark.parametrize("number", ["17", "17;", "17\n"])
 def test_a_jobs_number_is_found_beside_what_a_site_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None], number: str
