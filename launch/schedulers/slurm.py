@@ -28,12 +28,12 @@ from launch.schedulers.slurm_doctor import look_at_cluster
 from launch.schedulers.slurm_queue import SlurmJob
 from launch.schedulers.slurm_reasons import why_it_waits
 from launch.schedulers.slurm_script import SCRIPT, SlurmRequest, option
-from trainer.command_line import Finding
+from trainer.command_line import Finding, WrongUse
 
 logger = logging.getLogger(__name__)
 
 OURS = {
-    "array": "sweep",
+    "array": "sweep, of which array=%4 starts at most 4 runs at a time",
     "chdir": "--run-dir",
     "container-image": "--image",
     "container-mounts": "--mount",
@@ -107,9 +107,11 @@ class Slurm(DirWorkspaceMixin, Scheduler[dict[str, CfgVal]]):
             words = "the job asks for %s cores a node and no GPU: where nodes have GPUs, name their type with --machine"
             logger.warning(words, options.get("cpus-per-task", "Slurm's usual"))
         options |= {"chdir": job_dir, "output": BATCH_OUTPUT, "open-mode": "append"}
-        job_dirs = [job_dir]
+        job_dirs, at_once = [job_dir], given.get("array", "")
+        if at_once and len(app.roles) == 1:
+            raise WrongUse(f"--option array={at_once} is for a sweep's many runs: leave it out")
         if len(app.roles) > 1:
-            options |= {"array": f"0-{len(app.roles) - 1}", "output": ARRAY_OUTPUT.format("%a")}
+            options |= {"array": f"0-{len(app.roles) - 1}{at_once}", "output": ARRAY_OUTPUT.format("%a")}
             job_dirs = [
                 str(records.folder_of(Path(member.metadata["run_dir"]), Path(job_dir).name)) for member in app.roles
             ]
@@ -298,7 +300,7 @@ def _container(role: Role, job_dir: Path) -> list[str]:
 
 def _sbatch_option(key: str, value: str) -> dict[str, CfgVal]:
     key = key.lstrip("-").replace("_", "-")
-    if key in OURS:
+    if key in OURS and not (key == "array" and re.fullmatch(r"%\d+", value)):
         raise ValueError(f"--option {key}={value}: the job sets sbatch's --{key} itself (from {OURS[key]})")
     if key == "container":
         raise ValueError(

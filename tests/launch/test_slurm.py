@@ -17,6 +17,7 @@ from launch.environment import FIT
 from launch.schedulers.slurm import OURS
 from launch.schedulers.slurm_script import SlurmRequest
 from launch.submit import check, connected
+from launch.sweep import runs_of
 from launch.workspace import ROOT
 from tests.launch.test_component import request
 from trainer.exit_status import WRONG_USE
@@ -78,6 +79,14 @@ def test_any_option_of_sbatch_passes_and_takes_the_place_of_ours() -> None:
     assert {option.partition("=")[0] for option in options}.isdisjoint({"--requeue", "--gpus-per-node"})
 
 
+def test_a_sweep_may_start_a_few_runs_at_a_time() -> None:
+    base = request(overrides=["seed=0..3"], options=["array=%2"])
+    runs = runs_of(base)
+    with connected("slurm") as connection:
+        script = str(connection.dry_run_of_sweep(runs, base, check(connection.scheduler, runs[0])))
+    assert "--array=0-3%2" in _options(script)
+
+
 def test_when_a_job_may_start_is_not_asked_of_its_successors() -> None:
     script = _script(options=["hold=", "begin=now+1hour", "account=abc"])
     assert script.splitlines()[0].startswith("sbatch --parsable --hold --begin=now+1hour ")
@@ -96,6 +105,7 @@ def test_options_that_the_job_sets_are_refused(key: str) -> None:
     [
         ({"options": ["p=main"]}, "--option p=main: give the long name"),
         ({"options": ["comment=a\nb"]}, "--option comment: its value must be one line"),
+        ({"options": ["array=%4"]}, "--option array=%4 is for a sweep's many runs"),
         ({"mounts": ["/d:/d"]}, "--mount has no effect with scheduler slurm without --image"),
         ({"options": ["container-name=a"]}, "--option container-name has no effect .* without --image"),
         ({"image": "i", "mounts": ["claim:/d"]}, "--mount claim:/d: on slurm give SRC as an absolute path"),
