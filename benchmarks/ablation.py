@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.measured_on import device
-from benchmarks.trainings import Training, seeded, train_all
+from benchmarks.quality.trainings import Training, seeded, train_all
 
 RECIPE, SEEDS = "kuairand_sample", (0, 1, 2)
 RESULTS = Path("benchmarks/results/ablation.json")

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crash import SETTINGS
-from benchmarks.small_disks import make_image, mounted, run_tool
+from benchmarks.crash.campaign import SETTINGS
+from benchmarks.crash.small_disks import make_image, mounted, run_tool
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.run.run_dir import RunDir
 

@@ -2,8 +2,9 @@
 
 Run: python -m benchmarks.id_kinds [--rows 128] [--events 30000] [--seeds 3] [--work DIR] [--json FILE]
 
-The log is made up (`benchmarks/drifting_log.py`): 60 items at a time, all replaced ten times, so 660 in all.  `own_log`
-is trained once over the first 97% of it in the order of time and asked for the rest, where five items of six are known.
+The log is made up (`benchmarks/made_up/drifting_log.py`): 60 items at a time, all replaced ten times, so 660 in all.
+`own_log` is trained once over the first 97% of it in the order of time and asked for the rest, where five items of six
+are known.
 """
 
 import argparse
@@ -13,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.drifting_log import write_drifting_log
+from benchmarks.made_up.drifting_log import write_drifting_log
 from benchmarks.measured_on import device
-from benchmarks.trainings import Training, prepare, seeded, train_all
+from benchmarks.quality.trainings import Training, prepare, seeded, train_all
 
 ALIVE, LIVES = 60, 10
 SCHEMA = """

@@ -1,6 +1,6 @@
 """Speed and memory of one HSTU layer on a GPU: peers' rows, lengths, recomputation, FP8, a breakdown.
 
-Run on a GPU: python -m benchmarks.layer [--json FILE]; then on any machine: python -m benchmarks.layer_plot
+Run on a GPU: python -m benchmarks.layer [--json FILE]; then on any machine: python -m benchmarks.shown.layer_plot
 
 All layers run over 131,072 tokens in sequences of equal length, bfloat16, two layers deep, on random inputs.  Times are
 medians of `triton.testing.do_bench`.  FLOPs count allowed pairs, and no recomputation (`trainer.models.flops`).

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.made_up_shop import DAY, SCHEMA, START, Day, shop_days, write_delivery
+from benchmarks.made_up.prepared_rows import check_against_log, differing_columns
+from benchmarks.made_up.shop import DAY, SCHEMA, START, Day, shop_days, write_delivery
 from benchmarks.measured_on import measured_on
-from benchmarks.prepared_rows import check_against_log, differing_columns
 
 DAYS, MAX_HISTORY = 3, 64
 SETTINGS = (

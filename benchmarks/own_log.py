@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.made_up_logs import KINDS
+from benchmarks.made_up.logs import KINDS
 from benchmarks.measured_on import device
-from benchmarks.trainings import Training, prepare, seeded, train_all
+from benchmarks.quality.trainings import Training, prepare, seeded, train_all
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig
 from pipelines.reading.loader import dataset_info

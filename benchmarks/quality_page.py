@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, days, demo, own_log, speed_tables
-from benchmarks.curve import YAMBDA
-from benchmarks.lengths import LENGTH
-from benchmarks.next_item import ML1M
-from benchmarks.rankers import ABLATION, RANKING
+from benchmarks import ablation, days, demo, own_log
+from benchmarks.quality.curve import YAMBDA
+from benchmarks.quality.lengths import LENGTH
+from benchmarks.quality.next_item import ML1M
+from benchmarks.quality.rankers import ABLATION, RANKING
+from benchmarks.shown import speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "speed.md")

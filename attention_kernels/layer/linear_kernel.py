@@ -107,7 +107,7 @@ def tiles(*, fp8: bool, silu: bool) -> dict[str, int]:
 
     Two programs fit a multiprocessor, so that one's epilogue hides behind the other's products.  Products with SiLU
     walk over tiles and store them in `HALVES`; a residual's loads would hold such a walk up.  Chosen from
-    `benchmarks.layer_products` (`benchmarks/results/layer_products.json`).
+    `benchmarks.one_off.layer_products` (`benchmarks/results/layer_products.json`).
     """
     if INTERPRETED:
         return {

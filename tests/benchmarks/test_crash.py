@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import crash
+from benchmarks.crash import campaign as crash
 from tests.support.small_data import small_dataset
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.made_up_shop import shop_days
+from benchmarks.made_up.shop import shop_days
 from benchmarks.next_days import three_days
 
 

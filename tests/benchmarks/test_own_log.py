@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.made_up_logs import KINDS
+from benchmarks.made_up.logs import KINDS
 from benchmarks.own_log import merged
 
 

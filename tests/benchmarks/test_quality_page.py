@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import quality_page
-from benchmarks.quality import TABLES
+from benchmarks.quality.tables import TABLES
 from benchmarks.quality_page import PAGES, RESULTS, ROOT, origin, page
 
 PLACE = re.compile(r"<!-- table (\w+) -->.*?<!-- end -->", re.DOTALL)

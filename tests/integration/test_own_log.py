@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.made_up_logs import interests_log
+from benchmarks.made_up.logs import interests_log
 from benchmarks.own_log import MADE_UP_COLUMNS
 from pipelines.baseline import baseline_scores
 from pipelines.config import DataConfig

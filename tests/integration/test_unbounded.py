@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.drifting_log import write_drifting_log
+from benchmarks.made_up.drifting_log import write_drifting_log
 from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
 from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.keys import LOWEST

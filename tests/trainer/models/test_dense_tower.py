@@ -3,7 +3,7 @@
 import torch
 
 from attention_kernels import SemiLocalMask
-from benchmarks.dirichlet import DenseTower
+from benchmarks.one_off.dirichlet import DenseTower
 from trainer.models.hstu import HstuLayer, HstuTower, Stage
 from trainer.models.layer import LayerSpec
 from trainer.models.layout import EventTimes, make_layout

@@ -1,6 +1,7 @@
 """SiLU against softmax attention on a synthetic stream with a growing vocabulary (HSTU paper, section 4.1.1).
 
-Run: python -m benchmarks.dirichlet [--json FILE] [--scale small|paper] [--seeds N] [--minutes M] [--factors F ...]
+Run: python -m benchmarks.one_off.dirichlet [--json FILE] [--scale small|paper] [--seeds N] [--minutes M]
+                                            [--factors F ...]
 
 Items belong to categories.  A record draws a concentration a ~ U(1, 4 x length) and up to five categories.  Event i
 repeats an earlier one at random with probability i / (a + i), so that counts decide (a Dirichlet process); otherwise it

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import lengths
 from benchmarks.cost import made_up_batch
-from benchmarks.lengths import LENGTH, RECIPE, SCORING, Cost, Lengths
-from benchmarks.trainings import Asked, Trained, Training
+from benchmarks.quality import lengths
+from benchmarks.quality.lengths import LENGTH, RECIPE, SCORING, Cost, Lengths
+from benchmarks.quality.trainings import Asked, Trained, Training
 from pipelines.overlap import StepPipeline
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan

@@ -3,12 +3,12 @@
 Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows NAME ...] [--seeds 5] [--jobs 5]
      python -m benchmarks.quality --table ml1m --show
 
-Tables are `ml1m` (`benchmarks.next_item`), `ranking`, `ablation` and `histories` (`benchmarks.rankers`, whose --source
-holds a folder a publisher, `kuairand` and `movielens`), `length` and `scoring` (`benchmarks.lengths`) and `yambda`
-(`benchmarks.curve`), which make their data.  The result goes to benchmarks/results/quality_TABLE.json, where rows that
-were not run stay, and of rankers and lengths seeds that were not (`--first-seed 3 --seeds 2` adds two to three), and
-from there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.  Where `--limit-s`
-ends runs, what they had by then counts.
+Tables are `ml1m` (`benchmarks.quality.next_item`), `ranking`, `ablation` and `histories` (`benchmarks.quality.rankers`,
+whose --source holds a folder a publisher, `kuairand` and `movielens`), `length` and `scoring`
+(`benchmarks.quality.lengths`) and `yambda` (`benchmarks.quality.curve`), which make their data.  The result goes to
+benchmarks/results/quality_TABLE.json, where rows that were not run stay, and of rankers and lengths seeds that were not
+(`--first-seed 3 --seeds 2` adds two to three), and from there to docs/quality.md (`benchmarks.quality_page`).  What is
+done under --work is used again.  Where `--limit-s` ends runs, what they had by then counts.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.curve import YAMBDA, Curve
-from benchmarks.lengths import LENGTH, SCORING, Lengths
-from benchmarks.next_item import ML1M, NextItem
-from benchmarks.rankers import ABLATION, HISTORIES, RANKING, T_95, Rankers
-from benchmarks.trainings import Asked
+from benchmarks.quality.curve import YAMBDA, Curve
+from benchmarks.quality.lengths import LENGTH, SCORING, Lengths
+from benchmarks.quality.next_item import ML1M, NextItem
+from benchmarks.quality.rankers import ABLATION, HISTORIES, RANKING, T_95, Rankers
+from benchmarks.quality.trainings import Asked
 
 RESULTS = Path("benchmarks/results")
 TABLES: Mapping[str, NextItem | Rankers | Lengths | Curve] = {
@@ -36,7 +36,9 @@ TABLES: Mapping[str, NextItem | Rankers | Lengths | Curve] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Models on public data, in a stated protocol.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description="Models on public data, in a stated protocol."
+    )
     parser.add_argument("--table", choices=list(TABLES), default="ml1m", help="which table")
     parser.add_argument("--source", type=Path, help="folder with the publisher's files; WORK/source if not given")
     parser.add_argument("--work", type=Path, help="folder for prepared data and runs")

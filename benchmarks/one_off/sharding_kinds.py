@@ -1,6 +1,6 @@
 """What a step's lookups and update of one small table cost under each sharding kind, on gloo processes of this machine.
 
-Run: python -m benchmarks.sharding_kinds [--rows 1000] [--dim 64] [--ids 20000] [--ranks 2] [--rounds 15]
+Run: python -m benchmarks.one_off.sharding_kinds [--rows 1000] [--dim 64] [--ids 20000] [--ranks 2] [--rounds 15]
 
 Forward, backward and update of the table alone, the kinds in turn within each round, so that other work on the machine
 meets all of them; medians of the slowest rank.

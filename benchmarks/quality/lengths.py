@@ -25,8 +25,17 @@ import torch
 from benchmarks.cost import made_up_batch
 from benchmarks.feed import synchronize
 from benchmarks.measured_on import device
+from benchmarks.quality.trainings import (
+    Asked,
+    Trained,
+    Training,
+    commit,
+    folder_of,
+    seeded,
+    train_all,
+    with_known_seeds,
+)
 from benchmarks.step import Case, measure
-from benchmarks.trainings import Asked, Trained, Training, commit, folder_of, seeded, train_all, with_known_seeds
 from pipelines.config import SYNTHETIC_PATH
 from pipelines.reading.loader import dataset_info
 from trainer.build import build_parallel, machine_of, make_plan

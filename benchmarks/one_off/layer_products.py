@@ -1,6 +1,6 @@
 """Times the products and row kernels of an HSTU layer one by one, so that tiles and fusions are chosen by measurement.
 
-Run on a GPU: python -m benchmarks.layer_products [--json FILE]
+Run on a GPU: python -m benchmarks.one_off.layer_products [--json FILE]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Draws benchmarks/results/attention.svg from the figures that `benchmarks.attention` saved.
 
-Run: python -m benchmarks.attention_plot [--json FILE] [--svg FILE].  Needs nothing but the standard library.
+Run: python -m benchmarks.shown.attention_plot [--json FILE] [--svg FILE].  Needs nothing but the standard library.
 """
 
 import argparse

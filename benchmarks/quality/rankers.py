@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, seeded, train_all, with_known_seeds
+from benchmarks.quality.trainings import (
+    Asked,
+    Trained,
+    Training,
+    folder_of,
+    prepare,
+    seeded,
+    train_all,
+    with_known_seeds,
+)
 from trainer.steps.step_log import peak_flops
 
 RECIPE = "own_log"

@@ -1,7 +1,7 @@
 """What torch.compile adds: to the plain layer, to the fused one, and to a ranker's dense part around its layers.
 
-Run on a GPU: python -m benchmarks.compilation [--json FILE]
-On a CPU, to see that it runs: python -m benchmarks.compilation --small
+Run on a GPU: python -m benchmarks.one_off.compilation [--json FILE]
+On a CPU, to see that it runs: python -m benchmarks.one_off.compilation --small
 
 Times are of a forward and a backward pass, bfloat16 on a GPU: medians on the device's clock.  The ranker (encoder, 6
 layers, heads, loss) reads 16 made-up histories of 4,096 events and 8 candidates each; its tables are not in it.

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.small_disks import SmallDisk
+from benchmarks.crash.small_disks import SmallDisk
 
 ROOM = 300_000
 """Bytes that a file may have at most when files may grow no longer; less at random."""

@@ -1,7 +1,7 @@
 """Measures tile sizes of the attention kernels; what it finds is written by hand into
 `attention_kernels/attention/portable/tuning.py`.
 
-Run on a GPU: python -m benchmarks.attention_tuning [--lengths 2048 16384] [--json FILE]
+Run on a GPU: python -m benchmarks.one_off.attention_tuning [--lengths 2048 16384] [--json FILE]
 
 Times are of replayed CUDA graphs, so that the host's part is left out.  Every variant is checked against the float64
 reference on a small jagged batch before it is timed.

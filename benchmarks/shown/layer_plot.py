@@ -1,6 +1,6 @@
 """Draws benchmarks/results/layer.svg: time of a layer by length, where it goes, and whole towers.
 
-Run: python -m benchmarks.layer_plot [--layer FILE] [--tower FILE] [--svg FILE] on what `benchmarks.layer` and
+Run: python -m benchmarks.shown.layer_plot [--layer FILE] [--tower FILE] [--svg FILE] on what `benchmarks.layer` and
 `benchmarks.tower` saved.  Needs nothing but the standard library.
 """
 
@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.svg import line, text
+from benchmarks.shown.svg import line, text
 
 RESULTS = Path("benchmarks/results")
 COLOURS = {"full causal": "#444444", "semi-local 256 + 256": "#d95f02"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.trainings import Training, commit, score_all, train, train_all, with_known_seeds
+from benchmarks.quality.trainings import Training, commit, score_all, train, train_all, with_known_seeds
 
 
 @pytest.fixture

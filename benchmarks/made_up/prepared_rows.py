@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.made_up_shop import ACTIONS, Day, newest
+from benchmarks.made_up.shop import ACTIONS, Day, newest
 from pipelines.features import Column, DatasetInfo
 from pipelines.storage.dataset_json import read_dataset_info
 

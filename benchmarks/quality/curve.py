@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.trainings import Asked, Training, seeded, train_all
+from benchmarks.quality.trainings import Asked, Training, seeded, train_all
 from pipelines.config import SYNTHETIC_PATH
 
 LABEL = "match"

@@ -30,8 +30,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.crash_faults import DAMAGES, DISK_FAULTS, FAULTS, UNFELT, damage, family, saves, text_of
-from benchmarks.small_disks import SmallDisk, small_disk
+from benchmarks.crash.faults import DAMAGES, DISK_FAULTS, FAULTS, UNFELT, damage, family, saves, text_of
+from benchmarks.crash.small_disks import SmallDisk, small_disk
 from tests.support.small_data import small_dataset
 
 STEPS = 240
@@ -367,7 +367,9 @@ def write_outcomes(file: Path, outcomes: dict[str, Outcome]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Strike a training run until it ends.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.crash", description="Strike a training run until it ends."
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--ranks", choices=["1", "2", "3", "4", ANY], default="2")

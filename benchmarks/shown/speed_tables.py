@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.next_item import ML1M
+from benchmarks.quality.next_item import ML1M
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 SHOWN = (
     ("full causal", 2048),
     ("full causal", 8192),

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import curve
-from benchmarks.curve import YAMBDA
-from benchmarks.trainings import Asked, Trained, Training
+from benchmarks.quality import curve
+from benchmarks.quality.curve import YAMBDA
+from benchmarks.quality.trainings import Asked, Trained, Training
 from pipelines.reading.loader import dataset_info
 from trainer.recipes import load_recipe
 from trainer.resolve import resolve

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.trainings import Asked, Trained, Training, folder_of, prepare, score_all, seeded, train_all
+from benchmarks.quality.trainings import Asked, Trained, Training, folder_of, prepare, score_all, seeded, train_all
 from pipelines.storage.dataset_json import read_dataset_info
 from trainer.recipes import load_recipe
 

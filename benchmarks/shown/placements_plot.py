@@ -1,7 +1,7 @@
 """Draws benchmarks/results/placements.svg: a step's table time and peak memory, predicted against measured.
 
-Run: python -m benchmarks.placements_plot [--results FILE] [--svg FILE] on what `benchmarks.placements` saved.  Needs
-nothing but the standard library.
+Run: python -m benchmarks.shown.placements_plot [--results FILE] [--svg FILE] on what `benchmarks.placements` saved.
+Needs nothing but the standard library.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.svg import line, text
+from benchmarks.shown.svg import line, text
 
 RESULTS = Path("benchmarks/results")
 SIDE, TOP, LEFTS = 300, 40, (60, 440)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import next_item, quality, rankers
-from benchmarks.next_item import METRICS, ML1M, Cell, Row
-from benchmarks.rankers import ABLATION, HISTORIES, RANKING, RATES, RECIPE, Rankers
-from benchmarks.trainings import Asked, Trained, Training
+from benchmarks.quality import next_item, rankers
+from benchmarks.quality import tables as quality
+from benchmarks.quality.next_item import METRICS, ML1M, Cell, Row
+from benchmarks.quality.rankers import ABLATION, HISTORIES, RANKING, RATES, RECIPE, Rankers
+from benchmarks.quality.trainings import Asked, Trained, Training
 from tests.support.batches import small_selection
 from trainer.models.ranker import build_ranker_tower
 from trainer.recipes import load_recipe

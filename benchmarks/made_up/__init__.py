@@ -1,0 +1,1 @@
+"""Logs of which the truth is known."""
