@@ -396,7 +396,3 @@ def main() -> None:
     for outcome in outcomes.values():
         total.add(outcome)
     print(json.dumps(total.summary(), indent=1))
-
-
-if __name__ == "__main__":
-    main()

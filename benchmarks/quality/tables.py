@@ -90,7 +90,3 @@ def main() -> None:
         named.measure(asked, report)
         file.write_text(json.dumps(report, indent=1) + "\n")
     print(named.table(report))
-
-
-if __name__ == "__main__":
-    main()
