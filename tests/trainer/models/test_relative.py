@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_kernels.attention import interface
+from attention_kernels.attention import checks, interface
 from attention_kernels.attention.portable import launchers as portable
 from attention_kernels.layer import operations
 from trainer.models.layer import LayerBatch, plain_layer
 from trainer.models.layer_config import LayerConfig
 from trainer.models.layout import EventTimes, SequenceLayout, make_layout
 from trainer.models.relative import RelativeLayer, RelativeTower
-from trainer.models.relative_config import RelativeBiasConfig
+from trainer.models.relative_config import MAX_TIME_BUCKETS, RelativeBiasConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIM, LENS, PADDING = 16, [9, 0, 17, 1], 4
@@ -64,17 +64,16 @@ def test_a_layers_own_backward_is_that_of_autograd(settings: dict[str, Any]) -> 
         torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_kernels_equal_the_plain_layers(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_equal_the_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 against float64; padding behind the sequences changes nothing."""
     tower = tower_of()
     wanted = plain(tower)
     monkeypatch.setattr(operations, "layer_backend", lambda x: "triton")
     monkeypatch.setattr(interface, "_choose_backend", lambda *_, biased: portable if biased else None)
     tower.to(DEVICE, torch.float32)
-    x, layout, times = events(padded=padded)
+    x, layout, times = events(padded=True)
     of_lens = (each.to(DEVICE) for each in (layout.history_lens, layout.num_candidates))
-    layout = make_layout(*of_lens, layout.history_lens_host, layout.num_candidates_host, padded=padded)
+    layout = make_layout(*of_lens, layout.history_lens_host, layout.num_candidates_host, padded=True)
     x = x.detach().to(DEVICE, torch.float32).requires_grad_()
     out = tower.at_events(x, layout, EventTimes(*(each.to(DEVICE) for each in times)))[: sum(LENS)]
     found = differentiated(tower, out, x)
@@ -82,6 +81,13 @@ def test_kernels_equal_the_plain_layers(padded: bool, monkeypatch: pytest.Monkey
     for actual, expected in zip(found, wanted, strict=True):
         scale = float(expected.abs().max())
         torch.testing.assert_close(actual.double().cpu() / scale, expected / scale, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 257])
+def test_as_many_time_buckets_as_a_byte_tells_apart(count: int) -> None:
+    assert MAX_TIME_BUCKETS == checks.MAX_TIME_BUCKETS
+    with pytest.raises(ValueError, match=f"num_time_buckets must lie in 1 to 256, got {count}"):
+        RelativeBiasConfig(num_time_buckets=count)
 
 
 def test_what_is_kept_of_a_layer_has_no_pair_of_events_in_it() -> None:
