@@ -55,10 +55,11 @@ def log_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
 
 
 def bucket_starts(num_buckets: int) -> Tensor:
-    """[G] int64: the smallest distance that `log_bucket` puts into each bucket; 2**63 - 1 where there is none."""
-    wanted = torch.arange(num_buckets)
+    """[G] int64 in host memory: the smallest distance that `log_bucket` puts into each bucket there; 2**63 - 1 where
+    there is none."""
+    wanted = torch.arange(num_buckets, device="cpu")
     # Behind every distance that is too small, by halving.
-    small, large = torch.zeros(num_buckets, dtype=torch.int64), torch.full((num_buckets,), 2**62)
+    small, large = torch.zeros_like(wanted), torch.full_like(wanted, 2**62)
     while bool((large - small > 1).any()):
         middle = (small + large) // 2
         reached = log_bucket(middle, num_buckets) >= wanted
@@ -138,7 +139,8 @@ def _places(plan: AttentionPlan) -> _Places:
         index_N = torch.arange(times.longest, device=plan.offsets.device)
         times.made["places"] = _Places(
             rectangle=rectangle,
-            buckets_BNN=log_bucket(apart_BNN, times.bucket_starts.shape[0]),
+            # Not by `log_bucket`: devices' logarithms differ in their last bit.
+            buckets_BNN=torch.bucketize(apart_BNN.clamp(min=1), times.bucket_starts, right=True) - 1,
             distance_NN=index_N[:, None] - index_N[None, :],
         )
     places: _Places = times.made["places"]

@@ -54,6 +54,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "tower": speed_tables.tower,
     "step": speed_tables.step,
     "recording": speed_tables.recording,
+    "biases": speed_tables.biases,
 }
 """What makes each table."""
 _PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -152,7 +152,8 @@ def pair_sums_kernel(
         o_row += ROWS
         b_next, next_bucket = load_pairs(of_head, buckets, start, o_row, o_distance, n, longest)
         b_distance += b_dscore
-        b_bucket += tl.where(bucket[None, :] == o_bucket[:, None], b_dscore[None, :], 0.0)
+        # Not a sum with `where`, which takes an instruction more than an addition under a condition.
+        b_bucket = tl.where(bucket[None, :] == o_bucket[:, None], b_bucket + b_dscore[None, :], b_bucket)
     slot = i_h.to(tl.int64) * B + i_b
     p_distance = by_distance + (slot * blocks + i_d) * DISTANCES + tl.arange(0, DISTANCES)
     tl.store(p_distance, tl.sum(b_distance.reshape(ROWS, DISTANCES), 0))

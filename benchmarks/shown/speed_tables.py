@@ -143,6 +143,17 @@ def recording() -> str:
     return _table(("", "launched, ms", "replayed, ms"), lines)
 
 
+def biases() -> str:
+    """Milliseconds of kernels of a replayed step without relative biases and with them, and their ratio."""
+    rows = _read("relative_bias_h200")["rows"]
+    lines = []
+    for name in ("ml1m_hstu", "ml1m_hstu_large"):
+        none, new, old = (rows[f"{name}, {kind}"]["kernels_ms"] for kind in ("none", "new again", "old"))
+        with_ratio = (f"{ms:.2f} ({ms / none:.2f})" for ms in (new, old))
+        lines.append((f"`{name}`", f"{none:.2f}", *with_ratio))
+    return _table(("", "none", "in the kernels", "as PyTorch operations, before"), lines)
+
+
 def headline() -> str:
     """The README's figures: one of each kind of work, beside the best of others."""
     ours = {(row["mask"], row["length"]): row for row in _read("attention_h200")["rows"] if row["kernel"] == "ours"}

@@ -192,7 +192,7 @@ def made_up(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Relati
     plan = make_plan(
         offsets.to(device),
         SemiLocalMask(),
-        scale=1.0,
+        scale=case.key_size**-0.5,
         max_len=211,
         padded=case.padding > 0,
         backend="triton",

@@ -52,11 +52,14 @@ def choose_config(mask: SemiLocalMask, dtype: torch.dtype, head_size: int, *, bi
         return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=16, warps=8, stages=1))
     if biased:
         # Biases are looked up in the loop: prefetched like keys they would overflow the registers.
-        if dtype == torch.float32:
-            tile = TileConfig(rows=32, keys=32, warps=4, stages=1)
-            return AttentionConfig(forward=tile, dq=tile, dkdv=tile)
-        tile = TileConfig(rows=64, keys=64, warps=8, stages=1)
-        return AttentionConfig(forward=tile, dq=TileConfig(rows=64, keys=32, warps=8, stages=1), dkdv=tile)
+        middle = TileConfig(rows=32, keys=32, warps=4, stages=1)
+        few_keys = TileConfig(rows=32, keys=16, warps=4, stages=1)
+        if dtype != torch.float32:
+            return AttentionConfig(forward=TileConfig(rows=64, keys=32, warps=4, stages=1), dq=middle, dkdv=few_keys)
+        if head_size > 32:
+            return AttentionConfig(forward=middle, dq=middle, dkdv=middle)
+        few_rows = TileConfig(rows=16, keys=32, warps=4, stages=1)
+        return AttentionConfig(forward=few_rows, dq=few_rows, dkdv=few_keys)
     if dtype == torch.float32:
         tile = TileConfig(rows=64, keys=32, warps=4, stages=2)
         return AttentionConfig(forward=tile, dq=tile, dkdv=TileConfig(rows=32, keys=32, warps=4, stages=1))
