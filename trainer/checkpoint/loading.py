@@ -112,6 +112,8 @@ def check_fits(manifest: Manifest, needed: dict[str, tuple[str, tuple[int, ...]]
         ValueError: naming the first tensor that one lacks or that differs.
     """
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items()}
+    # Of a tensor without a value, as the borders of a number that never changes, nothing is stored.
+    needed = {name: (dtype, shape) for name, (dtype, shape) in needed.items() if 0 not in shape}
     missing, unknown = sorted(set(needed) - set(stored)), sorted(set(stored) - set(needed))
     if missing or unknown:
         problem = (

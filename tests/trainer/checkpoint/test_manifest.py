@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.stream.position import DataPosition
 from trainer.checkpoint.chunks import FileRecord
+from trainer.checkpoint.loading import check_fits
 from trainer.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, decode
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.region import Region
@@ -113,3 +114,13 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     for key in keys:
         yield (*path, key)
         yield from _paths(value[key], (*path, key))
+
+
+def test_a_tensor_without_a_value_is_nothing_that_a_checkpoint_lacks() -> None:
+    stored = {name: (each.dtype, each.shape) for name, each in MANIFEST.tensors.items()}
+    check_fits(MANIFEST, stored)
+    check_fits(MANIFEST, {**stored, "dense/numbers.borders": ("float32", (2, 0))})
+    with pytest.raises(ValueError, match=r"lacks 'dense/numbers.borders', which the model has"):
+        check_fits(MANIFEST, {**stored, "dense/numbers.borders": ("float32", (2, 1))})
+    with pytest.raises(ValueError, match=r"holds 'dense/step', which the model lacks"):
+        check_fits(MANIFEST, {"tables/item": stored["tables/item"]})
