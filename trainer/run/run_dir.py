@@ -20,7 +20,7 @@ from embeddings.records import from_dict
 from pipelines.storage.locks import locks
 from trainer.command_line import WrongUse
 from trainer.config import TrainConfig
-from trainer.run.writing import sync, write_json, written
+from trainer.run.writing import sync, whole_name, write_json, written
 from trainer.typed_values import ABSENT, differences, to_dict
 
 VOCABULARIES = "vocabularies"
@@ -240,11 +240,11 @@ class RunDir:
             raise WrongUse(f"--run-dir {self.path} is a file: name a directory")
         saved = self.saved_config()
         if saved is None:
-            # A job may make these before it writes config.json.
-            early: tuple[str, ...] = ("attempts.jsonl", "jobs", "lock", "logs")
+            # A job may make these before it has written config.json, or end while it writes it.
+            early: tuple[str, ...] = ("attempts.jsonl", "jobs", "lock", "logs", self.config_file.name)
             if not any(self.checkpoints.glob("*/COMPLETE")):
                 early += (self.checkpoints.name,)
-            if self.path.is_dir() and any(entry.name not in early for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(whole_name(entry.name) not in early for entry in self.path.iterdir()):
                 raise WrongUse(
                     f"--run-dir {self.path} exists and holds no config.json, so it is no run: use another one"
                 )

@@ -10,6 +10,8 @@ from typing import Any
 
 MEND = "make room or give access, then start the same command, which goes on from the newest checkpoint"
 """What is said where something cannot be written."""
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written, until it takes the place of the one that was there."""
 
 
 @contextmanager
@@ -51,9 +53,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def whole_name(name: str) -> str:
+    """The name of the file that one of this name becomes, or is: a process that ends while it replaces a file leaves a
+    part of the new one behind."""
+    return name.removesuffix(PARTIAL)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace the file as a whole, and let it reach the disk."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     with written(path):
         try:
             partial.write_text(text, encoding="utf-8")

@@ -140,7 +140,8 @@ def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
         pass
     with locked(run):
         pass
-    # A new run, as far as its configuration goes.
+    # A new run, as far as its configuration goes; also where the job was ended while it wrote that.
+    run.config_file.with_name("config.json.partial").write_text("{")
     run.check_same_run(CONFIG)
 
 
