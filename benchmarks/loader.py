@@ -36,7 +36,7 @@ import torch
 from benchmarks.measured_on import measured_on
 from pipelines.config import DataConfig, SyntheticConfig
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.write import SplitWriter, write_dataset_file
+from pipelines.prepare.samples.write import SplitWriter, write_dataset_file
 from pipelines.reading.loader import build_loader
 from pipelines.storage.source import Split
 from pipelines.synthetic import SyntheticSource

@@ -17,12 +17,13 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import duckdb
 
-from pipelines.prepare import amazon, event_log, kuairand, movielens, yambda
-from pipelines.prepare.event_log import EventLogOptions
 from pipelines.prepare.extension import extend
-from pipelines.prepare.movielens import MovielensOptions
+from pipelines.prepare.log import event_log
+from pipelines.prepare.log.event_log import EventLogOptions
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.stages import Load, prepare
+from pipelines.prepare.publishers import amazon, kuairand, movielens, yambda
+from pipelines.prepare.publishers.movielens import MovielensOptions
+from pipelines.prepare.samples.stages import Load, prepare
 
 DATASETS: Mapping[str, Load] = {
     "amazon2014": amazon.load_2014,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.prepare.engine import literal, quoted
-from pipelines.prepare.readings import Rule
+from pipelines.prepare.log.readings import Rule
 
 END = "(\\r\\n|\\n|\\r)"
 """Of a line."""

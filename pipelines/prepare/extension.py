@@ -16,12 +16,12 @@ from typing import Any
 
 from pipelines.counts import counts_as_dict, counts_of
 from pipelines.features import Column, DatasetInfo, Space, SplitInfo
-from pipelines.prepare.counts import counted_groups
 from pipelines.prepare.engine import connect
-from pipelines.prepare.number_statistics import warn_of_other_numbers
 from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.samples.counts import counted_groups
+from pipelines.prepare.samples.number_statistics import warn_of_other_numbers
+from pipelines.prepare.samples.stages import Load, workspace, write_prepared
 from pipelines.prepare.source import CountedGroup
-from pipelines.prepare.stages import Load, workspace, write_prepared
 from pipelines.prepare.state import STATE, check_state, read_state
 from pipelines.storage.dataset_json import DATASET_FILE, read_dataset_info
 

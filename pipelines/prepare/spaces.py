@@ -11,8 +11,8 @@ import duckdb
 
 from pipelines.features import UNKNOWN_ID, Space
 from pipelines.prepare.engine import quoted
-from pipelines.prepare.log_schema import SpaceOptions
-from pipelines.prepare.readings import SIGNED, UNSIGNED, WIDEST
+from pipelines.prepare.log.readings import SIGNED, UNSIGNED, WIDEST
+from pipelines.prepare.log.schema import SpaceOptions
 from pipelines.prepare.state import waiting
 from pipelines.storage.keys import HASH, LOWEST
 

@@ -3,7 +3,7 @@
     events_before         each user's newest events
     users_before          columns of samples, by user
     TABLE_before          the newest row of each user and item in files of attributes, also of those without an id yet
-    counts_GROUP_before   what was counted of each group (`pipelines.prepare.counts`)
+    counts_GROUP_before   what was counted of each group (`pipelines.prepare.samples.counts`)
     SPACE_waiting_before  keys that are too rare for an id yet, as text, and how often they came (`waiting`)
 
 The dictionaries of its spaces are stored already.  In an extension these tables stand beside those of the new log.
@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from pipelines.features import USER_ID, DatasetInfo
 from pipelines.prepare.engine import file_literal, literal, quoted, table_exists
-from pipelines.prepare.log_schema import ROW_LISTS, schema_from_dict
-from pipelines.prepare.log_tables import ITEMS, USERS, raw_name
+from pipelines.prepare.log.schema import ROW_LISTS, schema_from_dict
+from pipelines.prepare.log.tables import ITEMS, USERS, raw_name
+from pipelines.prepare.log.times import NANOSECONDS, YEAR_1990
 from pipelines.prepare.source import MISSING, CountedGroup, Description, sample_column, value_column
-from pipelines.prepare.times import NANOSECONDS, YEAR_1990
 
 STATE = "state"
 """The folder of the state, followed by the number of the part that it includes, if that is not the first."""

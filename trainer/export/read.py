@@ -21,7 +21,7 @@ from embeddings.initial_rows import fill
 from embeddings.key_map import UNKNOWN_KEY, WAYS, slots_of
 from embeddings.trained import TRAINED_ELSEWHERE
 from pipelines.prepare.engine import connect
-from pipelines.prepare.stages import workspace
+from pipelines.prepare.samples.stages import workspace
 from trainer.checkpoint.catalogue import open_catalogue
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.layout import dtype_name

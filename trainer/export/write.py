@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.features import UNKNOWN_ID
-from pipelines.prepare.stages import workspace
+from pipelines.prepare.samples.stages import workspace
 from pipelines.storage.checked_parquet import checked_writer
 from trainer.checkpoint.catalogue import Catalogue, Checkpoint, open_catalogue
 from trainer.checkpoint.chunks import ChunkError

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.prepare.__main__ import main
-from pipelines.prepare.stages import workspace
+from pipelines.prepare.samples.stages import workspace
 from pipelines.storage.dataset_json import read_dataset_info
 from tests.pipelines.prepare.test_event_log import HOUR, keys_of
 from tests.pipelines.prepare.test_extension import DAY, check_part, day_of, files_of, first_day, run, write_day

@@ -17,8 +17,8 @@ import pytest
 
 from pipelines.config import DataConfig
 from pipelines.prepare.__main__ import main
-from pipelines.prepare.kuairand import ACTIONS
-from pipelines.prepare.stages import workspace
+from pipelines.prepare.publishers.kuairand import ACTIONS
+from pipelines.prepare.samples.stages import workspace
 from pipelines.reading.loader import build_loader
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"

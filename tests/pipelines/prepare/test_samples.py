@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.prepare import samples
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.samples import UserEvents, cut, spans
-from pipelines.prepare.user_events import EVERYWHERE
+from pipelines.prepare.samples import cut as samples
+from pipelines.prepare.samples.cut import UserEvents, cut, spans
+from pipelines.prepare.samples.user_events import EVERYWHERE
 
 Range = tuple[int, int, int]
 

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines.counts import group_counts
-from pipelines.prepare.counts import shared_totals
-from pipelines.prepare.sorted_groups import whole_groups
+from pipelines.prepare.samples.counts import shared_totals
+from pipelines.prepare.samples.sorted_groups import whole_groups
 
 
 def batches(table: pa.Table, size: int) -> list[pa.RecordBatch]:

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.prepare import time_order
-from pipelines.prepare.time_order import TimeOrder
+from pipelines.prepare.samples import time_order
+from pipelines.prepare.samples.time_order import TimeOrder
 
 
 def samples(count: int, latest: int) -> pa.Table:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.prepare.kuairand import ACTIONS as KUAIRAND_ACTIONS
-from pipelines.prepare.kuairand import CONTEXT
+from pipelines.prepare.publishers.kuairand import ACTIONS as KUAIRAND_ACTIONS
+from pipelines.prepare.publishers.kuairand import CONTEXT
 from tests.pipelines.prepare.test_prepare import VIDEO_COLUMNS, prepare, read_back, rows_of, write_lines
 
 START = 1_600_000_000

@@ -8,7 +8,7 @@ from functools import partial
 import duckdb
 
 from pipelines.prepare.engine import literal, quoted
-from pipelines.prepare.readings import EXACT, SIGNED, TEXT, Reading, Rule, Stored
+from pipelines.prepare.log.readings import EXACT, SIGNED, TEXT, Reading, Rule, Stored
 
 NANOSECONDS = 10**9
 """Nanoseconds of a second.  Times are read in them, the finest unit that a file holds."""

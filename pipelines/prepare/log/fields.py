@@ -7,7 +7,7 @@ import duckdb
 from duckdb.sqltypes import DuckDBPyType
 
 from pipelines.prepare.engine import literal, quoted
-from pipelines.prepare.readings import TEXT
+from pipelines.prepare.log.readings import TEXT
 
 MIXED = "JSON"
 """The engine's type of a field of JSON whose values differ in kind from line to line."""

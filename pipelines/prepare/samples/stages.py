@@ -18,20 +18,20 @@ import pyarrow.parquet as pq
 
 from pipelines.counts import counts_as_dict
 from pipelines.features import ITEM_ID, ITEM_SPACE, Column, DatasetInfo, Space, SplitInfo
-from pipelines.prepare.counts import count_shared, counted_groups, keep_totals
 from pipelines.prepare.engine import connect, quoted, table_exists
-from pipelines.prepare.gathered import write_gathered
-from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.rare_items import merge_rare_items
-from pipelines.prepare.samples import cut
+from pipelines.prepare.samples.counts import count_shared, counted_groups, keep_totals
+from pipelines.prepare.samples.cut import cut
+from pipelines.prepare.samples.gathered import write_gathered
+from pipelines.prepare.samples.number_statistics import with_statistics
+from pipelines.prepare.samples.rare_items import merge_rare_items
+from pipelines.prepare.samples.split_time import check_sides, choose_split_time
+from pipelines.prepare.samples.summary import SampleCounter, event_statistics
+from pipelines.prepare.samples.time_order import TimeOrder
+from pipelines.prepare.samples.user_events import listed, whole_users
+from pipelines.prepare.samples.write import SplitWriter, write_dataset_file
 from pipelines.prepare.source import Description, value_column
-from pipelines.prepare.split_time import check_sides, choose_split_time
 from pipelines.prepare.state import STATE, write_state
-from pipelines.prepare.summary import SampleCounter, event_statistics
-from pipelines.prepare.time_order import TimeOrder
-from pipelines.prepare.user_events import listed, whole_users
-from pipelines.prepare.write import SplitWriter, write_dataset_file
 from pipelines.storage.checked_parquet import checked_writer
 from pipelines.storage.locks import locks
 from pipelines.storage.vocabulary import keys_digest

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from pipelines.features import ITEM_SPACE
-from pipelines.prepare.log_files import LogFile
-from pipelines.prepare.log_schema import Attributes, LogColumn, LogSchema
-from pipelines.prepare.readings import (
+from pipelines.prepare.log.files import LogFile
+from pipelines.prepare.log.readings import (
     NULL,
     TEXT,
     IdType,
@@ -26,8 +25,9 @@ from pipelines.prepare.readings import (
     read_number,
     read_words,
 )
+from pipelines.prepare.log.schema import Attributes, LogColumn, LogSchema
+from pipelines.prepare.log.times import read_time
 from pipelines.prepare.source import USER_SPACE
-from pipelines.prepare.times import read_time
 
 Read = Callable[[LogFile], Reading]
 Columns = Mapping[str, tuple[str, Read]]

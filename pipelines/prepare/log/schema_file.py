@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.features import NUMBER, Part
-from pipelines.prepare.log_schema import Attributes, LogColumn, LogSchema, SpaceOptions
+from pipelines.prepare.log.schema import Attributes, LogColumn, LogSchema, SpaceOptions
 
 TEXTS = (
     "user",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import duckdb
 
 from pipelines.prepare.engine import quoted
-from pipelines.prepare.log_files import LogFile
-from pipelines.prepare.log_rows import place_of
+from pipelines.prepare.log.files import LogFile
+from pipelines.prepare.log.rows import place_of
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import duckdb
 
 from pipelines.prepare.engine import execute, find_files, numbered, plain_file, require_files
-from pipelines.prepare.kuairand_videos import load_videos
-from pipelines.prepare.publisher_files import check_one_row_each, check_rows, csv_reader, parquet_reader
-from pipelines.prepare.raw_log import number_context, number_ids
+from pipelines.prepare.publishers.files import check_one_row_each, check_rows, csv_reader, parquet_reader
+from pipelines.prepare.publishers.kuairand_videos import load_videos
+from pipelines.prepare.publishers.raw_log import number_context, number_ids
 from pipelines.prepare.source import Cross, Description, GatheredRules, narrow_columns, narrow_spaces
 
 ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter")
@@ -42,7 +42,7 @@ BY_DAY = GatheredRules(
     },
     users=27_285,
 )
-"""The nearest that there is to the data of MLPerf's recommender (`pipelines.prepare.yambda`); rows are Pure's."""
+"""The nearest that there is to the data of MLPerf's recommender (`publishers.yambda`); rows are Pure's."""
 
 
 def load(connection: duckdb.DuckDBPyConnection, source: Path, scratch: Path) -> Description:

@@ -33,9 +33,9 @@ from pipelines.prepare.engine import (
     plain_name,
     quoted,
 )
-from pipelines.prepare.log_fields import as_text, fields_of, read_as, read_value
-from pipelines.prepare.readings import NULL, TEXT, Rule, Stored
-from pipelines.prepare.text_encoding import ENCODING, UTF_8, encoding_of, file_in_utf_8
+from pipelines.prepare.log.fields import as_text, fields_of, read_as, read_value
+from pipelines.prepare.log.readings import NULL, TEXT, Rule, Stored
+from pipelines.prepare.log.text_encoding import ENCODING, UTF_8, encoding_of, file_in_utf_8
 
 logger = logging.getLogger(__name__)
 

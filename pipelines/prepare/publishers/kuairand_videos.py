@@ -6,8 +6,8 @@ import duckdb
 
 from pipelines.features import Column, Space
 from pipelines.prepare.engine import execute, plain_file, quoted, require_files
-from pipelines.prepare.log_schema import SpaceOptions
-from pipelines.prepare.publisher_files import check_rows, csv_reader
+from pipelines.prepare.log.schema import SpaceOptions
+from pipelines.prepare.publishers.files import check_rows, csv_reader
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 
 IDS = {"author": "author_id", "music": "nullif(music_id, 0)"}

@@ -16,8 +16,8 @@ import duckdb
 import numpy as np
 
 from pipelines.features import ITEM_ID, ITEM_SPACE, USER_ID, Column, DatasetInfo, Space, SplitInfo
-from pipelines.prepare.number_statistics import with_statistics
 from pipelines.prepare.options import SampleOptions
+from pipelines.prepare.samples.number_statistics import with_statistics
 from pipelines.prepare.source import Description, GatheredRules
 from pipelines.storage.columns import IntArray
 from pipelines.storage.gathering import (

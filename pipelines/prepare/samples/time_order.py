@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.prepare.write import SplitWriter
+from pipelines.prepare.samples.write import SplitWriter
 from pipelines.storage.columns import IntArray
 
 PIECE_EVENTS = 1 << 14

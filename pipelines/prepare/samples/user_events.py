@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.features import ITEM_ID, UNKNOWN_ID, USER_ID, Column, Part
-from pipelines.prepare.counts import counted_before, with_user_counts
 from pipelines.prepare.engine import PROGRESS_SECONDS, quoted
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.samples import BoolArray, UserEvents, Values
-from pipelines.prepare.sorted_groups import READ_ROWS, whole_groups
+from pipelines.prepare.samples.counts import counted_before, with_user_counts
+from pipelines.prepare.samples.cut import BoolArray, UserEvents, Values
+from pipelines.prepare.samples.sorted_groups import READ_ROWS, whole_groups
 from pipelines.prepare.source import MISSING, Description, sample_column, value_column
 
 logger = logging.getLogger(__name__)

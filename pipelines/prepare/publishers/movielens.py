@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.prepare.engine import execute, find_files, numbered, plain_file, shuffled
-from pipelines.prepare.publisher_files import check_one_row_each, check_rows, csv_reader, delimited_reader
-from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
+from pipelines.prepare.publishers.files import check_one_row_each, check_rows, csv_reader, delimited_reader
+from pipelines.prepare.publishers.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
+from pipelines.prepare.samples.stages import Load
 from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
-from pipelines.prepare.stages import Load
 
 USER_COLUMNS = ("gender", "age", "occupation")
 RULES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import duckdb
 
 from pipelines.prepare.engine import ROWS_OF_A_FILE, execute, quoted
-from pipelines.prepare.log_files import ROW, LogFile
-from pipelines.prepare.readings import Reading, Rule
+from pipelines.prepare.log.files import ROW, LogFile
+from pipelines.prepare.log.readings import Reading, Rule
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import duckdb
 
 from pipelines.prepare.engine import execute, find_files, numbered, plain_file, shuffled
-from pipelines.prepare.publisher_files import check_rows, csv_reader, delimited_reader, json_reader
-from pipelines.prepare.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
+from pipelines.prepare.publishers.files import check_rows, csv_reader, delimited_reader, json_reader
+from pipelines.prepare.publishers.raw_log import RATING_ACTIONS, number_context, number_ids, rating_mask
 from pipelines.prepare.source import Description, narrow_columns, narrow_spaces
 
 RULES = {

@@ -14,8 +14,8 @@ import duckdb
 
 from pipelines.features import ITEM_SPACE, USER_ID, Column, DatasetInfo, Part
 from pipelines.prepare.engine import quoted
-from pipelines.prepare.log_files import attribute_paths, log_paths, open_files
-from pipelines.prepare.log_ids import (
+from pipelines.prepare.log.files import attribute_paths, log_paths, open_files
+from pipelines.prepare.log.ids import (
     add_earlier_attributes,
     leave_out_late_rows,
     make_events,
@@ -24,9 +24,12 @@ from pipelines.prepare.log_ids import (
     number_spaces,
     stored_keys,
 )
-from pipelines.prepare.log_rows import RowOptions, check_one_row_a_key, count_duplicates, read_rows
-from pipelines.prepare.log_schema import PARTS, LogColumn, LogSchema, SpaceOptions, schema_from_dict
-from pipelines.prepare.log_tables import (
+from pipelines.prepare.log.readings import TEXT, IdType
+from pipelines.prepare.log.rows import RowOptions, check_one_row_a_key, count_duplicates, read_rows
+from pipelines.prepare.log.schema import PARTS, LogColumn, LogSchema, SpaceOptions, schema_from_dict
+from pipelines.prepare.log.schema_file import read_schema
+from pipelines.prepare.log.spellings import Spelt, check_matches, check_spellings, warn_of_strangers
+from pipelines.prepare.log.tables import (
     ITEMS,
     RAW,
     USERS,
@@ -38,13 +41,10 @@ from pipelines.prepare.log_tables import (
     raw_name,
     space_types,
 )
-from pipelines.prepare.readings import TEXT, IdType
-from pipelines.prepare.schema_file import read_schema
+from pipelines.prepare.log.text_encoding import UTF_8
+from pipelines.prepare.log.times import NANOSECONDS
+from pipelines.prepare.samples.stages import Load
 from pipelines.prepare.source import USER_SPACE, Description, item_columns
-from pipelines.prepare.spellings import Spelt, check_matches, check_spellings, warn_of_strangers
-from pipelines.prepare.stages import Load
-from pipelines.prepare.text_encoding import UTF_8
-from pipelines.prepare.times import NANOSECONDS
 from pipelines.storage.dataset_json import read_dataset_info
 
 logger = logging.getLogger(__name__)

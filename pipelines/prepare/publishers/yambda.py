@@ -17,9 +17,9 @@ import duckdb
 
 from pipelines.features import Column, Space
 from pipelines.prepare.engine import execute, find_files, numbered
-from pipelines.prepare.log_schema import SpaceOptions
-from pipelines.prepare.publisher_files import check_rows, parquet_reader
-from pipelines.prepare.raw_log import number_context, number_ids
+from pipelines.prepare.log.schema import SpaceOptions
+from pipelines.prepare.publishers.files import check_rows, parquet_reader
+from pipelines.prepare.publishers.raw_log import number_context, number_ids
 from pipelines.prepare.source import Cross, Description, GatheredRules, narrow_columns, narrow_spaces
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 

@@ -13,13 +13,13 @@ import duckdb
 
 from pipelines.features import ITEM_SPACE, DatasetInfo, Space
 from pipelines.prepare.engine import quoted, table_exists
-from pipelines.prepare.log_schema import ROW_LISTS, LogColumn, LogSchema, SpaceOptions
-from pipelines.prepare.log_tables import ITEMS, RAW, USERS, log_columns, raw_name
-from pipelines.prepare.readings import WIDEST, IdType, Stored
+from pipelines.prepare.log.readings import WIDEST, IdType, Stored
+from pipelines.prepare.log.schema import ROW_LISTS, LogColumn, LogSchema, SpaceOptions
+from pipelines.prepare.log.tables import ITEMS, RAW, USERS, log_columns, raw_name
+from pipelines.prepare.log.times import NANOSECONDS
 from pipelines.prepare.source import MISSING, USER_SPACE, sample_column, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
-from pipelines.prepare.times import NANOSECONDS
 
 
 def stored_keys(connection: duckdb.DuckDBPyConnection, known: DatasetInfo) -> list[tuple[str, Stored]]:

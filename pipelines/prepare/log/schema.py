@@ -16,9 +16,9 @@ from pipelines.features import (
     Kind,
     Part,
 )
+from pipelines.prepare.log.text_encoding import UTF_8, check_encoding
+from pipelines.prepare.log.times import check_unit
 from pipelines.prepare.source import USER_SPACE
-from pipelines.prepare.text_encoding import UTF_8, check_encoding
-from pipelines.prepare.times import check_unit
 
 PARTS: tuple[Part, ...] = get_args(Part)
 ROW_LISTS: tuple[Part, ...] = ("event", "candidate", "label")
@@ -97,7 +97,7 @@ class LogSchema:
     time: str
     """The column that says when."""
     time_unit: str = "s"
-    """How times are written (`pipelines.prepare.times`)."""
+    """How times are written (`pipelines.prepare.log.times`)."""
     actions: tuple[str, ...]
     """Columns of 0 and 1, or one column of words with action_values."""
     action_values: tuple[str, ...] = ()

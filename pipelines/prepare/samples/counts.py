@@ -22,7 +22,7 @@ from pipelines.counts import ITEM, USER, USER_ITEM, Counts, group_counts
 from pipelines.features import ITEM_ID, UNKNOWN_ID, USER_ID, Column, Part
 from pipelines.prepare.engine import quoted, table_exists
 from pipelines.prepare.options import SampleOptions
-from pipelines.prepare.sorted_groups import READ_ROWS, whole_groups
+from pipelines.prepare.samples.sorted_groups import READ_ROWS, whole_groups
 from pipelines.prepare.source import CountedGroup, value_column
 
 IntArray = NDArray[np.int64]

@@ -1,0 +1,1 @@
+"""Publishers' data sets: one module each, and what reading their files shares."""
