@@ -18,7 +18,7 @@ _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.]?(\d{3})?(?: |$)")
 _ERROR = re.compile(r"\S+ \S+ (?:ERROR|CRITICAL) ")
 _ENDED = re.compile(r"\S+ \S+ rank (\d+) failed: it (.*)")
 _SAID = re.compile(
-    r"(?:error: |srun: error: |slurmstepd: error: |[\w.]*Error: ).*|"
+    r"(?:error: |srun: error: |slurmstepd(?:-\S+)?: error: |[\w.]*Error: ).*|"
     r".*: (?:not found|No such file or directory|Permission denied)$"
 )
 

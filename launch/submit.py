@@ -24,6 +24,7 @@ from launch.schedulers.protocol import Foreground, Scheduler
 from launch.workspace import ROOT, check_workspace, share_with_older
 from trainer.command_line import WrongUse, parse_window
 from trainer.run.run_dir import RunDir
+from trainer.run.writing import written
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +148,10 @@ def no_other_job(scheduler: Scheduler, requests: Sequence[Request], folder: Path
     with ExitStack() as stack:
         if not scheduler.needs_image:
             RunDir(folder).make()
-            jobs = records.folder_of(folder, "")
-            jobs.mkdir(exist_ok=True)
-            file = stack.enter_context((jobs / "lock").open("a"))
+            lock = records.folder_of(folder, "lock")
+            with written(lock):
+                lock.parent.mkdir(exist_ok=True)
+                file = stack.enter_context(lock.open("a"))
             # Where the file system has no locks, the second job ends with a line when it starts.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)

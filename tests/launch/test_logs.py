@@ -82,6 +82,7 @@ INNOCENT = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by 
         (["{1} rank 3 failed: it ended with status 1"], {3: [(1.5, "OSError: disk full")]}, 3, "disk full"),
         (["{1} rank 2 failed: it ended with status 1"], {}, 2, "status 1"),
         (["error: node n2 has no folder /x"], {}, None, "node n2 has no folder"),
+        (["slurmstepd-n1: error: StepId=1.2 exceeded memory limit"], {}, None, "exceeded memory limit"),
         (["{0} not a failure"], {0: []}, None, None),
     ],
 )
