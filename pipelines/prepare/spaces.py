@@ -4,6 +4,7 @@ A dictionary is the table `SPACE_ids` (SPACE_key, SPACE_id), stored beside the s
 the keys, and 0 is the unknown: missing, too rare, or new.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from pipelines.prepare.log.readings import SIGNED, UNSIGNED, WIDEST
 from pipelines.prepare.log.schema import SpaceOptions
 from pipelines.prepare.state import waiting
 from pipelines.storage.keys import HASH, LOWEST
+
+logger = logging.getLogger(__name__)
 
 WHOLE = frozenset({*SIGNED, *UNSIGNED, WIDEST})
 """DuckDB's types of the whole numbers that are read as keys."""
@@ -38,9 +41,12 @@ def number_keys(
     sources: Sequence[Keys],
     options: SpaceOptions,
     known: Space | None = None,
+    *,
+    of_label: bool = False,
 ) -> Space:
     """Make the dictionary of a space, unless its ids are made from the keys; where it is `known`, its ids stay and new
-    keys get the next, rare ones once they have come often enough in all deliveries together.
+    keys get the next, rare ones once they have come often enough in all deliveries together.  The classes of a label,
+    each an output of the models that predict it, get no more than there are rows.
 
     Raises ValueError if a new space has more keys than the stated rows have room for.
     """
@@ -62,6 +68,8 @@ def number_keys(
         f"CREATE TABLE new_keys AS SELECT key AS {key}, {last} + row_number() OVER (ORDER BY key) AS {identifier} FROM "
         f"({counted}) WHERE n >= {options.min_count}"
     )
+    if known and of_label:
+        _keep_to_rows(connection, known, key, identifier)
     if known:
         connection.execute(f"INSERT INTO {table} SELECT * FROM new_keys; DROP TABLE new_keys")
     else:
@@ -72,6 +80,19 @@ def number_keys(
     if used > rows and known is None:
         raise ValueError(f"space {name}: {used - 1} keys and the unknown need {used} rows, but rows is {rows}")
     return Space(name=name, rows=max(rows, used), used=used, keys=f"{name}_ids.parquet")
+
+
+def _keep_to_rows(connection: duckdb.DuckDBPyConnection, known: Space, key: str, identifier: str) -> None:
+    """Leave new keys without an id that there is no row for."""
+    beyond = f"FROM new_keys WHERE {identifier} >= {known.rows}"
+    [(count, first)] = connection.execute(f"SELECT count(*), min({key})::VARCHAR {beyond}").fetchall()
+    if count:
+        connection.execute(f"DELETE {beyond}")
+        logger.warning(
+            "%d new class(es) of %s, one is %r, find no row among its %d: they are unknown to models; to predict them, "
+            "prepare the data set again, with more rows",
+            *(count, known.name, first, known.rows),
+        )
 
 
 def _counted_on(connection: duckdb.DuckDBPyConnection, name: str, counted: str, min_count: int) -> str:

@@ -86,10 +86,12 @@ def number_spaces(
         key = quoted(f"{name}_key")
         if table_exists(connection, f"{name}_ids"):
             connection.execute(f"ALTER TABLE {quoted(f'{name}_ids')} ALTER {key} TYPE {types[name].name}")
-    return {
-        name: number_keys(connection, name, sources, schema.spaces.get(name, SpaceOptions()), earlier.get(name))
-        for name, sources in keys.items()
-    }
+    labels = {column.space for column in schema.of("label")}
+    found = {}
+    for name, sources in keys.items():
+        options = schema.spaces.get(name, SpaceOptions())
+        found[name] = number_keys(connection, name, sources, options, earlier.get(name), of_label=name in labels)
+    return found
 
 
 def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:

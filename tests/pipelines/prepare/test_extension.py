@@ -276,3 +276,27 @@ def test_a_rare_key_has_an_id_from_the_delivery_on_by_which_it_has_come_often_en
         assert run(source, *(new if day == 0 else ("--extend", out)), *options) == 0
         found.append(keys_of(out, space))
     assert found == [{1: often}, {1: often}, {1: often, 2: rare}, {1: often, 2: rare}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes"), [("", {1: "a", 2: "b"}), ("[spaces.mood]\nrows = 4", {1: "a", 2: "b", 3: "c"})]
+)
+def test_a_label_keeps_the_classes_that_there_are_rows_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: str, classes: dict[int, str]
+) -> None:
+    text = 'user = "who"\nitem = "what"\ntime = "when"\nactions = ["buy"]\n[label]\nmood = "mood"\n'
+    (tmp_path / "schema.toml").write_text(text + rows)
+    out = tmp_path / "shop"
+    for day, moods in enumerate(("abab", "cdab")):
+        columns = {"who": [1] * 4, "what": [5, 6, 7, 8], "buy": [0, 1, 0, 1], "mood": list(moods)}
+        times = [HOUR + day * DAY + 60 * place for place in range(4)]
+        source = write_day(tmp_path / f"day{day}", pa.table({**columns, "when": times}).to_pylist())
+        new = ("--out", out, "--schema", tmp_path / "schema.toml")
+        assert run(source, *(("--extend", out) if day else new), "--split-time", times[-1]) == 0
+    info = read_dataset_info(str(out))
+    assert (keys_of(out, "mood"), info.spaces["mood"].rows) == (classes, 4 if rows else 3)
+    labels = [x for split in ("train", "eval") for row in rows_in(out, split, "part=00001") for x in row["label_mood"]]
+    ids = {key: number for number, key in classes.items()}
+    assert sorted(labels) == sorted(ids.get(mood, 0) for mood in "cdab")
+    [told] = [record.message for record in caplog.records if "class(es)" in record.message]
+    assert told.startswith(f"{4 - len(classes)} new class(es) of mood, one is ")
