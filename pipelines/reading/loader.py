@@ -100,7 +100,9 @@ def build_loader(
         config, batches, sources, position=position, world_size=world_size, kept_units=kept, selection=selection
     )
     contents = " ".join(source.contents for source in sources)
-    return Loader(reader, batches, info, contents, in_process=config.reader_threads == 0, pin_memory=pin_memory)
+    return Loader(
+        reader, batches, info, contents, position, in_process=config.reader_threads == 0, pin_memory=pin_memory
+    )
 
 
 def _open_sources(
@@ -143,6 +145,7 @@ class Loader:
         batches: GlobalBatches,
         info: DatasetInfo,
         contents: str,
+        position: DataPosition | None,
         *,
         in_process: bool,
         pin_memory: bool,
@@ -156,7 +159,11 @@ class Loader:
         self._batches = batches
         self.start = batches.start
         """The position before the first sample."""
-        self.total_samples = batches.total_samples
+        begin = batches.start if position is None else position
+        self.total_samples = begin.samples + sum(batches.left(begin))
+        """Of the whole stream, those before the loader's position included."""
+        self.steps_left = batches.steps_left(begin)
+        """Batches of this stream, where their size is given in samples."""
 
     def part_of(self, position: DataPosition) -> int:
         """The part of the data that training goes on with after `position`; the number of parts at the end."""

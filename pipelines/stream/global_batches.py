@@ -6,6 +6,7 @@ Each step from a position yields a batch's plan and the next position, so resumi
 Samples and lengths do not depend on the number of ranks (but see scope="rank" of StochasticLengthConfig).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -70,7 +71,6 @@ class GlobalBatches:
         weights = np.array(config.mix_weights if self._train and config.mix_weights else [1.0])
         self._mix_bounds = np.cumsum(weights / weights.sum())
         self._mixed = self._train and bool(config.mix_paths)
-        self.total_samples = self._total()
         stream = " ".join([split, *map(str, weights)])
         self.start = DataPosition(
             order=(stream, *(order.fingerprint() for order in orders)),
@@ -81,7 +81,7 @@ class GlobalBatches:
     def plans(self, position: DataPosition | None = None) -> Iterator[BatchPlan]:
         """Plans from `position` on; see `check`."""
         position = self.resumed(position)
-        while position.samples < self.total_samples:
+        while sum(self.left(position)):
             plan = self._plan(position)
             yield plan
             position = plan.position
@@ -115,21 +115,33 @@ class GlobalBatches:
         unfinished = [each.epoch < self._config.num_epochs for each in position.sources]
         return unfinished.index(True) if True in unfinished else len(unfinished)
 
-    def _total(self) -> int:
-        """Samples of the whole stream."""
-        config, num = self._config, sum(order.num_samples for order in self._orders)
+    def left(self, position: DataPosition) -> list[int]:
+        """Samples that come after `position`, of each part in turn, or of the mix.
+
+        Counted of each part, for each may have been begun with another number of passes.
+        """
+        config = self._config
         if not self._train:
-            return num
+            return [self._orders[0].num_samples - position.samples]
+        room = math.inf if config.max_samples is None else max(0, config.max_samples - position.samples)
         if self._mixed:
-            assert config.max_samples is not None
-            return config.max_samples
-        return min(num * config.num_epochs, config.max_samples or num * config.num_epochs)
+            return [int(room)]
+        left = []
+        for order, at in zip(self._orders, position.sources, strict=True):
+            of_part = order.num_samples * (config.num_epochs - at.epoch) - at.sample
+            left.append(int(min(max(0, of_part), room)))
+            room -= left[-1]
+        return left
+
+    def steps_left(self, position: DataPosition) -> int:
+        """Batches that come after `position`, where their size is given in samples."""
+        return sum(math.ceil(samples / self._config.global_batch_size) for samples in self.left(position))
 
     def _plan(self, position: DataPosition) -> BatchPlan:
         """The batch that begins at `position`."""
         config = self._config
         size = config.global_batch_size if self._train else config.eval_batch_size or config.global_batch_size
-        samples = self._take(position, min(size, self.total_samples - position.samples))
+        samples = self._take(position, min(size, sum(self.left(position))))
         history = np.minimum(samples.history, config.max_history_len)
         most = config.max_candidates
         candidates = samples.candidates if most is None else np.minimum(samples.candidates, most)

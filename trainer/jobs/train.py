@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
@@ -324,7 +323,7 @@ def _settle(resolved: Resolved, loader: Loader, progress: Progress) -> Resolved:
     last_step = config.max_steps
     # With global_batch_tokens nobody knows how many samples a batch will hold, and so how many steps there are.
     if config.data.global_batch_tokens is None:
-        steps = math.ceil(loader.total_samples / config.data.global_batch_size)
+        steps = progress.step + loader.steps_left
         last_step = steps if last_step is None else min(steps, last_step)
     schedule = settle_schedule(config.schedule, last_step=last_step, done=progress.step)
     return replace(resolved, config=replace(config, schedule=schedule))

@@ -92,6 +92,25 @@ def test_a_run_goes_on_where_it_stood_when_parts_have_come_in(tmp_path: Path, st
     assert before + after == expected
 
 
+@pytest.mark.parametrize("stop", [2, 5, None])
+def test_later_parts_are_trained_on_as_often_as_asked_then(tmp_path: Path, stop: int | None) -> None:
+    """A run that began with two passes goes on with one: at the end of the first part, or in a pass of it."""
+    rows = write_parts(tmp_path / "late", 3)
+    write_parts(tmp_path / "early", 1)
+    _, position = stream(configuration(tmp_path / "early"), stop=stop)
+    assert position is not None
+    config = configuration(tmp_path / "late", num_epochs=1)
+    loader = build_loader(config, split="train", rank=0, world_size=1, position=position)
+    after, end = stream(config, 1, position)
+    # A second pass that was begun is left where it is; a first one goes on.
+    first, later = SIZES[0], [row["user_id"] for name in NAMES[1:] for row in rows[name]]
+    seen = [user for batch in after for user in batch]
+    assert sorted(user for user in seen if user >= first) == sorted(later)
+    assert sum(user < first for user in seen) == max(0, first - position.samples)
+    assert end is not None and end.samples == loader.total_samples and len(after) == loader.steps_left
+    assert stream(config, 1, end)[0] == []
+
+
 def test_another_early_part_is_refused(tmp_path: Path) -> None:
     write_parts(tmp_path / "data", 1)
     _, position = stream(configuration(tmp_path / "data"), stop=2)
