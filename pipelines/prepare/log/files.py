@@ -20,7 +20,6 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.prepare.csv_quotes import has_values_of_several_lines, quote_rules
 from pipelines.prepare.engine import (
     COMPRESSIONS,
     data_files,
@@ -33,6 +32,7 @@ from pipelines.prepare.engine import (
     plain_name,
     quoted,
 )
+from pipelines.prepare.log.csv_quotes import has_values_of_several_lines, quote_rules
 from pipelines.prepare.log.fields import as_text, fields_of, read_as, read_value
 from pipelines.prepare.log.readings import NULL, TEXT, Rule, Stored
 from pipelines.prepare.log.text_encoding import ENCODING, UTF_8, encoding_of, file_in_utf_8
