@@ -14,6 +14,8 @@ from trainer.models.heads.similarity import Similarity
 
 FIRST = UNKNOWN_ID + 1
 """The first item: the unknown one stands for no item, so it is ranked beside none and recommended to nobody."""
+MISSED = 1 << 62
+"""The rank of what is no item: of no worth to any metric."""
 PAIRS = 2**28
 """Numbers of a block of scores at most, 1 GiB."""
 
@@ -44,7 +46,7 @@ class Corpus:
     def ranks(self, queries: Tensor, targets: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Rank of each true item by the similarity and by popularity, [P], 1 for the best; ties count against it.
 
-        A true item that is none of these, such as the unknown one, comes behind all others.
+        A true item that is none of these, such as the unknown one, is `MISSED`, however few items there are.
 
         Args:
             queries: [P, ...], as the similarity sees predictions.
@@ -60,7 +62,8 @@ class Corpus:
             # Not ">=", which a score that is not a number would pass as the best.
             better[block] += (~(scores < wanted[block][:, None]) & others).sum(1)
             more_popular[block] += ((self.counts[item_ids] >= popularity[block][:, None]) & others).sum(1)
-        return better + 1, more_popular + 1
+        is_item = self._are_items(targets)
+        return torch.where(is_item, better + 1, MISSED), torch.where(is_item, more_popular + 1, MISSED)
 
     def best(self, queries: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(scores, items) of the `count` best of each query, [P, count] each, best first.
@@ -106,9 +109,11 @@ class Corpus:
         return wanted
 
     def _popularity(self, targets: Tensor) -> Tensor:
-        """How often the true items occur, [P]; -1 for what is none of the items."""
-        is_item = (targets >= FIRST) & (targets < self.counts.numel())
-        return torch.where(is_item, self.counts[torch.where(is_item, targets, UNKNOWN_ID)], -1)
+        """How often the true items occur, [P]; of what is none, that of the unknown one."""
+        return self.counts[torch.where(self._are_items(targets), targets, UNKNOWN_ID)]
+
+    def _are_items(self, targets: Tensor) -> Tensor:
+        return (targets >= FIRST) & (targets < self.counts.numel())
 
     @property
     def _width(self) -> int:

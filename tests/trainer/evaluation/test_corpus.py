@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from trainer.evaluation import corpus
-from trainer.evaluation.corpus import Corpus, join_seen
+from trainer.evaluation.corpus import MISSED, Corpus, join_seen
+from trainer.evaluation.metrics import rank_means, rank_sums
 from trainer.models.heads.dot_product import DotProduct
 from trainer.models.heads.mixture_of_logits import MixtureOfLogits
 from trainer.models.heads.similarity import Similarity
@@ -61,10 +62,21 @@ def test_ranks_leave_out_what_was_seen(
     wanted = own - similarity.rounding * (1 + own.abs())
     for i, target in enumerate(targets.tolist()):
         others = set(range(1, 50)) - {target} - set(pairs[1, pairs[0] == i].tolist())
-        # The unknown item is none: as the true one it is found behind all others.
-        assert ranks[i] == 1 + sum(bool(scores[i, item] >= wanted[i] or not target) for item in others)
-        assert popular[i] == 1 + sum(bool(counts[item] >= counts[target] or not target) for item in others)
+        # The unknown item is none: as the true one it is missed.
+        assert ranks[i] == (1 + sum(bool(scores[i, item] >= wanted[i]) for item in others) if target else MISSED)
+        assert popular[i] == (1 + sum(bool(counts[item] >= counts[target]) for item in others) if target else MISSED)
     assert 0 in targets
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_items", [0, 1, 5])
+def test_an_unknown_item_is_missed_among_few_items_too(num_items: int) -> None:
+    """A log of few items, or of none that comes often enough for an id, would find it among the best 10."""
+    similarity, rows = DotProduct(normalise=False), torch.randn(1 + num_items, WIDTH)
+    queries, targets = torch.rand(3, WIDTH), torch.tensor([0, num_items + 1, 0])
+    corpus = _corpus(similarity, rows, torch.ones(1 + num_items), chunk=8)
+    for ranks in corpus.ranks(queries, targets, join_seen([NONE], [3])):
+        assert list(rank_means(rank_sums(ranks)).values()) == pytest.approx([0.0] * 5, abs=1e-17)
 
 
 @torch.no_grad()
