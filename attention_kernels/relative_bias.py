@@ -139,7 +139,7 @@ def _places(plan: AttentionPlan) -> _Places:
         index_N = torch.arange(times.longest, device=plan.offsets.device)
         times.made["places"] = _Places(
             rectangle=rectangle,
-            # Not by `log_bucket`: devices' logarithms differ in their last bit.
+            # Not by `log_bucket`: a GPU multiplies by the reciprocal where a CPU divides.
             buckets_BNN=torch.bucketize(apart_BNN.clamp(min=1), times.bucket_starts, right=True) - 1,
             distance_NN=index_N[:, None] - index_N[None, :],
         )

@@ -193,7 +193,7 @@ def made_up(case: Case, device: str) -> tuple[list[Tensor], list[Tensor], Relati
         offsets.to(device),
         SemiLocalMask(),
         scale=case.key_size**-0.5,
-        max_len=211,
+        max_len=max(211, *case.lens),
         padded=case.padding > 0,
         backend="triton",
         times=times,
