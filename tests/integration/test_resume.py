@@ -175,12 +175,17 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before_it(
     )
     expected, actual = (read_checkpoint(path / "checkpoints" / newest.name) for path in (uninterrupted, run))
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
-    # Back to step 4 by choice: the same steps again, and nothing of the later ones is lost.
+    # Back to step 4 by choice: the same steps again, and nothing of the later ones is lost; what was measured of those
+    # stays no longer, for their weights may be others then.
+    measured = [RunDir(run).progressive_file, RunDir(run).eval_file_of("data/today")]
+    for path in measured:
+        path.write_text(f'{{"step": 4}}\n{{"step": {STEPS}}}\n')
     run_trainer("checkpoints", str(run), "--pin", "4")
     settings = (f"max_steps={STEPS}", "checkpoint.every_steps=4")
     of_slurm = {"SLURM_JOB_ID": "17"}
     status, output = run_training(run, 2, *settings, options=("--from-step", "4"), **of_slurm)
     assert status == 0 and f"its checkpoint is called abandoned-{newest.name} now" in output, output[-3000:]
+    assert [path.read_text() for path in measured] == ['{"step": 4}\n'] * 2
     # Preempted and queued again, its job repeats the command, and does not go back once more.
     of_slurm["SLURM_RESTART_COUNT"] = "1"
     status, output = run_training(run, 2, *settings, options=("--from-step", "4"), **of_slurm)

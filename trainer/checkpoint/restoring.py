@@ -123,7 +123,8 @@ class Restoring:
         evaluated, losses = False, {}
         if self._mesh.is_first:
             again = forget_after(self._run.metrics_file, progress.step)
-            forget_after(self._run.eval_file, progress.step)
+            for file in self._run.evaluations():
+                forget_after(file, progress.step)
             evaluated = progress.step in JsonLines(self._run.eval_file)
             losses = {line["step"]: line["loss"] for line in again if line["world_size"] == self._mesh.world_size}
         evaluated = gather(evaluated, self._group)[0]  # every rank

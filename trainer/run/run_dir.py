@@ -113,6 +113,10 @@ class RunDir:
         for names of files are bounded."""
         return self.path / f"eval_{quote(data_path, safe='')[-200:]}.jsonl"
 
+    def evaluations(self) -> list[Path]:
+        """All files of what was measured at steps: on the run's data, on parts to come, and on other data."""
+        return [self.eval_file, self.progressive_file, *sorted(self.path.glob("eval_*.jsonl"))]
+
     @property
     def tensorboard(self) -> Path:
         """The numbers of metrics.jsonl and eval.jsonl, for TensorBoard."""
