@@ -50,13 +50,16 @@ class _Places:
 
 
 def log_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
-    """Logarithmic bucket of distances in seconds, int64 in [0, num_buckets); negative distances count as none."""
-    return (torch.log(seconds.clamp(min=1).float()) / LOG_BUCKET_WIDTH).long().clamp(max=num_buckets - 1)
+    """Logarithmic bucket of distances in seconds, int64 in [0, num_buckets); negative distances count as none.
+
+    The same on every device: in float32 a GPU, which multiplies by the reciprocal, puts a few seconds elsewhere.
+    """
+    return (torch.log(seconds.clamp(min=1).double()) / LOG_BUCKET_WIDTH).long().clamp(max=num_buckets - 1)
 
 
 def bucket_starts(num_buckets: int) -> Tensor:
-    """[G] int64 in host memory: the smallest distance that `log_bucket` puts into each bucket there; 2**63 - 1 where
-    there is none."""
+    """[G] int64 in host memory: the smallest distance that `log_bucket` puts into each bucket; 2**63 - 1 where there is
+    none."""
     wanted = torch.arange(num_buckets, device="cpu")
     # Behind every distance that is too small, by halving.
     small, large = torch.zeros_like(wanted), torch.full_like(wanted, 2**62)
@@ -139,8 +142,7 @@ def _places(plan: AttentionPlan) -> _Places:
         index_N = torch.arange(times.longest, device=plan.offsets.device)
         times.made["places"] = _Places(
             rectangle=rectangle,
-            # Not by `log_bucket`: a GPU multiplies by the reciprocal where a CPU divides.
-            buckets_BNN=torch.bucketize(apart_BNN.clamp(min=1), times.bucket_starts, right=True) - 1,
+            buckets_BNN=log_bucket(apart_BNN, times.bucket_starts.shape[0]),
             distance_NN=index_N[:, None] - index_N[None, :],
         )
     places: _Places = times.made["places"]

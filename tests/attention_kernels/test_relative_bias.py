@@ -96,6 +96,19 @@ def test_a_bucket_starts_where_the_logarithm_says(num_buckets: int) -> None:
     assert bool((before[1:] < wanted[1:]).all())
 
 
+def test_no_devices_way_to_divide_decides_a_bucket() -> None:
+    """A GPU multiplies by the reciprocal, which in float32 put seconds beside a bucket's start elsewhere."""
+    starts = bucket_starts(128)
+    seconds = torch.cat([starts[starts < 2**40] - each for each in (0, 1)]).clamp(min=1)
+    by_reciprocal = (torch.log(seconds.double()) * (1 / 0.301)).long()
+    assert torch.equal(log_bucket(seconds, 128), by_reciprocal)
+    # What was: PyTorch's own division of float32 numbers, and the GPU's.
+    log = torch.log(seconds.float())
+    assert not torch.equal((log / 0.301).long(), (log * (1 / 0.301)).long())
+    if CUDA:
+        assert torch.equal(log_bucket(seconds.cuda(), 128).cpu(), by_reciprocal)
+
+
 def test_a_later_event_changes_no_earlier_output() -> None:
     q, k, v, position, time = (x.detach() for x in inputs())
     earlier = slice(0, 8)
