@@ -262,7 +262,7 @@ def _read(
         name: attribute_paths(source, attributes.files, needed=known is None) if attributes else []
         for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))
     }
-    opened = partial(open_files, connection, source=source, scratch=scratch, encoding=schema.encoding)
+    opened = partial(open_files, connection, scratch=scratch, encoding=schema.encoding)
     users, items = (
         opened(paths[name], optional=[column.column for column in attributes.columns] if attributes else [])
         for name, attributes in ((USERS, schema.users), (ITEMS, schema.items))

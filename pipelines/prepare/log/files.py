@@ -226,7 +226,6 @@ def _data_files(folder: Path) -> list[Path]:
 def open_files(
     connection: duckdb.DuckDBPyConnection,
     paths: Iterable[Path],
-    source: Path,
     scratch: Path,
     *,
     encoding: str = UTF_8,
@@ -240,7 +239,7 @@ def open_files(
         optional: columns that a file may lack if others have them.
         described: columns that JSON files may lack all together: an earlier delivery had them.
     """
-    opened = [_open(connection, path, source, scratch, encoding) for path in paths]
+    opened = [_open(connection, path, scratch, encoding) for path in paths]
     files = [file for file in opened if file.columns]
     for file in opened:
         if not file.columns:
@@ -262,8 +261,7 @@ def open_files(
     return files
 
 
-def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scratch: Path, stated: str) -> LogFile:
-    folder = path.relative_to(source).parent if path.is_relative_to(source) else path.parent
+def _open(connection: duckdb.DuckDBPyConnection, path: Path, scratch: Path, stated: str) -> LogFile:
     kind = plain_name(path).suffix.lower()
     delimiter, encoding = DELIMITERS[0], UTF_8 if kind == PARQUET else encoding_of(path, stated)
     if kind in (CSV, ".tsv"):
@@ -272,7 +270,7 @@ def _open(connection: duckdb.DuckDBPyConnection, path: Path, source: Path, scrat
         columns = _parquet_columns(connection, path, scratch)
     else:
         columns = _json_columns(connection, path, encoding, scratch)
-    pairs = [part.split("=", 1) for part in folder.parts if "=" in part]
+    pairs = [part.split("=", 1) for part in path.parent.parts if "=" in part]
     have = {name.lower() for name, _ in columns}
     folders = {
         unquote(name): None if value == NO_VALUE else unquote(value)

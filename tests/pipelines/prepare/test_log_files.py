@@ -292,6 +292,9 @@ def test_folders_of_keys_and_values_are_columns(tmp_path: Path) -> None:
     known = {"__HIVE_DEFAULT_PARTITION__": None, "de": "de", "fr": "fr"}
     lands = keys_of(tmp_path / "out", "land")
     assert {row["user_id"]: lands.get(row["land"]) for row in content(tmp_path / "out")} == known
+    # A delivery may be one of the folders itself.
+    assert prepare("event_log", tmp_path / "in" / "land=fr", tmp_path / "one", *options) == 0
+    assert keys_of(tmp_path / "one", "land") == {1: "fr"}
 
 
 def test_rows_delivered_twice_are_counted_and_can_be_dropped(tmp_path: Path) -> None:
