@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.small_data import small_dataset
@@ -46,6 +47,21 @@ def test_yesterdays_model_scores_todays_data_whatever_the_last_folder_is_called(
         assert status == 0 and f"evaluation at step 2 on {today}:" in output.splitlines()
         assert "it stays" not in output
         assert evaluations(run_dir, today) == read_lines(run_dir / "eval.jsonl")
+
+
+def test_samples_that_were_written_anew_between_two_starts_are_told(run_dir: Path, tmp_path: Path) -> None:
+    """Of as many samples in another order some come twice and others never; the same ones may lie elsewhere."""
+    run, told = tmp_path / "run", "were written anew since this run last read them"
+    shutil.copytree(run_dir, run)
+    moved = data_like_the_runs(tmp_path / "moved")
+    status, output = run_training(run, 1, "max_steps=3", f"data.path={moved}")
+    assert status == 0 and told not in output
+    file = moved / "train" / "part-00000.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.take(list(range(table.num_rows))[::-1]), file)
+    for steps, is_told in ((4, True), (5, False)):
+        status, output = run_training(run, 1, f"max_steps={steps}", f"data.path={moved}")
+        assert status == 0 and (told in output) == is_told
 
 
 def test_renumbered_items_are_refused_with_both_digests(run_dir: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -129,7 +129,8 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
         if warm is not None:
             warm.load(model.tensors(), dist.new_group(backend="gloo"))
         if mesh.is_first:
-            write_settings(run, resolved, plan, mesh, start.from_step)
+            warn_of_other_samples(run, resolved, loader)
+            write_settings(run, resolved, plan, mesh, start.from_step, data=loader.contents)
             claim_store(run, catalogue, config.checkpoint.store)
         announce(resolved, plan, model, mesh)
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
@@ -231,13 +232,28 @@ def find_newest(run: RunDir, catalogue: Catalogue, from_step: int | None) -> New
     return newest
 
 
-def write_settings(run: RunDir, resolved: Resolved, plan: Plan, mesh: Mesh, from_step: int | None) -> None:
+def warn_of_other_samples(run: RunDir, resolved: Resolved, loader: Loader) -> None:
+    """Tell where the samples are not those of the start before: of as many in another order nothing else would."""
+    # What cannot be read is written anew.
+    with suppress(WrongUse):
+        before = str(run.saved_environment().get("data", ""))
+        if not loader.contents.startswith(before):
+            logger.warning(
+                "the training samples in %s were written anew since this run last read them; if they are others, or "
+                "lie in another order, some are trained on twice and others never",
+                resolved.config.data.path,
+            )
+
+
+def write_settings(
+    run: RunDir, resolved: Resolved, plan: Plan, mesh: Mesh, from_step: int | None, *, data: str
+) -> None:
     """Write what the run is made of: its configuration, what its ids mean, its plan, what it runs on, and where it has
     gone back to."""
     note_going_back(run, from_step)
     run.save_config(to_dict(resolved.config), resolved.meanings())
     write_plan(run.plan_file, plan)
-    run.save_environment(f"{mesh.world_size} x {device_name(mesh.device)}", installed_versions())
+    run.save_environment(f"{mesh.world_size} x {device_name(mesh.device)}", installed_versions(), data)
 
 
 def claim_store(run: RunDir, catalogue: Catalogue, address: str | None) -> None:

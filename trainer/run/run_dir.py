@@ -80,7 +80,7 @@ class RunDir:
 
     @property
     def environment_file(self) -> Path:
-        """What the newest start ran on: devices and versions."""
+        """What the newest start ran on: devices, versions and data."""
         return self.path / "environment.json"
 
     @property
@@ -224,9 +224,9 @@ class RunDir:
         values = {**config, VOCABULARIES: known, IDENTITY: self.identity() or secrets.token_hex(8)}
         write_json(self.config_file, {**values, DIGEST: _digest(values)})
 
-    def save_environment(self, devices: str, versions: Mapping[str, str]) -> None:
-        """Write what this start runs on."""
-        write_json(self.environment_file, {"devices": devices, "versions": dict(versions)})
+    def save_environment(self, devices: str, versions: Mapping[str, str], data: str) -> None:
+        """Write what this start runs on, and digests of the data that it trains on."""
+        write_json(self.environment_file, {"devices": devices, "versions": dict(versions), "data": data})
 
     def saved_environment(self) -> dict[str, Any]:
         """What the newest start ran on; empty where it is not known."""
