@@ -16,15 +16,24 @@ MAX_RANK_GROUPS = 20
 def plan_report(plan: Plan) -> str:
     """The plan as text for people: placement and, where it has estimates, reasons, memory of each rank, totals and
     balance."""
-    parts = [
-        f"sharding plan for {plan.machine.describe()}; {plan.load.samples_per_rank} samples a rank",
-        _placement_table(plan),
-    ]
+    parts = _placements(plan)
     if plan.ranks:
         parts += [_reasons(plan), _rank_table(plan), _totals(plan)]
     else:
         parts.append("the file leaves the estimates out: a run that takes the plan computes them")
     return "\n\n".join(parts)
+
+
+def plan_summary(plan: Plan) -> str:
+    """Where each table went, and what all take: what a run says of its plan."""
+    return "\n\n".join([*_placements(plan), *([_totals(plan)] if plan.ranks else [])])
+
+
+def _placements(plan: Plan) -> list[str]:
+    return [
+        f"sharding plan for {plan.machine.describe()}; {plan.load.samples_per_rank} samples a rank",
+        _placement_table(plan),
+    ]
 
 
 def plan_differences(old: Plan, new: Plan) -> str:
@@ -137,11 +146,20 @@ def _totals(plan: Plan) -> str:
         f"estimated time of the tables a step: {plan.step_ms:.3g} ms on the busiest rank, of which "
         f"{plan.fixed_ms:.3g} ms are fixed costs of {len(plan.lookup_groups)} "
         f"lookup group{'s' if len(plan.lookup_groups) > 1 else ''}",
+        *_exchange(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _exchange(plan: Plan) -> list[str]:
+    """A line where ranks send each other something."""
+    if plan.machine.world_size == 1:
+        return []
+    return [
         f"a rank sends {size_text(plan.sent_bytes)} of ids, rows and gradients a step in the mean, "
         f"{'each of its ids once' if plan.exchange.deduplicate else 'repeated ids as often as they come'}, rows as "
         f"{plan.exchange.rows}, gradients as {plan.exchange.gradients}",
     ]
-    return "\n".join(lines)
 
 
 def _maps(plan: Plan) -> list[str]:

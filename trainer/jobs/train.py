@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from embeddings.plan import Plan
 from embeddings.planning.plan_file import write_plan
-from embeddings.planning.report import plan_report
+from embeddings.planning.report import plan_summary
 from embeddings.touched import TouchedRows
 from pipelines.batches.batch import Batch
 from pipelines.overlap import StepPipeline, check_overlap
@@ -132,7 +132,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
             warn_of_other_samples(run, resolved, loader)
             write_settings(run, resolved, plan, mesh, start.from_step, data=loader.contents)
             claim_store(run, catalogue, config.checkpoint.store)
-        announce(resolved, plan, model, mesh)
+        announce(run, resolved, plan, model, mesh)
         if config.nonfinite.policy != "stop" and restart.progress.step == 0:
             # The run may have to go back to before its first step: save the beginning.
             checkpointer.save(restart.progress)
@@ -345,7 +345,7 @@ def _settle(resolved: Resolved, loader: Loader, progress: Progress) -> Resolved:
     return replace(resolved, config=replace(config, schedule=schedule))
 
 
-def announce(resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -> None:
+def announce(run: RunDir, resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -> None:
     """Log what this run is made of."""
     logger.info("recipe %s on %d x %s", resolved.config.name, mesh.world_size, device_name(mesh.device))
     logger.info("versions %s", ", ".join(f"{name} {version}" for name, version in installed_versions().items()))
@@ -355,7 +355,7 @@ def announce(resolved: Resolved, plan: Plan, model: ParallelModel, mesh: Mesh) -
         logger.info("columns of the data that are not read: %s", ", ".join(unread))
     logger.info("dense parameters %s", f"{sum(parameter.numel() for parameter in model.tower.parameters()):,}")
     announce_frozen(model.model)
-    logger.info("%s", plan_report(plan))
+    logger.info("%s\nwhy, and each rank's memory: python -m embeddings %s", plan_summary(plan), run.plan_file)
 
 
 def announce_end(run: RunDir, progress: Progress) -> None:

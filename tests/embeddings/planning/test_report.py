@@ -18,7 +18,7 @@ from embeddings.plan import Plan
 from embeddings.planner import plan_tables
 from embeddings.planning.plan_file import write_plan
 from embeddings.planning.problem import BatchLoad
-from embeddings.planning.report import plan_differences, plan_report
+from embeddings.planning.report import plan_differences, plan_report, plan_summary
 
 TABLES = (
     TableConfig(name="item", num_embeddings=64_000_000, embedding_dim=64, features=("item",)),
@@ -31,7 +31,9 @@ def plan(world_size: int = 16, item: tuple[str, ...] = ("table_wise", "row_wise"
     return plan_tables(
         nn.Linear(4, 4),
         TABLES,
-        machine=Machine(world_size=world_size, local_world_size=8, compute_device="cuda", hbm_gib=80.0),
+        machine=Machine(
+            world_size=world_size, local_world_size=min(8, world_size), compute_device="cuda", hbm_gib=80.0
+        ),
         placement=PlacementConfig(
             sharding_types=("table_wise", "row_wise"), tables={"item": TableConstraint(sharding_types=item)}
         ),
@@ -60,6 +62,13 @@ def test_report_shows_placement_reasons_and_memory() -> None:
     assert " 991.82 MiB  15.50 MiB " in first
     assert "imbalance (largest over mean): memory 1.00, time 1.00" in report
     assert report.isascii()
+    # A run says less of it.
+    assert set(plan_summary(made).splitlines()) < set(lines)
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert "a rank sends" in plan_report(plan())
+    assert "a rank sends" not in plan_report(plan(world_size=1, item=("table_wise",)))
 
 
 def test_report_of_a_thousand_ranks_fits_a_screen() -> None:
