@@ -16,7 +16,7 @@ def runs_of(request: Request) -> list[Request]:
     """A request a combination, with a run directory of its own in the sweep's.
 
     Raises:
-        ValueError: no override names several values, or there are too many runs.
+        ValueError: no override names several values, there are too many runs, or they would share a store.
     """
     choices = [[f"{key}={value}" for value in values_of(text)] for key, _, text in map(_split, request.overrides)]
     combinations = list(itertools.islice(itertools.product(*choices), MAX_RUNS + 1))
@@ -24,6 +24,12 @@ def runs_of(request: Request) -> list[Request]:
         raise ValueError("a sweep needs an override with several values, as --set model.dim=256,512 or seed=0..4")
     if len(combinations) > MAX_RUNS:
         raise ValueError(f"the sweep has more than {MAX_RUNS} runs: sweep over fewer values at a time")
+    shared = [values[0] for values in choices if len(values) == 1 and values[0].startswith("checkpoint.store=")]
+    if shared and not shared[-1].endswith("=null"):
+        raise ValueError(
+            f"{shared[-1]} would be the store of every run of the sweep, and a store is for one: leave it out, and "
+            "each has its checkpoints in its own directory"
+        )
     swept = [number for number, values in enumerate(choices) if len(values) > 1]
     sweep_dir = request.run_dir or Path("runs", f"{request.recipe}-sweep")
     return [

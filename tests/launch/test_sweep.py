@@ -47,6 +47,7 @@ def test_values_that_are_no_names_still_have_directories_of_their_own() -> None:
         (["seed=1"], "a sweep needs an override with several values"),
         ([], "a sweep needs an override with several values"),
         (["seed=0..1000"], "more than 1000 runs"),
+        (["seed=0,1", "checkpoint.store=s3://bucket/run"], "would be the store of every run of the sweep"),
         (["seed"], "override 'seed' is not of the form key=value"),
     ],
 )
