@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from launch import attempts, records
@@ -153,7 +154,8 @@ def _moment(line: str) -> float | None:
     if not stamped:
         return None
     try:
-        return time.mktime(time.strptime(stamped[1], "%Y-%m-%d %H:%M:%S")) + int(stamped[2] or 0) / 1000
+        # Every line of every rank comes by here; strptime takes ten times as long.
+        return datetime.fromisoformat(stamped[1]).timestamp() + int(stamped[2] or 0) / 1000
     except ValueError:
         return None
 
