@@ -22,8 +22,6 @@ class RetrievalConfig:
     """An event's token tells its actions too."""
     read_next_time: bool = False
     """An event's token tells how long after it the next one comes: when the question is asked."""
-    mask_items: float = 0.0
-    """Share of the events that do not tell their items while training, drawn anew each time."""
     beside_ranking: float | None = None
     """Weight of this loss beside that of the labels, in a model that ranks as well: two heads on one trunk.  Each event
     of a history predicts the one behind it, the last one the first candidate.  Null for a retriever alone."""
@@ -48,8 +46,6 @@ class RetrievalConfig:
             raise ValueError(
                 "model.retrieval.share_negatives=false has no effect with num_negatives=null, all items: leave it out"
             )
-        if not 0 <= self.mask_items < 1:
-            raise ValueError(f"model.retrieval.mask_items must lie in [0, 1), got {self.mask_items}")
         if self.temperature <= 0:
             raise ValueError(f"model.retrieval.temperature must be above 0, got {self.temperature}")
         if self.newest_events is not None and (self.newest_events < 1 or not self.exclude_seen):
@@ -68,7 +64,7 @@ class RetrievalConfig:
             raise ValueError("model.retrieval.share_negatives=false cannot be with beside_ranking: leave it out")
         if self.newest_events is not None:
             raise ValueError("model.retrieval.newest_events cannot be with beside_ranking: leave it out")
-        for name in ("read_actions", "read_next_time", "mask_items"):
+        for name in ("read_actions", "read_next_time"):
             if getattr(self, name):
                 raise ValueError(
                     f"model.retrieval.{name} has no effect with beside_ranking, whose events have the ranker's tokens "

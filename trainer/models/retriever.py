@@ -59,7 +59,6 @@ class RetrieverTower(nn.Module):
         num_actions: actions that tokens tell.
         num_time_buckets: vectors of the time to the next event that tokens tell; 0 for none.
         dropout: probability of zeroing an element of the tokens while training.
-        mask_items: likewise of an event's item.
     """
 
     def __init__(
@@ -74,11 +73,9 @@ class RetrieverTower(nn.Module):
         num_actions: int = 0,
         num_time_buckets: int = 0,
         dropout: float = 0.0,
-        mask_items: float = 0.0,
     ) -> None:
         super().__init__()
         self.tower, self.similarity, self.max_len, self.dropout = tower, similarity, max_len, dropout
-        self.mask_items = mask_items
         # Nothing is cast first, since items' rows are compared as they are.
         self.cast_first: frozenset[str] = frozenset()
         same = embedding_dim == dim
@@ -114,10 +111,6 @@ class RetrieverTower(nn.Module):
         none, none_host = torch.zeros_like(lens), torch.zeros_like(lens_host)
         layout = make_layout(lens, none, lens_host, none_host, padded=inputs.padded)
         dtype = compute_dtype(self.position_vectors)
-        if self.mask_items and self.training:
-            # Not scaled: what is told of an event keeps its size.
-            kept_S1 = F.dropout(torch.ones_like(items_SE[:, :1]), self.mask_items) * (1 - self.mask_items)
-            items_SE = items_SE * kept_S1
         position_S = layout.index_T.clamp(max=self.position_vectors.shape[0] - 1)
         tokens_SD = (self.item_projection(items_SE.to(dtype)) + self._told(inputs, dtype)) * self.item_factor
         tokens_SD = tokens_SD + F.embedding(position_S, self.position_vectors.to(dtype))
@@ -236,6 +229,5 @@ def build_retriever(config: ModelConfig, *, tables: Tables, embedding_dim: int, 
         num_actions=num_actions if config.retrieval.read_actions else 0,
         num_time_buckets=config.input.num_time_buckets if config.retrieval.read_next_time else 0,
         dropout=config.input.dropout,
-        mask_items=config.retrieval.mask_items,
     )
     return Model(tables, tower, SampledSoftmax(tower.similarity, temperature=config.retrieval.temperature))

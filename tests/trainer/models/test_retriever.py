@@ -255,24 +255,9 @@ def test_the_next_time_is_that_of_the_event_behind_and_actions_are_those_of_even
     assert inputs.next_time.tolist() == [t for own in times for t in [*own[1:].tolist(), int(own[-1])]]
 
 
-def test_masked_events_do_not_tell_their_items_while_training_and_all_do_else() -> None:
-    base = informed()
-    assert base.retrieval is not None
-    model = small(
-        replace(base, retrieval=replace(base.retrieval, mask_items=0.5), input=replace(base.input, dropout=0.0))
-    )
-    batch, items = batch_of(negatives=0).inputs, torch.ones(sum(LENS), EMBEDDING_DIM, requires_grad=True)
-    for training in (True, False):
-        items.grad = None
-        model.tower.train(training).encode(items, batch).vectors.square().sum().backward()
-        told = (items.grad != 0).any(1)
-        assert 0 < told.sum() < len(told) if training else told.all()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_items": 1.0}, "mask_items must lie in"),
         ({"newest_events": 0, "exclude_seen": True}, "newest_events must be at least 1"),
         ({"newest_events": 3}, "be null without exclude_seen"),
         ({"newest_events": 3, "exclude_seen": True, "beside_ranking": 1.0}, "cannot be with beside_ranking"),
