@@ -239,19 +239,22 @@ def ml1m_longview() -> TrainConfig:
                 scale=1.0,
                 # Outputs are small where a sequence is far below max_len.
                 norm_eps=1e-8,
-                dropout=0.2,
+                # With twice the published rates and more dropout, the best of eight settings on each user's last ten
+                # events but one.
+                initial_std=0.02,
+                dropout=0.3,
                 relative_bias=RelativeBiasConfig(),
             ),
             stages=(StageConfig(num_layers=4),),
-            input=InputConfig(num_positions=211, num_time_buckets=64, dropout=0.4),
+            input=InputConfig(num_positions=211, num_time_buckets=64, dropout=0.5),
             retrieval=RetrievalConfig(
                 num_negatives=None, exclude_seen=True, newest_events=199, read_actions=True, read_next_time=True
             ),
         ),
         embedding_dim=256,
         tables={"item": _SMALL_ROWS},
-        sparse_optimizer=SparseOptimizerConfig(kind="adam", learning_rate=1e-3, betas=(0.9, 0.98)),
-        optimizer=DenseOptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.98), max_gradient_norm=None),
+        sparse_optimizer=SparseOptimizerConfig(kind="adam", learning_rate=2e-3, betas=(0.9, 0.98)),
+        optimizer=DenseOptimizerConfig(learning_rate=2e-3, betas=(0.9, 0.98), max_gradient_norm=None),
         schedule=ScheduleConfig(warmup_steps=100, kind="cosine"),
         checkpoint=CheckpointConfig(every_steps=None),
     )
