@@ -308,5 +308,5 @@ def _keys(path: str, space: Space) -> tuple[pa.Array, IntArray]:
         raise ValueError(
             f"{path} has no file of the keys of {space.name!r}: take none of its tables (--init-only 'dense/*')"
         )
-    keys, ids = key_columns(path, space.keys)
+    keys, ids = key_columns(path, space.keys, space.used)
     return keys.combine_chunks(), ids.to_numpy().astype(np.int64)

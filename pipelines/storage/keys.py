@@ -65,20 +65,19 @@ def open_keys(path: str, file: str) -> pq.ParquetFile:
         return open_checked(name, filesystem)
 
 
-def key_columns(path: str, file: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """(keys, their ids), the whole file of `open_keys`; raises as that does."""
+def key_columns(path: str, file: str, used: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """(keys, their ids) of the file of `open_keys`, of those in [0, used); raises as that does."""
     opened = open_keys(path, file)
     with readable(f"{file} of {path}"):
         keys, ids = opened.read().columns[:2]
-    return keys, ids
+    # A delivery that has come since the data set was described has given further ones, which a model does not know.
+    given = pc.less(ids, used)
+    return keys.filter(given), ids.filter(given)
 
 
 def _dictionary(path: str, file: str, used: int) -> tuple[Mapping[Any, int], bool]:
     """The id of each key, of those in [0, used), and whether keys are text."""
-    keys, ids = key_columns(path, file)
-    # A delivery that has come since the data set was described has given further ones, which a model does not know.
-    given = pc.less(ids, used)
-    keys, ids = keys.filter(given), ids.filter(given)
+    keys, ids = key_columns(path, file, used)
     is_text = not (pa.types.is_integer(keys.type) or pa.types.is_decimal(keys.type))
     # Earlier versions kept dates and the like as such.
     names: Iterable[Any] = keys.cast(pa.string()).to_pylist() if is_text else map(int, keys.to_pylist())

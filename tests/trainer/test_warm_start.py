@@ -97,6 +97,10 @@ def loaded(run: Path, data: str, only: tuple[str, ...], rows: int, renamed: bool
 def test_rows_follow_their_keys_and_new_ones_keep_their_values(trained: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = trained
     old = renumbered(data, tmp_path / "data")
+    # A delivery that came once the start had read dataset.json: its key is beyond the table.
+    keys = pq.read_table(tmp_path / "data" / "item_ids.parquet")
+    later = pa.table({"item_key": [2 * 10**9], "item_id": [len(old)]}, schema=keys.schema)
+    pq.write_table(pa.concat_tables([keys, later]), tmp_path / "data" / "item_ids.parquet")
     [tensors] = run_ranks(1, loaded, run, str(tmp_path / "data"), (), len(old))
     whole = read_checkpoint(max((run / "checkpoints").glob("step-*")))
     assert {name.split("/")[0] for name in whole} == {"tables", "tables_optimizer", "dense", "dense_optimizer"}
