@@ -32,7 +32,7 @@ train: $(READY)
 	$(BIN)/python -m launch submit kuairand_sample --scheduler local_cwd --nodes 1 --procs-per-node $(PROCS)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 # Tests that nohup started hear what others hear.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -16,13 +18,18 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, a module is one's, and so are all that start this machine's Slurm."""
-    functions = [item for item in items if isinstance(item, pytest.Function)]
-    slurm = {function.path for function in functions if "running_cluster" in function.fixturenames}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path in slurm else str(item.path)))
+class ModulesApart(LoadFileScheduling):
+    """A module is one process's, and so are all that start this machine's Slurm: there is one cluster at a time."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder, _, module = nodeid.split("::")[0].rpartition("/")
+        return folder if folder.endswith("/on_slurm") else f"{folder}/{module}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ModulesApart:
+    """Where tests run in several processes."""
+    return ModulesApart(config, log)
 
 
 @pytest.fixture

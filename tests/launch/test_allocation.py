@@ -1,4 +1,4 @@
-"""How a job within its allocation has Slurm start it again; what real clusters show is in `test_slurm_cluster.py`."""
+"""How a job within its allocation has Slurm start it again; what real clusters show: `on_slurm/test_cluster.py`."""
 
 import signal
 from collections.abc import Callable

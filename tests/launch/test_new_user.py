@@ -1,7 +1,7 @@
 """What goes wrong in a new user's first hour: each mistake is one line that names it, before anything is sent.
 
-What shows on nodes only is in `test_slurm_cluster.py` (an interpreter or a partition that does not exist, 64 processes
-on 2 cores) and `test_slurm_fitness.py`; the same directory twice in `tests/integration/test_resume.py`.
+What shows on nodes only is in `on_slurm/test_cluster.py` (an interpreter or a partition that does not exist, 64
+processes on 2 cores) and `on_slurm/test_fitness.py`; the same directory twice in `tests/integration/test_resume.py`.
 """
 
 import os

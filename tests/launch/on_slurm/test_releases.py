@@ -11,7 +11,7 @@ from launch import attempts
 from launch.schedulers import slurm_queue
 from launch.schedulers.slurm import Slurm
 from launch.submit import check, connected
-from tests.launch.conftest import known
+from tests.launch.on_slurm.conftest import known
 from tests.support import debian13
 from tests.support.slurm import Cluster, slurm_cluster
 from tests.support.slurm_jobs import batch_output, count, counted, expect, job_id, request, send, until, warn

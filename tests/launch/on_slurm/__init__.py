@@ -1,0 +1,1 @@
+"""What needs a real Slurm: run in one process, since there is one cluster at a time."""
