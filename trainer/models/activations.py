@@ -147,14 +147,14 @@ def _tower(
             kept += of_layer
             peak = max(peak, kept + turn)
     # Weights in the type of computation.
-    weights = dim * (2 * (layer.gate_width + layer.key_width) + layer.output_inputs(dim))
+    weights = dim * (layer.uvqk_width + layer.output_inputs(dim))
     cast = num_layers * weights * b if b < _FLOAT_BYTES else 0
     return Memory(kept + cast, peak + cast)
 
 
 def _layer_columns(dim: int, layer: LayerConfig) -> tuple[int, int]:
     """(columns of a token that `layer_function` keeps, columns that its backward pass holds besides)."""
-    gate, uvqk, output = layer.gate_width, 2 * (layer.gate_width + layer.key_width), layer.output_inputs(dim)
+    gate, uvqk, output = layer.gate_width, layer.uvqk_width, layer.output_inputs(dim)
     keeps_slopes = not layer.recompute_uvqk and layer.variant == "paper"
     kept = dim + 2 * gate
     kept += 0 if layer.recompute_normed or layer.fp8 else dim

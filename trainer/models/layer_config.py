@@ -101,6 +101,11 @@ class LayerConfig:
         """Columns of the queries, or of the keys, of all heads."""
         return self.num_heads * self.qk_dim
 
+    @property
+    def uvqk_width(self) -> int:
+        """Columns of the product that makes U, V, Q and K of all heads."""
+        return 2 * (self.gate_width + self.key_width)
+
     def output_inputs(self, dim: int) -> int:
         """Inner width of what follows the attention of an HSTU layer, its output product, on tokens of width `dim`."""
         return 2 * self.gate_width + dim if self.variant == "production" else self.gate_width
