@@ -97,10 +97,12 @@ class Lengths:
                 for (seed, *cell), run, found in zip(places, runs, trained, strict=True)
                 if cell == [name, length] and found.seconds is not None
             ]
-            known = rows.setdefault(name, {})
-            if own or not self.trained or str(length) not in known:
-                row = with_known_seeds(_result(own, asked.jobs), known.get(str(length)), ("ne", "auc", "seconds"))
-                known[str(length)] = {**costs[name, length], **row}
+            of_lengths = rows.setdefault(name, {})
+            known = of_lengths.get(str(length))
+            if own or known is None:
+                known = with_known_seeds(_result(own, asked.jobs), known, ("ne", "auc", "seconds"))
+            # A slope compares costs of one session.
+            of_lengths[str(length)] = {**known, **costs[name, length]}
         report["samples"] = self.samples
         report["rows"] = {name: rows[name] for name in self.names if name in rows}
 

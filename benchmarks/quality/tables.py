@@ -6,9 +6,9 @@ Run: python -m benchmarks.quality --table ml1m --source DIR --work DIR [--rows N
 Tables are `ml1m` (`benchmarks.quality.next_item`), `ranking`, `ablation` and `histories` (`benchmarks.quality.rankers`,
 whose --source holds a folder a publisher, `kuairand` and `movielens`), `length` and `scoring`
 (`benchmarks.quality.lengths`) and `yambda` (`benchmarks.quality.curve`), which make their data.  The result goes to
-benchmarks/results/quality_TABLE.json, where rows that were not run stay, and of rankers and lengths seeds that were not
-(`--first-seed 3 --seeds 2` adds two to three), and from there to docs/quality.md (`benchmarks.quality_page`).  What is
-done under --work is used again.  Where `--limit-s` ends runs, what they had by then counts.
+benchmarks/results/quality_TABLE.json, where rows and seeds that were not run stay (`--first-seed 3 --seeds 2` adds two
+to three), and from there to docs/quality.md (`benchmarks.quality_page`).  What is done under --work is used again.
+Where `--limit-s` ends runs, what they had by then counts.
 """
 
 import argparse

@@ -127,17 +127,20 @@ def commit() -> str:
 def train_all(trainings: Iterable[Training], jobs: int, limit_s: float | None = None) -> list[Trained]:
     """Train them, at most `jobs` at a time, until all are done or so many seconds are over.
 
+    Each computes on its share of the CPU's cores: PyTorch's threads, else one a core in each process, wait for each
+    other busily.
+
     Raises:
         SystemExit: a training failed; the message names its log.  The others are done by then.
     """
     end = None if limit_s is None else time.monotonic() + limit_s
     with ThreadPoolExecutor(jobs) as pool:
-        begun = [pool.submit(train, training, end) for training in trainings]
+        begun = [pool.submit(train, training, end, jobs) for training in trainings]
     return [each.result() for each in begun]
 
 
-def train(training: Training, end: float | None = None) -> Trained:
-    """Train and evaluate, unless that is done; cut off where `time.monotonic` reaches `end`."""
+def train(training: Training, end: float | None = None, jobs: int = 1) -> Trained:
+    """Train and evaluate, unless that is done, as one of so many; cut off where `time.monotonic` reaches `end`."""
     run, finished = training.run, training.run / "finished.json"
     about: dict[str, Any] = {"seconds": None, "hardware": device(), "commit": commit()}
     if finished.is_file():
@@ -145,7 +148,7 @@ def train(training: Training, end: float | None = None) -> Trained:
     elif end is None or end > time.monotonic():
         start = time.perf_counter()
         command = ["train", training.recipe, "--run-dir", str(run), "--set", *training.settings]
-        if run_module("trainer", command, _log(run), end):
+        if run_module("trainer", command, _log(run), end, jobs):
             about["seconds"] = round(time.perf_counter() - start, 1)
             finished.write_text(json.dumps(about))
     return Trained(evaluations=_lines(run / "eval.jsonl"), **about)
@@ -158,27 +161,35 @@ def _lines(file: Path) -> tuple[dict[str, Any], ...]:
 def score_all(trainings: Sequence[Training], data: Path, jobs: int) -> list[Trained]:
     """What finished trainings reach on other data, in their last state; of one that is not finished nothing."""
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda training: _score(training, data), trainings))
+        return list(pool.map(lambda training: _score(training, data, jobs), trainings))
 
 
-def _score(training: Training, data: Path) -> Trained:
+def _score(training: Training, data: Path, jobs: int) -> Trained:
     run, file = training.run, RunDir(training.run).eval_file_of(str(data))
     if not (run / "finished.json").is_file():
         return Trained(evaluations=(), seconds=None, hardware=device(), commit=commit())
     if not file.is_file():
-        run_module("trainer", ["evaluate", str(run), "--set", f"data.path={data}"], _log(run / data.name))
+        run_module("trainer", ["evaluate", str(run), "--set", f"data.path={data}"], _log(run / data.name), jobs=jobs)
     return replace(train(training), evaluations=_lines(file))
 
 
-def run_module(module: str, arguments: Sequence[str], log_file: Path, end: float | None = None) -> bool:
-    """Run a module of the project; what it says goes to a file.  Returns whether it ended before `time.monotonic`
-    reached `end`; after that it is stopped."""
+def run_module(module: str, arguments: Sequence[str], log_file: Path, end: float | None = None, jobs: int = 1) -> bool:
+    """Run a module of the project as one of so many processes; what it says goes to a file.  Returns whether it ended
+    before `time.monotonic` reached `end`; after that it is stopped."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     with log_file.open("w") as log:
         command = [sys.executable, "-m", module, *arguments]
         limit = None if end is None else end - time.monotonic()
         try:
-            found = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=limit)
+            found = subprocess.run(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=limit,
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            )
         except subprocess.TimeoutExpired:
             return False
     if found.returncode:

@@ -114,6 +114,11 @@ def test_what_was_measured_is_used_again_and_unfinished_runs_are_left_out(
     known = json.loads(json.dumps(report))
     TINY.measure(asked(tmp_path), report)
     assert report == known, "what nothing ended of stays as it is known"
+    (tmp_path / "runs").rename(tmp_path / "runs_of_before")
+    monkeypatch.setattr(lengths, "cost", lambda *_: Cost(train_ms=2.0, score_ms=1.0))
+    TINY.measure(asked(tmp_path), report)
+    cells = [(row["train_ms"], row["ne"]) for rows in report["rows"].values() for row in rows.values()]
+    assert cells == [(2.0, row["ne"]) for rows in known["rows"].values() for row in rows.values()]
 
 
 def rows_of(costs: dict[str, float], gains: dict[str, float]) -> dict[str, Any]:

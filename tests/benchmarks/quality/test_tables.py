@@ -1,5 +1,6 @@
 """Tables of quality: the pass is chosen without the last events, and what was known of rows that were cut off stays."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,23 +42,42 @@ def test_the_pass_is_chosen_without_the_last_events_and_that_pass_is_read_of_the
     assert {f"data.path={cell.data(0)}", "evaluation.every_steps=200", "seed=3"} <= set(cell.testing(3).settings)
     validated = trained(line(100, 0.1), line(200, 0.3), line(300, 0.2))
     # After the chosen pass a test is better, which must not count.
-    tests = [trained(line(200, 0.4), line(400, 0.5), line(600, 0.9)), trained(line(200, 0.3), seconds=None)]
+    tests = {3: trained(line(200, 0.4), line(400, 0.5), line(600, 0.9)), 4: trained(line(200, 0.3), seconds=None)}
     found = cell.result(validated, tests)
-    assert (found["pass"], found["test"]["ndcg@10"], found["seconds"]) == (20, [0.5], [2])
+    assert (found["pass"], found["seeds"], found["test"]["ndcg@10"], found["seconds"]) == (20, [3], [0.5], [2])
     assert list(found["validation"]) == ["10", "20", "101"]
 
 
 def test_where_nothing_is_chosen_the_end_of_finished_runs_counts(cell: Cell) -> None:
-    tests = [trained(line(200, 0.9), line(2020, 0.4)), trained(line(200, 0.8), line(400, 0.7), seconds=None)]
+    tests = {0: trained(line(200, 0.9), line(2020, 0.4)), 1: trained(line(200, 0.8), line(400, 0.7), seconds=None)}
     found = cell.result(None, tests)
     assert (found["pass"], found["test"]["ndcg@10"], found["validation"]) == (101, [0.4], {})
 
 
 def test_what_a_run_had_before_it_was_cut_off_counts(cell: Cell) -> None:
     found = cell.result(
-        trained(line(100, 0.2), line(200, 0.3), seconds=None), [trained(line(200, 0.1), line(400, 0.2), seconds=None)]
+        trained(line(100, 0.2), line(200, 0.3), seconds=None),
+        {0: trained(line(200, 0.1), line(400, 0.2), seconds=None)},
     )
-    assert (found["pass"], found["test"]["ndcg@10"], found["seconds"]) == (20, [0.2], [])
+    assert (found["pass"], found["test"]["ndcg@10"], found["seconds"]) == (20, [0.2], [None])
+
+
+def test_further_seeds_join_those_that_are_known_of_the_same_pass(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ndcg = [0.4]
+    monkeypatch.setattr(next_item, "train_all", lambda runs, *_: [trained(line(2020, ndcg[0])) for _ in runs])
+    monkeypatch.setattr(next_item, "prepare", lambda *_: None)
+    report: dict[str, Any] = {}
+    asked = Asked(source=tmp_path, work=tmp_path, rows=("ml1m_hstu",), seeds=2, jobs=5, last_pass=True, orders=("gr",))
+    for ndcg[0], first_seed in ((0.4, 0), (0.5, 1)):
+        ML1M.measure(replace(asked, first_seed=first_seed), report)
+    found = report["rows"]["ml1m_hstu"]["orders"]["gr"]
+    assert (found["seeds"], found["test"]["ndcg@10"], found["seconds"]) == ([0, 1, 2], [0.4, 0.5, 0.5], [2, 2, 2])
+    assert "| 101 |  | 3 | .5000 +- .0000 | .4667 +- .0577 |" in ML1M.table(report)
+    found["pass"] = 40
+    ML1M.measure(replace(asked, seeds=1), report)
+    assert report["rows"]["ml1m_hstu"]["orders"]["gr"]["seeds"] == [0]
 
 
 @pytest.mark.parametrize("ended", [False, True])
@@ -69,10 +89,11 @@ def test_a_cell_of_which_nothing_ended_leaves_what_is_known_of_it(
 
     monkeypatch.setattr(next_item, "train_all", train_all)
     monkeypatch.setattr(next_item, "prepare", lambda *_: None)
-    report: dict[str, Any] = {"rows": {"ml1m_hstu": {"orders": {"gr": "known"}}}}
+    known = {"pass": 40}
+    report: dict[str, Any] = {"rows": {"ml1m_hstu": {"orders": {"gr": known}}}}
     asked = Asked(source=tmp_path, work=tmp_path, rows=("ml1m_hstu", "ml1m_sasrec"), seeds=1, jobs=5, last_pass=True)
     ML1M.measure(asked, report)
-    assert (report["rows"]["ml1m_hstu"]["orders"]["gr"] == "known") is not ended
+    assert (report["rows"]["ml1m_hstu"]["orders"]["gr"] is known) is not ended
     assert ("ml1m_sasrec" in report["rows"]) is ended
     assert not ended or report["rows"]["ml1m_hstu"]["orders"]["log"]["side_by_side"] == 4
 

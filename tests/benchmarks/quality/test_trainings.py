@@ -1,6 +1,7 @@
 """Trainings of benchmarks: done once, and cut off at their limit with what they had by then."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,14 @@ def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Training:
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(
-        "import sys, threading\n"
+        "import os, sys, threading\n"
         "if sys.argv[2] == 'failing':\n"
         "    sys.exit(1)\n"
         "if sys.argv[1] == 'train' and sys.argv[2] != 'short':\n"
         "    threading.Event().wait()\n"
         "name = sys.argv[4] + '/eval.jsonl' if sys.argv[1] == 'train' else sys.argv[2] + '/eval_later.jsonl'\n"
         "open(name, 'a').write('{\"step\": 1}\\n')\n"
+        "open('threads', 'w').write(os.environ['OMP_NUM_THREADS'])\n"
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "a").mkdir(parents=True)
@@ -55,6 +57,15 @@ def test_at_the_limit_runs_are_cut_off_and_none_begins(training: Training) -> No
     assert (cut.evaluations, cut.seconds) == (({"step": 5},), None)
     assert (none.evaluations, none.seconds) == ((), None)
     assert not unbegun.run.exists()
+
+
+def test_trainings_side_by_side_share_the_cores(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32))
+    for jobs, threads in ((5, 6), (1, 32), (40, 1)):
+        (training.run / "finished.json").unlink(missing_ok=True)
+        train_all([training], jobs=jobs)
+        assert int(Path("threads").read_text()) == threads
 
 
 def test_one_that_fails_stops_none_of_the_others(training: Training) -> None:
