@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks import ablation, days, demo, own_log
 from benchmarks.quality.curve import YAMBDA
-from benchmarks.quality.lengths import LENGTH
+from benchmarks.quality.lengths import LENGTH, SCORING
 from benchmarks.quality.next_item import ML1M
-from benchmarks.quality.rankers import ABLATION, RANKING
+from benchmarks.quality.rankers import ABLATION, HISTORIES, RANKING
 from benchmarks.shown import speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,8 @@ QUALITY: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "quality_ranking_cpu": RANKING.table,
     "quality_ablation": ABLATION.table,
     "quality_length": LENGTH.table,
+    "quality_scoring": SCORING.table,
+    "quality_histories": HISTORIES.table,
     "quality_yambda": YAMBDA.table,
     "demo": demo.table,
     "days": days.table,
