@@ -26,9 +26,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from benchmarks.on_one_gpu import DEVICE, Part, one_rank, run_parts
-from embeddings.caches import Caches
 from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
+from embeddings.lookups.caches import Caches
 from embeddings.machine import Machine
+from embeddings.measuring.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 from embeddings.optimizers import TableOptimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.frequencies import zipf
@@ -36,7 +37,6 @@ from embeddings.planning.problem import BatchLoad, Problem, reserve
 from embeddings.planning.solver import solve
 from embeddings.sharding import shard_tables
 from embeddings.tables import Rows, build_tables, fbgemm_kernels, rows_by_feature
-from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 from pipelines.overlap import Overlap, StepPipeline
 from trainer.determinism import make_deterministic
 

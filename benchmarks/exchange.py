@@ -24,10 +24,10 @@ from torch.multiprocessing.spawn import spawn
 
 from embeddings.config import ExchangeConfig
 from embeddings.machine import Machine
+from embeddings.measuring.trial import TablesAlone
 from embeddings.planner import plan_tables
 from embeddings.sharding import shard_tables
 from embeddings.tables import rows_by_feature
-from embeddings.trial import TablesAlone
 from pipelines.reading.loader import build_loader, dataset_info
 from trainer.config import TrainConfig
 from trainer.lookups import lookup_load

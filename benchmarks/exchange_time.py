@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.exchange import WAYS
 from benchmarks.measured_on import measured_on
 from embeddings.config import ExchangeConfig, PlacementConfig, TableConfig
-from embeddings.trial import Trial, median_ms
+from embeddings.measuring.trial import Trial, median_ms
 from trainer.build import machine_of
 from trainer.parallel.mesh import discover_mesh, joined
 

@@ -27,12 +27,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from benchmarks.on_one_gpu import DEVICE, Part, run_parts
 from embeddings.config import ComputeKernel, PlacementConfig, RowType, TableConfig
-from embeddings.initial_rows import fill
 from embeddings.machine import Machine
+from embeddings.measuring.trial import OPTIMIZER, Trial, median_ms
 from embeddings.plan import Plan
 from embeddings.planning.problem import Problem
 from embeddings.planning.solver import evaluate
-from embeddings.trial import OPTIMIZER, Trial, median_ms
+from embeddings.rows.initial import fill
 
 Case = tuple[int, int, int, int, RowType, ComputeKernel, float]
 """Tables, rows and columns of each, ids of each, type of rows, kernel, part of the rows that a cache has room for."""

@@ -5,7 +5,7 @@
     python -m embeddings plan TABLES.json --machines h100-8,own.json --ranks 8..512
                                         which clusters hold some tables, how fast, for how much
     python -m embeddings probe --out MACHINE.json
-                                        measure this machine for the planner (embeddings/probe.py)
+                                        measure this machine for the planner (embeddings/measuring/probe.py)
 
 `python -m trainer plan` makes files for the first two.  Exit status: 0 done, 1 no cluster holds the tables or
 trains so many samples a day, 2 wrong use.
@@ -119,14 +119,15 @@ def probe_machine(arguments: list[str]) -> int:
         ValueError: the file cannot be written, or the machine was too busy to be measured.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m embeddings probe", description="Measure this machine for the planner (embeddings/probe.py)."
+        prog="python -m embeddings probe",
+        description="Measure this machine for the planner.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="MACHINE.json", help="the file to write")
     out = parser.parse_args(arguments).out
     if not out.parent.is_dir():
         raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
     # torch takes seconds to import, and the other commands do without.
-    from embeddings.probe import machine_file, probe
+    from embeddings.measuring.probe import machine_file, probe
 
     node = probe()
     text = json.dumps(machine_file(node), indent=1) + "\n"

@@ -100,7 +100,7 @@ def state_bytes_per_row(optimizer: str, columns: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnboundedConfig:
-    """Which keys have the rows of a table of unbounded ids (`embeddings/key_map.py`).  The others share row 0."""
+    """Which keys have rows in a table of unbounded ids (`embeddings/lookups/key_map.py`).  The others share row 0."""
 
     min_count: int = 1
     """Lookups in training after which a key gets a row of its own."""

@@ -9,8 +9,8 @@ from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from embeddings.config import SparseOptimizerConfig, TableConfig
-from embeddings.exchange import table_sharders
 from embeddings.kinds.registry import KINDS
+from embeddings.lookups.exchange import table_sharders
 from embeddings.optimizers import TableOptimizers, attach_optimizers
 from embeddings.plan import Plan
 from embeddings.tables import (

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embeddings.config import TableConfig
-from embeddings.initial_rows import fill
+from embeddings.rows.initial import fill
 
 _DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from embeddings.hardware import node_type
-from embeddings.host import host_memory_gib
 from embeddings.machine import Machine
+from embeddings.measuring.host import host_memory_gib
 from embeddings.plan import Plan
 from embeddings.planner import problem_of
 from embeddings.planning.plan_file import read_plan

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.streamable import Pipelineable
 
-from embeddings.caches import Caches
+from embeddings.lookups.caches import Caches
+from embeddings.lookups.unbounded import UnboundedTables
 from embeddings.plan import Plan
+from embeddings.rows.trained import TrainedRows
 from embeddings.sharding import shard_tables
 from embeddings.tables import Tables, table_weights
-from embeddings.trained import TrainedRows
-from embeddings.unbounded import UnboundedTables
 from pipelines.batches.batch import Inputs
 from trainer.checkpoint.pieces import Tensors
 from trainer.config import TrainConfig

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from embeddings.trained import TrainedRows
+from embeddings.rows.trained import TrainedRows
 from pipelines.batches.requests import InputBuilder, Request
 from pipelines.features import ITEM_SPACE
 from pipelines.reading.loader import dataset_info

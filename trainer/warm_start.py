@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
-from embeddings.trained import TRAINED_ELSEWHERE
+from embeddings.rows.trained import TRAINED_ELSEWHERE
 from pipelines.features import DatasetInfo, Space
 from pipelines.storage.columns import IntArray
 from pipelines.storage.dataset_json import read_dataset_info
@@ -183,7 +183,7 @@ class WarmStart:
     def _mark_trained(self, piece: LivePiece) -> None:
         """Where a table is taken without its optimizer, let that one's state say which rows were trained there.
 
-        See `embeddings.trained`; the first update swallows so small a number.
+        See `embeddings.rows.trained`; the first update swallows so small a number.
         """
         source = self._sources.get(f"tables/{_table_of(piece.name)}")
         if source is None or _kind(piece.name) != "tables_optimizer" or piece.name in self._sources or not piece.shape:

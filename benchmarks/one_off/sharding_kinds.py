@@ -20,12 +20,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig
 from embeddings.machine import Machine
+from embeddings.measuring.trial import BAG_IDS, TablesAlone
 from embeddings.optimizers import TableOptimizers
 from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad
 from embeddings.sharding import shard_tables
 from embeddings.tables import rows_by_feature
-from embeddings.trial import BAG_IDS, TablesAlone
 from trainer.parallel.averaging import GradientAverage
 
 KINDS = ("row_wise", "table_wise", "replicated")

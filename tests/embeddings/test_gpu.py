@@ -26,7 +26,8 @@ from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad
 from embeddings.sharding import shard_tables
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
-from tests.embeddings import sharded, unbounded_ranks
+from tests.embeddings import sharded
+from tests.embeddings.lookups import unbounded_ranks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embeddings import initial_rows
 from embeddings.config import SparseOptimizerConfig, TableConfig
 from embeddings.optimizers import attach_optimizers
+from embeddings.rows import initial as initial_rows
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
 from tests.support.batches import random_batch
 from trainer.models.negatives import retrieval_features

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.made_up.drifting_log import write_drifting_log
-from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
+from embeddings.lookups.key_map import SHARED_ROW, UNKNOWN_KEY
 from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.keys import LOWEST
 from tests.pipelines.prepare.test_prepare import prepare

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embeddings.trained import TRAINED_ELSEWHERE
+from embeddings.rows.trained import TRAINED_ELSEWHERE
 from pipelines.storage.dataset_json import read_dataset_info
 from pipelines.storage.vocabulary import keys_digest
 from tests.support.distributed import run_ranks

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from embeddings.host import free_memory
+from embeddings.measuring.host import free_memory
 from trainer.checkpoint.chunks import FileRecord
 from trainer.checkpoint.layout import Layout, moves
 from trainer.checkpoint.pieces import aligned

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from embeddings.trained import TrainedRows
+from embeddings.rows.trained import TrainedRows
 from pipelines.batches.batch import Batch, Inputs
 from pipelines.features import ITEM_ID
 from trainer.labels.kind import LabelKind

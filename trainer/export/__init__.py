@@ -11,5 +11,5 @@
 Both go through a table in parts, so it may be larger than memory, and neither knows which ranks held what.
 
 Optimizer state is not exported: it means nothing beside weights that were edited.  What is imported is a run at step 0
-whose optimizers begin anew, but for a mark at the rows that are trained (`embeddings.trained`).
+whose optimizers begin anew, but for a mark at the rows that are trained (`embeddings.rows.trained`).
 """

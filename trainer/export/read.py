@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from embeddings.config import TableConfig
-from embeddings.initial_rows import fill
-from embeddings.key_map import UNKNOWN_KEY, WAYS, slots_of
-from embeddings.trained import TRAINED_ELSEWHERE
+from embeddings.lookups.key_map import UNKNOWN_KEY, WAYS, slots_of
+from embeddings.rows.initial import fill
+from embeddings.rows.trained import TRAINED_ELSEWHERE
 from pipelines.prepare.engine import connect
 from pipelines.prepare.samples.stages import workspace
 from trainer.checkpoint.catalogue import open_catalogue

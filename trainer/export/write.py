@@ -140,7 +140,7 @@ def _write_table(folder: Path, reader: CheckpointReader, name: str, identities: 
 
 
 def _trained(reader: CheckpointReader, name: str, first: int, count: int) -> Tensor:
-    """[count] bool: which rows of a table training has changed, as `embeddings.trained` tells it."""
+    """[count] bool: which rows of a table training has changed, as `embeddings.rows.trained` tells it."""
     part = f"tables_optimizer/{name}"
     states = [f"{part}/{state}" for state in reader.names(part) if reader.kind(f"{part}/{state}").shape]
     # Without any state, as of plain SGD, nobody knows better than that all rows are trained.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from embeddings.plan import Plan
 from embeddings.planning.plan_file import write_plan
 from embeddings.planning.report import plan_summary
-from embeddings.touched import TouchedRows
+from embeddings.rows.touched import TouchedRows
 from pipelines.batches.batch import Batch
 from pipelines.overlap import StepPipeline, check_overlap
 from pipelines.reading.loader import Loader, build_loader, dataset_info, open_source

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchrec.streamable import Pipelineable
 
+from embeddings.rows.trained import TrainedRows
 from embeddings.tables import Rows, Tables
-from embeddings.trained import TrainedRows
 from trainer.run.profiling import stage
 
 

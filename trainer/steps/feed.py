@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from torchrec.streamable import Pipelineable
 
-from embeddings.unbounded import UnboundedTables
+from embeddings.lookups.unbounded import UnboundedTables
 from pipelines.batches.batch import Batch
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from embeddings.config import TableConfig
+from embeddings.rows.trained import TrainedRows
 from embeddings.tables import Tables
-from embeddings.trained import TrainedRows
 from pipelines.batches.batch import Batch, Inputs
 from pipelines.features import ITEM_ID, ITEM_SPACE
 from pipelines.selection import Draw, Selection

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from embeddings.config import TableConfig
+from embeddings.rows.trained import TrainedRows
 from embeddings.tables import Tables
-from embeddings.trained import TrainedRows
 from pipelines.batches.batch import Inputs
 from pipelines.reading.loader import build_loader
 from pipelines.selection import Selection

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchrec.streamable import Pipelineable
 
 from embeddings.config import TableConfig
+from embeddings.rows.trained import TrainedRows
 from embeddings.tables import Tables
-from embeddings.trained import TrainedRows
 from pipelines.batches.batch import Batch, Inputs
 from pipelines.batches.padding import BatchPadding, Padding
 from pipelines.features import DatasetInfo

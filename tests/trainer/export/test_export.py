@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embeddings.config import TableConfig
-from embeddings.initial_rows import fill
+from embeddings.rows.initial import fill
 from tests.support.small_data import SOURCE, small_dataset
 from tests.support.training import read_checkpoint, train
 from trainer.command_line import WrongUse

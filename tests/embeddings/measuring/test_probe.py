@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from embeddings import probe
 from embeddings.config import ComputeKernel, PlacementConfig, TableConfig
 from embeddings.hardware import Rates, node_type
 from embeddings.machine import Machine
+from embeddings.measuring import probe
+from embeddings.measuring.trial import OPTIMIZER
 from embeddings.planning.frequencies import Frequencies
 from embeddings.planning.problem import BatchLoad, Problem, reserve
 from embeddings.planning.solver import solve
-from embeddings.trial import OPTIMIZER
 
 TRUE = Rates(
     device=2900.0,

@@ -41,7 +41,7 @@ def _fill_kernel(
 
 
 def launch_fill(block: Tensor, key: int, embedding_dim: int, where: tuple[int, int], bound: float) -> None:
-    """`embeddings.initial_rows.fill_on_cpu` for a block [rows, columns] on a GPU; its rows may lie apart."""
+    """`embeddings.rows.initial.fill_on_cpu` for a block [rows, columns] on a GPU; its rows may lie apart."""
     if not block.numel():
         return
     _fill_kernel[(triton.cdiv(block.numel(), _BLOCK),)](

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.config import ExchangeConfig, PlacementConfig, SparseOptimizerConfig, TableConfig, TableConstraint
-from embeddings.exchange import Codec, distinct_ids
+from embeddings.lookups.exchange import Codec, distinct_ids
 from embeddings.machine import Machine
 from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad

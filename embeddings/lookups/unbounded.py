@@ -1,12 +1,12 @@
-"""Unbounded ids: tables that are looked up by any 64-bit keys, from which this makes rows, on all ranks together.
+"""Tables of unbounded ids: any 64-bit key is looked up, and all ranks together turn it into a row.
 
     keys of a training batch, in host memory -> admit -> rows        a step ahead or two, as batches are pulled
     before the forward pass of that batch    -> begin_step           the map is what it was trained with; rows that
                                                                      passed to another key begin anew
     keys of an evaluation                    -> find  -> rows        nothing is admitted, nothing evicted
 
-Each rank holds a block of each map's sets (`embeddings.key_map`) and is asked by all others for the keys that fall
-there.  A map depends on the global batches alone, so it is the same for any number of ranks and any plan.
+Each rank holds a block of each map's sets (`embeddings.lookups.key_map`), and all others ask it for the keys that fall
+into these.  A map depends on the global batches alone, so it is the same for any number of ranks and any plan.
 """
 
 from collections import deque
@@ -21,10 +21,10 @@ from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetada
 from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from embeddings.config import TableConfig
-from embeddings.initial_rows import refill
-from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY, WAYS, Admission, Change, KeyMap, slots_of
 from embeddings.kinds.row_wise import row_blocks
+from embeddings.lookups.key_map import SHARED_ROW, UNKNOWN_KEY, WAYS, Admission, Change, KeyMap, slots_of
 from embeddings.optimizers import TableOptimizers
+from embeddings.rows.initial import refill
 from embeddings.tables import Tables, local_blocks, table_weights
 
 Ids = Callable[[str], Tensor]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.embeddings import touched_ranks
+from tests.embeddings.rows import touched_ranks
 from tests.embeddings.sharded import LAYOUTS, STEPS, TABLES, global_batch
 from tests.support.distributed import run_ranks
 

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from embeddings.initial_rows import fill_on_cpu
-from embeddings.initial_rows_kernel import launch_fill
+from embeddings.rows.initial import fill_on_cpu
+from embeddings.rows.initial_kernel import launch_fill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -22,13 +22,13 @@ from torch._C._distributed_c10d import HashStore
 
 from embeddings.config import ComputeKernel, ExchangeConfig, PlacementConfig, TableConfig
 from embeddings.hardware import CPU_RATES, MOST, NodeType, Rates, gpu_with_name
-from embeddings.host import host_memory_gib
 from embeddings.kinds.kind import Blocks, Work
 from embeddings.kinds.registry import KINDS
 from embeddings.machine import Machine
+from embeddings.measuring.host import host_memory_gib
+from embeddings.measuring.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 from embeddings.planner import plan_tables
 from embeddings.planning.problem import BatchLoad
-from embeddings.trial import BAG_IDS, OPTIMIZER, Trial, median_ms
 
 FEW_IDS = BAG_IDS
 MANY_IDS = {"cuda": (2**18, 2**20), "cpu": (2**13, 2**16)}

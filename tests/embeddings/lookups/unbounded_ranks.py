@@ -12,7 +12,8 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.config import PlacementConfig, SparseOptimizerConfig, TableConfig, UnboundedConfig
-from embeddings.key_map import SHARED_ROW, UNKNOWN_KEY
+from embeddings.lookups.key_map import SHARED_ROW, UNKNOWN_KEY
+from embeddings.lookups.unbounded import UnboundedTables
 from embeddings.machine import Machine
 from embeddings.optimizers import TableOptimizers
 from embeddings.planner import problem_of
@@ -20,9 +21,8 @@ from embeddings.planning.problem import BatchLoad
 from embeddings.planning.solver import solve
 from embeddings.sharding import shard_tables
 from embeddings.tables import build_tables, init_tables, rows_by_feature, table_weights
-from embeddings.unbounded import UnboundedTables
+from tests.embeddings.lookups.test_key_map import PlainMap
 from tests.embeddings.sharded import EPS, Model, Part, averaged, flat, jagged, local_parts, tables_of
-from tests.embeddings.test_key_map import PlainMap
 
 TABLE = TableConfig(
     name="item",

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
+from embeddings.rows.touched import TouchedRows
+from embeddings.rows.trained import TrainedRows
 from embeddings.tables import rows_by_feature, table_weights
-from embeddings.touched import TouchedRows
-from embeddings.trained import TrainedRows
 from tests.embeddings.sharded import LAYOUTS, STEPS, TABLES, global_batch, jagged, shard, tables_of
 
 Shards = list[tuple[str, int, int, list[int], list[int]]]

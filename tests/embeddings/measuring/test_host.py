@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from embeddings.host import free_memory, host_memory_gib
+from embeddings.measuring.host import free_memory, host_memory_gib
 
 GIB = 2**30
 

@@ -16,7 +16,7 @@ from torchrec.distributed.types import CommOp, ModuleSharder, ParameterSharding,
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import ExchangeConfig
-from embeddings.partial_sums import PooledTableSharder
+from embeddings.lookups.partial_sums import PooledTableSharder
 from embeddings.tables import let_empty_kernels_run
 
 _IDS_OF_A_TABLE = 2**40

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embeddings.config import UnboundedConfig
-from embeddings.initial_rows import random_bits
+from embeddings.rows.initial import random_bits
 
 WAYS = 64
 """Rows that a key may have."""

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from embeddings import caches
-from embeddings.caches import Caches
+from embeddings.lookups import caches
+from embeddings.lookups.caches import Caches
 
 
 def kernel(*, ahead: bool = True, cached: bool = True) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embeddings.config import UnboundedConfig
-from embeddings.key_map import UNKNOWN_KEY, WAYS, KeyMap, slots_of
+from embeddings.lookups.key_map import UNKNOWN_KEY, WAYS, KeyMap, slots_of
 
 Batch = Counter[int]
 MASK = (1 << 64) - 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.embeddings import unbounded_ranks
+from tests.embeddings.lookups import unbounded_ranks
 from tests.embeddings.sharded import whole
 from tests.support.distributed import run_ranks
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embeddings.config import TableConfig
-from embeddings.initial_rows_kernel import FACTORS, WEYL, launch_fill
+from embeddings.rows.initial_kernel import FACTORS, WEYL, launch_fill
 
 CHUNK_VALUES = 1 << 17
 """Values that a CPU makes at a time: their bits stay in its cache."""

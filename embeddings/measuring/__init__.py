@@ -1,0 +1,1 @@
+"""The machine at hand: its memory, and the rates that the planner needs."""
