@@ -16,7 +16,10 @@ SHOWN = (
     ("full causal", 2048),
     ("full causal", 8192),
     ("full causal", 16384),
+    ("full causal", 65536),
+    ("local 256", 2048),
     ("local 256", 16384),
+    ("local 256", 65536),
     ("semi-local 256 + 256", 2048),
     ("semi-local 256 + 256", 16384),
     ("semi-local 256 + 256", 65536),
@@ -49,18 +52,17 @@ REPLAYED = {
 
 def attention() -> str:
     """Milliseconds forward / backward by mask and length; with a window the GPU's alone, as the host takes longer."""
-    ours = {(row["mask"], row["length"]): row for row in _read("attention_h200")["rows"] if row["kernel"] == "ours"}
-    theirs = {(row["mask"], row["length"]): row for row in _read("peers")["attention"]["CUTLASS"]}
-    rows = [
-        (
-            mask,
-            f"{length:,}",
-            _ms(ours[mask, length], "" if mask == "full causal" else "_gpu"),
-            _ms(theirs[mask, length]) if (mask, length) in theirs else "",
-        )
-        for mask, length in SHOWN
+    found = {(row["kernel"], row["mask"], row["length"]): row for row in _read("attention_h200")["rows"]}
+    found |= {("CUTLASS", row["mask"], row["length"]): row for row in _read("peers")["attention"]["CUTLASS"]}
+    others = [
+        [_ms(row) if (row := found.get((kernel, *case))) else "" for kernel in ("CUTLASS", "cudnn", "flex")]
+        for case in SHOWN
     ]
-    return _table(("mask", "length", "Longview", "CUTLASS"), rows)
+    rows = [
+        (mask, f"{length:,}", _ms(found["ours", mask, length], "" if mask == "full causal" else "_gpu"), *theirs)
+        for (mask, length), theirs in zip(SHOWN, others, strict=True)
+    ]
+    return _table(("mask", "length", "Longview", "CUTLASS", "cuDNN", "FlexAttention"), rows)
 
 
 def beside() -> str:
@@ -214,4 +216,4 @@ def _fraction(value: float) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
