@@ -13,9 +13,13 @@ command goes on).
 import signal
 import sys
 
+from trainer.health.output import outlive_output
+
 
 def main(arguments: list[str]) -> int:
     """Run a command; returns its exit status."""
+    if arguments[:1] in (["submit"], ["sweep"]):
+        outlive_output()
     # The imports take a third of a second, in which nothing has happened yet: Ctrl-C ends them without a word.
     interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from launch.commands import app, show_own_messages

@@ -35,6 +35,7 @@ from launch.schedulers.slurm_queue import SlurmError, SlurmJob
 from launch.schedulers.slurm_script import SCRIPT
 from launch.steps import Steps
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
+from trainer.health.output import outlive_output
 from trainer.health.stop_signal import ASKING
 from trainer.run.run_dir import RunDir
 
@@ -327,6 +328,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--killed", type=int, default=0, help="status of a process as this one that was killed")
     parser.add_argument("command", nargs="+", help="after --: what every node runs")
     given = parser.parse_args(arguments)
+    outlive_output()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signals.hold()
     steps = Steps(

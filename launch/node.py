@@ -21,6 +21,7 @@ from launch.environment import check_environment
 from launch.processes import Place, run_processes
 from trainer.exit_status import FAILED, STOPPED, WRONG_USE
 from trainer.health.limits import raise_limits
+from trainer.health.output import outlive_output
 
 DEFAULT_PORT = 29500
 """The port at which the job's processes meet, unless MASTER_PORT says otherwise: free in a container, which has its
@@ -158,6 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--first-node-variable", required=True, help="environment variable that names the first node")
     parser.add_argument("command", nargs="+", help="after --: what every process runs, as Python's arguments")
     given = parser.parse_args(arguments)
+    outlive_output()
     signals.hold()
     try:
         raise_limits(ranks=given.nodes * given.procs_per_node, processes=given.procs_per_node)

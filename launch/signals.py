@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer.health.stop_signal import asking, leave_terminal
+from trainer.health.stop_signal import asking
 
 OF_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler asks with, as no terminal does."""
@@ -63,7 +63,7 @@ def next_signal(timeout_s: float | None) -> signal.Signals | None:
         # Stopped and continued (SIGCONT, as a scheduler does that suspends jobs) past its end, Python's wait answers
         # with whatever lies in its memory.
         if taken is not None and taken.si_signo in _held():
-            return _taken(taken.si_signo)
+            return signal.Signals(taken.si_signo)
         if time.monotonic() >= end:
             return None
         if _child_has_ended():
@@ -76,9 +76,3 @@ def _child_has_ended() -> bool:
         return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
         return False
-
-
-def _taken(number: int) -> signal.Signals:
-    if number == signal.SIGHUP:
-        leave_terminal()
-    return signal.Signals(number)

@@ -20,11 +20,14 @@ goes on).
 import sys
 
 from trainer.health.guard import GUARD
+from trainer.health.output import outlive_output
 from trainer.health.stop_signal import STOP
 
 
 def main(arguments: list[str]) -> int:
     """Run a command; returns its exit status."""
+    if arguments[:1] in (["train"], ["evaluate"]):
+        outlive_output()
     if arguments[:1] == ["train"]:
         STOP.listen()
     if arguments[:1] in (["train"], ["evaluate"]):

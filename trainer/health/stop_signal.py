@@ -5,11 +5,10 @@ Standard library only: the signals are heard before torch is imported, which tak
 
 import os
 import signal
-import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 
@@ -26,15 +25,6 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 def asking() -> set[signal.Signals]:
     """The signals that ask this process to stop: one that nohup started stays when its terminal goes."""
     return {number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN}
-
-
-def leave_terminal() -> None:
-    """Write nowhere from now on: a terminal that is gone answers every word with an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):
-        if stat.S_ISCHR(os.fstat(output).st_mode):
-            os.dup2(nowhere, output)
-    os.close(nowhere)
 
 
 @contextmanager
@@ -95,19 +85,15 @@ class StopSignal:
             interrupts += number[0] == signal.SIGINT
             # torchrun passes Ctrl-C on to processes that the terminal has told already.
             if interrupts > 1 and AGENT not in os.environ:
-                os.write(2, b"error: ended at once; the same command goes on from the newest checkpoint\n")
+                _say(b"error: ended at once; the same command goes on from the newest checkpoint\n")
                 os._exit(FAILED)
             if number[0] in ASKING and not self.heeded:
-                if number[0] == signal.SIGHUP:
-                    leave_terminal()
                 if os.environ.get("RANK", "0") == "0":
-                    os.write(2, b"stopped before the first step: start the same command to go on\n")
+                    _say(b"stopped before the first step: start the same command to go on\n")
                 os._exit(STOPPED)
 
     def _note(self, signum: int, frame: object) -> None:
         self.requested = True
-        if signum == signal.SIGHUP:
-            leave_terminal()
         if signum != signal.SIGINT:
             self.ignore()
 
@@ -116,6 +102,12 @@ class StopSignal:
         """From now on: the process stops or is done, and must not be ended by another signal while Python clears up."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _say(line: bytes) -> None:
+    """Past what Python holds back, whose lock the main thread may have."""
+    with suppress(OSError):
+        os.write(2, line)
 
 
 STOP = StopSignal()

@@ -31,9 +31,17 @@ def test_a_helper_serves_after_every_signal_that_asks_to_stop(number: signal.Sig
     assert (output, helper.returncode) == ("still here\n", 0)
 
 
+LISTENS = """
+from trainer.health.output import outlive_output
+from trainer.health.stop_signal import STOP
+outlive_output()
+STOP.listen()
+"""
+
+
 def _start(text: str, **options: object) -> "subprocess.Popen[str]":
     """A process that runs `text` and can be struck when its first line has come."""
-    command = [sys.executable, "-c", f"from trainer.health.stop_signal import STOP\nSTOP.listen()\n{text}"]
+    command = [sys.executable, "-c", f"{LISTENS}{text}"]
     return subprocess.Popen(command, cwd=ROOT, text=True, **options)
 
 
@@ -53,6 +61,17 @@ def test_before_the_first_step_a_stop_ends_the_process_wherever_it_is(number: si
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (STOPPED, "stopped before the first step: start the same command to go on\n")
+
+
+def test_before_the_first_step_a_stop_ends_a_process_whose_words_nobody_reads() -> None:
+    read, write = os.pipe()
+    process = _start(WAITS_FOR_RANKS, stdout=subprocess.PIPE, stderr=write)
+    os.close(read)
+    os.close(write)
+    assert process.stdout is not None and process.stdout.readline() == "waits\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == STOPPED
 
 
 STUCK = """
