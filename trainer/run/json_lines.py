@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,13 @@ class JsonLines:
 def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of steps after `step` from a file of JSON lines, and return their objects.
 
-    A run that goes on from a checkpoint takes those steps again; its lines say what led to its state.
+    A run that goes on from a checkpoint takes those steps again; its lines say what led to its state.  What a power cut
+    has torn out of later ones, as file servers' clients write pages in any order, is no loss.
+
+    Raises:
+        ValueError: as `whole_lines`, but for lines of steps after `step`.
     """
-    lines, rest = whole_lines(path)
+    lines, rest = whole_lines(path, step)
     objects = [json.loads(line) for line in lines]
     if rest or any(values["step"] > step for values in objects):
         kept = [line for line, values in zip(lines, objects, strict=True) if values["step"] <= step]
@@ -56,16 +61,17 @@ def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     return [values for values in objects if values["step"] > step]
 
 
-def whole_lines(path: Path) -> tuple[list[str], list[str]]:
+def whole_lines(path: Path, saved: float = math.inf) -> tuple[list[str], list[str]]:
     """(lines up to the first that is no object with a step, the rest), each with its end.
 
     Raises:
-        ValueError: a sound line follows an unsound one, which no crash leaves behind.
+        ValueError: a sound line of a step up to `saved` follows an unsound one, which no crash leaves behind.
     """
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
     sound = [line.endswith("\n") and _has_step(line) for line in lines]
     count = sound.index(False) if False in sound else len(lines)
-    if any(sound[count:]):
+    behind = [json.loads(line) for line, whole in zip(lines[count:], sound[count:], strict=True) if whole]
+    if any(values["step"] <= saved for values in behind):
         raise ValueError(f"{path}, line {count + 1}, is not a JSON object with a step: mend or remove that line")
     return lines[:count], lines[count:]
 

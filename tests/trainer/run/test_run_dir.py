@@ -104,6 +104,12 @@ def test_steps_that_are_taken_again_are_forgotten(tmp_path: Path) -> None:
     path.write_text('{"step": 2, "loss": 5.0}\n{"step": 4, "loss": 6.0}\n{"st')
     assert forget_after(path, 3) == [{"step": 4, "loss": 6.0}]
     assert path.read_text() == '{"step": 2, "loss": 5.0}\n'
+    # A page that a file server never got before its client lost its power, and a later one that it did get.
+    path.write_text('{"step": 2, "loss": 5.0}\n{"st' + "\0" * 100 + '"step": 5}\n{"step": 6, "loss": 6.0}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is not a JSON object"):
+        forget_after(path, 6)
+    assert forget_after(path, 3) == []
+    assert path.read_text() == '{"step": 2, "loss": 5.0}\n'
 
 
 def test_an_older_step_that_is_not_there_is_added(tmp_path: Path) -> None:
