@@ -42,7 +42,7 @@ from trainer.checkpoint.staging import Staging, check_memory
 from trainer.config import CheckpointConfig
 from trainer.health.watchdog import Phase
 from trainer.parallel.mesh import Mesh
-from trainer.run.run_dir import RunDir, check_not_taken_over
+from trainer.run.run_dir import RunDir
 from trainer.run.writing import MEND, write_json
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,10 @@ class Checkpointer:
         phase: Phase = nullcontext,
         grown: Collection[str] = (),
         touched: Touched | None = None,
+        check_ours: Callable[[], None] = lambda: None,
     ) -> None:
         """`tensors` returns the live state, `phase` tells a watchdog what goes on; needs the job's process group.
+        `check_ours`, called by the first rank before it writes, raises ValueError where the run is another job's now.
 
         `grown` names tables that may have more rows than a checkpoint: keys have come in since.  `touched` knows the
         rows that deltas hold; without it every checkpoint is full.
@@ -83,6 +85,7 @@ class Checkpointer:
         self._phase = phase
         self._run, self._catalogue, self._mesh = run, catalogue, mesh
         self._tensors, self._config = tensors, config
+        self._check_ours = check_ours
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # every rank
         self._restoring = Restoring(run, catalogue, mesh, tensors, self._group, strict=config.strict, grown=grown)
         self._deltas = Deltas(config, touched, self._group)
@@ -181,7 +184,7 @@ class Checkpointer:
         with refused_alike(self._group):
             if self._mesh.is_first:
                 # Before anything is written or cleared away, which may be the other job's.
-                check_not_taken_over(self._run)
+                self._check_ours()
                 self._catalogue.check_claim()
         parts = gather(self._write_part(contents, step_folder(progress.step)), self._group)
         problem = next((f"{part.problem}; {MEND}" for part in parts if part.problem is not None), None)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from trainer.parallel.mesh import COLLECTIVE_TIMEOUT, Mesh, discover_mesh, joine
 from trainer.parallelize import ParallelModel
 from trainer.resolve import Resolved, resolve_again
 from trainer.run.going_back import has_gone_back, note_going_back
-from trainer.run.run_dir import RunDir, check_nothing_lost, locked
+from trainer.run.run_dir import RunDir, check_nothing_lost, check_still_ours, locked
 from trainer.run.run_log import logged
 from trainer.run.writing import written
 from trainer.steps.feed import Feed
@@ -122,6 +123,7 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
             phase=watchdog.phase,
             grown=grown,
             touched=TouchedRows(model.tables) if config.checkpoint.deltas else None,
+            check_ours=partial(check_still_ours, run),
         )
         opened.enter_context(closing(checkpointer))
         restart = checkpointer.restore(newest)

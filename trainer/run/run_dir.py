@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -341,12 +342,18 @@ def locked(run: RunDir) -> Iterator[None]:
         yield
 
 
-def check_not_taken_over(run: RunDir) -> None:
+def check_still_ours(run: RunDir) -> None:
     """Where no lock keeps a second job out, or somebody has removed it, the first one leaves the run to the second.
+    Where the directory has been moved, nothing is saved under its old name, where no start would look for it.
 
     Raises:
-        ValueError: the lock names another process.
+        ValueError: the lock names another process, or the directory is the run's no longer.
     """
+    if not run.config_file.is_file():
+        raise ValueError(
+            f"{run.path} holds this run no longer: it was moved or removed while it was trained; start the same "
+            "command with --run-dir where it lies now, and it goes on from its newest checkpoint"
+        )
     if not run.lock_file.is_file():
         return
     holder = run.lock_file.read_text(errors="replace")
@@ -358,4 +365,11 @@ def check_not_taken_over(run: RunDir) -> None:
 
 
 def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}\n"
+    return f"process {os.getpid()} on {socket.gethostname()}, {_own_word()}\n"
+
+
+@cache
+def _own_word() -> str:
+    """Tells this process from one in another container, which may have the same number and name: of a pod that is lost
+    behind a broken network, and of the one that takes its place."""
+    return secrets.token_hex(4)

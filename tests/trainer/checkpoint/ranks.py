@@ -23,7 +23,7 @@ from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import Store, open_store
 from trainer.config import CheckpointConfig
 from trainer.parallel.mesh import Mesh
-from trainer.run.run_dir import RunDir
+from trainer.run.run_dir import RunDir, check_still_ours
 
 LAYOUTS = ("row_wise", "column_wise", "table_wise", "grid", "replicated")
 ROWS, COLUMNS = 147, 6
@@ -126,7 +126,13 @@ def checkpointer(
     ranks = dist.get_world_size()
     mesh = Mesh(rank=dist.get_rank(), world_size=ranks, local_world_size=ranks, device=torch.device("cpu"))
     return Checkpointer(
-        run, Catalogue(store), mesh, lambda: tensors, replace(CheckpointConfig(), **config), touched=touched
+        run,
+        Catalogue(store),
+        mesh,
+        lambda: tensors,
+        replace(CheckpointConfig(), **config),
+        touched=touched,
+        check_ours=partial(check_still_ours, run) if run.config_file.is_file() else lambda: None,
     )
 
 

@@ -145,6 +145,7 @@ def _save_while_another_trains(folder: str) -> list[str]:
     """The lock is removed after the first save, and another job takes it."""
     run, tensors = RunDir(Path(folder)), ranks.sharded(ranks.expected(), "row_wise")
     store = LocalStore(run.checkpoints)
+    run.config_file.touch()
     saver = ranks.checkpointer(store, run, tensors)
     with locked(run) if dist.get_rank() == 0 else nullcontext():
         saver.save(Progress(step=1))
@@ -167,3 +168,25 @@ def test_a_job_whose_run_another_one_trains_ends_and_touches_nothing(tmp_path: P
         assert "lock names another job (process 7 on elsewhere), which trains this run now" in said
         assert content == "what the other job is writing"
     assert Catalogue(LocalStore(RunDir(tmp_path).checkpoints)).steps() == [1]
+
+
+def _save_where_the_run_was(folder: str) -> str:
+    run, tensors = RunDir(Path(folder, "run")), ranks.sharded(ranks.expected(), "row_wise")
+    run.path.mkdir(exist_ok=True)
+    run.config_file.touch()
+    saver = ranks.checkpointer(LocalStore(run.checkpoints), run, tensors)
+    saver.save(Progress(step=1))
+    saver.wait()
+    if dist.get_rank() == 0:
+        run.path.rename(run.path.with_name("moved"))
+    dist.barrier()
+    saver.save(Progress(step=2))
+    said = _said(saver.wait)
+    saver.close()
+    return said
+
+
+def test_nothing_is_saved_under_the_old_name_of_a_run_that_was_moved(tmp_path: Path) -> None:
+    for said in run_ranks(2, _save_where_the_run_was, str(tmp_path)):
+        assert "run holds this run no longer: it was moved or removed while it was trained; start the same" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

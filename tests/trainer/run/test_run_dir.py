@@ -14,8 +14,9 @@ import pytest
 
 from trainer.command_line import WrongUse
 from trainer.recipes import load_recipe
+from trainer.run import run_dir
 from trainer.run.json_lines import JsonLines, forget_after
-from trainer.run.run_dir import RunDir, check_nothing_lost, locked
+from trainer.run.run_dir import RunDir, check_nothing_lost, check_still_ours, locked
 from trainer.run.writing import write_json
 from trainer.typed_values import to_dict
 
@@ -149,6 +150,17 @@ def test_one_process_trains_a_run_at_a_time(tmp_path: Path) -> None:
     # A new run, as far as its configuration goes; also where the job was ended while it wrote that.
     run.config_file.with_name("config.json.partial").write_text("{")
     run.check_same_run(CONFIG)
+
+
+def test_a_job_is_told_from_one_of_the_same_number_and_name_in_another_container(tmp_path: Path) -> None:
+    """A pod behind a broken network goes on while another takes its place, where its lock has lapsed."""
+    run = RunDir(tmp_path)
+    with locked(run):
+        run.save_config({}, {})
+        check_still_ours(run)
+        run_dir._own_word.cache_clear()
+        with pytest.raises(ValueError, match=r"lock names another job .process"):
+            check_still_ours(run)
 
 
 def test_a_file_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
