@@ -57,15 +57,15 @@ EXCHANGED_BYTES: dict[ExchangedType, int] = {"float32": 4, "float16": 2, "bfloat
 class ExchangeConfig:
     """What ranks send each other for lookups in sharded tables.
 
-    Where rows and gradients are both bfloat16 and ids are sent as often as they come, nothing is widened on the way:
-    kernels on GPUs write rows and read gradients so, and models are given them so, on one rank as on many.  Training in
-    bfloat16 stays as it is, for it rounds rows of single ids and their gradients in the same way.
+    If rows and gradients are both bfloat16 and ids are not deduplicated, values stay in 16 bits all the way: kernels on
+    GPUs write rows and read gradients in bfloat16, and models get them so, on one rank as on many.  A model that
+    computes in bfloat16 trains as before, because it rounds the rows of single ids and their gradients likewise.
     """
 
     deduplicate: bool = False
-    """Send each of a rank's distinct ids once, and its row and the sum of its gradients once.  Training stays as it is,
-    but for the order in which gradients are added up.  It pays where ids repeat and links are slow: a sort a step.
-    Pooled tables are looked up by all ids."""
+    """Send each of a rank's distinct ids once, and its row and the sum of its gradients once.  Only the order in which
+    gradients are added up changes.  It costs a sort a step, and pays where ids repeat and links are slow.  Pooled
+    tables are not deduplicated."""
     rows: ExchangedType = "float32"
     """Rounding of rows on their way: float16 by at most 2^-11 of a value between 6e-5 and 65,504 (above that it becomes
     infinite), bfloat16 by at most 2^-8 of any."""
@@ -108,8 +108,8 @@ class UnboundedConfig:
     """Whose row a new key takes once none is free.  lru: that of the key unused for longest.  lfu: that of the key with
     the fewest lookups since it came."""
     evict_after_steps: int = 1
-    """Age: rows are taken of keys that no batch has looked up for at least so many steps.  Where there is none, the new
-    key has to share row 0 until it is looked up again."""
+    """Age: only keys that no batch has looked up for at least this many steps lose their row.  If there is none, the
+    new key shares row 0 until it is looked up again."""
 
     def __post_init__(self) -> None:
         for name in ("min_count", "evict_after_steps"):
@@ -143,8 +143,8 @@ class TableConfig:
     unbounded: UnboundedConfig | None = None
     """Ids are any 64-bit keys, which a map gives rows; null: ids are rows."""
     pooled: str | None = None
-    """The rows of ids are summed where they lie, a bag of each feature at a time, and the sums travel: a word for what
-    a feature has a bag of, the same for tables whose features have as many; null: each id's row travels."""
+    """Not null: the rows of a bag of ids are summed where they lie, and the sums travel.  The word says what a feature
+    has one bag for, so tables with equal words have equally many bags.  Null: each id's row travels."""
 
     def __post_init__(self) -> None:
         if self.initial_bound is not None and self.initial_bound <= 0:
@@ -197,7 +197,7 @@ def optimizer_of(table: TableConfig, default: SparseOptimizerConfig) -> SparseOp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableConstraint:
-    """What the planner may do with one table; null leaves the general rule in force."""
+    """What the planner may do with one table; null: the rule for all tables applies."""
 
     sharding_types: tuple[str, ...] | None = None
     """Sharding types to choose from; one that the table cannot have is an error."""
@@ -231,10 +231,10 @@ class PlacementConfig:
     tables: dict[str, TableConstraint] = field(default_factory=dict)
     """Constraints of single tables, by table name."""
     reserved_fraction: float = 0.15
-    """Part of each rank's memory kept from the tables: CUDA context, communication buffers, fragmentation."""
+    """Part of each rank's memory that tables do not get: CUDA context, communication buffers, fragmentation."""
     activation_gib: float | None = None
-    """Further GiB a rank kept from the tables, for the dense model's activations and waiting batches; null counts
-    them from the model, as its parameters, gradients and Adam moments are."""
+    """Further GiB of each rank that tables do not get, for the dense model's activations and waiting batches; null:
+    they are counted from the model, as its parameters, gradients and Adam moments are."""
 
     def __post_init__(self) -> None:
         if self.sharding_types == () or not self.compute_kernels:

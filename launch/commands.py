@@ -141,7 +141,7 @@ def logs(
     rank: Annotated[int | None, typer.Option(metavar="R", min=0, help="A rank's log of this job.")] = None,
     node: Annotated[int | None, typer.Option(metavar="K", min=0, help="A node's output of this job.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All ranks' logs of this job, each line with its rank.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep printing until the job ends.")] = False,
 ) -> None:
     """Print a job's log: of the rank that failed first, or rank 0's if none did."""
     if (rank is not None) + (node is not None) + every > 1:
@@ -181,7 +181,7 @@ def cancel(handle: Handle) -> None:
 
 @app.command("list")
 def list_(scheduler: SchedulerName) -> None:
-    """List our jobs, one a line: handle, state, recipe and run.  Local ones are those submitted from this checkout."""
+    """List our jobs: handle, state, recipe and run.  Local ones are those submitted from this checkout."""
     with _wrong_use(), connected(scheduler) as connection:
         for job in connection.scheduler.jobs():
             words = f"{scheduler}://{SESSION}/{job.app_id}  {job.state.name}"
@@ -190,7 +190,7 @@ def list_(scheduler: SchedulerName) -> None:
 
 @app.command()
 def doctor(scheduler: SchedulerName) -> None:
-    """Say what a scheduler offers and what keeps jobs from running; exit status 1 if something does."""
+    """Say what a scheduler offers and what prevents jobs from running; exit status 1 if something does."""
     with _wrong_use(), connected(scheduler) as connection:
         show_findings(connection.scheduler.doctor())
 

@@ -59,7 +59,7 @@ class Request:
         typer.Option(
             metavar="N",
             min=0,
-            help="Starts after failures that brought no new checkpoint; a failure after a new one costs none.",
+            help="New starts after failures without a new checkpoint; a failure after a new one does not count.",
         ),
     ] = 0
     max_restarts: Annotated[

@@ -25,7 +25,7 @@ class StochasticLengthConfig:
     warmup_batches: int = 100
     """load_balanced: batches under the plain rule before the first budget is set to their mean cost."""
     recalibration_batches: int = 100
-    """load_balanced: batches between two settings of the budget."""
+    """load_balanced: batches after which the budget is set anew."""
     scope: Literal["batch", "rank"] = "batch"
     """load_balanced: one budget for the global batch (the result does not depend on the number of ranks, and
     data.balance evens it out over them) or one for each rank's share (Algorithm 1 of the ULTRA-HSTU paper)."""
@@ -61,8 +61,8 @@ class SyntheticConfig:
     lag: int = 1024
     """Age in events, counted back from the newest, of the events that decide the candidates' labels."""
     lag_until: int | None = None
-    """Each user has a lag of his own from `lag` to this, as likely in every doubling; as many events decide, and a
-    history shorter than the lag has none of them.  Null for `lag` for all."""
+    """Each user's own lag is drawn between `lag` and this, every doubling equally likely.  The same number of events
+    decides; a history shorter than its lag has none of them.  Null: all users have `lag`."""
     noise: float = 0.1
     """Probability that a label is replaced by a coin flip."""
     seed: int = 0
@@ -100,7 +100,7 @@ class DataConfig:
     eval_batch_size: int | None = None
     """Samples of an evaluation batch, all ranks together; null for global_batch_size."""
     num_epochs: int = 1
-    """Passes over the training split.  Batches run on across the end of a pass; only the very last may be smaller."""
+    """Passes over the training split.  A batch may hold samples of two passes; only the very last may be smaller."""
     max_samples: int | None = None
     """Training samples after which the stream ends; null for num_epochs passes.  Required by a mix."""
     order: Literal["shuffled", "stored"] = "shuffled"
@@ -119,8 +119,8 @@ class DataConfig:
     mix_weights: tuple[float, ...] = ()
     """Share of the samples drawn from path and from each of mix_paths, in this order; scaled to sum to one."""
     unknown_share: float = 0.0
-    """Share of the ids of training samples that stand for the unknown one, drawn anew in every pass, so that its row is
-    learnt for ids that training never meets."""
+    """Share of the ids in training samples that are replaced by the unknown id, drawn anew in every pass, so that its
+    row is trained for ids that training never meets."""
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     """Random shortening of histories in training."""
     balance: Literal["none", "equal", "bounded"] = "equal"
@@ -132,12 +132,12 @@ class DataConfig:
     """Cost of a FLOP of attention relative to one of the model's products, by which `balance` evens out; 1 counts
     FLOPs.  `python -m benchmarks.cost RECIPE` fits it to measured step times."""
     reader_threads: int = 4
-    """Threads of each rank's reader process, which makes its batches ahead of their use; 0: no such process, the
-    trainer makes each batch itself when it needs it."""
+    """Threads of each rank's reader process, which makes batches ahead of their use.  0: no such process; the trainer
+    makes each batch when it needs it."""
     prefetch_batches: int = 4
-    """Batches that a reader process works on ahead of those that it has handed over."""
+    """Batches that a reader process makes ahead of those that it has handed over."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-    """Content of the data set "synthetic"; without effect, and so not to be changed, elsewhere."""
+    """Content of the data set "synthetic"; an error to change for any other, where it would have no effect."""
 
     def __post_init__(self) -> None:
         self._check_counts()

@@ -36,7 +36,7 @@ Overrides = Annotated[
 
 @app.command()
 def recipes() -> None:
-    """List the recipes, one a line."""
+    """List the recipes."""
     for name, summary in recipe_summaries().items():
         print(f"{name:<20} {summary}")
 
@@ -48,18 +48,19 @@ def train(
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A sharding plan that `plan --out` wrote.")] = None,
     from_step: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Go back to the checkpoint of step N; later ones no longer count."),
+        typer.Option(metavar="N", help="Go back to the checkpoint of step N; later ones are set aside."),
     ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN_DIR", help="Begin with what this run has learnt: rows of tables by key, and the rest."
+            metavar="RUN_DIR",
+            help="Start from what this run has learnt: rows of tables by key, dense weights, optimizers.",
         ),
     ] = None,
     init_only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAMES ...", help="Take from it only what is called so, as 'tables/*', or OLD=NEW under a new name."
+            metavar="NAMES ...", help="Take only tensors of these names, as 'tables/*'; OLD=NEW gives a new name."
         ),
     ] = None,
     profile: Annotated[
@@ -68,7 +69,7 @@ def train(
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Train a recipe, or go on with it if the run directory holds a checkpoint."""
+    """Train a recipe, or resume if the run directory holds a checkpoint."""
     config = _resolve(recipe, set_)
     window = None if profile is None else parse_window(profile)
     GUARD.expect("its imports", IMPORTS_S, idle_s=IDLE_S)
@@ -124,8 +125,8 @@ def report(
 def checkpoints(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare it with its checksum.")] = False,
-    pin: Annotated[int | None, typer.Option(metavar="N", help="Keep the checkpoint of step N for good.")] = None,
-    unpin: Annotated[int | None, typer.Option(metavar="N", help="No longer keep it for good.")] = None,
+    pin: Annotated[int | None, typer.Option(metavar="N", help="Never delete the checkpoint of step N.")] = None,
+    unpin: Annotated[int | None, typer.Option(metavar="N", help="Undo --pin for the checkpoint of step N.")] = None,
 ) -> None:
     """List the complete checkpoints of a run; exit status 1 if one is damaged."""
     run = RunDir(run_dir)
@@ -164,7 +165,7 @@ def import_(
     out: Annotated[Path, typer.Option(metavar="RUN_DIR", help="A new run directory.")],
     data: KeysOf = None,
 ) -> None:
-    """Make a run at step 0 of an export; its optimizers begin anew."""
+    """Make a run at step 0 from an export; its optimizers start afresh."""
     from trainer.export.read import import_run
 
     imported = import_run(folder, out, data=data)
@@ -177,7 +178,7 @@ def _counted(exported: "Export") -> str:
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has and what keeps it from training; exit status 1 if something does."""
+    """Say what this machine has and what prevents training on it; exit status 1 if something does."""
     from trainer.health.doctor import look_at_machine
 
     show_findings(look_at_machine())

@@ -70,28 +70,28 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and which are kept."""
 
     every_steps: int | None = 1000
     """Steps between checkpoints; null keeps only the one at the end of training."""
     keep: int = 2
-    """Newest complete checkpoints that stay; older ones are deleted after a newer one is complete.  Those that
-    `checkpoints --pin` names always stay."""
+    """How many of the newest complete checkpoints are kept; older ones are deleted once a newer one is complete.
+    Those that `checkpoints --pin` names are always kept."""
     keep_every_steps: int | None = None
-    """Checkpoints of multiples of this step stay too; null for none."""
+    """Checkpoints of multiples of this step are kept too; null for none."""
     keep_best: str | None = None
-    """The checkpoint with the best metric of eval.jsonl stays too: max:NAME or min:NAME, as max:auc/is_click."""
+    """The checkpoint with the best metric of eval.jsonl is kept too: max:NAME or min:NAME, as max:auc/is_click."""
     store: str | None = None
-    """Where this run's checkpoints lie, and those of no other: a folder, or s3://, gs://, hdfs:// and a path; null for
-    RUN_DIR/checkpoints."""
+    """Where checkpoints are stored, a place that no other run uses: a folder, or s3://, gs://, hdfs:// and a path; null
+    for RUN_DIR/checkpoints."""
     deltas: int = 0
-    """Checkpoints after a full one that hold of sharded tables only the rows that were looked up since it; the next one
-    is full again, and so is one that would take more than half of the space, and the first of each start."""
+    """How many checkpoints after a full one hold, of sharded tables, only the rows that were looked up since the full
+    one.  Then the next is full again; so are the first of each start, and one that would take over half the space."""
     asynchronous: bool = True
-    """Write beside the training from a copy of the state, which takes as much of the machine's memory as the state, and
-    half as much again with `deltas`; false lets the training wait."""
+    """Write while the training continues, from a copy of the state in host memory; the copy is as large as the state,
+    and half as large again with `deltas`.  false: no copy, and the training waits."""
     strict: bool = False
-    """Refuse to go on where the newest checkpoint is damaged, instead of going on from the one before it."""
+    """Stop if the newest checkpoint is damaged, instead of resuming from the one before it."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
@@ -108,20 +108,20 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """When the evaluation split is scored; it always is at the end of training."""
+    """When the evaluation split is scored, besides at the end of training."""
 
     every_steps: int | None = None
     """Steps between evaluations during training; null for none."""
     first_step: int = 0
-    """What is due before this step is left out."""
+    """Evaluations that are due before this step are left out."""
     target: str | None = None
-    """Training ends with the first evaluation that reaches this, METRIC>=VALUE or METRIC<=VALUE; null for no end."""
+    """Training ends with the first evaluation that reaches this, METRIC>=VALUE or METRIC<=VALUE; null for no target."""
     baseline: bool = True
-    """Show what knows no sequences beside the model: rates and popularity, for which every rank reads its share of the
-    training split once.  False where that is too long."""
+    """Show scores that know no sequences beside the model's: rates and popularity.  For these every rank reads its
+    share of the training split once; false where that takes too long."""
     progressive: bool = False
-    """Score each further part of the data (`prepare event_log --extend`) before it is trained on, as a model that
-    serves today meets tomorrow; written to progressive.jsonl."""
+    """Score each further part of the data (`prepare event_log --extend`) before it is trained on, as a model in service
+    would meet it; written to progressive.jsonl."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
@@ -136,7 +136,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableSettings:
-    """What is said of one table."""
+    """Settings of one table."""
 
     embedding_dim: int | None = None
     """Width of its rows; null for `embedding_dim` of the run."""
@@ -159,10 +159,10 @@ class NonFiniteConfig:
     """What happens where a batch makes the loss or the gradients NaN or infinite."""
 
     policy: Literal["stop", "skip", "roll_back"] = "stop"
-    """stop: the run ends.  skip: it goes back to the newest checkpoint and leaves that batch out.  roll_back: likewise,
-    and leaves out what lies between, too.  A run that may go back saves its beginning."""
+    """stop: the run ends.  skip: it returns to the newest checkpoint and leaves that batch out.  roll_back: it returns
+    and leaves out all batches since that checkpoint.  With the latter two, a run also saves its initial state."""
     limit: int = 3
-    """Times that a run goes on past such a batch before it stops after all."""
+    """How often a run may do so before it stops after all."""
 
     def __post_init__(self) -> None:
         if self.limit < 1:
@@ -174,8 +174,8 @@ class WatchConfig:
     """When a rank counts as hung, which ends the job with the stacks of all ranks."""
 
     least_s: float = 30.0
-    """Seconds without a sign of life, or in one step, evaluation or save, that are never too long; a phase that took
-    long before may take ten times as long."""
+    """Seconds that a rank may always take, without a sign of life or in one step, evaluation or save.  A phase may also
+    take ten times as long as it ever took before."""
     first_s: float = 1800.0
     """Seconds that the start and the first five steps, evaluations and saves may each take: compilers run then."""
 
@@ -197,7 +197,7 @@ class TrainConfig:
     model: ModelConfig
     """The dense model."""
     embedding_dim: int
-    """Width of the rows of every table of which `tables` says nothing else."""
+    """Width of the rows of every table for which `tables` states no other."""
     tables: dict[str, TableSettings] = field(default_factory=dict)
     """Settings of single tables, by the name of their space in `dataset.json`."""
     sparse_optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
@@ -209,10 +209,10 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rates over time."""
     frozen: tuple[str, ...] = ()
-    """Parts that stay as they begin, with their optimizers' state: patterns of names in checkpoints, as tables/item or
-    dense/tower.*."""
+    """Parts that keep their initial values and the state of their optimizers: patterns of names in checkpoints, as
+    tables/item or dense/tower.*."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When checkpoints are saved, and which stay."""
+    """When checkpoints are saved, and which are kept."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluations during training."""
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
@@ -229,18 +229,18 @@ class TrainConfig:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of products and attention on a GPU; on a CPU everything is float32."""
     deterministic: bool = False
-    """Only operations that give the same bits every time, on a GPU too (a CPU's do); slower.  Losses of steps that are
-    taken again after a failure must then be the same, or the run stops."""
+    """Use only operations that give the same bits every time, on a GPU too (on a CPU all do); slower.  If steps are
+    repeated after a failure, their losses must then be the same, or the run stops."""
     recorded: Literal["auto", "on", "off"] = "auto"
     """Replay the dense part of steps as CUDA graphs, one for each size of batch, instead of launching kernel by kernel
-    (`trainer.steps.recording`).  auto: on GPUs where that can be, and the log says why where it cannot; on: else an
-    error."""
+    (`trainer.steps.recording`).  auto: on GPUs where that is possible; where it is not, the log says why.  on: where
+    it is not possible, that is an error."""
     context_parallel: int = 1
     """Ranks that train on the same samples and compute a part of their tokens each
     (`trainer.parallel.context_parallel`): for histories too long for one GPU.  It divides the heads of every layer."""
     overlap: Literal["sparse_dist", "prefetch", "plain"] = "sparse_dist"
-    """sparse_dist: the copy and input dist of coming batches overlap with a step.  prefetch: the filling of the tables'
-    device cache too (for fused_uvm_caching tables).  plain: nothing does."""
+    """What overlaps with a step.  sparse_dist: copy and input dist of the next batches.  prefetch: also the filling of
+    caches of fused_uvm_caching tables.  plain: nothing."""
 
     def __post_init__(self) -> None:
         _check_width("embedding_dim", self.embedding_dim)

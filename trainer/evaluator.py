@@ -100,10 +100,10 @@ class Evaluator:
 
 
 def evaluate_and_show(resolved: Resolved, model: ParallelModel, file: Path, mesh: Mesh, step: int) -> dict[str, float]:
-    """Evaluate, append to `file` unless the step stands there already, and show the result beside the baseline."""
+    """Evaluate, append to `file` unless it has that step already, and show the result beside the baseline."""
     found = resolved.task.evaluate(model, mesh)
     if mesh.is_first:
         if not JsonLines(file).append({"step": step, **found.record()}):
-            logger.info("%s has a line of step %d already, perhaps of data before these; it stays", file, step)
+            logger.info("%s keeps the line that it has of step %d, perhaps of earlier data", file, step)
         logger.info("evaluation at step %d on %s:\n%s", step, resolved.config.data.path, found.table)
     return dict(found.metrics)

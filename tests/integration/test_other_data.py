@@ -45,7 +45,7 @@ def test_yesterdays_model_scores_todays_data_whatever_the_last_folder_is_called(
         today = data_like_the_runs(tmp_path / day / "prepared")
         status, output = run_trainer("evaluate", str(run_dir), "--set", f"data.path={today}")
         assert status == 0 and f"evaluation at step 2 on {today}:" in output.splitlines()
-        assert "it stays" not in output
+        assert "keeps the line" not in output
         assert evaluations(run_dir, today) == read_lines(run_dir / "eval.jsonl")
 
 

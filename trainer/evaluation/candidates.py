@@ -130,7 +130,7 @@ def ranking_table(model: Mapping[str, float], baseline: Mapping[str, float], kin
 
 
 def unknown_lines(found: LabelScores, kinds: Iterable[LabelKind]) -> str:
-    """What the table says of candidates whose item no training has seen; nothing where there are none."""
+    """What the table says of candidates whose item training has not seen; nothing where there are none."""
     if not found.unknown:
         return ""
     lines = []
@@ -140,7 +140,7 @@ def unknown_lines(found: LabelScores, kinds: Iterable[LabelKind]) -> str:
         # A label that none of them has: there is nothing to measure.
         if shown.keys() - {"positives"}:
             lines.append(f"{kind.name:<18}{', '.join(shown.values())}")
-    share = f"\n{found.unknown_share:.2%} of the candidates have an unknown item, which no training has seen"
+    share = f"\n{found.unknown_share:.2%} of the candidates have an item that training has not seen"
     return "\n".join([share + ":", *lines]) if lines else share
 
 

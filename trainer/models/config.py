@@ -20,11 +20,11 @@ class StageConfig:
     """K1: how many events back an event sees; null sees its whole past.  Here and below, input.merge=interleave makes
     two events of one: its item and its action."""
     global_rows: int = 0
-    """K2: so many newest events see their whole past whatever `local` says."""
+    """K2: how many of the newest events see their whole past, whatever `local` says."""
     global_columns: int = 0
-    """So many oldest events are seen by every later one (the prefix reading of "global"; 0 for the paper's)."""
+    """How many of the oldest events are seen by every later one (the prefix reading of "global"; 0 is the paper's)."""
     keep_newest: int | None = None
-    """Before this stage, only so many newest events stay, with all context and candidate tokens; null keeps all."""
+    """How many of the newest events enter this stage, with all context and candidate tokens; null for all."""
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
@@ -46,7 +46,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NumberConfig:
-    """How a number enters: by its value, transformed and scaled, and by the bucket that it falls into."""
+    """How a number is read: as its value, transformed and scaled, and as the bucket that it falls into."""
 
     transform: Literal["log", "none"] = "log"
     """log: sign(x) * log(1 + |x|), for what spans orders of magnitude.  Both are then shifted and scaled by the
@@ -72,7 +72,7 @@ Columns = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputConfig:
-    """Which columns of the data enter, and how they become tokens.
+    """Which columns of the data a model reads, and how they become tokens.
 
     Names are those of `dataset.json`; `item.NAME` takes a column of the event's or candidate's item.  A column that
     events and candidates share has one projection.
@@ -87,7 +87,7 @@ class InputConfig:
     counts: Columns | None = None
     """Groups of counts of candidates (`item`, `user`, `user_item`), from whose rates a ranker starts; null for all."""
     numbers: dict[str, NumberConfig] = field(default_factory=dict)
-    """How columns of numbers enter, by name (`dwell_s`, `item.price`, `sample.age`); others as NumberConfig()."""
+    """How columns of numbers are read, by name (`dwell_s`, `item.price`, `sample.age`); others as NumberConfig()."""
     pooling: dict[str, Literal["mean", "sum"]] = field(default_factory=dict)
     """How the rows of a column of many ids become one, by name; others by their mean."""
     combine: Literal["sum", "mlp"] = "sum"
@@ -143,8 +143,8 @@ class ChannelConfig:
     actions: tuple[str, ...] = ()
     """Keep events with at least one of these actions; empty keeps every event."""
     side: str | None = None
-    """Keep events whose value in this column of theirs, a number or an id, is neither 0 nor missing (a named sequence);
-    null for no such rule."""
+    """Keep events whose value in this column, a number or an id, is neither 0 nor missing (a named sequence); null for
+    no such rule."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:

@@ -10,7 +10,7 @@ class RetrievalConfig:
     """Next-item prediction: sampled softmax in training, the whole corpus in evaluation."""
 
     num_negatives: int | None = 128
-    """Items drawn uniformly beside each true one; null for all items (a full softmax), which a few thousand allow."""
+    """Items drawn uniformly beside each true one; null for all items, a full softmax, for catalogues of thousands."""
     share_negatives: bool = True
     """One draw serves all predictions of a global batch; false draws for each prediction, at as many lookups."""
     temperature: float = 0.05
@@ -19,19 +19,18 @@ class RetrievalConfig:
     """How items are scored: {"kind":"dot_product"}, {"kind":"mixture_of_logits"}, and settings of that kind
     (`trainer.models.heads.config`)."""
     read_actions: bool = False
-    """An event's token tells its actions too."""
+    """Whether an event's token includes its actions."""
     read_next_time: bool = False
-    """An event's token tells how long after it the next one comes: when the question is asked."""
+    """Whether an event's token includes the time until the next event, which is when the next item is asked for."""
     beside_ranking: float | None = None
     """Weight of this loss beside that of the labels, in a model that ranks as well: two heads on one trunk.  Each event
     of a history predicts the one behind it, the last one the first candidate.  Null for a retriever alone."""
     exclude_seen: bool = False
-    """Leave the items of a user's history, as far as data.max_history_len reads it, out of the ranking: for data in
+    """Leave the items of a user's history (of its data.max_history_len newest events) out of the ranking: for data in
     which nobody takes an item twice."""
     newest_events: int | None = None
-    """Events of a history that the layers read in evaluation and serving, the newest; with exclude_seen those before
-    leave their items out and nothing else, which costs next to nothing.  Null for all, as far as data.max_history_len
-    goes."""
+    """How many of the newest events the layers read in evaluation and serving; null for data.max_history_len.  Earlier
+    events then only exclude their items (exclude_seen), which costs next to nothing."""
     corpus_chunk: int = 65536
     """Items that evaluation scores at a time."""
 

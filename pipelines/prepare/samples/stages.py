@@ -156,7 +156,7 @@ def _write_cut(
         "events_not_candidates": statistics["events"] - sum(size.candidates for size in sizes.values()),
     }
     logger.info(
-        "%d of the users are in no sample, %d of the events are candidates of none (--min-history, --min-candidates, "
+        "left out: %d users without a sample, %d events that are not candidates (--min-history, --min-candidates, "
         "--samples-per-user, --eval-candidates, --max-users)",
         *(left_out["users_in_no_sample"], left_out["events_not_candidates"]),
     )
