@@ -55,9 +55,9 @@ def tile_of(sizes: tuple[int | None, ...]) -> TileConfig:
     return TileConfig(**fields)
 
 
-def inputs(lengths: list[int], dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+def inputs(lengths: list[int]) -> tuple[Any, ...]:
     total = sum(lengths)
-    tensors = [torch.randn(total, HEADS, SIZE, device="cuda", dtype=dtype) for _ in range(4)]
+    tensors = [torch.randn(total, HEADS, SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
     return *tensors, offsets
 

@@ -23,6 +23,7 @@ BAG_IDS = 32
 OPTIMIZER = SparseOptimizerConfig()
 WARM_STEPS = 8
 """Steps before those that are timed: compilation, a cache that fills."""
+TIMED_STEPS = 16
 _HEAD_START_CYCLES = 20_000_000
 """Cycles of the GPU, some 10 ms, in which its host launches a whole step, so that the GPU then does not wait for its
 host."""
@@ -128,14 +129,13 @@ def median_ms(
     device: torch.device,
     *,
     prepare: Callable[[], object] = lambda: None,
-    rounds: int = 16,
 ) -> float:
-    """Median time of a step, of the slowest rank; `prepare` is called before each and not timed.
+    """Median milliseconds of a step, of the slowest rank; `prepare` is called before each and not timed.
 
     On a GPU the time that the GPU takes for what the step asks of it: in training its host runs ahead.
     """
     times = []
-    for number in range(WARM_STEPS + rounds):
+    for number in range(WARM_STEPS + TIMED_STEPS):
         prepare()
         took = _gpu_ms(step) if device.type == "cuda" else _cpu_ms(step)
         if number >= WARM_STEPS:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
@@ -200,10 +200,10 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest() + "\n"
 
 
-def writing_versions(packages: Iterable[str] = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")) -> dict[str, str]:
+def writing_versions() -> dict[str, str]:
     """Versions of what decides the numbers, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for package in packages:
+    for package in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
