@@ -102,12 +102,11 @@ def train_job(config: TrainConfig, run_dir: Path, start: Start) -> None:
     loader = training_loader(resolved, mesh, newest.progress)
     settled = _settle(resolved, loader, newest.progress)
     # Nothing has been written so far: a mistake up to here leaves the run directory as it was.
-    # Reading begins while the model is being built.
     GUARD.expect("meeting the other ranks", 2 * COLLECTIVE_TIMEOUT.total_seconds())
     sole = locked(run) if mesh.is_first else nullcontext()
     with sole, logged(run, mesh), joined(mesh) as store, ExitStack() as opened:
         watchdog = opened.enter_context(closing(Watchdog(store, mesh, config.watch)))
-        batches = opened.enter_context(closing(iter(loader)))
+        batches = opened.enter_context(closing(iter(loader)))  # read ahead while the model is built
         check_machines(mesh, store, run_dir, config.model.layers, getattr(torch, config.precision))
         left_out = LeftOut(run, config.nonfinite, mesh)
         told = start.told() | {"checkpoint": newest.digest, "left_out": left_out.steps}
