@@ -50,6 +50,10 @@ LOOK_S = 600.0
 """How often a run's time limit is asked for: people shorten and extend those of running jobs."""
 TELL_S = 5.0
 """How long after its start a run may be told to stop, and how often it is told again."""
+ENDING_S = 180
+"""How long nodes may take to end after the first one; the guards of their ranks end those in less (`END_S` of
+`trainer.health.watchdog`).  Of a node where the daemon of its step was killed srun never hears: it would wait for ever.
+"""
 MAX_STOPS = 3
 """Starts in a row that may stop without a new checkpoint."""
 MAX_EXCLUSIONS = 3
@@ -200,8 +204,8 @@ class Allocation:
             "MASTER_PORT": str(free_port()),
         }
         output = self.job_dir / NODE_OUTPUT.format("%n")
-        # A node that fails takes the others with it; one that is done does not.
-        options = ["--kill-on-bad-exit=1", f"--output={output}", "--open-mode=append"]
+        # A node that fails takes the others with it; one that is done does not, but they end at about the same time.
+        options = ["--kill-on-bad-exit=1", f"--wait={ENDING_S}", f"--output={output}", "--open-mode=append"]
         srun = subprocess.Popen(self.steps.srun(self.command, options), env=environment)
         started = time.time()
         warn_at, stopping, tell_at = self._warning_time(started, None, PATIENCE_S), False, started + TELL_S

@@ -85,6 +85,21 @@ def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
     assert (tmp_path / "sent").exists() == ("job 8" in goes_on)
 
 
+def test_a_node_of_which_slurm_never_tells_is_not_waited_for_once_another_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """srun waits for ever unless it is told otherwise, also of a node where the daemon of its step was killed."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    last = 'for word; do case "$word" in --wait=*) wait=${word#*=} ;; esac; done'
+    commands(
+        srun=f"""case "$*" in *fitness*) echo '{{"node": "n1", "problems": []}}'; exit ;; esac
+        {last}; [ $wait -gt 120 ] && exit 3; exit 1""",
+        scontrol='case "$*" in *hostnames*) echo n1 ;; *) echo JobId=7 JobState=RUNNING Restarts=0 ;; esac',
+    )
+    assert _allocation(tmp_path).run() == STOPPED
+    assert "stopped in good order; requeued" in capfd.readouterr().out
+
+
 def test_a_stop_that_comes_while_nodes_are_asked_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
 ) -> None:
