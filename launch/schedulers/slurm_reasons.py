@@ -11,11 +11,6 @@ NEVER = {
     "DependencyNeverSatisfied": "the job that it waits for has ended otherwise",
     "InvalidAccount": "the account is not valid: --option account=NAME",
     "InvalidQOS": "the quality of service is not valid: --option qos=NAME",
-    "JobHeldAdmin": "an administrator holds it",
-    "JobHeldUser": "it is held: scontrol release it",
-    "JobHoldMaxRequeue": "it could not be started too often: scontrol release it once the nodes are mended",
-    "job_requeued_in_held_state": "it was requeued and held: scontrol release it",
-    "launch_failed_requeued_held": "a node could not begin it, as where a prolog fails: scontrol release it",
     "PartitionConfig": "no node of the partition has the cores, memory or GPUs that it asks for",
     "PartitionNodeLimit": "it asks for more nodes than the partition lets a job have",
     "PartitionTimeLimit": "it asks for more time than the partition allows: --option time=...",
@@ -25,12 +20,17 @@ NEVER = {
 """Reasons for which a waiting job does not start by waiting, and what they mean."""
 
 LATER = {
+    "JobHeldAdmin": "an administrator holds it",
+    "JobHeldUser": "it is held: scontrol release it",
+    "JobHoldMaxRequeue": "it could not be started too often: scontrol release it once the nodes are mended",
+    "job_requeued_in_held_state": "it was requeued and held: scontrol release it",
+    "launch_failed_requeued_held": "a node could not begin it, as where a prolog fails: scontrol release it",
     "Nodes_required_for_job_are_DOWN": "nodes that it needs are down, drained or kept for others",
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition is inactive",
     "ReqNodeNotAvail": "nodes that it needs are down, drained, or reserved before its time limit ends",
 }
-"""Reasons that end when an administrator, or a maintenance, is done, and what they mean."""
+"""Reasons that end when somebody releases the job, or an administrator or a maintenance is done, and what they mean."""
 
 _WHOSE = {"Assoc": "the account", "QOS": "the quality of service", "": "the quality of service"}
 _LIMIT = re.compile(r"(Assoc|QOS|)(Max|Min|Grp)(\w+)")

@@ -20,7 +20,7 @@ from launch.schedulers.slurm_reasons import NEVER, why_it_waits
             "waits because nodes that it needs are down, drained, or reserved",
         ),
         # Seen on 22.05: a prolog that fails, and a node that has gone where a job needs all.
-        ("launch_failed_requeued_held", "can never start because a node could not begin it"),
+        ("launch_failed_requeued_held", "waits because a node could not begin it"),
         ("Nodes_required_for_job_are_DOWN,_DRAINED_or_reserved_for", "waits because nodes that it needs are down"),
         # Seen on 22.05 with slurmdbd: MaxWall, MaxTRESPerJob.
         ("QOSMaxWallDurationPerJobLimit", "can never start because it asks for more than the quality of service lets"),
