@@ -329,7 +329,9 @@ def locked(run: RunDir) -> Iterator[None]:
         WrongUse: another process is training the run, or the directory cannot be written.
     """
     run.make()
-    with run.lock_file.open("a+b", buffering=0) as file:
+    with written(run.lock_file):
+        lock = run.lock_file.open("a+b", buffering=0)
+    with lock as file:
         if not locks(file):
             file.seek(0)
             raise WrongUse(
