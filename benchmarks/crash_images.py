@@ -1,4 +1,4 @@
-"""Does a run go on from the image of its file system at any moment, as a power cut leaves it?
+"""Does a run resume from the image of its file system at any moment, as a power cut leaves it?
 
 Run, as root: python -m benchmarks.crash_images [--images 100] [--resumes 5] [--seed 0] [--json FILE]
 

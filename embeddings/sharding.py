@@ -1,4 +1,4 @@
-"""A plan applied: each rank has its shards of the tables, and replicated ones become ordinary parameters."""
+"""Applies a plan: each rank gets its shards of the tables, and replicated tables become ordinary parameters."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What a Slurm job does within an allocation: start the run on all nodes, warn it in time, and see that it goes on.
+"""What a Slurm job does within an allocation: start the run on all nodes, warn it in time, and see that it resumes.
 
     python -m launch.allocation --run-dir DIR --max-retries N --max-restarts M --nodes 2 --cpus-per-task 8 -- COMMAND
 

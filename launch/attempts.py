@@ -1,4 +1,4 @@
-"""When a job first started, and how its starts ended, one line each in the run directory; is another one worth it?
+"""When a job first started and how each start ended, one line each in the run directory; is another one worth it?
 
 A time limit, a preemption and a node's failure cost nothing.  Nor does a failure after which there is a newer complete
 checkpoint than before it: the run gets on.  Failures without progress, one after the other, are what the budget counts.

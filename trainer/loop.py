@@ -34,7 +34,7 @@ def agree_to_stop(mesh: Mesh) -> bool:
 
 def stopped_after(step: int) -> StoppedEarly:
     """What is said when the run stops in good order."""
-    return StoppedEarly(f"stopped after step {step}, which is saved: start the same command to go on")
+    return StoppedEarly(f"stopped after step {step}, which is saved: start the same command again to resume")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

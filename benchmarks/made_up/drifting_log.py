@@ -10,7 +10,7 @@ BEGIN = 1_700_000_000
 SECONDS = 60
 """Between two events."""
 USERS = 60
-"""As many come again and again."""
+"""Users, each event by one of them at random."""
 
 
 def write_drifting_log(path: Path, *, events: int, alive: int, lives: int, seed: int = 0) -> None:

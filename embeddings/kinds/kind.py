@@ -1,4 +1,4 @@
-"""What a way of sharding a table is: how it cuts, what a block costs its rank, when it is not to be had.
+"""What defines a way of sharding: how it cuts a table, what a block costs its rank, which tables cannot have it.
 
 Times follow TorchRec's estimator (a test holds them equal), in closed form, because TorchRec's own enumerator asks for
 every shard of every table and takes minutes for a hundred tables.  Nothing here needs torch.

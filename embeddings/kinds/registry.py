@@ -1,4 +1,4 @@
-"""The kinds that there are, by name.  A new one is a file beside this one and a line here."""
+"""All sharding kinds, by name.  A new one is a file beside this one and a line here."""
 
 from embeddings.kinds.column_wise import ColumnWise
 from embeddings.kinds.grid_shard import GridShard

@@ -1,4 +1,4 @@
-"""What is to be trained on a cluster that is looked for: tables, lookups and the dense model, from a file.
+"""What capacity planning is asked to place: tables, lookups and the dense model, from a file.
 
     {"tables": [{"name": "item", "num_embeddings": 1000000000, "embedding_dim": 128, "ids_per_sample": 4096.0,
                  "zipf": 1.05},

@@ -1,4 +1,4 @@
-"""Which rows of sharded tables have been looked up in training: those alone can have changed.
+"""Which rows of sharded tables were looked up in training; only those can have changed.
 
 A mark a row, [rows of the local shard] bool on the device, set as the ids of a batch arrive; nothing waits for the
 device before the marks are read.  Replicated tables have none: they are ordinary parameters.

@@ -1,4 +1,4 @@
-"""The schedulers that there are."""
+"""All schedulers, by name."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Slurm: one job of N whole nodes, one task a node, which goes on by itself until the run is done.
+"""Slurm: one job of N whole nodes, one task per node, which continues by itself until the run is done.
 
 TorchX's own request for Slurm is a heterogeneous job with a part a node, which current Slurm refuses for GPU machines
 and which is N entries in the queue.  Ours is what a Slurm user would write by hand; what happens within an allocation,

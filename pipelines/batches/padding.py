@@ -1,4 +1,4 @@
-"""Batches of few sizes: one more sample fills a batch up to sizes that many batches share.
+"""Pads batches to few sizes: one more sample fills a batch up to a size that many batches share.
 
 What a model launches depends on sizes alone; steps of the same sizes can be recorded once and replayed.  The padding is
 one sample at the end, whose events and candidates stand for nothing: models leave it out of attention and of the

@@ -1,4 +1,4 @@
-"""What a server is asked, as a model's inputs: plain Python in, the same arrays out that the prepared data give.
+"""From a server's requests to a model's inputs: plain Python in, the same arrays out that prepared data give.
 
     {"sample": {"country": "de"},
      "event": {"item_id": ["sku-4"], "action": [["view"]], "timestamp": [1704067200], "dwell_s": [31.0]},

@@ -224,7 +224,7 @@ def _next(handed_over: Iterator[Packed | Failure], processes: list[BaseProcess])
             if process.exitcode:
                 raise ChildProcessError(
                     f"the process that reads the data ended unexpectedly with exit code {process.exitcode}, perhaps "
-                    "for lack of memory (lower data.window_samples); start the same command to go on"
+                    "for lack of memory (lower data.window_samples); start the same command again to resume"
                 ) from error
         raise
 

@@ -1,4 +1,4 @@
-"""A file that one process at a time may hold; the system ends that with the process, however it ends."""
+"""A file that one process at a time may hold; the system frees it when the process ends, however it ends."""
 
 import fcntl
 import logging

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on, on this or another number of ranks, as if it had never stopped.
+"""Checkpoints: everything that a run needs to resume, on this or another number of ranks, as if it had never stopped.
 
 A checkpoint is a folder that needs nothing but JSON and plain bytes to be read, so reading one runs no code of its own:
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are complete, which are damaged, which is the newest to go on from."""
+"""The checkpoints of a run: which are complete, which are damaged, and which is the newest to resume from."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""From what a start has found of checkpoints to the state that it goes on with.
+"""From the checkpoints that a start has found to the state that it resumes with.
 
 all ranks see the same? -> can be written? -> clear up -> load, or the one before -> drop later lines
 """

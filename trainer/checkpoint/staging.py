@@ -1,4 +1,4 @@
-"""A copy of a rank's state in memory that a process of its own writes out while the training goes on.
+"""A copy of a rank's state in memory, which a separate process writes out while the training continues.
 
     live tensors -> staging memory (anonymous, shared; page-locked beside a GPU) -> writer process -> store
 

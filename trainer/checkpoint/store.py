@@ -1,4 +1,4 @@
-"""Where checkpoints lie: folders of files, each file written once, from its beginning to its end.
+"""Where checkpoints are stored: folders of files, each file written once, from its beginning to its end.
 
 A store knows nothing of what is in a file.  What `writing` and `settle` have finished survives a power cut.
 """

@@ -1,4 +1,4 @@
-"""Is every node of an allocation fit for the job?  Asked before the processes start, for nothing is lost yet.
+"""Is every node of an allocation fit for the job?  Asked before the processes start, when nothing can be lost yet.
 
     python -m trainer.health.fitness --facts TOKEN
     python -m trainer.health.fitness --as FACTS --run-dir DIR --procs-per-node P [--meet HOST:PORT] [--data PATH ...]

@@ -1,4 +1,4 @@
-"""A small process beside each rank that ends it when it stands still, for whoever looks from within stands still too.
+"""A small process beside each rank that ends the rank when it hangs, which the rank itself could not notice.
 
     rank --- "hear from me within 45 s" ---> guard: every second, did it keep its word?  is it, or a helper, stopped?
 

@@ -1,4 +1,4 @@
-"""Limits that a system sets its users (`ulimit`): raised as far as they may be, and found too low before work begins.
+"""Limits of the system (`ulimit`): raised as far as allowed, and reported before work begins if they are too low.
 
 Slurm's jobs inherit those of the login shell that sent them.  Standard library only: with too few threads allowed,
 NumPy cannot be imported.

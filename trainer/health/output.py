@@ -1,4 +1,4 @@
-"""What a process says to a terminal, pipe or file that takes no more words is lost; its work goes on.
+"""Output of a process whose terminal, pipe or file takes no more is lost; the process continues.
 
 Standard library only: this comes before all that might say something.
 """

@@ -1,4 +1,4 @@
-"""Being asked to stop: obeyed by the training loop where all ranks can agree; before the first step, at once.
+"""Requests to stop (signals): before the first step they end the process; later all ranks stop at the same step.
 
 Standard library only: the signals are heard before torch is imported, which takes seconds.
 """
@@ -89,7 +89,7 @@ class StopSignal:
                 os._exit(FAILED)
             if number[0] in ASKING and not self.heeded:
                 if os.environ.get("RANK", "0") == "0":
-                    _say(b"stopped before the first step: start the same command to go on\n")
+                    _say(b"stopped before the first step: start the same command again to resume\n")
                 os._exit(STOPPED)
 
     def _note(self, signum: int, frame: object) -> None:

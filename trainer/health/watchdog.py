@@ -1,4 +1,4 @@
-"""Watches over a job: which rank is late, where every rank stands then, and an end for all, so that it can go on again.
+"""Watches over a job: finds a rank that is late, logs where every rank stands, and ends all, so that it can resume.
 
     every second, each rank's own thread:  beat (count, phase, step) -> store    look at the next rank's beat
     one is late:  verdict -> every rank leaves its stacks -> the judge names the culprit -> all ranks end

@@ -1,4 +1,4 @@
-"""Train a run, or go on with it.  Everything that can be checked is checked before anything changes on disk."""
+"""Train a run from its start or from a checkpoint.  All that can be checked is checked before anything is written."""
 
 import hashlib
 import logging
@@ -371,4 +371,4 @@ def announce_resumption(progress: Progress, total_samples: int | None) -> None:
         return
     logger.info("resuming after step %d and %d samples", progress.step, progress.samples)
     if total_samples is not None and progress.samples >= total_samples:
-        logger.info("nothing is left to train: to go on, raise data.num_epochs, data.max_samples or max_steps")
+        logger.info("nothing is left to train: to train further, raise data.num_epochs, data.max_samples or max_steps")

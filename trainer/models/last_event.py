@@ -1,4 +1,4 @@
-"""A user in one vector, whoever asks: a Transformer over events alone, whose last output is multiplied by a candidate.
+"""SASRec: a Transformer over events alone; the last event's output, one for all candidates, is multiplied by each.
 
 (Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018: their score is the sum of that product's
 elements, which a head of several labels weighs instead.)

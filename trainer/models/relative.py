@@ -1,4 +1,4 @@
-"""HSTU layers whose attention knows how far a key lies back, in places and in time: for sequences of hundreds.
+"""HSTU layers with relative biases: attention that knows how far a key lies back, in places and in time.
 
 Shapes as in `layer.py`; M position biases, G time buckets.
 """

@@ -1,4 +1,4 @@
-"""Rows from their features: what the columns of an event, a candidate or a sample say, as one vector.
+"""One vector for an event, a candidate or a sample, from the rows and numbers of its columns.
 
 Shapes: N rows, D model width, F numbers, K borders of a number's buckets.
 """

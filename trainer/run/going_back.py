@@ -1,4 +1,4 @@
-"""A job goes back to an older checkpoint once, though its command is started again word by word.
+"""A job with `--from-step` goes back to that checkpoint once, even if its launcher repeats the command.
 
 torchrun (`--max-restarts`) and Slurm (`--requeue`) repeat `--from-step N` with the rest of the command: all that the
 run has saved since would be set aside each time, and it would never come to its end.

@@ -1,4 +1,4 @@
-"""What another node has written, which file systems that nodes share may show late."""
+"""Waits for what another node has written, because shared file systems may show it late."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A look at a few steps on request: `--profile STEP:COUNT` writes a trace that Chrome and Perfetto open.
+"""Profiles a few steps: `--profile STEP:COUNT` writes a trace that Chrome and Perfetto open.
 
 Stages have names: TorchRec's pipeline marks its own (`## forward ##`, `## start_sparse_data_dist ##`, ...), and what is
 ours is marked with `stage`, which costs a few microseconds where nobody looks.

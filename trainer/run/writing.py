@@ -1,4 +1,4 @@
-"""Files that a crash never leaves half written, and what is said where one cannot be written."""
+"""Writes files that a crash never leaves half written, and reports those that cannot be written."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MEND = "make room or give access, then start the same command, which goes on from the newest checkpoint"
+MEND = "make room or give access, then start the same command again, which resumes from the newest checkpoint"
 """What is said where something cannot be written."""
 PARTIAL = ".partial"
 """Ends the name of a file that is being written, until it takes the place of the one that was there."""

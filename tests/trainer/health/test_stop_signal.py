@@ -60,7 +60,10 @@ def test_before_the_first_step_a_stop_ends_the_process_wherever_it_is(number: si
     assert process.stdout is not None and process.stdout.readline() == "waits\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (STOPPED, "stopped before the first step: start the same command to go on\n")
+    assert (process.returncode, said) == (
+        STOPPED,
+        "stopped before the first step: start the same command again to resume\n",
+    )
 
 
 def test_before_the_first_step_a_stop_ends_a_process_whose_words_nobody_reads() -> None:
