@@ -21,6 +21,8 @@ DIGITS, EXPONENT = "[.](\\d*)[eE]", "[eE][+]?(\\d+)"
 """Parts of a number in text that has an exponent: its decimals, and how many of them stand before the point."""
 EXAMPLE = "'%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"
 """Patterns of dates that their own text does not tell apart."""
+WORD, ZONE = "(?i)[^a-z/_][a-z]{2,}\\s*$", "(?i)\\b(utc|gmt)\\b|[a-z]/[a-z]"
+"""A word at the end of a time, and zones that one word or AREA/CITY names; of others several have the same letters."""
 
 
 def check_unit(unit: str) -> None:
@@ -32,6 +34,11 @@ def check_unit(unit: str) -> None:
             f"the time unit must be one of {', '.join(PER_SECOND)}, {TIMESTAMP}, or how dates are written, such as "
             f"{EXAMPLE}; got {unit}"
         )
+    if ("%I" in unit or "%-I" in unit) and "%p" not in unit:
+        raise ValueError(
+            f"the time unit {unit!r} has hours of half a day (%I) and does not say which half: add %p, or say %H for "
+            "hours from 0 to 23"
+        )
     try:
         duckdb.execute(f"SELECT strptime('', {literal(unit)}) WHERE false")
     except duckdb.Error as error:
@@ -41,10 +48,10 @@ def check_unit(unit: str) -> None:
 def read_time(stored: Stored, unit: str) -> Reading:
     """When, as a whole number of nanoseconds since 1970 (BIGINT), whatever the unit.
 
-    Raises ValueError if the column holds lists, or a pattern is given for what is no text.
+    Raises ValueError if the column holds lists or truths, or a pattern is given for what is no text.
     """
     name = stored.name
-    if stored.is_list:
+    if stored.is_list or stored.type == "BOOLEAN":
         raise ValueError(f"{stored.path} stores {name} as {stored.type}, one time a row was expected")
     nanoseconds, rules = _number(stored, unit) if unit in PER_SECOND else _date(stored, unit)
     second = f"{nanoseconds} // {NANOSECONDS}"
@@ -109,6 +116,16 @@ def _date(stored: Stored, unit: str) -> tuple[str, list[Rule]]:
         exact = f"NOT regexp_matches({column}, '[.]\\d{{9}}\\d*[1-9]')"
         text = f"{name} is finer than nanoseconds: write at most nine decimals"
         rules.append(Rule(condition=exact, text=text, column=name))
+        # To the engine BST is Dhaka's time and CST Chicago's.
+        named = f"regexp_matches({column}, {literal(ZONE)})"
+        if unit == TIMESTAMP:
+            named = f"NOT regexp_matches({column}, {literal(WORD)}) OR {named}"
+        text = (
+            f"{name} names a zone by letters that several have, or not at all: write its distance from UTC (+01:00), "
+            "UTC, GMT or its place (Europe/London)"
+        )
+        if unit == TIMESTAMP or "%Z" in unit:
+            rules.append(Rule(condition=named, text=text, column=name))
     return nanoseconds, rules
 
 

@@ -269,6 +269,7 @@ def test_a_malformed_csv_file_is_one_clear_error(
         (["--action-separator", "|"], "the separator '|' divides words: give the action values"),
         (["--item-column", "u"], "user, item and time are the columns u, u, t"),
         (["--time-unit", "min"], "the time unit must be one of s, ms, us, ns, timestamp, or how dates are written"),
+        (["--time-unit", "%d.%m.%Y %I:%M"], "has hours of half a day (%I) and does not say which half: add %p"),
         (["--time-unit", "%Q"], "the time unit '%Q' is no pattern of strptime: "),
     ],
 )

@@ -151,6 +151,27 @@ def test_text_orders_what_happens_in_a_second_to_the_nanosecond(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
+    ("unit", "zone", "hours"),
+    [
+        ("timestamp", "Europe/London", 1),
+        ("timestamp", "America/Argentina/Buenos_Aires", -3),
+        ("timestamp", "GMT+2", 2),
+        ("timestamp", "UTC", 0),
+        ("%Y-%m-%d %H:%M:%S %Z", "Europe/London", 1),
+        ("%Y-%m-%d %H:%M:%S %Z", "UTC", 0),
+    ],
+)
+def test_a_zone_may_be_told_by_its_place(tmp_path: Path, unit: str, zone: str, hours: int) -> None:
+    moments = [datetime(2024, 7, 1, hour, tzinfo=UTC) for hour in (12, 13, 14)]
+    lines = [f"1,{item},{at + timedelta(hours=hours):%Y-%m-%d %H:%M:%S} {zone},1" for item, at in enumerate(moments)]
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like", *lines])
+    options = (*COLUMNS, "--time-unit", unit, "--split-time", str(int(moments[-1].timestamp())))
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    [row] = rows_of(tmp_path / "out", "eval")
+    assert row["history_timestamp"] + row["candidate_timestamp"] == [int(at.timestamp()) for at in moments]
+
+
+@pytest.mark.parametrize(
     ("unit", "time", "message"),
     [
         ("timestamp", "01/02/2024", "a pattern, such as '%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"),
@@ -159,6 +180,9 @@ def test_text_orders_what_happens_in_a_second_to_the_nanosecond(tmp_path: Path, 
         ("%m/%d/%Y", "31/01/2024", "must hold dates and times like %m/%d/%Y from 1970 on"),
         ("%m/%d/%Y", "01/31/24", "must hold dates and times like %m/%d/%Y from 1970 on"),
         ("%m/%d/%Y", "", "must hold dates and times like %m/%d/%Y from 1970 on, none missing"),
+        ("timestamp", "2024-07-01 12:00:00 BST", "names a zone by letters that several have"),
+        ("timestamp", "2024-07-01 12:00:00 CST ", "write its distance from UTC (+01:00), UTC, GMT or its place"),
+        ("%a %b %d %H:%M:%S %Z %Y", "Mon Jul 01 12:00:00 IST 2024", "names a zone by letters that several have"),
     ],
 )
 def test_a_date_that_may_mean_two_things_is_refused(
@@ -174,3 +198,5 @@ def test_a_date_that_may_mean_two_things_is_refused(
 def test_a_pattern_reads_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepared(tmp_path, [("parquet", events(1))], "--time-unit", "%Y-%m-%d")[0] == 1
     assert "0.parquet stores t as BIGINT, of which no pattern is needed" in capsys.readouterr().err
+    assert prepared(tmp_path, [("parquet", events(1, t=[True] * 4))], name="truths")[0] == 1
+    assert "0.parquet stores t as BOOLEAN, one time a row was expected" in capsys.readouterr().err
