@@ -37,6 +37,8 @@ TAKEN = ("action", "timestamp", "length")
 """Names that every event and candidate uses already, so that no column may have them."""
 NUMBER = "number"
 """The word for a column of numbers in `dataset.json`, so no space may be called so."""
+TEXT_KEYS, NUMBER_KEYS = KEY_KINDS = ("text", "number")
+"""What unbounded keys are."""
 
 Part = Literal["sample", "event", "candidate", "item", "label"]
 """What a column's values belong to."""
@@ -78,6 +80,8 @@ class Space:
     unbounded: bool = False
     """Ids are any 64-bit keys, 0 for the unknown one; `rows` is then how many of them have a row at a time, with the
     row that the others share."""
+    key_kind: str | None = None
+    """What unbounded keys are, one of `KEY_KINDS`, where it is known: the text 7 is another key than the number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +184,7 @@ class DatasetInfo:
         spaces = {
             space.name: {
                 key: value
-                for key in ("rows", "used", "keys", "digest", "hash", "unbounded")
+                for key in ("rows", "used", "keys", "digest", "hash", "unbounded", "key_kind")
                 if (value := getattr(space, key)) is not None and value is not False
             }
             for space in self.spaces.values()
@@ -264,20 +268,8 @@ def parse_dataset_info(values: Any, name: str) -> DatasetInfo:
 
 
 _FIELDS = {
-    *(
-        "format_version",
-        "name",
-        "spaces",
-        "numbers",
-        "actions",
-        "weight",
-        "keep_rate",
-        "cut",
-        "clock",
-        "parts",
-        "splits",
-    ),
-    *("source", "licence"),
+    *("format_version", "name", "spaces", "numbers", "actions", "weight", "keep_rate", "cut", "clock", "parts"),
+    *("splits", "source", "licence"),
     *get_args(Part),
 }
 
@@ -332,6 +324,9 @@ def _parse_space(key: str, entry: Any, name: str) -> Space:
         raise ValueError(
             f"{where} is unbounded: its ids are keys, so it has no keys, digest or hash, but 2 rows or more"
         )
+    kind = entry.get("key_kind")
+    if kind is not None and not (unbounded and kind in KEY_KINDS):
+        raise ValueError(f"{where}: key_kind says of unbounded keys {' or '.join(KEY_KINDS)}, got {kind!r}")
     return Space(**{**entry, "name": key, "rows": rows, "used": used})
 
 

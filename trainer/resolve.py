@@ -75,6 +75,7 @@ class Resolved:
         # Of a label each row has an output; without a digest nobody can tell whether rows were added.
         fixed = part == "label" or (space.digest is None and not space.unbounded)
         rows = f", {space.rows} rows" if fixed else ", unbounded" if space.unbounded else ""
+        rows += f" {space.key_kind}" if space.key_kind else ""
         return f"{part}.{name} ({column.kind} of {space.name}{rows})"
 
     def token_count(self, history_lens: IntArray, num_candidates: IntArray) -> IntArray:

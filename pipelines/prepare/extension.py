@@ -144,7 +144,8 @@ def _grown(space: Space, added: Space) -> Space:
     """A space after new keys; its rows grow only where there was no room."""
     if added.used > space.rows:
         logger.info("%s: %d ids outgrow its %d rows; its table grows with it", space.name, added.used, space.rows)
-    return replace(added, rows=max(space.rows, added.used))
+    # What kind of keys the parts before held nobody can tell where they do not say it.
+    return replace(added, rows=max(space.rows, added.used), key_kind=space.key_kind)
 
 
 def _sum(one: SplitInfo, other: SplitInfo) -> SplitInfo:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import duckdb
 
-from pipelines.features import UNKNOWN_ID, Space
+from pipelines.features import NUMBER_KEYS, TEXT_KEYS, UNKNOWN_ID, Space
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.log.readings import SIGNED, UNSIGNED, WIDEST
 from pipelines.prepare.log.schema import SpaceOptions
@@ -42,11 +42,12 @@ def number_keys(
     options: SpaceOptions,
     known: Space | None = None,
     *,
+    is_text: bool = False,
     of_label: bool = False,
 ) -> Space:
     """Make the dictionary of a space, unless its ids are made from the keys; where it is `known`, its ids stay and new
     keys get the next, rare ones once they have come often enough in all deliveries together.  The classes of a label,
-    each an output of the models that predict it, get no more than there are rows.
+    each an output of the models that predict it, get no more than there are rows.  `is_text` says how keys are read.
 
     Raises ValueError if a new space has more keys than the stated rows have room for.
     """
@@ -55,7 +56,8 @@ def number_keys(
         return Space(name=name, rows=options.rows, used=options.rows, hash=HASH)
     if options.unbounded:
         assert options.rows is not None
-        return Space(name=name, rows=options.rows, used=options.rows, unbounded=True)
+        kind = TEXT_KEYS if is_text else NUMBER_KEYS
+        return Space(name=name, rows=options.rows, used=options.rows, unbounded=True, key_kind=kind)
     keys = " UNION ALL ".join(
         f"SELECT {'unnest' * source.many}({quoted(source.column)}) AS key FROM {source.table}" for source in sources
     )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.features import UNKNOWN_ID, Space
+from pipelines.features import NUMBER_KEYS, TEXT_KEYS, UNKNOWN_ID, Space
 from pipelines.storage.checked_parquet import open_checked, readable
 from pipelines.storage.dataset_json import open_filesystem
 
@@ -36,7 +36,9 @@ def read_keys(path: str, space: Space) -> tuple[ToId, str]:
             return lambda key: known.get(_text(key), UNKNOWN_ID), "text"
         return lambda key: known.get(_number(key), UNKNOWN_ID), "whole numbers"
     if space.unbounded:
-        return _key_itself, "text or whole numbers of 64 bits"
+        kinds = {TEXT_KEYS: "text", NUMBER_KEYS: "whole numbers of 64 bits"}
+        what = kinds.get(space.key_kind or "", " or ".join(kinds.values()))
+        return lambda key: _key_itself(key, space.key_kind), what
     if space.hash == HASH:
         return lambda key: _hashed(key, space.rows), "text or whole numbers"
     return _number, f"ids, whole numbers in [0, {space.rows})"
@@ -112,11 +114,13 @@ def _hashed(key: Any, rows: int) -> int:
     return UNKNOWN_ID + 1 + _digest(text) % (rows - 1)
 
 
-def _key_itself(key: Any) -> int:
+def _key_itself(key: Any, kind: str | None) -> int:
     """Whole numbers with their 64 bits, the digest of a text as such a number, and `LOWEST` for the key 0."""
     if key is None:
         return UNKNOWN_ID
     key = _as_written(key)
+    if kind is not None and isinstance(key, str) != (kind == TEXT_KEYS):
+        raise TypeError
     number = _digest(key) if isinstance(key, str) else _number(key)
     if not LOWEST < number < 1 << 64:
         raise TypeError

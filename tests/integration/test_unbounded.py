@@ -1,5 +1,6 @@
 """Unbounded ids from a log's raw keys to a trained, resumed and evaluated run."""
 
+import csv
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.made_up.drifting_log import write_drifting_log
 from embeddings.lookups.key_map import SHARED_ROW, UNKNOWN_KEY
 from pipelines.storage.dataset_json import read_dataset_info
-from pipelines.storage.keys import LOWEST
+from pipelines.storage.keys import read_keys
 from tests.pipelines.prepare.test_prepare import prepare
 from tests.support.training import losses, read_checkpoint, read_lines, run_trainer, run_training, train
 from trainer.scorer import open_scorer
@@ -141,18 +142,21 @@ def test_an_evaluation_by_itself_finds_what_the_run_found(learnt: tuple[Path, Pa
 def test_requests_are_scored_by_raw_keys_and_all_never_seen_ones_alike(learnt: tuple[Path, Path]) -> None:
     data, run = learnt
     asked = samples(data, "eval")[:6]
-    contexts = [column.name for column in read_dataset_info(str(data)).columns if column.part == "sample"]
+    info = read_dataset_info(str(data))
+    contexts = [column.name for column in info.columns if column.part == "sample"]
+    to_id, _ = read_keys(str(data), info.spaces["item"])
+    with (data.parent / "log" / "log.csv").open(newline="") as log:
+        key_of = {to_id(row["item"]): row["item"] for row in csv.DictReader(log)}
     requests: list[dict[str, Any]] = [
         {
             "sample": dict.fromkeys(contexts),
             "event": {
-                # As the log has them.
-                "item_id": [0 if key == LOWEST else key for key in sample["history_item_id"]],
+                "item_id": [key_of[item] for item in sample["history_item_id"]],
                 "action": [["click"] if mask else [] for mask in sample["history_action"]],
                 "timestamp": sample["history_timestamp"],
             },
             "candidate": {
-                "item_id": [*sample["history_item_id"][-1:], None, 12345, "never seen"],
+                "item_id": [*(key_of[item] for item in sample["history_item_id"][-1:]), None, "12345", "never seen"],
                 "timestamp": [sample["candidate_timestamp"][0]] * (3 + bool(sample["history_item_id"])),
             },
         }

@@ -71,6 +71,8 @@ def test_version_1_is_a_data_set_with_one_item_column() -> None:
         (("spaces", "tag"), {"rows": 5, "keys": "a", "hash": "b"}, "space 'tag' has keys and a hash"),
         (("spaces", "tag"), {"rows": 5, "unbounded": 1}, "space 'tag': unbounded must be true or false, got 1"),
         (("spaces", "tag"), {"rows": 5, "unbounded": True, "hash": "b"}, "space 'tag' is unbounded: its ids are keys"),
+        (("spaces", "tag"), {"rows": 5, "unbounded": True, "key_kind": "x"}, "keys text or number, got 'x'"),
+        (("spaces", "tag"), {"rows": 5, "key_kind": "text"}, "key_kind says of unbounded keys text or number"),
         (("spaces", "rating"), {"rows": 5, "unbounded": True}, "cannot be of 'rating', which is unbounded"),
         (("spaces", "item"), {"rows": 5, "unbounded": True}, "'item' is unbounded, so 'item' can have no columns"),
         (("spaces", "a.b"), {"rows": 5}, "space 'a.b' must have a name without dot"),

@@ -17,6 +17,7 @@ from pipelines.prepare.engine import quoted
 from pipelines.prepare.log.files import attribute_paths, log_paths, open_files
 from pipelines.prepare.log.ids import (
     add_earlier_attributes,
+    check_key_kinds,
     leave_out_late_rows,
     make_events,
     make_items,
@@ -273,6 +274,8 @@ def _read(
     sources = LogSources(log=opened(log, optional=optional, described=described), users=users, items=items)
     check_columns(schema, sources)
     types = space_types(schema, sources, stored_keys(connection, known) if known is not None else ())
+    if known is not None:
+        check_key_kinds(known, types)
     options = RowOptions(where=schema.where, skip_invalid=schema.skip_invalid)
     left_out: dict[str, int] = {}
     for table, files, attributes, space in (

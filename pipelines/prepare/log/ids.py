@@ -11,27 +11,42 @@ from pathlib import Path
 
 import duckdb
 
-from pipelines.features import ITEM_SPACE, DatasetInfo, Space
+from pipelines.features import ITEM_SPACE, NUMBER_KEYS, TEXT_KEYS, DatasetInfo, Space
 from pipelines.prepare.engine import quoted, table_exists
-from pipelines.prepare.log.readings import WIDEST, IdType, Stored
+from pipelines.prepare.log.readings import TEXT, WIDEST, IdType, Stored
 from pipelines.prepare.log.schema import ROW_LISTS, LogColumn, LogSchema, SpaceOptions
 from pipelines.prepare.log.tables import ITEMS, RAW, USERS, log_columns, raw_name
 from pipelines.prepare.log.times import NANOSECONDS
 from pipelines.prepare.source import MISSING, USER_SPACE, sample_column, value_column
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
+from pipelines.storage.dataset_json import DATASET_FILE
 
 
 def stored_keys(connection: duckdb.DuckDBPyConnection, known: DatasetInfo) -> list[tuple[str, Stored]]:
-    """The columns of the dictionaries that earlier parts of the data have made, with their spaces."""
+    """The columns of the dictionaries that earlier parts of the data have made, with their spaces; of keys that are ids
+    themselves, as what they were read."""
     found = []
     for space in known.spaces.values():
+        if space.key_kind is not None:
+            kind = TEXT if space.key_kind == TEXT_KEYS else "BIGINT"
+            found.append((space.name, Stored(path=Path(DATASET_FILE), name=space.name, type=kind)))
         if space.keys is not None:
             table = connection.execute(f"DESCRIBE {quoted(f'{space.name}_ids')}").fetchall()
             types = {name: kind for name, kind, *_ in table}
             key = f"{space.name}_key"
             found.append((space.name, Stored(path=Path(space.keys), name=key, type=types[key])))
     return found
+
+
+def check_key_kinds(known: DatasetInfo, types: Mapping[str, IdType]) -> None:
+    """Raise ValueError if whole numbers that are ids themselves are text in a delivery: they would be other ids."""
+    for space in known.spaces.values():
+        if space.key_kind == NUMBER_KEYS and types[space.name].name == TEXT:
+            raise ValueError(
+                f"space {space.name}: its keys are ids themselves, and those of the deliveries before were whole "
+                "numbers, in this one some are text (as all of CSV and JSON files are): store them as whole numbers"
+            )
 
 
 def leave_out_late_rows(connection: duckdb.DuckDBPyConnection, schema: LogSchema, *, skip: bool) -> dict[str, int]:
@@ -90,7 +105,15 @@ def number_spaces(
     found = {}
     for name, sources in keys.items():
         options = schema.spaces.get(name, SpaceOptions())
-        found[name] = number_keys(connection, name, sources, options, earlier.get(name), of_label=name in labels)
+        found[name] = number_keys(
+            connection,
+            name,
+            sources,
+            options,
+            earlier.get(name),
+            is_text=types[name].name == TEXT,
+            of_label=name in labels,
+        )
     return found
 
 
