@@ -1,16 +1,19 @@
 """Objects in a log's files: their fields as columns, and the types in which values of JSON are read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import cast
 
 import duckdb
 from duckdb.sqltypes import DuckDBPyType
 
-from pipelines.prepare.engine import literal, quoted
-from pipelines.prepare.log.readings import TEXT
+from pipelines.prepare.engine import execute, literal, quoted
+from pipelines.prepare.log.readings import NULL, TEXT
 
 MIXED = "JSON"
 """The engine's type of a field of JSON whose values differ in kind from line to line."""
+MOST_FIELDS = 2000
+"""An object of JSON lines with more fields is no row and no part of one, but a dictionary."""
 
 
 def fields_of(name: str, value: str, kind: str) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -28,13 +31,50 @@ def fields_of(name: str, value: str, kind: str) -> Iterator[tuple[str, tuple[str
         yield from fields_of(full, sql, found)
 
 
+def json_columns(connection: duckdb.DuckDBPyConnection, file: str, path: Path) -> list[tuple[str, str]]:
+    """(name, SQL type) of the fields of all rows of a file of JSON lines, as they are written; those alike but for
+    large and small letters have one type.
+
+    Args:
+        file: the file, or its copy without compression, as SQL.
+        path: the file, for messages.
+
+    Raises:
+        ValueError: fields of an object within are so alike, or the file cannot be read.
+    """
+    sql = (
+        f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, sample_size = -1, "
+        f"map_inference_threshold = {MOST_FIELDS}, field_appearance_threshold = 0)"
+    )
+    try:
+        rows = execute(connection, f"DESCRIBE SELECT * FROM {sql}", path)
+    except duckdb.NotImplementedException as error:
+        reason = str(error).split(", try ")[0].removeprefix("Not implemented Error: ")
+        raise ValueError(
+            f"{path}: fields of one object differ in large and small letters alone ({reason}): write one name"
+        ) from error
+    columns = {name: as_text(duckdb.sqltype(kind)) for name, kind, *_ in rows}
+    if not any(_is_numbered(name, columns) for name in columns):
+        return list(columns.items())
+    keys = f"SELECT DISTINCT unnest(json_keys(json)) FROM read_json_objects({file}, format = 'newline_delimited')"
+    written = sorted(name for (name,) in execute(connection, keys, path))
+    types = {name.lower(): kind for name, kind in columns.items()}
+    return [(name, types[name.lower()]) for name in sorted(written, key=lambda name: name not in columns)]
+
+
+def _is_numbered(name: str, names: Iterable[str]) -> bool:
+    """Whether a name may be the engine's, of a field like one of these but for large and small letters."""
+    begin, _, number = name.rpartition("_")
+    return number.isdigit() and begin.lower() in {each.lower() for each in names}
+
+
 def as_text(kind: DuckDBPyType) -> str:
-    """The type that reads every value within lists and objects of a JSON file as text."""
+    """The type that reads every value within lists and objects of a JSON file as text; `NULL` where there is none."""
     if kind.id == "list":
         [(_, element)] = _children(kind)
-        return as_text(element) + "[]"
-    if str(kind) == MIXED:
-        return MIXED
+        return (TEXT if str(element) == NULL else as_text(element)) + "[]"
+    if str(kind) in (MIXED, NULL):
+        return str(kind)
     if kind.id == "struct":
         return f"STRUCT({', '.join(f'{quoted(name)} {as_text(field)}' for name, field in _children(kind))})"
     return str(kind) if kind.id == "map" else TEXT

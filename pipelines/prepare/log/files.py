@@ -24,7 +24,6 @@ from pipelines.prepare.engine import (
     COMPRESSIONS,
     data_files,
     decompressed,
-    execute,
     file_literal,
     find_files,
     literal,
@@ -33,7 +32,7 @@ from pipelines.prepare.engine import (
     quoted,
 )
 from pipelines.prepare.log.csv_quotes import has_values_of_several_lines, quote_rules
-from pipelines.prepare.log.fields import as_text, fields_of, read_as, read_value
+from pipelines.prepare.log.fields import fields_of, json_columns, read_as, read_value
 from pipelines.prepare.log.readings import NULL, TEXT, Rule, Stored
 from pipelines.prepare.log.text_encoding import ENCODING, UTF_8, encoding_of, file_in_utf_8
 
@@ -303,7 +302,9 @@ def _table(plain: Path, described: LogFile, skip_invalid: bool) -> str:
         else ""
     )
     file = file_literal(plain)
-    types = ", ".join(f"{literal(name)}: {literal(each)}" for name, each in described.columns)
+    # Fields of JSON that are alike but for large and small letters are refused where they are asked for.
+    columns = {name.lower(): (name, each) for name, each in reversed(described.columns)}.values()
+    types = ", ".join(f"{literal(name)}: {literal(each)}" for name, each in reversed(columns))
     if kind == PARQUET:
         return _parquet_table(plain)
     if kind == CSV:
@@ -329,10 +330,7 @@ def _json_columns(
             return []
         if first.startswith(b"["):
             raise ValueError(f"{path} holds a list; write its objects one a line, without brackets and commas around")
-        file = file_literal(plain)
-        sql = f"read_json({file}, format = 'newline_delimited', hive_partitioning = false, sample_size = -1)"
-        rows = execute(connection, f"DESCRIBE SELECT * FROM {sql}", path)
-        return [(name, as_text(duckdb.sqltype(kind))) for name, kind, *_ in rows]
+        return json_columns(connection, file_literal(plain), path)
 
 
 def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, scratch: Path) -> Sequence[tuple[str, str]]:

@@ -10,7 +10,7 @@ import pytest
 from pipelines.prepare.__main__ import main
 from tests.pipelines.prepare.test_event_log import COLUMNS, HOUR
 from tests.pipelines.prepare.test_log_files import OFFSETS, SPLIT
-from tests.pipelines.prepare.test_prepare import prepare, write_lines
+from tests.pipelines.prepare.test_prepare import prepare, rows_of, write_lines
 
 OPTIONS = (*COLUMNS, *SPLIT, "--history-columns", "dwell", "--context-columns", "country")
 
@@ -96,3 +96,61 @@ def test_objects_beside_values_are_no_further_keys(
     assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == (column is not None)
     if column is not None:
         assert f"Expected values of one kind in {column}, some lines have objects" in capsys.readouterr().err
+
+
+def test_an_object_may_have_many_fields_that_few_lines_have(tmp_path: Path) -> None:
+    """As an analytics log's properties have; the engine would take them for a dictionary, and a line for one, too."""
+    rows = [
+        {"u": f"u{k % 40}", "i": f"i{k % 7}", "t": HOUR + 60 * k, "like": k % 2, f"field{k % 250}": k}
+        | {"p": {"price": k, f"property{k % 300}": k}, "none": None, "q": {"none": None, "tags": None}}
+        for k in range(800)
+    ]
+    write_lines(tmp_path / "in" / "a.jsonl", [json.dumps(row) for row in rows[:799]])
+    # Elsewhere there are lists of what is missing in all lines of the first file.
+    write_lines(tmp_path / "in" / "b.jsonl", [json.dumps(rows[799] | {"none": ["a"], "q": {"tags": ["b", "c"]}})])
+    (tmp_path / "schema.toml").write_text(
+        'user = "u"\nitem = "i"\ntime = "t"\nactions = ["like"]\n'
+        '[event]\nprice = { of = "number", column = "p.price" }\n'
+        '[candidate]\nnone = ["none"]\ntags = { of = ["tag"], column = "q.tags" }\n'
+    )
+    options = ("--schema", str(tmp_path / "schema.toml"), "--no-counts", "--candidates", "1")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    found = [row for split in ("train", "eval") for row in rows_of(tmp_path / "out", split)]
+    for row in found:
+        [time] = row["candidate_timestamp"]
+        newest = (time - HOUR) // 60
+        assert row["history_price"] == [float(k) for k in range(newest % 40, newest, 40)]
+        assert row["candidate_none"] == [[1] * (newest == 799)]
+        assert row["candidate_tags"] == [[1, 2] * (newest == 799)]
+    assert len(found) == 800 - 40
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("dwell", "Dwell"), "has several columns dwell, in large or small letters; rename one"),
+        (("Dwell", "dwell"), "has several columns dwell, in large or small letters; rename one"),
+        (("Other", "other"), None),
+        (("other_1", "other"), None),
+        (("dwell", "dwell_1"), None),
+    ],
+)
+def test_fields_in_large_and_small_letters_are_not_read_as_one_with_gaps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str], message: str | None
+) -> None:
+    always = {} if message is not None else {"dwell": 7}
+    texts = [json.dumps(always | json.loads(line) | {names[k % 2]: 5 + k}) for k, line in enumerate(lines("a"))]
+    write_lines(tmp_path / "in" / "log.jsonl", texts)
+    options = (*COLUMNS, *SPLIT, "--history-columns", "dwell")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == (message is not None)
+    if message is not None:
+        assert message in capsys.readouterr().err
+
+
+def test_fields_of_one_object_that_are_alike_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [
+        json.dumps(json.loads(line) | {"p": {"ab"[k % 2] + "xX"[k // 2 % 2]: 5}}) for k, line in enumerate(lines("a"))
+    ]
+    write_lines(tmp_path / "in" / "log.jsonl", texts)
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *COLUMNS, *SPLIT) == 1
+    assert "log.jsonl: fields of one object differ in large and small letters alone" in capsys.readouterr().err
