@@ -17,6 +17,7 @@ from pipelines.prepare.engine import quoted
 from pipelines.prepare.log.files import attribute_paths, log_paths, open_files
 from pipelines.prepare.log.ids import (
     add_earlier_attributes,
+    add_earlier_events,
     check_key_kinds,
     leave_out_late_rows,
     make_events,
@@ -224,6 +225,7 @@ def _load(
     logger.info("numbering keys")
     spaces = number_spaces(connection, schema, types, known)
     make_events(connection, schema, spaces)
+    duplicates["rows"] += add_earlier_events(connection, drop=schema.drop_duplicates)
     make_users(connection, schema, spaces)
     make_items(connection, schema, spaces)
     return Description(

@@ -6,6 +6,7 @@ users    user_id, a column a column of samples: attributes, and what earlier par
 items    item_id, a column a column of items
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from pipelines.prepare.source import MISSING, USER_SPACE, sample_column, value_c
 from pipelines.prepare.spaces import Keys, Lookup, look_up, number_keys
 from pipelines.prepare.state import BEFORE, EVENTS, USERS_BEFORE
 from pipelines.storage.dataset_json import DATASET_FILE
+
+logger = logging.getLogger(__name__)
 
 
 def stored_keys(connection: duckdb.DuckDBPyConnection, known: DatasetInfo) -> list[tuple[str, Stored]]:
@@ -133,11 +136,34 @@ def make_events(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces
         f"CREATE TABLE events AS SELECT {user} AS user_id, {item} AS item_id, t.rank // {NANOSECONDS} "
         f"AS time, t.rank, {row} AS log_row, t.request_key, t.action, true AS candidate{further} FROM {RAW} AS t{joins}"
     )
-    if table_exists(connection, EVENTS):
-        connection.execute(
-            f"INSERT INTO events BY NAME SELECT *, false AS candidate FROM {EVENTS} "
-            "WHERE user_id IN (SELECT user_id FROM events)"
+
+
+def add_earlier_events(connection: duckdb.DuckDBPyConnection, *, drop: bool) -> int:
+    """Add what earlier parts tell of the users of `events`, if there are any.
+
+    Returns how many rows of the log stood at the end of the parts before already, equal in all that is kept of events;
+    with `drop` they are left out.
+    """
+    if not table_exists(connection, EVENTS):
+        return 0
+    kept = [name for name, *_ in connection.execute(f"DESCRIBE {EVENTS}").fetchall() if name != "log_row"]
+    equal = " AND ".join(f"e.{quoted(name)} IS NOT DISTINCT FROM b.{quoted(name)}" for name in kept)
+    ended = f"(SELECT * FROM {EVENTS} WHERE rank = (SELECT max(rank) FROM {EVENTS}))"
+    twice = f"FROM events AS e WHERE EXISTS (SELECT 1 FROM {ended} AS b WHERE {equal})"
+    [(count,)] = connection.execute(f"SELECT count(*) {twice}").fetchall()
+    if count:
+        logger.warning(
+            "%d row(s) are equal to one with which the parts before ended, as where a delivery begins with the moment "
+            "at which the last one ended; %s",
+            *(count, "left out" if drop else "kept, so they count twice: --drop-duplicates leaves them out"),
         )
+    if count and drop:
+        connection.execute(f"DELETE FROM events WHERE log_row IN (SELECT log_row {twice})")
+    connection.execute(
+        f"INSERT INTO events BY NAME SELECT *, false AS candidate FROM {EVENTS} "
+        "WHERE user_id IN (SELECT user_id FROM events)"
+    )
+    return int(count)
 
 
 def make_users(connection: duckdb.DuckDBPyConnection, schema: LogSchema, spaces: Mapping[str, Space]) -> None:
@@ -169,7 +195,9 @@ def add_earlier_attributes(connection: duckdb.DuckDBPyConnection, schema: LogSch
             continue
         connection.execute(
             f"CREATE TABLE completed AS SELECT * FROM {table} UNION ALL BY NAME SELECT * FROM {table + BEFORE} "
-            f"WHERE key NOT IN (SELECT key FROM {table}); DROP TABLE {table}; ALTER TABLE completed RENAME TO {table}"
+            # A delivery may store keys in another type.
+            f"WHERE key::VARCHAR NOT IN (SELECT key::VARCHAR FROM {table}); DROP TABLE {table}; "
+            f"ALTER TABLE completed RENAME TO {table}"
         )
 
 

@@ -300,3 +300,55 @@ def test_a_label_keeps_the_classes_that_there_are_rows_for(
     assert sorted(labels) == sorted(ids.get(mood, 0) for mood in "cdab")
     [told] = [record.message for record in caplog.records if "class(es)" in record.message]
     assert told.startswith(f"{4 - len(classes)} new class(es) of mood, one is ")
+
+
+def test_attributes_are_found_where_a_delivery_stores_keys_in_another_type(tmp_path: Path) -> None:
+    (tmp_path / "schema.toml").write_text(ATTRIBUTES)
+    out = tmp_path / "out"
+    for day, kind in enumerate((int, str, int)):
+        folder = tmp_path / f"day{day}"
+        folder.mkdir()
+        log = [
+            {"who": kind(n % 3), "what": kind(n % 4), "when": HOUR + day * DAY + 60 * n, "buy": n % 2}
+            for n in range(24)
+        ]
+        pq.write_table(pa.Table.from_pylist(log), folder / "log.parquet")
+        # Each delivery describes another user and another item.
+        user = [{"who": kind(day), "age": 10.0 + day, "club": kind(7)}]
+        pq.write_table(pa.Table.from_pylist(user), folder / "users.parquet")
+        item = [{"what": kind(day), "brand": kind(day), "tags": [kind(9)]}]
+        pq.write_table(pa.Table.from_pylist(item), folder / "items.parquet")
+        options = ("--extend", out) if day else ("--out", out, "--schema", tmp_path / "schema.toml")
+        assert run(folder, *options) == 0
+    keys = {space: keys_of(out, space) for space in ("user", "item", "brand", "tag", "club")}
+    rows = pq.read_table(out / "items").to_pylist()
+    found = {
+        keys["item"][row["item_id"]]: (keys["brand"].get(row["brand"]), row["tags"]) for row in rows if row["tags"]
+    }
+    assert found == {str(day): (str(day), [1]) for day in range(3)}
+    told = {keys["user"][row["user_id"]]: (row["age"], row["club"]) for row in rows_in(out, "train", "part=00002")}
+    assert told == {str(day): (10.0 + day, 1) for day in range(3)}
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_what_two_deliveries_both_hold_counts_once_where_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, drop: bool
+) -> None:
+    """A delivery that begins with the moment at which the last one ended, both included."""
+    out, rows = first_day(tmp_path)
+    rows.sort(key=lambda row: row["when"])
+    newest = rows[-1]
+    other = newest | {"what": "i7" if newest["what"] != "i7" else "i6"}  # another event of the same moment
+    later = [newest | {"when": newest["when"] + 100 * n, "buy": 1} for n in (1, 2)]
+    source = write_day(tmp_path / "day1", [newest, other, *later], {"i0": "b0"})
+    options = ["--drop-duplicates"] * drop
+    assert run(source, "--extend", out, "--split-time", newest["when"] + DAY, *options) == 0
+    assert "1 row(s) are equal to one with which the parts before ended" in caplog.text
+    told = read_dataset_info(str(out)).details["deliveries"]["part=00001"]["duplicates"]
+    assert told == {"rows": 1, "dropped": drop}
+    items = keys_of(out, "item")
+    ours = [row["what"] for row in rows if row["who"] == newest["who"]]
+    [sample] = rows_in(out, "train", "part=00001")
+    history = [items[item] for item in sample["history_item_id"]]
+    assert history == [*ours, *[newest["what"]] * (not drop), other["what"]]
+    assert sample["candidate_user_seen"] == [len(history), len(history) + 1]
