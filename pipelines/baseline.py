@@ -3,6 +3,7 @@
     logit(score) = logit(item's rate) + logit(user's rate) - logit(overall rate)
 
 Rates are smoothed towards the overall rate by a number of imagined observations, so unseen ids score neutrally.
+Candidates with a weight of 0 do not exist here, as in metrics; all others count alike.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from pipelines.config import DataConfig
 from pipelines.features import DatasetInfo
 from pipelines.reading.loader import open_source
+from pipelines.selection import Selection
 from pipelines.storage.columns import IntArray, Samples
 from pipelines.storage.source import Source
 
@@ -28,7 +30,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baseline:
-    """Scores of all evaluation candidates, in stored order: the order in which a single rank meets them."""
+    """Scores of the evaluation candidates, in stored order: the order in which a single rank meets them."""
 
     logits: FloatArray
     """[C, tasks] the formula above."""
@@ -90,9 +92,9 @@ def baseline_scores(
     user_logit = _logit(by_user.smoothed(overall, USER_PRIOR))
 
     if unseen is None:
-        scored = open_source(config, info, "eval")
+        scored = open_source(config, info, "eval", _weights(info))
     else:
-        scored = open_source(config, info, "train", part=info.parts[unseen])
+        scored = open_source(config, info, "train", _weights(info), part=info.parts[unseen])
     units = ((scored, unit) for unit in range(len(scored.unit_rows)))
     found = list(_candidates(units, config, info, _bits(info, tasks)))
     user_id = np.concatenate([part[0] for part in found])
@@ -169,11 +171,16 @@ def _bits(info: DatasetInfo, tasks: Sequence[str]) -> IntArray:
     return np.array([info.action_bit(task) for task in tasks])
 
 
+def _weights(info: DatasetInfo) -> Selection:
+    """Of the columns that not every data set has, that of weights, if there is one."""
+    return Selection(labels=tuple(column for column in info.of("label") if column.name == info.weight))
+
+
 def _training_units(
     config: DataConfig, info: DatasetInfo, share: int, shares: int, unseen: int | None
 ) -> Iterator[tuple[Source, int]]:
     """A share of the units of all parts of the training split, or of those before the unseen one."""
-    sources = [open_source(config, info, "train", part=part) for part in info.parts[:unseen]]
+    sources = [open_source(config, info, "train", _weights(info), part=part) for part in info.parts[:unseen]]
     units = ((source, unit) for source in sources for unit in range(len(source.unit_rows)))
     return itertools.islice(units, share, None, shares)
 
@@ -191,6 +198,9 @@ def _candidates(
         lens = column.lens()
         place = np.arange(len(column.array)) - np.repeat(column.offsets[:-1], lens)
         kept = place < (config.max_candidates or np.inf)
+        for weight in _weights(info).labels:
+            # In the precision of the loss, in which the smallest are 0, too.
+            kept &= samples.candidate[weight.stored].array.astype(np.float32) > 0
         labels = (samples.candidate["action"].array[kept, None] >> bits) & 1
         yield (
             np.repeat(np.asarray(samples.scalars["user_id"]), lens)[kept],

@@ -4,8 +4,11 @@ import json
 from collections import Counter
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.baseline import (
@@ -28,8 +31,29 @@ def logit(rate: float) -> float:
     return log(rate / (1 - rate))
 
 
-def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path) -> None:
+def with_weights(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Give the candidates of a data set weights, some of them 0, and take these candidates from `rows`."""
+    description = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(description | {"label": {"w": "number"}, "weight": "w"}))
+    draw = np.random.default_rng(5)
+    for split, of_split in rows.items():
+        for row in of_split:
+            row["label_w"] = draw.choice([0, 1e-60, 1, 3], len(row["candidate_item_id"])).tolist()
+        left = iter(of_split)
+        for path in sorted((folder / split).glob("*.parquet")):
+            table = pq.read_table(path)
+            weights = pa.array([next(left)["label_w"] for _ in range(len(table))], pa.list_(pa.float64()))
+            pq.write_table(table.append_column("label_w", weights), path, row_group_size=7)
+        for row in of_split:
+            for name in ("candidate_item_id", "candidate_action"):
+                row[name] = [value for value, weight in zip(row[name], row["label_w"], strict=True) if weight >= 1]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path, weighted: bool) -> None:
     rows = write_dataset(tmp_path / "data", train=60)
+    if weighted:
+        with_weights(tmp_path / "data", rows)
     # Some users of the evaluation split are known from training.
     config = DataConfig(path=str(tmp_path / "data"), global_batch_size=8, max_history_len=9, balance="none")
     info = dataset_info(config)
@@ -62,7 +86,7 @@ def test_scores_equal_the_formula_in_the_order_of_one_rank(tmp_path: Path) -> No
     assert result.labels[:, 0].tolist() == labels
     batches = build_loader(config, split="eval", rank=0, world_size=1)
     seen = np.concatenate([batch.labels.action.numpy() for batch in batches])
-    assert (seen >> 1 & 1).tolist() == labels
+    assert weighted or (seen >> 1 & 1).tolist() == labels
 
 
 def test_the_shipped_sample_is_small_licensed_whole_and_without_leak() -> None:

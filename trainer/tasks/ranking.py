@@ -27,6 +27,9 @@ from trainer.parallel.mesh import Mesh
 from trainer.parallelize import ParallelModel
 from trainer.tasks.task import DataTask, Evaluation, Flops, LabelOutputs
 
+WEIGHTED = ("ne/", "calibration/")
+"""Metrics of actions in which candidates count as much as their weights say."""
+
 
 @dataclass(frozen=True)
 class Ranking(DataTask):
@@ -184,8 +187,8 @@ class Ranking(DataTask):
         counts = self.actions and self.config.evaluation.baseline
         rates = self.baselines.metrics(self.actions, mesh, unseen) if counts else {}
         if self.info.weight is not None or self.info.keep_rate is not None:
-            # Rates count every candidate alike, the model's NE as much as its weight says: not to be compared.
-            rates = {name: math.nan if name.startswith("ne/") else value for name, value in rates.items()}
+            # Rates count every candidate alike, these metrics as much as its weight says: not to be compared.
+            rates = {name: math.nan if name.startswith(WEIGHTED) else value for name, value in rates.items()}
         baseline = {**found.constant, **rates}
         table = ""
         if mesh.is_first:
