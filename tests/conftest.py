@@ -17,6 +17,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# As in the trainer's own processes: tests run side by side.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 class ModulesApart(LoadFileScheduling):
     """A module is one process's, and so are all that start this machine's Slurm: there is one cluster at a time."""

@@ -17,6 +17,7 @@ complete checkpoint is resumed.  Exit status: 0 done, 1 failed, 2 wrong use, 3 s
 goes on).
 """
 
+import os
 import sys
 
 from trainer.health.guard import GUARD
@@ -26,6 +27,9 @@ from trainer.health.stop_signal import STOP
 
 def main(arguments: list[str]) -> int:
     """Run a command; returns its exit status."""
+    # Before PyTorch is there.  Else threads that are done with their part of an operation wait for the others busily,
+    # on the cores that these need: where something else runs on the machine, steps take many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if arguments[:1] in (["train"], ["evaluate"]):
         outlive_output()
     if arguments[:1] == ["train"]:
