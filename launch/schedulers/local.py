@@ -26,6 +26,7 @@ from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.workspace import ROOT
 from trainer.command_line import Finding
 from trainer.exit_status import FAILED, STOPPED
+from trainer.health.process_table import started_at
 from trainer.run.writing import write_json
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
         # It may not have ended, or a full disk may have torn what it left.
         with suppress(OSError, ValueError, KeyError, TypeError):
             return JobStatus(state=AppState[json.loads(Path(record.job_dir, _ENDED).read_text())["state"]])
-        if _is_submitting(record.pid):
+        if _is_submitting(record):
             return JobStatus(state=AppState.RUNNING, nodes=f"this machine, process {record.pid}")
         return JobStatus(state=AppState.FAILED, reason="the process that submitted it is gone")
 
@@ -200,7 +201,11 @@ class Local(Scheduler[dict[str, CfgVal]]):
             node.terminate()
 
 
-def _is_submitting(pid: int) -> bool:
-    """Whether the process exists and is a launcher; the number may have gone to another process since."""
-    command = Path("/proc", str(pid), "cmdline")
+def _is_submitting(record: JobRecord) -> bool:
+    """Whether the process that sent a job still runs.  Its number may have gone to another one since: in a container
+    that is started again, each launcher has the same."""
+    started = started_at(record.pid)
+    if started is None or started > record.time:
+        return False
+    command = Path("/proc", str(record.pid), "cmdline")
     return command.is_file() and b"launch" in command.read_bytes().split(b"\0")

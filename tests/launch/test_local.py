@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,7 @@ def test_a_failing_rank_fails_the_job_and_is_named(tmp_path: Path, nodes: int) -
 
 def _record(folder: Path, pid: int) -> JobRecord:
     return JobRecord(
-        handle="local_cwd://longview/x", recipe="r", run_dir=str(folder), job_dir=str(folder), pid=pid, time=0.0
+        handle="local_cwd://longview/x", recipe="r", run_dir=str(folder), job_dir=str(folder), pid=pid, time=time.time()
     )
 
 
@@ -113,6 +115,11 @@ def test_a_job_ends_as_it_ended_though_nothing_can_be_noted(tmp_path: Path, capl
 def test_another_process_of_the_same_number_is_not_the_launcher(tmp_path: Path) -> None:
     with _waiting() as process:
         assert _state(_record(tmp_path, process.pid)) == AppState.FAILED
+        process.kill()
+    # In a container that is started again the launcher has the number that the one before had.
+    before = replace(_record(tmp_path, os.getpid()), time=time.time() - 1.0)
+    with _waiting("launch") as process:
+        assert _state(replace(before, pid=process.pid)) == AppState.FAILED
         process.kill()
 
 
