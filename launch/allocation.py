@@ -128,16 +128,19 @@ class Allocation:
                     return too_often or self.go_on(why)
                 before, restarts = after, restarts + 1
                 logger.info("starting again within the allocation (%d of %d)", restarts, self.max_restarts)
+        # Nodes that were taken while they were asked answer nothing.
+        ended = self._end_if_taken(before, after)
+        if ended:
+            return ended
         self._note("unfit", "; ".join(node.why for node in unfit), before, after)
         return self._leave_out(unfit)
 
     def _after_kill(self, why: str) -> int:
         before = max((attempt.step for attempt in attempts.read(self.run_dir)), default=0)
         after = self._newest_step()
-        job = slurm_queue.find_job(self.job_id, PATIENCE_S)
-        taken = _taken(job)
-        if job is not None and taken and taken != NODE_FAILURE:
-            return self._end_taken(taken, job, before, after)
+        ended = self._end_if_taken(before, after)
+        if ended:
+            return ended
         self._note("failed", why, before, after)
         return self._too_often() or self.go_on(why)
 
@@ -148,6 +151,14 @@ class Allocation:
             return 0
         why = f"{count} failures in a row without a new checkpoint, --max-retries is {self.max_retries}"
         return self._say(FAILED, f": {why}")
+
+    def _end_if_taken(self, before: int, after: int) -> int:
+        """The exit status if Slurm has taken the allocation; otherwise 0."""
+        job = slurm_queue.find_job(self.job_id, PATIENCE_S)
+        taken = _taken(job)
+        if job is None or taken in ("", NODE_FAILURE):
+            return 0
+        return self._end_taken(taken, job, before, after)
 
     def _end_taken(self, how: str, job: SlurmJob, before: int, after: int) -> int:
         """Slurm starts a job that it requeued again by itself, and one that was cancelled was cancelled; a time limit

@@ -175,6 +175,23 @@ def test_a_node_that_has_gone_is_left_to_slurm_and_one_that_never_answers_is_lef
     assert "--dependency=afternotok:7 --exclude=n2 " in successor
 
 
+def test_nodes_that_were_taken_while_they_were_asked_are_not_unfit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    """Slurm starts the job again by itself: a successor without these nodes would wait for ever beside it."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    commands(
+        srun="echo 'srun: error: Unable to confirm allocation for job 7: Job is pending execution' >&2; exit 1",
+        scontrol=f"""case "$*" in *hostnames*) echo n1 ;; *requeue*) echo requeued >> {tmp_path}/sent ;;
+        *) echo JobId=7 JobState=PENDING Restarts=1 ;; esac""",
+        sbatch=f"echo $* >> {tmp_path}/sent; echo 8",
+    )
+    for _ in range(2):
+        assert _allocation(tmp_path).run() == STOPPED
+    assert [attempt.ended for attempt in attempts.read(tmp_path)] == ["taken"] * 2
+    assert not (tmp_path / "sent").exists()
+
+
 def test_a_time_limit_that_is_set_while_the_run_goes_is_obeyed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
 ) -> None:
