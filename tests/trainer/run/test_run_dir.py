@@ -169,6 +169,11 @@ def test_a_file_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) 
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     (tmp_path / "config.json.partial").symlink_to("/dev/full")
     run = RunDir(tmp_path)
+    # As another user's cannot be opened.
+    run.lock_file.mkdir()
+    with pytest.raises(OSError, match=rf"lock cannot be written: Is a directory; {said}"), locked(run):
+        pytest.fail("locked")
+    run.lock_file.rmdir()
     with pytest.raises(OSError, match=rf"metrics\.jsonl cannot be written: No space left on device; {said}"):
         JsonLines(run.metrics_file).append({"step": 1})
     with pytest.raises(OSError, match=rf"config\.json cannot be written: No space left on device; {said}"):
