@@ -105,12 +105,13 @@ def evaluation_curves(records: Sequence[Sequence[Record]], runs: Sequence[RunFil
 def metric_title(name: str) -> str:
     """What people call it.
 
-    >>> metric_title("ne/click"), metric_title("hr@10"), metric_title("log_loss/kind")
-    ('NE of click', 'HR@10', 'log loss of kind')
+    >>> metric_title("ne/click"), metric_title("hr@10"), metric_title("log_loss/kind"), metric_title("ne_unknown")
+    ('NE of click', 'HR@10', 'log loss of kind', 'NE of unknown items')
     """
     metric, slash, label = name.partition("/")
-    if metric.endswith(BASELINE):
-        return f"{metric_title(metric.removesuffix(BASELINE) + slash + label)} of the baseline"
+    for suffix, meaning in ((BASELINE, "of the baseline"), ("_unknown", "of unknown items")):
+        if metric.endswith(suffix):
+            return f"{metric_title(metric.removesuffix(suffix) + slash + label)} {meaning}"
     title = metric.upper() if metric.partition("@")[0] in _ACRONYMS else metric.replace("_", " ")
     return f"{title} of {label}" if label else title
 
