@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -139,4 +140,6 @@ def probe_machine(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # A reader that has seen enough (`| head`) ends this process without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     raise SystemExit(main(sys.argv[1:]))

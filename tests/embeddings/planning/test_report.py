@@ -1,6 +1,8 @@
 """The report names every table, its reasons and every rank's memory; the comparison counts the rows that move."""
 
 import doctest
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,6 +104,11 @@ def test_command_prints_plans_and_differences_without_torch(tmp_path: Path, caps
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == plan_report(plan(item=("row_wise",))) + "\n"
     assert "torch" not in done.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    cut = subprocess.run(command[:1] + command[3:], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (cut.returncode, cut.stderr) == (-signal.SIGPIPE, ""), "`| head` has seen enough"
     assert main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     assert "14.31 GiB of rows move" in capsys.readouterr().out
     assert main([str(tmp_path / "c.json")]) == 2
