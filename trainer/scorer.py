@@ -5,6 +5,7 @@ with open_scorer("runs/shop") as scorer:
     items = scorer.retrieve(requests, 100)      # of a run with model.retrieval
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,8 @@ def open_scorer(run_dir: str | Path, step: int | None = None, data: str | Path |
         WrongUse: there is none.
         ValueError: the run's data set means something else by its ids now.
     """
+    # TorchRec asks torch.fx whether it is being traced, and torch warns of the question itself.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     run = RunDir(Path(run_dir))
     config = run.trained_config()
     if data is not None:
