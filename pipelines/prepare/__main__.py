@@ -65,8 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         if out is None:
-            changed = {each.name: values[each.name] for each in fields(options) if values[each.name] != each.default}
-            extend(load, source, Path(given["extend"]), changed)
+            extend(load, source, Path(given["extend"]), values)
         else:
             prepare(load, source, out, options)
     except (ValueError, OSError, duckdb.Error) as error:
@@ -111,9 +110,9 @@ def _parser() -> OneLineParser:
         text = texts[field.name] + default
         name = _flag(field.name)
         if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(name, type=kind, default=field.default, metavar=_metavar(name, kind), help=text)
+            parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=_metavar(name, kind), help=text)
     for dataset, (options, _) in FORMATS.items():
         texts, group = _explanations(options), parser.add_argument_group(f"options of {dataset} alone")
         for field in fields(options):

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "eval")
 BEFORE_THEY_WERE: Mapping[str, Any] = {"count_user_columns": False}
 """What data sets are as that were prepared before there were these options, where today's default differs."""
+OF_ALL_PARTS = ("max_history", "min_count", "leave_last", "drop_last")
+"""Options that a part cannot change: by them state is kept, ids are given, and the data set is cut."""
 
 
 def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -> None:
@@ -37,7 +39,7 @@ def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -
 
     Args:
         load: what reads the log, knowing the data set.
-        options: the sample options that differ from those of the data set's first preparation.
+        options: the sample options that are said of this part; the others are as the data set began.
 
     Raises:
         ValueError: the folder holds no data set that can be extended, or the log does not fit it.
@@ -63,17 +65,27 @@ def extend(load: Load, source: Path, folder: Path, options: Mapping[str, Any]) -
         _join(info, folder, work / "result", (*parts, part))
 
 
-def _sample_options(info: DatasetInfo, changed: Mapping[str, Any]) -> SampleOptions:
-    """How the part is cut: as the data set was, but for what is changed.
+def _sample_options(info: DatasetInfo, said: Mapping[str, Any]) -> SampleOptions:
+    """How the part is cut: as the data set was, but for what is said of it.
 
     Raises:
-        ValueError: the data set has options that this version does not know.
+        ValueError: the data set has options that this version does not know, or something else is said of what holds
+            for all parts.
     """
     stored = info.details["options"]
     unknown = sorted(set(stored) - set(SampleOptions.__dataclass_fields__))
     if unknown:
         raise ValueError(f"another version of this project prepared the data, with {', '.join(unknown)}: use that one")
-    return SampleOptions(**{**BEFORE_THEY_WERE, **stored, "split_time": None, **changed})
+    began = SampleOptions(**{**BEFORE_THEY_WERE, **stored, "split_time": None})
+    for name in OF_ALL_PARTS:
+        first = getattr(began, name)
+        if said.get(name, first) != first:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} {said[name]} has no place with --extend: the data set began "
+                f"{f'with {flag} {first}' if first is not None else f'without {flag}'}, as all its parts go on"
+            )
+    return replace(began, **said)
 
 
 def _remove_left(folder: Path, part: str) -> None:

@@ -82,6 +82,14 @@ def seconds(table: pa.Table) -> pa.Table:
             "but these options count by nothing: leave out the options of counts",
         ),
         (lambda out, info: None, ("--count-columns", "surface"), "count by item, user, user_item, surface"),
+        (
+            lambda out, info: None,
+            ("--max-history", "4"),
+            "--max-history 4 has no place with --extend: the data set began",
+        ),
+        (lambda out, info: None, ("--min-count", "2"), "with --min-count 1, as all its parts go on"),
+        (lambda out, info: None, ("--leave-last", "1"), "the data set began without --leave-last"),
+        (lambda out, info: info["options"].update(max_history=9), ("--max-history", "1024"), "with --max-history 9"),
     ],
 )
 def test_what_nothing_can_be_added_to_is_told_before_the_log_is_read(
