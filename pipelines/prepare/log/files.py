@@ -231,7 +231,8 @@ def open_files(
     optional: Sequence[str] = (),
     described: Iterable[str] = (),
 ) -> list[LogFile]:
-    """What files hold, less JSON files without a line.  Raises ValueError if one cannot be read, or no file is left.
+    """What files hold, less JSON files without a line, and Parquet files without a row beside others, since programs
+    that have nothing to write do not know its types.  Raises ValueError if one cannot be read, or no file is left.
 
     Args:
         encoding: that of text files that do not say it themselves.
@@ -240,11 +241,13 @@ def open_files(
     """
     opened = [_open(connection, path, scratch, encoding) for path in paths]
     files = [file for file in opened if file.columns]
+    files = [file for file in files if not (file.kind == PARQUET and _has_no_row(file.path, scratch))] or files
+    kept = {file.path for file in files}
     for file in opened:
-        if not file.columns:
-            logger.info("%s holds no line", file.path)
+        if file.path not in kept:
+            logger.info("%s holds no row", file.path)
     if opened and not files:
-        raise ValueError(f"{opened[0].path} and all files beside it hold no line")
+        raise ValueError(f"{opened[0].path} and all files beside it hold no row")
     have = dict.fromkeys(name for file in files for name in file.types)
     files = [
         replace(file, absent=file.lacks([*have, *described] if file.is_json else [*have.keys() & set(optional)]))
@@ -333,14 +336,20 @@ def _json_columns(
         return json_columns(connection, file_literal(plain), path)
 
 
+def _has_no_row(path: Path, scratch: Path) -> bool:
+    with _plain(path, scratch) as plain:
+        return bool(pq.read_metadata(plain).num_rows == 0)
+
+
 def _parquet_columns(connection: duckdb.DuckDBPyConnection, path: Path, scratch: Path) -> Sequence[tuple[str, str]]:
     """Names as they are stored (the engine numbers those that are alike) and the engine's types."""
     with _plain(path, scratch) as plain:
         if not plain.stat().st_size:
             raise ValueError(f"{path} is empty")
+        table = _parquet_table(plain)
         try:
-            types = connection.execute(f"DESCRIBE SELECT * FROM {_parquet_table(plain)}").fetchall()
             names = pq.read_schema(plain).names
+            types = connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall() if names else []
         except (duckdb.InvalidInputException, duckdb.IOException, pa.ArrowInvalid) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} is not a readable Parquet file, perhaps truncated: {reason}") from error

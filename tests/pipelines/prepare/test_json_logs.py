@@ -39,7 +39,7 @@ def test_a_later_delivery_may_lack_what_an_earlier_one_had(tmp_path: Path) -> No
         ("\n".join(lines("a")), "lacks the column(s) country, dwell"),
         ("[" + ", ".join(lines("a")) + "]", "holds a list; write its objects one a line"),
         ("\n[\n" + ",\n".join(lines("a")) + "\n]\n", "holds a list; write its objects one a line"),
-        ("\n \n", "hold no line"),
+        ("\n \n", "hold no row"),
         ("{}\n" + "\n".join(lines("a", dwell=1, country="x")), "log.jsonl, line 1: u must not be missing"),
     ],
 )

@@ -220,6 +220,19 @@ def test_a_column_without_values_in_one_file_is_no_disagreement(tmp_path: Path) 
     assert {row["user_id"]: row["land"] for row in found} == {1: 1, 2: 0}
 
 
+def test_a_file_without_rows_says_nothing_of_types_and_columns(tmp_path: Path) -> None:
+    whole = [("parquet", events(1, u=["007"] * 4))]
+    expected = content(prepared(tmp_path, whole, name="whole")[1])
+    # What is written where there was nothing to write: no column, few, or those of other types.
+    for number, types in enumerate(
+        ({}, {"u": pa.string()}, {**dict.fromkeys("uit", pa.date32()), "like": pa.string()})
+    ):
+        nothing = pa.table({name: pa.array([], kind) for name, kind in types.items()})
+        status, out = prepared(tmp_path, [*whole, ("parquet", nothing)], name=f"out-{number}")
+        assert status == 0
+        assert content(out) == expected
+
+
 BAD = events(2, u=[2, None, 2, 2], i=[2, 3, None, 5], like=[1, 0, 1, 7])
 
 
