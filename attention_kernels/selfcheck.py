@@ -29,7 +29,7 @@ class _Case(NamedTuple):
 
     mask: SemiLocalMask
     newest: int | None = None
-    """So many of the newest events are rows; None: all."""
+    """Newest events that are rows; None: all."""
     biased: bool = False
     """Whether scores have biases for places and time."""
 

@@ -68,7 +68,7 @@ class Machine:
         return self.world_size // self.local_world_size
 
     def larger(self, ranks: int) -> "Machine":
-        """The same with so many ranks, on whole nodes."""
+        """This machine with another number of ranks, on whole nodes."""
         return replace(self, world_size=ranks, local_world_size=self.node_ranks, whole_node=None)
 
     @property

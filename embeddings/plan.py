@@ -90,7 +90,7 @@ class RankEstimate:
     weight_bytes: int
     """Rows of tables in device memory (a cpu's own memory); of cached tables, the cache."""
     optimizer_bytes: int
-    """Their optimizer state."""
+    """Optimizer state of these rows."""
     io_bytes: int
     """Buffers of ids, rows and gradients."""
     host_bytes: int

@@ -13,7 +13,7 @@ from trainer.exit_status import WRONG_USE
 FIT = 7
 """The exit status of one that is: that of a script in its place, which passes none on, is 0."""
 LEAST = (3, 11)
-"""As in setup.py."""
+"""The oldest version of Python that setup.py allows."""
 
 NEEDED = ("numpy", "pyarrow", "torch", "torchrec", "torchx", "typer")
 """Enough to tell an environment of this project from any other."""

@@ -30,7 +30,7 @@ class Unfit:
     """A node that cannot take part."""
 
     node: str
-    """Its name at Slurm."""
+    """The node's name in Slurm."""
     why: str
     """A line that names it and says why."""
     answers: bool

@@ -70,7 +70,7 @@ def span_of(record: JobRecord) -> Span:
 
 
 def _first_start(job: JobRecord) -> float | None:
-    """As its first node told it: that its clock or time zone is not this machine's then does no harm."""
+    """When the job first started, by the clock of its first node, which may differ from this machine's."""
     told = Path(job.job_dir, attempts.STARTED)
     return _moment(told.read_text()) if told.is_file() else None
 

@@ -40,7 +40,7 @@ def hold() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """As `hold`, for the duration of the block only; within another such block, for that one's."""
+    """As `hold`, until the block ends; within another such block, until that one ends."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _held())
     try:
         yield

@@ -172,7 +172,7 @@ def _bits(info: DatasetInfo, tasks: Sequence[str]) -> IntArray:
 
 
 def _weights(info: DatasetInfo) -> Selection:
-    """Of the columns that not every data set has, that of weights, if there is one."""
+    """The column of weights, if the data set has one; of columns that not every data set has, nothing else is read."""
     return Selection(labels=tuple(column for column in info.of("label") if column.name == info.weight))
 
 

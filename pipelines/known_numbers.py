@@ -19,9 +19,9 @@ class NumberStatistics:
     mean: float
     """Mean of the known values."""
     std: float
-    """Their standard deviation."""
+    """Standard deviation of the known values."""
     quantiles: tuple[float, ...]
-    """Their quantiles at equal steps of probability, smallest and largest value included, not falling."""
+    """Quantiles of the known values at equal steps of probability, from the smallest to the largest value."""
 
     def as_dict(self) -> dict[str, Any]:
         """What `parse_statistics` reads back."""

@@ -48,7 +48,7 @@ class Draw:
     num_ids: int
     """Ids are drawn from 0 to below this."""
     count: int | None
-    """So many a global batch; None for each id once."""
+    """Ids drawn for a global batch; None: each id once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

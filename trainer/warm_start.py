@@ -181,7 +181,7 @@ class WarmStart:
         return _Taken(source, (int((rows >= 0).sum()), len(rows))), list(_by_rows(there, rows))
 
     def _mark_trained(self, piece: LivePiece) -> None:
-        """Where a table is taken without its optimizer, let that one's state say which rows were trained there.
+        """If a table is taken without its optimizer, mark in the new optimizer's state which rows were trained.
 
         See `embeddings.rows.trained`; the first update swallows so small a number.
         """

@@ -42,7 +42,7 @@ class ComputedRows:
     offsets: Tensor
     """[B + 1], where each sequence's rows start among the rows."""
     newest: int = 0
-    """So many of the newest history positions."""
+    """Newest history positions of each sequence that are rows."""
     context: bool = False
     """Whether context positions are rows."""
 

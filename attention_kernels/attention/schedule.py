@@ -137,7 +137,7 @@ class Limits(NamedTuple):
     columns: tl.tensor
     context: tl.tensor
     newest: tl.tensor
-    """So many of the newest history rows."""
+    """Newest history rows that are computed."""
     context_rows: tl.tensor
     """At most so many context rows."""
     local: tl.tensor

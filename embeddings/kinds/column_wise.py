@@ -24,7 +24,7 @@ class ColumnWise(ShardingKind):
         return columns_refusal(work, work.machine.world_size)
 
     def cuts(self, table: TableConfig, machine: Machine) -> list[tuple[Blocks, ...]]:
-        """As the columns can be cut, for as many blocks as there are ranks."""
+        """One cut for each number of column blocks that divides the table and gives each block a rank of its own."""
         counts = column_blocks(table, machine.world_size)
         return [(Blocks(count, table.num_embeddings, table.embedding_dim // count),) for count in counts]
 

@@ -188,7 +188,7 @@ class _Rows:
 
 
 def _within(rows: Tensor, first: int, block: Tensor) -> Tensor:
-    """Those of `rows` that lie in a block, counted from its first, on its device."""
+    """The `rows` that lie in a block which begins at row `first`, counted from there, on the block's device."""
     return (rows[(rows >= first) & (rows < first + len(block))] - first).to(block.device)
 
 

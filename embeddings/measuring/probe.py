@@ -37,7 +37,7 @@ HOST_IDS = (2**15, 2**17)
 """Two numbers of ids whose rows lie in host memory, so few that a cache has room for all of a step's."""
 ROWS = {"cuda": 4_000_000, "cpu": 200_000}
 HOT_ROWS = 100_000
-"""So few that a cache of a fifth of all rows has all of them."""
+"""Rows that are looked up of a cached table: few enough for a cache of a fifth of all rows to hold them all."""
 HOT_IDS = (2**15, 2**18)
 WIDTH = 128
 WIDTHS = (64, 96, 128, 160)

@@ -104,7 +104,7 @@ class StatedTable:
         )
 
     def a_feature(self, number: float | None) -> dict[str, float]:
-        """So many for all features together, one each where it is not said, shared among them."""
+        """`number` divided evenly among the features; one for each if it is not stated."""
         return dict.fromkeys(self.feature_names, 1.0 if number is None else number / len(self.feature_names))
 
 

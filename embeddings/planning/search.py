@@ -335,7 +335,7 @@ def _next_kernel(table: Sequence[Option], index: int) -> int:
 
 
 def _changed(packer: Packer, packing: Packing) -> Packing:
-    """With single tables changed, and where there are few with pairs of them, as long as that improves the rating."""
+    """The packing after changes of single tables, and of pairs if tables are few, while that improves the rating."""
     packing = _change_single_tables(packer, packing)
     tries = MAX_PAIR_CHANGES if len(packer.options) <= MAX_PAIRED_TABLES else 0
     while tries:

@@ -7,7 +7,7 @@ from torch import Tensor
 WEYL = 0x9E3779B97F4A7C15
 """Step of splitmix64 from one position to the next."""
 FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-"""Its two mixing products."""
+"""Factors of splitmix64's two mixing products."""
 _BLOCK = 2048
 """Values that one program computes."""
 

@@ -35,7 +35,7 @@ _ENDED = "ended.json"
 _FIRST_NODE = "TORCHX_RANK0_HOST"
 
 MAX_PROCESSES_A_CORE = 4
-"""Enough for trying out what more machines would do; above it they only wait for each other, and memory runs out."""
+"""Enough to try out jobs of several machines; with more, processes wait for each other, and memory runs out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +45,11 @@ class LocalRequest:
     app_id: str
     """The job's name."""
     job_dir: str
-    """Where its end is noted."""
+    """The folder in which the job's end is noted."""
     commands: tuple[tuple[str, ...], ...]
     """The command of each node."""
     environment: dict[str, str]
-    """What all get besides this process's environment."""
+    """Variables that all processes get besides this process's environment."""
 
     def __str__(self) -> str:
         return "\n".join(shlex.join(command) for command in self.commands)
@@ -162,7 +162,7 @@ class Local(Scheduler[dict[str, CfgVal]]):
         return JobStatus(state=AppState.FAILED, reason="the process that submitted it is gone")
 
     def output(self, app_id: str, record: JobRecord | None, node: int) -> Iterator[str]:
-        """It went to a terminal."""
+        """Refuses: a local job's output went to a terminal."""
         raise ValueError("a local job's output went to the terminal of its submit command: --rank shows a rank's log")
 
     def cancel_job(self, app_id: str, record: JobRecord | None) -> None:

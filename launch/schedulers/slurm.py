@@ -56,7 +56,7 @@ BATCH_OUTPUT = "job.out"
 """What the job's batch script says, in the job's folder."""
 
 ARRAY_OUTPUT = "job-{}.out"
-"""As `BATCH_OUTPUT`, of a member of a job array, in the folder of the array's code."""
+"""What the batch script of a job array's member says, in the folder of the array's code."""
 
 NODE_OUTPUT = "node-{}.out"
 """What a node's processes say, in the job's folder."""

@@ -298,8 +298,7 @@ def cancel(job_id: str) -> None:
 
 
 def node_address(node: str) -> str:
-    """Where other nodes reach a node; its name where Slurm tells nothing else.  The name may be one that Slurm alone
-    knows."""
+    """The address at which other nodes reach a node; its name if Slurm has no other, which only Slurm may know."""
     scontrol = run(["scontrol", "--oneliner", "show", "node", node])
     told = [fields_of(line) for line in scontrol.stdout.splitlines() if line.startswith("NodeName=")]
     return told[-1].get("NodeAddr", node) if told else node
@@ -313,7 +312,7 @@ def node_names(listed: str) -> list[str]:
 
 
 def lost_nodes(nodes: str, patience_s: float = 0.0, cluster: str = "") -> dict[str, str]:
-    """Those of `nodes`, a list as Slurm writes it, that are down or silent, with Slurm's word for it."""
+    """Which of `nodes` (a list as Slurm writes it) are down or silent, with Slurm's word for their state."""
     ask = ["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]
     told = [line.split() for line in run(ask, patience_s, _asking(cluster)).stdout.splitlines()]
     states = {words[0]: words[1] for words in told if len(words) == 2}
@@ -322,7 +321,7 @@ def lost_nodes(nodes: str, patience_s: float = 0.0, cluster: str = "") -> dict[s
 
 
 def own_address() -> str:
-    """Where other nodes of a job reach this one."""
+    """The address at which other nodes of a job reach this one."""
     return node_address(os.environ.get("SLURMD_NODENAME", "localhost"))
 
 

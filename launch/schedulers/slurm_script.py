@@ -8,7 +8,7 @@ from launch.environment import FIT
 from trainer.exit_status import WRONG_USE
 
 SCRIPT = "job.sh"
-"""Its name, in the job's folder."""
+"""The batch script's name, in the job's folder."""
 
 ONCE = ("begin", "dependency", "hold")
 """Options about when a job may start: said of its first submission only, not of its successors."""

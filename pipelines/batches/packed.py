@@ -46,7 +46,7 @@ class Place(NamedTuple):
     """Where an array lies in the memory of its batch."""
 
     start: int
-    """Its first byte."""
+    """The array's first byte."""
     end: int
     """The byte after its last."""
     dtype: torch.dtype

@@ -161,7 +161,7 @@ class Loader:
         """The position before the first sample."""
         begin = batches.start if position is None else position
         self.total_samples = begin.samples + sum(batches.left(begin))
-        """Of the whole stream, those before the loader's position included."""
+        """Samples of the whole stream, including those before the loader's position."""
         self.steps_left = batches.steps_left(begin)
         """Batches of this stream, where their size is given in samples."""
 

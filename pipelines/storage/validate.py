@@ -16,7 +16,7 @@ YEAR_1990, YEAR_2100 = 631_152_000, 4_102_444_800
 """Data that ends outside these counts time in another unit than seconds, or from another beginning than 1970."""
 UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9, "minutes": 1 / 60, "hours": 1 / 3600}
 UNITS |= {"days": 1 / 86_400}
-"""Such units, in a second."""
+"""How many of each unit a second has."""
 
 
 def check_schema(schema: pa.Schema, file: str, columns: Iterable[Column]) -> None:

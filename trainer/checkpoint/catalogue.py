@@ -187,7 +187,7 @@ class Catalogue:
         return self.store.read(path)
 
     def verify(self, step: int) -> Checkpoint:
-        """As `open`, and read every file of its own.
+        """As `open`, and also read every file of the checkpoint.
 
         Raises:
             DamagedCheckpoint: something of it is not as it was written.

@@ -98,7 +98,7 @@ class Checkpointer:
         self._started = 0.0
 
     def restore(self, newest: Newest) -> Restart:
-        """As `Restoring.restore`; what is saved next is all of the state."""
+        """As `Restoring.restore`.  The next save is a full one."""
         restart = self._restoring.restore(newest)
         self._deltas.restart()
         self._newest_step = restart.saved

@@ -64,7 +64,7 @@ class ThreadMemory(threading.local):
         self._content = bytearray()
 
     def take(self, num_bytes: int) -> memoryview:
-        """So much of this thread's; what was taken before is overwritten."""
+        """`num_bytes` of this thread's memory, the same memory at each call."""
         if len(self._content) < num_bytes:
             self._content = bytearray(num_bytes)
         return memoryview(self._content)[:num_bytes]

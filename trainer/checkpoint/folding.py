@@ -14,15 +14,15 @@ class Move:
     """Rows of a delta that take the place of older ones; all places are bytes of one memory."""
 
     source: int
-    """Where the rows begin, one after another."""
+    """Byte at which the new rows begin; they lie one after another."""
     target: int
-    """Where row 0 of the piece that they are part of begins."""
+    """Byte at which row 0 of their piece begins."""
     row_bytes: int
     """Size of a row."""
     count: int
     """Rows."""
     numbers: int | None = None
-    """Where their numbers in the whole tensor begin, int64; None where they are all rows of the piece."""
+    """Byte at which their row numbers in the whole tensor begin, int64; None: they are all rows of the piece."""
     first_row: int = 0
     """Number of the piece's row 0."""
 

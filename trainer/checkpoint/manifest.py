@@ -43,7 +43,7 @@ class StoredPiece:
     start: int
     region: Region
     rows: "StoredRows | None" = None
-    """Where not all rows of the region are stored, but the others are as in the checkpoint before: which ones are."""
+    """Which rows of the region are stored, if not all; the others are as in the checkpoint before."""
 
     @property
     def numel(self) -> int:

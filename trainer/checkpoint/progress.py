@@ -16,7 +16,7 @@ class Progress:
     samples: int = 0
     """Training samples consumed, all ranks."""
     position: DataPosition | None = None
-    """Where the data goes on; None at the start."""
+    """Where in the data the next step begins; None at the start."""
 
     def advance(self, samples: int, position: DataPosition) -> None:
         """Count one step."""

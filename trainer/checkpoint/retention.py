@@ -10,8 +10,8 @@ from trainer.config import CheckpointConfig
 def superfluous(
     steps: list[int], config: CheckpointConfig, also: Iterable[int | None], base: Callable[[int], int | None]
 ) -> list[int]:
-    """Those of the complete `steps` (oldest first) that may be deleted, newest first: no reason of `config` keeps them,
-    they are not in `also`, and none that stays needs them as its `base`."""
+    """Which of the complete `steps` (oldest first) may be deleted, newest first: `config` does not keep them, they are
+    not in `also`, and no checkpoint that is kept needs them as its `base`."""
     kept = set(steps[-config.keep :]) | (set(also) & set(steps))
     if config.keep_every_steps is not None:
         kept |= {step for step in steps if step % config.keep_every_steps == 0}

@@ -21,7 +21,7 @@ from trainer.parallelize import ParallelModel
 LARGE = 1e5
 """From here on, numbers of a table have five digits in place of four decimals."""
 FEW_POSITIVES = 100
-"""With fewer, the AUC's 95% interval is about 0.1 wide."""
+"""Positives below which a label is marked: the 95% interval of its AUC is then over 0.1 wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class LabelScores:
     metrics: dict[str, float]
     """The model's metrics."""
     constant: dict[str, float]
-    """The same of what a label's kind says without a look at the candidate, for the labels that were asked for."""
+    """Metrics of constant predictions, which know nothing of the candidate, for the labels that were asked for."""
     unknown: dict[str, float]
     """The model's metrics over the candidates with an unknown item alone; empty where there is none."""
     unknown_share: float

@@ -39,7 +39,7 @@ from trainer.health.stopped import LOST, StoppedProcesses, is_stopped
 IMPORTS_S = 600.0
 """Imports take 5 to 20 s from a local disk, minutes where a thousand ranks read one file server."""
 IDLE_S = 30.0
-"""So long a process neither computes nor reads only if it hangs, where it does not wait for others."""
+"""Seconds without computing or reading after which a process that does not wait for others counts as hung."""
 SHOW_STACKS = signal.SIGUSR2
 """Lets a rank write the stacks of its threads to its standard error, whatever holds its interpreter."""
 STACKS_S = 1.0

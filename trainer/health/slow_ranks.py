@@ -21,7 +21,7 @@ COLLECTIVE_MIB = {"cuda": 256, "cpu": 4}
 EXCHANGE_MIB = {"cuda": 64, "cpu": 1}
 """What two neighbours send each other."""
 SLOW = {"cuda": 1.3, "cpu": 4.0}
-"""So many times the median is slow; on a CPU other processes' work must not be mistaken for it."""
+"""Times the median at which a rank counts as slow; higher on a CPU, where other processes' work disturbs."""
 REPEATS = 3
 
 

@@ -17,7 +17,7 @@ class StoppedProcesses:
     """How long which processes have been stopped, as far as they were looked at."""
 
     def __init__(self, more_looks: int = 0) -> None:
-        """So many more than LOOKS."""
+        """A process counts as lost after `more_looks` looks more than LOOKS."""
         self._more_looks = more_looks
         self._looks: dict[int, int] = {}
 

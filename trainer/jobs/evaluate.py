@@ -45,7 +45,8 @@ def evaluate_job(run_dir: Path, step: int | None, overrides: list[str]) -> None:
 
 
 def _of_all_ranks(checkpoint: Checkpoint, catalogue: Catalogue) -> Checkpoint:
-    """That which the first rank has chosen: a training may have written a newer one since.  Called by every rank."""
+    """The checkpoint that the first rank has chosen, since training may have written a newer one meanwhile.  Called by
+    every rank."""
     step = [checkpoint.step]
     dist.broadcast_object_list(step, 0)  # every rank
     return checkpoint if checkpoint.step == step[0] else catalogue.choose(step[0])

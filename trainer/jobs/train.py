@@ -153,7 +153,7 @@ class _Session:
 
     run: RunDir
     resolved: Resolved
-    """With a schedule that knows its end."""
+    """The run, with a schedule that knows its last step."""
     mesh: Mesh
     model: ParallelModel
     catalogue: Catalogue
@@ -164,7 +164,7 @@ class _Session:
     """The first step and the number of steps of which a trace is written."""
 
     def go_back(self, spoilt: NotFinite) -> Restart:
-        """To the newest checkpoint, from now on without what has spoilt the model since."""
+        """Return to the newest checkpoint, and from now on leave out what has spoilt the model since."""
         # A save that is under way is of a step before the spoilt one, and counts.
         self.checkpointer.wait()
         newest = self.catalogue.newest()
@@ -172,7 +172,7 @@ class _Session:
         return self.checkpointer.restore(newest)
 
     def train_anew(self, restart: Restart) -> NotFinite | None:
-        """As `train`, with a loader of its own."""
+        """Train from `restart` with a new loader; returns as `train`."""
         loader = training_loader(self.resolved, self.mesh, restart.progress)
         with closing(iter(loader)) as batches:
             return self.train(restart, loader, batches)
@@ -258,7 +258,7 @@ def write_settings(
 
 
 def claim_store(run: RunDir, catalogue: Catalogue, address: str | None) -> None:
-    """Where checkpoints lie outside the run's directory, keep other runs from taking them for theirs."""
+    """If checkpoints are stored outside of the run's directory, keep other runs from using that store."""
     if address is not None:
         identity = run.identity()
         assert identity is not None, "its configuration is written"

@@ -170,7 +170,8 @@ def _layer_columns(dim: int, layer: LayerConfig) -> tuple[int, int]:
 
 
 def _bytes_at_rows(dim: int, layer: LayerConfig, tokens: float, rows: float) -> tuple[float, float]:
-    """The same of `layer_at_rows`, in bytes, where a column of all tokens and one of the rows take so many."""
+    """Bytes that `layer_at_rows` keeps, and bytes that its backward pass needs besides.  `tokens` and `rows` are the
+    bytes of one column of all tokens, and of the rows."""
     gate, value_key, output = layer.gate_width, layer.gate_width + layer.key_width, layer.output_inputs(dim)
     kept = tokens * (dim + (0 if layer.recompute_normed else dim)) + rows * 2 * gate
     at_products = tokens * (2 * dim + 2 * value_key + (dim if layer.recompute_normed else 0))

@@ -210,7 +210,7 @@ class HstuTower(nn.Module):
         return self._skip(given.x_TD, output_TD, given.layout.user_T, index + 1, given.layout)
 
     def _at_rows(self, index: int, given: _LayerInput, plan: AttentionPlan, rows_R: Tensor) -> Tensor:
-        """Those rows of it that `plan` computes, of `given.plan`'s, [R, D]; of padding, -1, whatever is finite."""
+        """The rows `rows_R` of a layer's output, which `plan` computes, [R, D]; those of padding, -1, are finite."""
         output_RD = self._layer(index).at_rows(given.x_TD, rows_R, plan, given.weights)
         if not (self.training and self.stochastic_depth > 0):
             return output_RD

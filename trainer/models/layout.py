@@ -162,7 +162,7 @@ def keep_newest(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tens
 
 
 def _keep_newest_padded(layout: SequenceLayout, keep: int) -> tuple[SequenceLayout, Tensor]:
-    """The same to a number of tokens that does not depend on lengths: padding takes what the others leave."""
+    """As `keep_newest`, for padded layouts: the number of tokens does not depend on lengths, padding takes the rest."""
     events = min(int(layout.history_lens_host.sum()), keep * (layout.num_users - 1))
     kept, kept_host = (
         torch.cat([lens, events - lens.sum(0, keepdim=True)])

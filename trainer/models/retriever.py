@@ -106,7 +106,7 @@ class RetrieverTower(nn.Module):
         return self.encode(rows_by_feature(looked_up)[ITEM_ID].values(), inputs)
 
     def encode(self, items_SE: Tensor, inputs: SequenceInputs) -> EventOutputs:
-        """The same from the events' item rows, oldest first, for sequences of `max_len` at most."""
+        """As `forward`, from the rows of the events' items, oldest first, for sequences of at most `max_len`."""
         lens, lens_host = inputs.lens, inputs.lens_host
         none, none_host = torch.zeros_like(lens), torch.zeros_like(lens_host)
         layout = make_layout(lens, none, lens_host, none_host, padded=inputs.padded)

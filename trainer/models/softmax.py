@@ -75,11 +75,11 @@ class SoftmaxTower(nn.Module):
         return self._outputs(x_TD, rectangle_of(layout), None)
 
     def at_candidates(self, x_TD: Tensor, layout: SequenceLayout) -> Tensor:
-        """The same at every candidate, [C, D], which sees all events and context and no other candidate."""
+        """The last layer's output at every candidate, [C, D], which sees all events and context, no other candidate."""
         return take_rows(self.everywhere(x_TD, layout), candidate_rows(layout))
 
     def everywhere(self, x_TD: Tensor, layout: SequenceLayout, *, whole: SequenceLayout | None = None) -> Tensor:
-        """The same at every token, [T, D]; `whole` as in `rectangle_of`."""
+        """The last layer's output at every token, [T, D]; `whole` as in `rectangle_of`."""
         rectangle = rectangle_of(layout, whole=whole)
         return self._outputs(x_TD, rectangle, ranker_mask(layout, rectangle))
 

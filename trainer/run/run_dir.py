@@ -29,7 +29,7 @@ VOCABULARIES = "vocabularies"
 DIGEST = "digest"
 """Another such key: tells whether all the rest is as it was written."""
 IDENTITY = "run"
-"""And one: a word that no other run has, by which a store tells whose checkpoints it holds."""
+"""Another such key: a word that no other run has, by which a store tells whose checkpoints it holds."""
 NUMBERS = "data.numbers"
 """Key among these: what is known of the data's columns of numbers, as JSON."""
 
@@ -197,7 +197,7 @@ class RunDir:
         return saved
 
     def trained_config(self) -> TrainConfig:
-        """As `config_of_run`, as this code has it.  Raises WrongUse for what `config_that_trained` refuses."""
+        """`config_of_run` as a `TrainConfig`.  Raises WrongUse for what `config_that_trained` refuses."""
         saved = self.config_of_run()
         try:
             return config_that_trained(saved)

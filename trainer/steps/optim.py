@@ -154,7 +154,7 @@ class Optimizers:
         self._dense.step()
 
     def _copy_norms(self) -> GradientNorms:
-        """Those of now: the next step writes over them."""
+        """A copy of the present norms, which the next step overwrites."""
         return GradientNorms(self._state_names, self._norms.clone())
 
     def dense_state(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from trainer.steps.left_out import check_finite
 from trainer.steps.optim import GradientNorms
 
 Outcome = tuple[Tensor, GradientNorms]
-"""This rank's loss [], on the device, and its gradients' norms, of a step."""
+"""A step's loss on this rank, [] on the device, and the norms of its gradients."""
 
 
 @dataclass(frozen=True, slots=True)

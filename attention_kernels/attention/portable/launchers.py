@@ -38,9 +38,9 @@ class Backward:
     dk: Tensor
     dv: Tensor
     scaled: bool = False
-    """What dq, dk and dv hold multiplies what is written over it."""
+    """Whether gradients are multiplied by what dq, dk and dv hold before they are written over it."""
     biases: RelativeBiases | None = None
-    """Of a plan with times."""
+    """The layer's biases, for a plan with times."""
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,9 +11,9 @@ from pipelines.prepare.engine import literal, quoted
 from pipelines.prepare.log.readings import Rule
 
 END = "(\\r\\n|\\n|\\r)"
-"""Of a line."""
+"""The end of a line, as a regular expression."""
 MOST_REPEATS = 1000
-"""Of a part of a regular expression, in the engine."""
+"""How often the engine lets a part of a regular expression repeat."""
 
 
 def has_values_of_several_lines(plain: Path) -> bool:
@@ -23,7 +23,7 @@ def has_values_of_several_lines(plain: Path) -> bool:
 
 
 def quote_rules(names: Sequence[str], delimiter: str) -> list[Rule]:
-    """Of columns in their order: that no value is the rest of a row, whole rows, and the beginning of a row."""
+    """Rules for all columns, given in their order: no value is the rest of a row, whole rows and the start of a row."""
     rules, cell, last = [], f"[^{delimiter}\\r\\n]*", len(names) - 1
     for place, name in enumerate(names if last <= MOST_REPEATS else ()):
         rest, whole, begun = (f"({cell}[{delimiter}]){{{count}}}{cell}" for count in (last - place, last, place))

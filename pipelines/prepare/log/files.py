@@ -99,7 +99,7 @@ class LogFile:
         return {name: read_as(kind) for name, kind in {**given, **fields, **dict(self.columns)}.items()}
 
     def lacks(self, names: Iterable[str]) -> list[str]:
-        """Those of these columns of which the file has none, in large or small letters."""
+        """Which of these columns the file lacks; upper and lower case are the same."""
         have = {name.lower() for name in self.types}
         return [name for name in dict.fromkeys(names) if name.lower() not in have]
 

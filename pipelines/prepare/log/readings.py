@@ -82,13 +82,13 @@ class IdType:
     """The type in which the ids of a space are read."""
 
     name: str
-    """Its name in SQL."""
+    """The type's name in SQL."""
     beside: str | None = None
     """The type of values in other files that are read as text because text stands beside them."""
 
 
 def id_type(columns: Iterable[Stored]) -> IdType:
-    """As what the ids in these columns are read, whatever the columns' order.
+    """The type in which the ids of these columns are read; it does not depend on their order.
 
     Raises ValueError if two files store them in types that have none in common, or a file in one that holds no ids.
     """

@@ -34,7 +34,7 @@ class LogColumn:
     """A column of the data set, and the log's column that it is made of."""
 
     name: str
-    """Its name in the data set."""
+    """The column's name in the data set."""
     column: str
     """The name in the log or in a file of attributes."""
     kind: Kind

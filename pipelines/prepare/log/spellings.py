@@ -22,9 +22,9 @@ class Spelt:
     """A table with keys, and the files that its rows come from."""
 
     table: str
-    """It has a column log_row."""
+    """The table's name; it has a column log_row."""
     column: str
-    """The one with the keys."""
+    """The column with the keys."""
     files: Sequence[LogFile]
     """The files, in the order in which they were read."""
 

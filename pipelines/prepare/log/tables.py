@@ -85,7 +85,7 @@ def check_columns(schema: LogSchema, sources: LogSources) -> None:
 
 
 def space_types(schema: LogSchema, sources: LogSources, stored: Iterable[tuple[str, Stored]] = ()) -> dict[str, IdType]:
-    """As what the ids of every space are read: a type that all its columns in all files have in common.
+    """The type in which the ids of each space are read: one that all its columns in all files have in common.
 
     `stored` are columns of keys that have ids already.
     """

@@ -54,7 +54,7 @@ PIECE = 1 << 22
 TAKEN = ("histories", "max_history", "min_history", "memory_gib", "threads")
 """Options that mean something here."""
 FOUND = "sample.bin"
-"""Beside the data set as long as it is made: whether each event is a sample's."""
+"""A temporary file beside the data set, which says of each event whether it is a sample."""
 
 
 @dataclass(slots=True)
