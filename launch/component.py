@@ -46,7 +46,9 @@ def train(*arguments: str) -> AppDef:
     status = run_command(app, [*arguments, "--scheduler", TORCHX])
     if not jobs:
         sys.exit(status)
-    logger.warning("TorchX sends this job, which ends with its allocation; one of `launch submit` goes on by itself")
+    logger.warning(
+        "TorchX sends this job, which ends with its allocation; a job of `launch submit` continues by itself"
+    )
     return jobs[0]
 
 

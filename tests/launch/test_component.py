@@ -117,7 +117,7 @@ def test_torchx_takes_the_arguments_of_submit(
         place = f"-m launch.node --nodes 2 --procs-per-node 1 --node-rank {node} "
         trains = f" -- -m trainer train kuairand_sample --run-dir {tmp_path}/Mary's $x --set max_steps=2"
         assert any(place in line and trains in line for line in (tmp_path / "given").read_text().splitlines()), node
-    assert "one of `launch submit` goes on by itself" in done.stderr
+    assert "a job of `launch submit` continues by itself" in done.stderr
 
 
 @pytest.mark.parametrize(

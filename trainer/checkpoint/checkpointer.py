@@ -266,7 +266,7 @@ class Checkpointer:
         try:
             self._remove_superfluous()
         except (OSError, ValueError) as error:
-            logger.error("older checkpoints stay, for nobody can tell which of them are needed: %s", error)
+            logger.error("older checkpoints are kept, because it is not known which of them are needed: %s", error)
 
     def _remove_superfluous(self) -> None:
         steps = self._catalogue.steps()

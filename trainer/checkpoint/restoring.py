@@ -115,7 +115,7 @@ class Restoring:
             if step > newest.progress.step and step not in known:
                 raise OSError(
                     f"{self._catalogue.store.address}/{step_folder(step)} was written by another job while this one "
-                    "began: start the same command again, which goes on from there"
+                    "began: start the same command again, which resumes from there"
                 )
 
     def _restart(self, found: Checkpoint | None) -> Restart:
@@ -162,4 +162,4 @@ class Restoring:
     def _set_aside(self, damaged: dict[int, DamagedCheckpoint]) -> None:
         for step, damage in damaged.items():
             name = self._catalogue.set_aside(step, "damaged")
-            logger.error("%s; it is called %s now, and the run goes on from the one before it", damage, name)
+            logger.error("%s; it is renamed to %s, and the run resumes from the one before it", damage, name)

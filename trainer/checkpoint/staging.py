@@ -133,7 +133,7 @@ class Staging:
         try:
             return self._ask(request)
         except WriterGone as gone:
-            logger.warning("%s; another one goes on with the checkpoint", gone)
+            logger.warning("%s; another one continues the checkpoint", gone)
             self._close_pipes()
             self._process = self._start()
             return self._ask(request)

@@ -273,7 +273,7 @@ def warm_start(start: Start, resolved: Resolved, newest: Newest) -> WarmStart | 
         return None
     warm = WarmStart(start.init_from, resolved.config.data.path, resolved.info, start.init_only)
     if newest.checkpoint is not None:
-        logger.info("--init-from %s: the run has a checkpoint of its own and goes on from that", start.init_from)
+        logger.info("--init-from %s has no effect: the run has a checkpoint and resumes from it", start.init_from)
         return None
     return warm
 

@@ -35,5 +35,7 @@ def has_gone_back(run: RunDir, step: int) -> bool:
     again = [job for job, restarts in JOBS if os.environ.get(restarts, "0") != "0"]
     found = noted["step"] == step and any(noted["jobs"].get(job, "") == os.environ.get(job) for job in again)
     if found:
-        logger.info("this job has gone back to step %d before it was started again; it goes on from the newest", step)
+        logger.info(
+            "this job went back to step %d before it was started again; it resumes from the newest checkpoint", step
+        )
     return found

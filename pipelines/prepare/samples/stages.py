@@ -107,7 +107,7 @@ def _clear(work: Path) -> None:
     """Remove everything but the lock."""
     left = [path for path in work.iterdir() if path.name != LOCK]
     if left:
-        logger.info("%s was left by a process that was killed; it begins anew", work)
+        logger.info("%s was left by a process that was killed; its content is removed", work)
     for path in left:
         if path.is_dir():
             shutil.rmtree(path)
