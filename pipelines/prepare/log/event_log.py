@@ -30,7 +30,13 @@ from pipelines.prepare.log.readings import TEXT, IdType
 from pipelines.prepare.log.rows import RowOptions, check_one_row_a_key, count_duplicates, read_rows
 from pipelines.prepare.log.schema import PARTS, LogColumn, LogSchema, SpaceOptions, schema_from_dict
 from pipelines.prepare.log.schema_file import read_schema
-from pipelines.prepare.log.spellings import Spelt, check_matches, check_spellings, warn_of_strangers
+from pipelines.prepare.log.spellings import (
+    Spelt,
+    check_matches,
+    check_spellings,
+    warn_of_spellings,
+    warn_of_strangers,
+)
 from pipelines.prepare.log.tables import (
     ITEMS,
     RAW,
@@ -224,6 +230,9 @@ def _load(
     duplicates = count_duplicates(connection, RAW, drop=schema.drop_duplicates)
     logger.info("numbering keys")
     spaces = number_spaces(connection, schema, types, known)
+    for name in spaces.keys() - {USER_SPACE, ITEM_SPACE}:
+        if types[name].name == TEXT and spaces[name].keys is not None:
+            warn_of_spellings(connection, spaces[name], known.spaces[name].used if known is not None else 0)
     make_events(connection, schema, spaces)
     duplicates["rows"] += add_earlier_events(connection, drop=schema.drop_duplicates)
     make_users(connection, schema, spaces)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import duckdb
 
+from pipelines.features import Space
 from pipelines.prepare.engine import quoted
 from pipelines.prepare.log.files import LogFile
 from pipelines.prepare.log.rows import place_of
@@ -77,6 +78,24 @@ def warn_of_strangers(connection: duckdb.DuckDBPyConnection, what: str, log: Spe
         "kind?",
         *(count, what, shown, had),
     )
+
+
+def warn_of_spellings(connection: duckdb.DuckDBPyConnection, space: Space, first: int) -> None:
+    """Say where two keys of text, at least one with an id from `first` on, are the same but for how they are spelt.
+
+    Of words of a query they may be two; users and items are refused (`check_spellings`).
+    """
+    key, identifier, table = (quoted(f"{space.name}_{part}") for part in ("key", "id", "ids"))
+    [(count, pair)] = connection.execute(
+        f"SELECT count(*), min(pair) FROM (SELECT list({key} ORDER BY {identifier} DESC)[:2] AS pair FROM {table} "
+        f"GROUP BY {_meaning(key)} HAVING count(*) > 1 AND max({identifier}) >= {first})"
+    ).fetchall()
+    if count:
+        logger.warning(
+            "%d key(s) of the space %s are spelt in two ways, as %a and %a: they are two ids, each of which learns "
+            "from its rows alone; write them in one way unless they mean two things",
+            *(count, space.name, *pair),
+        )
 
 
 def check_matches(connection: duckdb.DuckDBPyConnection, what: str, log: Spelt, attributes: Spelt) -> None:

@@ -75,6 +75,30 @@ def test_a_key_that_an_earlier_delivery_spelt_otherwise_is_refused(
     assert f"0.csv, line 4: the user {now!a} is {had!a} in an earlier delivery; spelt in two ways" in error
 
 
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_two_spellings_of_other_keys_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """Of a brand they are one, of words of a query perhaps two: the column of one file had gaps, and so fractions."""
+
+    def deliver(name: str, lands: tuple[str, ...], later: int, *options: str) -> None:
+        caplog.clear()
+        lines = [f"u{k % 2},i,{HOUR + later + 60 * k},{k % 2},{land}" for k, land in enumerate(lands)]
+        write_lines(tmp_path / name / "0.csv", ["u,i,t,like,land", *lines])
+        assert main(["event_log", "--source", str(tmp_path / name), *options]) == 0
+
+    def told() -> str:
+        return "".join(record.message for record in caplog.records if "are spelt in two ways" in record.message)
+
+    first, second = SPELLINGS[kind]
+    out, columns = str(tmp_path / "out"), (*OPTIONS, *SPLIT, "--context-columns", "land")
+    deliver("in", (first, "x", first, "y") * 2, 3600 - 240, "--out", out, *columns)
+    assert not told()
+    deliver("next", ("x", second, "x", "z"), 90_000, "--extend", out)
+    assert f"1 key(s) of the space land are spelt in two ways, as {second!a} and {first!a}: they are two ids" in told()
+    # Once: what another delivery brings is as it was.
+    deliver("last", (second, first, "v", "w"), 180_000, "--extend", out)
+    assert not told()
+
+
 def test_a_delivery_without_anyone_known_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "out"
     assert prepare("event_log", log(tmp_path / "in", ("u1", "u2"), ("a", "b")), out, *OPTIONS, *SPLIT) == 0
