@@ -1,5 +1,6 @@
 """Times in a log, however written: read exactly, as nanoseconds since 1970; those of another unit are told apart."""
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -19,6 +20,8 @@ YEAR_1990, YEAR_2100 = 631_152_000, 4_102_444_800
 """A time outside these is in another unit than was said, or stands for none."""
 DIGITS, EXPONENT = "[.](\\d*)[eE]", "[eE][+]?(\\d+)"
 """Parts of a number in text that has an exponent: its decimals, and how many of them stand before the point."""
+DATE_OF_DIGITS = "%Y(%[mdHMS])+"
+"""Patterns of dates as whole numbers, such as 20240131: the year comes first, so that no 0 before them is lost."""
 EXAMPLE = "'%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"
 """Patterns of dates that their own text does not tell apart."""
 WORD, ZONE = "(?i)[^a-z/_][a-z]{2,}\\s*$", "(?i)\\b(utc|gmt)\\b|[a-z]/[a-z]"
@@ -95,7 +98,11 @@ def _date(stored: Stored, unit: str) -> tuple[str, list[Rule]]:
     name, column = stored.name, quoted(stored.name)
     time, form = column, "dates and times"
     if unit != TIMESTAMP:
-        if stored.type != TEXT:
+        if stored.type in SIGNED and re.fullmatch(DATE_OF_DIGITS, unit):
+            # 2024113 may be the 13th of January or the 3rd of November.
+            whole = f"len({column}::VARCHAR) = {2 + 2 * unit.count('%')}"
+            column = f"CASE WHEN {whole} THEN {column}::VARCHAR END"
+        elif stored.type != TEXT:
             raise ValueError(
                 f"{stored.path} stores {name} as {stored.type}, of which no pattern is needed: leave out "
                 f"--time-unit {unit!r}, or say {TIMESTAMP}"

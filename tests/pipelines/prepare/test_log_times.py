@@ -195,6 +195,21 @@ def test_a_date_that_may_mean_two_things_is_refused(
     assert message in error
 
 
+@pytest.mark.parametrize("kind", [pa.int32(), pa.int64(), pa.string()])
+def test_dates_may_be_whole_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: pa.DataType) -> None:
+    days = pa.array([20240131, 20240201, 20240229, 20240301]).cast(kind)
+    options = ("--time-unit", "%Y%m%d", "--split-time", str(1_709_251_200))
+    status, out = prepared(tmp_path, [("parquet", events(1, t=days))], *options)
+    assert status == 0
+    [row] = rows_of(out, "eval")
+    moments = [datetime(2024, month, day, tzinfo=UTC) for month, day in ((1, 31), (2, 1), (2, 29), (3, 1))]
+    assert row["history_timestamp"] + row["candidate_timestamp"] == [int(at.timestamp()) for at in moments]
+    if kind != pa.string():
+        short = events(1, t=pa.array([20240131, 20240201, 2024113, 20240301], kind))
+        assert prepared(tmp_path, [("parquet", short)], *options, name="short")[0] == 1
+        assert "row 3: t must hold dates and times like %Y%m%d" in capsys.readouterr().err
+
+
 def test_a_pattern_reads_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepared(tmp_path, [("parquet", events(1))], "--time-unit", "%Y-%m-%d")[0] == 1
     assert "0.parquet stores t as BIGINT, of which no pattern is needed" in capsys.readouterr().err
