@@ -69,19 +69,28 @@ class Question:
         # In the job's folder: what a killed start leaves behind there is nothing of the run's.
         token = f"jobs/{self.job_dir.name}/preflight-{os.getpid()}-{time.time_ns()}"
         (self.run_dir / token).write_text(token)
-        question = [self.interpreter, "-m", "trainer.health.fitness", "--as", self._facts(token)]
+        try:
+            return self._ask(nodes, token)
+        finally:
+            (self.run_dir / token).unlink(missing_ok=True)
+
+    def _ask(self, nodes: Sequence[str], token: str) -> list[Unfit]:
+        try:
+            facts = self._facts(token)
+        except subprocess.TimeoutExpired:
+            # Slurm gives it no step as long as what an earlier start left there cannot be killed, for one.
+            why = f"node {nodes[0]} does not answer: no step has come to its end there for {PATIENCE_S} s"
+            return [Unfit(nodes[0], why, answers=False)]
+        question = [self.interpreter, "-m", "trainer.health.fitness", "--as", facts]
         question += ["--run-dir", str(self.run_dir), "--procs-per-node", str(self.procs_per_node)]
         question += [word for path in self.data for word in ("--data", path)]
         complete = newest_complete(RunDir(self.run_dir))
         question += ["--complete", str(complete)] if complete else []
-        try:
-            # What the first process will do, before any has started.
-            with listen(free_port()) as server:
-                if self.steps.nodes > 1:
-                    question += ["--meet", f"{slurm_queue.own_address()}:{server.getsockname()[1]}"]
-                words = self._answers(question)
-        finally:
-            (self.run_dir / token).unlink(missing_ok=True)
+        # What the first process will do, before any has started.
+        with listen(free_port()) as server:
+            if self.steps.nodes > 1:
+                question += ["--meet", f"{slurm_queue.own_address()}:{server.getsockname()[1]}"]
+            words = self._answers(question)
         return read_answers(words, nodes)
 
     def _answers(self, question: Sequence[str]) -> str:
@@ -95,10 +104,16 @@ class Question:
         return answer.stdout + answer.stderr
 
     def _facts(self, token: str) -> str:
-        """The first node's facts as the nodes' interpreter sees them, which may be in a container."""
+        """The first node's facts as the nodes' interpreter sees them, which may be in a container.
+
+        Raises:
+            TimeoutExpired: it has not told them.
+        """
         facts = [self.interpreter, "-m", "trainer.health.fitness", "--facts", token]
         command = self.steps.srun(facts, ["--relative=0"], nodes=1)
-        told = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        told = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, check=False
+        )
         # Where it cannot run, every node's own answer will say why.
         lines = told.stdout.splitlines() if told.returncode == 0 else []
         return lines[-1] if lines else fitness.as_argument(fitness.facts_here(token))

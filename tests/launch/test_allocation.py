@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import allocation, attempts, records, signals
+from launch import allocation, attempts, fit_nodes, records, signals
 from launch.allocation import Allocation
 from launch.fit_nodes import Question
 from launch.schedulers import slurm_queue
@@ -173,6 +173,26 @@ def test_a_node_that_has_gone_is_left_to_slurm_and_one_that_never_answers_is_lef
     requeued, successor = (tmp_path / "sent").read_text().splitlines()
     assert requeued == "requeued"
     assert "--dependency=afternotok:7 --exclude=n2 " in successor
+
+
+def test_a_first_node_on_which_no_step_ends_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Callable[..., None]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setattr(fit_nodes, "PATIENCE_S", 0.2)
+    commands(
+        srun="exec sleep 600",
+        scontrol=f"""case "$*" in *hostnames*) echo n1 ;; *requeue*) echo requeued >> {tmp_path}/sent ;;
+        *) echo JobId=7 JobState=RUNNING Restarts=0 ;; esac""",
+    )
+    assert _allocation(tmp_path).run() == STOPPED
+    (attempt,) = attempts.read(tmp_path)
+    assert (attempt.ended, attempt.reason) == (
+        "unfit",
+        "node n1 does not answer: no step has come to its end there for 0.2 s",
+    )
+    assert (tmp_path / "sent").read_text() == "requeued\n"
+    assert not list((tmp_path / "jobs").glob("*/preflight-*"))
 
 
 def test_nodes_that_were_taken_while_they_were_asked_are_not_unfit(
