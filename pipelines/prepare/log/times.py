@@ -27,6 +27,16 @@ EXAMPLE = "'%m/%d/%Y %H:%M' (month first) or '%d.%m.%Y %H:%M'"
 WORD, ZONE = "(?i)[^a-z/_][a-z]{2,}\\s*$", "(?i)\\b(utc|gmt)\\b|[a-z]/[a-z]"
 """A word at the end of a time, and zones that one word or AREA/CITY names; of others several have the same letters."""
 
+_MINUTES, _TOO_MANY = ":?\\d\\d", ":?[6-9]\\d"
+TOO_FAR = (
+    f"(:[\\d.,]*|\\s)\\s*[+-](19|[2-9]\\d|18:?(0[1-9]|[1-9]\\d)|\\d\\d({_MINUTES})?{_TOO_MANY})({_MINUTES})*(\\s|$)"
+)
+"""A distance from UTC of more than 18 hours, or with more than 59 minutes or seconds, behind a time of the day."""
+PLACE = "[A-Za-z_]+/[A-Za-z_/+-]+"
+"""A zone that is told by its place."""
+TURNED_BACK = ("30 MINUTES", "1 HOUR")
+"""By how much clocks are turned back at a summer's end."""
+
 
 def check_unit(unit: str) -> None:
     """Raise ValueError unless it says how times are written: a unit, timestamp, or a pattern of strptime."""
@@ -133,7 +143,28 @@ def _date(stored: Stored, unit: str) -> tuple[str, list[Rule]]:
         )
         if unit == TIMESTAMP or "%Z" in unit:
             rules.append(Rule(condition=named, text=text, column=name))
+            rules.append(_told_apart(column, any_year, name))
+        if unit == TIMESTAMP or "%z" in unit:
+            near = f"NOT regexp_matches({column}, {literal(TOO_FAR)})"
+            text = f"{name} has a distance from UTC that no zone has: write at most 18:00, and minutes below 60"
+            rules.append(Rule(condition=near, text=text, column=name))
     return nanoseconds, rules
+
+
+def _told_apart(column: str, time: str, name: str) -> Rule:
+    """That a place's clock shows a time (SQL, TIMESTAMPTZ) once, not again after it has been turned back."""
+    said = f"regexp_extract({column}, {literal(PLACE)})"
+    # The engine ends at a place that it does not know, of which the time is NULL.
+    place = f"CASE WHEN {said} = '' OR {time} IS NULL THEN 'UTC' ELSE {said} END"
+    before = " AND ".join(
+        f"timezone({place}, {time} - INTERVAL {by}) <> timezone({place}, {time})" for by in TURNED_BACK
+    )
+    return Rule(
+        condition=f"{time} IS NULL OR ({before})",
+        text=f"{name} is a time that the clock of its place shows twice, as it is turned back: write its distance from "
+        "UTC (+01:00) in place of the place",
+        column=name,
+    )
 
 
 def likely_unit(shown: str, unit: str) -> str:

@@ -1,6 +1,7 @@
 """Units of time in a log: one that cannot be the right one is refused, and the likely one named."""
 
 import json
+import re
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_a_zone_may_be_told_by_its_place(tmp_path: Path, unit: str, zone: str, h
         ("timestamp", "2024-07-01 12:00:00 BST", "names a zone by letters that several have"),
         ("timestamp", "2024-07-01 12:00:00 CST ", "write its distance from UTC (+01:00), UTC, GMT or its place"),
         ("%a %b %d %H:%M:%S %Z %Y", "Mon Jul 01 12:00:00 IST 2024", "names a zone by letters that several have"),
+        ("timestamp", "2024-07-01T12:00:00.5+99:00", "has a distance from UTC that no zone has: write at most 18:00"),
+        ("timestamp", "2024-07-01 12:00:00 -1801", "has a distance from UTC that no zone has"),
+        ("timestamp", "2024-07-01 12:00+01:60", "has a distance from UTC that no zone has"),
+        ("%a %b %d %H:%M:%S %z %Y", "Mon Jul 01 12:00:00 +9900 2024", "has a distance from UTC that no zone has"),
+        ("timestamp", "2024-10-27 02:30:00 Europe/Berlin", "is a time that the clock of its place shows twice"),
+        ("timestamp", "2024-04-07 01:30:00 Australia/Lord_Howe", "is a time that the clock of its place shows twice"),
+        ("timestamp", "2024-10-27 02:30:00 Mars/Phobos", "must hold dates and times from 1970 on, none missing"),
+        ("%Y %H:%M %Z %m/%d", "2024 01:59 America/New_York 11/03", "is a time that the clock of its place shows twice"),
     ],
 )
 def test_a_date_that_may_mean_two_things_is_refused(
@@ -193,6 +202,26 @@ def test_a_date_that_may_mean_two_things_is_refused(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "log.csv, line 2: t " in error
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "moment"),
+    [
+        ("timestamp", "2024-07-01 12:00:00+18:00", datetime(2024, 6, 30, 18, tzinfo=UTC)),
+        ("timestamp", "2024-07-01 12:00:00-12", datetime(2024, 7, 2, tzinfo=UTC)),
+        ("%H:%M %m-%d-%Y %z", "12:00 12-25-2024 +0545", datetime(2024, 12, 25, 6, 15, tzinfo=UTC)),
+        ("%m-%d-%Y %H:%M %z", "12-25-2099 12:00 -0330", datetime(2099, 12, 25, 15, 30, tzinfo=UTC)),
+        ("timestamp", "2024-10-27 01:59:59 Europe/Berlin", datetime(2024, 10, 26, 23, 59, 59, tzinfo=UTC)),
+        ("timestamp", "2024-10-27 03:00:00 Europe/Berlin", datetime(2024, 10, 27, 2, tzinfo=UTC)),
+    ],
+)
+def test_zones_at_the_ends_of_what_they_may_be_are_read(tmp_path: Path, unit: str, text: str, moment: datetime) -> None:
+    earlier = re.sub("2024|2099", "2023", text)
+    write_lines(tmp_path / "in" / "log.csv", ["u,i,t,like", f'1,1,"{earlier}",1', f'1,2,"{text}",1'])
+    options = (*COLUMNS, "--time-unit", unit, "--split-time", str(int(moment.timestamp())), "--min-history", "0")
+    assert prepare("event_log", tmp_path / "in", tmp_path / "out", *options) == 0
+    [row] = rows_of(tmp_path / "out", "eval")
+    assert row["candidate_timestamp"] == [int(moment.timestamp())]
 
 
 @pytest.mark.parametrize("kind", [pa.int32(), pa.int64(), pa.string()])
