@@ -34,6 +34,8 @@ Request = Mapping[str, Mapping[str, Any]]
 PARTS: tuple[Part, ...] = ("sample", "event", "candidate")
 """Parts of a request."""
 ACTION, TIMESTAMP, _ = TAKEN
+MOST_SECONDS = int(np.iinfo(np.int64).max)
+"""Seconds that the arrays hold."""
 
 
 class InputBuilder:
@@ -76,6 +78,7 @@ class InputBuilder:
         """The request as a batch; its labels say nothing."""
         if not requests:
             raise ValueError("there is no request: give at least one")
+        _check_parts(requests)
         for number, request in enumerate(requests):
             self._check_names(request, f"request {number}")
         given = self._given(requests)
@@ -92,6 +95,7 @@ class InputBuilder:
 
         Raises ValueError for a request without history or with candidates.
         """
+        _check_parts(requests)
         asked: list[Request] = []
         candidate = [column for column in self._columns if column.part == "candidate"]
         unknown: dict[str, list[Any]] = {each.name: [[] if each.kind == "ids" else None] for each in candidate}
@@ -197,7 +201,10 @@ class InputBuilder:
                 not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool)
             ):
                 raise ValueError(f"{where} must hold numbers, or None where they are missing, got {value!r}")
-            return np.nan if value is None else float(value)
+            try:
+                return np.nan if value is None else float(value)
+            except OverflowError:
+                raise ValueError(f"{where} must hold numbers of 32 bits, got one that is far beyond") from None
         if column.kind == "ids":
             if not _is_list(value):
                 raise ValueError(f"{where} must hold a list of any length for each, got {value!r}")
@@ -245,12 +252,27 @@ class InputBuilder:
         )
 
 
+def _check_parts(requests: Sequence[Request]) -> None:
+    """Raise ValueError unless these are requests."""
+    if not isinstance(requests, list | tuple):
+        raise ValueError(f"requests must be a list of them, got {type(requests).__name__}")
+    for number, request in enumerate(requests):
+        if not isinstance(request, Mapping):
+            raise ValueError(f"request {number} must be a dict with its parts by name, got {request!r}")
+        for part, columns in request.items():
+            if not isinstance(columns, Mapping):
+                raise ValueError(
+                    f"request {number}: the part {part!r} must be a dict with its columns by name, got {columns!r}: "
+                    "leave it out if there is none"
+                )
+
+
 def _names(columns: Iterable[Column | Feature]) -> list[str]:
     return list(dict.fromkeys(each.name for each in columns))
 
 
 def _second(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or abs(int(value)) > MOST_SECONDS:
         raise TypeError
     return int(value)
 

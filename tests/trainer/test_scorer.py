@@ -233,6 +233,7 @@ def test_requests_may_lack_history_and_each_has_its_own_candidates(scorer: Score
             "request 1: event column 'dwell_s' must be a list with a value for each, got None",
         ),
         ("event", {"dwell_s": ["3"]}, "request 1: event column 'dwell_s' must hold numbers, or None .*, got '3'"),
+        ("event", {"dwell_s": [10**400]}, "request 1: event column 'dwell_s' must hold numbers of 32 bits"),
         ("event", {"dwell_s": [float("inf")]}, "column history_dwell_s of row 1 is infinite"),
         (
             "event",
@@ -242,6 +243,11 @@ def test_requests_may_lack_history_and_each_has_its_own_candidates(scorer: Score
         ("event", {"item_id": [1]}, "request 1: event column 'item_id' must hold text, got 1"),
         ("event", {"action": [["sell"]]}, r"'action' must hold a list of some of view, buy for each, got \['sell'\]"),
         ("event", {"timestamp": [1.5]}, "request 1: event column 'timestamp' must hold seconds, or -1, got 1.5"),
+        (
+            "candidate",
+            {"timestamp": [START + 9, 2**63]},
+            "candidate column 'timestamp' must hold seconds, or -1, got 9",
+        ),
         (
             "event",
             {"timestamp": [START, START]},
@@ -263,6 +269,17 @@ def test_a_request_that_lacks_something_and_a_run_that_is_none_are_refused(score
             scorer.inputs([{**GOOD, part: columns}])
     with pytest.raises(ValueError, match="there is no request"):
         scorer.inputs([])
+    for wrong, message in (
+        (GOOD, "requests must be a list of them, got dict"),
+        ([GOOD, None], "request 1 must be a dict with its parts by name, got None"),
+        (
+            [GOOD, {**GOOD, "event": None}],
+            "request 1: the part 'event' must be a dict with its columns by name, got None",
+        ),
+    ):
+        for ask in (scorer.inputs, scorer.inputs.without_candidates):
+            with pytest.raises(ValueError, match=message):
+                ask(wrong)  # type: ignore[arg-type]
     with pytest.raises(WrongUse, match=r"holds no config\.json"), open_scorer(tmp_path):
         pass
 
