@@ -36,6 +36,8 @@ class JobRecord:
     """The process that submitted it; a local job lives as long as that process."""
     time: float
     """Unix seconds of the submission."""
+    began: int | None = None
+    """When that process was started (`trainer.health.process_table.Status`); None where the system does not say."""
 
 
 def save(record: JobRecord) -> None:

@@ -23,6 +23,7 @@ from launch.schedulers.known import SCHEDULERS
 from launch.schedulers.protocol import Foreground, Scheduler
 from launch.workspace import ROOT, check_workspace, share_with_older
 from trainer.command_line import WrongUse, parse_window
+from trainer.health.process_table import status_of
 from trainer.run.run_dir import RunDir
 from trainer.run.writing import written
 
@@ -91,7 +92,7 @@ class Connection:
             raise
         # A job that was sent is noted, whatever comes between the two; images are pushed first, for minutes.
         with nullcontext() if code_dir is None else signals.held():
-            started = time.time()
+            started, this_process = time.time(), status_of(os.getpid())
             handle: str = self.runner.schedule(built)
             sent = []
             for number, request in enumerate(requests):
@@ -102,6 +103,7 @@ class Connection:
                     job_dir="" if code_dir is None else str(records.folder_of(request.absolute_run_dir, name)),
                     pid=os.getpid(),
                     time=started,
+                    began=None if this_process is None else this_process.began,
                 )
                 records.save(record)
                 sent.append(record)

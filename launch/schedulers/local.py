@@ -26,7 +26,7 @@ from launch.schedulers.protocol import JobStatus, ListedJob, options_from
 from launch.workspace import ROOT
 from trainer.command_line import Finding
 from trainer.exit_status import FAILED, STOPPED
-from trainer.health.process_table import started_at
+from trainer.health.process_table import status_of
 from trainer.run.writing import write_json
 
 logger = logging.getLogger(__name__)
@@ -204,8 +204,8 @@ class Local(Scheduler[dict[str, CfgVal]]):
 def _is_submitting(record: JobRecord) -> bool:
     """Whether the process that sent a job still runs.  Its number may have gone to another one since: in a container
     that is started again, each launcher has the same."""
-    started = started_at(record.pid)
-    if started is None or started > record.time:
+    status = status_of(record.pid)
+    if status is None or status.began != record.began:
         return False
     command = Path("/proc", str(record.pid), "cmdline")
     return command.is_file() and b"launch" in command.read_bytes().split(b"\0")

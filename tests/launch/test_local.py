@@ -18,6 +18,7 @@ from launch.request import Request
 from launch.schedulers.local import Local
 from launch.submit import check, connected
 from launch.workspace import ROOT
+from trainer.health.process_table import status_of
 
 TINY = ("-m", "tests.launch.tiny_job")
 
@@ -63,7 +64,9 @@ def test_processes_find_each_other_and_show_on_this_terminal(
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2 1", "2 1"]
     assert "rank 0 is here" in capfd.readouterr().out
     assert records.find(record.handle) == record
-    assert (record.run_dir, record.pid) == (str(tmp_path), os.getpid())
+    status_here = status_of(os.getpid())
+    assert status_here is not None
+    assert (record.run_dir, record.pid, record.began) == (str(tmp_path), os.getpid(), status_here.began)
     assert _state(record) == AppState.SUCCEEDED
 
 
@@ -79,8 +82,16 @@ def test_a_failing_rank_fails_the_job_and_is_named(tmp_path: Path, nodes: int) -
 
 
 def _record(folder: Path, pid: int) -> JobRecord:
+    status = status_of(pid)
+    assert status is not None
     return JobRecord(
-        handle="local_cwd://longview/x", recipe="r", run_dir=str(folder), job_dir=str(folder), pid=pid, time=time.time()
+        handle="local_cwd://longview/x",
+        recipe="r",
+        run_dir=str(folder),
+        job_dir=str(folder),
+        pid=pid,
+        time=time.time(),
+        began=status.began,
     )
 
 
@@ -91,7 +102,8 @@ WAITING = "import sys; print('here', flush=True); sys.stdin.read()"
 def test_a_job_lives_as_long_as_its_launcher(tmp_path: Path) -> None:
     # A process whose command line says "launch", as a real one's does.
     with _waiting("launch") as process:
-        record = _record(tmp_path, process.pid)
+        # Whatever a clock says that was set right meanwhile.
+        record = replace(_record(tmp_path, process.pid), time=time.time() - 3600)
         assert _state(record) == AppState.RUNNING
         Local("test").cancel_job("x", record)
         assert process.wait(timeout=30) != 0
@@ -117,7 +129,7 @@ def test_another_process_of_the_same_number_is_not_the_launcher(tmp_path: Path) 
         assert _state(_record(tmp_path, process.pid)) == AppState.FAILED
         process.kill()
     # In a container that is started again the launcher has the number that the one before had.
-    before = replace(_record(tmp_path, os.getpid()), time=time.time() - 1.0)
+    before = _record(tmp_path, os.getpid())
     with _waiting("launch") as process:
         assert _state(replace(before, pid=process.pid)) == AppState.FAILED
         process.kill()

@@ -1,7 +1,5 @@
 """What the system says of processes (Linux: /proc).  Standard library only."""
 
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,8 @@ class Status:
     page_reads: int
     """How often they have waited for a page of a file."""
     began: int
-    """When it was started, in ticks: tells it from a later process of the same number."""
+    """When it was started, in ticks since the system was, whatever clocks have been set to since: tells it from a later
+    process of the same number."""
     parent: int
     """The process that it belongs to."""
 
@@ -41,15 +40,6 @@ def status_of(pid: int) -> Status | None:
         ticks=int(fields[11]) + int(fields[12]),
         began=int(fields[19]),
     )
-
-
-def started_at(pid: int) -> float | None:
-    """When a process was started, in Unix seconds; None if there is no such process."""
-    status = status_of(pid)
-    if status is None:
-        return None
-    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return booted + status.began / os.sysconf("SC_CLK_TCK")
 
 
 def children(pid: int) -> list[int]:
