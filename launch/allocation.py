@@ -219,10 +219,10 @@ class Allocation:
         options = ["--kill-on-bad-exit=1", f"--wait={ENDING_S}", f"--output={output}", "--open-mode=append"]
         srun = subprocess.Popen(self.steps.srun(self.command, options), env=environment)
         started = time.time()
-        warn_at, stopping, tell_at = self._warning_time(started, None, PATIENCE_S), False, started + TELL_S
+        warn_at, stopping, tell_at = self._warning_time(started, None, PATIENCE_S), False, time.monotonic() + TELL_S
         while srun.poll() is None:
             left_s = math.inf if warn_at is None else warn_at - time.time()
-            received = signals.next_signal(max(1.0, tell_at - time.time()) if stopping else min(left_s, LOOK_S))
+            received = signals.next_signal(max(1.0, tell_at - time.monotonic()) if stopping else min(left_s, LOOK_S))
             if received is None:
                 # The limit may have been changed since, and the run knows better how long it takes to save.
                 warn_at = self._warning_time(started, warn_at)
@@ -231,10 +231,10 @@ class Allocation:
                 why = received.name if received in ASKING else "the time limit is near"
                 logger.info("%s: the run saves its state and stops", why)
                 stopping = True
-            if stopping and time.time() >= tell_at:
+            if stopping and time.monotonic() >= tell_at:
                 # srun ends its step on SIGTERM and SIGINT; SIGUSR1 it passes on, to what may not be there yet to hear.
                 srun.send_signal(signal.SIGUSR1)
-                tell_at = time.time() + TELL_S
+                tell_at = time.monotonic() + TELL_S
         return job_status(srun.returncode), stopping
 
     def _warning_time(self, started: float, known: float | None, patience_s: float = 0.0) -> float | None:

@@ -1,6 +1,8 @@
 """How a job within its allocation has Slurm start it again; what real clusters show: `on_slurm/test_cluster.py`."""
 
+import itertools
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,6 +220,9 @@ def test_a_time_limit_that_is_set_while_the_run_goes_is_obeyed(
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
     monkeypatch.setattr(allocation, "LOOK_S", 0.0)
     monkeypatch.setattr(allocation, "TELL_S", 0.0)
+    # The clock is set back again and again.
+    seconds = itertools.count(time.time() + 1e6, -100.0)
+    monkeypatch.setattr(allocation.time, "time", lambda: next(seconds))
     run = f"""trap 'exit 3' USR1; touch {tmp_path}/runs; while :; do sleep 0.1; done"""
     # Without a limit at the first look, and until the run is there.
     limit = f"""echo x >> {tmp_path}/looks
