@@ -15,7 +15,7 @@ from trainer.checkpoint.manifest import OtherFormat
 from trainer.checkpoint.pieces import Tensors
 from trainer.checkpoint.progress import Progress
 from trainer.parallel.mesh import Mesh
-from trainer.run.json_lines import JsonLines, forget_after
+from trainer.run.json_lines import JsonLines, forget_after, read_records
 from trainer.run.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ class Restoring:
         evaluated, losses = False, {}
         if self._mesh.is_first:
             again = forget_after(self._run.metrics_file, progress.step)
+            self._warn_of_lost_lines(progress.step)
             for file in self._run.evaluations():
                 forget_after(file, progress.step)
             evaluated = progress.step in JsonLines(self._run.eval_file)
@@ -131,6 +132,21 @@ class Restoring:
         return Restart(
             progress=progress, saved=None if found is None else found.step, evaluated=evaluated, losses=losses
         )
+
+    def _warn_of_lost_lines(self, step: int) -> None:
+        """A run directory that is older than its checkpoints, which lie in a store, lacks what was written since."""
+        saved, lines = self._run.saved_config(), read_records(self._run.metrics_file)
+        last = lines[-1]["step"] if lines else 0
+        intervals = [1 if saved is None else saved["log_every"], *(len(line["imbalance_by_step"]) for line in lines)]
+        if step - last >= max(intervals):
+            logger.warning(
+                "%s ends at step %d and the newest checkpoint is of step %d: the run directory is older than its "
+                "checkpoints, perhaps a copy or a backup. The training goes on as it would have, but what was "
+                "logged and evaluated in between is lost, and checkpoint.keep_best does not know of it",
+                self._run.metrics_file,
+                last,
+                step,
+            )
 
     def _check_same_view(self, step: int | None) -> None:
         views = gather(step, self._group)  # every rank

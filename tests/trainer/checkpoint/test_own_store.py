@@ -1,5 +1,6 @@
 """A store holds the checkpoints of one run, whatever other runs are told of it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,11 +26,19 @@ def test_a_run_goes_on_from_no_other_runs_checkpoints(settings: tuple[str, ...],
     # The run itself goes on, from wherever its directory lies, and whoever reads it finds its checkpoints.
     moved = tmp_path / "moved"
     first.rename(moved)
-    assert [line["step"] for line in train(moved, 2, *settings, "max_steps=4")] == [1, 2, 3, 4]
+    status, output = run_training(moved, 2, *settings, "max_steps=4")
+    assert status == 0 and "ends at step" not in output, output[-3000:]
+    lines = (moved / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert run_trainer("evaluate", str(moved))[0] == 0
+    # From a backup that is older than its checkpoints it goes on, and says what is lost.
+    (moved / "metrics.jsonl").write_text("".join(lines[:2]))
+    status, output = run_training(moved, 1, *settings, "max_steps=5")
+    told = f"{moved / 'metrics.jsonl'} ends at step 2 and the newest checkpoint is of step 4"
+    assert status == 0 and told in output, output[-3000:]
     # Who has lost the first run's directory says so.
     (tmp_path / "store" / "RUN").unlink()
-    assert [line["step"] for line in train(other, 1, *settings, "max_steps=5")] == [5]
+    assert [line["step"] for line in train(other, 1, *settings, "max_steps=6")] == [6]
     status, output = run_trainer("evaluate", str(moved))
     assert status == 2 and "holds the checkpoints of another run" in output
 
