@@ -19,7 +19,7 @@ from pipelines.batches.batch import Batch, Inputs
 from pipelines.batches.collate import collate
 from pipelines.config import DataConfig
 from pipelines.counts import counts_of
-from pipelines.features import ITEM_ID, ITEM_SPACE, TAKEN, UNKNOWN_TIME, USER_ID, Column, DatasetInfo, Part
+from pipelines.features import ITEM_ID, ITEM_SPACE, TAKEN, UNKNOWN_ID, UNKNOWN_TIME, USER_ID, Column, DatasetInfo, Part
 from pipelines.selection import ITEM_PREFIX, Feature, Selection, stored_columns
 from pipelines.storage.columns import AnyArray, Bags, ListColumn, Samples, Values
 from pipelines.storage.items import read_items
@@ -208,10 +208,12 @@ class InputBuilder:
         if column.kind == "ids":
             if not _is_list(value):
                 raise ValueError(f"{where} must hold a list of any length for each, got {value!r}")
-            return [self._id(column, each, where) for each in value]
+            return [self._id(column, each, where) for each in value if not _is_missing(each)]
         return self._id(column, value, where)
 
     def _id(self, column: Column, key: Any, where: str) -> int:
+        if column.space is not None and _is_missing(key):
+            return UNKNOWN_ID
         to_id, keys = self._keys_of(column.space) if column.space is not None else (_second, "seconds, or -1")
         try:
             return to_id(key)
@@ -269,6 +271,11 @@ def _check_parts(requests: Sequence[Request]) -> None:
 
 def _names(columns: Iterable[Column | Feature]) -> list[str]:
     return list(dict.fromkeys(each.name for each in columns))
+
+
+def _is_missing(key: Any) -> bool:
+    """As the preparation has it, which gives such a key the unknown id, and leaves it out of lists."""
+    return key is None or (isinstance(key, str) and not key.strip(" "))
 
 
 def _second(value: Any) -> int:

@@ -204,6 +204,17 @@ def test_attributes_that_a_request_gives_stand_in_the_place_of_the_catalogues(sc
             scorer.inputs([{**GOOD, "candidate": {**candidate, **wrong}}])
 
 
+def test_missing_keys_are_left_out_of_lists_and_blank_ones_are_missing(scorer: Scorer) -> None:
+    """As in the preparation, where no list holds them."""
+    plain, mine, blank = (
+        scorer.inputs([{**GOOD, "event": {**GOOD["event"], "query": [query]}, "sample": {"country": country}}])
+        for query, country in ((["red"], None), ([None, "red", None], None), (["", "red", " "], " "))
+    )
+    for other in (mine, blank):
+        assert torch.equal(other.features.values(), plain.features.values())
+        assert torch.equal(other.features.lengths(), plain.features.lengths())
+
+
 def test_a_ranker_names_no_items(scorer: Scorer) -> None:
     with pytest.raises(ValueError, match="ranks candidates that it is given: ask it by score"):
         scorer.retrieve([{"event": GOOD["event"], "sample": GOOD["sample"]}])
