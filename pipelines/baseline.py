@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import DataConfig
-from pipelines.features import DatasetInfo
+from pipelines.features import Column, DatasetInfo
 from pipelines.reading.loader import open_source
 from pipelines.selection import Selection
 from pipelines.storage.columns import IntArray, Samples
@@ -118,6 +118,37 @@ def item_counts(
     return counts
 
 
+def class_counts(
+    config: DataConfig,
+    info: DatasetInfo,
+    label: Column,
+    share: int = 0,
+    shares: int = 1,
+    *,
+    thinned: bool,
+    unseen: int | None = None,
+) -> FloatArray:
+    """What the candidates of each id of a label of classes count in a share of the training split, [rows of its space];
+    shares as in `count_rates`.
+
+    A candidate counts as its weight says and, where they are `thinned`, stands for 1 / keep rate of them.
+    """
+    assert label.space is not None
+    rows = info.spaces[label.space].rows
+    counts = np.zeros(rows)
+    factors = [column for column in info.of("label") if column.name in (info.weight, thinned and info.keep_rate)]
+    read = Selection(labels=tuple(dict.fromkeys([label, *factors])))
+    for source, unit in _training_units(config, info, share, shares, unseen, read):
+        samples: Samples = source.read(unit)
+        kept, each = _kept(samples, config), np.ones(len(samples.candidate["item_id"].array))
+        for column in factors:
+            values = samples.candidate[column.stored].array.astype(np.float64)
+            each = each * values if column.name == info.weight else each / values
+        ids = samples.candidate[label.stored].array
+        counts += np.bincount(ids[kept], weights=each[kept], minlength=rows)
+    return counts
+
+
 class Rates:
     """Positive labels and observations of each id."""
 
@@ -177,10 +208,11 @@ def _weights(info: DatasetInfo) -> Selection:
 
 
 def _training_units(
-    config: DataConfig, info: DatasetInfo, share: int, shares: int, unseen: int | None
+    config: DataConfig, info: DatasetInfo, share: int, shares: int, unseen: int | None, read: Selection | None = None
 ) -> Iterator[tuple[Source, int]]:
     """A share of the units of all parts of the training split, or of those before the unseen one."""
-    sources = [open_source(config, info, "train", _weights(info), part=part) for part in info.parts[:unseen]]
+    read = read or _weights(info)
+    sources = [open_source(config, info, "train", read, part=part) for part in info.parts[:unseen]]
     units = ((source, unit) for source in sources for unit in range(len(source.unit_rows)))
     return itertools.islice(units, share, None, shares)
 
@@ -194,19 +226,24 @@ def _candidates(
     """
     for source, unit in units:
         samples: Samples = source.read(unit)
-        column = samples.candidate["item_id"]
-        lens = column.lens()
-        place = np.arange(len(column.array)) - np.repeat(column.offsets[:-1], lens)
-        kept = place < (config.max_candidates or np.inf)
+        column, kept = samples.candidate["item_id"], _kept(samples, config)
         for weight in _weights(info).labels:
             # In the precision of the loss, in which the smallest are 0, too.
             kept &= samples.candidate[weight.stored].array.astype(np.float32) > 0
         labels = (samples.candidate["action"].array[kept, None] >> bits) & 1
         yield (
-            np.repeat(np.asarray(samples.scalars["user_id"]), lens)[kept],
+            np.repeat(np.asarray(samples.scalars["user_id"]), column.lens())[kept],
             column.array[kept] % info.num_items,
             labels.astype(np.float64),
         )
+
+
+def _kept(samples: Samples, config: DataConfig) -> NDArray[np.bool_]:
+    """Which candidates `config` keeps: the first ones of each sample."""
+    column = samples.candidate["item_id"]
+    place = np.arange(len(column.array)) - np.repeat(column.offsets[:-1], column.lens())
+    kept: NDArray[np.bool_] = place < (config.max_candidates or np.inf)
+    return kept
 
 
 def _logit(rate: FloatArray) -> FloatArray:

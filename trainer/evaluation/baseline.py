@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.baseline import TrainingRates, baseline_scores, count_rates, item_counts, join_users
+from pipelines.baseline import TrainingRates, baseline_scores, class_counts, count_rates, item_counts, join_users
 from pipelines.config import DataConfig
-from pipelines.features import ITEM_SPACE, DatasetInfo
+from pipelines.features import ITEM_SPACE, Column, DatasetInfo
 from trainer.evaluation.metrics import score
 from trainer.parallel.mesh import Mesh
 
@@ -27,6 +27,7 @@ class Baselines:
         self._config, self._info = config, info
         self._metrics: dict[int | None, dict[str, float]] = {}
         self._counts: dict[int | None, Tensor] = {}
+        self._classes: dict[tuple[str, int | None], Tensor] = {}
 
     def metrics(self, tasks: tuple[str, ...], mesh: Mesh, unseen: int | None = None) -> dict[str, float]:
         """What the rates of items and users predict, on the first rank; nothing on the others.  Called by every rank,
@@ -58,6 +59,18 @@ class Baselines:
         counts = self._counts[unseen].to(mesh.device, copy=True)
         dist.all_reduce(counts)  # every rank
         return counts
+
+    def classes(self, label: Column, mesh: Mesh, *, thinned: bool, unseen: int | None = None) -> Tensor:
+        """What the candidates of each id of a label of classes count in the training split, [rows of its space]
+        float64; see `class_counts`.  Called by every rank."""
+        if (label.name, unseen) not in self._classes:
+            counts = class_counts(
+                self._config, self._info, label, mesh.rank, mesh.world_size, thinned=thinned, unseen=unseen
+            )
+            joined = torch.from_numpy(counts).to(mesh.device)
+            dist.all_reduce(joined)  # every rank
+            self._classes[label.name, unseen] = joined.cpu()
+        return self._classes[label.name, unseen]
 
 
 def _add_on_first(values: npt.NDArray[np.float64], mesh: Mesh) -> None:

@@ -1,8 +1,9 @@
 """What predictions of candidates are worth: the evaluation split on all ranks, and the table beside the baseline."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,13 +48,13 @@ def measure_candidates(
     labels: RankingLoss,
     outputs: Callable[[Inputs], Tensor],
     trained: TrainedRows | None = None,
-    constant: Collection[str] = (),
+    constant: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> LabelScores:
     """The metrics of each label over the evaluation split.  Called by every rank, each with its own batches.
 
     `outputs` gives the model's outputs of `labels` at every candidate of a batch.  Candidates whose item is not among
-    the `trained` rows are measured apart, too; `constant` names labels of which is measured what their kind says
-    without a look at the candidate.  Every rank must get the same number of batches, for each lookup is a collective; a
+    the `trained` rows are measured apart, too; `constant` has outputs of some labels, the same for all candidates,
+    which are measured beside.  Every rank must get the same number of batches, for each lookup is a collective; a
     batch may be empty.  The training pipeline may hold batches in flight meanwhile: nothing of theirs is touched.
     """
     # Not before it is needed: torchmetrics imports what it finds of libraries for pictures and texts, which takes
@@ -66,7 +67,8 @@ def measure_candidates(
     of_constant = LabelMetrics([kinds[place] for place in places], mesh.device)
     of_unknown = LabelMetrics(kinds, mesh.device)
     counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    start_K = labels.start().to(mesh.device)
+    parts = zip(labels.names, labels.kinds, strict=True)
+    constant_K = torch.cat([constant.get(name, kind.start()) for name, kind in parts]).to(mesh.device)
     was_training = model.module.training
     model.module.eval()
     try:
@@ -81,7 +83,7 @@ def measure_candidates(
             of_unknown.update([each[unknown_C] for each in evidence], weights_CL[unknown_C], users[unknown_C])
             counts += torch.stack([unknown_C.sum(), torch.ones_like(unknown_C).sum()])
             if places:
-                evidence, _ = labels.evidence(start_K.expand_as(outputs_CK), on_device.labels)
+                evidence, _ = labels.evidence(constant_K.expand_as(outputs_CK), on_device.labels)
                 of_constant.update([evidence[place] for place in places], weights_CL[:, places], users)
     finally:
         model.module.train(was_training)

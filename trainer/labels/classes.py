@@ -38,6 +38,10 @@ class Classes(LabelKind):
         """[K] zeros: all classes are as likely."""
         return torch.zeros(self.num_outputs)
 
+    def start_at(self, counts: Tensor) -> Tensor:
+        """[K] outputs of the rates that counts of the ids [K + 1] tell; each class is counted once more."""
+        return torch.log(counts[1:] + 1).float()
+
     def loss(self, outputs_CK: Tensor, targets_C: Tensor) -> Tensor:
         """[C] cross entropy of each candidate."""
         losses_C = F.cross_entropy(outputs_CK, targets_C.nan_to_num().long(), reduction="none")

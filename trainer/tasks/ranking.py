@@ -17,6 +17,7 @@ from pipelines.selection import Selection
 from trainer.columns import pooled_spaces, ranker_columns, table_configs, widths
 from trainer.evaluation.candidates import measure_candidates, ranking_table, unknown_lines, with_unknown
 from trainer.labels.binary import action_rates
+from trainer.labels.classes import Classes
 from trainer.labels.loss import RankingLoss, build_ranking_loss
 from trainer.models.activations import MeanBatch, Memory, ranker_activations
 from trainer.models.encoding import num_context
@@ -180,7 +181,7 @@ class Ranking(DataTask):
             unseen=unseen,
             info=self.info,
         )
-        constant = set(self.labels.names) - set(self.actions)
+        constant = self._constant(mesh, unseen)
         found = measure_candidates(
             model, batches, mesh, labels=labels, outputs=outputs, trained=trained, constant=constant
         )
@@ -195,3 +196,17 @@ class Ranking(DataTask):
             table = ranking_table(found.metrics, baseline, self.labels.kinds)
             table += unknown_lines(found, self.labels.kinds)
         return Evaluation(with_unknown(found), table, baseline if mesh.is_first else {})
+
+    def _constant(self, mesh: Mesh, unseen: int | None) -> dict[str, Tensor]:
+        """By label other than actions, outputs of what is known without a look at the candidate; of classes their rates
+        in the training split, where baselines are counted.  Called by every rank."""
+        found, columns = {}, {column.name: column for column in self.info.of("label")}
+        for kind, keep_rate in zip(self.labels.kinds, self.labels.keep_rates, strict=True):
+            if isinstance(kind, Classes) and self.config.evaluation.baseline:
+                thinned = keep_rate == "weight"
+                found[kind.name] = kind.start_at(
+                    self.baselines.classes(columns[kind.name], mesh, thinned=thinned, unseen=unseen)
+                )
+            elif not isinstance(kind, Classes) and kind.name not in self.actions:
+                found[kind.name] = kind.start()
+        return found

@@ -71,6 +71,20 @@ def write_labels(folder: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps(description))
 
 
+def by_rates(folder: Path) -> list[float]:
+    """Log loss, NE and accuracy of the rates that the classes of `reason` have among the training candidates."""
+    weights = {split: np.zeros(5) for split in ("train", "eval")}
+    for split, of_split in weights.items():
+        for file in (folder / split).glob("*.parquet"):
+            flat = pq.read_table(file).select(["label_reason", "label_weight", "label_kept"])
+            reason, weight, kept = (np.concatenate(column.to_pylist()) for column in flat.columns)
+            np.add.at(of_split, reason.astype(int), weight / kept)
+    train, evaluated = weights["train"][1:] + 1, weights["eval"][1:]
+    share, own = train / train.sum(), evaluated / evaluated.sum()
+    loss = -(own * np.log(share)).sum()
+    return [loss, loss / -(own * np.log(own)).sum(), own[share.argmax()]]
+
+
 def config_of(path: str) -> TrainConfig:
     # The recipe's rate decays to the end of a run, which nobody has settled here.
     recipe = replace(load_recipe("kuairand_sample"), schedule=ScheduleConfig())
@@ -108,9 +122,16 @@ def test_ranks_together_learn_and_measure_what_one_does(tmp_path: Path) -> None:
     assert all(np.isfinite(value) for name, value in metrics.items() if "gauc" not in name and "unknown" not in name)
     for words in (("label", "positives"), ("dwell", "mae"), ("price", "rmse"), ("reason", "accuracy")):
         assert any(line.split()[: len(words)] == list(words) for line in table.splitlines()), table
+    assert baseline_of_reason(table) == pytest.approx(by_rates(tmp_path / "data"), abs=1e-4)
     for world_size in (2, 3):
         results: list[Any] = run_ranks(world_size, train_and_evaluate, str(tmp_path / "data"))
         for other_losses, other_metrics, other_table in results:
             assert other_losses == pytest.approx(losses, rel=1e-5)
             assert other_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-4, nan_ok=True)
             assert bool(other_table) == (other_table is results[0][2])
+        assert baseline_of_reason(results[0][2]) == baseline_of_reason(table)
+
+
+def baseline_of_reason(table: str) -> list[float]:
+    lines = [line.split() for line in table.splitlines() if line.startswith("reason ")]
+    return [float(line[3]) for line in lines if len(line) == 4]
