@@ -262,16 +262,27 @@ class RunDir:
         for key, old, new in differences(saved, config):
             if _may_change(key):
                 continue
-            if ABSENT in (old, new):
+            if ABSENT in (old, new) and not _is_of_this_version(saved):
                 raise WrongUse(
                     f"--run-dir {self.path} was trained by another version of this code: only "
                     f"{'this one' if old is ABSENT else 'that one'} knows {key}; go on with the version that "
                     "trained it or use another run directory"
                 )
+            before = f"without {key}" if old is ABSENT else f"with {key}={json.dumps(old)}"
+            now = "without it" if new is ABSENT else json.dumps(new)
             raise WrongUse(
-                f"--run-dir {self.path} was trained with {key}={json.dumps(old)}, now {json.dumps(new)}: "
+                f"--run-dir {self.path} was trained {before}, now {now}: "
                 f"resume with the old value or use another run directory"
             )
+
+
+def _is_of_this_version(saved: dict[str, Any]) -> bool:
+    """Whether a run's configuration has the keys that this code gives it, besides those that users name (tables)."""
+    try:
+        known = to_dict(from_dict(TrainConfig, saved))
+    except ValueError:
+        return False
+    return all(ABSENT not in (old, new) for _, old, new in differences(saved, known))
 
 
 def config_that_trained(saved: dict[str, Any]) -> TrainConfig:

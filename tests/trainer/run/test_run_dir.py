@@ -7,12 +7,14 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainer.command_line import WrongUse
+from trainer.config import TableSettings
 from trainer.recipes import load_recipe
 from trainer.run import run_dir
 from trainer.run.json_lines import JsonLines, forget_after
@@ -44,6 +46,18 @@ def test_another_run_is_refused(tmp_path: Path, change: dict[str, object], messa
     write_json(run.config_file, CONFIG)
     with pytest.raises(ValueError, match=message):
         run.check_same_run({**CONFIG, **change})
+
+
+def test_a_table_that_is_told_other_settings_later_is_no_other_version_of_the_code(tmp_path: Path) -> None:
+    run, recipe = RunDir(tmp_path), load_recipe("kuairand_sample")
+    told = replace(recipe, tables={"item": TableSettings(dtype="float16")})
+    for before, now, message in (
+        (recipe, told, "was trained without tables.item, now {.*float16.*}: resume with the old value"),
+        (told, recipe, "was trained with tables.item={.*float16.*}, now without it: resume with the old value"),
+    ):
+        run.save_config(to_dict(before), {})
+        with pytest.raises(WrongUse, match=message):
+            run.check_same_run(to_dict(now))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
