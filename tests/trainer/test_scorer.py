@@ -280,17 +280,18 @@ def test_a_request_that_lacks_something_and_a_run_that_is_none_are_refused(score
             scorer.inputs([{**GOOD, part: columns}])
     with pytest.raises(ValueError, match="there is no request"):
         scorer.inputs([])
-    for wrong, message in (
+    refused: list[tuple[Any, str]] = [
         (GOOD, "requests must be a list of them, got dict"),
         ([GOOD, None], "request 1 must be a dict with its parts by name, got None"),
         (
             [GOOD, {**GOOD, "event": None}],
             "request 1: the part 'event' must be a dict with its columns by name, got None",
         ),
-    ):
+    ]
+    for wrong, message in refused:
         for ask in (scorer.inputs, scorer.inputs.without_candidates):
             with pytest.raises(ValueError, match=message):
-                ask(wrong)  # type: ignore[arg-type]
+                ask(wrong)
     with pytest.raises(WrongUse, match=r"holds no config\.json"), open_scorer(tmp_path):
         pass
 
