@@ -164,16 +164,21 @@ def clusters(
     """
     if any(each.number > 1 for each in copies) and demand.placement.compute_kernels != ("fused",):
         raise ValueError("copies are planned for rows in device memory alone: leave compute_kernels out of the tables")
-    found: list[Cluster] = []
+    asked: list[tuple[tuple[str, NodeType], Machine, Copies]] = []
     for name, node in nodes.items():
+        demand.dense_ms_on(name, node)
         for number in ranks:
             if number > node.gpus and number % node.gpus:
                 raise ValueError(f"{number} ranks are no whole number of nodes {name}, which have {node.gpus} GPUs")
-            machine = cluster(node, number)
-            for each in copies:
-                begin(f"planning {len(found) + 1} of {len(nodes) * len(ranks) * len(copies)}: {name}, {number} ranks")
-                price = prices.get(name)
-                found.append(_cluster(demand, (name, node), machine, each, samples=samples, node_price=price))
+            asked += [((name, node), cluster(node, number), each) for each in copies]
+    # Planning may take minutes: what is wrong is said before.
+    for _, machine, each in asked:
+        each.group(machine)
+    found: list[Cluster] = []
+    for named, machine, each in asked:
+        begin(f"planning {len(found) + 1} of {len(asked)}: {named[0]}, {machine.world_size} ranks")
+        node_price = prices.get(named[0])
+        found.append(_cluster(demand, named, machine, each, samples=samples, node_price=node_price))
     return found
 
 

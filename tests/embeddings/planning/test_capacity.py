@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,33 @@ def test_copies_are_planned_as_a_groups_tables_and_the_average_of_what_they_hold
         assert found.step_ms - group.step_ms == pytest.approx(1.5 * held / 50e6 / steps)
     text = capacity_text(list(every.values()), 1e6)
     assert "as if its part of the batch were all" in text and "as if" not in capacity_text([group], 1e6)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "copies", "dense", "message"),
+    [
+        ([8, 12], [1], {}, "12 ranks are no whole number of nodes h100x8"),
+        ([8, 2**21], [1], {}, "which is no cluster"),
+        ([8], [1, 3], {}, "cannot hold 3 copies"),
+        ([8], [1], {"dense_ms": 0.0, "dense_tflop": 3.0, "dense_mfu": 0.3}, "h100x8 needs bf16_tflops"),
+    ],
+)
+def test_what_no_cluster_can_have_is_refused_before_any_is_planned(
+    tmp_path: Path, ranks: list[int], copies: list[int], dense: dict[str, float], message: str
+) -> None:
+    (tmp_path / "tables.json").write_text(json.dumps(TABLES | dense))
+    begun: list[str] = []
+    with pytest.raises(ValueError, match=message):
+        clusters(
+            read_demand(tmp_path / "tables.json"),
+            {"h100x8": replace(NODES["h100-8"], bf16_tflops=None)},
+            ranks,
+            samples=1e6,
+            prices={},
+            copies=[Copies(number=number) for number in copies],
+            begin=begun.append,
+        )
+    assert not begun
 
 
 def test_no_cluster_of_the_front_is_beaten_and_every_other_is(tables: Path) -> None:
