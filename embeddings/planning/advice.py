@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from embeddings.config import KERNELS, ComputeKernel
-from embeddings.machine import Machine
+from embeddings.machine import MOST_RANKS, Machine
 from embeddings.plan import size_text
 from embeddings.planning.options import Option, table_options
 from embeddings.planning.packing import Packer, Packing, make_packer
@@ -19,14 +19,26 @@ MOST_TIMES = 64
 """A fix asks for at most so many times the ranks or the memory that there are."""
 
 
-def nothing_left(problem: Problem) -> DoesNotFit:
-    """The memory is gone before there are tables."""
-    reservation = problem.reservation
-    return DoesNotFit(
-        f"no memory is left for tables on {problem.machine.describe()}: placement.reserved_fraction takes "
-        f"{size_text(reservation.fraction_bytes)}, the dense model {size_text(reservation.dense_bytes)}, "
-        f"activations {size_text(reservation.activation_bytes)}; lower them, or take more memory"
-    )
+def check_room(problem: Problem) -> None:
+    """That there is memory before there are tables.
+
+    Raises:
+        DoesNotFit: it is gone, and to what.
+    """
+    reservation, machine = problem.reservation, problem.machine
+    maps = f"maps of unbounded ids {size_text(reservation.maps_bytes)}"
+    if problem.available_bytes <= 0:
+        on_cpu = f", {maps}" if machine.compute_device == "cpu" and reservation.maps_bytes else ""
+        raise DoesNotFit(
+            f"no memory is left for tables on {machine.describe()}: placement.reserved_fraction takes "
+            f"{size_text(reservation.fraction_bytes)}, the dense model {size_text(reservation.dense_bytes)}, "
+            f"activations {size_text(reservation.activation_bytes)}{on_cpu}; lower them, or take more memory"
+        )
+    if problem.host_bytes < 0:
+        raise DoesNotFit(
+            f"host memory is too small on {machine.describe()}: {maps} a rank, of {machine.ddr_gib:g} GiB; take fewer "
+            "rows of unbounded ids, more ranks or nodes with more host memory"
+        )
 
 
 def does_not_fit(problem: Problem, packer: Packer, packing: Packing) -> DoesNotFit:
@@ -127,10 +139,12 @@ def _no_single_fix(problem: Problem) -> str:
 def _least(step: int, there: int, changed: Callable[[int], Problem], options: Options | None = None) -> int | None:
     """The least multiple of `step` above `there` with which the tables fit, as far as bisection finds it."""
     low, high = there // step, there // step + 1
-    while not _fits(changed(high * step), options):
+    # More of either, ranks or GiB, would be no machine.
+    most = min(MOST_TIMES * max(there, step), MOST_RANKS)
+    while high * step <= most and not _fits(changed(high * step), options):
         low, high = high, high * 2
-        if high * step > MOST_TIMES * max(there, step):
-            return None
+    if high * step > most:
+        return None
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (low, middle) if _fits(changed(middle * step), options) else (middle, high)

@@ -26,6 +26,7 @@ from embeddings.hardware import read_object
 from embeddings.kinds.registry import KINDS, kind_named
 from embeddings.machine import Machine
 from embeddings.plan import Plan, RankEstimate, TablePlacement, size_text
+from embeddings.planning.advice import check_room
 from embeddings.planning.problem import BatchLoad, Problem, Reservation
 from embeddings.planning.solver import evaluate
 from embeddings.records import from_dict
@@ -199,6 +200,7 @@ def _first_difference(there: object, here: object) -> str | None:
 
 def _check_fit(plan: Plan, problem: Problem) -> None:
     """Refuse a placement for which this machine has no room."""
+    check_room(problem)
     for what, needs, room in (
         ("memory", [rank.memory_bytes for rank in plan.ranks], plan.available_bytes),
         ("host memory", [rank.host_bytes for rank in plan.ranks], problem.host_bytes),

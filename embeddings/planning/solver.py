@@ -7,7 +7,7 @@ from typing import Any
 from embeddings.config import TableConfig
 from embeddings.kinds.kind import ShardCost
 from embeddings.plan import MAX_COMPARED_TABLES, Candidate, Plan, RankEstimate, TablePlacement
-from embeddings.planning.advice import does_not_fit, nothing_left
+from embeddings.planning.advice import check_room, does_not_fit
 from embeddings.planning.options import Option, placed_option, table_options
 from embeddings.planning.packing import Packer, Packing, make_packer
 from embeddings.planning.problem import Problem
@@ -21,8 +21,7 @@ def solve(problem: Problem) -> Plan:
         DoesNotFit: with what is needed and what would help.
         ValueError: a wrong constraint.
     """
-    if problem.available_bytes <= 0:
-        raise nothing_left(problem)
+    check_room(problem)
     packer = make_packer(problem, table_options(problem))
     packing = best_packing(packer)
     if packing.rating[0]:

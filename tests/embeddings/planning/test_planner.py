@@ -129,6 +129,26 @@ def test_maps_of_unbounded_ids_take_host_memory_and_their_rows_no_cache() -> Non
         plan([replace(table("item", 1_000_000), unbounded=UnboundedConfig())], placement=cached)
 
 
+def test_maps_that_leave_no_memory_are_named() -> None:
+    """Maps of 10^8 rows take 1.49 GiB on each of two ranks."""
+    tables = [replace(table("item", 100_000_000, 4), unbounded=UnboundedConfig())]
+    gpus = Machine(world_size=2, local_world_size=2, compute_device="cuda", hbm_gib=80.0, ddr_gib=1.0)
+    with pytest.raises(
+        ValueError, match=r"host memory is too small on .*: maps of unbounded ids 1.49 GiB a rank, of 1"
+    ):
+        plan(tables, machine=gpus)
+    cpus = Machine(world_size=2, local_world_size=2, compute_device="cpu", ddr_gib=1.0)
+    with pytest.raises(ValueError, match=r"no memory is left .*activations 0, maps of unbounded ids 1.49 GiB; lower"):
+        plan(tables, machine=cpus)
+
+
+def test_fixes_stay_within_what_is_a_cluster() -> None:
+    """More ranks do not make buffers smaller, however many are asked about."""
+    load = BatchLoad(samples_per_rank=64, ids_per_sample={"item": 1e9})
+    with pytest.raises(ValueError, match="the tables do not fit on 32768 cuda ranks"):
+        plan([table("item", 1_000_000)], machine=replace(GPUS_16, world_size=2**15), load=load)
+
+
 def test_small_table_that_is_looked_up_often_is_replicated() -> None:
     """A row-wise table of 128 rows on 16 ranks would load as if it were large."""
     tables = [table("item", 10_000_000, 256), table("category", 128, 256)]
