@@ -65,7 +65,8 @@ def list_values(column: pa.ChunkedArray, about: Column, where: str) -> ListColum
 def number_array(array: pa.Array) -> AnyArray:
     """Numbers; a missing one is NaN."""
     values: AnyArray = array.to_numpy(zero_copy_only=False)
-    return values
+    # In 16 bits, the check for numbers beyond 32 bits would compare with infinity.
+    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _ids(array: pa.Array, where: str) -> AnyArray:
