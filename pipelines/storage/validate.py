@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipelines.features import ITEM_SPACE, LENGTH_COLUMNS, UNKNOWN_TIME, Column, DatasetInfo, Space
 from pipelines.known_numbers import LARGEST
-from pipelines.storage.columns import AnyArray, Bags, IntArray, Samples, Values
+from pipelines.storage.columns import AnyArray, Bags, IntArray, ListColumn, Samples, Values
 
 BASE_LISTS = ("item_id", "action", "timestamp")
 """Lists that every history and every group of candidates has."""
@@ -83,6 +83,9 @@ def check_samples(
         lists = samples.history if column.part == "event" else samples.candidate
         list_ = lists[column.stored if column.part == "label" else column.name]
         check_values(list_.values, space, f"{where}: column {column.stored}", list_.offsets)
+        if column.part == "label" and column.name in (info.weight, info.keep_rate):
+            about = f"{where}: column {column.stored}"
+            _check_weights(list_, about, is_keep_rate=column.name == info.keep_rate)
     _check_times(samples, where, by_place=info.cut == "by_place")
     if info.clock == "unix":
         _check_unit_of_time(samples, where)
@@ -115,6 +118,16 @@ def check_ids(values: AnyArray, size: int, where: str, offsets: IntArray | None)
     bad = (values < 0) | (values >= size)
     row = _row_of(bad, offsets)
     raise ValueError(f"{where} of row {row} is {values[int(np.argmax(bad))]}, outside [0, {size}) of dataset.json")
+
+
+def _check_weights(column: ListColumn, where: str, *, is_keep_rate: bool) -> None:
+    """Weights are at least 0, keep rates above 0 and at most 1; none is missing."""
+    values = column.array
+    good = (values > 0) & (values <= 1) if is_keep_rate else values >= 0
+    if not good.all():
+        row = _row_of(~good, column.offsets)
+        rule = "a keep rate is above 0 and at most 1" if is_keep_rate else "a weight is at least 0"
+        raise ValueError(f"{where} of row {row} is {values[int(np.argmin(good))]}; {rule}, and never missing")
 
 
 def _check_lens(samples: Samples, stored: Mapping[str, AnyArray], where: str) -> None:

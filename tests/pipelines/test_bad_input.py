@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ def write(folder: Path, rows: Rows, change: Callable[[pa.Table], pa.Table] = lam
     return str(folder)
 
 
-def read_all(path: str, threads: int = 1, **options: Any) -> None:
+def read_all(path: str, threads: int = 1, labels: Sequence[str] = (), **options: Any) -> None:
     config = DataConfig(
         path=path, global_batch_size=4, max_history_len=64, reader_threads=threads, prefetch_batches=2, **options
     )
-    for _ in build_loader(config, split="train", rank=0, world_size=1, selection=select(dataset_info(config))):
+    for _ in build_loader(
+        config, split="train", rank=0, world_size=1, selection=select(dataset_info(config), labels=labels)
+    ):
         pass
 
 
@@ -170,6 +172,35 @@ def test_a_number_may_be_missing_and_not_infinite(tmp_path: Path, wrong: float) 
     read_all(write(tmp_path / "missing", rows, with_watch_times(rows, float("nan"))))
     with pytest.raises(ValueError, match="column history_watch_time of row 0 is infinite"):
         read_all(write(tmp_path / "infinite", rows, with_watch_times(rows, wrong)))
+
+
+@pytest.mark.parametrize(
+    ("role", "wrong", "rule"),
+    [
+        ("weight", -1.0, "a weight is at least 0"),
+        ("weight", None, "a weight is at least 0"),
+        ("weight", float("nan"), "a weight is at least 0"),
+        ("keep_rate", 0.0, "a keep rate is above 0 and at most 1"),
+        ("keep_rate", 1.5, "a keep rate is above 0 and at most 1"),
+    ],
+)
+def test_a_weight_that_cannot_be_is_refused_without_statistics(
+    tmp_path: Path, role: str, wrong: float | None, rule: str
+) -> None:
+    rows = made_up_rows(5)
+
+    def change(table: pa.Table) -> pa.Table:
+        values: list[list[float | None]] = [[1.0] * len(row["candidate_item_id"]) for row in rows]
+        values[3][-1] = wrong
+        return table.append_column("label_sold", pa.array(values, pa.list_(pa.float64())))
+
+    path = write(tmp_path / "d", rows, change)
+    description = dataset_json({"train": rows, "eval": rows})
+    description |= {"format_version": 2, "spaces": {"item": {"rows": 500}, "country": {"rows": 7}}, role: "sold"}
+    description |= {"event": {"item_id": "item"}, "candidate": {"item_id": "item"}, "label": {"sold": "number"}}
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=f"column label_sold of row 3 is .*; {rule}, and never missing"):
+        read_all(path, 0, labels=("sold",))
 
 
 def test_wrong_length_column(tmp_path: Path) -> None:
