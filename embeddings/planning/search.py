@@ -7,9 +7,10 @@ coldest tables on a slower kernel, as few as needed.  Then: change single tables
 Everything is deterministic, so every rank of a job finds the same plan.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, combinations, islice, pairwise
+from itertools import chain, combinations, islice, pairwise, product
 
 from embeddings.planning.options import Option
 from embeddings.planning.packing import Choice, Packer, Packing, Rating
@@ -29,6 +30,8 @@ MAX_REFINED_TABLES = 1000
 
 _LARGE_PARTS = (1 / 16, 1 / 4, 0.0)
 """Parts of a rank's memory: where tables hardly fit, a block that takes more than one of them counts as large."""
+_TIMES_THE_LEAST = (math.inf, 2.0)
+"""What smaller blocks may take, of the least memory that the table can take on all ranks together."""
 _FILLED = (1.0, 0.9)
 """Parts of all device memory that tables stay in while some go to host memory: blocks never fill all ranks alike."""
 
@@ -111,16 +114,13 @@ def _tightest(packer: Packer) -> Packing:
 def _tight_choices(packer: Packer, fastest: Allowed, slowest: Allowed) -> list[Choice]:
     """For tables on these kernels, the coldest on the slower ones as far as device memory is short."""
     parts = _FILLED if fastest != slowest else _FILLED[:1]
-    return list(
-        dict.fromkeys(
-            _tight_choice(packer, (fastest, slowest), large, filled) for filled in parts for large in _LARGE_PARTS
-        )
-    )
+    tries = product(_TIMES_THE_LEAST, parts, _LARGE_PARTS)
+    return list(dict.fromkeys(_tight_choice(packer, (fastest, slowest), *each) for each in tries))
 
 
-def _tight_choice(packer: Packer, levels: tuple[Allowed, Allowed], large_part: float, filled: float) -> Choice:
+def _tight_choice(packer: Packer, levels: tuple[Allowed, Allowed], times: float, filled: float, large: float) -> Choice:
     choice, slowest = (
-        [_tight_option(packer, i, indices, large_part) for i, indices in enumerate(allowed)] for allowed in levels
+        [_tight_option(packer, i, indices, large, times) for i, indices in enumerate(allowed)] for allowed in levels
     )
     device_bytes = sum(table[index].total_bytes[0] for table, index in zip(packer.options, choice, strict=True))
     room = filled * packer.room[0]
@@ -132,9 +132,9 @@ def _tight_choice(packer: Packer, levels: tuple[Allowed, Allowed], large_part: f
     return tuple(choice)
 
 
-def _tight_option(packer: Packer, table: int, indices: Sequence[int], large_part: float) -> int:
+def _tight_option(packer: Packer, table: int, indices: Sequence[int], large_part: float, times: float) -> int:
     """The option of a table that can be dealt out with least memory; where its block is large beside a rank's memory,
-    the one with the smallest block."""
+    the one with the smallest block, without those that waste memory: replicas are small, but there is one a rank."""
     options = packer.options[table]
     dealt = [index for index in indices if options[index].pieces]
     if dealt:
@@ -144,7 +144,13 @@ def _tight_option(packer: Packer, table: int, indices: Sequence[int], large_part
             packer.host_bytes, 0
         ):
             return index
-    return min(indices, key=lambda index: (options[index].largest.memory_bytes, options[index].largest.host_bytes))
+    most = times * min(sum(options[index].total_bytes) for index in indices)
+
+    def by_block(index: int) -> tuple[bool, bool, int, int]:
+        block, total = options[index].largest, sum(options[index].total_bytes)
+        return block.memory_bytes > packer.memory_bytes, total > most, block.memory_bytes, block.host_bytes
+
+    return min(indices, key=by_block)
 
 
 def _fastest_kernels(table: Sequence[Option]) -> list[int]:

@@ -11,7 +11,7 @@ from embeddings.machine import Machine
 from embeddings.planning.options import Option, table_options
 from embeddings.planning.packing import Packer, Packing, make_packer
 from embeddings.planning.problem import BatchLoad, DoesNotFit, Problem, reserve
-from embeddings.planning.search import best_packing
+from embeddings.planning.search import best_packing, fits
 
 ALL_KERNELS: tuple[ComputeKernel, ...] = ("fused", "fused_uvm_caching", "fused_uvm")
 RANKS = 2
@@ -90,3 +90,24 @@ def test_a_table_makes_room_for_the_cache_of_another() -> None:
     assert found.rating[:2] == best.rating[:2]
     kernels = {options[index].kernel for options, index in zip(packer.options, found.choice, strict=True)}
     assert kernels == set(ALL_KERNELS)
+
+
+def test_tables_too_wide_for_rows_are_cut_where_replicated_they_would_fill_every_rank() -> None:
+    """40 tables of 2,048 columns, which a GPU's kernels take in blocks of columns or in plain PyTorch, on 64 ranks of 7
+    GiB: a block of columns with the lookups of all ranks takes .6 GiB, a replica with those of one .4 GiB, but of each
+    table."""
+    machine = Machine(world_size=64, local_world_size=8, compute_device="cuda", hbm_gib=7.0)
+    placement = PlacementConfig(reserved_fraction=0.0)
+    tables = tuple(table(number, 10_000, 2048) for number in range(40))
+    problem = Problem(
+        tables=tables,
+        machine=machine,
+        placement=placement,
+        optimizer=SparseOptimizerConfig(kind="adagrad"),
+        load=BatchLoad(samples_per_rank=64, ids_per_sample={each.name: 50.0 for each in tables}),
+        reservation=reserve(machine, placement, dense_bytes=0, tables=tables),
+    )
+    options = table_options(problem)
+    needs = {o.kind.name: o.largest.memory_bytes for o in options[0] if len(o.pieces) in (0, 8)}
+    assert 7 * 2**30 / 40 < needs["replicated"] < needs["column_wise"] < 7 * 2**30 / 8
+    assert fits(make_packer(problem, options))
