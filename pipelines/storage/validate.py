@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pyarrow as pa
 
+from pipelines.counts import counts_of
 from pipelines.features import ITEM_SPACE, LENGTH_COLUMNS, UNKNOWN_TIME, Column, DatasetInfo, Space
 from pipelines.known_numbers import LARGEST
 from pipelines.storage.columns import AnyArray, Bags, IntArray, ListColumn, Samples, Values
@@ -86,6 +87,7 @@ def check_samples(
         if column.part == "label" and column.name in (info.weight, info.keep_rate):
             about = f"{where}: column {column.stored}"
             _check_weights(list_, about, is_keep_rate=column.name == info.keep_rate)
+    _check_counts(samples, where, info)
     _check_times(samples, where, by_place=info.cut == "by_place")
     if info.clock == "unix":
         _check_unit_of_time(samples, where)
@@ -128,6 +130,23 @@ def _check_weights(column: ListColumn, where: str, *, is_keep_rate: bool) -> Non
         row = _row_of(~good, column.offsets)
         rule = "a keep rate is above 0 and at most 1" if is_keep_rate else "a weight is at least 0"
         raise ValueError(f"{where} of row {row} is {values[int(np.argmin(good))]}; {rule}, and never missing")
+
+
+def _check_counts(samples: Samples, where: str, info: DatasetInfo) -> None:
+    """No count that was read is negative, and no action was taken more often than there were events."""
+    for each in counts_of(info):
+        if not samples.candidate.keys() >= set(each.columns):
+            continue
+        seen = samples.candidate[each.seen]
+        for name in each.taken:
+            taken = samples.candidate[name].array
+            bad = (taken < 0) | (taken > seen.array)
+            if bad.any():
+                row, place = _row_of(bad, seen.offsets), int(np.argmax(bad))
+                raise ValueError(
+                    f"{where}, row {row}: of {seen.array[place]} events in candidate_{each.seen}, {taken[place]} are "
+                    f"counted in candidate_{name}, which must lie between 0 and those"
+                )
 
 
 def _check_lens(samples: Samples, stored: Mapping[str, AnyArray], where: str) -> None:

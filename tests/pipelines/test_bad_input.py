@@ -27,13 +27,14 @@ def write(folder: Path, rows: Rows, change: Callable[[pa.Table], pa.Table] = lam
     return str(folder)
 
 
-def read_all(path: str, threads: int = 1, labels: Sequence[str] = (), **options: Any) -> None:
+def read_all(
+    path: str, threads: int = 1, labels: Sequence[str] = (), counts: Sequence[str] | None = (), **options: Any
+) -> None:
     config = DataConfig(
         path=path, global_batch_size=4, max_history_len=64, reader_threads=threads, prefetch_batches=2, **options
     )
-    for _ in build_loader(
-        config, split="train", rank=0, world_size=1, selection=select(dataset_info(config), labels=labels)
-    ):
+    selection = select(dataset_info(config), labels=labels, counts=counts)
+    for _ in build_loader(config, split="train", rank=0, world_size=1, selection=selection):
         pass
 
 
@@ -203,6 +204,27 @@ def test_a_weight_that_cannot_be_is_refused_without_statistics(
         read_all(path, 0, labels=("sold",))
 
 
+@pytest.mark.parametrize(("seen", "taken"), [(3, 4), (-1, -1), (3, -1), (-1, 0)])
+def test_counts_that_cannot_be_are_refused(tmp_path: Path, seen: int, taken: int) -> None:
+    rows = made_up_rows(5)
+
+    def change(table: pa.Table) -> pa.Table:
+        for name, wrong in (("seen", seen), ("clicked", taken), ("liked", 0)):
+            values: list[list[float | None]] = [[None] * len(row["candidate_item_id"]) for row in rows]
+            values[3][-1] = wrong
+            table = table.append_column(f"candidate_{name}", pa.array(values, pa.list_(pa.float64())))
+        return table
+
+    path = write(tmp_path / "d", rows, change)
+    description = dataset_json({"train": rows, "eval": rows})
+    description |= {"format_version": 2, "spaces": {"item": {"rows": 500}}, "event": {"item_id": "item"}}
+    description["candidate"] = {"item_id": "item", **dict.fromkeys(("seen", "clicked", "liked"), "number")}
+    description["counts"] = {"item": {"seen": "seen", "taken": ["clicked", "liked"]}}
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"row 3: of -?\d\.0 events in candidate_seen, -?\d\.0 are counted in"):
+        read_all(path, 0, counts=None)
+
+
 def test_wrong_length_column(tmp_path: Path) -> None:
     rows = made_up_rows(5)
 
@@ -262,7 +284,7 @@ def test_missing_or_malformed_description(tmp_path: Path) -> None:
         (json.dumps({**good, "actions": []}), "'actions' must name at least one action"),
         (json.dumps({**good, "num_items": 0}), "space 'item': rows and used must be whole numbers above 0"),
         (json.dumps({**good, "format_version": 9}), "format_version is 9, this version reads 1 and 2"),
-        (json.dumps({**good, "splits": {"train": {}}}), "must give samples"),
+        (json.dumps({**good, "splits": good["splits"] | {"train": {}}}), "must give samples"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
