@@ -17,7 +17,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# As in the trainer's own processes: tests run side by side.
+# Tests run side by side: threads that wait for each other leave the cores to others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 

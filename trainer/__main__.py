@@ -27,9 +27,10 @@ from trainer.health.stop_signal import STOP
 
 def main(arguments: list[str]) -> int:
     """Run a command; returns its exit status."""
-    # Before PyTorch is there.  Else threads that are done with their part of an operation wait for the others busily,
-    # on the cores that these need: where something else runs on the machine, steps take many times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before PyTorch is there.  Threads that are done with their part of an operation wait for the others busily, by
+    # default so long that steps take many times as long where something else needs the cores; this suffices alone.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if arguments[:1] in (["train"], ["evaluate"]):
         outlive_output()
     if arguments[:1] == ["train"]:
