@@ -33,9 +33,8 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if arguments[:1] in (["train"], ["evaluate"]):
         outlive_output()
-    if arguments[:1] == ["train"]:
-        STOP.listen()
-    if arguments[:1] in (["train"], ["evaluate"]):
+        if arguments[:1] == ["train"]:
+            STOP.listen()
         GUARD.start()
     # These take a third of a second, in which the process is looked after already.
     from trainer.command_line import run_command
