@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests.support.distributed import run_ranks
 from tests.trainer.checkpoint import ranks
 from trainer.checkpoint.catalogue import Catalogue
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.progress import Progress
 from trainer.checkpoint.store import LocalStore
 from trainer.run import late_files
@@ -25,6 +26,20 @@ def _said(act: Callable[[], object]) -> str:
     with pytest.raises((OSError, ValueError)) as refused:
         act()
     return f"{type(refused.value).__name__}: {refused.value}"
+
+
+def _said_of_a_second_save(saver: Checkpointer, between: Callable[[], object]) -> str:
+    """What a save of step 2 says after `between`, which the first rank does when all have saved step 1."""
+    saver.save(Progress(step=1))
+    saver.wait()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        between()
+    dist.barrier()
+    saver.save(Progress(step=2))
+    said = _said(saver.wait)
+    saver.close()
+    return said
 
 
 class _SplitStore(LocalStore):
@@ -105,16 +120,7 @@ def _save_a_delta_of_nothing(folder: str) -> str:
     run, tensors = RunDir(Path(folder)), ranks.sharded(ranks.expected(), "row_wise")
     store = LocalStore(run.checkpoints)
     saver = ranks.checkpointer(store, run, tensors, ranks.TouchedOfTest(tensors), deltas=1)
-    saver.save(Progress(step=1))
-    saver.wait()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        store.rename("step-00000001", "elsewhere")
-    dist.barrier()
-    saver.save(Progress(step=2))
-    said = _said(saver.wait)
-    saver.close()
-    return said
+    return _said_of_a_second_save(saver, lambda: store.rename("step-00000001", "elsewhere"))
 
 
 def test_a_delta_does_not_count_where_what_it_needs_has_gone(tmp_path: Path) -> None:
@@ -175,15 +181,7 @@ def _save_where_the_run_was(folder: str) -> str:
     run.path.mkdir(exist_ok=True)
     run.config_file.touch()
     saver = ranks.checkpointer(LocalStore(run.checkpoints), run, tensors)
-    saver.save(Progress(step=1))
-    saver.wait()
-    if dist.get_rank() == 0:
-        run.path.rename(run.path.with_name("moved"))
-    dist.barrier()
-    saver.save(Progress(step=2))
-    said = _said(saver.wait)
-    saver.close()
-    return said
+    return _said_of_a_second_save(saver, lambda: run.path.rename(run.path.with_name("moved")))
 
 
 def test_nothing_is_saved_under_the_old_name_of_a_run_that_was_moved(tmp_path: Path) -> None:
